@@ -1,0 +1,28 @@
+"""The resize rule of the vision encoders."""
+
+from __future__ import annotations
+
+import math
+
+from bridge_stg.runtime.errors import VideoError
+
+
+def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the (height, width) that a frame is resized to: multiples of `factor`, close to its aspect ratio.
+
+    The rule of Qwen2-VL's and Qwen3-VL's image processors (transformers, `smart_resize`): round each side to a
+    multiple of the factor, then scale both into min_pixels … max_pixels.
+
+    Raises:
+        VideoError: a side is empty, or the aspect ratio is above 200.
+    """
+    if height < 1 or width < 1 or max(height, width) / min(height, width) > 200:
+        raise VideoError(f"a frame of {width} × {height} pixels cannot be used: expected an aspect ratio of at most 200")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        rows, columns = math.floor(height / scale / factor) * factor, math.floor(width / scale / factor) * factor
+    elif rows * columns < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    return max(factor, rows), max(factor, columns)
