@@ -1,0 +1,32 @@
+"""Write a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bridge_stg.runtime.errors import BridgeError
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the path of a temporary sibling; rename it to `path` when the block ends well, remove it otherwise.
+
+    The sibling keeps the suffix, from which writers of images and videos tell the format.
+
+    Raises:
+        BridgeError: `path` is a folder, or the folder that it should lie in does not exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise BridgeError(f"{path} is a folder; expected the name of a file to write.")
+    if not path.parent.is_dir():
+        raise BridgeError(f"{path} cannot be written: the folder {path.parent} does not exist. Make it first.")
+    temporary = path.with_name(f".{path.stem}.partial{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,87 @@
+"""Which external data files an .onnx file points at, read from its protobuf bytes without the onnx package.
+
+A model's `external_data` entries name files that a backend opens by itself, so a bundle is only safe to load if these
+names are known first. Field numbers are those of onnx.proto (ModelProto, GraphProto, TensorProto …).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+# message -> field number -> message of that field; every path on which a TensorProto can hang in a ModelProto
+_CHILDREN = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def external_locations(path: Path) -> set[str]:
+    """Return the `location` of every tensor whose data lie outside the .onnx file, as written there.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not an ONNX model (not protobuf, or without a graph).
+    """
+    found: set[str] = set()
+    with open(path, "rb") as file:
+        try:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except ValueError:
+            raise ValueError("the file is empty") from None
+    if not any(number == 7 for number, _ in _fields(content)):
+        raise ValueError("it holds no graph")
+    _collect(content, "model", found)
+    return found
+
+
+def _collect(message: memoryview, kind: str, found: set[str]) -> None:
+    children = _CHILDREN[kind]
+    for number, value in _fields(message):
+        child = children.get(number)
+        if child == "entry":
+            entry = {n: bytes(v) for n, v in _fields(value)}
+            if entry.get(1) == b"location":
+                found.add(entry.get(2, b"").decode("utf-8"))
+        elif child is not None:
+            _collect(value, child, found)
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield (field number, content) of the length-delimited fields; other fields are stepped over."""
+    at, end = 0, len(message)
+    while at < end:
+        key, at = _varint(message, at)
+        wire = key & 7
+        if wire == _BYTES:
+            length, at = _varint(message, at)
+            if at + length > end:
+                raise ValueError("it ends in the middle of a field")
+            yield key >> 3, message[at : at + length]
+            at += length
+        elif wire == _VARINT:
+            _, at = _varint(message, at)
+        elif wire in (_FIXED64, _FIXED32):
+            at += 8 if wire == _FIXED64 else 4
+        else:
+            raise ValueError("it is not protobuf")
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(message) and shift < 70:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+        shift += 7
+    raise ValueError("it ends in the middle of a number")

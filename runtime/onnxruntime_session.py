@@ -1,0 +1,218 @@
+"""The onnxruntime backend. Nothing else in the runtime touches onnxruntime, and it is imported on first use only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.manifest import CacheSpec, GraphSpec
+from bridge_stg.runtime.session import KVCache, check_feeds
+
+_DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
+_FATAL_ONLY = 4  # log severity; a failure is raised as well, and a second copy on stderr helps nobody
+
+
+class NumpyKVCache:
+    """KV buffers in numpy memory, seen by onnxruntime through OrtValues over the same memory."""
+
+    def __init__(self, spec: CacheSpec, *, batch: int, capacity: int) -> None:
+        if batch < 1 or capacity < 1:
+            raise EngineError(f"a KV cache needs at least one row and one position, not {batch} rows of {capacity}")
+        ort = _onnxruntime()
+        shape = (batch, spec.kv_heads, capacity, spec.head_dim)
+        try:
+            self.buffers = {name: np.zeros(shape, spec.dtype) for name in spec.past_names}
+        except MemoryError as error:
+            raise EngineError(f"no memory for a KV cache of {batch} rows of {capacity} positions: {error}") from error
+        self.values = {name: ort.OrtValue.ortvalue_from_numpy(buffer) for name, buffer in self.buffers.items()}
+        self.batch, self.capacity = batch, capacity
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def copy_prefix(self, source: KVCache, length: int, rows: Sequence[int] | None = None) -> None:
+        """See `KVCache.copy_prefix`."""
+        if not isinstance(source, NumpyKVCache):
+            raise EngineError(f"a KV cache of onnxruntime cannot be filled from a {type(source).__name__}")
+        chosen = list(range(self.batch)) if rows is None else list(rows)
+        if source.batch not in (1, len(chosen)) or any(not 0 <= row < self.batch for row in chosen):
+            raise EngineError(f"{source.batch} rows of a KV cache cannot go into rows {chosen} of {self.batch}")
+        if not 0 <= length <= min(self.capacity, source.capacity):
+            raise EngineError(
+                f"{length} positions cannot be copied from a KV cache of {source.capacity} into one of {self.capacity}"
+            )
+        for name, buffer in self.buffers.items():
+            other = source.buffers[name]
+            if (other.dtype, other.shape[1], other.shape[3]) != (buffer.dtype, buffer.shape[1], buffer.shape[3]):
+                raise EngineError(f"KV caches of different graphs: {name} is {other.dtype} {other.shape} in the source")
+            for i, row in enumerate(chosen):
+                buffer[row, :, :length] = other[i if source.batch > 1 else 0, :, :length]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """See `KVCache.read`."""
+        return {name: buffer.copy() for name, buffer in self.buffers.items()}
+
+    def write(self, values: Mapping[str, np.ndarray]) -> None:
+        """See `KVCache.write`."""
+        for name, buffer in self.buffers.items():
+            value = values.get(name)
+            if value is None or value.shape != buffer.shape or value.dtype != buffer.dtype:
+                found = "missing" if value is None else f"{value.dtype} {list(value.shape)}"
+                raise EngineError(f"KV cache: {name} is {found}, expected {buffer.dtype} {list(buffer.shape)}")
+        for name, buffer in self.buffers.items():
+            buffer[...] = values[name]  # into the same memory: the OrtValues look at it
+
+    def append(self, new: Mapping[str, np.ndarray], positions: np.ndarray) -> None:
+        """Write rows [B, kv_heads, L, head_dim] by past name, row b from `positions[b]` on."""
+        for name, buffer in self.buffers.items():
+            rows = new[name]
+            for b, start in enumerate(positions.tolist()):
+                buffer[b, :, start : start + rows.shape[2]] = rows[b]
+
+
+class OnnxRuntimeSession:
+    """A graph on onnxruntime's CPU provider. See `session.Session` for the contract.
+
+    Args:
+        path: the .onnx file, already checked by `Bundle.load`.
+        graph: its manifest entry, to which names, dtypes and dims of the file are compared.
+        threads: threads of one call; None: onnxruntime's choice, one a physical core.
+
+    Raises:
+        EngineError: onnxruntime is missing or refuses the file, or the file does not fit the manifest.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], graph: GraphSpec, *, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}, expected a number of at least 1")
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        # One memory plan is kept for every set of input shapes, and shapes differ from call to call here.
+        options.enable_mem_pattern = False
+        self.graph = graph
+        self._run_options = ort.RunOptions()
+        self._run_options.log_severity_level = _FATAL_ONLY
+        # The arena gives back what one long call needed, instead of holding it for good; short calls cost the same.
+        self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        try:
+            self._session: Any = ort.InferenceSession(
+                str(Path(path)), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            raise EngineError(f"{graph}: onnxruntime {ort.__version__} refuses {path}: {_one_line(error)}") from error
+        _check_contract(graph, self._session, str(path))
+
+    def __enter__(self) -> OnnxRuntimeSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See `Session.close`. A call that is running in another thread ends well."""
+        self._session = None
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> NumpyKVCache:
+        """See `Session.allocate_cache`."""
+        if self.graph.cache is None:
+            raise EngineError(f"{self.graph}: keeps no KV cache, so none can be allocated.")
+        return NumpyKVCache(self.graph.cache, batch=batch, capacity=capacity)
+
+    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
+        """See `Session.infer`."""
+        session = self._session
+        if session is None:
+            raise EngineError(f"{self.graph}: this session is closed.")
+        if cache is not None and not isinstance(cache, NumpyKVCache):
+            raise EngineError(f"{self.graph}: a KV cache of type {type(cache).__name__} is another backend's.")
+        symbols = check_feeds(self.graph, feeds, cache)
+        in_place = self._in_place(cache)
+        binding = session.io_binding()
+        held = {name: array if array.flags.c_contiguous else array.copy() for name, array in feeds.items()}
+        try:
+            for name, array in held.items():
+                binding.bind_cpu_input(name, array)  # no copy: `held` keeps the memory alive
+            if cache is not None:
+                for name, value in cache.values.items():
+                    binding.bind_ortvalue_input(name, value)
+            for tensor in self.graph.outputs:
+                if cache is not None and tensor.name in in_place:
+                    binding.bind_ortvalue_output(tensor.name, cache.values[in_place[tensor.name]])
+                else:
+                    binding.bind_output(tensor.name, "cpu")
+            session.run_with_iobinding(binding, self._run_options)
+            results = zip(self.graph.outputs, binding.get_outputs(), strict=True)
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            raise EngineError(self._failure(feeds, symbols, error)) from error
+        outputs = {tensor.name: value.numpy() for tensor, value in results if tensor.name not in in_place}
+        contract = self.graph.cache
+        if cache is not None and contract is not None and contract.update == "append":
+            pairs = zip(contract.past_names, contract.written_names, strict=True)
+            cache.append({past: outputs.pop(new) for past, new in pairs}, feeds["cache_position"])
+        return outputs
+
+    def _in_place(self, cache: NumpyKVCache | None) -> dict[str, str]:
+        """Outputs of this call that share the buffer of an input: present_* → past_*."""
+        contract = self.graph.cache
+        if cache is None or contract is None or contract.update != "in_place":
+            return {}
+        return dict(zip(contract.written_names, contract.past_names, strict=True))
+
+    def _failure(self, feeds: Mapping[str, np.ndarray], symbols: Mapping[str, int], error: Exception) -> str:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        dims = ", ".join(f"{symbol} = {size}" for symbol, size in symbols.items())
+        return f"{self.graph}: onnxruntime failed with {shapes} ({dims}): {_one_line(error)}"
+
+
+def _check_contract(graph: GraphSpec, session: Any, path: str) -> None:
+    """Compare the file's inputs and outputs with the manifest. A dim may be freer in the file, never narrower."""
+    for kind, listed, nodes in (
+        ("input", graph.inputs, session.get_inputs()),
+        ("output", graph.outputs, session.get_outputs()),
+    ):
+        found = {node.name: node for node in nodes}
+        if set(found) != {tensor.name for tensor in listed}:
+            names = ", ".join(sorted(set(found) ^ {tensor.name for tensor in listed}))
+            raise EngineError(f"{graph}: the {kind}s of {path} are not those of the manifest; they differ in: {names}.")
+        for tensor in listed:
+            node = found[tensor.name]
+            inner = node.type.removeprefix("tensor(").removesuffix(")")
+            dtype = _DTYPES.get(inner, inner)
+            # onnxruntime may not know an output's shape; an input's is always written in the file.
+            unknown = kind == "output" and not node.shape
+            if dtype != tensor.dtype or not (unknown or _fits(node.shape, tensor.dims)):
+                found_as = f"{dtype} {node.shape}"
+                raise EngineError(f"{graph}: {kind} {node.name!r} of {path} is {found_as}; the manifest says {tensor}.")
+
+
+def _fits(shape: Sequence[int | str | None], dims: Sequence[int | str]) -> bool:
+    if len(shape) != len(dims):
+        return False
+    return all(not isinstance(size, int) or size == dim for size, dim in zip(shape, dims, strict=True))
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else f"{text[:499]}…"
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f'the package onnxruntime cannot be imported ({error}). Install it with: pip install "bridge-stg[cpu]"'
+        ) from error
+    return onnxruntime
