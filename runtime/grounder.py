@@ -1,0 +1,222 @@
+"""The API that programs embed: load a bundle once, then ground queries in videos, images and streams of frames."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from bridge_stg.runtime.decode import Prefix, prefill_video
+from bridge_stg.runtime.errors import EngineError, VideoError
+from bridge_stg.runtime.features import FineFeatures, coarse_tokens, merged_grid
+from bridge_stg.runtime.frames import CoarseFrames, Samples, VideoSource, open_source
+from bridge_stg.runtime.grounded_video import Chain, GroundedVideo
+from bridge_stg.runtime.kv_pool import KVPool
+from bridge_stg.runtime.limits import Limits, Progress
+from bridge_stg.runtime.prompt import Tokenizer, check_query, video_segment
+from bridge_stg.runtime.session import Session
+from bridge_stg.runtime.spec import ChainSpec
+from bridge_stg.runtime.tubes import Grounding
+from bridge_stg.runtime.usage import Usage
+
+Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]"
+"""A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image)."""
+
+GRAPHS = ("vision_encoder", "language_model", "spatial_decoder")
+
+
+class Grounder:
+    """A loaded model, safe to use from many threads. A context manager: closing frees its engines.
+
+    Args:
+        sessions: the three graphs by name.
+        spec: what the chain must know about the model.
+        tokenizer: the model's tokenizer.
+        kv_budget_bytes: what the KV caches of one batch of queries may hold; more queries go in several batches.
+        feature_budget_bytes: what a video's fine feature maps may hold between calls.
+    """
+
+    def __init__(
+        self,
+        sessions: Mapping[str, Session],
+        spec: ChainSpec,
+        tokenizer: Tokenizer,
+        *,
+        kv_budget_bytes: int = 2**29,
+        feature_budget_bytes: int = 2**28,
+    ) -> None:
+        missing = [name for name in GRAPHS if name not in sessions]
+        if missing:
+            raise EngineError(
+                f"the chain needs a session for {missing[0]!r}; it was given: {', '.join(sessions) or 'none'}"
+            )
+        self._sessions = dict(sessions)
+        self._feature_budget_bytes = feature_budget_bytes
+        self._chain = Chain(
+            vision_encoder=sessions["vision_encoder"],
+            language_model=sessions["language_model"],
+            spatial_decoder=sessions["spatial_decoder"],
+            spec=spec,
+            tokenizer=tokenizer,
+            pool=KVPool(sessions["language_model"], budget_bytes=kv_budget_bytes),
+            usage=Usage(self._free, closed_error=EngineError("this Grounder is closed; load the bundle again")),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        variant: str | None = None,
+        threads: int | None = None,
+    ) -> Grounder:
+        """Load a bundle.
+
+        Args:
+            path: the bundle's folder.
+            backend: "auto", or the name of an engine.
+            variant: the lowering to run, such as "standard"; None for the best that runs here.
+            threads: CPU threads of an engine; None for its own default.
+
+        Raises:
+            BundleError: the bundle is damaged, incomplete or of an unknown schema.
+            EngineError: the backend is unknown or missing, or refuses a graph.
+        """
+        from bridge_stg.runtime.bundle import Bundle
+        from bridge_stg.runtime.targets import open_sessions
+
+        bundle = Bundle.load(path)
+        tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
+        sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads)
+        return cls(sessions, bundle.manifest.spec, tokenizer)
+
+    @property
+    def spec(self) -> ChainSpec:
+        """What the chain knows about the model."""
+        return self._chain.spec
+
+    def ground(
+        self,
+        video: Video,
+        query: str,
+        *,
+        allow_none: bool = True,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+        buffer_frames: int = 256,
+    ) -> Grounding:
+        """Find when and where the query's target is in a video, image or stream.
+
+        Args:
+            video: see `Video`; an iterable is read once, to its end.
+            query: what to find, in words.
+            allow_none: whether the answer may be that the target is not there.
+            deadline_s: seconds after which the call stops.
+            cancel: a `threading.Event`, or a callable that returns True to stop.
+            progress: called as progress(stage, done, total); total is None where it is not known.
+            buffer_frames: frames of an iterable that are kept for the spatial pass; thinned evenly beyond.
+
+        Raises:
+            VideoError: the video cannot be read, or is too long for the model.
+            QueryError: the query is empty or too long.
+            Interrupted: the deadline passed, or `cancel` was set; the message names the stage.
+            EngineError: a backend failed, or this Grounder is closed.
+        """
+        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
+        with self._chain.usage.call():
+            check_query(self._chain.tokenizer, self.spec.prompt, query)  # before a long video is read for it
+            with self._open(video, limits, buffer_frames) as opened:
+                return opened.ground_within(limits, [query], allow_none=allow_none)[0]
+
+    def open(
+        self,
+        video: Video,
+        *,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+        buffer_frames: int = 256,
+    ) -> GroundedVideo:
+        """Read a video and compute what does not depend on a query. Arguments and errors are those of `ground`."""
+        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
+        with self._chain.usage.call():
+            return self._open(video, limits, buffer_frames)
+
+    def close(self) -> None:
+        """Close the engines. Calls under way finish; later ones raise EngineError. May be called again."""
+        self._chain.usage.close()
+
+    def __enter__(self) -> Grounder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _free(self) -> None:
+        self._chain.pool.clear()
+        for session in self._sessions.values():
+            session.close()
+
+    def _open(self, video: Video, limits: Limits, buffer_frames: int) -> GroundedVideo:
+        chain, calls = self._chain, _CurrentCall(limits)
+        with limits.stage("decode_video"):
+            source = open_source(
+                video, chain.spec, buffer_frames=buffer_frames, progress=calls.report, check=calls.check
+            )
+        try:
+            with limits.stage("decode_video"):
+                coarse = source.coarse()
+                grid = source.fine_grid()
+            prefix = self._prefix(coarse, limits)
+            features = FineFeatures(
+                chain.vision_encoder,
+                chain.spec,
+                read=calls.reading(source),
+                grid=grid,
+                budget_bytes=self._feature_budget_bytes,
+            )
+            return GroundedVideo(chain, source, coarse, prefix, features, grid, dict(limits.timings))
+        except BaseException:
+            source.close()
+            raise
+
+    def _prefix(self, coarse: CoarseFrames, limits: Limits) -> Prefix:
+        """Compute the visual tokens of the coarse frames, and the keys and values of the video's part of the prompt."""
+        chain, language = self._chain, self.spec.language
+        segment = video_segment(chain.tokenizer, chain.spec, coarse.group_times, merged_grid(coarse.frames, chain.spec))
+        if segment.next_position > language.max_positions:
+            raise VideoError(
+                f"the video's {len(coarse.frames)} groups of frames take {segment.next_position} positions, more than "
+                f"the model's {language.max_positions}; use a shorter video, or a model with fewer coarse groups"
+            )
+        with limits.stage("vision_coarse"):
+            tokens = coarse_tokens(chain.vision_encoder, chain.spec, coarse.frames, report=limits.report)
+        with limits.stage("prefill"):
+            cache = chain.pool.take(batch=1, positions=len(segment))
+            return prefill_video(chain.language_model, cache, segment, tokens, report=limits.report)
+
+
+class _CurrentCall:
+    """Lets one source, opened once, obey the limits of whichever call reads from it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def check(self) -> None:
+        self._limits.check()
+
+    def report(self, done: float, total: float | None) -> None:
+        self._limits.report(done, total)
+
+    def reading(self, source: VideoSource) -> Callable[[np.ndarray, Limits], Samples]:
+        """Return a function that reads fine frames within the limits of its call; one thread at a time."""
+
+        def read(times: np.ndarray, limits: Limits) -> Samples:
+            self._limits = limits
+            return source.fine(times)
+
+        return read

@@ -1,0 +1,109 @@
+"""What a caller may impose on one call: a deadline, a cancel signal, a progress callback. Knows nothing of videos.
+
+The same object measures how long each stage took, since a stage is also what an interruption names.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from bridge_stg.runtime.errors import Interrupted
+
+LOCK_POLL_S = 0.05
+
+
+class Progress(Protocol):
+    """Called as progress(stage, done, total); total is None where it is not known yet."""
+
+    def __call__(self, stage: str, done: float, total: float | None) -> Any: ...
+
+
+class Limits:
+    """The deadline, cancel signal, progress callback and stage timings of one call, which runs in one thread.
+
+    Args:
+        deadline_s: seconds from now after which the call is stopped; None for no deadline.
+        cancel: an object with `is_set()` (a `threading.Event`), or a callable that returns True to stop.
+        progress: see `Progress`.
+    """
+
+    def __init__(
+        self,
+        *,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.deadline_s = deadline_s
+        self.timings: dict[str, float] = {}
+        self._cancelled = _signal(cancel)
+        self._progress = progress
+        self._stage = "start"
+        self._inner_s = 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Name what runs inside the block, check before it, and add its seconds to `timings[name]`.
+
+        The seconds of a stage inside another count for the inner one alone.
+        """
+        outer, self._stage = self._stage, name
+        outer_inner_s, self._inner_s = self._inner_s, 0.0
+        began = time.perf_counter()
+        try:
+            self.check()
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.timings[name] = self.timings.get(name, 0.0) + took - self._inner_s
+            self._stage, self._inner_s = outer, outer_inner_s + took
+
+    def check(self) -> None:
+        """Return if the call may go on.
+
+        Raises:
+            Interrupted: the deadline has passed or the cancel signal is set; the message names the stage.
+        """
+        if self._cancelled():
+            raise Interrupted(f"the call was cancelled during {self._stage}, {self.elapsed_s:.2f} s after it began")
+        if self.deadline_s is not None and self.elapsed_s >= self.deadline_s:
+            raise Interrupted(
+                f"deadline_s={self.deadline_s:g} passed during {self._stage}; "
+                "give the call more time, a shorter video or fewer queries"
+            )
+
+    def report(self, done: float, total: float | None) -> None:
+        """Tell the progress callback how far the stage is, then check."""
+        if self._progress is not None:
+            self._progress(self._stage, done, total)
+        self.check()
+
+    @contextmanager
+    def hold(self, lock: threading.Lock) -> Iterator[None]:
+        """Hold `lock` inside the block; waiting for it stops at the deadline like everything else."""
+        while not lock.acquire(timeout=LOCK_POLL_S):
+            self.check()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the call began."""
+        return time.perf_counter() - self.started
+
+
+def _signal(cancel: Any) -> Callable[[], bool]:
+    if cancel is None:
+        return lambda: False
+    if callable(getattr(cancel, "is_set", None)):
+        return cancel.is_set
+    if callable(cancel):
+        return cancel
+    raise TypeError(f"cancel must be a threading.Event or a callable, not {type(cancel).__name__}")

@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from bridge_stg.runtime import Grounder, Grounding, targets
+from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime.errors import EngineError, Interrupted, QueryError, VideoError
+from bridge_stg.runtime.prompt import Tokenizer
+from bridge_stg.runtime.spans import FineFrames
+from bridge_stg.runtime.spatial_pass import SpatialQuery, _batches
+from tests.runtime.fake_chain import BRIDGING, TAPS, clip, fake_grounder, fake_spec
+
+# Groups of two samples, 0.5 s apart: group k has the samples k and k + 0.5, and the time k + 0.25.
+CAR = "<2.2 seconds> to <4.2 seconds>"
+SCRIPT = {
+    "the car": CAR,
+    "the dog": "<0.2 seconds> to <1.2 seconds>",
+    "the cat": "none",
+    "the end": "<6.2 seconds> to <7.2 seconds>",
+}
+QUERIES = ["the car", "the dog", "the cat", "the end", "a bird", "the car that turns left", "two men"]
+
+
+def same(a: Grounding, b: Grounding) -> None:
+    assert (a.query, a.found, a.span, a.named_span, a.answer, a.size) == (
+        b.query,
+        b.found,
+        b.span,
+        b.named_span,
+        b.answer,
+        b.size,
+    )
+    assert a.scores == pytest.approx(b.scores) and a.tokens == b.tokens
+    if a.tube is not None and b.tube is not None and a.boxes is not None and b.boxes is not None:
+        np.testing.assert_array_equal(a.tube.times, b.tube.times)
+        np.testing.assert_allclose(a.tube.boxes, b.tube.boxes, atol=1e-4)
+        np.testing.assert_array_equal(a.tube.visible, b.tube.visible)
+        np.testing.assert_allclose(a.boxes.boxes, b.boxes.boxes, atol=1e-4)
+
+
+def write_video(path: Path, frames: list[tuple[float, np.ndarray]], fps: int = 8) -> Path:
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=fps, options={"crf": "1", "g": "12"})
+        stream.height, stream.width = frames[0][1].shape[:2]
+        stream.pix_fmt = "yuv444p"
+        for _, frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_query_becomes_a_tube() -> None:
+    with fake_grounder(script=SCRIPT) as grounder:
+        found = grounder.ground(clip(), "the car")
+    assert found.found and found.answer == CAR
+    assert found.named_span == (2.0, 5.0) and found.span == (2.0, 5.0)
+    assert found.tube is not None and found.boxes is not None
+    np.testing.assert_allclose(found.tube.times, np.arange(8, 20) / 4)
+    assert found.tube.visible.all() and found.size == (64, 48)
+    np.testing.assert_allclose(found.boxes.times, np.arange(16, 40) / 8)
+    np.testing.assert_array_equal(found.boxes.interpolated, np.arange(24) % 2 == 1)
+    centre_y = found.tube.boxes[:, 1::2].mean(axis=1)
+    np.testing.assert_allclose(centre_y, 48 * (0.2 + 0.6 * (200 * found.tube.times / 8).astype(int) / 255), atol=0.05)
+    assert found.scores["absent"] < 1e-6 and found.scores["answer"] > 0.999
+    assert found.scores["presence"] == pytest.approx(230 / 255)
+    assert set(found.timings) == {
+        "decode_video",
+        "vision_coarse",
+        "prefill",
+        "answer",
+        "decode_fine",
+        "vision_fine",
+        "spatial",
+        "total",
+    }
+    assert sum(found.timings.values()) <= 2.001 * found.timings["total"]
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_presence_corrects_the_named_span() -> None:
+    grounder = fake_grounder(script={"the car": "<1.2 seconds> to <5.2 seconds>"})
+    found = grounder.ground(clip(present=(1.75, 4.5)), "the car")
+    assert found.named_span == (1.0, 6.0) and found.span == (1.75, 4.5)
+    nowhere = grounder.ground(clip(present=(9, 9)), "the car")
+    assert nowhere.span == (1.0, 6.0) and nowhere.tube is not None and nowhere.boxes is not None
+    assert not nowhere.tube.visible.any() and not nowhere.boxes.visible.any()
+
+
+def test_the_margin_lets_the_span_grow_and_no_further() -> None:
+    grounder = fake_grounder(script={"the car": "<3.2 seconds> to <3.2 seconds>"})
+    assert grounder.ground(clip(present=(2.5, 4.75)), "the car").span == (2.5, 4.75)
+    assert grounder.ground(clip(present=(0.0, 8.0)), "the car").span == (2.0, 5.0)
+
+
+def test_an_absent_target_runs_no_spatial_pass() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    found = grounder.ground(clip(), "the cat")
+    assert not found.found and found.answer == "none" and found.scores["absent"] > 0.999
+    assert found.span is found.tube is found.boxes is found.named_span is None
+    assert found.tokens["fine"] == 0 and not grounder._sessions["spatial_decoder"].calls  # type: ignore[attr-defined]
+    forced = grounder.ground(clip(), "the cat", allow_none=False)
+    assert forced.found and forced.scores["absent"] == 0
+
+
+def test_visual_tokens_are_counted() -> None:
+    tokens = fake_grounder(script=SCRIPT).ground(clip(), "the car").tokens
+    assert tokens["coarse"] == 8 * 1 * 2  # 24 x 32 pixels at most, in cells of 16
+    assert tokens["fine"] == 20 * 3 * 4  # the named 12 frames and 4 on each side
+    assert tokens["dense"] == 32 * 3 * 4
+    assert tokens["ratio"] == pytest.approx((16 + 240) / 384)
+
+
+@pytest.mark.parametrize("kv_budget_bytes", [2**29, 3 * 768 * 40, 1])
+def test_many_queries_give_what_each_gives_alone(kv_budget_bytes: int) -> None:
+    grounder = fake_grounder(script=SCRIPT, kv_budget_bytes=kv_budget_bytes)
+    with grounder.open(clip()) as video:
+        together = video.ground_many(QUERIES)
+        for query, result in zip(QUERIES, together, strict=True):
+            same(result, video.ground(query))
+            same(result, fake_grounder(script=SCRIPT).ground(clip(), query))
+    assert [result.found for result in together[:4]] == [True, True, False, True]
+
+
+def test_many_queries_with_few_fine_frames_and_a_small_feature_budget() -> None:
+    spec = fake_spec(max_fine_frames=8)
+    grounder = fake_grounder(spec, SCRIPT, feature_budget_bytes=2000)
+    with grounder.open(clip()) as video:
+        together = video.ground_many(QUERIES)
+        calls = grounder._sessions["spatial_decoder"].calls  # type: ignore[attr-defined]
+        assert max(len(call["feature_map"]) for call in calls) <= 8
+        for query, result in zip(QUERIES, together, strict=True):
+            same(result, fake_grounder(spec, SCRIPT).ground(clip(), query))
+    assert together[0].tube is not None
+    np.testing.assert_allclose(np.diff(together[0].tube.times), 1.0)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(0, 0), (48 * 4 * 3 * 5, 5), (2**20, 20)])
+def test_fine_features_are_kept_within_their_budget(budget: int, kept: int) -> None:
+    grounder = fake_grounder(script=SCRIPT, feature_budget_bytes=budget)
+    with grounder.open(clip()) as video:
+        video.ground("the car")
+        assert len(video._features._kept) == kept  # maps of 6 x 8 patches, 3 channels, fp32
+        encoder: Any = grounder._sessions["vision_encoder"]
+        encoder.calls.clear()
+        video.ground("the car")
+        assert sum(len(call["frames"]) for call in encoder.calls) == (0 if kept == 20 else 20 - kept)
+
+
+def test_spatial_calls_are_as_few_as_their_frames_allow() -> None:
+    def query(start: int, stop: int) -> SpatialQuery:
+        indices = np.arange(start, stop)
+        return SpatialQuery(FineFrames(indices, indices / 4, 0.25), np.zeros((1, 1, 1)))
+
+    queries = [query(8, 12), query(0, 4), query(4, 8), query(12, 16), query(2, 6), query(40, 48)]
+    assert list(_batches(queries, 8)) == [[1, 4, 2], [0, 3], [5]]
+    assert [len(batch) for batch in _batches([query(0, 4)] * 35, 8)] == [16, 16, 3]
+    assert list(_batches([], 8)) == []
+
+
+def test_progress_counts_on_through_the_batches() -> None:
+    told: list[tuple[str, float, float | None]] = []
+    with fake_grounder(script=SCRIPT, kv_budget_bytes=1).open(clip()) as video:
+        video.ground_many(QUERIES, progress=lambda *values: told.append(values))
+    answered = [done for stage, done, total in told if stage == "answer" and total == len(QUERIES)]
+    assert answered == sorted(answered) and answered[-1] == len(QUERIES)
+    assert {stage for stage, _, _ in told} == {"answer", "decode_fine", "vision_fine", "spatial"}
+
+
+def test_load_opens_what_the_bundle_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = fake_grounder(script=SCRIPT)
+    asked: dict[str, Any] = {}
+
+    class FakeBundle:
+        manifest = SimpleNamespace(spec=fake.spec)
+        tokenizer_path = tmp_path / "tokenizer.json"
+
+    def open_sessions(bundle: Any, **options: Any) -> Any:
+        asked.update(options)
+        return fake._sessions
+
+    monkeypatch.setattr(Bundle, "load", lambda path: FakeBundle())
+    monkeypatch.setattr(targets, "open_sessions", open_sessions)
+    monkeypatch.setattr(Tokenizer, "from_file", lambda path: fake._chain.tokenizer)
+    with Grounder.load(tmp_path, variant="primitive", threads=2) as grounder:
+        assert grounder.ground(clip(), "the car").answer == CAR
+    assert asked == {"backend": "auto", "variant": "primitive", "threads": 2}
+
+
+def test_queries_share_the_prefix_and_the_fine_features() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    sessions: Any = grounder._sessions
+    with grounder.open(clip()) as video:
+        coarse = len(sessions["vision_encoder"].calls)
+        first = video.ground("the car")
+        encoded = len(sessions["vision_encoder"].calls)
+        assert encoded > coarse
+        same(video.ground("the car"), first)
+        assert len(sessions["vision_encoder"].calls) == encoded
+        assert {"decode_video", "prefill"} <= set(first.timings) and first.timings["total"] < 5
+    prefix = [call for call in sessions["language_model"].calls if call["visual_index"].any()]
+    assert len(prefix) == 1
+    assert all(len(call["frames"]) <= 3 for call in sessions["vision_encoder"].calls)
+
+
+def test_the_decoder_gets_the_union_of_frames_and_a_mask_a_query() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    with grounder.open(clip()) as video:
+        video.ground_many(["the car", "the cat", "the dog"])
+    (call,) = grounder._sessions["spatial_decoder"].calls  # type: ignore[attr-defined]
+    assert call["taps"].shape[:3] == (TAPS, 2, BRIDGING)
+    np.testing.assert_allclose(call["frame_times"], np.arange(24) / 4)  # 0 to 3 s for the dog, 1 to 6 s for the car
+    assert call["frame_mask"].sum(axis=1).tolist() == [12, 20]
+
+
+def test_no_queries_and_bad_queries() -> None:
+    with fake_grounder().open(clip()) as video:
+        assert video.ground_many([]) == []
+        with pytest.raises(QueryError, match="query 1 .*empty"):
+            video.ground_many(["the car", "  "])
+        with pytest.raises(QueryError, match="one string"):
+            video.ground_many("the car")
+        with pytest.raises(QueryError, match="^the query"):
+            video.ground("")
+
+
+def test_a_bad_query_is_refused_before_the_video_is_read() -> None:
+    def frames() -> Any:
+        raise AssertionError("the video was read")
+        yield
+
+    with pytest.raises(QueryError):
+        fake_grounder().ground(frames(), "")
+
+
+def test_an_image_has_one_box_at_time_zero() -> None:
+    image = clip(present=(0, 1))[0][1]
+    found = fake_grounder().ground(image, "the car", allow_none=False)
+    assert found.found and found.span == (0, 0.5) and found.answer == "<0.0 seconds> to <0.0 seconds>"
+    assert found.boxes is not None and found.boxes.times.tolist() == [0] and not found.boxes.interpolated.any()
+    assert found.tube is not None and len(found.tube) == 1
+
+
+def test_a_video_file_gives_what_its_frames_give(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", clip())
+    grounder = fake_grounder(script=SCRIPT)
+    with grounder.open(path) as video:
+        from_file = video.ground_many(QUERIES[:4])
+    for query, result in zip(QUERIES, from_file):
+        from_frames = grounder.ground(clip(), query)
+        assert (result.span, result.answer) == (from_frames.span, from_frames.answer)
+        assert result.tokens == from_frames.tokens
+        if result.tube is not None and from_frames.tube is not None:
+            np.testing.assert_allclose(result.tube.times, from_frames.tube.times)
+            np.testing.assert_allclose(result.tube.boxes[:, 1], from_frames.tube.boxes[:, 1], atol=0.5)
+
+
+def test_a_slow_stream_has_one_box_a_frame() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    found = grounder.ground(clip(fps=1, present=(2, 5)), "the car")
+    assert found.tube is not None and found.boxes is not None
+    assert found.tube.times.tolist() == [2, 3, 4] == found.boxes.times.tolist()
+    assert not found.boxes.interpolated.any()
+
+
+def test_a_thinned_stream_marks_what_was_interpolated() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    found = grounder.ground(clip(), "the car", buffer_frames=8)
+    assert found.tube is not None and found.boxes is not None
+    assert set(np.diff(found.tube.times)) == {1.0} and found.span == (2.0, 5.0)
+    assert (~found.boxes.interpolated).sum() == len(found.tube)
+
+
+def test_a_prompt_that_does_not_fit() -> None:
+    spec = fake_spec()
+    small = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=120))
+    with pytest.raises(VideoError, match="positions"):
+        fake_grounder(small).open(clip())
+    prefix = int(fake_grounder(spec).open(clip())._prefix.next_position)
+    tight = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=prefix + 160))
+    with fake_grounder(tight).open(clip()) as video:
+        video.ground("the car")
+        with pytest.raises(QueryError, match="shorter"):
+            video.ground("the car " * 20)
+
+
+STAGES = ["decode_video", "vision_coarse", "prefill", "answer", "decode_fine", "vision_fine", "spatial"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_cancelled_call_names_the_stage(stage: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", clip())
+    grounder = fake_grounder(script=SCRIPT)
+    reached: list[str] = []
+    event = threading.Event()
+
+    def progress(name: str, done: float, total: float | None) -> None:
+        reached.append(name)
+        if name == stage:
+            event.set()
+
+    with pytest.raises(Interrupted, match=f"during {stage}"):
+        grounder.ground(path, "the car", cancel=event, progress=progress)
+    assert reached[-1] == stage
+    event.clear()
+    same(grounder.ground(path, "the car"), fake_grounder(script=SCRIPT).ground(path, "the car"))
+
+
+def test_an_opened_video_survives_a_cancelled_call(tmp_path: Path) -> None:
+    with fake_grounder(script=SCRIPT).open(write_video(tmp_path / "clip.mp4", clip())) as video:
+        for calls in range(1, 400, 5):
+            left = iter(range(calls))
+            try:
+                result = video.ground("the car", cancel=lambda left=left: next(left, None) is None)
+            except Interrupted:
+                continue
+            same(result, fake_grounder(script=SCRIPT).ground(tmp_path / "clip.mp4", "the car"))
+            break
+        else:
+            raise AssertionError("the call was always interrupted")
+        assert calls > 40  # every decoded frame and every step asks
+
+
+def test_deadlines_on_every_call() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    for call in (lambda: grounder.ground(clip(), "the car", deadline_s=0), lambda: grounder.open(clip(), deadline_s=0)):
+        with pytest.raises(Interrupted, match="decode_video"):
+            call()
+    with grounder.open(clip()) as video:
+        with pytest.raises(Interrupted, match="answer"):
+            video.ground_many(["the car"], deadline_s=0)
+
+
+def test_closed_things_say_so() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    video, other = grounder.open(clip()), grounder.open(clip())
+    video.close()
+    video.close()
+    with pytest.raises(VideoError, match="closed"):
+        video.ground("the car")
+    grounder.close()
+    grounder.close()
+    for call in (
+        lambda: grounder.ground(clip(), "the car"),
+        lambda: grounder.open(clip()),
+        lambda: other.ground("the car"),
+    ):
+        with pytest.raises(EngineError, match="closed"):
+            call()
+    other.close()
+    assert all(session.closed for session in grounder._sessions.values())  # type: ignore[attr-defined]
+
+
+def test_closing_waits_for_the_call_under_way() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    spatial: Any = grounder._sessions["spatial_decoder"]
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(feeds: Any) -> None:
+        inside.set()
+        assert go_on.wait(5)
+
+    spatial.before = wait
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(grounder.ground, clip(), "the car")
+        assert inside.wait(5)
+        grounder.close()
+        assert not spatial.closed
+        go_on.set()
+        assert running.result(5).found
+    assert spatial.closed
+
+
+def test_many_threads_on_one_video_and_one_grounder(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", clip())
+    alone = {query: fake_grounder(script=SCRIPT).ground(path, query) for query in QUERIES}
+    grounder = fake_grounder(script=SCRIPT, feature_budget_bytes=4000)
+    encoder: Any = grounder._sessions["vision_encoder"]
+    encoder.before = lambda feeds: time.sleep(0.001)
+    with grounder.open(path) as video, ThreadPoolExecutor(6) as threads:
+        tasks = [(query, threads.submit(video.ground, query)) for query in QUERIES * 3]
+        tasks += [(query, threads.submit(grounder.ground, path, query)) for query in QUERIES]
+        for query, task in tasks:
+            same(task.result(30), alone[query])
+
+
+def test_outputs_that_are_not_finite_are_engine_errors() -> None:
+    for name, output in (
+        ("spatial_decoder", "boxes"),
+        ("vision_encoder", "feature_map"),
+        ("spatial_decoder", "presence"),
+    ):
+        grounder = fake_grounder(script=SCRIPT)
+        session: Any = grounder._sessions[name]
+        run = session.run
+
+        def broken(feeds: Any, cache: Any, run: Any = run, output: str = output) -> Any:
+            outputs = run(feeds, cache)
+            return {**outputs, output: np.full_like(outputs[output], np.nan)}
+
+        session.run = broken
+        with pytest.raises(EngineError, match=name):
+            grounder.ground(clip(), "the car")
+
+
+def test_a_missing_session_is_named() -> None:
+    with pytest.raises(EngineError, match="vision_encoder"):
+        Grounder({}, fake_spec(), None)  # type: ignore[arg-type]
+
+
+def test_importing_the_runtime_loads_nothing_heavy() -> None:
+    root = Path(__file__).parents[2]
+    code = (
+        "import sys, time, bridge_stg; bridge_stg.__path__.append(sys.argv[1]); began = time.perf_counter();"
+        "import bridge_stg.runtime; took = time.perf_counter() - began; assert took < 0.3, took;"
+        "from bridge_stg.runtime import Grounder, Grounding, Tube, BridgeError;"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'av', 'PIL', 'tokenizers'} & set(sys.modules);"
+        "assert not heavy, heavy; assert 'Grounder' in dir(bridge_stg.runtime)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(root)], cwd=root, check=True)
+    with pytest.raises(ImportError):
+        from bridge_stg.runtime import Nothing  # type: ignore[attr-defined]  # noqa: F401
