@@ -1,0 +1,191 @@
+"""The model's configuration: every number that the paper leaves open is a field here.
+
+Stored as `config.json` in the checkpoint folder. The sections `frames`, `prompt` and `span` are the runtime's own
+dataclasses; `chain_spec` derives the rest of what the runtime must know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.spec import (
+    ChainSpec,
+    FramesSpec,
+    LanguageSpec,
+    PromptSpec,
+    SpanSpec,
+    VisionSpec,
+    from_dict,
+)
+
+MODEL_TYPE = "bridge_stg"
+FAMILIES = ("qwen3_vl",)
+
+
+@dataclass(frozen=True)
+class BridgingConfig:
+    """STSB: learned queries that follow the answer, and the decoder layers that their states are tapped from."""
+
+    num_queries: int = 8
+    tapped_layers: tuple[int, ...] = ()
+    """Indices of LLM decoder layers; empty: the last layer of each third."""
+
+
+@dataclass(frozen=True)
+class SpatialDecoderConfig:
+    """QGSL: sizes as in TubeDETR (arXiv 2203.16434) and CG-STVG (arXiv 2401.01578) unless a checkpoint says otherwise."""
+
+    width: int = 256
+    num_layers: int = 6
+    num_heads: int = 8
+    ffn_width: int = 2048
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the training losses; l1 and giou as in DETR (arXiv 2005.12872)."""
+
+    language: float = 1.0
+    l1: float = 5.0
+    giou: float = 2.0
+    presence: float = 1.0
+    heat: float = 1.0
+    contrastive: float = 0.1
+    contrastive_temperature: float = 0.07
+    auxiliary: float = 1.0
+    """Scale of the demo's losses on the LLM's hidden states (what is present, enters, leaves, moves)."""
+
+
+@dataclass(frozen=True)
+class BridgeSTGConfig:
+    """Configuration of a Bridge-STG checkpoint."""
+
+    backbone: Mapping[str, Any]
+    """The backbone's own Hugging Face config, as a dict; its `model_type` names the family."""
+    bridging: BridgingConfig = field(default_factory=BridgingConfig)
+    spatial_decoder: SpatialDecoderConfig = field(default_factory=SpatialDecoderConfig)
+    frames: FramesSpec = field(default_factory=FramesSpec)
+    prompt: PromptSpec = field(default_factory=PromptSpec)
+    span: SpanSpec = field(default_factory=SpanSpec)
+    losses: LossConfig = field(default_factory=LossConfig)
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @property
+    def tapped_layers(self) -> tuple[int, ...]:
+        """Indices of the tapped LLM layers, in order."""
+        depth = int(self.backbone["text_config"]["num_hidden_layers"])
+        return tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
+
+    def backbone_config(self) -> Any:
+        """Return transformers' config object of the backbone.
+
+        Raises:
+            CheckpointError: the family is not supported.
+        """
+        from transformers import Qwen3VLConfig
+
+        family = self.backbone.get("model_type")
+        if family not in FAMILIES:
+            raise CheckpointError(
+                f"config.json: the backbone's model_type is {family!r}; supported: {', '.join(FAMILIES)}"
+            )
+        values = {k: v for k, v in self.backbone.items() if k != "model_type"}
+        return Qwen3VLConfig(**values)
+
+    def chain_spec(self) -> ChainSpec:
+        """Derive what the runtime must know: geometry of the graphs and the rules around them."""
+        text, vision = self.backbone["text_config"], self.backbone["vision_config"]
+        heads = int(text["num_attention_heads"])
+        return ChainSpec(
+            vision=VisionSpec(
+                family=self.backbone["model_type"],
+                patch_size=vision["patch_size"],
+                merge_size=vision["spatial_merge_size"],
+                temporal_patch_size=vision["temporal_patch_size"],
+                hidden_size=vision["hidden_size"],
+                head_dim=vision["hidden_size"] // vision["num_heads"],
+                deepstack_levels=len(vision["deepstack_visual_indexes"]),
+                position_grid=round(vision["num_position_embeddings"] ** 0.5),
+                rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)),
+                image_mean=self.image_mean,
+                image_std=self.image_std,
+            ),
+            language=LanguageSpec(
+                hidden_size=text["hidden_size"],
+                num_layers=text["num_hidden_layers"],
+                kv_heads=text.get("num_key_value_heads") or heads,
+                head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+                vocab_size=text["vocab_size"],
+                max_positions=text["max_position_embeddings"],
+                num_bridging_queries=self.bridging.num_queries,
+                tapped_layers=self.tapped_layers,
+            ),
+            frames=self.frames,
+            prompt=self.prompt,
+            span=self.span,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self), "backbone": dict(self.backbone)}
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` into `folder`."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> BridgeSTGConfig:
+        """Read JSON values.
+
+        Raises:
+            CheckpointError: not a Bridge-STG config, or a field is unknown, missing or of a wrong kind.
+        """
+        values = dict(values)
+        model_type = values.pop("model_type", None)
+        if model_type != MODEL_TYPE:
+            raise CheckpointError(f"{where}: model_type is {model_type!r}, expected {MODEL_TYPE!r}")
+        sections = {
+            "bridging": BridgingConfig, "spatial_decoder": SpatialDecoderConfig, "frames": FramesSpec,
+            "prompt": PromptSpec, "span": SpanSpec, "losses": LossConfig,
+        }  # fmt: skip
+        try:
+            for name, kind in sections.items():
+                if name in values:
+                    values[name] = from_dict(kind, values[name], f"{where}: {name}")
+            config = from_dict(cls, values, where)
+            config.chain_spec()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(f"{detail if where in detail else f'{where}: {detail}'}") from error
+        depth = int(config.backbone["text_config"]["num_hidden_layers"])
+        if any(not 0 <= layer < depth for layer in config.tapped_layers):
+            raise CheckpointError(
+                f"{where}: bridging.tapped_layers is {list(config.tapped_layers)}, but the LLM has layers 0 … {depth - 1}"
+            )
+        return config
+
+    @classmethod
+    def load(cls, folder: Path) -> BridgeSTGConfig:
+        """Read `config.json` of a checkpoint folder.
+
+        Raises:
+            CheckpointError: the file is missing, not JSON, or does not describe a Bridge-STG model.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file; a checkpoint is a folder with a config.json") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+        return cls.from_dict(values, str(path))
