@@ -1,0 +1,178 @@
+"""Batches for the demo's grounding stage: clips, three questions each, their answers and labels. No torch modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge_stg.runtime.grammar import AnswerGrammar
+from bridge_stg.runtime.prompt import Segment, Tokenizer, query_segment, time_strings, video_segment
+from bridge_stg.runtime.sizes import smart_size
+from bridge_stg.runtime.spans import groups_of_span
+from bridge_stg.runtime.spec import ChainSpec
+from bridge_stg.synthetic import COLOUR_NAMES, FRAME_SIZES, NAMES, Question, Scene, ask, make_scene
+
+LOOKS = len(NAMES) * len(COLOUR_NAMES)
+QUERIES_PER_CLIP = 3
+NEAR_AN_END = 5
+"""Fine frames of a clip that lie side by side around an end of a span; the rest are spread."""
+
+
+@dataclass(frozen=True)
+class GroundingBatch:
+    """V clips with B questions each, all of one size and length. Rows of text are V·B, right-padded."""
+
+    frames: Tensor  # uint8 [V, G, P, height, width, 3]
+    fine: Tensor  # uint8 [V, F, height, width, 3]
+    fine_times: Tensor  # float32 [V, F]
+    prefix: Segment
+    input_ids: Tensor  # int64 [V·B, L]: query, answer, bridging queries
+    length: Tensor  # int64 [V·B], without padding
+    target: Tensor  # int64 [V·B, L], the id that follows each position; −100 where the grammar leaves no choice
+    pointer: Tensor  # int64 [V·B, L], the group that the position must name; −1: none
+    span: Tensor  # int64 [V·B, 2], groups; −1: absent
+    boxes: Tensor  # float32 [V, B, F, 4]
+    positive: Tensor  # bool [V, B, F]
+    mask: Tensor  # bool [V, B, F]
+    looks: Tensor  # float32 [V, G, LOOKS], what is in each group
+    moving: Tensor  # float32 [V, G, LOOKS, 4]
+    time_digits: Tensor  # int64 [G, 2]: whole seconds, first decimal
+
+
+class BatchMaker:
+    """Makes batch number `step`; picklable, so that a worker process can hold it."""
+
+    def __init__(self, spec: ChainSpec, tokenizer: Path, seed: int, *, clips: int = 8, fine_frames: int = 8) -> None:
+        self.spec, self.tokenizer_path, self.seed = spec, tokenizer, seed
+        self.clips, self.fine_frames = clips, fine_frames
+
+    def __call__(self, step: int) -> GroundingBatch:
+        """Return the batch; every eighth holds single images."""
+        rng = np.random.default_rng((self.seed, 2, step))
+        still = step % 8 == 7
+        source = FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
+        groups = 1 if still else int(rng.integers(6, 13))
+        period = self.spec.vision.temporal_patch_size
+        gap = float(rng.choice([1, 0.5, 2], p=[0.8, 0.1, 0.1])) / self.spec.frames.coarse_fps
+        samples = np.zeros((1, period)) if still else (np.arange(groups * period) * gap).reshape(groups, period)
+        duration = groups * period * gap
+        clips = self.clips * 3 if still else self.clips
+        scenes = [make_scene(rng, still=still, size=source, duration=duration) for _ in range(clips)]
+        return self._batch(rng, scenes, samples, still, source)
+
+    def _batch(
+        self, rng: np.random.Generator, scenes: list[Scene], samples: np.ndarray, still: bool, source: tuple[int, int]
+    ) -> GroundingBatch:
+        tokenizer = Tokenizer.from_file(self.tokenizer_path)
+        rules, vision = self.spec.frames, self.spec.vision
+        factor = vision.patch_size * vision.merge_size
+        height, width = smart_size(source[1], source[0], factor=factor, min_pixels=rules.coarse_min_pixels,
+                                   max_pixels=rules.coarse_max_pixels)  # fmt: skip
+        fine_h, fine_w = smart_size(source[1], source[0], factor=factor, min_pixels=rules.fine_min_pixels,
+                                    max_pixels=rules.fine_max_pixels)  # fmt: skip
+        times = samples.mean(1)
+        strings = time_strings(times, self.spec.prompt)
+        prefix = video_segment(tokenizer, self.spec, times, (height // factor, width // factor))
+        grammar = AnswerGrammar(tokenizer, self.spec.prompt, strings)
+        count = 1 if still else self.fine_frames
+        frames, fine, fine_times, rows, spans = [], [], [], [], []
+        shape = (len(scenes), QUERIES_PER_CLIP, count)
+        boxes, positive, mask = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool), np.ones(shape, bool)
+        looks = np.zeros((len(scenes), len(times), LOOKS), np.float32)
+        moving = np.zeros((*looks.shape, 4), np.float32)
+        for v, scene in enumerate(scenes):
+            frames.append(scene.render(samples.ravel(), width, height).reshape(*samples.shape, height, width, 3))
+            questions = three_questions(rng, scene)
+            at = np.zeros(1) if still else self._fine_times(rng, scene, questions)
+            fine.append(scene.render(at, fine_w, fine_h))
+            fine_times.append(at)
+            for thing in scene.things:
+                look = thing.name * len(COLOUR_NAMES) + thing.colour
+                there = thing.visible(samples.ravel()).reshape(samples.shape).any(1)
+                looks[v, there, look] = 1
+                if thing.direction is not None:
+                    moving[v, there, look, thing.direction] = 1
+            for b, question in enumerate(questions):
+                span = None
+                if question.thing is not None:
+                    thing = scene.things[question.thing]
+                    span = groups_of_span(thing.start, thing.end, samples)
+                    boxes[v, b], positive[v, b] = thing.boxes(at), thing.visible(at)
+                    near = (at > thing.start - rng.uniform(0.3, 1.2)) & (at < thing.end + rng.uniform(0.3, 1.2))
+                    if rng.random() < 0.5 and near.any():
+                        mask[v, b] = near
+                spans.append(span)
+                query = query_segment(tokenizer, self.spec, question.text, prefix.next_position)
+                rows.append(answer_row(query.input_ids, grammar, span, self.spec))
+        ids, target, pointer, length = pad_rows(rows)
+        return GroundingBatch(
+            frames=torch.from_numpy(np.stack(frames)),
+            fine=torch.from_numpy(np.stack(fine)),
+            fine_times=torch.from_numpy(np.stack(fine_times).astype(np.float32)),
+            prefix=prefix,
+            input_ids=ids, length=length, target=target, pointer=pointer,
+            span=torch.tensor([span or (-1, -1) for span in spans]),
+            boxes=torch.from_numpy(boxes), positive=torch.from_numpy(positive), mask=torch.from_numpy(mask),
+            looks=torch.from_numpy(looks), moving=torch.from_numpy(moving),
+            time_digits=torch.tensor([[int(t), int(f"{t:.1f}"[-1])] for t in times]),
+        )  # fmt: skip
+
+    def _fine_times(self, rng: np.random.Generator, scene: Scene, questions: list[Question]) -> np.ndarray:
+        """Return sorted times on the fine grid: a run around one end of a span, the rest spread over and beyond it."""
+        rate = self.spec.frames.fine_fps
+        last = round(scene.duration * rate) - 1
+        asked = [q.thing for q in questions if q.thing is not None]
+        thing = scene.things[int(rng.choice(asked)) if asked else 0]
+        end = thing.start if rng.random() < 0.5 else thing.end
+        first = int(np.clip(round(end * rate) - rng.integers(1, NEAR_AN_END), 0, last - NEAR_AN_END))
+        chosen = set(range(first, first + NEAR_AN_END))
+        low, high = max(0, round((thing.start - 1) * rate)), min(last, round((thing.end + 1) * rate))
+        while len(chosen) < self.fine_frames:
+            inside = rng.random() < 0.8
+            chosen.add(int(rng.integers(low, high + 1)) if inside and high > low else int(rng.integers(0, last + 1)))
+        return np.asarray(sorted(chosen)) / rate
+
+
+def three_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
+    """Return exactly QUERIES_PER_CLIP questions, asking again in other words where a scene has too few things."""
+    questions: list[Question] = []
+    while len(questions) < QUERIES_PER_CLIP:
+        questions += ask(rng, scene)
+    return questions[:QUERIES_PER_CLIP]
+
+
+def answer_row(
+    query_ids: np.ndarray, grammar: AnswerGrammar, span: tuple[int, int] | None, spec: ChainSpec
+) -> tuple[list[int], list[int], list[int]]:
+    """Return ids, targets and pointers of one row: the query, the answer as training writes it, the bridging ids."""
+    state = grammar.start()
+    answer = grammar.answer_ids(span)
+    choice = []
+    while not state.done:
+        choice += [False] * len(state.forced())
+        if not state.done:
+            state.choose(answer[len(state.ids)])
+            choice.append(True)
+    ids = [*map(int, query_ids), *answer, *spec.language.bridging_ids]
+    target, pointer = [-100] * len(ids), [-1] * len(ids)
+    half = len(grammar.time_ids[span[0]]) if span else 0
+    for i, is_choice in enumerate(choice):
+        before = len(query_ids) + i - 1
+        if is_choice:
+            target[before] = answer[i]
+        if span and (is_choice or i in (1, half + len(grammar.between) + 1)):
+            pointer[before] = span[0] if i < half else span[1]
+    return ids, target, pointer
+
+
+def pad_rows(rows: list[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ids, targets, pointers [n, L] right-padded, and lengths [n]."""
+    longest = max(len(ids) for ids, _, _ in rows)
+    filled = [
+        torch.tensor([row[k] + [fill] * (longest - len(row[k])) for row in rows]) for k, fill in ((0, 0), (1, -100), (2, -1))
+    ]
+    return filled[0], filled[1], filled[2], torch.tensor([len(ids) for ids, _, _ in rows])

@@ -1,0 +1,150 @@
+"""A resumable training loop: steps, learning rate, checkpoints and a log. Knows nothing of what is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from bridge_stg.runtime.errors import CheckpointError
+
+CHECKPOINT_SECONDS = 300.0
+LOG_EVERY = 50
+
+
+class BatchesByStep(Dataset):
+    """Batch number `step` follows from the seed and the step alone, so that a resumed run sees the same data."""
+
+    def __init__(self, make: Callable[[int], Any], first: int, total: int) -> None:
+        self.make, self.first, self.total = make, first, total
+
+    def __len__(self) -> int:
+        return self.total - self.first
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(self.first + index)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
+    """Return the rate at `step`: linear warm-up, then a cosine to 3 % of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+    return peak * min(1.0, (step + 1) / warmup) * (0.97 * cosine + 0.03)
+
+
+def run_stage(
+    name: str,
+    model: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    loss: Callable[[Any, int], tuple[Tensor, dict[str, float]]],
+    make_batch: Callable[[int], Any],
+    *,
+    folder: Path,
+    total_steps: int,
+    peak_rate: float,
+    warmup: int = 200,
+    resume: bool = True,
+    workers: int = 1,
+    every: Callable[[int], dict[str, float]] | None = None,
+) -> None:
+    """Train `model` for `total_steps`, saving to `folder/<name>.safetensors` at least every five minutes.
+
+    Args:
+        name: the stage, used for file names and in the log.
+        model: what is saved.
+        groups: AdamW parameter groups; `scale` multiplies the rate of a group.
+        loss: takes (batch, step), returns the loss and figures to log.
+        make_batch: takes a step, returns its batch; runs in a worker process.
+        folder: where state and `log.jsonl` go.
+        total_steps: steps of the whole stage, resumed ones included.
+        peak_rate: largest learning rate.
+        warmup: steps of linear warm-up.
+        resume: go on from the saved state if there is one.
+        workers: data processes; 0 makes batches in this process.
+        every: called at each checkpoint with the step; returns figures to log.
+    """
+    scales = [group.pop("scale", 1.0) for group in groups]
+    optimizer = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    path = folder / f"{name}.safetensors"
+    first, seconds = load_state(path, model, optimizer) if resume and path.exists() else (0, 0.0)
+    loader: Iterable[Any] = DataLoader(
+        BatchesByStep(make_batch, first, total_steps), batch_size=None, num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+    started, saved, sums = time.monotonic() - seconds, time.monotonic(), []
+    progress = tqdm(loader, name, total=total_steps, initial=first, unit="step", mininterval=5)
+    for step, batch in enumerate(progress, first):
+        for group, scale in zip(optimizer.param_groups, scales):
+            group["lr"] = scale * learning_rate(step, total_steps, peak_rate, warmup)
+        value, figures = loss(batch, step)
+        if not torch.isfinite(value):
+            raise CheckpointError(f"stage {name}: the loss is {float(value)} at step {step}; {path} holds an earlier state")
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        sums.append(figures)
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == total_steps:
+            mean = {key: sum(f[key] for f in sums if key in f) / max(sum(key in f for f in sums), 1)
+                    for key in dict.fromkeys(k for f in sums for k in f)}  # fmt: skip
+            log(folder, stage=name, step=done, seconds=round(time.monotonic() - started), **mean)
+            sums = []
+        if done == total_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if every is not None:
+                log(folder, stage=name, step=done, **every(done))
+            save_state(path, model, optimizer, done, time.monotonic() - started)
+            saved = time.monotonic()
+
+
+def log(folder: Path, **figures: Any) -> None:
+    """Append one line of figures to `folder/log.jsonl`."""
+    rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(rounded) + "\n")
+
+
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+    """Write model, optimizer moments and step, by rename, so that a kill leaves the last state whole."""
+    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in state.items()}
+    partial = path.with_suffix(".partial")
+    save_file(_without_sharing(tensors), partial, {"step": str(step), "seconds": str(seconds)})
+    os.replace(partial, path)
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[int, float]:
+    """Read what `save_state` wrote, and return (step, seconds)."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+        weights = {k[6:]: file.get_tensor(k) for k in file.keys() if k.startswith("model.")}
+        for key in file.keys():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = {k for k in missing if k.endswith("lm_head.weight")}
+    if set(missing) - tied or unexpected:
+        raise CheckpointError(f"{path}: does not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]})")
+    if optimizer is not None:
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(meta["step"]), float(meta["seconds"])
+
+
+def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop tied duplicates: safetensors stores no shared memory."""
+    seen: dict[int, str] = {}
+    return {k: v for k, v in tensors.items() if v.numel() == 0 or seen.setdefault(v.data_ptr(), k) == k}
