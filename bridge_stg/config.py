@@ -83,6 +83,12 @@ class BridgeSTGConfig:
         depth = int(self.backbone["text_config"]["num_hidden_layers"])
         return tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
 
+    def check_family(self) -> None:
+        """Raise CheckpointError if the backbone's architecture is not supported."""
+        family = self.backbone.get("model_type")
+        if family not in FAMILIES:
+            raise CheckpointError(f"the backbone's model_type is {family!r}; supported: {', '.join(FAMILIES)}")
+
     def backbone_config(self) -> Any:
         """Return transformers' config object of the backbone.
 
@@ -91,11 +97,7 @@ class BridgeSTGConfig:
         """
         from transformers import Qwen3VLConfig
 
-        family = self.backbone.get("model_type")
-        if family not in FAMILIES:
-            raise CheckpointError(
-                f"config.json: the backbone's model_type is {family!r}; supported: {', '.join(FAMILIES)}"
-            )
+        self.check_family()
         values = {k: v for k, v in self.backbone.items() if k != "model_type"}
         return Qwen3VLConfig(**values)
 
@@ -161,8 +163,9 @@ class BridgeSTGConfig:
                 if name in values:
                     values[name] = from_dict(kind, values[name], f"{where}: {name}")
             config = from_dict(cls, values, where)
+            config.check_family()
             config.chain_spec()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{detail if where in detail else f'{where}: {detail}'}") from error
         depth = int(config.backbone["text_config"]["num_hidden_layers"])

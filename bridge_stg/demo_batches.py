@@ -85,7 +85,8 @@ class BatchMaker:
         looks = np.zeros((len(scenes), len(times), LOOKS), np.float32)
         moving = np.zeros((*looks.shape, 4), np.float32)
         for v, scene in enumerate(scenes):
-            frames.append(scene.render(samples.ravel(), width, height).reshape(*samples.shape, height, width, 3))
+            shown = scene.render(samples[:, :1].ravel() if still else samples.ravel(), width, height)
+            frames.append(np.broadcast_to(shown.reshape(len(samples), -1, height, width, 3), (*samples.shape, height, width, 3)))
             questions = three_questions(rng, scene)
             at = np.zeros(1) if still else self._fine_times(rng, scene, questions)
             fine.append(scene.render(at, fine_w, fine_h))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-VISION_STEPS, GROUNDING_STEPS = 1350, 2600
-EVALUATION_CLIPS = 24
+VISION_STEPS, GROUNDING_STEPS = 1350, 2000
+EVALUATION_CLIPS = 10
 
 
 def train_demo(

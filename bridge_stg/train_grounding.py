@@ -21,7 +21,7 @@ from bridge_stg.train_vision import position_tensors
 from bridge_stg.vision import rms_normalize
 
 SEEN_LAYER, CHANGED_LAYER, POINTER_LAYER = 1, 2, 3
-MAX_SECONDS = 16
+MAX_SECONDS = 32
 
 
 class AuxiliaryHeads(nn.Module):

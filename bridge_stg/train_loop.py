@@ -89,7 +89,7 @@ def run_stage(
             group["lr"] = scale * learning_rate(step, total_steps, peak_rate, warmup)
         value, figures = loss(batch, step)
         if not torch.isfinite(value):
-            raise CheckpointError(f"stage {name}: the loss is {float(value)} at step {step}; {path} holds an earlier state")
+            raise CheckpointError(f"stage {name}: the loss is {value.item()} at step {step}; {path} holds an earlier state")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
