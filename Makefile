@@ -1,0 +1,53 @@
+# make test | demo | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := build/demo
+CLIP ?= $(firstword $(sort $(wildcard assets/demo/clips/*.mp4)))
+QUERY ?= $(shell cat $(CLIP:.mp4=.txt) 2>/dev/null)
+
+.PHONY: help test demo lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make test    install into $(VENV) and run the tests (PYTEST_ARGS=... is passed on)"
+	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove $(VENV), build/ and caches"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(INSTALLED)
+	@test -n "$(CLIP)" || { echo "make demo: there is no clip in assets/demo/clips; name one: CLIP=video.mp4 QUERY='...'" >&2; exit 2; }
+	@test -n "$(QUERY)" || { echo "make demo: no query; name one: make demo QUERY='the red car'" >&2; exit 2; }
+	@mkdir -p $(DEMO)
+	$(BIN)/python cli.py export assets/demo/checkpoint --out $(DEMO)/bundle --overwrite
+	$(BIN)/python cli.py infer "$(CLIP)" "$(QUERY)" --bundle $(DEMO)/bundle \
+	    --json $(DEMO)/result.json --annotate $(DEMO)/annotated.mp4 --sheet $(DEMO)/sheet.png
+
+# mypy cannot see through the mapping of folders in pyproject.toml, so it gets them laid out as the wheel has them.
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/types && mkdir -p build/types && cp -R bridge_stg build/types/
+	@cp -R runtime export calibration evaluation build/types/bridge_stg/
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p bridge_stg
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is made last: an installation that was interrupted starts again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found. Install Python 3.11 with venv (Debian and Ubuntu: apt install python3.11 python3.11-venv) or name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11, which training and export need. Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv module. Install it (Debian and Ubuntu: apt install python3.11-venv)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

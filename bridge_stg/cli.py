@@ -1,0 +1,262 @@
+"""The command line. Each command is a few lines that call the function that programs call too.
+
+Errors are answered in one place, `run`: a `BridgeError`, a missing package or a file that cannot be opened is one
+paragraph on stderr and exit code 2, without a traceback. Heavy imports stay inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+import bridge_stg
+from bridge_stg.runtime.errors import BridgeError, BundleError
+
+VARIANTS = ("standard", "primitive")
+EXTRAS = {  # the import name of a package and the extra that brings it
+    "onnxruntime": "[cpu]", "torch": "[export]", "transformers": "[export]", "onnx": "[export]", "onnx_ir": "[export]",
+    "onnxscript": "[export]", "safetensors": "[export]", "skimage": "[train]", "tensorrt": "[tensorrt]",
+    "tensorrt_rtx_bindings": "[rtx]", "numpy": "", "av": "", "PIL": "", "tokenizers": "", "tqdm": "",
+}  # fmt: skip
+
+
+class OutputFile(click.ParamType):
+    """A file to write: its suffix and folder are checked before any work is done."""
+
+    name = "file"
+
+    def __init__(self, *suffixes: str) -> None:
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        if path.suffix.lower() not in self.suffixes:
+            self.fail(f"{value!r} should end in {' or '.join(self.suffixes)}.", param, ctx)
+        if path.is_dir():
+            self.fail(f"{value!r} is a folder; expected the name of a file.", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"{value!r}: the folder {str(path.parent)!r} does not exist. Make it first.", param, ctx)
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            self.fail(f"{value!r}: the folder {str(path.parent)!r} is not writable.", param, ctx)
+        return path
+
+
+class StageProgress:
+    """A progress bar on stderr for each stage that takes over a second; nothing where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self.stage: str | None = None
+        self.bar: Any = None
+
+    def __call__(self, stage: str, done: float, total: float | None = None) -> None:
+        from tqdm import tqdm
+
+        if stage != self.stage:
+            self.close()
+            self.stage = stage
+            form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}" if total else "{desc}: {n:.0f} {elapsed}"
+            self.bar = tqdm(desc=stage, total=total, delay=1, leave=False, disable=None, bar_format=form)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def stage_line(stage: object, *_: object) -> None:
+    """Report a stage of an export: one line each."""
+    click.echo(f"  {stage}", err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(bridge_stg.__version__, prog_name="bridge-stg")
+def app() -> None:
+    """Find when and where a sentence happens in a video, and bring trained checkpoints to the edge."""
+
+
+@app.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle: a folder to be made.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
+@click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), help="Both by default; repeatable.")
+def export(checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ...]) -> None:
+    """Turn a CHECKPOINT folder into a checked bundle that runs without torch."""
+    if out.exists() and not overwrite:
+        raise BundleError(f"{out} is there already. Give --overwrite to replace it, or another --out.")
+    from bridge_stg.export.onnx_export import export_bundle
+
+    made = export_bundle(checkpoint, out, variants=variants or VARIANTS, overwrite=overwrite, progress=stage_line)
+    click.echo(f"{made} is complete.")
+
+
+@app.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def inspect(bundle: Path) -> None:
+    """Show what is in a BUNDLE: model, graphs, variants, tensors."""
+    from bridge_stg.runtime.bundle import Bundle
+    from bridge_stg.tables import bundle_table
+
+    click.echo(bundle_table(Bundle.load(bundle)))
+
+
+@app.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
+@click.option("--variant", help="Only this variant; by default every one that runs here.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+def verify(bundle: Path, backend: str, variant: str | None, threads: int | None) -> None:
+    """Hash every file of a BUNDLE and replay its golden cases on this machine."""
+    from bridge_stg.runtime.verify import verify_bundle
+
+    verify_bundle(bundle, backend=backend, variant=variant, threads=threads, report=click.echo)
+
+
+@app.command()
+@click.argument("video")
+@click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
+@click.option("--bundle", type=click.Path(path_type=Path), help="Default: the demo bundle, exported if need be.")
+@click.option("--json", "json_file", type=OutputFile(".json"), help="Write the results, one box a video frame.")
+@click.option(
+    "--annotate",
+    type=OutputFile(".mp4", ".png", ".jpg"),
+    help="Write the video (H.264) or image with box and query drawn.",
+)
+@click.option("--sheet", type=OutputFile(".png"), help="Write a contact sheet of the span, with a timeline.")
+@click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this video` is a possible answer.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+@click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
+@click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
+@click.option("--deadline", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Give up after that.")
+def infer(
+    video: str,
+    queries: tuple[str, ...],
+    bundle: Path | None,
+    json_file: Path | None,
+    annotate: Path | None,
+    sheet: Path | None,
+    allow_none: bool,
+    threads: int | None,
+    backend: str,
+    variant: str | None,
+    deadline: float | None,
+) -> None:
+    """Find QUERY in VIDEO (or in an image): the time span, and a box in every frame of it.
+
+    Several queries share the work on the video.
+    """
+    if (annotate or sheet) and len(queries) > 1:
+        raise click.UsageError("--annotate and --sheet draw one query; run once a query to draw several.")
+    for output in (json_file, annotate, sheet):
+        if output is not None and output.exists() and Path(video).exists() and output.samefile(video):
+            raise click.UsageError(f"{output} is the video itself; give another name for the output.")
+    from bridge_stg.demo_bundle import demo_bundle
+    from bridge_stg.runtime import Grounder
+    from bridge_stg.tables import grounding_table
+
+    began = time.monotonic()
+    path = bundle if bundle is not None else demo_bundle(progress=stage_line)
+    with (
+        StageProgress() as progress,
+        Grounder.load(path, backend=backend, variant=variant, threads=threads) as grounder,
+    ):
+        with grounder.open(video, deadline_s=deadline, progress=progress) as opened:
+            left = None if deadline is None else max(0.0, deadline - (time.monotonic() - began))
+            results = opened.ground_many(list(queries), allow_none=allow_none, deadline_s=left, progress=progress)
+        if json_file:
+            from bridge_stg.runtime.atomic import replacing
+
+            document = {"video": video, "results": [result.to_json() for result in results]}
+            with replacing(json_file) as temporary:
+                temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if annotate or sheet:
+            from bridge_stg.runtime import draw
+
+            if annotate:
+                draw.annotate(video, results[0], annotate, progress=progress)
+            if sheet:
+                draw.contact_sheet(video, results[0], sheet)
+    click.echo("\n\n".join(grounding_table(result) for result in results))
+    for written in filter(None, (json_file, annotate, sheet)):
+        click.echo(f"wrote {written}")
+
+
+@app.command("train-demo")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build/demo/checkpoint"), show_default=True)
+@click.option("--vision-steps", type=click.IntRange(min=1), help="Of the first stage; by default the recipe's.")
+@click.option("--grounding-steps", type=click.IntRange(min=1), help="Of the second stage; by default the recipe's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--resume/--no-resume", default=True, help="Whether to go on from the last state beside --out.")
+def train_demo_command(
+    out: Path, vision_steps: int | None, grounding_steps: int | None, seed: int, resume: bool
+) -> None:
+    """Train the demo checkpoint from scratch on synthetic clips."""
+    from bridge_stg.train import train_demo
+
+    asked = {"vision_steps": vision_steps, "grounding_steps": grounding_steps}
+    steps = {name: count for name, count in asked.items() if count is not None}
+    click.echo(f"{train_demo(out, seed=seed, resume=resume, **steps)} holds the checkpoint.")
+
+
+@app.command("evaluate-demo")
+@click.option("--out", type=OutputFile(".json"), default=Path("assets/demo/figures.json"), show_default=True)
+@click.option("--clips", type=click.IntRange(min=1), default=200, show_default=True, help="How many held-out clips.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="What to measure; by default the demo bundle.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Measure this checkpoint in eager torch instead.")
+@click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
+def evaluate_demo_command(
+    out: Path, clips: int, bundle: Path | None, checkpoint: Path | None, variant: str | None
+) -> None:
+    """Measure the demo model on held-out clips, with controls."""
+    from bridge_stg.figures import evaluate_demo
+
+    click.echo(evaluate_demo(out, clips=clips, bundle=bundle, checkpoint=checkpoint, variant=variant))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for an error that a person can mend, 130 if interrupted."""
+    try:
+        code = app.main(args=arguments, prog_name="bridge-stg", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BridgeError as error:
+        return complain(str(error))
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise  # a fault of ours, not a missing package
+        return complain(f'This needs the package {package}. Install it: pip install "bridge-stg{EXTRAS[package]}"')
+    except BrokenPipeError:  # the reader of our output went away, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return complain(f"{error.filename or 'A file'}: {error.strerror or error}")
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; nothing was left half-written.", err=True)
+        return 130
+
+
+def complain(message: str) -> int:
+    """Write one paragraph to stderr and return the exit code. It is one line, so that commands in it can be copied."""
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run())

@@ -1,0 +1,15 @@
+"""Run the command line from a checkout, installed or not: `python cli.py infer video.mp4 "the red car"`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bridge_stg
+
+# In a checkout the folders runtime/, export/ … lie beside bridge_stg/, not in it.
+bridge_stg.__path__.append(str(Path(__file__).resolve().parent))
+
+if __name__ == "__main__":
+    from bridge_stg.cli import main
+
+    main()

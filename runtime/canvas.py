@@ -1,0 +1,89 @@
+"""Boxes and text on Pillow images: what annotated videos and contact sheets have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+Colour = tuple[int, int, int]
+
+TARGET: Colour = (255, 45, 190)
+"""A magenta that is rare in photographs; it stands out from foliage, sky, asphalt and skin."""
+INK: Colour = (28, 30, 34)
+WHITE: Colour = (255, 255, 255)
+
+
+@functools.lru_cache
+def font(size: int) -> Font:
+    """Return Pillow's own font, so that pictures look the same everywhere."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def fit_text(text: str, text_font: Font, width: float) -> str:
+    """Return the text on one line, cut with an ellipsis where it is longer than `width` pixels."""
+    text = " ".join(text.split())
+    if text_font.getlength(text) <= width:
+        return text
+    low, high = 0, len(text)  # the longest prefix that fits, by halving: queries may have thousands of characters
+    while low < high:
+        middle = (low + high + 1) // 2
+        if text_font.getlength(text[:middle].rstrip() + "…") <= width:
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low].rstrip() + "…"
+
+
+def draw_box(
+    draw: ImageDraw.ImageDraw, box: Sequence[float], size: tuple[int, int], *, thickness: int, dashed: bool = False
+) -> None:
+    """Draw a box in the target's colour between dark lines, so that it is seen on any background.
+
+    Args:
+        draw: where to draw.
+        box: left, top, right, bottom in pixels; what lies outside the image is drawn along its border.
+        size: width and height of the image.
+        thickness: of the coloured line in pixels.
+        dashed: for boxes that the model itself doubts.
+    """
+    # The line runs around the box, so that it does not hide a small target.
+    left, top = (max(round(float(side)) - thickness, 0) for side in box[:2])
+    right, bottom = (min(round(float(side)) + thickness, limit) - 1 for side, limit in zip(box[2:], size, strict=True))
+    left, top = min(left, size[0] - 2 * thickness), min(top, size[1] - 2 * thickness)
+    right, bottom = max(right, left + 2 * thickness), max(bottom, top + 2 * thickness)
+    if not dashed:
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=INK, width=thickness + 2)
+        draw.rectangle((left, top, right, bottom), outline=TARGET, width=thickness)
+        return
+    inner = thickness - 1
+    for colour, grown in ((INK, 1), (TARGET, 0)):
+        for first, last in _dashes(left, right, length=4 * thickness, gap=3 * thickness):
+            for y in (top, bottom - inner):
+                draw.rectangle((first - grown, y - grown, last + grown, y + inner + grown), fill=colour)
+        for first, last in _dashes(top, bottom, length=4 * thickness, gap=3 * thickness):
+            for x in (left, right - inner):
+                draw.rectangle((x - grown, first - grown, x + inner + grown, last + grown), fill=colour)
+
+
+def _dashes(start: int, end: int, *, length: int, gap: int) -> list[tuple[int, int]]:
+    """Cut the pixels start … end (inclusive) into dashes with one at each end, as near to `length` as that allows."""
+    distance = end - start + 1
+    step = (distance + gap) / max(1, round((distance + gap) / (length + gap)))
+    firsts = [start + round(i * step) for i in range(round((distance + gap) / step))]
+    return [(first, max(first, min(first + round(step) - gap - 1, end))) for first in firsts]
+
+
+def shade(image: Image.Image, area: tuple[int, int, int, int], strength: float) -> None:
+    """Darken an area of an image in place, so that white text on it can be read. `strength` is 0 … 1."""
+    from PIL import Image
+
+    part = image.crop(area)
+    image.paste(Image.blend(part, Image.new("RGB", part.size, INK), strength), area[:2])
