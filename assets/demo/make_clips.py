@@ -1,0 +1,36 @@
+"""Write the sample clips of `make demo` from the generator, with held-out backgrounds.
+
+Usage: python assets/demo/make_clips.py [FOLDER]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from bridge_stg.figures import FRAME_RATE
+from bridge_stg.synthetic import ask, make_scene, write_clip
+
+CLIPS = {"1-named": (11, "colour", (640, 360)), "2-moving": (23, "motion", (480, 360)), "3-upright": (5, "name", (360, 640))}
+"""File name → seed, kind of the question, size in pixels."""
+
+
+def main(folder: Path) -> None:
+    """Write each clip as H.264 mp4, and its question beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (seed, kind, size) in CLIPS.items():
+        rng = np.random.default_rng((777, seed))
+        while True:
+            scene = make_scene(rng, split="held_out", frame_rate=FRAME_RATE, size=size, duration=9.0)
+            texts = [question.text for question in ask(rng, scene) if question.kind == kind]
+            if texts:
+                break
+        write_clip(scene, folder / f"{name}.mp4", frame_rate=FRAME_RATE)
+        (folder / f"{name}.txt").write_text(texts[0] + "\n", encoding="utf-8")
+        print(f"{name}.mp4: {texts[0]}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "assets/demo/clips"))

@@ -1,0 +1,147 @@
+"""Video files: one pass over all frames for the coarse samples, and exact seeking back to some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.container import Decoder, Timeline, fingerprint, shown_rgb, shown_size
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.frames import Check, GridSampler, Progress, Samples, VideoSource, resize
+from bridge_stg.runtime.spec import ChainSpec
+
+SEEK_GAIN_FRAMES = 16
+"""Frames that a seek must spare: finding a key frame and filling the decoder anew costs about as much."""
+
+
+class VideoFile(VideoSource):
+    """A video file. The coarse pass decodes all of it once; fine frames are decoded again, by seeking."""
+
+    def __init__(self, path: str, spec: ChainSpec, *, progress: Progress, check: Check) -> None:
+        self._path, self._progress = path, progress
+        self._decoder: Decoder | None = Decoder(path)
+        try:
+            self._frames: Iterator[Any] | None = self._decoder.frames()
+            first = next(self._frames, None)
+            if first is None:
+                raise self._decoder.no_frames()
+            height, width = shown_size(first)
+            super().__init__(spec, width=width, height=height, name=path, check=check)
+        except BaseException:
+            self._decoder.close()
+            raise
+        self._frames = chain([first], self._frames)
+        self._timeline = Timeline(self._decoder.time_base, self._decoder.frame_s)
+        self._keys = np.zeros(1, np.int64)
+        self._seekable = self._closed = False
+
+    def close(self) -> None:
+        """Close the file; frames can no longer be read from it."""
+        self._closed, self._frames = True, None
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+
+    def _scan(self) -> GridSampler[np.ndarray]:
+        if self._decoder is None or self._frames is None:  # an earlier pass was interrupted
+            self._frames = self._reopen().frames()
+        decoder, frames = self._decoder, self._frames
+        assert decoder is not None
+        self._frames, held = None, None
+        timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler()
+        self._tolerance_s = timeline.tolerance_s
+        keys = [0]
+
+        def keep(until: float) -> None:
+            frame = held
+            sampler.fill(until - self._tolerance_s, lambda: resize(shown_rgb(frame), self._coarse_size))
+
+        for index, frame in enumerate(frames):
+            self._check()
+            time = timeline.add(frame)
+            if index and frame.key_frame:
+                keys.append(index)
+            if held is not None:
+                keep(time)
+            held = frame
+            self._progress(time, decoder.duration_s)
+        if held is None:
+            raise decoder.no_frames()
+        self._times = np.frombuffer(timeline.times, np.float64)
+        self._duration_s = timeline.times[-1] + timeline.length_of_last(held)
+        keep(max(self._duration_s, timeline.times[-1] + 2 * self._tolerance_s))
+        self._timeline, self._keys = timeline, np.asarray(keys)
+        # Without errors and with true times a frame is known by its time; else only by counting from the start.
+        self._seekable = timeline.regular and not decoder.damaged and len(keys) > 1
+        return sampler
+
+    def _fetch(self, times: np.ndarray, check: Check) -> Samples:
+        indices = self._shown(times)
+        wanted, places = np.unique(indices, return_inverse=True)
+        frames = np.empty((len(wanted), *self._fine_size, 3), np.uint8)
+        for place, frame in enumerate(self._frames_at(wanted, check)):
+            frames[place] = resize(shown_rgb(frame), self._fine_size)
+        return Samples(frames=frames[places.reshape(-1)], times=self._times[indices])
+
+    def _frames_at(self, wanted: np.ndarray, check: Check) -> Iterator[Any]:
+        """Yield the decoded frames of these indices (increasing), each decoded from the nearest key frame before it."""
+        walk: Iterator[tuple[int, Any]] | None = None
+        at = -1
+        for index in wanted:
+            key = self._keys[np.searchsorted(self._keys, index, side="right") - 1]
+            if walk is None or (self._seekable and key > at + SEEK_GAIN_FRAMES):
+                walk = self._walk_to(int(index), check)
+            at, frame = self._advance(walk, int(index))
+            if self._seekable and (at != index or self._timeline.prints[at] != fingerprint(frame)):
+                # Seeking gives other frames than reading from the start does: never seek in this file again.
+                self._seekable = False
+                walk = self._walk_to(int(index), check)
+                at, frame = self._advance(walk, int(index))
+            if at != index:
+                raise VideoError(
+                    f"{self._path}: the frame at {self._times[index]:.3f} s cannot be decoded a second time; "
+                    "the file has changed since it was opened, so open it again"
+                )
+            yield frame
+
+    @staticmethod
+    def _advance(walk: Iterator[tuple[int, Any]], index: int) -> tuple[int, Any]:
+        return next(((at, frame) for at, frame in walk if at >= index), (-1, None))
+
+    def _walk_to(self, index: int, check: Check) -> Iterator[tuple[int, Any]]:
+        """Return (index, frame) pairs that begin at a key frame at or before `index`, or at the very start."""
+        place, step = int(np.searchsorted(self._keys, index, side="right")) - 1, 1
+        while self._seekable and place > 0:
+            decoder = self._decoder or self._reopen()
+            walk = self._numbered(decoder.frames_from(self._timeline.pts[self._keys[place]]), check, seek=True)
+            first = next(walk, None)
+            if first is not None and first[0] <= index:
+                return chain([first], walk)
+            place, step = place - step, 2 * step  # landed late, as in containers without an index
+        return self._numbered(self._reopen().frames(), check, seek=False)
+
+    def _numbered(self, frames: Iterator[Any], check: Check, *, seek: bool) -> Iterator[tuple[int, Any]]:
+        """Number frames as in the whole video. After a seek, what precedes the first key frame is not to be trusted."""
+        pts, trusted = np.frombuffer(self._timeline.pts, np.int64), not seek
+        for count, frame in enumerate(frames):
+            check()
+            index = count
+            if self._timeline.regular:
+                index = -1 if frame.pts is None else int(np.searchsorted(pts, frame.pts))
+                if not 0 <= index < len(pts) or pts[index] != frame.pts:
+                    continue
+            trusted = trusted or frame.key_frame
+            if trusted:
+                yield index, frame
+
+    def _reopen(self) -> Decoder:
+        if self._closed:
+            raise VideoError(f"{self._path} is closed; open it again to read frames from it")
+        if self._decoder is not None:
+            self._decoder.close()
+        self._decoder = None
+        self._decoder = Decoder(self._path)
+        return self._decoder
