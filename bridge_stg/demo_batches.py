@@ -14,9 +14,10 @@ from bridge_stg.runtime.prompt import Segment, Tokenizer, query_segment, time_st
 from bridge_stg.runtime.sizes import smart_size
 from bridge_stg.runtime.spans import groups_of_span
 from bridge_stg.runtime.spec import ChainSpec
-from bridge_stg.synthetic import COLOUR_NAMES, FRAME_SIZES, NAMES, Question, Scene, ask, make_scene
+from bridge_stg.synthetic import COLOUR_NAMES, DIRECTION_NAMES, FRAME_SIZES, NAMES, Question, Scene, ask, make_scene
 
 LOOKS = len(NAMES) * len(COLOUR_NAMES)
+ASKED = (len(NAMES), len(COLOUR_NAMES), len(DIRECTION_NAMES))
 QUERIES_PER_CLIP = 3
 NEAR_AN_END = 5
 """Fine frames of a clip that lie side by side around an end of a span; the rest are spread."""
@@ -35,6 +36,7 @@ class GroundingBatch:
     target: Tensor  # int64 [V·B, L], the id that follows each position; −100 where the grammar leaves no choice
     pointer: Tensor  # int64 [V·B, L], the group that the position must name; −1: none
     span: Tensor  # int64 [V·B, 2], groups; −1: absent
+    asked: Tensor  # int64 [V·B, 3]: name, colour and direction that the question says; the last class: none said
     boxes: Tensor  # float32 [V, B, F, 4]
     positive: Tensor  # bool [V, B, F]
     mask: Tensor  # bool [V, B, F]
@@ -79,7 +81,7 @@ class BatchMaker:
         prefix = video_segment(tokenizer, self.spec, times, (height // factor, width // factor))
         grammar = AnswerGrammar(tokenizer, self.spec.prompt, strings)
         count = 1 if still else self.fine_frames
-        frames, fine, fine_times, rows, spans = [], [], [], [], []
+        frames, fine, fine_times, rows, spans, asked = [], [], [], [], [], []
         shape = (len(scenes), QUERIES_PER_CLIP, count)
         boxes, positive, mask = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool), np.ones(shape, bool)
         looks = np.zeros((len(scenes), len(times), LOOKS), np.float32)
@@ -107,6 +109,8 @@ class BatchMaker:
                     if rng.random() < 0.5 and near.any():
                         mask[v, b] = near
                 spans.append(span)
+                said = zip((question.name, question.colour, question.direction), ASKED)
+                asked.append([count if value is None else value for value, count in said])
                 query = query_segment(tokenizer, self.spec, question.text, prefix.next_position)
                 rows.append(answer_row(query.input_ids, grammar, span, self.spec))
         ids, target, pointer, length = pad_rows(rows)
@@ -117,6 +121,7 @@ class BatchMaker:
             prefix=prefix,
             input_ids=ids, length=length, target=target, pointer=pointer,
             span=torch.tensor([span or (-1, -1) for span in spans]),
+            asked=torch.tensor(asked),
             boxes=torch.from_numpy(boxes), positive=torch.from_numpy(positive), mask=torch.from_numpy(mask),
             looks=torch.from_numpy(looks), moving=torch.from_numpy(moving),
             time_digits=torch.tensor([[int(t), int(f"{t:.1f}"[-1])] for t in times]),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridge_stg.demo_batches import LOOKS, QUERIES_PER_CLIP, BatchMaker, GroundingBatch
+from bridge_stg.demo_batches import ASKED, LOOKS, QUERIES_PER_CLIP, BatchMaker, GroundingBatch
 from bridge_stg.losses import spatial_losses
 from bridge_stg.model import BridgeSTG
 from bridge_stg.train_loop import run_stage
@@ -34,6 +34,7 @@ class AuxiliaryHeads(nn.Module):
         self.moving = nn.Linear(hidden_size, 4 * LOOKS)
         self.group_key, self.point = nn.Linear(hidden_size, width), nn.Linear(hidden_size, width)
         self.inside_key, self.inside = nn.Linear(hidden_size, width), nn.Linear(hidden_size, width)
+        self.asked = nn.Linear(hidden_size, sum(ASKED) + len(ASKED))
 
 
 class PrefixCache:
@@ -69,6 +70,7 @@ class GroundingTask:
             choices = batch.target >= 0
             logits = self.model.language_model.logits(suffix[-1][choices])
             auxiliary = self.auxiliary(batch, prefix, suffix)
+            auxiliary["asked"] = self.asked(batch, taps)
         config = self.model.config.losses
         parts, iou = spatial_losses(
             found, batch.boxes, batch.positive, batch.mask, feature_map.shape[2:4], config
@@ -125,6 +127,15 @@ class GroundingTask:
         taps = torch.stack([rms_normalize(suffix[layer][rows, index]) for layer in spec.tapped_layers])
         return taps.unflatten(1, (-1, QUERIES_PER_CLIP))
 
+    def asked(self, batch: GroundingBatch, taps: Tensor) -> Tensor:
+        """Return the loss of reading off the bridging queries, at each tap, what the question names."""
+        logits = self.heads.asked(taps.mean(3)).float().flatten(1, 2)
+        parts = logits.split([count + 1 for count in ASKED], -1)
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), batch.asked[:, i].repeat(len(taps))) for i, part in enumerate(parts)
+        ]
+        return 0.5 * torch.stack(losses).sum()
+
     def auxiliary(self, batch: GroundingBatch, prefix: list[Tensor], suffix: list[Tensor]) -> dict[str, Tensor]:
         """Return the losses on hidden states at the token that closes each group, and at the answer's tokens."""
         groups = batch.frames.shape[1]
@@ -172,14 +183,16 @@ def train_grounding(
     both = nn.ModuleDict({"model": model, "heads": heads})
     task = GroundingTask(model, heads)
     merger = [p for n, p in model.vision_encoder.named_parameters() if "merger" in n]
-    rest = [*model.language_model.parameters(), *model.spatial_decoder.parameters(), *heads.parameters()]
+    rest = [*model.language_model.parameters(), *model.spatial_decoder.parameters()]
+    rest += [p for n, p in heads.named_parameters() if not n.startswith("asked")]
     for parameter in model.vision_encoder.parameters():
         parameter.requires_grad_(False)
     for parameter in merger:
         parameter.requires_grad_(True)
     model.train()
     run_stage(
-        "grounding", both, [{"params": rest}, {"params": merger, "scale": 0.5}], task,
+        "grounding", both, [{"params": rest}, {"params": merger, "scale": 0.5}, {"params": list(heads.asked.parameters())}],
+        task,
         BatchMaker(model.spec, tokenizer, seed, clips=clips),
         folder=folder, total_steps=steps, peak_rate=peak_rate, resume=resume, every=every,
     )  # fmt: skip
