@@ -41,7 +41,7 @@ def matmul_attention(
     scores = (query @ key.transpose(-1, -2)) * scaling
     if mask is not None:
         scores = torch.where(mask, scores, torch.full((), -3e4, dtype=scores.dtype))
-    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2), None
+    return (scores.float().softmax(-1).to(value.dtype) @ value).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(MATMUL, matmul_attention)

@@ -32,6 +32,6 @@ class BridgingAggregator(nn.Module):
         Returns:
             memory [B, T·Q, width], to attend to, and summary [B, width].
         """
-        levels = [projection(tap) + slot for projection, tap, slot in zip(self.projections, taps, self.slot)]
-        memory = self.norm(torch.cat(levels, 1))
+        levels = torch.cat([projection(tap) for projection, tap in zip(self.projections, taps)], 1)
+        memory = self.norm(levels + self.slot.flatten(0, 1))
         return memory, self.summary(memory.flatten(1))

@@ -97,9 +97,10 @@ def export(checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ..
     if out.exists() and not overwrite:
         raise BundleError(f"{out} is there already. Give --overwrite to replace it, or another --out.")
     from bridge_stg.export.onnx_export import export_bundle
+    from bridge_stg.export.parity import parity_table
 
     made = export_bundle(checkpoint, out, variants=variants or VARIANTS, overwrite=overwrite, progress=stage_line)
-    click.echo(f"{made} is complete.")
+    click.echo(f"{parity_table(made)}\n{made} is complete.")
 
 
 @app.command()

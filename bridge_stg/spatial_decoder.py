@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bridge_stg.attention import MATMUL
 from bridge_stg.bridging import BridgingAggregator
 from bridge_stg.config import SpatialDecoderConfig
 
@@ -48,25 +50,27 @@ class MLP(nn.Sequential):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries [M, Lq, d] on keys and values [M, Lk, d], with an optional boolean mask."""
+    """Multi-head attention of queries [M, Lq, d] on keys and values [M, Lk, d], with an optional boolean mask.
+
+    `attention` is a name in transformers' attention registry, as in the backbone's layers.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        self.attention = MATMUL
         self.heads, self.head_dim = heads, width // heads
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend; mask bool [M, Lq or 1, Lk], True where visible."""
+        """Attend; mask bool [M, Lq, Lk], True where visible."""
         q, k, v = (
             linear(x).reshape(x.shape[0], x.shape[1], self.heads, self.head_dim).transpose(1, 2)
             for linear, x in ((self.query, query), (self.key, key), (self.value, value))
         )
-        scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
-        if mask is not None:
-            scores = torch.where(mask[:, None], scores, torch.full((), -3e4, dtype=scores.dtype))
-        out = scores.float().softmax(-1).to(v.dtype) @ v
-        return self.out(out.transpose(1, 2).reshape(query.shape))
+        visible = None if mask is None else mask[:, None]
+        out, _ = ALL_ATTENTION_FUNCTIONS[self.attention](self, q, k, v, visible, scaling=self.head_dim**-0.5)
+        return self.out(out.reshape(query.shape))
 
 
 class DecoderLayer(nn.Module):
@@ -146,7 +150,7 @@ class SpatialDecoder(nn.Module):
         peak = self.to_queries(peak, videos, queries)
         x = x + content
 
-        mask = frame_mask.reshape(videos * queries, 1, frames)
+        mask = frame_mask.reshape(videos * queries, 1, frames).expand(-1, frames, -1)
         boxes, presence = [reference], []
         for layer, box_head, presence_head in zip(self.layers, self.box_heads, self.presence_heads):
             place = self.reference(sine_embedding(reference, COORDINATE_BANDS).to(x.dtype))

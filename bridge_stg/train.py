@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-VISION_STEPS, GROUNDING_STEPS = 1350, 1650
+VISION_STEPS, GROUNDING_STEPS = 1350, 1850
 EVALUATION_CLIPS = 10
 
 
