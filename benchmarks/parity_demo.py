@@ -19,7 +19,9 @@ from bridge_stg.runtime.bundle import Bundle
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("build/demo/bundle"), show_default=True)
-@click.option("--checkpoint", type=click.Path(path_type=Path), default=Path("assets/demo/checkpoint"), show_default=True)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), default=Path("assets/demo/checkpoint"), show_default=True
+)
 @click.option("--clips", default=200, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/parity_demo.json"))
 def main(bundle: Path, checkpoint: Path, clips: int, out: Path) -> None:
@@ -30,7 +32,9 @@ def main(bundle: Path, checkpoint: Path, clips: int, out: Path) -> None:
     figures = compare_models(reference, grounders, clips=clips, folder=Path("build/held-out"))
     out.parent.mkdir(parents=True, exist_ok=True)
     machine = describe("torch", "onnxruntime", "numpy")
-    text = json.dumps({"clips": clips, "against": "eager torch, fp32", "variants": figures, "machine": machine}, indent=2)
+    text = json.dumps(
+        {"clips": clips, "against": "eager torch, fp32", "variants": figures, "machine": machine}, indent=2
+    )
     out.write_text(text + "\n", encoding="utf-8")
     click.echo(text)
 

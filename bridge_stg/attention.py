@@ -36,7 +36,9 @@ def matmul_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if mask is None and getattr(module, "is_causal", False):
-        out = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, is_causal=True, scale=scaling)
+        out = F.scaled_dot_product_attention(
+            query.to(value.dtype), key.to(value.dtype), value, is_causal=True, scale=scaling
+        )
         return out.transpose(1, 2), None
     scores = (query @ key.transpose(-1, -2)) * scaling
     if mask is not None:

@@ -70,7 +70,9 @@ def load_checkpoint(folder: Path | str, *, attention: str | None = None) -> Brid
     folder = Path(folder)
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
-        raise CheckpointError(f"{folder}: {found}; a checkpoint is a folder with config.json, {WEIGHTS} and {TOKENIZER}")
+        raise CheckpointError(
+            f"{folder}: {found}; a checkpoint is a folder with config.json, {WEIGHTS} and {TOKENIZER}"
+        )
     config = BridgeSTGConfig.load(folder)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     path = folder / WEIGHTS

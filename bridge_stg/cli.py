@@ -206,7 +206,7 @@ def train_demo_command(
     """Train the demo checkpoint from scratch on synthetic clips."""
     from bridge_stg.train import train_demo
 
-    asked = {"vision_steps": vision_steps, "grounding_steps": grounding_steps}
+    asked: dict[str, Any] = {"vision_steps": vision_steps, "grounding_steps": grounding_steps}
     steps = {name: count for name, count in asked.items() if count is not None}
     click.echo(f"{train_demo(out, seed=seed, resume=resume, **steps)} holds the checkpoint.")
 

@@ -39,7 +39,7 @@ class BridgingConfig:
 
 @dataclass(frozen=True)
 class SpatialDecoderConfig:
-    """QGSL: sizes as in TubeDETR (arXiv 2203.16434) and CG-STVG (arXiv 2401.01578) unless a checkpoint says otherwise."""
+    """QGSL: by default the sizes of TubeDETR (arXiv 2203.16434) and CG-STVG (arXiv 2401.01578)."""
 
     width: int = 256
     num_layers: int = 6
@@ -171,7 +171,8 @@ class BridgeSTGConfig:
         depth = int(config.backbone["text_config"]["num_hidden_layers"])
         if any(not 0 <= layer < depth for layer in config.tapped_layers):
             raise CheckpointError(
-                f"{where}: bridging.tapped_layers is {list(config.tapped_layers)}, but the LLM has layers 0 … {depth - 1}"
+                f"{where}: bridging.tapped_layers is {list(config.tapped_layers)}, "
+                f"but the LLM has layers 0 to {depth - 1}"
             )
         return config
 

@@ -12,19 +12,20 @@ from bridge_stg.synthetic import COLOUR_NAMES, DIRECTION_NAMES, NAMES
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                   "<|image_pad|>", "<|video_pad|>")  # fmt: skip
-WORDS = (*NAMES, *COLOUR_NAMES, *DIRECTION_NAMES, "the", "a", "an", "find", "track", "where", "is", "show", "me", "object",
-         "thing", "moving", "moves", "that", "which", "goes", "going", "first", "at", "in", "of", "to", "none", "seconds",
-         "user", "assistant", "system", "and", "then", "image", "video", "when", "does", "appear", "locate", "it",
-         "describe")  # fmt: skip
+WORDS = (
+    *NAMES, *COLOUR_NAMES, *DIRECTION_NAMES,
+    "the", "a", "an", "find", "track", "where", "is", "show", "me", "object", "thing", "moving", "moves",
+    "that", "which", "goes", "going", "first", "at", "in", "of", "to", "none", "seconds", "user",
+    "assistant", "system", "and", "then", "image", "video", "when", "does", "appear", "locate", "it",
+    "describe",
+)  # fmt: skip
 
 
 def demo_tokenizer_json() -> dict[str, Any]:
     """Return a `tokenizer.json`: whole words, digits one by one, bytes for everything else; lower case."""
     byte_characters = _byte_characters()
     vocabulary: dict[str, int] = {}
-    for piece in itertools.chain(
-        byte_characters, WORDS, (byte_characters[ord(" ")] + word for word in WORDS)
-    ):
+    for piece in itertools.chain(byte_characters, WORDS, (byte_characters[ord(" ")] + word for word in WORDS)):
         vocabulary.setdefault(piece, len(vocabulary))
     added = [
         {"id": len(vocabulary) + i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
@@ -87,7 +88,7 @@ def write_demo_tokenizer(path: Any) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """Return the printable stand-in of each byte value (the byte-level BPE alphabet of GPT-2, as `tokenizers` has it)."""
+    """Return the printable stand-in of each byte (the alphabet of byte-level BPE, as `tokenizers` has it)."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     shifted = iter(range(256, 512))
     return [chr(byte) if byte in visible else chr(next(shifted)) for byte in range(256)]

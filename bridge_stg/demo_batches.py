@@ -88,7 +88,9 @@ class BatchMaker:
         moving = np.zeros((*looks.shape, 4), np.float32)
         for v, scene in enumerate(scenes):
             shown = scene.render(samples[:, :1].ravel() if still else samples.ravel(), width, height)
-            frames.append(np.broadcast_to(shown.reshape(len(samples), -1, height, width, 3), (*samples.shape, height, width, 3)))
+            frames.append(
+                np.broadcast_to(shown.reshape(len(samples), -1, height, width, 3), (*samples.shape, height, width, 3))
+            )
             questions = three_questions(rng, scene)
             at = np.zeros(1) if still else self._fine_times(rng, scene, questions)
             fine.append(scene.render(at, fine_w, fine_h))
@@ -179,6 +181,7 @@ def pad_rows(rows: list[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor
     """Return ids, targets, pointers [n, L] right-padded, and lengths [n]."""
     longest = max(len(ids) for ids, _, _ in rows)
     filled = [
-        torch.tensor([row[k] + [fill] * (longest - len(row[k])) for row in rows]) for k, fill in ((0, 0), (1, -100), (2, -1))
+        torch.tensor([row[k] + [fill] * (longest - len(row[k])) for row in rows])
+        for k, fill in ((0, 0), (1, -100), (2, -1))
     ]
     return filled[0], filled[1], filled[2], torch.tensor([len(ids) for ids, _, _ in rows])

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,8 @@ class Remembered:
     """A session without a cache that does not compute again what it was asked before; `forget` between clips."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self._known = session, {}
+        self._session = session
+        self._known: dict[tuple, dict[str, np.ndarray]] = {}
         self.graph, self.close = session.graph, session.close
         self.allocate_cache = session.allocate_cache
 
@@ -138,7 +139,7 @@ class Remembered:
         """Drop all that was computed."""
         self._known.clear()
 
-    def infer(self, feeds: dict[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
         """Look the inputs up by their bytes, else run."""
         key = tuple((name, array.shape, hash(array.tobytes())) for name, array in feeds.items())
         if key not in self._known:
@@ -155,7 +156,7 @@ class ShuffledTimes:
         self.graph = session.graph
         self.allocate_cache, self.close = session.allocate_cache, session.close
 
-    def infer(self, feeds: dict[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
         """Permute the groups of visual_tokens, then run."""
         tokens, size = feeds["visual_tokens"], self._tokens()
         groups = (tokens.shape[1] - 1) // size
@@ -163,7 +164,10 @@ class ShuffledTimes:
             order = self._rng.permutation(groups) if self._order is None or len(self._order) != groups else self._order
             self._order = order
             shuffled = tokens[:, 1:].reshape(tokens.shape[0], groups, size, -1)[:, order]
-            feeds = {**feeds, "visual_tokens": np.concatenate([tokens[:, :1], shuffled.reshape(tokens[:, 1:].shape)], 1)}
+            feeds = {
+                **feeds,
+                "visual_tokens": np.concatenate([tokens[:, :1], shuffled.reshape(tokens[:, 1:].shape)], 1),
+            }
         return self._session.infer(feeds, cache=cache)
 
 
@@ -276,7 +280,7 @@ def evaluate_demo(
 def compare_models(
     reference: Grounder, others: dict[str, Grounder], *, clips: int, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Compare grounders on held-out clips: the share of identical answers, and box IoU where the reference found one."""
+    """Compare grounders on held-out clips: share of identical answers, and box IoU where both found a tube."""
     agree: dict[str, list[bool]] = {name: [] for name in others}
     ious: dict[str, list[np.ndarray]] = {name: [] for name in others}
     for clip in tqdm(held_out_clips(clips), "parity", total=clips, unit="clip"):
@@ -309,7 +313,9 @@ def _centre_box(clip: HeldOutClip, question: Question) -> tuple[float, float]:
     """Score a guess that has seen nothing: the whole clip, a box of the mean size in the middle."""
     truth, truth_boxes = clip.truth(question)
     width, height, side = clip.scene.width, clip.scene.height, 0.2
-    box = np.array([(0.5 - side / 2) * width, (0.5 - side / 2) * height, (0.5 + side / 2) * width, (0.5 + side / 2) * height])
+    box = np.array(
+        [(0.5 - side / 2) * width, (0.5 - side / 2) * height, (0.5 + side / 2) * width, (0.5 + side / 2) * height]
+    )
     everywhere = np.ones(len(truth), bool)
     boxes = np.repeat(box[None].astype(np.float32), len(truth), 0)
     return frame_iou(truth, everywhere), tube_iou(truth, truth_boxes, everywhere, boxes)

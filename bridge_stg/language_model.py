@@ -49,7 +49,9 @@ class BufferCache:
 class LanguageModel(nn.Module):
     """The decoder with the bridging queries' table, visual rows, deepstack and taps."""
 
-    def __init__(self, model: Qwen3VLTextModel, lm_head: nn.Linear, bridging: BridgingQueries, spec: LanguageSpec) -> None:
+    def __init__(
+        self, model: Qwen3VLTextModel, lm_head: nn.Linear, bridging: BridgingQueries, spec: LanguageSpec
+    ) -> None:
         super().__init__()
         self.model = model
         self.lm_head = lm_head
@@ -134,7 +136,7 @@ class LanguageModel(nn.Module):
 
 
 def rotary_axes(model: Qwen3VLTextModel) -> Tensor:
-    """Return int64 [head_dim / 2]: which position (0 time, 1 row, 2 column) each frequency of interleaved MRoPE reads."""
+    """Return int64 [head_dim / 2]: which position (0 time, 1 row, 2 column) each frequency of MRoPE reads."""
     _, rows, columns = model.rotary_emb.mrope_section
     axes = torch.zeros(len(model.rotary_emb.inv_freq), dtype=torch.int64)
     axes[1 : 3 * rows : 3] = 1

@@ -25,7 +25,7 @@ def box_iou_giou(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def heat_target(boxes: Tensor, rows: int, columns: int) -> Tensor:
-    """Return a distribution [..., rows·columns]: patches whose centre lies in the box's inner 80 %, else the nearest."""
+    """Return a distribution [..., rows·columns]: patches centred in the box's inner 80 %, else the nearest."""
     offset = patch_centres(rows, columns) - boxes[..., None, :2]
     inside = (offset.abs() < boxes[..., None, 2:] * 0.4).all(-1).float()
     target = inside + 1e-6 * torch.exp(-50 * offset.pow(2).sum(-1))

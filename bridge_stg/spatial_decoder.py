@@ -103,7 +103,9 @@ class SpatialDecoder(nn.Module):
         super().__init__()
         width = config.width
         self.aggregator = BridgingAggregator(num_taps, num_queries, hidden_size, width)
-        self.feature = nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
+        self.feature = nn.Sequential(
+            nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
+        )
         self.coordinate = nn.Linear(4 * COORDINATE_BANDS, width)
         self.time = nn.Linear(2 * TIME_BANDS, width)
         self.heat_query, self.heat_key = nn.Linear(width, width), nn.Linear(width, width)

@@ -148,7 +148,7 @@ def make_scene(rng: np.random.Generator, *, split: str = "train", still: bool = 
 
 
 def ask(rng: np.random.Generator, scene: Scene, *, absent: float = 0.2) -> list[Question]:
-    """Return one unambiguous question a thing, in random order; a share `absent` of the list asks for what is not there."""
+    """Return one unambiguous question a thing, in random order; a share `absent` of them about what is not there."""
     questions = []
     for index, thing in enumerate(scene.things):
         question = _question_about(rng, scene, index, thing)
@@ -263,6 +263,7 @@ PHRASES = ("the {}", "the {}", "the {}", "{}", "a {}", "find the {}", "where is 
 
 def _question_about(rng: np.random.Generator, scene: Scene, index: int, thing: Thing) -> Question | None:
     """Name a thing by traits that no other thing shares, with as few of them as a coin decides."""
+
     def rivals(name: bool, colour: bool, direction: bool) -> bool:
         return any(
             (not name or other.name == thing.name)
@@ -280,7 +281,9 @@ def _question_about(rng: np.random.Generator, scene: Scene, index: int, thing: T
         if thing.direction is not None:
             options += ["colour+motion"] * 1
     elif thing.direction is not None and not rivals(True, True, True):
-        options += ["colour+motion", "colour+motion", "name+motion"] if not rivals(True, False, True) else ["colour+motion"]
+        options += (
+            ["colour+motion", "colour+motion", "name+motion"] if not rivals(True, False, True) else ["colour+motion"]
+        )
         if not rivals(False, False, True):
             options += ["motion"]
     if not options:

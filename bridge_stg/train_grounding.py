@@ -72,9 +72,7 @@ class GroundingTask:
             auxiliary = self.auxiliary(batch, prefix, suffix)
             auxiliary["asked"] = self.asked(batch, taps)
         config = self.model.config.losses
-        parts, iou = spatial_losses(
-            found, batch.boxes, batch.positive, batch.mask, feature_map.shape[2:4], config
-        )  # type: ignore[arg-type]
+        parts, iou = spatial_losses(found, batch.boxes, batch.positive, batch.mask, feature_map.shape[2:4], config)  # type: ignore[arg-type]
         parts["language"] = config.language * F.cross_entropy(logits, batch.target[choices])
         parts |= {k: config.auxiliary * v for k, v in auxiliary.items()}
         figures = {k: v.item() for k, v in parts.items()}
@@ -155,7 +153,9 @@ class GroundingTask:
         )
         before = F.pad(batch.looks, (0, 0, 1, 0))[:, :-1]
         edges = torch.cat([(batch.looks > before).float(), (before > batch.looks).float()], -1)
-        losses["changed"] = 20 * F.binary_cross_entropy_with_logits(heads.changed(closing[CHANGED_LAYER]).float(), edges)
+        losses["changed"] = 20 * F.binary_cross_entropy_with_logits(
+            heads.changed(closing[CHANGED_LAYER]).float(), edges
+        )
         moving = heads.moving(closing[CHANGED_LAYER]).float()
         losses["moving"] = 40 * F.binary_cross_entropy_with_logits(moving, batch.moving.flatten(2))
         pointing = batch.pointer >= 0
@@ -191,7 +191,9 @@ def train_grounding(
         parameter.requires_grad_(True)
     model.train()
     run_stage(
-        "grounding", both, [{"params": rest}, {"params": merger, "scale": 0.5}, {"params": list(heads.asked.parameters())}],
+        "grounding",
+        both,
+        [{"params": rest}, {"params": merger, "scale": 0.5}, {"params": list(heads.asked.parameters())}],
         task,
         BatchMaker(model.spec, tokenizer, seed, clips=clips),
         folder=folder, total_steps=steps, peak_rate=peak_rate, resume=resume, every=every,

@@ -89,7 +89,9 @@ def run_stage(
             group["lr"] = scale * learning_rate(step, total_steps, peak_rate, warmup)
         value, figures = loss(batch, step)
         if not torch.isfinite(value):
-            raise CheckpointError(f"stage {name}: the loss is {value.item()} at step {step}; {path} holds an earlier state")
+            raise CheckpointError(
+                f"stage {name}: the loss is {value.item()} at step {step}; {path} holds an earlier state"
+            )
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -129,9 +131,9 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     """Read what `save_state` wrote, and return (step, seconds)."""
     moments: dict[int, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
-        meta = file.metadata()
-        weights = {k[6:]: file.get_tensor(k) for k in file.keys() if k.startswith("model.")}
-        for key in file.keys():
+        meta, names = file.metadata(), list(file.keys())
+        weights = {k[6:]: file.get_tensor(k) for k in names if k.startswith("model.")}
+        for key in names:
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
                 moments.setdefault(int(index), {})[name] = file.get_tensor(key)

@@ -48,7 +48,9 @@ def vision_batch(spec: ChainSpec, seed: int, step: int, *, patches: int = 9000) 
     source = FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
     fine = bool(step % 2)
     rules, vision = spec.frames, spec.vision
-    limits = (rules.fine_min_pixels, rules.fine_max_pixels) if fine else (rules.coarse_min_pixels, rules.coarse_max_pixels)
+    limits = (
+        (rules.fine_min_pixels, rules.fine_max_pixels) if fine else (rules.coarse_min_pixels, rules.coarse_max_pixels)
+    )
     height, width = smart_size(
         source[1], source[0], factor=vision.patch_size * vision.merge_size, min_pixels=limits[0], max_pixels=limits[1]
     )
@@ -78,7 +80,9 @@ def vision_batch(spec: ChainSpec, seed: int, step: int, *, patches: int = 9000) 
             inside = (np.abs(centre - mean[:2]) < np.maximum(mean[2:] / 2 * 0.95, 0)).all(1)
             inside[np.argmin(((centre - mean[:2]) ** 2).sum(1))] = True
             labels[:, i, inside] = [[thing.name], [thing.colour]]
-            box[i, inside] = np.concatenate([(mean[:2] - centre[inside]) * grid, np.tile(mean[2:] * grid, (inside.sum(), 1))], 1)
+            box[i, inside] = np.concatenate(
+                [(mean[:2] - centre[inside]) * grid, np.tile(mean[2:] * grid, (inside.sum(), 1))], 1
+            )
             shift[i, inside] = (path[-1] - path[0])[:2] * grid
     return {
         "frames": torch.from_numpy(frames), "name": torch.from_numpy(labels[0]), "colour": torch.from_numpy(labels[1]),
@@ -86,7 +90,9 @@ def vision_batch(spec: ChainSpec, seed: int, step: int, *, patches: int = 9000) 
     }  # fmt: skip
 
 
-def vision_loss(encoder: VisionEncoder, head: DenseHead, spec: ChainSpec, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
+def vision_loss(
+    encoder: VisionEncoder, head: DenseHead, spec: ChainSpec, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict]:
     """Return the dense loss and its parts."""
     frames = batch["frames"]
     positions = position_tensors(spec, *frames.shape[2:4])
@@ -99,7 +105,9 @@ def vision_loss(encoder: VisionEncoder, head: DenseHead, spec: ChainSpec, batch:
     inside = batch["name"] >= 0
     block = spec.vision.merge_size**2
     looks = batch["name"] * len(COLOUR_NAMES) + batch["colour"]
-    there = torch.zeros(*inside.shape, merged.shape[-1]).scatter_(2, looks.clamp(min=0)[..., None], inside[..., None].float())
+    there = torch.zeros(*inside.shape, merged.shape[-1]).scatter_(
+        2, looks.clamp(min=0)[..., None], inside[..., None].float()
+    )
     there = there.unflatten(1, (-1, block)).amax(2)
     figures = {
         "objectness": 4 * F.binary_cross_entropy_with_logits(parts[0][..., 0], inside.float()),

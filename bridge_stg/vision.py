@@ -74,9 +74,7 @@ class VisionEncoder(nn.Module):
     def merge(self, states: list[Tensor]) -> Tensor:
         """Return visual tokens [1+D, G·N/merge², H]: the merger's output, then one row a deepstack level."""
         levels = list(self.model.deepstack_visual_indexes)
-        deep = [
-            merger(states[level].flatten(0, 1)) for merger, level in zip(self.model.deepstack_merger_list, levels)
-        ]
+        deep = [merger(states[level].flatten(0, 1)) for merger, level in zip(self.model.deepstack_merger_list, levels)]
         return torch.stack([self.model.merger(states[-1].flatten(0, 1)), *deep])
 
     def feature_map(self, x: Tensor, rows: int, columns: int) -> Tensor:

@@ -25,9 +25,7 @@ def frame_iou(truth: np.ndarray, predicted: np.ndarray) -> float:
     return np.count_nonzero(truth & predicted) / union if union else 0.0
 
 
-def tube_iou(
-    truth: np.ndarray, truth_boxes: np.ndarray, predicted: np.ndarray, predicted_boxes: np.ndarray
-) -> float:
+def tube_iou(truth: np.ndarray, truth_boxes: np.ndarray, predicted: np.ndarray, predicted_boxes: np.ndarray) -> float:
     """Return vIoU: the sum of box IoU over S_i, divided by |S_u| (VidSTG, arXiv 2001.06891, section 5.1).
 
     Args:

@@ -13,8 +13,17 @@ from bridge_stg.runtime.spec import ChainSpec
 GRAPHS = ("vision_encoder", "language_model", "spatial_decoder")
 
 
-def graph_contract(name: str, spec: ChainSpec, *, variant: str, opset: int, io_dtype: str = "float32",
-                   cache_update: str = "in_place", cache_dtype: str = "float32", precision: str = "fp32") -> GraphSpec:  # fmt: skip
+def graph_contract(
+    name: str,
+    spec: ChainSpec,
+    *,
+    variant: str,
+    opset: int,
+    io_dtype: str = "float32",
+    cache_update: str = "in_place",
+    cache_dtype: str = "float32",
+    precision: str = "fp32",
+) -> GraphSpec:
     """Return the contract of one graph, without its files.
 
     Args:
@@ -75,7 +84,7 @@ def _language_model(spec: ChainSpec, io: str) -> Parts:
         TensorSpec("logits", "float32", ("B", "K", language.vocab_size)),
         TensorSpec("taps", io, (len(language.tapped_layers), "B", "K", language.hidden_size)),
     ]
-    return inputs, outputs, {k: (1, None) for k in "BLKSV"}
+    return inputs, outputs, dict.fromkeys("BLKSV", (1, None))
 
 
 def _spatial_decoder(spec: ChainSpec, io: str) -> Parts:
@@ -88,4 +97,4 @@ def _spatial_decoder(spec: ChainSpec, io: str) -> Parts:
         TensorSpec("frame_mask", "bool", ("B", "F")),
     ]
     outputs = [TensorSpec("boxes", "float32", ("B", "F", 4)), TensorSpec("presence", "float32", ("B", "F"))]
-    return inputs, outputs, {k: (1, None) for k in "BFhw"}
+    return inputs, outputs, dict.fromkeys("BFhw", (1, None))

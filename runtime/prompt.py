@@ -37,7 +37,9 @@ class Tokenizer:
         except FileNotFoundError:
             raise BundleError(f"{path}: no such file; a checkpoint and a bundle hold a tokenizer.json") from None
         except Exception as error:  # the package raises bare Exception
-            raise BundleError(f"{path}: is not a tokenizer.json that the tokenizers package can read ({error})") from error
+            raise BundleError(
+                f"{path}: is not a tokenizer.json that the tokenizers package can read ({error})"
+            ) from error
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
@@ -177,7 +179,7 @@ def check_query(tokenizer: Tokenizer, spec: PromptSpec, query: str) -> str:
         raise QueryError(f"the query is not valid Unicode text ({error.reason} at character {error.start})") from None
     text = " ".join(unicodedata.normalize("NFC", query).split()).removesuffix(".").rstrip()
     if not any(character.isalnum() or ord(character) > 0x2000 for character in text):
-        raise QueryError(f"the query {query!r} is empty: it must name what to look for, such as \"the red car\"")
+        raise QueryError(f'the query {query!r} is empty: it must name what to look for, such as "the red car"')
     bad = next((c for c in text if unicodedata.category(c) == "Cc"), None)
     if bad is not None:
         raise QueryError(f"the query holds the control character {bad!r}; it must be plain text")
@@ -189,5 +191,7 @@ def check_query(tokenizer: Tokenizer, spec: PromptSpec, query: str) -> str:
 def _single_id(tokenizer: Tokenizer, token: str) -> int:
     ids = tokenizer.encode(token)
     if len(ids) != 1:
-        raise BundleError(f"tokenizer.json: {token!r} must be one token, found {len(ids)}; is it this model's tokenizer?")
+        raise BundleError(
+            f"tokenizer.json: {token!r} must be one token, found {len(ids)}; is it this model's tokenizer?"
+        )
     return ids[0]

@@ -17,7 +17,9 @@ def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pix
         VideoError: a side is empty, or the aspect ratio is above 200.
     """
     if height < 1 or width < 1 or max(height, width) / min(height, width) > 200:
-        raise VideoError(f"a frame of {width} × {height} pixels cannot be used: expected an aspect ratio of at most 200")
+        raise VideoError(
+            f"a frame of {width} × {height} pixels cannot be used: expected an aspect ratio of at most 200"
+        )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
         scale = math.sqrt(height * width / max_pixels)

@@ -134,8 +134,14 @@ class ChainSpec:
         Raises:
             ValueError: a section or field is unknown or missing.
         """
-        sections = {
-            "vision": VisionSpec, "language": LanguageSpec, "frames": FramesSpec, "prompt": PromptSpec, "span": SpanSpec,
-        }  # fmt: skip
-        built = {name: from_dict(kind, values.get(name, {}), f"{where}.{name}") for name, kind in sections.items()}
-        return cls(**built)  # type: ignore[arg-type]
+        sections: dict[str, Any] = {
+            "vision": VisionSpec,
+            "language": LanguageSpec,
+            "frames": FramesSpec,
+            "prompt": PromptSpec,
+            "span": SpanSpec,
+        }
+        built: dict[str, Any] = {
+            name: from_dict(kind, values.get(name, {}), f"{where}.{name}") for name, kind in sections.items()
+        }
+        return cls(**built)

@@ -31,10 +31,10 @@ def table(figures: dict[str, Any]) -> str:
         row("name and colour, span margin 0", figures["margin_0"]),
         *(row(f"control: {name}", scores) for name, scores in figures["controls"].items()),
         "",
-        f"Absent targets: AUROC {figures['absent_auroc']:.3f}; `none` is answered for {figures['absent_recognized']:.0%} of what is "
-        f"not there and for {1 - figures['present_found']:.0%} of what is. Asked for the other thing, the tube overlaps the first "
-        f"one's by {figures['swapped_query_vIoU']:.3f}. The two passes compute {figures['visual_tokens_ratio']:.0%} of the visual "
-        "tokens of a dense fine pass.",
+        f"Absent targets: AUROC {figures['absent_auroc']:.3f}; `none` is answered for "
+        f"{figures['absent_recognized']:.0%} of what is not there and {1 - figures['present_found']:.0%} of what is. "
+        f"Asked for the other thing, the tube overlaps the first one's by {figures['swapped_query_vIoU']:.3f}. "
+        f"The two passes compute {figures['visual_tokens_ratio']:.0%} of the visual tokens of a dense fine pass.",
     ]
     return "\n".join(lines)
 

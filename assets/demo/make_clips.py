@@ -13,7 +13,11 @@ import numpy as np
 from bridge_stg.figures import FRAME_RATE
 from bridge_stg.synthetic import ask, make_scene, write_clip
 
-CLIPS = {"1-named": (11, "colour", (640, 360)), "2-moving": (23, "motion", (480, 360)), "3-upright": (5, "name", (360, 640))}
+CLIPS = {
+    "1-named": (11, "colour", (640, 360)),
+    "2-moving": (23, "motion", (480, 360)),
+    "3-upright": (5, "name", (360, 640)),
+}
 """File name → seed, kind of the question, size in pixels."""
 
 

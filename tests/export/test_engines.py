@@ -19,7 +19,7 @@ GRAPH = '<ir_version: 8, opset_import: ["" : 18]> g (float[N] x) => (int64[1, M]
 
 @pytest.fixture
 def tensorrt() -> None:
-    """Any TensorRT package; the RTX wheels need no GPU, but take gigabytes, so that tests do not install them."""
+    """Any TensorRT package; the RTX wheels need no GPU, but exist for few machines."""
     for name in PACKAGES[:-1]:
         try:
             importlib.import_module(name)

@@ -25,7 +25,10 @@ def tiny_config() -> BridgeSTGConfig:
                                   "deepstack_visual_indexes": [0]}  # fmt: skip
     backbone["text_config"] |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
                                 "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
-    backbone["text_config"]["rope_parameters"] = {**backbone["text_config"]["rope_parameters"], "mrope_section": [4, 2, 2]}
+    backbone["text_config"]["rope_parameters"] = {
+        **backbone["text_config"]["rope_parameters"],
+        "mrope_section": [4, 2, 2],
+    }
     return dataclasses.replace(
         config,
         backbone=backbone,

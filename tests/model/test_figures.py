@@ -21,8 +21,9 @@ def grounding(clip, question, *, found: bool = True, shift: float = 0.0) -> Grou
     ones = np.ones(len(boxes), np.float32)
     frames = FrameBoxes(clip.times[truth], boxes.astype(np.float32), ones, ones > 0, ones < 0)
     return Grounding(
-        query=question.text, found=found, span=(0.0, 1.0) if found else None, tube=None, boxes=frames if found else None,
-        size=(clip.scene.width, clip.scene.height), answer="", named_span=None, scores={}, tokens={}, timings={},
+        query=question.text, found=found, span=(0.0, 1.0) if found else None, tube=None,
+        boxes=frames if found else None, size=(clip.scene.width, clip.scene.height), answer="",
+        named_span=None, scores={}, tokens={}, timings={},
     )  # fmt: skip
 
 

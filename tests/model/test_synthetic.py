@@ -52,7 +52,11 @@ def test_questions_name_exactly_one_thing():
             ]  # fmt: skip
             assert fits == ([] if question.thing is None else [question.thing])
             kinds.add(question.kind)
-            for word, names in ((question.name, NAMES), (question.colour, COLOUR_NAMES), (question.direction, DIRECTION_NAMES)):
+            for word, names in (
+                (question.name, NAMES),
+                (question.colour, COLOUR_NAMES),
+                (question.direction, DIRECTION_NAMES),
+            ):
                 assert word is None or names[word] in question.text
     assert kinds == {"name", "colour", "motion", "absent"}
 
@@ -62,7 +66,9 @@ def test_things_move_as_they_are_called():
         for thing in scene.things:
             if thing.direction is not None:
                 travel = np.subtract(thing.last, thing.first)
-                axis, sign = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}[DIRECTION_NAMES[thing.direction]]
+                axis, sign = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}[
+                    DIRECTION_NAMES[thing.direction]
+                ]
                 assert travel[axis] * sign > 0.04 and abs(travel[axis]) > abs(travel[1 - axis])
 
 
@@ -70,11 +76,11 @@ def test_rendering_shows_the_thing_in_its_box_and_only_then():
     scene = next(s for s in SCENES if not s.drift and not s.noise and s.jpeg is None)
     thing = scene.things[0]
     middle = (thing.start + thing.end) / 2
-    with_it, = scene.render([middle], scene.width, scene.height)
+    (with_it,) = scene.render([middle], scene.width, scene.height)
     import dataclasses
 
     bare = dataclasses.replace(scene, things=scene.things[1:])
-    without, = bare.render([middle], scene.width, scene.height)
+    (without,) = bare.render([middle], scene.width, scene.height)
     changed = np.argwhere((with_it != without).any(-1))
     left, top, right, bottom = scene.boxes_pixels(0, np.array([middle]))[0]
     assert np.abs(changed.min(0) - [top, left]).max() <= 3 and np.abs(changed.max(0) + 1 - [bottom, right]).max() <= 3
