@@ -127,7 +127,7 @@ def test_verify_replays_every_variant(demo_bundle):
 def test_a_long_real_clip_in_flat_memory(demo_bundle):
     """No accuracy is claimed: the result is well formed, and memory does not grow with the clip's length."""
     script = (
-        "import resource, sys\n"
+        "import sys\n"
         "from bridge_stg.runtime import Grounder\n"
         "grounder = Grounder.load(sys.argv[1], threads=2)\n"
         "with grounder.open(sys.argv[2]) as video:\n"
@@ -138,7 +138,8 @@ def test_a_long_real_clip_in_flat_memory(demo_bundle):
         "        boxes = result.boxes.boxes\n"
         "        assert (boxes[:, :2] <= boxes[:, 2:]).all() and boxes.min() >= 0\n"
         "        assert boxes[:, 2].max() <= width and boxes[:, 3].max() <= height\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "status = open('/proc/self/status').read()\n"  # getrusage would count what pytest held when it forked
+        "print(status.split('VmHWM:')[1].split()[0])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", f"import bridge_stg; bridge_stg.__path__.append({str(DEMO.parents[1])!r})\n{script}",
@@ -146,4 +147,4 @@ def test_a_long_real_clip_in_flat_memory(demo_bundle):
         capture_output=True, text=True, check=False, cwd=DEMO.parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 900_000  # KiB; all frames at full size would take 1.0 GB by themselves
+    assert int(done.stdout) < 600_000  # KiB; all frames at full size would take 1.0 GB by themselves
