@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridge_stg.runtime.grammar import AnswerGrammar
 from bridge_stg.runtime.prompt import Segment, Tokenizer, query_segment, time_strings, video_segment
-from bridge_stg.runtime.sizes import smart_size
+from bridge_stg.runtime.sizes import frame_sizes
 from bridge_stg.runtime.spans import groups_of_span
 from bridge_stg.runtime.spec import ChainSpec
 from bridge_stg.synthetic import COLOUR_NAMES, DIRECTION_NAMES, FRAME_SIZES, NAMES, Question, Scene, ask, make_scene
@@ -70,12 +70,8 @@ class BatchMaker:
         self, rng: np.random.Generator, scenes: list[Scene], samples: np.ndarray, still: bool, source: tuple[int, int]
     ) -> GroundingBatch:
         tokenizer = Tokenizer.from_file(self.tokenizer_path)
-        rules, vision = self.spec.frames, self.spec.vision
-        factor = vision.patch_size * vision.merge_size
-        height, width = smart_size(source[1], source[0], factor=factor, min_pixels=rules.coarse_min_pixels,
-                                   max_pixels=rules.coarse_max_pixels)  # fmt: skip
-        fine_h, fine_w = smart_size(source[1], source[0], factor=factor, min_pixels=rules.fine_min_pixels,
-                                    max_pixels=rules.fine_max_pixels)  # fmt: skip
+        factor = self.spec.vision.patch_size * self.spec.vision.merge_size
+        (height, width), (fine_h, fine_w) = frame_sizes(source[1], source[0], self.spec)
         times = samples.mean(1)
         strings = time_strings(times, self.spec.prompt)
         prefix = video_segment(tokenizer, self.spec, times, (height // factor, width // factor))

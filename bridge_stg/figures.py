@@ -22,7 +22,7 @@ from bridge_stg.runtime.boxes import box_iou
 from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.session import Session
-from bridge_stg.runtime.sizes import smart_size
+from bridge_stg.runtime.sizes import frame_sizes
 from bridge_stg.runtime.spec import ChainSpec
 from bridge_stg.runtime.tubes import Grounding
 from bridge_stg.synthetic import Question, Scene, ask, make_scene, write_clip
@@ -174,8 +174,7 @@ class ShuffledTimes:
 def merged_tokens(spec: ChainSpec, scene: Scene) -> int:
     """Return the visual tokens of one coarse group."""
     factor = spec.vision.patch_size * spec.vision.merge_size
-    height, width = smart_size(scene.height, scene.width, factor=factor, min_pixels=spec.frames.coarse_min_pixels,
-                               max_pixels=spec.frames.coarse_max_pixels)  # fmt: skip
+    (height, width), _ = frame_sizes(scene.height, scene.width, spec)
     return (height // factor) * (width // factor)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from bridge_stg.bridging import BridgingQueries
 from bridge_stg.config import BridgeSTGConfig
 from bridge_stg.eager import TorchSession
 from bridge_stg.language_model import LanguageModel
+from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.prompt import Tokenizer
 from bridge_stg.runtime.tubes import Grounding
@@ -70,7 +71,7 @@ class BridgeSTG(nn.Module):
         """Return the runtime's chain over this model's eager graphs: the reference that exports are compared to."""
         if self.tokenizer is None:
             raise ValueError("BridgeSTG(config, tokenizer): a tokenizer is needed to ask a query")
-        sessions = {name: TorchSession(name, self) for name in ("vision_encoder", "language_model", "spatial_decoder")}
+        sessions = {name: TorchSession(name, self) for name in GRAPHS}
         return Grounder(sessions, self.spec, self.tokenizer)
 
     @torch.no_grad()
@@ -103,8 +104,3 @@ class BridgeSTG(nn.Module):
                 )
         finally:
             self.train(was_training)
-
-    def parameter_groups(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Return the parameters whose names begin with one of `names`."""
-        prefixes = tuple(names)
-        return [p for n, p in self.named_parameters() if n.startswith(prefixes)]

@@ -42,18 +42,13 @@ def vision_batch(spec: ChainSpec, seed: int, step: int, *, patches: int = 9000) 
         centre offset and size in patches / 4; shift float [G, N, 2], displacement within the group in patches.
         Patches are in merge order.
     """
-    from bridge_stg.runtime.sizes import smart_size
+    from bridge_stg.runtime.sizes import frame_sizes
 
     rng = np.random.default_rng((seed, 1, step))
     source = FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
     fine = bool(step % 2)
-    rules, vision = spec.frames, spec.vision
-    limits = (
-        (rules.fine_min_pixels, rules.fine_max_pixels) if fine else (rules.coarse_min_pixels, rules.coarse_max_pixels)
-    )
-    height, width = smart_size(
-        source[1], source[0], factor=vision.patch_size * vision.merge_size, min_pixels=limits[0], max_pixels=limits[1]
-    )
+    vision = spec.vision
+    height, width = frame_sizes(source[1], source[0], spec)[fine]
     rows, columns = height // vision.patch_size, width // vision.patch_size
     count = patches // (rows * columns)
     period = vision.temporal_patch_size

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from bridge_stg.runtime.errors import BridgeError, VideoError
-from bridge_stg.runtime.sizes import smart_size
+from bridge_stg.runtime.sizes import frame_sizes
 from bridge_stg.runtime.spec import ChainSpec
 
 Check = Callable[[], Any]
@@ -131,15 +131,11 @@ class VideoSource(ABC):
     is_image = False
 
     def __init__(self, spec: ChainSpec, *, width: int, height: int, name: str, check: Check | None = None) -> None:
-        frames, factor = spec.frames, spec.vision.patch_size * spec.vision.merge_size
         self.width, self.height = width, height
         self._spec, self._name = spec, name
         self._check: Check = check or ignore
-        sizes = ((frames.coarse_min_pixels, frames.coarse_max_pixels), (frames.fine_min_pixels, frames.fine_max_pixels))
         try:
-            self._coarse_size, self._fine_size = (
-                smart_size(height, width, factor=factor, min_pixels=low, max_pixels=high) for low, high in sizes
-            )
+            self._coarse_size, self._fine_size = frame_sizes(height, width, spec)
         except VideoError as error:
             raise VideoError(f"{name}: {error}") from None
         self._coarse: CoarseFrames | None = None

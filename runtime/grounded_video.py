@@ -18,12 +18,13 @@ from bridge_stg.runtime.boxes import box_cxcywh_to_xyxy, boxes_to_pixels
 from bridge_stg.runtime.decode import Answer, Prefix, answer_queries, positions_needed
 from bridge_stg.runtime.errors import QueryError, VideoError
 from bridge_stg.runtime.features import FineFeatures, merged_grid
-from bridge_stg.runtime.frames import CoarseFrames, VideoSource, smart_size
+from bridge_stg.runtime.frames import CoarseFrames, VideoSource
 from bridge_stg.runtime.grammar import AnswerGrammar
 from bridge_stg.runtime.kv_pool import KVPool
 from bridge_stg.runtime.limits import Limits, Progress
 from bridge_stg.runtime.prompt import Segment, Tokenizer, query_segment, time_strings
 from bridge_stg.runtime.session import Session
+from bridge_stg.runtime.sizes import frame_sizes
 from bridge_stg.runtime.spans import fine_frames, in_span, refine_span, span_of_groups
 from bridge_stg.runtime.spatial_pass import Located, SpatialQuery, locate
 from bridge_stg.runtime.spec import ChainSpec
@@ -282,15 +283,9 @@ class GroundedVideo:
 
     def _token_counts(self, fine_frames_used: int) -> dict[str, float]:
         """Count visual tokens: of this query's two passes, and of the whole fine grid at fine size."""
-        frames, vision = self._chain.spec.frames, self._chain.spec.vision
+        vision = self._chain.spec.vision
         factor = vision.patch_size * vision.merge_size
-        height, width = smart_size(
-            self.size[1],
-            self.size[0],
-            factor=factor,
-            min_pixels=frames.fine_min_pixels,
-            max_pixels=frames.fine_max_pixels,
-        )
+        _, (height, width) = frame_sizes(self.size[1], self.size[0], self._chain.spec)
         a_frame = (height // factor) * (width // factor)
         fine, dense = fine_frames_used * a_frame, len(self._grid) * a_frame
         return {

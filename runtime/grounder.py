@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.decode import Prefix, prefill_video
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.features import FineFeatures, coarse_tokens, merged_grid
@@ -23,8 +24,6 @@ from bridge_stg.runtime.usage import Usage
 
 Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]"
 """A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image)."""
-
-GRAPHS = ("vision_encoder", "language_model", "spatial_decoder")
 
 
 class Grounder:

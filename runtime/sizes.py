@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.spec import ChainSpec
 
 
 def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -28,3 +29,18 @@ def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pix
         scale = math.sqrt(min_pixels / (height * width))
         rows, columns = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
     return max(factor, rows), max(factor, columns)
+
+
+def frame_sizes(height: int, width: int, spec: ChainSpec) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the (height, width) of a video's coarse and of its fine frames.
+
+    Raises:
+        VideoError: see `smart_size`.
+    """
+    frames, factor = spec.frames, spec.vision.patch_size * spec.vision.merge_size
+    return (
+        smart_size(
+            height, width, factor=factor, min_pixels=frames.coarse_min_pixels, max_pixels=frames.coarse_max_pixels
+        ),
+        smart_size(height, width, factor=factor, min_pixels=frames.fine_min_pixels, max_pixels=frames.fine_max_pixels),
+    )
