@@ -8,7 +8,8 @@ from typing import Any
 
 from bridge_stg.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
 from bridge_stg.runtime.spec import FramesSpec, PromptSpec
-from bridge_stg.synthetic import COLOUR_NAMES, DIRECTION_NAMES, NAMES
+from bridge_stg.sprites import COLOUR_NAMES, NAMES
+from bridge_stg.synthetic import DIRECTION_NAMES
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                   "<|image_pad|>", "<|video_pad|>")  # fmt: skip

@@ -9,16 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge_stg.questions import Question, ask, ask_to_track
 from bridge_stg.runtime.grammar import AnswerGrammar
 from bridge_stg.runtime.prompt import Segment, Tokenizer, query_segment, time_strings, video_segment
 from bridge_stg.runtime.sizes import frame_sizes
 from bridge_stg.runtime.spans import groups_of_span
 from bridge_stg.runtime.spec import ChainSpec
-from bridge_stg.synthetic import COLOUR_NAMES, DIRECTION_NAMES, FRAME_SIZES, NAMES, Question, Scene, ask, make_scene
+from bridge_stg.sprites import COLOUR_NAMES, NAMES
+from bridge_stg.synthetic import DIRECTION_NAMES, FRAME_SIZES, Scene, make_scene
 
 LOOKS = len(NAMES) * len(COLOUR_NAMES)
 ASKED = (len(NAMES), len(COLOUR_NAMES), len(DIRECTION_NAMES))
 QUERIES_PER_CLIP = 3
+ABSENT, TWINS = 0.35, 0.5
+"""Share of questions about what is not there, and of clips whose first two things differ in direction only."""
 NEAR_AN_END = 5
 """Fine frames of a clip that lie side by side around an end of a span; the rest are spread."""
 
@@ -53,9 +57,9 @@ class BatchMaker:
         self.clips, self.fine_frames = clips, fine_frames
 
     def __call__(self, step: int) -> GroundingBatch:
-        """Return the batch; every eighth holds single images."""
+        """Return the batch; of every eight, one holds single images and one asks to track."""
         rng = np.random.default_rng((self.seed, 2, step))
-        still = step % 8 == 7
+        still, tracking = step % 8 == 7, step % 8 == 3
         source = FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
         groups = 1 if still else int(rng.integers(6, 13))
         period = self.spec.vision.temporal_patch_size
@@ -63,12 +67,14 @@ class BatchMaker:
         samples = np.zeros((1, period)) if still else (np.arange(groups * period) * gap).reshape(groups, period)
         duration = groups * period * gap
         clips = self.clips * 3 if still else self.clips
-        scenes = [make_scene(rng, still=still, size=source, duration=duration) for _ in range(clips)]
-        return self._batch(rng, scenes, samples, still, source)
+        drawn = {"still": still, "size": source, "duration": duration, "twins": TWINS}
+        scenes = [make_scene(rng, from_start=0.5 if tracking else 0.0, **drawn) for _ in range(clips)]
+        return self._batch(rng, scenes, samples, still, source, tracking)
 
     def _batch(
-        self, rng: np.random.Generator, scenes: list[Scene], samples: np.ndarray, still: bool, source: tuple[int, int]
-    ) -> GroundingBatch:
+        self, rng: np.random.Generator, scenes: list[Scene], samples: np.ndarray, still: bool,
+        source: tuple[int, int], tracking: bool,
+    ) -> GroundingBatch:  # fmt: skip
         tokenizer = Tokenizer.from_file(self.tokenizer_path)
         factor = self.spec.vision.patch_size * self.spec.vision.merge_size
         (height, width), (fine_h, fine_w) = frame_sizes(source[1], source[0], self.spec)
@@ -76,6 +82,7 @@ class BatchMaker:
         strings = time_strings(times, self.spec.prompt)
         prefix = video_segment(tokenizer, self.spec, times, (height // factor, width // factor))
         grammar = AnswerGrammar(tokenizer, self.spec.prompt, strings)
+        from_first = AnswerGrammar(tokenizer, self.spec.prompt, strings, allow_none=False, first_start=0)
         count = 1 if still else self.fine_frames
         frames, fine, fine_times, rows, spans, asked = [], [], [], [], [], []
         shape = (len(scenes), QUERIES_PER_CLIP, count)
@@ -87,7 +94,7 @@ class BatchMaker:
             frames.append(
                 np.broadcast_to(shown.reshape(len(samples), -1, height, width, 3), (*samples.shape, height, width, 3))
             )
-            questions = three_questions(rng, scene)
+            questions = three_questions(rng, scene, tracking)
             at = np.zeros(1) if still else self._fine_times(rng, scene, questions)
             fine.append(scene.render(at, fine_w, fine_h))
             fine_times.append(at)
@@ -109,8 +116,10 @@ class BatchMaker:
                 spans.append(span)
                 said = zip((question.name, question.colour, question.direction), ASKED)
                 asked.append([count if value is None else value for value, count in said])
-                query = query_segment(tokenizer, self.spec, question.text, prefix.next_position)
-                rows.append(answer_row(query.input_ids, grammar, span, self.spec))
+                first_box = scene.first_box(question.thing) if question.kind == "track" else None
+                query = query_segment(tokenizer, self.spec, question.text, prefix.next_position, first_box=first_box)
+                rule = grammar if first_box is None else from_first
+                rows.append(answer_row(query.input_ids, rule, span, self.spec))
         ids, target, pointer, length = pad_rows(rows)
         return GroundingBatch(
             frames=torch.from_numpy(np.stack(frames)),
@@ -141,11 +150,14 @@ class BatchMaker:
         return np.asarray(sorted(chosen)) / rate
 
 
-def three_questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
-    """Return exactly QUERIES_PER_CLIP questions, asking again in other words where a scene has too few things."""
-    questions: list[Question] = []
+def three_questions(rng: np.random.Generator, scene: Scene, tracking: bool = False) -> list[Question]:
+    """Return exactly QUERIES_PER_CLIP questions, asking again in other words where a scene has too few things.
+
+    Where `tracking`, things that are there from the start are asked for by their first box.
+    """
+    questions = [ask_to_track(rng, scene, i) for i, thing in enumerate(scene.things) if tracking and thing.start == 0]
     while len(questions) < QUERIES_PER_CLIP:
-        questions += ask(rng, scene)
+        questions += ask(rng, scene, absent=ABSENT)
     return questions[:QUERIES_PER_CLIP]
 
 

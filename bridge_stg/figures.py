@@ -5,6 +5,7 @@ Anything with `ground` is measured alike, the eager model and every bundle. Know
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -18,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bridge_stg.evaluation.metrics import auroc, frame_iou, tube_iou, tube_scores
+from bridge_stg.questions import Question, ask
 from bridge_stg.runtime.boxes import box_iou
 from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.grounder import Grounder
@@ -25,9 +27,10 @@ from bridge_stg.runtime.session import Session
 from bridge_stg.runtime.sizes import frame_sizes
 from bridge_stg.runtime.spec import ChainSpec
 from bridge_stg.runtime.tubes import Grounding
-from bridge_stg.synthetic import Question, Scene, ask, make_scene, write_clip
+from bridge_stg.synthetic import Scene, make_scene, write_clip
 
 HELD_OUT_SEED = 20_260_409
+MOTION_SEED = HELD_OUT_SEED + 2
 FRAME_RATE = 8.0
 NEUTRAL_QUERY = "the object"
 
@@ -57,12 +60,15 @@ class HeldOutClip:
         return self.scene.things[question.thing].visible(times), self.scene.boxes_pixels(question.thing, times)
 
 
-def held_out_clips(count: int, seed: int = HELD_OUT_SEED) -> Iterator[HeldOutClip]:
-    """Draw `count` clips; every one has a question about a name or colour, and one about what is not there."""
+def held_out_clips(count: int, seed: int = HELD_OUT_SEED, *, motion_only: bool = False) -> Iterator[HeldOutClip]:
+    """Draw `count` clips; every one has a question about a name or colour, and one about what is not there.
+
+    Where `motion_only`, every one has a question that only the direction decides, and may lack the first.
+    """
     index = 0
     for attempt in itertools.count():
         rng = np.random.default_rng((seed, attempt))
-        scene = make_scene(rng, split="held_out", frame_rate=FRAME_RATE)
+        scene = make_scene(rng, split="held_out", frame_rate=FRAME_RATE, twins=1.0 if motion_only else 0.3)
         questions: dict[int, Question] = {}
         motion = absent = None
         for _ in range(8):
@@ -74,9 +80,10 @@ def held_out_clips(count: int, seed: int = HELD_OUT_SEED) -> Iterator[HeldOutCli
                 else:
                     questions.setdefault(question.thing if question.thing is not None else -1, question)
         named = list(questions.values())
-        if not named or absent is None:
+        if absent is None or (motion is None if motion_only else not named):
             continue
-        yield HeldOutClip(index, scene, named[0], named[1] if len(named) > 1 else None, motion, absent)
+        first, second = (*named, None, None)[:2]
+        yield HeldOutClip(index, scene, first, second, motion, absent)
         index += 1
         if index == count:
             return
@@ -181,17 +188,21 @@ def merged_tokens(spec: ChainSpec, scene: Scene) -> int:
 def measure(
     sessions: dict[str, Session], spec: ChainSpec, tokenizer: Any, *, clips: int, folder: Path
 ) -> dict[str, Any]:
-    """Return all figures of one model on `clips` held-out clips; videos are kept in `folder`."""
-    import dataclasses
-
+    """Return all figures of one model on `clips` held-out clips, and half as many for motion, kept in `folder`."""
     current: list[int] = [1]
     encoder = Remembered(sessions["vision_encoder"])
     sessions = {**sessions, "vision_encoder": encoder}
     plain = Grounder(sessions, spec, tokenizer)
     no_margin = dataclasses.replace(spec, span=dataclasses.replace(spec.span, margin_s=0.0))
-    unrefined = Grounder(sessions, no_margin, tokenizer)
+    as_answered = dataclasses.replace(spec, span=dataclasses.replace(spec.span, margin_s=0.0, presence_threshold=0.0))
     shuffler = ShuffledTimes(sessions["language_model"], lambda: current[0], seed=0)
-    shuffled = Grounder({**sessions, "language_model": shuffler}, spec, tokenizer)
+    shuffled = {**sessions, "language_model": shuffler}
+    others = {
+        "margin 0": Grounder(sessions, no_margin, tokenizer),
+        "span as answered": Grounder(sessions, as_answered, tokenizer),
+        "time texts shuffled": Grounder(shuffled, spec, tokenizer),
+        "time texts shuffled, span as answered": Grounder(shuffled, as_answered, tokenizer),
+    }
 
     rows: dict[str, list[tuple[float, float]]] = {}
     swapped: list[float] = []
@@ -211,21 +222,25 @@ def measure(
             shares.append(result.tokens["ratio"])
             if clip.other is not None:
                 swapped.append(score(clip, named, video.ground(clip.other.text))[1])
-            if clip.motion is not None:
-                rows.setdefault("motion", []).append(score(clip, clip.motion, video.ground(clip.motion.text)))
             absent = video.ground(clip.absent.text)
             absent_scores.append(absent.scores["absent"])
             answered.append((result.found, absent.found))
             add("query blanked", video.ground(NEUTRAL_QUERY))
-        add("margin 0", unrefined.ground(path, named.text))
-        add("time texts shuffled", shuffled.ground(path, named.text))
+        for name, grounder in others.items():
+            add(name, grounder.ground(path, named.text))
         grey = np.full((clip.scene.height, clip.scene.width, 3), 128, np.uint8)
         add("frames blanked", plain.ground(((float(t), grey) for t in clip.times), named.text))
         rows.setdefault("whole clip, centre box", []).append(_centre_box(clip, named))
+    motion = []
+    clips_of_motion = held_out_clips(max(1, clips // 2), MOTION_SEED, motion_only=True)
+    for clip in tqdm(clips_of_motion, "motion clips", total=max(1, clips // 2), unit="clip"):
+        assert clip.motion is not None
+        encoder.forget()
+        motion.append(score(clip, clip.motion, plain.ground(clip_path(clip, folder / "motion"), clip.motion.text)))
     found = np.asarray(answered)
     return {
         "named": tube_scores(*zip(*rows.pop("named"))),
-        "motion": tube_scores(*zip(*rows.pop("motion"))) if "motion" in rows else {},
+        "motion": tube_scores(*zip(*motion)),
         "absent_auroc": auroc(absent_scores, present_scores),
         "absent_recognized": float(1 - found[:, 1].mean()),
         "present_found": float(found[:, 0].mean()),
@@ -233,6 +248,7 @@ def measure(
         "swapped_clips": len(swapped),
         "visual_tokens_ratio": float(np.mean(shares)),
         "margin_0": tube_scores(*zip(*rows.pop("margin 0"))),
+        "span_as_answered": tube_scores(*zip(*rows.pop("span as answered"))),
         "controls": {name: tube_scores(*zip(*pairs)) for name, pairs in sorted(rows.items())},
     }
 

@@ -1,4 +1,4 @@
-"""Synthetic scenes from seeds: coloured sprites that appear, move and leave over photographs, and queries about them.
+"""Synthetic scenes from seeds: coloured sprites that appear, move and leave over photographs.
 
 A `Scene` is continuous in time and free of resolution: it renders any instant at any size, so that training renders
 just the frames that it samples, and held-out clips are encoded as ordinary video files. Knows nothing of torch.
@@ -6,24 +6,19 @@ just the frames that it samples, and held-out clips are encoded as ordinary vide
 
 from __future__ import annotations
 
-import functools
-import io
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-NAMES = ("car", "bus", "dog", "cat", "ball", "airplane", "bicycle", "tree", "bird", "boat")
-COLOURS = {"red": (225, 40, 40), "green": (40, 190, 60), "blue": (50, 90, 235), "yellow": (240, 215, 40),
-           "white": (238, 238, 238)}  # fmt: skip
-COLOUR_NAMES = tuple(COLOURS)
+from bridge_stg.sprites import COLOURS, NAMES, background, gain_table, jpeg, paste, sprite
+
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 DIRECTION_NAMES = tuple(DIRECTIONS)
 FRAME_SIZES = ((320, 320), (640, 360), (480, 360), (360, 640))
-TRAIN_PHOTOS = ("chelsea", "astronaut", "grass", "brick", "gravel", "camera", "moon")
-HELD_OUT_PHOTOS = ("coffee", "rocket", "hubble_deep_field")
 
 
 @dataclass(frozen=True)
@@ -55,19 +50,6 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A sentence about a scene. `thing` is the index of what it names, None if it is not there."""
-
-    text: str
-    thing: int | None
-    kind: str
-    """`name`, `colour` (name and colour), `motion` (only the direction decides), `absent`."""
-    name: int | None = None
-    colour: int | None = None
-    direction: int | None = None
-
-
-@dataclass(frozen=True)
 class Scene:
     """A clip before it is rendered."""
 
@@ -92,17 +74,17 @@ class Scene:
         for thing in self.things:
             boxes = thing.boxes(times)
             for i in np.flatnonzero(thing.visible(times)):
-                _paste(frames[i], thing, boxes[i])
+                paste(frames[i], boxes[i], thing.name, thing.colour, thing.flipped)
         if self.drift:
             gain = 1 + self.drift * (times / max(self.duration, 1e-6) - 0.5)
-            frames = np.stack([_gain_table(g)[f] for g, f in zip(gain, frames)])
+            frames = np.stack([gain_table(g)[f] for g, f in zip(gain, frames)])
         if self.noise:
             grain = (rng.standard_normal((height, width, 3), dtype=np.float32) * self.noise).astype(np.int16)
             for frame in frames:
                 rolled = np.roll(grain, int(rng.integers(height * width * 3)))
                 np.copyto(frame, np.clip(frame + rolled, 0, 255).astype(np.uint8))
         if self.jpeg is not None:
-            frames = np.stack([_jpeg(frame, self.jpeg) for frame in frames])
+            frames = np.stack([jpeg(frame, self.jpeg) for frame in frames])
         return frames
 
     def boxes_pixels(self, thing: int, times: np.ndarray) -> np.ndarray:
@@ -111,9 +93,16 @@ class Scene:
         corners = np.stack([centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2])
         return corners.T * [self.width, self.height, self.width, self.height]
 
+    def first_box(self, thing: int) -> np.ndarray:
+        """Return the box [4] xyxy in 0..1 of a thing when it appears."""
+        start = np.array([self.things[thing].start])
+        return self.boxes_pixels(thing, start)[0] / [self.width, self.height, self.width, self.height]
 
-def make_scene(rng: np.random.Generator, *, split: str = "train", still: bool = False, frame_rate: float | None = None,
-               size: tuple[int, int] | None = None, duration: float | None = None) -> Scene:  # fmt: skip
+
+def make_scene(
+    rng: np.random.Generator, *, split: str = "train", still: bool = False, frame_rate: float | None = None,
+    size: tuple[int, int] | None = None, duration: float | None = None, twins: float = 0.3, from_start: float = 0.0,
+) -> Scene:  # fmt: skip
     """Draw a scene: 2 to 4 things, spans of 15–60 % of the clip, boxes of 1–10 % of its area.
 
     Args:
@@ -123,20 +112,24 @@ def make_scene(rng: np.random.Generator, *, split: str = "train", still: bool = 
         frame_rate: round spans to whole frames of this rate (frames a second), as an annotation would.
         size: (width, height) in pixels; drawn from FRAME_SIZES if None.
         duration: seconds; 6–12 if None.
+        twins: share of the clips with a moving first thing in which a second differs from it in direction only.
+        from_start: chance that a thing is there from the first instant (the first thing: certainly, if above 0).
     """
     width, height = size or FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
     duration = 0.0 if still else duration or float(rng.integers(12, 25)) / 2
-    looks = _pick_looks(rng, int(rng.choice([2, 3, 4], p=[0.5, 0.35, 0.15])), still)
+    looks = _pick_looks(rng, int(rng.choice([2, 3, 4], p=[0.5, 0.35, 0.15])), still, twins)
     things: list[Thing] = []
     while len(things) < 2:
         things = []
         for look in looks:
             for _ in range(20):
                 thing = _make_thing(rng, look, width, height, duration, still, frame_rate)
+                if from_start and (not things or rng.random() < from_start):
+                    thing = dataclasses.replace(thing, start=0.0, end=thing.end - thing.start)
                 if not any(_overlap(thing, other) > 0.3 for other in things):
                     things.append(thing)
                     break
-    photo = _photo(rng, split, width / height)
+    photo = background(rng, split, width / height)
     clean = rng.random() < 0.4
     return Scene(
         width, height, duration, tuple(things), photo,
@@ -145,22 +138,6 @@ def make_scene(rng: np.random.Generator, *, split: str = "train", still: bool = 
         jpeg=None if clean or split != "train" else int(rng.integers(35, 90)),
         seed=int(rng.integers(2**31)),
     )  # fmt: skip
-
-
-def ask(rng: np.random.Generator, scene: Scene, *, absent: float = 0.2) -> list[Question]:
-    """Return one unambiguous question a thing, in random order; a share `absent` of them about what is not there."""
-    questions = []
-    for index, thing in enumerate(scene.things):
-        question = _question_about(rng, scene, index, thing)
-        if question is not None:
-            questions.append(question)
-    order = rng.permutation(len(questions))
-    questions = [questions[i] for i in order]
-    if rng.random() < absent * max(len(questions), 1):
-        missing = _absent_question(rng, scene)
-        if missing is not None:
-            questions.insert(int(rng.integers(len(questions) + 1)), missing)
-    return questions
 
 
 def write_clip(scene: Scene, path: Path | str, *, frame_rate: float = 8.0, crf: int = 23) -> np.ndarray:
@@ -179,11 +156,11 @@ def write_clip(scene: Scene, path: Path | str, *, frame_rate: float = 8.0, crf: 
     return times
 
 
-def _pick_looks(rng: np.random.Generator, count: int, still: bool) -> list[tuple[int, int, int | None]]:
+def _pick_looks(rng: np.random.Generator, count: int, still: bool, twins: float) -> list[tuple[int, int, int | None]]:
     """Return (name, colour, direction) of each thing; hard distractors share a trait with the first."""
     first = (int(rng.integers(len(NAMES))), int(rng.integers(len(COLOURS))), _direction(rng, still))
     looks = [first]
-    twin = not still and first[2] is not None and rng.random() < 0.3
+    twin = not still and first[2] is not None and rng.random() < twins
     while len(looks) < count:
         name, colour, direction = int(rng.integers(len(NAMES))), int(rng.integers(len(COLOURS))), _direction(rng, still)
         if len(looks) == 1:
@@ -210,7 +187,7 @@ def _make_thing(
     still: bool, frame_rate: float | None,
 ) -> Thing:  # fmt: skip
     name, colour, direction = look
-    aspect = _sprite(name, colour, False, 0, 0).width / _sprite(name, colour, False, 0, 0).height
+    aspect = sprite(name, colour, False, 0, 0).width / sprite(name, colour, False, 0, 0).height
     growth = 1.0 if still or rng.random() < 0.5 else float(rng.uniform(0.7, 1.4))
     side = float(rng.uniform(0.11, 0.30)) / max(1.0, growth) ** 0.5
     side = min(max(side, 0.102 / min(1.0, growth)), 0.315 / max(1.0, growth))
@@ -256,151 +233,3 @@ def _overlap(a: Thing, b: Thing) -> float:
     high = np.minimum(first[:, :2] + first[:, 2:] / 2, second[:, :2] + second[:, 2:] / 2)
     shared = np.clip(high - low, 0, None).prod(1)
     return float((shared / np.minimum(first[:, 2:].prod(1), second[:, 2:].prod(1))).max())
-
-
-PHRASES = ("the {}", "the {}", "the {}", "{}", "a {}", "find the {}", "where is the {}", "show the {}")
-
-
-def _question_about(rng: np.random.Generator, scene: Scene, index: int, thing: Thing) -> Question | None:
-    """Name a thing by traits that no other thing shares, with as few of them as a coin decides."""
-
-    def rivals(name: bool, colour: bool, direction: bool) -> bool:
-        return any(
-            (not name or other.name == thing.name)
-            and (not colour or other.colour == thing.colour)
-            and (not direction or other.direction == thing.direction)
-            for i, other in enumerate(scene.things)
-            if i != index
-        )  # fmt: skip
-
-    options = []
-    if not rivals(True, True, False):
-        options += ["colour"] * 5
-        if not rivals(True, False, False):
-            options += ["name"] * 3
-        if thing.direction is not None:
-            options += ["colour+motion"] * 1
-    elif thing.direction is not None and not rivals(True, True, True):
-        options += (
-            ["colour+motion", "colour+motion", "name+motion"] if not rivals(True, False, True) else ["colour+motion"]
-        )
-        if not rivals(False, False, True):
-            options += ["motion"]
-    if not options:
-        return None
-    form = str(rng.choice(options))
-    decided_by_motion = rivals("name" in form or "colour" in form, "colour" in form, False) or form == "motion"
-    return _phrase(
-        rng, index, "motion" if decided_by_motion else form.split("+")[0],
-        None if form == "motion" else thing.name, thing.colour if "colour" in form else None,
-        thing.direction if "motion" in form else None,
-    )  # fmt: skip
-
-
-def _phrase(
-    rng: np.random.Generator, index: int | None, kind: str, name: int | None, colour: int | None, direction: int | None
-) -> Question:
-    words = [COLOUR_NAMES[colour]] if colour is not None else []
-    words.append(NAMES[name] if name is not None else "object")
-    if direction is not None:
-        words.append(("moving " if rng.random() < 0.7 else "that moves ") + DIRECTION_NAMES[direction])
-    text = PHRASES[rng.integers(len(PHRASES))].format(" ".join(words))
-    return Question(text, index, kind, name, colour, direction)
-
-
-def _absent_question(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """Ask for something near to what is there: same name in another colour, same colour, or neither."""
-    present = {(t.name, t.colour) for t in scene.things}
-    model = scene.things[rng.integers(len(scene.things))] if scene.things else None
-    for _ in range(20):
-        name, colour = int(rng.integers(len(NAMES))), int(rng.integers(len(COLOURS)))
-        draw = rng.random()
-        if model is not None and draw < 0.4:
-            name = model.name
-        elif model is not None and draw < 0.6:
-            colour = model.colour
-        named_only = rng.random() < 0.3 and all(name != n for n, _ in present)
-        if (name, colour) not in present:
-            return _phrase(rng, None, "absent", name, None if named_only else colour, None)
-    return None
-
-
-@functools.lru_cache(maxsize=1)
-def _sheet() -> Image.Image:
-    return Image.open(Path(__file__).with_name("sprites.png")).convert("RGBA")
-
-
-@functools.lru_cache(maxsize=30_000)
-def _sprite(name: int, colour: int, flipped: bool, width: int, height: int) -> Image.Image:
-    """Return a tinted sprite; at width 0 in the sheet's own size, cropped to its ink."""
-    if width == 0:
-        cell = _sheet().height
-        image = _sheet().crop((name * cell, 0, (name + 1) * cell, cell))
-        image = image.crop(image.getchannel("A").point(lambda a: 255 if a > 96 else 0).getbbox())
-        pixels = np.asarray(image).astype(np.float32)
-        light = pixels[..., :3].mean(-1, keepdims=True) / 255
-        tint = np.asarray(COLOURS[COLOUR_NAMES[colour]], np.float32)
-        tinted = np.concatenate([np.clip((0.35 + 0.75 * light) * tint, 0, 255), pixels[..., 3:]], -1)
-        return Image.fromarray(tinted.astype(np.uint8), "RGBA")
-    image = _sprite(name, colour, False, 0, 0).resize((width, height), Image.Resampling.LANCZOS)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
-
-
-@functools.lru_cache(maxsize=30_000)
-def _blend(name: int, colour: int, flipped: bool, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    pixels = np.asarray(_sprite(name, colour, flipped, width, height)).astype(np.uint16)
-    alpha = pixels[..., 3:]
-    return (pixels[..., :3] * alpha).astype(np.uint16), 255 - alpha
-
-
-def _paste(frame: np.ndarray, thing: Thing, box: np.ndarray) -> None:
-    height, width = frame.shape[:2]
-    w, h = max(4, round(float(box[2]) * width)), max(4, round(float(box[3]) * height))
-    x = min(max(round(float(box[0]) * width - w / 2), 0), width - w)
-    y = min(max(round(float(box[1]) * height - h / 2), 0), height - h)
-    colour, keep = _blend(thing.name, thing.colour, thing.flipped, w, h)
-    region = frame[y : y + h, x : x + w]
-    region[:] = ((region * keep + colour) // 255).astype(np.uint8)
-
-
-def _gain_table(gain: float) -> np.ndarray:
-    return np.clip(np.arange(256) * gain, 0, 255).astype(np.uint8)
-
-
-def _jpeg(frame: np.ndarray, quality: int) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer))
-
-
-@functools.lru_cache(maxsize=2)
-def _photos(split: str) -> tuple[np.ndarray, ...]:
-    from skimage import data
-
-    names: Iterable[str] = TRAIN_PHOTOS if split == "train" else HELD_OUT_PHOTOS
-    images = [np.asarray(getattr(data, name)()) for name in names]
-    return tuple(np.stack([i] * 3, -1) if i.ndim == 2 else np.ascontiguousarray(i[..., :3]) for i in images)
-
-
-def _photo(rng: np.random.Generator, split: str, aspect: float) -> np.ndarray:
-    """Return a random crop of a photograph (one in five in training: blurred colour noise), with changed light."""
-    if split == "train" and rng.random() < 0.2:
-        grid = rng.integers(0, 256, (int(rng.integers(2, 12)), int(rng.integers(2, 12)), 3)).astype(np.uint8)
-        image = Image.fromarray(grid).resize((256, round(256 / aspect)), Image.Resampling.BICUBIC)
-    else:
-        photos = _photos(split)
-        photo = photos[rng.integers(len(photos))]
-        height, width = photo.shape[:2]
-        crop_h = float(rng.uniform(0.4, 1.0)) * min(height, width / aspect)
-        crop_w = crop_h * aspect
-        x, y = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
-        image = Image.fromarray(photo).crop((int(x), int(y), int(x + crop_w), int(y + crop_h)))
-        image = image.resize((320, round(320 / aspect)), Image.Resampling.BILINEAR)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.asarray(image).astype(np.float32)
-    if split == "train":
-        pixels = pixels[..., rng.permutation(3)] if rng.random() < 0.3 else pixels
-    pixels = pixels * rng.uniform(0.45, 1.1) + rng.uniform(-20, 20)
-    grey = pixels.mean(-1, keepdims=True)
-    return np.clip(grey + (pixels - grey) * rng.uniform(0.2, 1.1), 0, 255).astype(np.uint8)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from bridge_stg.runtime.positions import merge_order, vision_tables
 from bridge_stg.runtime.spec import ChainSpec
-from bridge_stg.synthetic import COLOUR_NAMES, FRAME_SIZES, NAMES, make_scene
+from bridge_stg.sprites import COLOUR_NAMES, NAMES
+from bridge_stg.synthetic import FRAME_SIZES, make_scene
 from bridge_stg.train_loop import run_stage
 from bridge_stg.vision import VisionEncoder
 

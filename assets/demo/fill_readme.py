@@ -29,6 +29,7 @@ def table(figures: dict[str, Any]) -> str:
         row("**by name and colour**", figures["named"]),
         row("**decided by motion only**", figures["motion"]),
         row("name and colour, span margin 0", figures["margin_0"]),
+        row("name and colour, span as answered (presence moves no end)", figures["span_as_answered"]),
         *(row(f"control: {name}", scores) for name, scores in figures["controls"].items()),
         "",
         f"Absent targets: AUROC {figures['absent_auroc']:.3f}; `none` is answered for "

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from bridge_stg.figures import FRAME_RATE
-from bridge_stg.synthetic import ask, make_scene, write_clip
+from bridge_stg.questions import ask
+from bridge_stg.synthetic import make_scene, write_clip
 
 CLIPS = {
     "1-named": (11, "colour", (640, 360)),

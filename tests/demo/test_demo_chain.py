@@ -40,8 +40,10 @@ def test_the_model_grounds_and_the_controls_fail(demo_bundle, tmp_path):
     assert figures["named"]["m_tIoU"] > 0.6 and reached > 0.4
     assert figures["swapped_query_vIoU"] < 0.2
     for name, scores in figures["controls"].items():
-        # With shuffled times the answer is wide, and presence on the fine frames mends much of it.
-        assert scores["m_vIoU"] < reached - (0 if name == "time texts shuffled" else 0.2), name
+        # With shuffled times the answer is wide; presence on the fine frames mends much of it, if it may move the ends.
+        mended = name == "time texts shuffled"
+        whole = figures["span_as_answered"]["m_vIoU"] if "as answered" in name else reached
+        assert scores["m_vIoU"] < whole - (0 if mended else 0.2), name
     assert figures["visual_tokens_ratio"] < 0.8
 
 
@@ -80,7 +82,8 @@ def test_a_still_image(demo_grounder, tmp_path):
     from PIL import Image
 
     rng = np.random.default_rng(4)
-    from bridge_stg.synthetic import COLOUR_NAMES, NAMES, make_scene
+    from bridge_stg.sprites import COLOUR_NAMES, NAMES
+    from bridge_stg.synthetic import make_scene
 
     ious = []
     for _ in range(6):

@@ -85,7 +85,9 @@ def test_measure_reports_every_figure_of_a_random_model(tiny_model, tmp_path):
     figures = measure(sessions, tiny_model.spec, tiny_model.tokenizer, clips=2, folder=tmp_path)
     assert figures["named"]["clips"] == 2 and 0 <= figures["absent_auroc"] <= 1
     assert set(figures["controls"]) == {
-        "frames blanked", "query blanked", "time texts shuffled", "whole clip, centre box"
+        "frames blanked", "query blanked", "time texts shuffled", "time texts shuffled, span as answered",
+        "whole clip, centre box",
     }  # fmt: skip
+    assert figures["motion"]["clips"] == 1 and figures["span_as_answered"]["clips"] == 2
     assert figures["named"]["m_vIoU"] < 0.3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000.mp4", "001.mp4"]
+    assert sorted(p.name for p in tmp_path.glob("**/*.mp4")) == ["000.mp4", "000.mp4", "001.mp4"]

@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 
 from bridge_stg.figures import HELD_OUT_SEED, held_out_clips
-from bridge_stg.synthetic import (
-    COLOUR_NAMES,
-    DIRECTION_NAMES,
-    HELD_OUT_PHOTOS,
-    NAMES,
-    TRAIN_PHOTOS,
-    ask,
-    make_scene,
-    write_clip,
-)
+from bridge_stg.questions import ask
+from bridge_stg.sprites import COLOUR_NAMES, HELD_OUT_PHOTOS, NAMES, TRAIN_PHOTOS
+from bridge_stg.synthetic import DIRECTION_NAMES, make_scene, write_clip
 
 SCENES = [make_scene(np.random.default_rng(seed), frame_rate=8) for seed in range(150)]
 

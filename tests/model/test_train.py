@@ -104,6 +104,26 @@ def test_image_batches_have_one_group(tiny_model, tokenizer_path):
     assert torch.equal(images.frames[:, 0, 0], images.frames[:, 0, 1])
 
 
+def test_tracking_batches_print_the_first_box_and_start_at_the_first_time(tiny_model, tokenizer_path):
+    batch = BatchMaker(tiny_model.spec, tokenizer_path, 0, clips=3)(3)
+    tokenizer = Tokenizer.from_file(tokenizer_path)
+    tracked = 0
+    for row, length in enumerate(batch.length.tolist()):
+        text = tokenizer.decode(batch.input_ids[row, :length].tolist())
+        if "first at" not in text:
+            continue
+        tracked += 1
+        printed = [int(n) for n in text.split("first at ")[1].split(".")[0].split()]
+        assert batch.span[row, 0] == 0 and len(printed) == 4
+        seen = batch.fine_times[row // QUERIES_PER_CLIP] == 0
+        if seen.any():
+            x, y, w, h = batch.boxes[row // QUERIES_PER_CLIP, row % QUERIES_PER_CLIP, seen][0].tolist()
+            assert printed == pytest.approx(
+                [999 * (x - w / 2), 999 * (y - h / 2), 999 * (x + w / 2), 999 * (y + h / 2)], abs=1
+            )
+    assert tracked >= 3
+
+
 def test_train_demo_in_miniature(tmp_path):
     out = train_demo(tmp_path / "demo", vision_steps=1, grounding_steps=1, tiny=True)
     model = load_checkpoint(out)
