@@ -67,8 +67,11 @@ class BatchMaker:
         samples = np.zeros((1, period)) if still else (np.arange(groups * period) * gap).reshape(groups, period)
         duration = groups * period * gap
         clips = self.clips * 3 if still else self.clips
-        drawn = {"still": still, "size": source, "duration": duration, "twins": TWINS}
-        scenes = [make_scene(rng, from_start=0.5 if tracking else 0.0, **drawn) for _ in range(clips)]
+        from_start = 0.5 if tracking else 0.0
+        scenes = [
+            make_scene(rng, still=still, size=source, duration=duration, twins=TWINS, from_start=from_start)
+            for _ in range(clips)
+        ]
         return self._batch(rng, scenes, samples, still, source, tracking)
 
     def _batch(
@@ -116,7 +119,9 @@ class BatchMaker:
                 spans.append(span)
                 said = zip((question.name, question.colour, question.direction), ASKED)
                 asked.append([count if value is None else value for value, count in said])
-                first_box = scene.first_box(question.thing) if question.kind == "track" else None
+                first_box = None
+                if question.kind == "track" and question.thing is not None:
+                    first_box = scene.first_box(question.thing).tolist()
                 query = query_segment(tokenizer, self.spec, question.text, prefix.next_position, first_box=first_box)
                 rule = grammar if first_box is None else from_first
                 rows.append(answer_row(query.input_ids, rule, span, self.spec))

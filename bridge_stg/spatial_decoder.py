@@ -2,7 +2,8 @@
 
 A first reference box comes from a heat map: query against patch, each patch voting for a box. Each layer then attends
 to the queries of all taps, across frames, and to the frame's fine feature map, and moves the box (iterative
-refinement as in Deformable DETR, arXiv 2010.04159). Knows nothing of text and of how frames were chosen.
+refinement, arXiv 2010.04159). Votes are in patches and moves in boxes, so that both mean the same on wide and on
+upright frames. Knows nothing of text and of how frames were chosen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bridge_stg.config import SpatialDecoderConfig
 
 COORDINATE_BANDS = 16
 TIME_BANDS = 16
+VOTE_PATCHES = 4.5
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ class SpatialDecoder(nn.Module):
         by_frame = self.to_frames(x, videos, queries)
         heat = self.heat_query(by_frame) @ self.heat_key(keys).transpose(-1, -2) * width**-0.5
         weights = heat.float().softmax(-1)
-        votes = self.vote(features).float()
-        low, high = centres - F.softplus(votes[..., :2]) / 4, centres + F.softplus(votes[..., 2:]) / 4
+        reach = F.softplus(self.vote(features).float()) * patch_sides(rows, columns)
+        low, high = centres - reach[..., :2], centres + reach[..., 2:]
         voted = torch.cat([(low + high) / 2, high - low], -1)
         reference = self.to_queries(weights @ voted, videos, queries)
         content = self.content(self.to_queries(weights.to(features.dtype) @ features, videos, queries))
@@ -163,7 +165,7 @@ class SpatialDecoder(nn.Module):
             y = self.to_frames(layer.norms[2](x) + place, videos, queries)
             x = x + self.to_queries(layer.space(y, keys, features), videos, queries)
             x = x + layer.feed_forward(layer.norms[3](x))
-            reference = (inverse_sigmoid(reference) + box_head(x).float()).sigmoid()
+            reference = move_boxes(reference, box_head(x).float())
             boxes.append(reference)
             told = torch.cat([x, content, peak.to(x.dtype)], -1)
             presence.append(presence_head(told)[..., 0].float())
@@ -213,6 +215,23 @@ def patch_centres(rows: int, columns: int) -> Tensor:
     return torch.stack([x[None].expand(rows, columns), y[:, None].expand(rows, columns)], -1).reshape(rows * columns, 2)
 
 
+def patch_sides(rows: int, columns: int) -> Tensor:
+    """Return the reach [4] (left, up, right, down), in 0..1, of a vote of 1: as many patches at any aspect ratio."""
+    x = torch.ones(1, dtype=torch.float32) * VOTE_PATCHES / columns
+    y = torch.ones(1, dtype=torch.float32) * VOTE_PATCHES / rows
+    return torch.cat([x, y, x, y])
+
+
+def move_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Shift centres by deltas in units of the box, and scale sides by their exponential (arXiv 1311.2524, app. C).
+
+    Unlike an offset of the logits, it means the same at every aspect ratio of the frame. Both are [..., 4].
+    """
+    centre = boxes[..., :2] + deltas[..., :2].clamp(-2.0, 2.0) * boxes[..., 2:]
+    size = boxes[..., 2:] * deltas[..., 2:].clamp(-2.0, 2.0).exp()
+    return torch.cat([centre.clamp(0.0, 1.0), size.clamp(1e-3, 1.0)], -1)
+
+
 def sine_embedding(x: Tensor, bands: int) -> Tensor:
     """Embed coordinates [..., n] in 0..1 as sines and cosines [..., n·2·bands] of wavelengths 2 … 1/16."""
     octaves = torch.arange(bands, dtype=torch.float32) * (5.0 / (bands - 1))
@@ -227,9 +246,3 @@ def time_embedding(times: Tensor, mask: Tensor) -> Tensor:
     octaves = torch.arange(TIME_BANDS, dtype=torch.float32) * (7.0 / (TIME_BANDS - 1)) - 1.0
     angles = (times[:, None] - mean)[..., None] * (2 * math.pi / torch.exp2(octaves))
     return torch.cat([angles.sin(), angles.cos()], -1)
-
-
-def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Return the logit of x, clamped away from 0 and 1."""
-    x = x.clamp(1e-3, 1 - 1e-3)
-    return torch.log(x / (1 - x))

@@ -52,9 +52,9 @@ def paste(frame: np.ndarray, box: np.ndarray, name: int, colour: int, flipped: b
     w, h = max(4, round(float(box[2]) * width)), max(4, round(float(box[3]) * height))
     x = min(max(round(float(box[0]) * width - w / 2), 0), width - w)
     y = min(max(round(float(box[1]) * height - h / 2), 0), height - h)
-    colour, keep = _blend(name, colour, flipped, w, h)
+    ink, keep = _blend(name, colour, flipped, w, h)
     region = frame[y : y + h, x : x + w]
-    region[:] = ((region * keep + colour) // 255).astype(np.uint8)
+    region[:] = ((region * keep + ink) // 255).astype(np.uint8)
 
 
 def gain_table(gain: float) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-VISION_STEPS, GROUNDING_STEPS = 1350, 1850
+VISION_STEPS, GROUNDING_STEPS = 3000, 3500
 EVALUATION_CLIPS = 10
 
 

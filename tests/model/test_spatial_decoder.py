@@ -8,7 +8,7 @@ import torch
 
 from bridge_stg.eager import TorchSession
 from bridge_stg.losses import box_iou_giou, contrastive_loss, heat_target, spatial_losses
-from bridge_stg.spatial_decoder import Localization
+from bridge_stg.spatial_decoder import Localization, move_boxes, patch_sides
 
 
 def feeds(model, queries: int, frames: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -64,6 +64,16 @@ def test_boxes_and_presence_are_in_range(tiny_model):
     assert out["boxes"].shape == (2, 3, 4) and out["presence"].shape == (2, 3)
     for array in out.values():
         assert array.dtype == np.float32 and array.min() >= 0 and array.max() <= 1
+
+
+def test_votes_and_moves_mean_the_same_at_every_aspect_ratio():
+    wide, upright = patch_sides(9, 16), patch_sides(16, 9)
+    assert torch.allclose(wide * torch.tensor([16, 9, 16, 9]), upright * torch.tensor([9, 16, 9, 16]))
+    box, delta = torch.tensor([0.5, 0.5, 0.2, 0.1]), torch.tensor([0.5, -1.0, 0.7, -0.3])
+    squeezed = torch.tensor([0.5, 1.0, 0.5, 1.0])
+    assert torch.allclose(move_boxes(box * squeezed, delta), move_boxes(box, delta) * squeezed)
+    assert torch.allclose(move_boxes(box, torch.zeros(4)), box)
+    assert (move_boxes(box, torch.full((4,), 9.0)) <= 1).all()
 
 
 def test_iou_and_giou_on_hand_worked_boxes():
