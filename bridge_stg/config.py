@@ -13,19 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bridge_stg.backbones import backbone
 from bridge_stg.runtime.errors import CheckpointError
-from bridge_stg.runtime.spec import (
-    ChainSpec,
-    FramesSpec,
-    LanguageSpec,
-    PromptSpec,
-    SpanSpec,
-    VisionSpec,
-    from_dict,
-)
+from bridge_stg.runtime.spec import ChainSpec, FramesSpec, PromptSpec, SpanSpec, from_dict
 
 MODEL_TYPE = "bridge_stg"
-FAMILIES = ("qwen3_vl",)
 
 
 @dataclass(frozen=True)
@@ -77,57 +69,39 @@ class BridgeSTGConfig:
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
-    @property
-    def tapped_layers(self) -> tuple[int, ...]:
-        """Indices of the tapped LLM layers, in order."""
-        depth = int(self.backbone["text_config"]["num_hidden_layers"])
-        return tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
-
-    def check_family(self) -> None:
-        """Raise CheckpointError if the backbone's architecture is not supported."""
-        family = self.backbone.get("model_type")
-        if family not in FAMILIES:
-            raise CheckpointError(f"the backbone's model_type is {family!r}; supported: {', '.join(FAMILIES)}")
-
     def backbone_config(self) -> Any:
         """Return transformers' config object of the backbone.
 
         Raises:
-            CheckpointError: the family is not supported.
+            CheckpointError: the architecture is not supported, or its config cannot be used.
         """
-        from transformers import Qwen3VLConfig
+        return backbone(self.backbone).config(self.backbone)
 
-        self.check_family()
-        values = {k: v for k, v in self.backbone.items() if k != "model_type"}
-        return Qwen3VLConfig(**values)
+    @property
+    def tapped_layers(self) -> tuple[int, ...]:
+        """Indices of the tapped LLM layers, in order."""
+        return self._tapped_layers(self.backbone_config())
+
+    def _tapped_layers(self, values: Any) -> tuple[int, ...]:
+        depth = values.text_config.num_hidden_layers
+        layers = tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
+        if any(not 0 <= layer < depth for layer in layers):
+            raise CheckpointError(f"bridging.tapped_layers is {list(layers)}, but the LLM has layers 0 to {depth - 1}")
+        return layers
 
     def chain_spec(self) -> ChainSpec:
-        """Derive what the runtime must know: geometry of the graphs and the rules around them."""
-        text, vision = self.backbone["text_config"], self.backbone["vision_config"]
-        heads = int(text["num_attention_heads"])
+        """Derive what the runtime must know: geometry of the graphs and the rules around them.
+
+        Raises:
+            CheckpointError: see `backbone_config`; or a tapped layer is not there.
+        """
+        family, values = backbone(self.backbone), self.backbone_config()
         return ChainSpec(
-            vision=VisionSpec(
-                family=self.backbone["model_type"],
-                patch_size=vision["patch_size"],
-                merge_size=vision["spatial_merge_size"],
-                temporal_patch_size=vision["temporal_patch_size"],
-                hidden_size=vision["hidden_size"],
-                head_dim=vision["hidden_size"] // vision["num_heads"],
-                deepstack_levels=len(vision["deepstack_visual_indexes"]),
-                position_grid=round(vision["num_position_embeddings"] ** 0.5),
-                rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)),
-                image_mean=self.image_mean,
-                image_std=self.image_std,
-            ),
-            language=LanguageSpec(
-                hidden_size=text["hidden_size"],
-                num_layers=text["num_hidden_layers"],
-                kv_heads=text.get("num_key_value_heads") or heads,
-                head_dim=text.get("head_dim") or text["hidden_size"] // heads,
-                vocab_size=text["vocab_size"],
-                max_positions=text["max_position_embeddings"],
+            vision=family.vision_spec(values, mean=self.image_mean, std=self.image_std),
+            language=family.language_spec(
+                values,
                 num_bridging_queries=self.bridging.num_queries,
-                tapped_layers=self.tapped_layers,
+                tapped_layers=self._tapped_layers(values),
             ),
             frames=self.frames,
             prompt=self.prompt,
@@ -163,17 +137,10 @@ class BridgeSTGConfig:
                 if name in values:
                     values[name] = from_dict(kind, values[name], f"{where}: {name}")
             config = from_dict(cls, values, where)
-            config.check_family()
             config.chain_spec()
         except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{detail if where in detail else f'{where}: {detail}'}") from error
-        depth = int(config.backbone["text_config"]["num_hidden_layers"])
-        if any(not 0 <= layer < depth for layer in config.tapped_layers):
-            raise CheckpointError(
-                f"{where}: bridging.tapped_layers is {list(config.tapped_layers)}, "
-                f"but the LLM has layers 0 to {depth - 1}"
-            )
         return config
 
     @classmethod

@@ -1,7 +1,7 @@
 """The language model: prefill, decode and the bridging step in one function of ids, positions and a KV cache.
 
-Runs transformers' own Qwen3-VL decoder layers. Attention and cache enter through transformers' extension points: the
-attention registry, and a cache-shaped object. Knows nothing of tokens' meaning.
+Runs transformers' own decoder layers. Attention and cache enter through transformers' extension points: the attention
+registry, and a cache-shaped object. Knows nothing of tokens' meaning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from bridge_stg.bridging import BridgingQueries
 from bridge_stg.runtime.spec import LanguageSpec
@@ -47,17 +46,25 @@ class BufferCache:
 
 
 class LanguageModel(nn.Module):
-    """The decoder with the bridging queries' table, visual rows, deepstack and taps."""
+    """The decoder with the bridging queries' table, visual rows, deepstack and taps.
+
+    Args:
+        model: the backbone's decoder, see `bridge_stg.backbones.interface.Backbone.text_model`.
+        lm_head: hidden states to logits.
+        bridging: the queries' table.
+        spec: sizes.
+        rotary_axis: int64 [head_dim / 2], which of the three positions each rotary frequency reads.
+    """
 
     def __init__(
-        self, model: Qwen3VLTextModel, lm_head: nn.Linear, bridging: BridgingQueries, spec: LanguageSpec
+        self, model: nn.Module, lm_head: nn.Linear, bridging: BridgingQueries, spec: LanguageSpec, rotary_axis: Tensor
     ) -> None:
         super().__init__()
         self.model = model
         self.lm_head = lm_head
         self.bridging = bridging
         self.spec = spec
-        self.register_buffer("rotary_axis", rotary_axes(model), persistent=False)
+        self.register_buffer("rotary_axis", rotary_axis, persistent=False)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin [B, L, head_dim] of positions [3, B, L]: each frequency turns with one of the three.
@@ -133,15 +140,6 @@ class LanguageModel(nn.Module):
         index = output_index[..., None].expand(-1, -1, self.spec.hidden_size)
         taps = torch.stack([rms_normalize(states[layer].gather(1, index)) for layer in self.spec.tapped_layers])
         return self.logits(states[-1].gather(1, index)), taps
-
-
-def rotary_axes(model: Qwen3VLTextModel) -> Tensor:
-    """Return int64 [head_dim / 2]: which position (0 time, 1 row, 2 column) each frequency of MRoPE reads."""
-    _, rows, columns = model.rotary_emb.mrope_section
-    axes = torch.zeros(len(model.rotary_emb.inv_freq), dtype=torch.int64)
-    axes[1 : 3 * rows : 3] = 1
-    axes[2 : 3 * columns : 3] = 2
-    return axes
 
 
 def visible_keys(cache_position: Tensor, length: int | torch.SymInt, capacity: int | torch.SymInt) -> Tensor:

@@ -6,20 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
+from torch import Tensor, nn
 
 from bridge_stg.attention import MATMUL
+from bridge_stg.backbones import backbone
 from bridge_stg.bridging import BridgingQueries
 from bridge_stg.config import BridgeSTGConfig
 from bridge_stg.eager import TorchSession
 from bridge_stg.language_model import LanguageModel
 from bridge_stg.runtime.contracts import GRAPHS
+from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.prompt import Tokenizer
 from bridge_stg.runtime.tubes import Grounding
 from bridge_stg.spatial_decoder import SpatialDecoder
-from bridge_stg.vision import VisionEncoder
+from bridge_stg.vision import normalization
 
 KEY_PREFIXES = {
     "vision_encoder.model.": "model.visual.",
@@ -44,16 +45,22 @@ class BridgeSTG(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.spec = config.chain_spec()
-        backbone = config.backbone_config()
-        text = backbone.text_config
-        visual = Qwen3VLVisionModel._from_config(backbone.vision_config, attn_implementation=attention)
-        language = Qwen3VLTextModel._from_config(text, attn_implementation=attention)
+        family = backbone(config.backbone)
+        values = family.config(config.backbone)
+        text = values.text_config
+        self.vision_encoder = family.vision_encoder(values, self.spec.vision, attention=attention)
+        language = family.text_model(values, attention=attention)
         lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        if backbone.tie_word_embeddings:
+        if values.tie_word_embeddings:
             lm_head.weight = language.embed_tokens.weight
         queries = BridgingQueries(self.spec.language.num_bridging_queries, text.hidden_size)
-        self.vision_encoder = VisionEncoder(visual, self.spec.vision)
-        self.language_model = LanguageModel(language, lm_head, queries, self.spec.language)
+        axes = family.rotary_axes(text)
+        if len(axes) != self.spec.language.head_dim // 2:
+            raise CheckpointError(
+                f"the backbone's mrope_section covers {len(axes)} rotary frequencies, but a head of "
+                f"{self.spec.language.head_dim} channels has {self.spec.language.head_dim // 2}"
+            )
+        self.language_model = LanguageModel(language, lm_head, queries, self.spec.language, axes)
         self.spatial_decoder = SpatialDecoder(
             config.spatial_decoder,
             channels=self.spec.vision.hidden_size,
@@ -66,6 +73,20 @@ class BridgeSTG(nn.Module):
     def tied(self) -> bool:
         """Whether the head is the embedding table."""
         return self.language_model.lm_head.weight is self.language_model.model.embed_tokens.weight
+
+    def fixed_buffers(self) -> dict[str, Tensor]:
+        """Compute all buffers that no checkpoint holds, by name: a model of meta or fake tensors lacks their values.
+
+        To be called outside of `FakeTensorMode` and of a meta device context.
+        """
+        scale, shift = normalization(self.spec.vision)
+        axes = backbone(self.config.backbone).rotary_axes(self.language_model.model.config)
+        found = {"vision_encoder.scale": scale, "vision_encoder.shift": shift, "language_model.rotary_axis": axes}
+        for name, module in self.named_modules():
+            if "inv_freq" in module._buffers:  # transformers' rotary embeddings follow from their config alone
+                fresh = type(module)(module.config)
+                found |= {f"{name}.{buffer}": value for buffer, value in fresh.named_buffers(recurse=False)}
+        return found
 
     def grounder(self) -> Grounder:
         """Return the runtime's chain over this model's eager graphs: the reference that exports are compared to."""
@@ -84,6 +105,7 @@ class BridgeSTG(nn.Module):
         deadline_s: float | None = None,
         cancel: Any = None,
         progress: Callable[..., None] | None = None,
+        max_visual_tokens: int | None = None,
     ) -> Grounding:
         """Ground a query in a video, eagerly: same frames, prompt, grammar and span rules as the runtime.
 
@@ -94,13 +116,20 @@ class BridgeSTG(nn.Module):
             deadline_s: seconds after which the call raises `Interrupted`.
             cancel: object with `is_set()`, or a callable; stops the call when true.
             progress: called with (stage, done, total).
+            max_visual_tokens: what the video may take of the prompt; see `Grounder.ground`.
         """
         was_training = self.training
         self.eval()
         try:
             with self.grounder() as grounder:
                 return grounder.ground(
-                    video, query, allow_none=allow_none, deadline_s=deadline_s, cancel=cancel, progress=progress
+                    video,
+                    query,
+                    allow_none=allow_none,
+                    deadline_s=deadline_s,
+                    cancel=cancel,
+                    progress=progress,
+                    max_visual_tokens=max_visual_tokens,
                 )
         finally:
             self.train(was_training)

@@ -1,14 +1,14 @@
 """The three graphs' contracts: names, dtypes and symbolic dims of every input and output.
 
 B = requests, G = groups of P frames, L = new tokens, K = positions asked for, S = KV capacity, V = visual tokens + 1,
-F = fine frames, N = patches of a frame. The exporter writes these into the manifest, the eager reference and
-every backend obey them.
+F = fine frames, N = patches of a frame, W = attention windows of a frame. The exporter writes these into the manifest,
+the eager reference and every backend obey them.
 """
 
 from __future__ import annotations
 
 from bridge_stg.runtime.manifest import CacheSpec, GraphSpec, TensorSpec
-from bridge_stg.runtime.spec import ChainSpec
+from bridge_stg.runtime.spec import ChainSpec, VisionSpec
 
 GRAPHS = ("vision_encoder", "language_model", "spatial_decoder")
 
@@ -57,17 +57,29 @@ def _vision_encoder(spec: ChainSpec, io: str) -> Parts:
     vision, hidden = spec.vision, spec.language.hidden_size
     inputs = [
         TensorSpec("frames", "uint8", ("G", vision.temporal_patch_size, "height", "width", 3)),
-        TensorSpec("pos_index", "int64", ("N", 4)),
-        TensorSpec("pos_weight", "float32", ("N", 4)),
-        TensorSpec("rotary_cos", "float32", ("N", vision.head_dim)),
-        TensorSpec("rotary_sin", "float32", ("N", vision.head_dim)),
+        *_vision_tables(vision),
     ]
     outputs = [
         TensorSpec("visual_tokens", io, (1 + vision.deepstack_levels, f"G*N/{vision.merge_size**2}", hidden)),
         TensorSpec("feature_map", io, ("G", "h", "w", vision.hidden_size)),
     ]
     side = vision.patch_size * vision.merge_size
-    return inputs, outputs, {"G": (1, None), "height": (side, None), "width": (side, None), "N": (4, None)}
+    ranges: dict[str, tuple[int, int | None]] = {"G": (1, None), "height": (side, None), "width": (side, None)}
+    ranges |= {"N": (vision.merge_size**2, None)} | ({"W": (1, None)} if vision.window_patches else {})
+    return inputs, outputs, ranges
+
+
+def _vision_tables(vision: VisionSpec) -> list[TensorSpec]:
+    """What `bridge_stg.runtime.positions.vision_tables` returns for the family, in its order."""
+    tables = []
+    if vision.position_grid:
+        tables += [TensorSpec("pos_index", "int64", ("N", 4)), TensorSpec("pos_weight", "float32", ("N", 4))]
+    tables += [TensorSpec(name, "float32", ("N", vision.head_dim)) for name in ("rotary_cos", "rotary_sin")]
+    if vision.window_patches:
+        places = vision.window_patches**2
+        tables += [TensorSpec("window_index", "int64", ("W", places)), TensorSpec("window_mask", "bool", ("W", places))]
+        tables += [TensorSpec("window_place", "int64", ("N",))]
+    return tables
 
 
 def _language_model(spec: ChainSpec, io: str) -> Parts:

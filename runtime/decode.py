@@ -87,8 +87,8 @@ def prefill_video(
     total = len(segment.input_ids)
     for start in range(0, total, PREFILL_CHUNK):
         report(start, total)
-        chunk = _part(segment, start, start + PREFILL_CHUNK)
-        _feed(session, cache, [chunk], [start], outputs=1, visual_tokens=visual_tokens)
+        chunk = part(segment, start, start + PREFILL_CHUNK)
+        feed(session, cache, [chunk], [start], outputs=1, visual_tokens=visual_tokens)
     report(total, total)
     # One zero row would do; but a dim of one is a special case to tracers and engine profiles.
     nothing = np.zeros((visual_tokens.shape[0], 2, visual_tokens.shape[2]), visual_tokens.dtype)
@@ -140,7 +140,7 @@ def answer_queries(
 def start_row(prefix: Prefix, query: Segment, grammar: AnswerGrammar) -> Row:
     """Return a row whose query is still to be fed, with what the answer begins with in any case."""
     row = Row(grammar=grammar, state=grammar.start(), length=prefix.length, pending=query)
-    row.pending = _append_ids(row.pending, row.state.forced())
+    row.pending = append_ids(row.pending, row.state.forced())
     return row
 
 
@@ -149,9 +149,9 @@ def decode_step(session: Session, cache: KVCache, prefix: Prefix, rows: Sequence
 
     A row that is done is fed one spare token at its own position, to be overwritten by what it has pending itself.
     """
-    fed = [_part(row.pending, 0, 1) if row.state.done else row.pending for row in rows]
+    fed = [part(row.pending, 0, 1) if row.state.done else row.pending for row in rows]
     lengths = [row.length for row in rows]
-    outputs = _feed(session, cache, fed, lengths, outputs=1, visual_tokens=prefix.no_visual_tokens)
+    outputs = feed(session, cache, fed, lengths, outputs=1, visual_tokens=prefix.no_visual_tokens)
     for row in rows:
         if not row.state.done:
             row.length += len(row.pending.input_ids)
@@ -176,7 +176,7 @@ def choose(row: Row, logits: np.ndarray) -> None:
     row.log_probability += float(log_probabilities[best])
     chosen = int(choices[best])
     row.state.choose(chosen)
-    row.pending = _append_ids(row.pending, [chosen, *row.state.forced()])
+    row.pending = append_ids(row.pending, [chosen, *row.state.forced()])
 
 
 def bridge(
@@ -188,9 +188,9 @@ def bridge(
     """
     if all(row.state.span is None for row in rows):
         return [None] * len(rows)
-    fed = [_append_ids(row.pending, bridging_ids) for row in rows]
+    fed = [append_ids(row.pending, bridging_ids) for row in rows]
     lengths = [row.length for row in rows]
-    outputs = _feed(session, cache, fed, lengths, outputs=len(bridging_ids), visual_tokens=prefix.no_visual_tokens)
+    outputs = feed(session, cache, fed, lengths, outputs=len(bridging_ids), visual_tokens=prefix.no_visual_tokens)
     taps = outputs["taps"]  # [T, B, Q, H]
     return [None if row.state.span is None else taps[:, b] for b, row in enumerate(rows)]
 
@@ -204,7 +204,7 @@ def positions_needed(prefix_length: int, queries: Sequence[Segment], *, answer_t
     return prefix_length + longest + 2 * answer_tokens + bridging
 
 
-def _feed(
+def feed(
     session: Session,
     cache: KVCache,
     segments: Sequence[Segment],
@@ -236,7 +236,8 @@ def _padded(values: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([values, np.repeat(values[..., -1:], missing, axis=-1)], axis=-1) if missing else values
 
 
-def _part(segment: Segment, start: int, stop: int) -> Segment:
+def part(segment: Segment, start: int, stop: int) -> Segment:
+    """Return tokens start … stop − 1 of a segment."""
     return Segment(
         input_ids=segment.input_ids[start:stop],
         visual_index=segment.visual_index[start:stop],
@@ -245,7 +246,7 @@ def _part(segment: Segment, start: int, stop: int) -> Segment:
     )
 
 
-def _append_ids(segment: Segment, ids: Sequence[int]) -> Segment:
+def append_ids(segment: Segment, ids: Sequence[int]) -> Segment:
     """Return the segment with text tokens behind it, their positions counting on."""
     tail = text_segment(ids, segment.next_position)
     return Segment(
