@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.frames import load_package
 from bridge_stg.runtime.images import over_white
+from bridge_stg.runtime.packages import load_package
 
 MAX_TOLERANCE_S = 1e-3
 DEFAULT_FRAME_S = Fraction(1, 25)

@@ -1,7 +1,7 @@
 """The vision encoder's two uses: coarse visual tokens for the language model, fine feature maps for the decoder.
 
-Frames go through in chunks of groups, which bounds the encoder's memory whatever the video's length. Letters: G groups
-of P frames, h x w patches a frame, N visual tokens, D deepstack levels, C channels, F fine frames.
+Frames go through in chunks of groups, which bounds the encoder's memory whatever the video's length and resolution.
+Letters: G groups of P frames, h x w patches a frame, N visual tokens, D deepstack levels, C channels, F fine frames.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def _encode(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield visual tokens [1+D, n, H] and feature maps [g, h, w, C] of chunks of g groups."""
     patch = spec.vision.patch_size
-    tables = vision_tables(spec.vision, frames.shape[2] // patch, frames.shape[3] // patch)
-    size = spec.frames.encoder_chunk_groups
+    rows, columns = frames.shape[2] // patch, frames.shape[3] // patch
+    tables = vision_tables(spec.vision, rows, columns)
+    size = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // (rows * columns)))
     for start in range(0, len(frames), size):
         report(start, len(frames))
         chunk = np.ascontiguousarray(frames[start : start + size])

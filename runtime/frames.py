@@ -6,18 +6,18 @@ The sampling grid and the interface; the sources themselves are in video.py (fil
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.errors import BridgeError, VideoError
+from bridge_stg.runtime.budget import Budget, CoarseChoice, CoarsePlan
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.sampling import CoarseSampler, resize_all
 from bridge_stg.runtime.sizes import frame_sizes
 from bridge_stg.runtime.spec import ChainSpec
 
@@ -25,7 +25,6 @@ Check = Callable[[], Any]
 """Called for every decoded frame; stops the reading by raising."""
 Progress = Callable[[float, "float | None"], Any]
 """Called as progress(seconds read, seconds in all), the latter None where it is not known."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,74 +49,19 @@ class CoarseFrames:
         times: float64 [G, P], seconds from the first frame: the places on the sampling grid.
         interval_s: seconds between two samples.
         duration_s: length of the video.
+        choice: the rate and size that the budget left.
     """
 
     frames: np.ndarray
     times: np.ndarray
     interval_s: float
     duration_s: float
+    choice: CoarseChoice
 
     @property
     def group_times(self) -> np.ndarray:
         """The time of each group, float64 [G]: the mean of its samples' times."""
         return self.times.mean(axis=1)
-
-
-def resize(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return an RGB picture, uint8 [H, W, 3], at (height, width) `size`, by Pillow's bicubic filter."""
-    image = load_package("PIL.Image", "pillow")
-    if rgb.shape[:2] == size:
-        return np.array(rgb)
-    picture = image.fromarray(np.ascontiguousarray(rgb))
-    return np.array(picture.resize((size[1], size[0]), image.Resampling.BICUBIC))
-
-
-def load_package(module: str, package: str) -> ModuleType:
-    """Import what only the reading of videos needs, at first use: `import bridge_stg.runtime` stays fast."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BridgeError(
-            f"reading videos and images needs the package {package!r}, which cannot be imported ({error}); "
-            'install it with: pip install "bridge-stg[cpu]"'
-        ) from error
-
-
-class GridSampler(Generic[T]):
-    """What a video shows at the times k / rate, in bounded memory and without knowing the video's length beforehand.
-
-    Beyond `capacity` items every second one is dropped and the grid's stride doubles, so that what is left is even.
-    """
-
-    def __init__(self, rate: float, *, capacity: int, stride: int = 1) -> None:
-        self.rate = rate
-        self.capacity = capacity
-        self.stride = stride
-        self.items: list[T] = []
-
-    @property
-    def interval_s(self) -> float:
-        """Seconds between two items."""
-        return self.stride / self.rate
-
-    @property
-    def times(self) -> np.ndarray:
-        """The place of every item on the grid, float64 [N], in seconds."""
-        return np.arange(len(self.items)) * self.stride / self.rate
-
-    def fill(self, until: float, make: Callable[[], T]) -> None:
-        """Put one item on every free place before `until` seconds; `make` is called at most once."""
-        made: list[T] = []
-        while len(self.items) * self.stride / self.rate < until:
-            made = made or [make()]
-            self.items.append(made[0])
-            if len(self.items) > self.capacity:
-                self.thin()
-
-    def thin(self) -> None:
-        """Drop every second item."""
-        self.items = self.items[::2]
-        self.stride *= 2
 
 
 class VideoSource(ABC):
@@ -130,12 +74,22 @@ class VideoSource(ABC):
 
     is_image = False
 
-    def __init__(self, spec: ChainSpec, *, width: int, height: int, name: str, check: Check | None = None) -> None:
+    def __init__(
+        self,
+        spec: ChainSpec,
+        *,
+        width: int,
+        height: int,
+        name: str,
+        budget: Budget | None = None,
+        check: Check | None = None,
+    ) -> None:
         self.width, self.height = width, height
         self._spec, self._name = spec, name
         self._check: Check = check or ignore
         try:
-            self._coarse_size, self._fine_size = frame_sizes(height, width, spec)
+            _, self._fine_size = frame_sizes(height, width, spec)
+            self._plan = CoarsePlan(height, width, spec, budget or Budget(spec.frames.max_visual_tokens))
         except VideoError as error:
             raise VideoError(f"{name}: {error}") from None
         self._coarse: CoarseFrames | None = None
@@ -145,7 +99,7 @@ class VideoSource(ABC):
         """How much later than asked for a frame may be shown: times of files are rounded to their clock's ticks."""
 
     @abstractmethod
-    def _scan(self) -> GridSampler[np.ndarray]:
+    def _scan(self) -> CoarseSampler:
         """Read everything once: return the coarse samples, set the times, the duration and the tolerance."""
 
     @abstractmethod
@@ -168,7 +122,7 @@ class VideoSource(ABC):
         """Return the whole video at coarse rate and size: decoded once, kept for later calls.
 
         The samples lie at k / coarse_fps. Their interval doubles until there are at most `max_coarse_groups` groups,
-        and until two groups never print as the same time.
+        until these fit the budget at the smallest size (see budget.py), and until no two print as the same time.
         """
         if self._coarse is None:
             self._coarse = self._group(self._scan())
@@ -205,32 +159,38 @@ class VideoSource(ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _sampler(self) -> GridSampler[np.ndarray]:
+    def _sampler(self, length_s: float | None = None) -> CoarseSampler:
         frames, group = self._spec.frames, self._spec.vision.temporal_patch_size
         stride = 1
         while stride * group / frames.coarse_fps < 10.0**-self._spec.prompt.time_decimals:
             stride *= 2
-        return GridSampler(frames.coarse_fps, capacity=frames.max_coarse_groups * group, stride=stride)
+        return CoarseSampler(self._plan, frames.coarse_fps, group=group, stride=stride, length_s=length_s)
 
     def _shown(self, times: np.ndarray) -> np.ndarray:
         """Return the index of the frame shown at each time, int64 [N]."""
         return np.maximum(np.searchsorted(self._times, times + self._tolerance_s, side="right") - 1, 0)
 
-    def _group(self, sampler: GridSampler[np.ndarray]) -> CoarseFrames:
+    def _group(self, sampler: CoarseSampler) -> CoarseFrames:
         group, decimals = self._spec.vision.temporal_patch_size, self._spec.prompt.time_decimals
+        limits = list(self._plan.capacity_limits) if sampler.thinned else []
         while True:
             places = np.arange(-(-len(sampler.items) // group) * group).clip(max=len(sampler.items) - 1)
             times = sampler.times[places].reshape(-1, group)
             printed = [f"{time:.{decimals}f}" for time in times.mean(axis=1)]
             if len(set(printed)) == len(printed):  # the filled-up last group may come close to the one before it
-                break
+                size = self._plan.size_of(times.mean(axis=1), at_most=sampler.size)
+                if size is not None or len(times) == 1:
+                    break
+                limits.append("max_positions")
             sampler.thin()
-        frames = np.stack([sampler.items[place] for place in places])
+        size = size or self._plan.smallest
+        frames = np.stack(resize_all([sampler.items[place] for place in places], size))
         return CoarseFrames(
-            frames=frames.reshape(*times.shape, *frames.shape[1:]),
+            frames=frames.reshape(*times.shape, *size, 3),
             times=times,
             interval_s=sampler.interval_s,
             duration_s=self._duration_s,
+            choice=self._plan.choice(times.mean(axis=1), size, fps=1 / sampler.interval_s, limits=limits),
         )
 
 
@@ -239,6 +199,7 @@ def open_source(
     spec: ChainSpec,
     *,
     buffer_frames: int = 256,
+    budget: Budget | None = None,
     progress: Progress | None = None,
     check: Check | None = None,
 ) -> VideoSource:
@@ -249,6 +210,7 @@ def open_source(
             such a picture), with strictly increasing times and one size, which is read once.
         spec: rates, sizes and limits of the model.
         buffer_frames: how many frames of an iterable are kept, at fine size.
+        budget: what the coarse frames may take of the prompt; None: the spec's `max_visual_tokens`.
         progress: told the seconds read so far and the seconds in all (None: not known), for every frame.
         check: called for every decoded frame; stops the reading by raising.
 
@@ -259,19 +221,20 @@ def open_source(
     from bridge_stg.runtime import video as files
 
     progress, check = progress or ignore, check or ignore
+    options: Any = {"buffer_frames": buffer_frames, "budget": budget, "progress": progress, "check": check}
     if isinstance(video, (str, os.PathLike)):
         path = container.check_path(os.fspath(video))
         picture = images.open_image(path)
         if picture is None:
-            return files.VideoFile(path, spec, progress=progress, check=check)
+            return files.VideoFile(path, spec, budget=budget, progress=progress, check=check)
         if not images.is_animation(picture):
-            return images.StillImage(images.read_rgb(picture, path), spec, name=path)
+            return images.StillImage(images.read_rgb(picture, path), spec, budget=budget, name=path)
         frames = images.animation_frames(picture, path)
-        return stream.FrameStream(frames, spec, buffer_frames=buffer_frames, progress=progress, check=check, name=path)
+        return stream.FrameStream(frames, spec, **options, name=path)
     if isinstance(video, np.ndarray):
-        return images.StillImage(stream.check_picture(video, "the image"), spec, name="the image")
+        return images.StillImage(stream.check_picture(video, "the image"), spec, budget=budget, name="the image")
     if isinstance(video, Iterable) and not isinstance(video, (bytes, dict)):
-        return stream.FrameStream(video, spec, buffer_frames=buffer_frames, progress=progress, check=check)
+        return stream.FrameStream(video, spec, **options)
     raise VideoError(
         f"cannot read a video from a {type(video).__name__}: expected a path, a uint8 array [height, width, 3], or an "
         "iterator of (time in seconds, such an array)"

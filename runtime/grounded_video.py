@@ -17,7 +17,7 @@ import numpy as np
 from bridge_stg.runtime.boxes import box_cxcywh_to_xyxy, boxes_to_pixels
 from bridge_stg.runtime.decode import Answer, Prefix, answer_queries, positions_needed
 from bridge_stg.runtime.errors import QueryError, VideoError
-from bridge_stg.runtime.features import FineFeatures, merged_grid
+from bridge_stg.runtime.features import FineFeatures
 from bridge_stg.runtime.frames import CoarseFrames, VideoSource
 from bridge_stg.runtime.grammar import AnswerGrammar
 from bridge_stg.runtime.kv_pool import KVPool
@@ -28,6 +28,7 @@ from bridge_stg.runtime.sizes import frame_sizes
 from bridge_stg.runtime.spans import fine_frames, in_span, refine_span, span_of_groups
 from bridge_stg.runtime.spatial_pass import Located, SpatialQuery, locate
 from bridge_stg.runtime.spec import ChainSpec
+from bridge_stg.runtime.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.tubes import Grounding, tube_in_span
 from bridge_stg.runtime.usage import Usage
 
@@ -70,13 +71,15 @@ class GroundedVideo:
         self._grid = grid
         self._timings = timings
         self._sample_times, self._interval_s = coarse.times, coarse.interval_s
-        self._coarse_tokens = len(coarse.frames) * math.prod(merged_grid(coarse.frames, chain.spec))
+        self._choice = coarse.choice
         times = time_strings(coarse.group_times, chain.spec.prompt)
         self._grammars = {
-            allow_none: AnswerGrammar(chain.tokenizer, chain.spec.prompt, times, allow_none=allow_none)
-            for allow_none in (True, False)
+            (allow_none, first): AnswerGrammar(
+                chain.tokenizer, chain.spec.prompt, times, allow_none=allow_none, first_start=first
+            )
+            for allow_none, first in ((True, None), (False, None), (False, 0))
         }
-        grammar = self._grammars[True]
+        grammar = self._grammars[True, None]
         longest = max(map(len, grammar.time_ids))
         self._answer_tokens = max(2 * longest + len(grammar.between), len(grammar.none_ids))
         self._usage = Usage(self._free, closed_error=VideoError("this video is closed; open it again to ground in it"))
@@ -107,9 +110,57 @@ class GroundedVideo:
             EngineError: a backend failed.
             VideoError: the video is closed, or its frames cannot be read again.
         """
-        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
-        with self._chain.usage.call():
-            return self.ground_within(limits, [query], allow_none=allow_none)[0]
+        return self._call([query], Task(allow_none=allow_none), deadline_s, cancel, progress)[0]
+
+    def span(
+        self,
+        query: str,
+        *,
+        allow_none: bool = True,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+    ) -> Grounding:
+        """Find only when it happens: no fine frame is read and no box computed. Arguments and errors as of `ground`."""
+        return self._call([query], Task("span", allow_none=allow_none), deadline_s, cancel, progress)[0]
+
+    def locate(
+        self,
+        query: str,
+        *,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+    ) -> Grounding:
+        """Find the one box of a target that is in this image for sure. Arguments and errors are those of `ground`.
+
+        Raises:
+            VideoError: this is a video.
+        """
+        return self._call([query], Task("image", allow_none=False), deadline_s, cancel, progress)[0]
+
+    def track(
+        self,
+        first_box: Sequence[float] | np.ndarray,
+        *,
+        query: str = TRACKED,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+    ) -> Grounding:
+        """Follow what is in a box of the first frame: a box for every frame of the video.
+
+        The span begins with the video and ends where the target leaves; behind it the last box is held.
+
+        Args:
+            first_box: left, top, right, bottom in pixels.
+            query: what it is, in words, if known.
+            deadline_s, cancel, progress: as of `ground`.
+
+        Raises:
+            QueryError: the box is no box, or lies outside the frame; and as of `ground`.
+        """
+        return self._call([query], track_from(first_box), deadline_s, cancel, progress)[0]
 
     def ground_many(
         self,
@@ -126,17 +177,28 @@ class GroundedVideo:
         """
         if isinstance(queries, str):
             raise QueryError("ground_many takes a list of queries, but was given one string; ask `ground` one query")
+        return self._call(list(queries), Task(allow_none=allow_none), deadline_s, cancel, progress)
+
+    def _call(
+        self, queries: list[str], task: Task, deadline_s: float | None, cancel: Any, progress: Progress | None
+    ) -> list[Grounding]:
         limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
         with self._chain.usage.call():
-            return self.ground_within(limits, list(queries), allow_none=allow_none)
+            return self.ground_within(limits, queries, task)
 
-    def ground_within(self, limits: Limits, queries: list[str], *, allow_none: bool) -> list[Grounding]:
+    def ground_within(self, limits: Limits, queries: list[str], task: Task) -> list[Grounding]:
         """Ground queries as part of a call that has begun already, and that holds the grounder open."""
         with self._usage.call():
-            segments = self._query_segments(queries)
+            if task.name == "image" and not self._source.is_image:
+                raise VideoError("this is a video, and `locate` finds a box in one image; ask `ground` about a video")
+            segments = self._query_segments(queries, task)
             with limits.stage("answer"):
-                answers = self._answer(segments, self._grammars[allow_none], limits)
-            sought = {i: self._spatial_query(answer) for i, answer in enumerate(answers) if answer.groups is not None}
+                answers = self._answer(segments, self._grammars[task.grammar_key], limits)
+            sought = {
+                i: self._spatial_query(answer)
+                for i, answer in enumerate(answers)
+                if answer.groups is not None and task.has_boxes
+            }
             located = locate(
                 self._chain.spatial_decoder,
                 self._features,
@@ -147,7 +209,7 @@ class GroundedVideo:
             )
             found = dict(zip(sought, located, strict=True))
             groundings = [
-                self._grounding(query, answer, sought.get(i), found.get(i))
+                self._grounding(query, task, answer, sought.get(i), found.get(i))
                 for i, (query, answer) in enumerate(zip(queries, answers, strict=True))
             ]
             timings = {**self._timings, **limits.timings, "total": limits.elapsed_s}
@@ -168,7 +230,7 @@ class GroundedVideo:
         self._features.clear()
         self._chain.pool.give(self._prefix.cache)
 
-    def _query_segments(self, queries: list[str]) -> list[Segment]:
+    def _query_segments(self, queries: list[str], task: Task) -> list[Segment]:
         """Return the queries' segments, their positions following the video's.
 
         Raises:
@@ -177,16 +239,18 @@ class GroundedVideo:
         segments = []
         for i, query in enumerate(queries):
             try:
-                segments.append(self._query_segment(query))
+                segments.append(self._query_segment(query, task))
             except QueryError as error:
                 if len(queries) == 1:
                     raise
                 raise QueryError(f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
         return segments
 
-    def _query_segment(self, query: str) -> Segment:
+    def _query_segment(self, query: str, task: Task) -> Segment:
         chain = self._chain
-        segment = query_segment(chain.tokenizer, chain.spec, query, self._prefix.next_position)
+        segment = query_segment(
+            chain.tokenizer, chain.spec, query, self._prefix.next_position, first_box=task.relative_box(self.size)
+        )
         language = chain.spec.language
         last = segment.next_position + self._answer_tokens + language.num_bridging_queries
         if last > language.max_positions:
@@ -240,7 +304,9 @@ class GroundedVideo:
     def _named_span(self, groups: tuple[int, int]) -> tuple[float, float]:
         return span_of_groups(groups, self._sample_times, interval_s=self._interval_s, duration_s=self.duration_s)
 
-    def _grounding(self, query: str, answer: Answer, sought: SpatialQuery | None, located: Located | None) -> Grounding:
+    def _grounding(
+        self, query: str, task: Task, answer: Answer, sought: SpatialQuery | None, located: Located | None
+    ) -> Grounding:
         """Put a query's result together; its timings are filled in by the caller."""
         scores = {"absent": answer.absent, "answer": math.exp(answer.log_probability), "presence": 0.0}
         nothing = Grounding(
@@ -250,17 +316,24 @@ class GroundedVideo:
             tube=None,
             boxes=None,
             size=self.size,
+            coarse=self._choice,
             answer=self._chain.tokenizer.decode(answer.ids),
             named_span=None,
             scores=scores,
             tokens=self._token_counts(0 if sought is None else len(sought.frames.indices)),
             timings={},
+            task=task.name,
         )
-        if answer.groups is None or sought is None or located is None:
+        if answer.groups is None:
             return nothing
+        if sought is None or located is None:
+            named = self._named_span(answer.groups)
+            return dataclasses.replace(nothing, found=True, span=named, named_span=named)
         threshold = self._chain.spec.span.presence_threshold
         named = self._named_span(answer.groups)
         span = refine_span(named, sought.frames, located.presence, threshold=threshold, duration_s=self.duration_s)
+        if task.first_box is not None:
+            span = (named[0], span[1])
         width, height = self.size
         tube = tube_in_span(
             span,
@@ -271,13 +344,18 @@ class GroundedVideo:
             threshold=threshold,
         )
         frame_times = self._source.frame_times
+        inside = in_span(frame_times, span)
+        boxes = tube.at(frame_times if task.first_box is not None else frame_times[inside])
+        if task.first_box is not None:
+            boxes.boxes[0] = task.first_box
+            boxes.visible[~inside] = False
         return dataclasses.replace(
             nothing,
             found=True,
             span=span,
             named_span=named,
             tube=tube,
-            boxes=tube.at(frame_times[in_span(frame_times, span)]),
+            boxes=boxes,
             scores={**scores, "presence": float(tube.presence.mean())},
         )
 
@@ -289,10 +367,10 @@ class GroundedVideo:
         a_frame = (height // factor) * (width // factor)
         fine, dense = fine_frames_used * a_frame, len(self._grid) * a_frame
         return {
-            "coarse": self._coarse_tokens,
+            "coarse": self._choice.tokens,
             "fine": fine,
             "dense": dense,
-            "ratio": (self._coarse_tokens + fine) / dense,
+            "ratio": (self._choice.tokens + fine) / dense,
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,9 +16,10 @@ from bridge_stg.runtime.frames import CoarseFrames, Samples, VideoSource, open_s
 from bridge_stg.runtime.grounded_video import Chain, GroundedVideo
 from bridge_stg.runtime.kv_pool import KVPool
 from bridge_stg.runtime.limits import Limits, Progress
-from bridge_stg.runtime.prompt import Tokenizer, check_query, video_segment
+from bridge_stg.runtime.prompt import Tokenizer, check_query, video_budget, video_segment
 from bridge_stg.runtime.session import Session
 from bridge_stg.runtime.spec import ChainSpec
+from bridge_stg.runtime.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.tubes import Grounding
 from bridge_stg.runtime.usage import Usage
 
@@ -35,6 +36,7 @@ class Grounder:
         tokenizer: the model's tokenizer.
         kv_budget_bytes: what the KV caches of one batch of queries may hold; more queries go in several batches.
         feature_budget_bytes: what a video's fine feature maps may hold between calls.
+        verified: whether the graphs were compared with the torch reference when they were exported.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Grounder:
         *,
         kv_budget_bytes: int = 2**29,
         feature_budget_bytes: int = 2**28,
+        verified: bool = True,
     ) -> None:
         missing = [name for name in GRAPHS if name not in sessions]
         if missing:
             raise EngineError(
                 f"the chain needs a session for {missing[0]!r}; it was given: {', '.join(sessions) or 'none'}"
             )
+        self.verified = verified
         self._sessions = dict(sessions)
         self._feature_budget_bytes = feature_budget_bytes
         self._chain = Chain(
@@ -90,7 +94,7 @@ class Grounder:
         bundle = Bundle.load(path)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
         sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads)
-        return cls(sessions, bundle.manifest.spec, tokenizer)
+        return cls(sessions, bundle.manifest.spec, tokenizer, verified=bundle.manifest.verified)
 
     @property
     def spec(self) -> ChainSpec:
@@ -107,6 +111,7 @@ class Grounder:
         cancel: Any = None,
         progress: Progress | None = None,
         buffer_frames: int = 256,
+        max_visual_tokens: int | None = None,
     ) -> Grounding:
         """Find when and where the query's target is in a video, image or stream.
 
@@ -118,18 +123,85 @@ class Grounder:
             cancel: a `threading.Event`, or a callable that returns True to stop.
             progress: called as progress(stage, done, total); total is None where it is not known.
             buffer_frames: frames of an iterable that are kept for the spatial pass; thinned evenly beyond.
+            max_visual_tokens: what the coarse frames may take of the prompt; a longer video is read in smaller frames,
+                then at a lower rate (see `Grounding.coarse`). None: what the model's own rules allow.
 
         Raises:
-            VideoError: the video cannot be read, or is too long for the model.
+            VideoError: the video cannot be read, or `max_visual_tokens` is too small for one group of its frames.
             QueryError: the query is empty or too long.
             Interrupted: the deadline passed, or `cancel` was set; the message names the stage.
             EngineError: a backend failed, or this Grounder is closed.
         """
         limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
-        with self._chain.usage.call():
-            check_query(self._chain.tokenizer, self.spec.prompt, query)  # before a long video is read for it
-            with self._open(video, limits, buffer_frames) as opened:
-                return opened.ground_within(limits, [query], allow_none=allow_none)[0]
+        return self._once(video, query, Task(allow_none=allow_none), limits, buffer_frames, max_visual_tokens)
+
+    def span(
+        self,
+        video: Video,
+        query: str,
+        *,
+        allow_none: bool = True,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+        buffer_frames: int = 256,
+        max_visual_tokens: int | None = None,
+    ) -> Grounding:
+        """Find only when it happens (temporal grounding): the spatial decoder does not run, and there are no boxes.
+
+        Arguments and errors are those of `ground`.
+        """
+        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
+        return self._once(video, query, Task("span", allow_none=allow_none), limits, buffer_frames, max_visual_tokens)
+
+    def locate(
+        self,
+        image: str | os.PathLike[str] | np.ndarray,
+        query: str,
+        *,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+    ) -> Grounding:
+        """Find the one box of a target that is in an image for sure (referring expression): the answer is never none.
+
+        Arguments and errors are those of `ground`.
+
+        Raises:
+            VideoError: it is a video; or as of `ground`.
+        """
+        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
+        return self._once(image, query, Task("image", allow_none=False), limits, 256, None)
+
+    def track(
+        self,
+        video: Video,
+        first_box: Sequence[float] | np.ndarray,
+        *,
+        query: str = TRACKED,
+        deadline_s: float | None = None,
+        cancel: Any = None,
+        progress: Progress | None = None,
+        buffer_frames: int = 256,
+        max_visual_tokens: int | None = None,
+    ) -> Grounding:
+        """Follow what is in a box of the first frame (tracking): the answer is never none.
+
+        Args:
+            video: see `Video`.
+            first_box: left, top, right, bottom in pixels of the first frame.
+            query: what it is, in words, if known.
+            deadline_s, cancel, progress, buffer_frames, max_visual_tokens: as of `ground`.
+
+        Returns:
+            A box for every frame of the video, the first one as given. The span begins with the video; frames behind it
+            hold the last box, marked as not visible.
+
+        Raises:
+            QueryError: the box is no box, or lies outside the frame; or as of `ground`.
+        """
+        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
+        return self._once(video, query, track_from(first_box), limits, buffer_frames, max_visual_tokens)
 
     def open(
         self,
@@ -139,11 +211,20 @@ class Grounder:
         cancel: Any = None,
         progress: Progress | None = None,
         buffer_frames: int = 256,
+        max_visual_tokens: int | None = None,
     ) -> GroundedVideo:
         """Read a video and compute what does not depend on a query. Arguments and errors are those of `ground`."""
         limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
         with self._chain.usage.call():
-            return self._open(video, limits, buffer_frames)
+            return self._open(video, limits, buffer_frames, max_visual_tokens)
+
+    def _once(
+        self, video: Video, query: str, task: Task, limits: Limits, buffer_frames: int, max_visual_tokens: int | None
+    ) -> Grounding:
+        with self._chain.usage.call():
+            check_query(self._chain.tokenizer, self.spec.prompt, query)  # before a long video is read for it
+            with self._open(video, limits, buffer_frames, max_visual_tokens) as opened:
+                return opened.ground_within(limits, [query], task)[0]
 
     def close(self) -> None:
         """Close the engines. Calls under way finish; later ones raise EngineError. May be called again."""
@@ -160,11 +241,16 @@ class Grounder:
         for session in self._sessions.values():
             session.close()
 
-    def _open(self, video: Video, limits: Limits, buffer_frames: int) -> GroundedVideo:
+    def _open(self, video: Video, limits: Limits, buffer_frames: int, max_visual_tokens: int | None) -> GroundedVideo:
         chain, calls = self._chain, _CurrentCall(limits)
         with limits.stage("decode_video"):
             source = open_source(
-                video, chain.spec, buffer_frames=buffer_frames, progress=calls.report, check=calls.check
+                video,
+                chain.spec,
+                buffer_frames=buffer_frames,
+                budget=video_budget(chain.tokenizer, chain.spec, max_visual_tokens),
+                progress=calls.report,
+                check=calls.check,
             )
         try:
             with limits.stage("decode_video"):
@@ -189,8 +275,9 @@ class Grounder:
         segment = video_segment(chain.tokenizer, chain.spec, coarse.group_times, merged_grid(coarse.frames, chain.spec))
         if segment.next_position > language.max_positions:
             raise VideoError(
-                f"the video's {len(coarse.frames)} groups of frames take {segment.next_position} positions, more than "
-                f"the model's {language.max_positions}; use a shorter video, or a model with fewer coarse groups"
+                f"even {len(coarse.frames)} group of the smallest frames takes {segment.next_position} positions of "
+                f"the prompt, more than the model's {language.max_positions}; use a model with more positions, or "
+                "one with a lower frames.coarse_min_pixels in its config"
             )
         with limits.stage("vision_coarse"):
             tokens = coarse_tokens(chain.vision_encoder, chain.spec, coarse.frames, report=limits.report)

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.budget import Budget
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.frames import Check, GridSampler, Samples, VideoSource, load_package, resize
+from bridge_stg.runtime.frames import Check, Samples, VideoSource
+from bridge_stg.runtime.packages import load_package
+from bridge_stg.runtime.sampling import CoarseSampler
+from bridge_stg.runtime.sizes import resize
 from bridge_stg.runtime.spec import ChainSpec
 
 # Named, since Pillow's other readers take some video files for pictures (TGA has no signature, MPEG no decoder).
@@ -30,17 +34,17 @@ class StillImage(VideoSource):
 
     is_image = True
 
-    def __init__(self, rgb: np.ndarray, spec: ChainSpec, *, name: str) -> None:
-        super().__init__(spec, width=rgb.shape[1], height=rgb.shape[0], name=name)
-        self._picture = resize(rgb, self._coarse_size)
+    def __init__(self, rgb: np.ndarray, spec: ChainSpec, *, name: str, budget: Budget | None = None) -> None:
+        super().__init__(spec, width=rgb.shape[1], height=rgb.shape[0], name=name, budget=budget)
+        self._picture = resize(rgb, self._plan.size_of(np.zeros(1)) or self._plan.smallest)
         self._fine_picture = resize(rgb, self._fine_size)
 
     def close(self) -> None:
         """Do nothing: an image holds no file open."""
 
-    def _scan(self) -> GridSampler[np.ndarray]:
+    def _scan(self) -> CoarseSampler:
         self._times, self._duration_s = np.zeros(1), 1 / self._spec.frames.coarse_fps
-        sampler: GridSampler[np.ndarray] = GridSampler(self._spec.frames.coarse_fps, capacity=1)
+        sampler = CoarseSampler(self._plan, self._spec.frames.coarse_fps, group=1)
         sampler.items.append(self._picture)
         return sampler
 

@@ -1,10 +1,13 @@
-"""The resize rule of the vision encoders."""
+"""The sizes that frames are resized to: the rule of the vision encoders, and the resizing itself."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.packages import load_package
 from bridge_stg.runtime.spec import ChainSpec
 
 
@@ -31,6 +34,12 @@ def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pix
     return max(factor, rows), max(factor, columns)
 
 
+def smallest_size(height: int, width: int, *, factor: int, min_pixels: int) -> tuple[int, int]:
+    """Return the smallest (height, width) of at least `min_pixels`: what `smart_size` makes of a tiny frame."""
+    scale = math.sqrt(min_pixels / (height * width))
+    return math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+
+
 def frame_sizes(height: int, width: int, spec: ChainSpec) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the (height, width) of a video's coarse and of its fine frames.
 
@@ -44,3 +53,12 @@ def frame_sizes(height: int, width: int, spec: ChainSpec) -> tuple[tuple[int, in
         ),
         smart_size(height, width, factor=factor, min_pixels=frames.fine_min_pixels, max_pixels=frames.fine_max_pixels),
     )
+
+
+def resize(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return an RGB picture, uint8 [H, W, 3], at (height, width) `size`, by Pillow's bicubic filter."""
+    image = load_package("PIL.Image", "pillow")
+    if rgb.shape[:2] == size:
+        return np.array(rgb)
+    picture = image.fromarray(np.ascontiguousarray(rgb))
+    return np.array(picture.resize((size[1], size[0]), image.Resampling.BICUBIC))

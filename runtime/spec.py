@@ -48,6 +48,10 @@ class FramesSpec:
     max_fine_frames: int = 64
     encoder_chunk_groups: int = 16
     """Groups that one call of the vision encoder may hold; bounds its memory on long videos."""
+    encoder_chunk_patches: int = 8192
+    """Patches that one call may hold, at least one group: bounds its memory at high resolutions."""
+    max_visual_tokens: int | None = None
+    """Visual tokens that the coarse frames of one video may take together; None: as many as the fields above allow."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,14 @@ class VisionSpec:
     head_dim: int
     deepstack_levels: int
     position_grid: int
-    """Side of the square grid of learned position embeddings."""
+    """Side of the square grid of learned position embeddings; 0: the encoder has none."""
     rope_theta: float = 10000.0
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    window_patches: int = 0
+    """Side of an attention window in patches; 0: every block attends to the whole group."""
+    tokens_per_second: float | None = None
+    """Steps of the time position a second in a stock prompt; None: a stock prompt prints each group's time."""
 
 
 @dataclass(frozen=True)

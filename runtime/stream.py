@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.budget import Budget
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.frames import Check, GridSampler, Progress, Samples, VideoSource, resize
+from bridge_stg.runtime.frames import Check, Progress, Samples, VideoSource
+from bridge_stg.runtime.sampling import CoarseSampler, GridSampler
+from bridge_stg.runtime.sizes import resize
 from bridge_stg.runtime.spec import ChainSpec
 
 DEFAULT_NAME = "the stream of frames"
@@ -49,6 +52,7 @@ class FrameStream(VideoSource):
         buffer_frames: int,
         progress: Progress,
         check: Check,
+        budget: Budget | None = None,
         name: str = DEFAULT_NAME,
     ) -> None:
         if isinstance(buffer_frames, bool) or not isinstance(buffer_frames, int) or buffer_frames < 1:
@@ -58,7 +62,7 @@ class FrameStream(VideoSource):
         if self._first is None:
             raise VideoError(f"{name} holds no frames: expected at least one (time in seconds, RGB picture)")
         height, width = self._first[1].shape[:2]
-        super().__init__(spec, width=width, height=height, name=name, check=check)
+        super().__init__(spec, width=width, height=height, name=name, budget=budget, check=check)
         self._kept: GridSampler[tuple[float, np.ndarray]] = GridSampler(spec.frames.fine_fps, capacity=buffer_frames)
         self._progress = progress
 
@@ -67,7 +71,7 @@ class FrameStream(VideoSource):
         self._frames = self._first = None
         self._kept.items = []
 
-    def _scan(self) -> GridSampler[np.ndarray]:
+    def _scan(self) -> CoarseSampler:
         frames, first, sampler = self._frames, self._first, self._sampler()
         if frames is None or first is None:
             raise VideoError(f"{self._name} has been read or closed, and cannot be read again; open a new one")
@@ -77,7 +81,7 @@ class FrameStream(VideoSource):
 
         def keep(until: float) -> None:
             time, picture = times[-1], shown
-            sampler.fill(until, lambda: resize(picture, self._coarse_size))
+            sampler.fill(until, lambda: resize(picture, sampler.size))
             self._kept.fill(until, lambda: (time, resize(picture, self._fine_size)))
 
         self._check()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.budget import CoarseChoice
 from bridge_stg.runtime.spans import TIME_TOLERANCE_S, FineFrames, in_span
 
 SCHEMA = 1
@@ -136,8 +137,10 @@ class Grounding:
         found: whether the target is in the video.
         span: start and end in seconds, half-open; None if not found.
         tube: the boxes as computed, one a fine frame; None if not found.
-        boxes: one box for every frame of the video inside the span; None if not found.
+        boxes: one box for every frame of the video inside the span, of a track for every frame of the video; None if
+            not found, or if only the span was asked for. So is `tube`.
         size: width and height of the video as it is shown, in pixels.
+        coarse: rate and size at which the language model saw the video, and what limited them.
         answer: the language model's answer as text.
         named_span: the span that the answer names, before the presence scores moved its ends; None if not found.
         scores: `absent`, probability of the answer that the target is not there; `answer`, probability of the
@@ -147,6 +150,7 @@ class Grounding:
         timings: seconds a stage: `decode_video`, `vision_coarse` and `prefill` are those of the video, which queries
             share; `answer`, `decode_fine`, `vision_fine` and `spatial` those of the call, which the queries of a
             `ground_many` share; `total` is the call's.
+        task: what was asked for, one of `bridge_stg.runtime.tasks.TASKS`.
     """
 
     query: str
@@ -155,22 +159,26 @@ class Grounding:
     tube: Tube | None
     boxes: FrameBoxes | None
     size: tuple[int, int]
+    coarse: CoarseChoice
     answer: str
     named_span: tuple[float, float] | None
     scores: Mapping[str, float]
     tokens: Mapping[str, float]
     timings: Mapping[str, float]
+    task: str = "tube"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dump`; `schema` is the version of their layout."""
         return {
             "schema": SCHEMA,
+            "task": self.task,
             "query": self.query,
             "found": self.found,
             "span": _seconds(self.span),
             "named_span": _seconds(self.named_span),
             "answer": self.answer,
             "size": {"width": self.size[0], "height": self.size[1]},
+            "coarse": self.coarse.to_json(),
             "scores": {name: round(float(value), 6) for name, value in self.scores.items()},
             "tube": None if self.tube is None else self.tube.to_json(),
             "boxes": None if self.boxes is None else self.boxes.to_json(),

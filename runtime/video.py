@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.budget import Budget
 from bridge_stg.runtime.container import Decoder, Timeline, fingerprint, shown_rgb, shown_size
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.frames import Check, GridSampler, Progress, Samples, VideoSource, resize
+from bridge_stg.runtime.frames import Check, Progress, Samples, VideoSource
+from bridge_stg.runtime.sampling import CoarseSampler
+from bridge_stg.runtime.sizes import resize
 from bridge_stg.runtime.spec import ChainSpec
 
 SEEK_GAIN_FRAMES = 16
@@ -20,7 +23,9 @@ SEEK_GAIN_FRAMES = 16
 class VideoFile(VideoSource):
     """A video file. The coarse pass decodes all of it once; fine frames are decoded again, by seeking."""
 
-    def __init__(self, path: str, spec: ChainSpec, *, progress: Progress, check: Check) -> None:
+    def __init__(
+        self, path: str, spec: ChainSpec, *, progress: Progress, check: Check, budget: Budget | None = None
+    ) -> None:
         self._path, self._progress = path, progress
         self._decoder: Decoder | None = Decoder(path)
         try:
@@ -29,7 +34,7 @@ class VideoFile(VideoSource):
             if first is None:
                 raise self._decoder.no_frames()
             height, width = shown_size(first)
-            super().__init__(spec, width=width, height=height, name=path, check=check)
+            super().__init__(spec, width=width, height=height, name=path, budget=budget, check=check)
         except BaseException:
             self._decoder.close()
             raise
@@ -45,19 +50,26 @@ class VideoFile(VideoSource):
             self._decoder.close()
             self._decoder = None
 
-    def _scan(self) -> GridSampler[np.ndarray]:
+    def _scan(self) -> CoarseSampler:
+        sampler = self._read_all(None)
+        if sampler.undersized:  # the file promised to be longer than it is
+            sampler = self._read_all(self._duration_s)
+        return sampler
+
+    def _read_all(self, length_s: float | None) -> CoarseSampler:
+        """Decode the whole video once; its length, where it is not known, is what the file says."""
         if self._decoder is None or self._frames is None:  # an earlier pass was interrupted
             self._frames = self._reopen().frames()
         decoder, frames = self._decoder, self._frames
         assert decoder is not None
         self._frames, held = None, None
-        timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler()
+        timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler(length_s or decoder.duration_s)
         self._tolerance_s = timeline.tolerance_s
         keys = [0]
 
         def keep(until: float) -> None:
             frame = held
-            sampler.fill(until - self._tolerance_s, lambda: resize(shown_rgb(frame), self._coarse_size))
+            sampler.fill(until - self._tolerance_s, lambda: resize(shown_rgb(frame), sampler.size))
 
         for index, frame in enumerate(frames):
             self._check()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bridge_stg.figures import Remembered, ShuffledTimes, held_out_clips, measure, score
+from bridge_stg.runtime.budget import CoarseChoice
 from bridge_stg.runtime.tubes import FrameBoxes, Grounding
 
 
@@ -23,6 +24,7 @@ def grounding(clip, question, *, found: bool = True, shift: float = 0.0) -> Grou
     return Grounding(
         query=question.text, found=found, span=(0.0, 1.0) if found else None, tube=None,
         boxes=frames if found else None, size=(clip.scene.width, clip.scene.height), answer="",
+        coarse=CoarseChoice(2.0, (192, 192), 1, 36, None),
         named_span=None, scores={}, tokens={}, timings={},
     )  # fmt: skip
 

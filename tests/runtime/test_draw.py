@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from bridge_stg.runtime.budget import CoarseChoice
 from bridge_stg.runtime.canvas import TARGET, draw_box, fit_text, font
 from bridge_stg.runtime.draw import annotate, contact_sheet, encode_h264, frame_index
 from bridge_stg.runtime.errors import BridgeError, VideoError
@@ -46,7 +47,9 @@ def found(
 def grounding(query: str, size: tuple[int, int], **parts: object) -> Grounding:
     answer = {"found": bool(parts), "span": None, "tube": None, "boxes": None, **parts}
     scores = {"absent": 0.1, "answer": 0.9, "presence": 0.9}
-    return Grounding(query=query, size=size, answer="", named_span=None, scores=scores, tokens={}, timings={}, **answer)
+    coarse = CoarseChoice(fps=2, size=size, groups=1, tokens=4, max_visual_tokens=None)
+    fixed = {"answer": "", "named_span": None, "scores": scores, "tokens": {}, "timings": {}, "coarse": coarse}
+    return Grounding(query=query, size=size, **fixed, **answer)
 
 
 def frames_of(path: Path) -> list[tuple[float, np.ndarray]]:

@@ -13,7 +13,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from bridge_stg.runtime.errors import BridgeError, VideoError
-from bridge_stg.runtime.frames import GridSampler, load_package, open_source, resize
+from bridge_stg.runtime.frames import open_source
+from bridge_stg.runtime.packages import load_package
+from bridge_stg.runtime.sampling import GridSampler
+from bridge_stg.runtime.sizes import resize
 from tests.runtime.clips import SPEC
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -184,7 +184,7 @@ def test_load_opens_what_the_bundle_says(monkeypatch: pytest.MonkeyPatch, tmp_pa
     asked: dict[str, Any] = {}
 
     class FakeBundle:
-        manifest = SimpleNamespace(spec=fake.spec)
+        manifest = SimpleNamespace(spec=fake.spec, verified=True)
         tokenizer_path = tmp_path / "tokenizer.json"
 
     def open_sessions(bundle: Any, **options: Any) -> Any:
@@ -285,7 +285,7 @@ def test_a_thinned_stream_marks_what_was_interpolated() -> None:
 
 def test_a_prompt_that_does_not_fit() -> None:
     spec = fake_spec()
-    small = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=120))
+    small = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=20))
     with pytest.raises(VideoError, match="positions"):
         fake_grounder(small).open(clip())
     prefix = int(fake_grounder(spec).open(clip())._prefix.next_position)

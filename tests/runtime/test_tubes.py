@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from bridge_stg.runtime.budget import CoarseChoice
 from bridge_stg.runtime.spans import FineFrames
 from bridge_stg.runtime.tubes import SCHEMA, Grounding, Tube, tube_in_span
 
@@ -61,6 +62,7 @@ def grounding(found: bool) -> Grounding:
         tube=tube() if found else None,
         boxes=tube().at(np.array([1.0, 1.5])) if found else None,
         size=(64, 48),
+        coarse=CoarseChoice(np.float64(0.5), (32, 16), 3, 12, 20, ("max_visual_tokens",)),
         answer="1 to 3" if found else "none",
         named_span=(1.0, 3.0) if found else None,
         scores={"absent": np.float32(0.25), "answer": 0.5, "presence": 0.6},
@@ -77,6 +79,10 @@ def test_json_holds_plain_values() -> None:
     assert values["boxes"][1]["interpolated"] is True
     assert values["tokens"] == {"coarse": 12, "fine": 3, "dense": 60, "ratio": 0.25}
     assert values["size"] == {"width": 64, "height": 48}
+    assert values["coarse"] == {
+        "fps": 0.5, "size": {"width": 32, "height": 16}, "groups": 3, "tokens": 12, "max_visual_tokens": 20,
+        "limited_by": ["max_visual_tokens"],
+    }  # fmt: skip
 
 
 def test_json_of_an_absent_target() -> None:

@@ -1,0 +1,82 @@
+"""The tasks that one model and one chain serve: what may be answered, and whether boxes are computed.
+
+A task changes the query's prompt, the grammar of its answer and the spatial pass; nothing else. Knows nothing of
+sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bridge_stg.runtime.errors import QueryError
+
+TASKS = ("tube", "span", "image", "track")
+TRACKED = "the object"
+"""What a tracked target is called where nobody says what it is."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of `TASKS`.
+
+    Attributes:
+        name: `tube` (when and where), `span` (only when), `image` (where, in a picture) or `track` (from a first box).
+        allow_none: whether the answer may be that the target is not there.
+        first_box: what to track: left, top, right, bottom in pixels; None for the other tasks.
+    """
+
+    name: str = "tube"
+    allow_none: bool = True
+    first_box: tuple[float, float, float, float] | None = None
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether the spatial decoder runs."""
+        return self.name != "span"
+
+    @property
+    def grammar_key(self) -> tuple[bool, int | None]:
+        """`allow_none` and `first_start` of the answer's grammar: a track begins with the video."""
+        return self.allow_none, 0 if self.name == "track" else None
+
+    def relative_box(self, size: tuple[int, int]) -> tuple[float, ...] | None:
+        """Return the first box in 0..1 of a frame of `size` (width, height) in pixels."""
+        if self.first_box is None:
+            return None
+        width, height = size
+        left, top, right, bottom = self.first_box
+        if left >= width or top >= height or right <= 0 or bottom <= 0:
+            raise QueryError(
+                f"the first box {_text(self.first_box)} lies outside the video, whose frames are {width} × {height} "
+                "pixels; give left, top, right, bottom in pixels of the first frame"
+            )
+        return left / width, top / height, right / width, bottom / height
+
+
+def track_from(first_box: Sequence[float] | np.ndarray) -> Task:
+    """Return the task of tracking what is in a box.
+
+    Args:
+        first_box: left, top, right, bottom in pixels of the first frame.
+
+    Raises:
+        QueryError: these are not four finite numbers of a box with an area.
+    """
+    try:
+        box = np.asarray(first_box, np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        box = np.zeros(0)
+    if len(box) != 4 or not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
+        found = _text(box) if len(box) else repr(first_box)
+        raise QueryError(
+            f"the first box is {found}; expected left, top, right, bottom in pixels, with left < right and top < bottom"
+        )
+    left, top, right, bottom = map(float, box)
+    return Task("track", allow_none=False, first_box=(left, top, right, bottom))
+
+
+def _text(box: Sequence[float] | np.ndarray) -> str:
+    return "[" + ", ".join(f"{side:g}" for side in box) + "]"
