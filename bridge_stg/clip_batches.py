@@ -232,9 +232,11 @@ def answer_row(
 
 def pad_rows(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids and targets [B, L], right-padded, and lengths [B]."""
-    lengths = [len(ids) for ids, _ in rows]
-    ids, target = (
-        torch.tensor([row[k] + [fill] * (max(lengths) - len(row[k])) for row in rows])
-        for k, fill in ((0, 0), (1, -100))
-    )
-    return ids, target, torch.tensor(lengths)
+    ids, target = ([row[part] for row in rows] for part in (0, 1))
+    return pad_right(ids, 0), pad_right(target, -100), torch.tensor([len(row) for row in ids])
+
+
+def pad_right(rows: Sequence[list[int]], fill: int) -> Tensor:
+    """Return int64 [B, L]: rows of up to L values, filled up."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])

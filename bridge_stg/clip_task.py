@@ -15,26 +15,10 @@ from torch.nn import functional as F
 from bridge_stg.clip_batches import ClipBatch
 from bridge_stg.losses import spatial_losses
 from bridge_stg.model import BridgeSTG
+from bridge_stg.prefix_cache import PrefixCache
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.positions import vision_tables
 from bridge_stg.vision import rms_normalize
-
-
-class PrefixCache:
-    """Keys and values of one prefix, then of B rows that follow it."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store the first call of a layer [1, kv_heads, L, head_dim]; in the second, put what was stored in front."""
-        if layer_idx not in self.stored:
-            self.stored[layer_idx] = (key, value)
-            return key, value
-        before = (tensor.expand(self.rows, -1, -1, -1) for tensor in self.stored[layer_idx])
-        keys, values = (torch.cat([old.to(new.dtype), new], 2) for old, new in zip(before, (key, value)))
-        return keys, values
 
 
 class ClipTask:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge_stg.clip_batches import answer_row, pad_right, pad_rows
 from bridge_stg.questions import Question, ask, ask_to_track
 from bridge_stg.runtime.grammar import AnswerGrammar
 from bridge_stg.runtime.prompt import Segment, Tokenizer, query_segment, time_strings, video_segment
@@ -21,6 +22,8 @@ from bridge_stg.synthetic import DIRECTION_NAMES, FRAME_SIZES, Scene, make_scene
 LOOKS = len(NAMES) * len(COLOUR_NAMES)
 ASKED = (len(NAMES), len(COLOUR_NAMES), len(DIRECTION_NAMES))
 QUERIES_PER_CLIP = 3
+Span = tuple[int, int] | None
+"""First and last group; None: absent."""
 ABSENT, TWINS = 0.35, 0.5
 """Share of questions about what is not there, and of clips whose first two things differ in direction only."""
 NEAR_AN_END = 5
@@ -87,7 +90,7 @@ class BatchMaker:
         grammar = AnswerGrammar(tokenizer, self.spec.prompt, strings)
         from_first = AnswerGrammar(tokenizer, self.spec.prompt, strings, allow_none=False, first_start=0)
         count = 1 if still else self.fine_frames
-        frames, fine, fine_times, rows, spans, asked = [], [], [], [], [], []
+        frames, fine, fine_times, rows, spans, asked, pointer = [], [], [], [], [], [], []
         shape = (len(scenes), QUERIES_PER_CLIP, count)
         boxes, positive, mask = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool), np.ones(shape, bool)
         looks = np.zeros((len(scenes), len(times), LOOKS), np.float32)
@@ -124,14 +127,16 @@ class BatchMaker:
                     first_box = scene.first_box(question.thing).tolist()
                 query = query_segment(tokenizer, self.spec, question.text, prefix.next_position, first_box=first_box)
                 rule = grammar if first_box is None else from_first
-                rows.append(answer_row(query.input_ids, rule, span, self.spec))
-        ids, target, pointer, length = pad_rows(rows)
+                ids, target = answer_row(query.input_ids, rule, span, self.spec.language.bridging_ids)
+                rows.append((ids, target))
+                pointer.append(pointers(ids, target, len(query.input_ids), rule, span))
+        input_ids, targets, length = pad_rows(rows)
         return GroundingBatch(
             frames=torch.from_numpy(np.stack(frames)),
             fine=torch.from_numpy(np.stack(fine)),
             fine_times=torch.from_numpy(np.stack(fine_times).astype(np.float32)),
             prefix=prefix,
-            input_ids=ids, length=length, target=target, pointer=pointer,
+            input_ids=input_ids, length=length, target=targets, pointer=pad_right(pointer, -1),
             span=torch.tensor([span or (-1, -1) for span in spans]),
             asked=torch.tensor(asked),
             boxes=torch.from_numpy(boxes), positive=torch.from_numpy(positive), mask=torch.from_numpy(mask),
@@ -166,35 +171,22 @@ def three_questions(rng: np.random.Generator, scene: Scene, tracking: bool = Fal
     return questions[:QUERIES_PER_CLIP]
 
 
-def answer_row(
-    query_ids: np.ndarray, grammar: AnswerGrammar, span: tuple[int, int] | None, spec: ChainSpec
-) -> tuple[list[int], list[int], list[int]]:
-    """Return ids, targets and pointers of one row: the query, the answer as training writes it, the bridging ids."""
-    state = grammar.start()
-    answer = grammar.answer_ids(span)
-    choice = []
-    while not state.done:
-        choice += [False] * len(state.forced())
-        if not state.done:
-            state.choose(answer[len(state.ids)])
-            choice.append(True)
-    ids = [*map(int, query_ids), *answer, *spec.language.bridging_ids]
-    target, pointer = [-100] * len(ids), [-1] * len(ids)
-    half = len(grammar.time_ids[span[0]]) if span else 0
-    for i, is_choice in enumerate(choice):
-        before = len(query_ids) + i - 1
-        if is_choice:
-            target[before] = answer[i]
-        if span and (is_choice or i in (1, half + len(grammar.between) + 1)):
+def pointers(ids: list[int], target: list[int], start: int, grammar: AnswerGrammar, span: Span) -> list[int]:
+    """Return the group that each place of a row must name: where it chooses an id of a time, and behind its opening.
+
+    Args:
+        ids: of the row: query, answer, bridging queries.
+        target: the row's targets, −100 where the grammar leaves no choice.
+        start: where the answer begins.
+        grammar: of the answer.
+        span: first and last group; None: absent.
+    """
+    pointer = [-1] * len(ids)
+    if span is None:
+        return pointer
+    half = len(grammar.time_ids[span[0]])
+    for i in range(len(grammar.answer_ids(span))):
+        before = start + i - 1
+        if target[before] >= 0 or i in (1, half + len(grammar.between) + 1):
             pointer[before] = span[0] if i < half else span[1]
-    return ids, target, pointer
-
-
-def pad_rows(rows: list[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids, targets, pointers [n, L] right-padded, and lengths [n]."""
-    longest = max(len(ids) for ids, _, _ in rows)
-    filled = [
-        torch.tensor([row[k] + [fill] * (longest - len(row[k])) for row in rows])
-        for k, fill in ((0, 0), (1, -100), (2, -1))
-    ]
-    return filled[0], filled[1], filled[2], torch.tensor([len(ids) for ids, _, _ in rows])
+    return pointer

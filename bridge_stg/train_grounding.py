@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bridge_stg.demo_batches import ASKED, LOOKS, QUERIES_PER_CLIP, BatchMaker, GroundingBatch
 from bridge_stg.losses import spatial_losses
 from bridge_stg.model import BridgeSTG
+from bridge_stg.prefix_cache import PrefixCache
 from bridge_stg.train_loop import run_stage
 from bridge_stg.train_vision import position_tensors
 from bridge_stg.vision import rms_normalize
@@ -35,22 +36,6 @@ class AuxiliaryHeads(nn.Module):
         self.group_key, self.point = nn.Linear(hidden_size, width), nn.Linear(hidden_size, width)
         self.inside_key, self.inside = nn.Linear(hidden_size, width), nn.Linear(hidden_size, width)
         self.asked = nn.Linear(hidden_size, sum(ASKED) + len(ASKED))
-
-
-class PrefixCache:
-    """Keys and values of V prefixes, then of V·B suffixes that follow them."""
-
-    def __init__(self, rows_per_prefix: int) -> None:
-        self.rows = rows_per_prefix
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store the first call of a layer; in the second, put what was stored in front."""
-        if layer_idx not in self.stored:
-            self.stored[layer_idx] = (key, value)
-            return key, value
-        old = (tensor.repeat_interleave(self.rows, 0) for tensor in self.stored[layer_idx])
-        return tuple(torch.cat([before.to(new.dtype), new], 2) for before, new in zip(old, (key, value)))  # type: ignore[return-value]
 
 
 class GroundingTask:
