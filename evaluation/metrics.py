@@ -1,5 +1,7 @@
 """The field's metrics. Numbers only: frames, boxes and spans in, scores out.
 
+Where published code compares with a threshold, `>` or `>=` is taken from it, and named.
+
 A tube is judged on the video's own frames: S_i are the frames that truth and prediction share, S_u those of either.
 """
 
@@ -42,7 +44,10 @@ def tube_iou(truth: np.ndarray, truth_boxes: np.ndarray, predicted: np.ndarray, 
 
 
 def tube_scores(t_ious: Sequence[float], v_ious: Sequence[float]) -> Mapping[str, float]:
-    """Return m_tIoU, m_vIoU and the shares of clips whose vIoU is above 0.3 and 0.5."""
+    """Return m_tIoU, m_vIoU and the shares of clips whose vIoU is above (`>`) 0.3 and 0.5.
+
+    (VidSTG, arXiv 2001.06891, section 5.1; `>` in eval_hcvg.py of github.com/tzhhhh123/HC-STVG and in TubeDETR's code.)
+    """
     v = np.asarray(v_ious, np.float64)
     return {
         "clips": len(v),
@@ -58,7 +63,68 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
     (Hanley & McNeil, Radiology 143, 1982.)
     """
-    first, second = np.asarray(positive, np.float64)[:, None], np.asarray(negative, np.float64)[None]
+    first, second = np.asarray(positive, np.float64), np.sort(np.asarray(negative, np.float64))
     if not first.size or not second.size:
         return float("nan")
-    return float(((first > second) + 0.5 * (first == second)).mean())
+    below, through = (np.searchsorted(second, first, side=side) for side in ("left", "right"))
+    return float(((below + through) / 2).mean() / second.size)
+
+
+def recall_at(ious: Sequence[float], threshold: float) -> float:
+    """Return R1@m: the share of queries whose one predicted span has an IoU of `threshold` or more.
+
+    (Gao et al., TALL, arXiv 1705.02101: "R@1, IoU=m"; the comparison is `>=` in compute_IoU_recall_top_n_forreg of
+    their code, github.com/jiyanggao/TALL.)
+    """
+    return float((np.asarray(ious, np.float64) >= threshold).mean())
+
+
+def span_scores(ious: Sequence[float]) -> Mapping[str, float]:
+    """Return R1@0.3, R1@0.5, R1@0.7 and mIoU of temporal grounding, from the IoU of each query's span."""
+    return {f"R1@{m}": recall_at(ious, m) for m in (0.3, 0.5, 0.7)} | {"mIoU": float(np.mean(ious))}
+
+
+def accuracy_at(ious: Sequence[float], threshold: float = 0.5) -> float:
+    """Return Acc@0.5: the share of expressions whose one predicted box has an IoU of `threshold` or more.
+
+    (Mao et al., arXiv 1511.02283: right if the IoU passes 0.5. RefCOCO's authors compare with `>=` in the code of their
+    comprehension results, and so do we.)
+    """
+    return float((np.asarray(ious, np.float64) >= threshold).mean())
+
+
+def bounded(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Clip boxes [N, 4] xyxy to a picture as GOT-10k's toolkit does (rect_iou in got10k/utils/metrics.py).
+
+    Left and top are clipped, then width and height to what is left of the picture: a box that begins outside is moved
+    in at its full width.
+    """
+    boxes = np.asarray(boxes, np.float64)
+    bound = np.asarray(size, np.float64)
+    corner = np.clip(boxes[:, :2], 0, bound)
+    return np.concatenate([corner, corner + np.clip(boxes[:, 2:] - boxes[:, :2], 0, bound - corner)], 1)
+
+
+def overlaps(truth: np.ndarray, predicted: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Return IoU [N] of a target's boxes and a tracker's, xyxy in pixels, both bounded by the picture if known."""
+    if size is not None:
+        truth, predicted = bounded(truth, size), bounded(predicted, size)
+    return np.clip(box_iou(np.asarray(truth, np.float64), np.asarray(predicted, np.float64)), 0, 1)
+
+
+def track_scores(overlaps_by_sequence: Sequence[np.ndarray]) -> Mapping[str, float]:
+    """Return AO, SR@0.5 and SR@0.75 over all frames of all sequences, and AO as a mean over sequences.
+
+    AO is the mean overlap, SR@t the share of frames whose overlap is above t (`>`). The frames of all sequences are
+    pooled, so long ones weigh more: that is what `report` of GOT-10k's toolkit computes
+    (github.com/got-10k/toolkit, experiments/got10k.py). The caller leaves out each sequence's first frame and those in
+    which the target is hidden (cover 0). Other toolkits take the mean of the sequences' AO, given here as AO/sequence.
+    """
+    frames = np.concatenate([np.asarray(o, np.float64) for o in overlaps_by_sequence])
+    sequences = [float(np.mean(o)) for o in overlaps_by_sequence if len(o)]
+    return {
+        "AO": float(frames.mean()),
+        "SR@0.5": float((frames > 0.5).mean()),
+        "SR@0.75": float((frames > 0.75).mean()),
+        "AO/sequence": float(np.mean(sequences)),
+    }

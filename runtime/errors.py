@@ -23,6 +23,10 @@ class QueryError(BridgeError):
     """A query that the model cannot be asked."""
 
 
+class AnnotationError(BridgeError):
+    """An annotation file that cannot be read, or a line or field of it that is not as its format says."""
+
+
 class EngineError(BridgeError):
     """A backend that is missing, refuses a graph, or fails while running it."""
 

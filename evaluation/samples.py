@@ -1,0 +1,138 @@
+"""What a benchmark is to the runner: samples, each with a task, a medium, a query and what is true of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bridge_stg.runtime.errors import AnnotationError
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What the annotators say of one sample. Times are seconds from the first frame that the model is shown.
+
+    Attributes:
+        present: whether the target is there at all.
+        span: start and end, half-open; None for images and for what is not there.
+        times: float64 [N], the annotation's own frames: all of the clip, unless `interval_s` is given.
+        inside: bool [N], the frames of the true tube.
+        boxes: float32 [N, 4], left, top, right, bottom in pixels; read where `inside`.
+        counted: bool [N], the frames that count (tracking: the target is visible, and it is not the first frame).
+        size: width and height that the boxes refer to, None if it is that of the medium.
+        interval_s: where the annotation does not say how long the clip is: its frames go on at this distance on both
+            sides.
+    """
+
+    present: bool
+    span: tuple[float, float] | None
+    times: np.ndarray
+    inside: np.ndarray
+    boxes: np.ndarray
+    counted: np.ndarray
+    size: tuple[int, int] | None = None
+    interval_s: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One question of a benchmark.
+
+    Attributes:
+        id: unique in the dataset, the same on every machine.
+        task: one of `bridge_stg.runtime.tasks.TASKS`.
+        media: the video, image, or folder of frames; None where it was not found.
+        sought: the name under which the medium was sought.
+        query: what to find; of a tracking sample without words, the neutral "the object".
+        read_truth: reads the truth when it is needed; raises AnnotationError.
+        group: a part of the benchmark that has figures of its own, such as "declarative".
+        clip: start and end in seconds of the part of the video that is shown; None for all of it.
+        frame_rate: frames a second of a folder of frames.
+    """
+
+    id: str
+    task: str
+    media: Path | None
+    sought: str
+    query: str
+    read_truth: Callable[[], Truth]
+    group: str = ""
+    clip: tuple[float, float] | None = None
+    frame_rate: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A benchmark's samples in the order of its files.
+
+    Attributes:
+        name: of the benchmark.
+        split: which part of it.
+        samples: all of them, those without a medium included.
+        annotations: a SHA-256 of what was read.
+        allow_none: whether "not there" is a possible answer; official benchmarks guarantee presence.
+    """
+
+    name: str
+    split: str
+    samples: tuple[Sample, ...]
+    annotations: str
+    allow_none: bool = False
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for sample in self.samples:
+            if sample.id in seen:
+                raise AnnotationError(
+                    f"{self.name}: two samples have the id {sample.id!r}; expected each once. The annotation file may "
+                    "hold a line twice: remove one, or give them ids of their own."
+                )
+            seen.add(sample.id)
+
+    def chosen(self, *, limit: int | None = None, shard: tuple[int, int] = (1, 1)) -> list[Sample]:
+        """Return the first `limit` samples, of these every n-th beginning with the i-th for shard (i, n)."""
+        index, count = shard
+        return list(self.samples[:limit])[index - 1 :: count]
+
+
+def tube_truth(
+    times: np.ndarray,
+    inside: np.ndarray,
+    boxes: np.ndarray,
+    *,
+    span: tuple[float, float],
+    size: tuple[int, int] | None = None,
+    interval_s: float | None = None,
+) -> Truth:
+    """Return the truth of a target that is in the video: its tube on the annotation's frames; see `Truth`."""
+    return Truth(
+        present=True,
+        span=span,
+        times=np.asarray(times, np.float64),
+        inside=np.asarray(inside, bool),
+        boxes=np.asarray(boxes, np.float32).reshape(-1, 4),
+        counted=np.ones(len(times), bool),
+        size=size,
+        interval_s=interval_s,
+    )
+
+
+def span_truth(span: tuple[float, float] | None) -> Truth:
+    """Return the truth of a span without boxes, or of a target that is not there."""
+    nothing = np.zeros(0)
+    return Truth(span is not None, span, nothing, nothing.astype(bool), np.zeros((0, 4), np.float32), nothing > 0)
+
+
+def image_truth(box: Sequence[float] | np.ndarray, *, size: tuple[int, int] | None = None) -> Truth:
+    """Return the truth of an image: one frame at time 0 with one box, xyxy in pixels."""
+    one = np.ones(1, bool)
+    return Truth(True, None, np.zeros(1), one, np.asarray(box, np.float32).reshape(1, 4), one, size)
+
+
+def xyxy_from_xywh(boxes: np.ndarray | Sequence[float] | Sequence[Sequence[float]]) -> np.ndarray:
+    """Turn boxes [..., 4] from left, top, width, height into corners, float64 (float32 would round x + w)."""
+    boxes = np.asarray(boxes, np.float64)
+    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
