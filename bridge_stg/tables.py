@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bridge_stg.runtime.budget import CoarseChoice
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.manifest import GraphSpec
 from bridge_stg.runtime.tubes import FrameBoxes, Grounding
@@ -17,18 +18,32 @@ def grounding_table(result: Grounding) -> str:
     """Return the span, up to twelve evenly picked boxes, and what it took."""
     width, height = result.size
     lines = [f'"{result.query}" in {width} × {height} pixels']
-    if result.found and result.span is not None and result.boxes is not None:
+    if result.found and result.span is not None:
         start, end = result.span
-        lines += [f"  found from {start:.2f} s to {end:.2f} s", *_box_rows(result.boxes)]
+        verb = "followed" if result.task == "track" else "found"
+        lines += ["  found"] if result.task == "image" else [f"  {verb} from {start:.2f} s to {end:.2f} s"]
+        lines += [] if result.boxes is None else _box_rows(result.boxes)
     else:
         lines += [f"  not in this video (probability {result.scores['absent']:.2f})"]
     tokens = result.tokens
     lines += [
+        _coarse_line(result.coarse),
         f"  visual tokens: {tokens['coarse']:.0f} coarse + {tokens['fine']:.0f} fine; "
         f"a dense pass would take {tokens['dense']:.0f}",
         "  seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.timings.items()),
     ]
     return "\n".join(lines)
+
+
+def _coarse_line(coarse: CoarseChoice) -> str:
+    """Say how the language model saw the video, and what kept it from seeing more."""
+    budget = f" of {coarse.max_visual_tokens}" if coarse.max_visual_tokens is not None else ""
+    limited = f"; limited by {', '.join(coarse.limited_by)}" if coarse.limited_by else ""
+    groups = f"{coarse.groups} group{'' if coarse.groups == 1 else 's'}"
+    return (
+        f"  coarse frames: {coarse.fps:.4g} a second at {coarse.size[0]} × {coarse.size[1]} pixels, {groups}, "
+        f"{coarse.tokens}{budget} tokens{limited}"
+    )
 
 
 def _box_rows(boxes: FrameBoxes) -> list[str]:
@@ -52,7 +67,7 @@ def bundle_table(bundle: Bundle) -> str:
         "fingerprint": manifest.fingerprint,
         "model": ", ".join(f"{name} {value}" for name, value in manifest.model.items()),
         "made with": ", ".join(f"{name} {value}" for name, value in manifest.tools.items()),
-        "parity": "measured and held" if manifest.verified else "not measured",
+        "parity": "measured and held" if manifest.verified else "not measured: unverified (--no-verify)",
         "quantized": "no" if manifest.calibration is None else "yes, see calibration in manifest.json",
         "frames": f"{spec.frames.coarse_fps:g} a second coarse (up to {spec.frames.coarse_max_pixels} pixels), "
         f"{spec.frames.fine_fps:g} fine (up to {spec.frames.fine_max_pixels})",

@@ -9,7 +9,8 @@ import numpy as np
 
 from bridge_stg.eager import TorchSession
 from bridge_stg.model import BridgeSTG
-from bridge_stg.runtime.contracts import GRAPHS
+from bridge_stg.runtime.compare import tolerance_of
+from bridge_stg.runtime.contracts import GRAPHS, graph_contract
 from bridge_stg.runtime.golden import write_case
 from bridge_stg.runtime.grounder import Grounder, Video
 from bridge_stg.runtime.kv_pool import BUCKET_POSITIONS
@@ -46,13 +47,17 @@ class RecordingSession:
         """Nothing to free."""
 
 
-def record_golden(model: BridgeSTG, folder: Path) -> list[str]:
-    """Write golden/<case> for a clip, for two queries in one batch, and for an image. Return the cases' names.
+def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") -> list[Path]:
+    """Write golden/<case> for a clip, for two queries in one batch, and for an image. Return the cases' folders.
 
     Args:
-        model: in eval mode, with its tokenizer.
+        model: in eval mode, with its weights and its tokenizer.
         folder: the bundle's golden/ folder.
+        precision: of the bundle's graphs, which tells how near they must come.
     """
+    outputs = [t.name for name in GRAPHS for t in graph_contract(name, model.spec, variant="", opset=0).outputs]
+    found = {name: tolerance_of(precision, name) for name in outputs}
+    tolerance = {name: value for name, value in found.items() if value is not None}
     clip, image = scene(), next(scene())[1]
     cases: dict[str, tuple[Video, tuple[str, ...], str]] = {
         "clip": (clip, ("the red square",), "one query on a clip of a moving square"),
@@ -63,8 +68,9 @@ def record_golden(model: BridgeSTG, folder: Path) -> list[str]:
         calls = record(model, video, queries)
         if len(queries) > 1:
             calls.append(_masked(model, calls))
-        write_case(folder / name, calls, kind=name, note=note, cache_capacity=_capacity(calls))
-    return list(cases)
+        capacity = _capacity(calls)
+        write_case(folder / name, calls, kind=name, note=note, tolerance=tolerance, cache_capacity=capacity)
+    return [folder / name for name in cases]
 
 
 def scene() -> Iterator[tuple[float, np.ndarray]]:

@@ -23,11 +23,9 @@ class VisionEncoderGraph(nn.Module):
         super().__init__()
         self.vision_encoder = model.vision_encoder
 
-    def forward(
-        self, frames: Tensor, pos_index: Tensor, pos_weight: Tensor, rotary_cos: Tensor, rotary_sin: Tensor
-    ) -> tuple[Tensor, ...]:
-        """See `bridge_stg.vision.VisionEncoder.forward`."""
-        return self.vision_encoder(frames, pos_index, pos_weight, rotary_cos, rotary_sin)
+    def forward(self, frames: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        """See the `forward` of the family's encoder in `bridge_stg.backbones`."""
+        return self.vision_encoder(frames, *tables)
 
 
 class LanguageModelGraph(nn.Module):
@@ -75,9 +73,9 @@ GRAPH_MODULES: Mapping[str, Callable[[BridgeSTG, Lowering], nn.Module]] = {
     "spatial_decoder": SpatialDecoderGraph,
 }
 
-_SIZES: Mapping[str, int] = {"G": 2, "B": 2, "L": 5, "K": 3, "S": 16, "V": 7, "F": 6, "h": 8, "w": 10}
+_SIZES: Mapping[str, int] = {"G": 2, "B": 2, "L": 5, "K": 3, "S": 16, "V": 7, "F": 6, "h": 8, "w": 10, "W": 4}
 _ROWS, _COLUMNS = 3, 5
-_FREE = ("height", "width", "N")
+_FREE = ("height", "width", "N", "W")
 _LARGEST = 2**20
 
 
@@ -94,7 +92,7 @@ def example(graph: GraphSpec, spec: ChainSpec) -> tuple[Tensor, ...]:
 def dynamic_shapes(graph: GraphSpec) -> tuple[object, ...]:
     """Return torch.export's dims of every input: one named `Dim` a symbol of the contract, shared by all inputs.
 
-    Height, width and N follow from each other (N = height · width / patch²), which named dims cannot say: these are
+    Height, width, N and W follow from each other (N = height · width / patch²), which named dims cannot say: these are
     left to the trace, and get the contract's names in the finished graph.
     """
     dims: dict[str, object] = dict.fromkeys(_FREE, torch.export.Dim.AUTO)
@@ -104,7 +102,10 @@ def dynamic_shapes(graph: GraphSpec) -> tuple[object, ...]:
         for dim in symbols.values():
             dims.setdefault(dim, torch.export.Dim(dim, min=1, max=_LARGEST))
         shapes.append({axis: dims[dim] for axis, dim in symbols.items()})
-    if graph.cache is None:
+    if graph.cache is not None:  # the modules take these, and the position tables, as `*past` and `*tables`
+        first = len(shapes) - len(graph.cache.past_names)
+    elif graph.name == "vision_encoder":
+        first = 1
+    else:
         return tuple(shapes)
-    count = len(graph.cache.past_names)
-    return (*shapes[:-count], tuple(shapes[-count:]))
+    return (*shapes[:first], tuple(shapes[first:]))

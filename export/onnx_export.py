@@ -1,8 +1,11 @@
-"""From a checkpoint to a bundle: trace, write, check, compare with torch, and rename into place."""
+"""From a checkpoint to a bundle: estimate, trace, write, check, compare with torch, and rename into place."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,17 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from bridge_stg.checkpoint import TOKENIZER, load_checkpoint
+from bridge_stg.checkpoint import TOKENIZER
+from bridge_stg.export.bf16_twin import write_twin
 from bridge_stg.export.golden import record_golden
 from bridge_stg.export.lowering import LOWERINGS
-from bridge_stg.export.parity import REPORT, measure, require
+from bridge_stg.export.memory import estimate, require_room
+from bridge_stg.export.parity import REPORT, require
+from bridge_stg.export.precision import PRECISIONS, Precision
+from bridge_stg.export.reference import record_probes
+from bridge_stg.export.replay import Replayed, replay_apart
+from bridge_stg.export.skeleton import open_skeleton
+from bridge_stg.export.streaming import with_weights
 from bridge_stg.export.trace import trace_graph
 from bridge_stg.export.weights import write_weights
 from bridge_stg.model import BridgeSTG
@@ -22,12 +32,14 @@ from bridge_stg.runtime.bundle_writer import BundleWriter
 from bridge_stg.runtime.contracts import GRAPHS as GRAPH_NAMES
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec, Manifest
-from bridge_stg.runtime.onnxruntime_session import OnnxRuntimeSession
+from bridge_stg.runtime.peak import peak_bytes
 from bridge_stg.runtime.reports import write_report
-from bridge_stg.runtime.session import Session
+from bridge_stg.weight_store import WeightStore
 
 VARIANTS = tuple(LOWERINGS)
 WEIGHTS = "weights.data"
+EXPORT_REPORT = "export"
+TORCH_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 TOOLS = ("bridge-stg", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 FORBIDDEN = frozenset({"NonZero", "Compress", "Loop", "If", "Scan", "SequenceAt", "SplitToSequence", "Unique"})
@@ -41,44 +53,92 @@ def export_bundle(
     out: Path | str,
     *,
     variants: Sequence[str] = VARIANTS,
+    dtype: str = "fp32",
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Path:
-    """Export a checkpoint as a bundle.
+    """Export a checkpoint as a bundle. Weights are read, cast and written one at a time, whatever the model's size.
 
     Args:
-        checkpoint: folder with config.json, model.safetensors and tokenizer.json.
+        checkpoint: folder with config.json, weights and tokenizer.json.
         out: the bundle's folder; appears when it is complete, or not at all.
         variants: lowerings to export, of `VARIANTS`.
+        dtype: `fp32`, `fp16` or `bf16`, of weights and products; see `precision`.
         overwrite: whether to replace a bundle that is there.
-        verify: whether to compare every graph with torch; the manifest says so.
+        verify: whether to record golden cases and compare every graph with torch; the manifest says so.
         progress: called with the name of each stage when it begins.
 
     Returns:
-        The bundle's path; `parity.parity_table` shows what was measured.
+        The bundle's path; `parity.parity_table` shows what was measured, `reports/export.json` what it took.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read, or a weight does not fit the dtype.
         BundleError: the target exists, or cannot be written.
-        EngineError: a variant is unknown, a graph fails its checks, or it leaves its tolerance at a boundary.
+        EngineError: a variant or dtype is unknown, memory or disk do not suffice, a graph fails its checks, or it
+            leaves its tolerance at a boundary.
     """
-    report = progress or (lambda stage: None)
-    _check_variants(variants)
-    report("reading the checkpoint")
-    model = load_checkpoint(checkpoint)
+    stages = Stages(progress or (lambda stage: None))
+    _check_choices(variants, dtype)
+    precision = PRECISIONS[dtype]
+    stages("reading the checkpoint")
+    model, store = open_skeleton(checkpoint)
+    needed = estimate(store, model.spec, precision, verify=verify)
+    stages.note(f"estimated: {needed}")
+    require_room(needed, Path(out))
     with BundleWriter(out, overwrite=overwrite) as writer:
-        contracts = [c for name in GRAPH_NAMES for c in _export_graph(name, model, variants, writer, report)]
+        contracts = [
+            contract
+            for name in GRAPH_NAMES
+            for contract in _export_graph(name, model, store, variants, precision, writer, stages)
+        ]
         writer.add_file(TOKENIZER, Path(checkpoint) / TOKENIZER)
-        report("recording golden cases")
-        record_golden(model, writer.folder / GOLDEN)
-        if verify:
-            report("comparing with torch")
-            _verify(model, contracts, writer)
-        report("writing the manifest")
+        replayed = _verify(model, store, contracts, writer, stages) if verify else None
+        stages("writing the manifest")
+        about = {
+            "dtype": dtype,
+            "weight_bytes": sum(f.stat().st_size for f in writer.folder.rglob(WEIGHTS)),
+            "estimate": dataclasses.asdict(needed),
+            "peak_rss_bytes": peak_bytes(),
+            "replay_peak_rss_bytes": None if replayed is None else replayed.peak_rss_bytes,
+            "replay_seconds": None if replayed is None else replayed.seconds,
+            "seconds": stages.seconds,
+        }
+        write_report(writer.folder, EXPORT_REPORT, about)
         return writer.finish(
-            Manifest(spec=model.spec, model=_about(model, Path(checkpoint)), tools=_tools(), verified=verify)
+            Manifest(
+                spec=model.spec,
+                model=_about(model, Path(checkpoint), precision),
+                tools=_tools(),
+                io_dtype=precision.io_dtype,
+                verified=verify,
+            )
         )
+
+
+class Stages:
+    """Tells a callback of each stage as it begins, and keeps how many seconds each took."""
+
+    def __init__(self, report: Progress) -> None:
+        self._report, self._began, self._current = report, time.monotonic(), ""
+        self._taken: dict[str, float] = {}
+
+    def __call__(self, stage: str) -> None:
+        """Begin a stage."""
+        now = time.monotonic()
+        if self._current:
+            self._taken[self._current] = self._taken.get(self._current, 0.0) + now - self._began
+        self._began, self._current = now, stage
+        self._report(stage)
+
+    def note(self, text: str) -> None:
+        """Tell something in the middle of a stage."""
+        self._report(text)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, the one that is under way not counted; their order is that of the stages."""
+        return {stage: round(seconds, 3) for stage, seconds in self._taken.items()}
 
 
 def check_graph(path: Path) -> None:
@@ -99,25 +159,34 @@ def check_graph(path: Path) -> None:
         )
 
 
-def _check_variants(variants: Sequence[str]) -> None:
+def _check_choices(variants: Sequence[str], dtype: str) -> None:
     unknown = [variant for variant in variants if variant not in LOWERINGS]
     if unknown or not variants:
         found = repr(unknown[0]) if unknown else "an empty list"
         raise EngineError(f"variants: found {found}; choose from {', '.join(VARIANTS)}")
+    if dtype not in PRECISIONS:
+        raise EngineError(f"dtype: found {dtype!r}; choose from {', '.join(PRECISIONS)}")
 
 
 def _export_graph(
-    name: str, model: BridgeSTG, variants: Sequence[str], writer: BundleWriter, report: Progress
+    name: str,
+    model: BridgeSTG,
+    store: WeightStore,
+    variants: Sequence[str],
+    precision: Precision,
+    writer: BundleWriter,
+    stages: Stages,
 ) -> list[GraphSpec]:
     """Trace, write and check all variants of one graph; return their contracts."""
     traced: list[tuple[GraphSpec, ir.Model]] = []
     for variant in dict.fromkeys(variants):
-        report(f"tracing {name} ({variant})")
-        traced.append(trace_graph(name, model, LOWERINGS[variant]))
-    report(f"writing and checking {name}")
+        stages(f"tracing {name} ({variant})")
+        traced.append(trace_graph(name, model, store, LOWERINGS[variant], precision=precision))
+    stages(f"writing {name}")
     folder = writer.folder / GRAPHS / name
     folder.mkdir(parents=True)
     write_weights([graph for _, graph in traced], folder / WEIGHTS)
+    stages(f"checking {name}")
     for contract, graph in traced:
         path = folder / f"{contract.variant}.onnx"
         ir.save(graph, path)
@@ -126,26 +195,38 @@ def _export_graph(
     return [contract for contract, _ in traced]
 
 
-def _verify(model: BridgeSTG, contracts: Sequence[GraphSpec], writer: BundleWriter) -> None:
-    """Measure parity of every graph, keep the table in the bundle, and stop the export if it does not hold."""
-    sessions: dict[str, dict[str, Session]] = {}
-    try:
-        for contract in contracts:
-            path = writer.folder / GRAPHS / contract.name / f"{contract.variant}.onnx"
-            sessions.setdefault(contract.name, {})[contract.variant] = OnnxRuntimeSession(path, contract)
-        parity = measure(model, sessions)
-    finally:
-        for session in (session for variants in sessions.values() for session in variants.values()):
-            session.close()
-    require(parity)
-    write_report(writer.folder, REPORT, parity.to_dict())
+def _verify(
+    model: BridgeSTG, store: WeightStore, contracts: Sequence[GraphSpec], writer: BundleWriter, stages: Stages
+) -> Replayed:
+    """Record golden cases and probes in torch, replay them apart, and stop the export where parity does not hold."""
+    precision = contracts[0].precision
+    with tempfile.TemporaryDirectory(prefix=".probes.", dir=writer.folder.parent) as folder:
+        probes = Path(folder)
+        with with_weights(model, store):
+            stages("recording golden cases")
+            golden = record_golden(model, writer.folder / GOLDEN, precision=precision)
+            stages("recording the reference")
+            for name in dict.fromkeys(contract.name for contract in contracts):
+                record_probes(name, model, probes)
+        stages("comparing with torch")
+        files = [writer.folder / GRAPHS / contract.name / f"{contract.variant}.onnx" for contract in contracts]
+        twins = [write_twin(file) for file in files] if precision == "bf16" else []
+        graphs = [dataclasses.replace(c, precision="bf16 twin") for c in contracts] if twins else contracts
+        try:
+            replayed = replay_apart(list(zip(graphs, twins or files, strict=True)), probes, golden)
+        finally:
+            for twin in twins:
+                twin.unlink()
+    require(replayed.parity)
+    write_report(writer.folder, REPORT, replayed.parity.to_dict())
+    return replayed
 
 
-def _about(model: BridgeSTG, checkpoint: Path) -> dict[str, Any]:
+def _about(model: BridgeSTG, checkpoint: Path, precision: Precision) -> dict[str, Any]:
     return {
         "name": checkpoint.resolve().name,
         "family": model.spec.vision.family,
-        "dtype": "float32",
+        "dtype": TORCH_DTYPE_NAMES[precision.name],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 

@@ -17,6 +17,8 @@ import onnx_ir.passes.common as passes
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter import pattern
 
+from bridge_stg.export.weights import StoredWeight
+
 RMS_NORMALIZATION_SINCE = 23
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -64,8 +66,11 @@ def _view_weights(graph: ir.Graph) -> None:
         view = uses[0].node.outputs[0]
         if view.shape is None or not view.shape.is_static() or value.const_value is None:
             continue
-        array = value.const_value.numpy().reshape([int(size) for size in view.shape])
-        value.const_value = ir.tensor(array, name=value.name)
+        sizes = [int(size) for size in view.shape]
+        if isinstance(value.const_value, StoredWeight):
+            value.const_value = value.const_value.reshaped(sizes)
+        else:
+            value.const_value = ir.tensor(value.const_value.numpy().reshape(sizes), name=value.name)
         value.shape = view.shape
         view.replace_all_uses_with(value)
 

@@ -7,30 +7,40 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bridge_stg.checkpoint import checkpoint_key
 from bridge_stg.export.graphs import GRAPH_MODULES, dynamic_shapes, example
 from bridge_stg.export.lowering import Lowering
+from bridge_stg.export.precision import FP32, Precision, lower_precision
 from bridge_stg.export.simplify import simplify
+from bridge_stg.export.skeleton import fake_parameters
+from bridge_stg.export.weights import StoredWeight
 from bridge_stg.model import KEY_PREFIXES, BridgeSTG
 from bridge_stg.runtime.contracts import graph_contract
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec
+from bridge_stg.weight_store import WeightStore
 
 IR_VERSION = {18: 8, 24: 10}
 """By opset. onnxruntime 1.23 reads up to 10, and nothing in these graphs needs a newer one."""
 
 
-def trace_graph(name: str, model: BridgeSTG, lowering: Lowering) -> tuple[GraphSpec, ir.Model]:
-    """Trace one graph; its weights stay the model's own memory.
+def trace_graph(
+    name: str, model: BridgeSTG, store: WeightStore, lowering: Lowering, *, precision: Precision = FP32
+) -> tuple[GraphSpec, ir.Model]:
+    """Trace one graph without the values of its weights, which stay in the checkpoint until they are written.
 
     Args:
         name: one of the contract's graphs.
-        model: in eval mode, float32.
+        model: in eval mode, float32; its parameters may be on the meta device, its buffers must have values.
+        store: the weights.
         lowering: the dialect.
+        precision: of weights and products; the trace itself is fp32.
 
     Returns:
         The contract, and the graph: initializers named as in a checkpoint, nodes named by module and operator.
@@ -38,31 +48,47 @@ def trace_graph(name: str, model: BridgeSTG, lowering: Lowering) -> tuple[GraphS
     Raises:
         EngineError: the trace fixed a dim that the contract says is free.
     """
-    contract = graph_contract(
-        name, model.spec, variant=lowering.name, opset=lowering.opset, cache_update=lowering.cache_update
-    )
+    about: dict[str, Any] = {"variant": lowering.name, "opset": lowering.opset, "cache_update": lowering.cache_update}
+    contract = graph_contract(name, model.spec, **about)
     module = GRAPH_MODULES[name](model, lowering).eval()
-    with lowering.applied(model), torch.no_grad(), _quiet():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with lowering.applied(model), fake_parameters(model, mode), torch.no_grad(), _quiet():
+        with mode:
+            traced = torch.export.export(
+                module,
+                example(contract, model.spec),
+                dynamic_shapes=dynamic_shapes(contract),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
         program = torch.onnx.export(
-            module,
-            example(contract, model.spec),
+            traced,
             dynamo=True,
             opset_version=lowering.opset,
-            dynamic_shapes=dynamic_shapes(contract),
             input_names=[tensor.name for tensor in contract.inputs],
             output_names=[tensor.name for tensor in contract.outputs],
             optimize=False,
             verbose=False,
         )
     assert program is not None
-    traced = program.model
-    _name_initializers(traced.graph, model)
-    simplify(traced, modules=lambda scope: module_key(f"{scope}.").rstrip("."))
-    _apply_contract(traced.graph, contract)
-    traced.ir_version = IR_VERSION[lowering.opset]
-    traced.graph.name = name
-    traced.producer_name, traced.producer_version = "bridge-stg", None
-    return contract, traced
+    graph = program.model
+    _name_initializers(graph.graph, model)
+    _bind_weights(graph.graph, store)
+    simplify(graph, modules=lambda scope: module_key(f"{scope}.").rstrip("."))
+    final = graph_contract(
+        name,
+        model.spec,
+        **about,
+        io_dtype=precision.io_dtype,
+        cache_dtype=precision.cache_dtype,
+        precision=precision.name,
+    )
+    lower_precision(graph, final, precision)
+    _apply_contract(graph.graph, final)
+    graph.ir_version = IR_VERSION[lowering.opset]
+    graph.graph.name = name
+    graph.producer_name, graph.producer_version = "bridge-stg", None
+    return final, graph
 
 
 def module_key(name: str) -> str:
@@ -76,6 +102,15 @@ def _name_initializers(graph: ir.Graph, model: BridgeSTG) -> None:
     shared = {name: first[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
     for name, value in list(graph.initializers.items()):
         value.name = module_key(shared.get(name, name))
+
+
+def _bind_weights(graph: ir.Graph, store: WeightStore) -> None:
+    """Let every weight point at its values in the checkpoint; buffers keep the values that they have."""
+    for name, value in graph.initializers.items():
+        if name in store:
+            assert value.shape is not None and value.dtype is not None
+            shape = [int(size) for size in value.shape]
+            value.const_value = StoredWeight(store, name, dtype=value.dtype, shape=shape)
 
 
 def _apply_contract(graph: ir.Graph, contract: GraphSpec) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from bridge_stg.runtime.boxes import box_cxcywh_to_xyxy, box_iou
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.golden import GoldenCall, GoldenCase, Tolerance, read_case
+from bridge_stg.runtime.manifest import GraphSpec
 from bridge_stg.runtime.session import KVCache, Session
 
 TOLERANCES: Mapping[str, Tolerance] = {
@@ -17,6 +20,22 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "float16": Tolerance(max_abs=2e-2, rel_l2=1e-2),
 }
 """By the dtype of the compared tensor; integers and booleans must be equal."""
+
+PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
+    "fp16": Tolerance(max_abs=5e-2, rel_l2=2e-2),
+    "bf16": Tolerance(max_abs=0.25, rel_l2=8e-2),
+}
+"""By a graph's precision, for every tensor that it gives: errors of a product pass through fp32 tensors too."""
+
+LEAST_IOU: Mapping[str, float] = {"fp16": 0.99, "bf16": 0.9}
+"""By a graph's precision, for its boxes."""
+
+IOU_SIDE = 0.1
+"""Boxes with a side below this share of the frame are held to their coordinates alone: in their IoU a rounding that
+nobody sees would count as a miss."""
+
+BOX_SHARE = 0.1
+"""What boxes are allowed of the largest difference that other tensors are."""
 
 _EXACT = Tolerance(max_abs=0.0, rel_l2=0.0)
 
@@ -39,19 +58,46 @@ class Boundary:
     scale: float
     tolerance: Tolerance
     problem: str = ""
+    iou: float | None = None
 
     @property
     def passed(self) -> bool:
         """Whether the tensor is within its tolerance; `max_abs` is allowed per unit of max(1, scale)."""
+        if self.problem or (self.iou is not None and self.iou < self.tolerance.least_iou):
+            return False
         allowed = self.tolerance.max_abs * max(1.0, self.scale)
-        return not self.problem and self.max_abs <= allowed and self.rel_l2 <= self.tolerance.rel_l2
+        return self.max_abs <= allowed and self.rel_l2 <= self.tolerance.rel_l2
 
 
-def compare(name: str, reference: np.ndarray, actual: np.ndarray, *, tolerance: Tolerance | None = None) -> Boundary:
+def tolerance_of(precision: str, tensor: str) -> Tolerance | None:
+    """Return the tolerance of one tensor of a graph of lowered precision; None: by the tensor's dtype, as in fp32.
+
+    Args:
+        precision: its first word counts, so that a twin is held to the same.
+        tensor: its name.
+    """
+    precision = precision.split()[0]
+    if precision not in PRECISION_TOLERANCES:
+        return None
+    tolerance = PRECISION_TOLERANCES[precision]
+    if tensor != "boxes":
+        return tolerance
+    return replace(tolerance, max_abs=BOX_SHARE * tolerance.max_abs, least_iou=LEAST_IOU[precision])
+
+
+def compare(
+    name: str,
+    reference: np.ndarray,
+    actual: np.ndarray,
+    *,
+    tolerance: Tolerance | None = None,
+    boxes: bool = False,
+) -> Boundary:
     """Compare one tensor with its reference, in float64.
 
     Args:
         tolerance: None: the table's entry for the dtype of `actual`.
+        boxes: whether the tensor holds boxes [..., 4] cxcywh, whose smallest IoU is measured too.
     """
     dtype = str(actual.dtype)
     tolerance = tolerance or TOLERANCES.get(dtype, _EXACT)
@@ -71,7 +117,25 @@ def compare(name: str, reference: np.ndarray, actual: np.ndarray, *, tolerance: 
         cosine=float(x @ y) / (norm_x * norm_y) if norm_x and norm_y else float(norm_x == norm_y),
         scale=float(np.abs(x).max(initial=0.0)),
         tolerance=tolerance,
+        iou=_least_iou(reference, actual) if boxes and finite.all() else None,
     )
+
+
+def _least_iou(reference: np.ndarray, actual: np.ndarray) -> float | None:
+    first, second = (boxes.astype(np.float64).reshape(-1, 4) for boxes in (reference, actual))
+    seen = first[:, 2:].min(-1) >= IOU_SIDE
+    if not seen.any():
+        return None
+    return float(box_iou(box_cxcywh_to_xyxy(first[seen]), box_cxcywh_to_xyxy(second[seen])).min())
+
+
+def as_contract(graph: GraphSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return inputs in the dtypes of a graph's contract: a reference is recorded in fp32, a graph may take fp16."""
+    dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
+    return {
+        name: array.astype(dtypes[name]) if array.dtype.kind == "f" and name in dtypes else array
+        for name, array in arrays.items()
+    }
 
 
 def _problem(reference: np.ndarray, actual: np.ndarray) -> str:
@@ -132,9 +196,20 @@ def replay(
         BundleError: a case cannot be read or does not fit its graph.
         EngineError: no session was given for a graph, or a session failed.
     """
+    return replay_cases(bundle.golden_cases(), sessions, graphs=graphs, progress=progress)
+
+
+def replay_cases(
+    folders: Iterable[Path],
+    sessions: Mapping[str, Session],
+    *,
+    graphs: Iterable[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Boundary]:
+    """Replay golden cases that lie in folders; see `replay`."""
     wanted = None if graphs is None else set(graphs)
     found: list[Boundary] = []
-    for folder in bundle.golden_cases():
+    for folder in folders:
         case = read_case(folder)
         caches: dict[str, KVCache] = {}
         for call in case.calls:
@@ -158,7 +233,7 @@ def _replay_call(case: GoldenCase, call: GoldenCall, session: Session, caches: d
     if contract is not None:
         past = {name: inputs.pop(name) for name in contract.past_names if name in inputs}
         cache = caches[call.graph] = _cache_for(case, call, session, inputs, past, caches.get(call.graph))
-    outputs = session.infer(inputs, cache=cache)
+    outputs = session.infer(as_contract(session.graph, inputs), cache=cache)
     if contract is not None and cache is not None:
         kept = cache.read()
         present = [name.replace("past_", "present_", 1) for name in contract.past_names]
@@ -167,7 +242,13 @@ def _replay_call(case: GoldenCase, call: GoldenCall, session: Session, caches: d
     if missing:
         raise BundleError(f"{call.path}: holds the output {missing[0]!r}, which graph {session.graph} does not give.")
     return [
-        compare(f"{case.name}/{call.name}.{name}", value, outputs[name], tolerance=case.tolerance_of(call.graph, name))
+        compare(
+            f"{case.name}/{call.name}.{name}",
+            value,
+            outputs[name],
+            tolerance=case.tolerance_of(call.graph, name),
+            boxes=name == "boxes",
+        )
         for name, value in expected.items()
     ]
 
@@ -183,7 +264,7 @@ def _cache_for(
     if past:
         batch, _, capacity, _ = next(iter(past.values())).shape
         cache = session.allocate_cache(batch=batch, capacity=capacity)
-        cache.write(past)
+        cache.write(as_contract(session.graph, past))
         return cache
     positions = inputs.get("cache_position")
     if positions is None or (before is None and case.cache_capacity is None):

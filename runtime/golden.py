@@ -25,10 +25,14 @@ _AGAIN = "Copy the bundle again from its source, or export it again."
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a tensor may be from its reference: `max_abs` per unit of max(1, the reference's largest magnitude)."""
+    """How far a tensor may be from its reference: `max_abs` per unit of max(1, the reference's largest magnitude).
+
+    `least_iou` is what every box must reach with the reference's, where a tensor holds boxes.
+    """
 
     max_abs: float
     rel_l2: float
+    least_iou: float = 0.0
 
 
 @dataclass(frozen=True)

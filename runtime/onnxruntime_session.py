@@ -92,6 +92,11 @@ class OnnxRuntimeSession:
     def __init__(self, path: str | os.PathLike[str], graph: GraphSpec, *, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected a number of at least 1")
+        if graph.precision == "bf16":
+            raise EngineError(
+                f"{graph}: is bf16, in which onnxruntime cannot compute on CPU. Export the checkpoint with "
+                "--dtype fp16 or fp32 to run it here; TensorRT takes this one"
+            )
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY

@@ -40,10 +40,29 @@ def tiny_config() -> BridgeSTGConfig:
     )
 
 
-def random_model() -> BridgeSTG:
+def tiny_windowed_config() -> BridgeSTGConfig:
+    """The same of the other family: windows of 4 × 4 patches in all blocks but one, sectioned MRoPE, an untied head."""
+    tiny = tiny_config()
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14, "window_size": 56,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64, "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    }  # fmt: skip
+    text = {
+        **tiny.backbone["text_config"], "num_hidden_layers": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    backbone = {
+        **tiny.backbone, "model_type": "qwen2_5_vl", "vision_config": vision, "text_config": text,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    return dataclasses.replace(tiny, backbone=backbone, bridging=BridgingConfig(num_queries=3, tapped_layers=(0, 1)))
+
+
+def random_model(config: BridgeSTGConfig | None = None) -> BridgeSTG:
     """Random weights, scaled so that outputs depend on inputs: a box head that begins at zero answers nothing."""
     torch.manual_seed(0)
-    model = BridgeSTG(tiny_config())
+    model = BridgeSTG(config or tiny_config())
     with torch.no_grad():
         for head in model.spatial_decoder.box_heads:
             torch.nn.init.normal_(head[-1].weight, std=1.0)

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from bridge_stg.export.engines import PACKAGES, parse_in_tensorrt, with_capacity
+from bridge_stg.export.engines import PACKAGES, compile_in_tensorrt, parse_in_tensorrt, with_capacity
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.errors import EngineError
@@ -41,6 +41,18 @@ def test_a_graph_that_does_not_parse(tensorrt: None, tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(text.replace("NonZero", "StringNormalizer")), tmp_path / "g.onnx")
     errors = parse_in_tensorrt(tmp_path / "g.onnx")
     assert errors and "StringNormalizer" in " ".join(errors)
+
+
+def test_a_graph_compiles_for_a_range_of_sizes(tmp_path: Path) -> None:
+    pytest.importorskip(PACKAGES[-1], reason='no TensorRT-RTX here: pip install "bridge-stg[rtx]" to run this test')
+    model = '<ir_version: 8, opset_import: ["" : 18]> g (float[N, 4] x) => (float[N, 4] y) { y = Softmax(x) }'
+    onnx.save(onnx.parser.parse_model(model), tmp_path / "g.onnx")
+    assert len(compile_in_tensorrt(tmp_path / "g.onnx", {"N": (1, 4, 8)})) > 100
+    with pytest.raises(EngineError, match=r"g\.onnx: input 'x' has a free dim 'N'; sizes were given for M"):
+        compile_in_tensorrt(tmp_path / "g.onnx", {"M": (1, 4, 8)})
+    onnx.save(onnx.parser.parse_model(GRAPH), tmp_path / "n.onnx")
+    with pytest.raises(EngineError, match="refuses the graph|cannot compile the graph"):
+        compile_in_tensorrt(tmp_path / "n.onnx", {"N": (1, 4, 8), "M": (1, 4, 8)})
 
 
 @pytest.mark.slow

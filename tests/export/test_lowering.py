@@ -9,7 +9,7 @@ import torch
 from bridge_stg.eager import TorchSession
 from bridge_stg.export.graphs import LanguageModelGraph
 from bridge_stg.export.lowering import LOWERINGS, visible_past_and_new
-from bridge_stg.export.parity import feeds_of
+from bridge_stg.export.probes import feeds_of
 from bridge_stg.model import BridgeSTG
 
 

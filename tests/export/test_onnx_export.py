@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import onnx.external_data_helper
 import pytest
 from safetensors.numpy import load_file
 
+from bridge_stg import cli
 from bridge_stg.export import onnx_export
 from bridge_stg.export.onnx_export import FORBIDDEN, check_graph, export_bundle
 from bridge_stg.export.weights import ALIGNMENT
@@ -61,6 +63,7 @@ def test_every_stage_is_named(exported: Bundle, stages: list[str]) -> None:
     traced = [f"tracing {name} ({variant})" for name in GRAPHS for variant in VARIANTS]
     assert [stage for stage in stages if stage.startswith("tracing")] == traced
     assert stages[0] == "reading the checkpoint" and stages[-1] == "writing the manifest"
+    assert re.match(r"estimated: about .* of memory and .* for the replay, and .* of disk", stages[1])
     assert "comparing with torch" in stages
 
 
@@ -161,11 +164,37 @@ def test_refusals(tmp_path: Path, checkpoint: Path, exported: Bundle) -> None:
         export_bundle(checkpoint, tmp_path / "bundle", variants=("fancy",))
     with pytest.raises(EngineError, match="empty list"):
         export_bundle(checkpoint, tmp_path / "bundle", variants=())
+    with pytest.raises(EngineError, match="dtype: found 'fp8'; choose from fp32, fp16, bf16"):
+        export_bundle(checkpoint, tmp_path / "bundle", dtype="fp8")
     with pytest.raises(CheckpointError, match="no such folder"):
         export_bundle(tmp_path / "nothing", tmp_path / "bundle")
     with pytest.raises(BundleError, match="is there already"):
         export_bundle(checkpoint, exported.path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_it_took_is_reported(exported: Bundle, stages: list[str]) -> None:
+    report = read_report(exported.path, "export")
+    written = sum(file.stat().st_size for file in exported.path.glob("graphs/*/weights.data"))
+    assert report["weight_bytes"] == written > 0 and report["dtype"] == "fp32"
+    assert report["peak_rss_bytes"] > 10 * written and report["replay_peak_rss_bytes"] > written
+    assert [*report["seconds"]] == [stages[0], *stages[2:-1]]
+    assert len(report["replay_seconds"]) == len(GRAPHS) * len(VARIANTS)
+
+
+def test_without_verify(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundle says so wherever a person may look, and runs."""
+    monkeypatch.setattr(onnx_export, "GRAPH_NAMES", ("spatial_decoder",))
+    bundle = tmp_path / "bundle"
+    options = ["--out", str(bundle), "--variant", "primitive", "--no-verify"]
+    assert cli.run(["export", str(checkpoint), *options]) == 0
+    assert "unverified" in capsys.readouterr().out
+    assert Bundle.load(bundle, check="all").manifest.verified is False
+    assert cli.run(["inspect", str(bundle)]) == 0
+    assert "unverified" in capsys.readouterr().out
+    assert not (bundle / "reports/parity.json").exists() and not (bundle / "golden").exists()
 
 
 def test_forbidden_operators_are_refused(tmp_path: Path) -> None:

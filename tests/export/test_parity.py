@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,9 @@ import torch
 from bridge_stg.eager import TorchSession
 from bridge_stg.export import onnx_export
 from bridge_stg.export.onnx_export import export_bundle
-from bridge_stg.export.parity import SIZES, Parity, feeds_of, measure, parity_table, require, run
+from bridge_stg.export.parity import Parity, measure, parity_table, require
+from bridge_stg.export.probes import SIZES, feeds_of, run
+from bridge_stg.export.reference import probe_graph, record_probes
 from bridge_stg.model import BridgeSTG
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.compare import compare, replay
@@ -35,7 +36,10 @@ BOUNDARIES = {
 
 @pytest.fixture(scope="module")
 def parity(model: BridgeSTG, sessions: Sessions) -> Parity:
-    return measure(model, sessions)
+    found = Parity((), {})
+    for name, variants in sessions.items():
+        found += measure(probe_graph(name, model), variants)
+    return found
 
 
 def test_reference_depends_on_its_inputs(model: BridgeSTG, parity: Parity) -> None:
@@ -140,7 +144,7 @@ def test_a_difference_is_found_and_named(model: BridgeSTG, sessions: Sessions, b
     with torch.no_grad():
         PERTURBED[boundary](changed).mul_(1.01)
     name = boundary.split(".")[0]
-    parity = measure(changed, {name: sessions[name]})
+    parity = measure(probe_graph(name, changed), sessions[name])
     assert any(failure.name.startswith(boundary) for failure in parity.failures)
     with pytest.raises(EngineError, match=rf"first at {name}\.\w+ \(primitive; "):
         require(parity)
@@ -149,13 +153,13 @@ def test_a_difference_is_found_and_named(model: BridgeSTG, sessions: Sessions, b
 def test_a_failed_export_names_the_boundary_and_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def perturbed(model: BridgeSTG, sessions: Any) -> Parity:
+    def perturbed(name: str, model: BridgeSTG, folder: Path) -> None:
         with torch.no_grad():
             model.spatial_decoder.presence_heads[-1][-1].bias.add_(0.5)
-        return measure(model, sessions)
+        record_probes(name, model, folder)
 
     monkeypatch.setattr(onnx_export, "GRAPH_NAMES", ("spatial_decoder",))
-    monkeypatch.setattr(onnx_export, "measure", perturbed)
+    monkeypatch.setattr(onnx_export, "record_probes", perturbed)
     with pytest.raises(EngineError, match=r"first at spatial_decoder\.presence \(primitive; B 1, F 1"):
         export_bundle(checkpoint, tmp_path / "bundle", variants=("primitive",))
     assert list(tmp_path.iterdir()) == []
@@ -167,5 +171,8 @@ def test_the_table_and_the_report_say_what_was_measured(exported: Bundle, parity
         for tensor in tensors:
             assert f"{name}.{tensor} (standard)" in table and f"{name}.{tensor} (primitive)" in table
     assert "FAILED" not in table
-    assert "Other inputs move the reference" in table
-    assert len(read_report(exported.path, "parity")["boundaries"]) == len(parity.boundaries)
+    assert "Other inputs move the reference" in table and "The smallest IoU of a box" in table
+    reported = [boundary["name"] for boundary in read_report(exported.path, "parity")["boundaries"]]
+    golden = [name for name in reported if "; golden " in name]
+    assert set(reported) - set(golden) == {boundary.name for boundary in parity.boundaries}
+    assert {name.split("golden ")[1].split("/")[0] for name in golden} == {"batch", "clip", "image"}
