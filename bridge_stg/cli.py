@@ -17,13 +17,19 @@ from typing import Any
 import click
 
 import bridge_stg
+from bridge_stg import cli_checkpoints, cli_evaluate, cli_infer_many
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 VARIANTS = ("standard", "primitive")
+DTYPES = ("fp32", "fp16", "bf16")
+UNVERIFIED = (
+    "Note: this bundle is unverified: it was exported with --no-verify, so its graphs were never compared with torch."
+)
 EXTRAS = {  # the import name of a package and the extra that brings it
     "onnxruntime": "[cpu]", "torch": "[export]", "transformers": "[export]", "onnx": "[export]", "onnx_ir": "[export]",
     "onnxscript": "[export]", "safetensors": "[export]", "skimage": "[train]", "tensorrt": "[tensorrt]",
-    "tensorrt_rtx_bindings": "[rtx]", "numpy": "", "av": "", "PIL": "", "tokenizers": "", "tqdm": "",
+    "tensorrt_rtx_bindings": "[rtx]", "ray": "[ray]", "pyarrow": "[ray]",
+    "numpy": "", "av": "", "PIL": "", "tokenizers": "", "tqdm": "",
 }  # fmt: skip
 
 
@@ -46,6 +52,23 @@ class OutputFile(click.ParamType):
         if not os.access(path.parent, os.W_OK | os.X_OK):
             self.fail(f"{value!r}: the folder {str(path.parent)!r} is not writable.", param, ctx)
         return path
+
+
+class Box(click.ParamType):
+    """Four numbers: left, top, right, bottom in pixels."""
+
+    name = "box"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            box = tuple(float(side) for side in str(value).split(","))
+        except ValueError:
+            box = ()
+        if len(box) != 4:
+            self.fail(
+                f"{value!r} is not a box; expected left,top,right,bottom in pixels, as in 10,20,60,80.", param, ctx
+            )
+        return box
 
 
 class StageProgress:
@@ -92,15 +115,20 @@ def app() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle: a folder to be made.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 @click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), help="Both by default; repeatable.")
-def export(checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ...]) -> None:
+@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of weights and products.")
+@click.option(
+    "--verify/--no-verify", default=True, help="Whether to compare the graphs with torch; else they are unverified."
+)
+def export(checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ...], dtype: str, verify: bool) -> None:
     """Turn a CHECKPOINT folder into a checked bundle that runs without torch."""
     if out.exists() and not overwrite:
         raise BundleError(f"{out} is there already. Give --overwrite to replace it, or another --out.")
     from bridge_stg.export.onnx_export import export_bundle
     from bridge_stg.export.parity import parity_table
 
-    made = export_bundle(checkpoint, out, variants=variants or VARIANTS, overwrite=overwrite, progress=stage_line)
-    click.echo(f"{parity_table(made)}\n{made} is complete.")
+    options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "verify": verify, "progress": stage_line}
+    made = export_bundle(checkpoint, out, variants=variants or VARIANTS, **options)
+    click.echo(f"{parity_table(made) if verify else UNVERIFIED}\n{made} is complete.")
 
 
 @app.command()
@@ -127,7 +155,15 @@ def verify(bundle: Path, backend: str, variant: str | None, threads: int | None)
 
 @app.command()
 @click.argument("video")
-@click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
+@click.argument("queries", metavar="QUERY...", nargs=-1)
+@click.option(
+    "--task",
+    type=click.Choice(["tube", "span", "image"]),
+    default="tube",
+    show_default=True,
+    help="When and where; only when; or the one box in an image, where the target is for sure.",
+)
+@click.option("--track", "first_box", type=Box(), metavar="L,T,R,B", help="Follow what is in this box of frame 1.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Default: the demo bundle, exported if need be.")
 @click.option("--json", "json_file", type=OutputFile(".json"), help="Write the results, one box a video frame.")
 @click.option(
@@ -140,10 +176,17 @@ def verify(bundle: Path, backend: str, variant: str | None, threads: int | None)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
 @click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
+@click.option(
+    "--max-visual-tokens",
+    type=click.IntRange(min=1),
+    help="What the video may take of the prompt: a long one is read in smaller frames, then at a lower rate.",
+)
 @click.option("--deadline", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Give up after that.")
 def infer(
     video: str,
     queries: tuple[str, ...],
+    task: str,
+    first_box: tuple[float, ...] | None,
     bundle: Path | None,
     json_file: Path | None,
     annotate: Path | None,
@@ -152,12 +195,21 @@ def infer(
     threads: int | None,
     backend: str,
     variant: str | None,
+    max_visual_tokens: int | None,
     deadline: float | None,
 ) -> None:
     """Find QUERY in VIDEO (or in an image): the time span, and a box in every frame of it.
 
-    Several queries share the work on the video.
+    Several queries share the work on the video. With --track, QUERY may be left out.
     """
+    if first_box is None and not queries:
+        raise click.UsageError("Missing argument 'QUERY...': what to find, such as \"the red car\".")
+    if first_box is not None and (task != "tube" or len(queries) > 1):
+        raise click.UsageError(
+            "--track takes a task of its own and one QUERY at most; leave out --task and the others."
+        )
+    if task == "span" and (annotate or sheet):
+        raise click.UsageError("--task span computes no boxes; leave out --annotate and --sheet.")
     if (annotate or sheet) and len(queries) > 1:
         raise click.UsageError("--annotate and --sheet draw one query; run once a query to draw several.")
     for output in (json_file, annotate, sheet):
@@ -165,6 +217,7 @@ def infer(
             raise click.UsageError(f"{output} is the video itself; give another name for the output.")
     from bridge_stg.demo_bundle import demo_bundle
     from bridge_stg.runtime import Grounder
+    from bridge_stg.runtime.tasks import TRACKED
     from bridge_stg.tables import grounding_table
 
     began = time.monotonic()
@@ -173,9 +226,21 @@ def infer(
         StageProgress() as progress,
         Grounder.load(path, backend=backend, variant=variant, threads=threads) as grounder,
     ):
-        with grounder.open(video, deadline_s=deadline, progress=progress) as opened:
+        if not grounder.verified:
+            click.echo(UNVERIFIED, err=True)
+        with grounder.open(
+            video, max_visual_tokens=max_visual_tokens, deadline_s=deadline, progress=progress
+        ) as opened:
             left = None if deadline is None else max(0.0, deadline - (time.monotonic() - began))
-            results = opened.ground_many(list(queries), allow_none=allow_none, deadline_s=left, progress=progress)
+            limits: dict[str, Any] = {"deadline_s": left, "progress": progress}
+            if first_box is not None:
+                results = [opened.track(first_box, query=queries[0] if queries else TRACKED, **limits)]
+            elif task == "span":
+                results = [opened.span(query, allow_none=allow_none, **limits) for query in queries]
+            elif task == "image":
+                results = [opened.locate(query, **limits) for query in queries]
+            else:
+                results = opened.ground_many(list(queries), allow_none=allow_none, **limits)
         if json_file:
             from bridge_stg.runtime.atomic import replacing
 
@@ -192,6 +257,13 @@ def infer(
     click.echo("\n\n".join(grounding_table(result) for result in results))
     for written in filter(None, (json_file, annotate, sheet)):
         click.echo(f"wrote {written}")
+
+
+app.add_command(cli_checkpoints.init)
+app.add_command(cli_checkpoints.train)
+app.add_command(cli_evaluate.evaluate)
+app.add_command(cli_evaluate.convert_refs)
+app.add_command(cli_infer_many.infer_many)
 
 
 @app.command("train-demo")

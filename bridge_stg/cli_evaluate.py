@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge_stg.evaluation.benchmarks import BENCHMARKS
+from bridge_stg.evaluation.engines import ENGINES
 from bridge_stg.runtime.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Shard(click.ParamType):
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs bundles.")
 @click.option("--variant", help="The bundles' dialect; by default the one that fits this machine.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+@click.option("--engine", type=click.Choice(ENGINES), default="local", show_default=True, help="Who asks the models.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes of --engine ray; by default one, or one a GPU.")
 def evaluate(
     benchmark: str,
     annotations: tuple[Path, ...],
@@ -71,19 +74,22 @@ def evaluate(
     backend: str,
     variant: str | None,
     threads: int | None,
+    engine: str,
+    workers: int | None,
 ) -> None:
     """Score models side by side on a BENCHMARK's own files, in the field's metrics.
 
     Nothing is downloaded. Finished samples are kept: after a kill, the same command goes on.
     """
     from bridge_stg.evaluation.benchmarks import read_benchmark
+    from bridge_stg.evaluation.engines import open_engine
     from bridge_stg.evaluation.report import table_text, write_report
     from bridge_stg.evaluation.run import evaluate as run
     from bridge_stg.evaluation.run import result_path
 
     dataset = read_benchmark(benchmark, annotations, media, split=split)
-    described = named_models(models, backend=backend, variant=variant, threads=threads)
-    with SampleProgress() as progress:
+    with SampleProgress() as progress, open_engine(engine, workers=workers, threads=threads) as asker:
+        described = named_models(models, backend=backend, variant=variant, threads=asker.threads)
         evaluation = run(
             dataset,
             described,
@@ -92,6 +98,7 @@ def evaluate(
             shard=shard,
             overwrite=overwrite,
             retry_failed=retry_failed,
+            engine=asker,
             progress=progress,
         )
     values = write_report(evaluation, out)

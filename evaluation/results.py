@@ -26,18 +26,22 @@ class ResultFile:
         rows: the finished samples, by id.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False, kept: tuple[str, ...] | None = None
+    ) -> None:
         """Open a file, or make it.
 
         Args:
             path: the file.
             identity: plain values that say what was evaluated; all must agree with those in the file.
             overwrite: whether to drop what the file holds.
+            kept: the fields that `rows` keep in memory, where rows are large; None: all of them.
 
         Raises:
             BridgeError: the file holds results of something else, is damaged, or is being written by another process.
         """
         self.path = path
+        self._kept = kept
         self.rows: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -46,7 +50,8 @@ class ResultFile:
             _lock(self._file.fileno(), path)
             if overwrite:
                 self._file.truncate(0)
-            header, self.rows, end = _parsed(self._file.read(), path)
+            header, rows, end = _parsed(self._file.read(), path)
+            self.rows = {name: self._shortened(row) for name, row in rows.items()}
             self._file.truncate(end)
             self._file.seek(end)
             if header is None:
@@ -60,7 +65,7 @@ class ResultFile:
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a finished sample; it is on disk when this returns."""
         self._write(row)
-        self.rows[row["id"]] = dict(row)
+        self.rows[row["id"]] = self._shortened(row)
 
     def close(self) -> None:
         """Close the file."""
@@ -71,6 +76,9 @@ class ResultFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _shortened(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if self._kept is None or name in self._kept}
 
     def _write(self, values: Mapping[str, Any]) -> None:
         self._file.write((json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -10,11 +10,13 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bridge_stg.evaluation.engines import Engine, LocalEngine, Lost
 from bridge_stg.evaluation.media import shown
 from bridge_stg.evaluation.results import ResultFile, read_results
 from bridge_stg.evaluation.samples import Dataset, Sample, Truth
@@ -71,6 +73,7 @@ def evaluate(
     shard: tuple[int, int] = (1, 1),
     overwrite: bool = False,
     retry_failed: bool = False,
+    engine: Engine | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Evaluation:
     """Evaluate models on a dataset, one after the other, into `out`/samples/LABEL.jsonl.
@@ -83,6 +86,7 @@ def evaluate(
         shard: (i, n): of these every n-th, beginning with the i-th; each shard writes a file of its own.
         overwrite: start this run's files again.
         retry_failed: ask again what failed in an earlier run; otherwise a failure is a finished sample.
+        engine: who asks; this process if not given.
         progress: called as progress(label, done, total) before the first and after each sample.
 
     Raises:
@@ -90,6 +94,7 @@ def evaluate(
         AnnotationError: the truth of a sample is not as published.
     """
     report = progress or (lambda label, done, total: None)
+    asker = engine or LocalEngine()
     everything = dataset.chosen(limit=limit)
     missing = [sample for sample in everything if sample.media is None]
     if len(missing) == len(everything):
@@ -112,9 +117,11 @@ def evaluate(
             ]
             report(model.label, len(todo) - len(left), len(todo))
             if left:
-                with model.open() as grounder:
-                    for done, sample in enumerate(left, len(todo) - len(left) + 1):
-                        results.add(answer(grounder, sample, places[sample.id], allow_none=dataset.allow_none))
+                numbered = [(places[sample.id], sample) for sample in left]
+                asked = partial(answer, allow_none=dataset.allow_none)
+                with closing(asker.answers(model.open, asked, numbered)) as answers:
+                    for done, (place, row) in enumerate(answers, len(todo) - len(left) + 1):
+                        results.add(lost(*numbered[place], row.error) if isinstance(row, Lost) else row)
                         report(model.label, done, len(todo))
             found = _other_shards(out, model, identity, results.path) | results.rows
         rows[model.label] = {sample.id: found[sample.id] for sample in everything if sample.id in found}
@@ -128,23 +135,15 @@ def evaluate(
     )
 
 
-def answer(grounder: Any, sample: Sample, index: int, *, allow_none: bool) -> dict[str, Any]:
-    """Ask one sample and return its result row; a model's failure is part of it.
+def answer(grounder: Any, numbered: tuple[int, Sample], *, allow_none: bool) -> dict[str, Any]:
+    """Ask one sample, given with its place in the dataset, and return its result row; a failure is part of it.
 
     Raises:
         AnnotationError: the sample's truth is not as published.
         ImportError: a package is missing, which would fail every sample.
     """
+    index, sample = numbered
     truth = sample.read_truth()
-    row = {
-        "id": sample.id,
-        "index": index,
-        "task": sample.task,
-        "group": sample.group,
-        "query": sample.query,
-        "media": sample.sought,
-        "present": truth.present,
-    }
     began = time.perf_counter()
     try:
         result = ask(grounder, sample, truth, allow_none=allow_none)
@@ -161,7 +160,26 @@ def answer(grounder: Any, sample: Sample, index: int, *, allow_none: bool) -> di
     else:
         scored["answer"] = result.answer
         scored["size"] = list(result.size)
-    return row | scored | {"seconds": round(seconds, 4)}
+    return describe(index, sample, truth) | scored | {"seconds": round(seconds, 4)}
+
+
+def lost(index: int, sample: Sample, error: str) -> dict[str, Any]:
+    """Return the result row of a sample whose answer an engine could not bring back."""
+    truth = sample.read_truth()
+    return describe(index, sample, truth) | score_nothing(sample, truth) | {"error": error, "seconds": 0.0}
+
+
+def describe(index: int, sample: Sample, truth: Truth) -> dict[str, Any]:
+    """Return what a result row says of its sample."""
+    return {
+        "id": sample.id,
+        "index": index,
+        "task": sample.task,
+        "group": sample.group,
+        "query": sample.query,
+        "media": sample.sought,
+        "present": truth.present,
+    }
 
 
 def check_finite(values: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 import bridge_stg
 from bridge_stg import cli, demo_bundle
+from bridge_stg.runtime.budget import CoarseChoice
 from bridge_stg.runtime.draw import encode_h264
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 from bridge_stg.runtime.grounder import Grounder
@@ -52,6 +54,7 @@ class FakeVideo:
             tube=tube if found else None,
             boxes=tube.at(TIMES[4:16]) if found else None,
             size=SIZE,
+            coarse=CoarseChoice(fps=2.0, size=(64, 48), groups=8, tokens=64, max_visual_tokens=None),
             answer="",
             named_span=None,
             scores={"absent": 0.25, "answer": 0.5, "presence": 0.7},
@@ -64,6 +67,7 @@ class FakeGrounder(FakeVideo):
     """Records how it was loaded and opened."""
 
     calls: list[tuple[Any, ...]] = []
+    verified = True
 
     @classmethod
     def load(cls, path: Any, **options: Any) -> FakeGrounder:
@@ -104,6 +108,7 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
     outputs = {name: clip.parent / name for name in ("r.json", "a.mp4", "s.png")}
     files = ["--json", outputs["r.json"], "--annotate", outputs["a.mp4"], "--sheet", outputs["s.png"]]
     options = ["--threads", "1", "--variant", "primitive", "--deadline", "9", "--no-allow-none", "--bundle", "b"]
+    options += ["--max-visual-tokens", "90"]
     assert cli.run([str(a) for a in ["infer", clip, "the dog", *files, *options]]) == 0
     shown = capsys.readouterr().out
     for part in (
@@ -112,14 +117,26 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
         "low presence",
         "interpolated",
         "64 coarse + 128 fine",
+        "coarse frames: 2 a second at 64 × 48 pixels, 8 groups, 64 tokens",
     ):
         assert part in shown
     assert fake[0] == (Path("b"), {"backend": "auto", "variant": "primitive", "threads": 1})
-    assert fake[1][1]["deadline_s"] == 9
+    assert fake[1][1]["deadline_s"] == 9 and fake[1][1]["max_visual_tokens"] == 90
     document = json.loads(outputs["r.json"].read_text())
     assert [result["query"] for result in document["results"]] == ["the dog"]
     assert len(document["results"][0]["boxes"]) == 12
+    assert document["results"][0]["coarse"]["fps"] == 2
     assert sorted(path.name for path in clip.parent.iterdir()) == ["a.mp4", "clip.mp4", "r.json", "s.png"]
+
+
+def test_infer_says_that_a_bundle_is_unverified(
+    fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["infer", "v.mp4", "q", "--bundle", "b"]) == 0
+    assert "unverified" not in capsys.readouterr().err
+    monkeypatch.setattr(FakeGrounder, "verified", False)
+    assert cli.run(["infer", "v.mp4", "q", "--bundle", "b"]) == 0
+    assert "unverified" in capsys.readouterr().err
 
 
 def test_infer_takes_several_queries(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +145,15 @@ def test_infer_takes_several_queries(fake: list[Any], clip: Path, capsys: pytest
     assert "not in this video (probability 0.25)" in capsys.readouterr().out
     results = json.loads((clip.parent / "r.json").read_text())["results"]
     assert [result["found"] for result in results] == [True, False]
+
+
+def test_table_says_what_bound_the_coarse_frames() -> None:
+    from bridge_stg.tables import grounding_table
+
+    coarse = CoarseChoice(0.25, (48, 32), 1, 6, 6, ("max_visual_tokens", "max_positions"))
+    table = grounding_table(dataclasses.replace(FakeVideo().ground("the dog"), coarse=coarse))
+    limits = "6 of 6 tokens; limited by max_visual_tokens, max_positions"
+    assert f"coarse frames: 0.25 a second at 48 × 32 pixels, 1 group, {limits}\n" in table
 
 
 def test_table_shows_at_most_twelve_boxes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bridge_stg", "runtime", "export", "calibration", "evaluation")
 
 
-def run(*command: object, cwd: Path, **environment: str) -> str:
+def run(*command: object, cwd: Path, timeout: float = 300, **environment: str) -> str:
     """Run a program without PYTHONPATH and return what it wrote to stdout."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
         [str(part) for part in command],
-        cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, timeout=300,
+        cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr or done.stdout
     return done.stdout
@@ -82,7 +83,9 @@ def test_wheel_holds_every_file_under_one_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"bridge_stg"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"bridge_stg", "optimum"}
+    # The folder that optimum shares with other packages holds one file of ours, whose name no other has.
+    assert {name for name in names if name.startswith("optimum")} == {"optimum/commands/register/bridge_stg_export.py"}
     for folder in FOLDERS:
         inside = "bridge_stg" if folder == "bridge_stg" else f"bridge_stg/{folder}"
         for file in (ROOT / folder).iterdir():
@@ -102,3 +105,40 @@ def test_console_script_and_imports_from_another_folder(environment: Path, tmp_p
         cwd=tmp_path, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("Error: No bundle was given")
+
+
+def test_optimum_cli_has_the_export_command(environment: Path, tmp_path: Path) -> None:
+    optimum = (environment / "bin/python", "-m", "optimum.commands.optimum_cli", "export")
+    assert "bridge-stg" in run(*optimum, "--help", cwd=tmp_path)
+    shown = run(*optimum, "bridge-stg", "--help", cwd=tmp_path)
+    own = run(environment / "bin/bridge-stg", "export", "--help", cwd=tmp_path)
+    options = set(re.findall(r"--[a-z-]+", own)) - {"--help"}
+    assert {"--out", "--overwrite", "--variant"} <= options <= set(re.findall(r"--[a-z-]+", shown))
+    arguments = ("nowhere", "--variant", "standard", "--out", tmp_path / "b", "--overwrite")
+    done = subprocess.run(
+        [*optimum, "bridge-stg", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("Error: nowhere"), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_optimum_cli_exports_a_checkpoint(environment: Path, tmp_path: Path) -> None:
+    from bridge_stg.checkpoint import save_checkpoint
+    from bridge_stg.demo import write_demo_tokenizer
+    from tests.export.conftest import random_model
+
+    write_demo_tokenizer(tmp_path / "tokenizer.json")
+    save_checkpoint(random_model(), tmp_path / "checkpoint", tokenizer=tmp_path / "tokenizer.json")
+    optimum = (environment / "bin/python", "-m", "optimum.commands.optimum_cli", "export", "bridge-stg")
+    run(
+        *optimum,
+        tmp_path / "checkpoint",
+        "--out",
+        tmp_path / "bundle",
+        "--variant",
+        "standard",
+        cwd=tmp_path,
+        timeout=900,
+    )
+    assert "replayed" in run(environment / "bin/bridge-stg", "verify", tmp_path / "bundle", cwd=tmp_path)

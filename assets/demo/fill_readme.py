@@ -1,16 +1,26 @@
-"""Write the figures of assets/demo/figures.json into README.md, between its markers.
+"""Write the figures of assets/demo/figures.json and tasks.json into README.md, between its markers.
 
-Usage: python assets/demo/fill_readme.py
+Usage: python assets/demo/fill_readme.py [REPORTS]
+
+REPORTS, if given, holds what `python cli.py evaluate jsonl` wrote for each task, in folders named by the task, the
+checkpoint first and the bundle second; tasks.json is made from it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-FIGURES, README = Path("assets/demo/figures.json"), Path("README.md")
+FIGURES, TASKS, README = Path("assets/demo/figures.json"), Path("assets/demo/tasks.json"), Path("README.md")
+NAMES = {
+    "tube": "when and where (`ground`)",
+    "span": "only when (`span`)",
+    "image": "a box in an image (`locate`)",
+    "track": "from a first box, not named (`track`)",
+}
 
 
 def row(name: str, scores: dict[str, Any]) -> str:
@@ -40,12 +50,43 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def collect(reports: Path) -> dict[str, Any]:
+    """Return the figures of each task: samples, those of the checkpoint, and how far the bundle's are from them."""
+    tasks = {}
+    for task in NAMES:
+        report = json.loads((reports / task / "report.json").read_text(encoding="utf-8"))
+        checkpoint, bundle = (report["figures"][model][task] for model in report["models"])
+        counts = ("samples", "failed")
+        tasks[task] = {
+            **{name: checkpoint[name] for name in counts},
+            "checkpoint": {k: round(v, 4) for k, v in checkpoint.items() if k not in counts},
+            "bundle": {k: round(v, 4) for k, v in bundle.items() if k not in counts},
+            "largest_difference": max(abs(bundle[k] - v) for k, v in checkpoint.items() if k not in counts),
+        }
+    return tasks
+
+
+def tasks_table(tasks: dict[str, Any]) -> str:
+    """Return the figures of the four tasks as Markdown."""
+    lines = ["| task | figures of the fp32 bundle | samples | largest difference to eager torch |", "|---|---|---|---|"]
+    for task, found in tasks.items():
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in found["bundle"].items())
+        lines.append(f"| {NAMES[task]} | {figures} | {found['samples']} | {found['largest_difference']:.1e} |")
+    return "\n".join(lines)
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """Return the text with `content` between `<!-- marker:begin -->` and its end."""
+    pattern = re.compile(f"<!-- {marker}:begin -->.*<!-- {marker}:end -->", re.S)
+    return pattern.sub(lambda _: f"<!-- {marker}:begin -->\n{content}\n<!-- {marker}:end -->", text)
+
+
 def main() -> None:
     """Replace what stands between the markers."""
-    text = README.read_text(encoding="utf-8")
-    filled = f"<!-- figures:begin -->\n{table(json.loads(FIGURES.read_text(encoding='utf-8')))}\n<!-- figures:end -->"
-    pattern = re.compile("<!-- figures:begin -->.*<!-- figures:end -->", re.S)
-    README.write_text(pattern.sub(lambda _: filled, text), encoding="utf-8")
+    if len(sys.argv) > 1:
+        TASKS.write_text(json.dumps(collect(Path(sys.argv[1])), indent=2) + "\n", encoding="utf-8")
+    text = fill(README.read_text(encoding="utf-8"), "figures", table(json.loads(FIGURES.read_text(encoding="utf-8"))))
+    README.write_text(fill(text, "tasks", tasks_table(json.loads(TASKS.read_text(encoding="utf-8")))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import pytest
 
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.bundle_writer import BundleWriter
-from bridge_stg.runtime.compare import compare, format_table, replay
+from bridge_stg.runtime.compare import as_contract, compare, format_table, replay, tolerance_of
 from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.golden import Tolerance, read_case, write_case
-from bridge_stg.runtime.manifest import Manifest
+from bridge_stg.runtime.manifest import GraphSpec, Manifest, TensorSpec
 from bridge_stg.runtime.onnxruntime_session import OnnxRuntimeSession
 
 
@@ -22,6 +22,33 @@ def test_the_figures_of_a_boundary():
     assert compare("taps", np.array([3.0, 4.0]), np.array([3.0, 4.5]), tolerance=Tolerance(0.125, 0.1)).passed
     assert not compare("taps", np.array([3.0, 4.0]), np.array([3.0, 4.5]), tolerance=Tolerance(0.12, 0.1)).passed
     assert not compare("taps", np.array([3.0, 4.0]), np.array([3.0, 4.5]), tolerance=Tolerance(1.0, 0.09)).passed
+
+
+def test_boxes_are_held_to_their_overlap():
+    reference = np.array([[0.5, 0.5, 0.2, 0.4], [0.5, 0.5, 0.01, 0.01]])
+    near = reference + [0.0, 0.0, 0.004, 0.0]
+    boundary = compare("boxes", reference, near, tolerance=Tolerance(1e-2, 1.0, least_iou=0.99), boxes=True)
+    assert boundary.iou == pytest.approx(0.2 / 0.204) and not boundary.passed  # the tiny box is not counted
+    assert compare("boxes", reference, near, tolerance=Tolerance(1e-2, 1.0, least_iou=0.98), boxes=True).passed
+    assert compare("boxes", reference, near, tolerance=Tolerance(1e-2, 1.0, least_iou=0.99)).iou is None
+    assert compare("boxes", reference[1:], near[1:], tolerance=Tolerance(1e-2, 1.0, 0.99), boxes=True).passed
+
+
+def test_lowered_precision_has_tolerances_of_its_own():
+    assert tolerance_of("fp32", "boxes") is None
+    taps, boxes = tolerance_of("fp16", "taps"), tolerance_of("fp16", "boxes")
+    assert taps is not None and boxes is not None
+    assert taps.rel_l2 == 2e-2 and boxes.least_iou == 0.99 and taps.least_iou == 0
+    assert boxes.max_abs < taps.max_abs and tolerance_of("bf16 twin", "taps") == tolerance_of("bf16", "taps") != taps
+
+
+def test_inputs_get_the_dtypes_of_the_contract():
+    inputs = (TensorSpec("x", "float16", ("N",)), TensorSpec("i", "int64", ("N",)))
+    given = {"x": np.ones(2, np.float32), "i": np.ones(2, np.int64), "other": np.ones(2, np.float32)}
+    found = as_contract(GraphSpec("g", "standard", inputs, (), 24), given)
+    assert {name: str(array.dtype) for name, array in found.items()} == {
+        "x": "float16", "i": "int64", "other": "float32",
+    }  # fmt: skip
 
 
 def test_the_table_of_tolerances_follows_the_dtype():
