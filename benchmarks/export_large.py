@@ -39,10 +39,11 @@ BAR = 1.3, 1.5e9
 def main(shape: str, dtype: str, variants: tuple[str, ...], folder: Path, keep: bool, query: bool) -> None:
     """Make a checkpoint of SHAPE, export it, ask it a query, and write what was measured."""
     checkpoint, bundle = folder / shape, folder / f"{shape}_{dtype}"
+    made = None
     began = time.monotonic()
     if not (checkpoint / "config.json").is_file():
         write_checkpoint(shape, checkpoint)
-    made = time.monotonic() - began
+        made = round(time.monotonic() - began, 1)
     began = time.monotonic()
     options = [option for variant in variants for option in ("--variant", variant)]
     command = [sys.executable, "cli.py", "export", checkpoint, "--out", bundle, "--dtype", dtype, "--overwrite"]
@@ -54,7 +55,7 @@ def main(shape: str, dtype: str, variants: tuple[str, ...], folder: Path, keep: 
         "dtype": dtype,
         "variants": list(variants),
         "checkpoint_bytes": size_of(checkpoint),
-        "checkpoint_seconds": round(made, 1),
+        "checkpoint_seconds": made,
         "weight_bytes": report["weight_bytes"],
         "bundle_bytes": size_of(bundle),
         "peak_rss_bytes": report["peak_rss_bytes"],

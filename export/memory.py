@@ -15,7 +15,7 @@ from bridge_stg.runtime.spec import ChainSpec
 from bridge_stg.weight_store import WeightStore
 
 CGROUP = Path("/sys/fs/cgroup")
-BASE_BYTES = 1_200 * 10**6
+BASE_BYTES = 10**9
 """What the export process takes whatever the model: torch, transformers, a traced graph (docs/performance.md)."""
 REPLAY_BASE_BYTES = 200 * 10**6
 """Of the second process, beside the weights."""
@@ -63,7 +63,7 @@ def estimate(store: WeightStore, spec: ChainSpec, precision: Precision, *, verif
     weights = int(sum(counts.values()) * precision.dtype.itemsize)
     resident = 4 * sum(counts.values())
     merged = max((tensor.length for tensor in store.values() if tensor.delta is not None), default=0)
-    export = BASE_BYTES + 3 * merged + (resident if verify and resident <= RESIDENT_BYTES else 0)
+    export = BASE_BYTES + weights // 5 + 3 * merged + (resident if verify and resident <= RESIDENT_BYTES else 0)
     if not verify:
         return Estimate(weights, weights, export, 0)
     largest = max(_of_graph(name, counts) for name in ("vision_encoder", "language_model", "spatial_decoder"))
