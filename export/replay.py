@@ -103,7 +103,7 @@ def replay_graph(
     contract: GraphSpec, file: Path, probes: Path, golden: Sequence[Path], *, threads: int | None = None
 ) -> Parity:
     """Open one variant of a graph, run its probes and its part of the golden cases, and close it."""
-    with OnnxRuntimeSession(file, contract, threads=threads, lean=True) as session:
+    with OnnxRuntimeSession(file, contract, threads=threads) as session:
         parity = measure(load_probes(probes, contract.name), {contract.variant: session})
         replayed = replay_cases(golden, {contract.name: session}, graphs=(contract.name,))
     named = []
