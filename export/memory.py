@@ -22,6 +22,8 @@ REPLAY_BASE_BYTES = 200 * 10**6
 COPIES = {"fp32": 2.0, "fp16": 4.0, "bf16": 4.0}
 """Bytes that onnxruntime holds a byte of a graph's weights at the worst moment of loading it on CPU: it packs matrices
 anew, and it computes lower precisions in fp32, from a copy."""
+LEAN_COPIES = 1.5
+"""The same where it keeps no second copy, and casts and packs one matrix at a time at every call."""
 RECORDS_BYTES = 64 * 10**6
 """Golden cases and the small tensors of probes on disk."""
 
@@ -35,12 +37,14 @@ class Estimate:
         disk: below the bundle's folder, at the worst moment.
         export: memory of this process at its peak.
         replay: memory of the process that replays the bundle, which runs while this one waits; 0: none does.
+        lean_replay: the same if that process keeps no second copy of the weights, which is slower.
     """
 
     weights: int
     disk: int
     export: int
     replay: int
+    lean_replay: int = 0
 
     def __str__(self) -> str:
         replay = f" and {gigabytes(self.replay)} for the replay" if self.replay else ""
@@ -67,12 +71,18 @@ def estimate(store: WeightStore, spec: ChainSpec, precision: Precision, *, verif
     if not verify:
         return Estimate(weights, weights, export, 0)
     largest = max(_of_graph(name, counts) for name in ("vision_encoder", "language_model", "spatial_decoder"))
-    replay = REPLAY_BASE_BYTES + int(COPIES[precision.name] * largest * precision.dtype.itemsize)
-    return Estimate(weights, weights + RECORDS_BYTES + _caches(spec), export, replay)
+    replay, lean = (
+        REPLAY_BASE_BYTES + int(copies * largest * precision.dtype.itemsize)
+        for copies in (COPIES[precision.name], LEAN_COPIES)
+    )
+    return Estimate(weights, weights + RECORDS_BYTES + _caches(spec), export, replay, lean)
 
 
-def require_room(needed: Estimate, out: Path) -> None:
+def require_room(needed: Estimate, out: Path) -> bool:
     """Stop before anything is written if memory or disk are not there.
+
+    Returns:
+        Whether the replay must do without a second copy of the weights.
 
     Raises:
         EngineError: the message says what is needed, what is there, and what to do.
@@ -86,18 +96,19 @@ def require_room(needed: Estimate, out: Path) -> None:
         )
     left = available_bytes()
     if left is None:
-        return
+        return False
     if left < needed.export:
         raise EngineError(
             f"the export needs about {gigabytes(needed.export)} of memory, and {gigabytes(left)} are available; close "
             "other programs, or use a machine with more"
         )
-    if left < needed.export + needed.replay:
+    if left < needed.export + needed.lean_replay:
         raise EngineError(
             f"the export needs about {gigabytes(needed.export)} of memory, and the replay of the bundle beside it "
-            f"{gigabytes(needed.replay)}, but {gigabytes(left)} are available; close other programs, or leave the "
+            f"{gigabytes(needed.lean_replay)}, but {gigabytes(left)} are available; close other programs, or leave the "
             "comparison out with --no-verify and run `verify` on a larger machine"
         )
+    return left < needed.export + needed.replay
 
 
 def available_bytes() -> int | None:

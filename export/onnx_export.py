@@ -85,7 +85,9 @@ def export_bundle(
     model, store = open_skeleton(checkpoint)
     needed = estimate(store, model.spec, precision, verify=verify)
     stages.note(f"estimated: {needed}")
-    require_room(needed, Path(out))
+    lean = require_room(needed, Path(out))
+    if verify and lean:
+        stages.note("memory is short: the replay keeps no second copy of the weights, which is slower")
     with BundleWriter(out, overwrite=overwrite) as writer:
         contracts = [
             contract
@@ -93,7 +95,7 @@ def export_bundle(
             for contract in _export_graph(name, model, store, variants, precision, writer, stages)
         ]
         writer.add_file(TOKENIZER, Path(checkpoint) / TOKENIZER)
-        replayed = _verify(model, store, contracts, writer, stages) if verify else None
+        replayed = _verify(model, store, contracts, writer, stages, lean=lean) if verify else None
         stages("writing the manifest")
         about = {
             "dtype": dtype,
@@ -196,7 +198,13 @@ def _export_graph(
 
 
 def _verify(
-    model: BridgeSTG, store: WeightStore, contracts: Sequence[GraphSpec], writer: BundleWriter, stages: Stages
+    model: BridgeSTG,
+    store: WeightStore,
+    contracts: Sequence[GraphSpec],
+    writer: BundleWriter,
+    stages: Stages,
+    *,
+    lean: bool,
 ) -> Replayed:
     """Record golden cases and probes in torch, replay them apart, and stop the export where parity does not hold."""
     precision = contracts[0].precision
@@ -213,7 +221,7 @@ def _verify(
         twins = [write_twin(file) for file in files] if precision == "bf16" else []
         graphs = [dataclasses.replace(c, precision="bf16 twin") for c in contracts] if twins else contracts
         try:
-            replayed = replay_apart(list(zip(graphs, twins or files, strict=True)), probes, golden)
+            replayed = replay_apart(list(zip(graphs, twins or files, strict=True)), probes, golden, lean=lean)
         finally:
             for twin in twins:
                 twin.unlink()

@@ -51,7 +51,12 @@ class Replayed:
 
 
 def replay_apart(
-    graphs: Sequence[tuple[GraphSpec, Path]], probes: Path, golden: Sequence[Path], *, threads: int | None = None
+    graphs: Sequence[tuple[GraphSpec, Path]],
+    probes: Path,
+    golden: Sequence[Path],
+    *,
+    threads: int | None = None,
+    lean: bool = False,
 ) -> Replayed:
     """Replay graphs in a second process.
 
@@ -60,13 +65,15 @@ def replay_apart(
         probes: folder with the recorded probes; what the two processes say to each other goes there too.
         golden: folders of golden cases.
         threads: CPU threads of the engine; None: its own choice.
+        lean: whether the engine keeps no second copy of the weights; slower.
 
     Raises:
         EngineError: the process failed; the message holds its last line.
     """
     job = {
         "graphs": [{"contract": dataclasses.asdict(contract), "file": str(file)} for contract, file in graphs],
-        "probes": str(probes), "golden": [str(folder) for folder in golden], "threads": threads,
+        "probes": str(probes), "golden": [str(folder) for folder in golden],
+        "options": {"threads": threads, "lean": lean},
     }  # fmt: skip
     (probes / JOB).write_text(json.dumps(job), encoding="utf-8")
     arguments = json.dumps([[path or "." for path in sys.path], list(bridge_stg.__path__), str(probes)])
@@ -89,7 +96,7 @@ def main(folder: str) -> int:
         for entry in job["graphs"]:
             contract: GraphSpec = read_json(GraphSpec, entry["contract"], "contract")
             began = time.monotonic()
-            parity += replay_graph(contract, Path(entry["file"]), probes, golden, threads=job["threads"])
+            parity += replay_graph(contract, Path(entry["file"]), probes, golden, **job["options"])
             seconds[str(contract)] = time.monotonic() - began
     except EngineError as error:
         print(error, file=sys.stderr)
@@ -100,10 +107,16 @@ def main(folder: str) -> int:
 
 
 def replay_graph(
-    contract: GraphSpec, file: Path, probes: Path, golden: Sequence[Path], *, threads: int | None = None
+    contract: GraphSpec,
+    file: Path,
+    probes: Path,
+    golden: Sequence[Path],
+    *,
+    threads: int | None = None,
+    lean: bool = False,
 ) -> Parity:
     """Open one variant of a graph, run its probes and its part of the golden cases, and close it."""
-    with OnnxRuntimeSession(file, contract, threads=threads) as session:
+    with OnnxRuntimeSession(file, contract, threads=threads, lean=lean) as session:
         parity = measure(load_probes(probes, contract.name), {contract.variant: session})
         replayed = replay_cases(golden, {contract.name: session}, graphs=(contract.name,))
     named = []

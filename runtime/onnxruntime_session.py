@@ -84,12 +84,15 @@ class OnnxRuntimeSession:
         path: the .onnx file, already checked by `Bundle.load`.
         graph: its manifest entry, to which names, dtypes and dims of the file are compared.
         threads: threads of one call; None: onnxruntime's choice, one a physical core.
+        lean: cast and lay out weights at every call, not once: slower, and no second copy of them in memory.
 
     Raises:
         EngineError: onnxruntime is missing or refuses the file, or the file does not fit the manifest.
     """
 
-    def __init__(self, path: str | os.PathLike[str], graph: GraphSpec, *, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], graph: GraphSpec, *, threads: int | None = None, lean: bool = False
+    ) -> None:
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected a number of at least 1")
         if graph.precision == "bf16":
@@ -104,6 +107,8 @@ class OnnxRuntimeSession:
         options.inter_op_num_threads = 1
         # One memory plan is kept for every set of input shapes, and shapes differ from call to call here.
         options.enable_mem_pattern = False
+        if lean:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         self.graph = graph
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = _FATAL_ONLY
@@ -111,7 +116,10 @@ class OnnxRuntimeSession:
         self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
             self._session: Any = ort.InferenceSession(
-                str(Path(path)), sess_options=options, providers=["CPUExecutionProvider"]
+                str(Path(path)),
+                sess_options=options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"] if lean else None,
             )
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise EngineError(f"{graph}: onnxruntime {ort.__version__} refuses {path}: {_one_line(error)}") from error

@@ -18,7 +18,7 @@ from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.peak import peak_bytes
 from bridge_stg.runtime.reports import read_report
 
-NEEDED = Estimate(weights=4 * 10**9, disk=5 * 10**9, export=2 * 10**9, replay=8 * 10**9)
+NEEDED = Estimate(weights=4 * 10**9, disk=5 * 10**9, export=2 * 10**9, replay=8 * 10**9, lean_replay=5 * 10**9)
 
 
 class Usage(NamedTuple):
@@ -55,18 +55,19 @@ def test_the_estimate_is_not_below_what_it_took(exported: Bundle) -> None:
     [
         (4 * 10**9, None, r"needs 5\.0 GB of disk there, and 4\.0 GB are free; make room"),
         (10**10, 10**9, r"needs about 2\.0 GB of memory, and 1\.0 GB are available"),
-        (10**10, 6 * 10**9, r"beside it 8\.0 GB, but 6\.0 GB are available.*--no-verify"),
-        (10**10, 11 * 10**9, None),
-        (10**10, None, None),
+        (10**10, 6 * 10**9, r"beside it 5\.0 GB, but 6\.0 GB are available.*--no-verify"),
+        (10**10, 11 * 10**9, False),
+        (10**10, 8 * 10**9, True),
+        (10**10, None, False),
     ],
 )
 def test_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, left: int | None, message: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, left: int | None, message: str | bool
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
     monkeypatch.setattr(memory, "available_bytes", lambda: left)
-    if message is None:
-        require_room(NEEDED, tmp_path / "far" / "bundle")
+    if isinstance(message, bool):  # whether the replay must be lean
+        assert require_room(NEEDED, tmp_path / "far" / "bundle") is message
         return
     with pytest.raises(EngineError, match=message):
         require_room(NEEDED, tmp_path / "far" / "bundle")

@@ -39,6 +39,8 @@ def test_a_second_process_replays(exported: Bundle, model: BridgeSTG, tmp_path: 
     found = replay_apart([(graph, path)], tmp_path, exported.golden_cases(), threads=1)
     assert not found.parity.failures and found.parity.least_iou is not None and found.parity.least_iou > 0.999
     assert found.peak_rss_bytes > 10**7 and list(found.seconds) == ["spatial_decoder (primitive)"]
+    lean = replay_apart([(graph, path)], tmp_path, exported.golden_cases(), threads=1, lean=True)
+    assert not lean.parity.failures and len(lean.parity.boundaries) == len(found.parity.boundaries)
     probe = Probe.load(tmp_path / "spatial_decoder_2.npz")
     wrong = dataclasses.replace(probe, expected={**probe.expected, "boxes": probe.expected["boxes"] * 0.9})
     wrong.save(tmp_path / "spatial_decoder_2.npz")
