@@ -10,11 +10,13 @@ from pathlib import Path
 from bridge_stg.export.precision import Precision
 from bridge_stg.export.probes import SIZES
 from bridge_stg.export.streaming import RESIDENT_BYTES
+from bridge_stg.runtime import free_memory
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.free_memory import gigabytes
 from bridge_stg.runtime.spec import ChainSpec
 from bridge_stg.weight_store import WeightStore
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP = free_memory.CGROUP
 BASE_BYTES = 10**9
 """What the export process takes whatever the model: torch, transformers, a traced graph (docs/performance.md)."""
 REPLAY_BASE_BYTES = 200 * 10**6
@@ -22,7 +24,7 @@ REPLAY_BASE_BYTES = 200 * 10**6
 COPIES = {"fp32": 2.0, "fp16": 4.0, "bf16": 4.0}
 """Bytes that onnxruntime holds a byte of a graph's weights at the worst moment of loading it on CPU: it packs matrices
 anew, and it computes lower precisions in fp32, from a copy."""
-LEAN_COPIES = 1.5
+LEAN_COPIES = 2.2
 """The same where it keeps no second copy, and casts and packs one matrix at a time at every call."""
 RECORDS_BYTES = 64 * 10**6
 """Golden cases and the small tensors of probes on disk."""
@@ -112,25 +114,8 @@ def require_room(needed: Estimate, out: Path) -> bool:
 
 
 def available_bytes() -> int | None:
-    """Return the memory that a process may still take, by the system and by its control group; None: not known."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        pass
-    try:
-        limit, used = ((CGROUP / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
-        if limit != "max":
-            found.append(int(limit) - int(used))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
-
-
-def gigabytes(count: float) -> str:
-    """Return bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+    """Return the memory that a process may still take; None: not known."""
+    return free_memory.available_bytes(CGROUP)
 
 
 def _of_graph(name: str, counts: Mapping[str, int]) -> int:
