@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import bridge_stg
@@ -10,6 +11,11 @@ import bridge_stg
 bridge_stg.__path__.append(str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
-    from bridge_stg.cli import main
+    try:
+        from bridge_stg.cli import main
+    except ModuleNotFoundError as error:  # on a bare machine, `doctor` must still say what is missing
+        if error.name != "click" or sys.argv[1:2] != ["doctor"]:
+            raise
+        from bridge_stg.runtime.doctor import main
 
     main()

@@ -1,4 +1,4 @@
-"""A tiny random model, saved as a checkpoint and exported once a session."""
+"""A tiny random model; tests/conftest.py saves and exports it once a session."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge_stg.checkpoint import load_checkpoint, save_checkpoint
+from bridge_stg.checkpoint import load_checkpoint
 from bridge_stg.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
-from bridge_stg.demo import demo_config, write_demo_tokenizer
-from bridge_stg.export.onnx_export import export_bundle
+from bridge_stg.demo import demo_config
 from bridge_stg.model import BridgeSTG
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -76,31 +75,9 @@ def random_model(config: BridgeSTGConfig | None = None) -> BridgeSTG:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder of the tiny model, in float16 as the demo's is."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_demo_tokenizer(folder / "demo.json")
-    save_checkpoint(random_model(), folder / "tiny", folder / "demo.json")
-    return folder / "tiny"
-
-
-@pytest.fixture(scope="session")
 def model(checkpoint: Path) -> BridgeSTG:
     """The torch reference. Tests that change it work on a copy."""
     return load_checkpoint(checkpoint)
-
-
-@pytest.fixture(scope="session")
-def stages() -> list[str]:
-    """The stages that the session's export reported, filled in by `exported`."""
-    return []
-
-
-@pytest.fixture(scope="session")
-def exported(checkpoint: Path, stages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny checkpoint, exported in both variants; every hash of the bundle has been checked."""
-    path = export_bundle(checkpoint, tmp_path_factory.mktemp("export") / "bundle", progress=stages.append)
-    return Bundle.load(path, check="all")
 
 
 @pytest.fixture(scope="session")
