@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 
+from bridge_stg.calibration.graph_check import check_graph
 from bridge_stg.checkpoint import TOKENIZER
 from bridge_stg.export.bf16_twin import write_twin
 from bridge_stg.export.golden import record_golden
@@ -41,9 +41,6 @@ WEIGHTS = "weights.data"
 EXPORT_REPORT = "export"
 TORCH_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 TOOLS = ("bridge-stg", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
-
-FORBIDDEN = frozenset({"NonZero", "Compress", "Loop", "If", "Scan", "SequenceAt", "SplitToSequence", "Unique"})
-"""Operators that TensorRT refuses, or whose output sizes depend on data."""
 
 Progress = Callable[[str], Any]
 
@@ -141,24 +138,6 @@ class Stages:
     def seconds(self) -> dict[str, float]:
         """Seconds by stage, the one that is under way not counted; their order is that of the stages."""
         return {stage: round(seconds, 3) for stage, seconds in self._taken.items()}
-
-
-def check_graph(path: Path) -> None:
-    """Run onnx.checker on a graph in its place, and refuse operators that a backend cannot take.
-
-    Raises:
-        EngineError: what is wrong, and in which file.
-    """
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise EngineError(f"{path.name}: onnx.checker refuses the graph ({' '.join(str(error).split())})") from error
-    found = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node} & FORBIDDEN
-    if found:
-        raise EngineError(
-            f"{path.parent.name}/{path.name}: holds {', '.join(sorted(found))}, which backends refuse; change the "
-            "torch code that it was traced from"
-        )
 
 
 def _check_choices(variants: Sequence[str], dtype: str) -> None:

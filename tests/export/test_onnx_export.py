@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from bridge_stg import cli
+from bridge_stg.calibration.graph_check import FORBIDDEN, check_graph
 from bridge_stg.export import onnx_export
-from bridge_stg.export.onnx_export import FORBIDDEN, check_graph, export_bundle
+from bridge_stg.export.onnx_export import export_bundle
 from bridge_stg.export.weights import ALIGNMENT
 from bridge_stg.model import BridgeSTG
 from bridge_stg.runtime.bundle import Bundle

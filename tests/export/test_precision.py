@@ -104,8 +104,8 @@ def test_the_twin_computes_what_the_graph_says(lowered: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def fp16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return Bundle.load(export_bundle(checkpoint, tmp_path_factory.mktemp("fp16") / "bundle", dtype="fp16"))
+def fp16(exported_fp16: Bundle) -> Bundle:
+    return exported_fp16
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import onnx
 import pytest
 import torch
 
+from bridge_stg.calibration.graph_check import FORBIDDEN
 from bridge_stg.checkpoint import save_checkpoint
 from bridge_stg.demo import write_demo_tokenizer
-from bridge_stg.export.onnx_export import FORBIDDEN, export_bundle
+from bridge_stg.export.onnx_export import export_bundle
 from bridge_stg.export.parity import Parity
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.compare import replay

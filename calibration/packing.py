@@ -1,0 +1,214 @@
+"""One weight in int8 or int4: read by blocks of rows, rounded, and written as it goes.
+
+Symmetric, zero point 0. int8 has a scale a channel, int4 one for every `block_size` values along K of each channel.
+Both lie [K, N], as they are multiplied: behind a transpose, onnxruntime fuses them in some opsets only. Knows nothing
+of graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from bridge_stg.runtime.errors import BridgeError
+
+INT8_LIMIT, REDUCED_LIMIT = 127, 64
+"""Largest magnitude of an int8 weight. 255 · 64 · 2 fits the signed 16 bits in which old CPUs sum two products."""
+
+INT4_LEAST, INT4_MOST = -8, 7
+INT4_DIVISORS = (7.0, 7.5, 8.0)
+"""What a block's largest magnitude may be divided by to get its scale; the one of least squared error is taken."""
+
+BLOCK_BYTES = 32 * 2**20
+"""Stored bytes that are read at a time."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a weight [N, K] is multiplied by before it is rounded: moved there from an activation, or taken by one.
+
+    Attributes:
+        columns: float32 [K], or None.
+        rows: float32 [N] (or of a vector: its values), or None.
+    """
+
+    columns: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    @property
+    def none(self) -> bool:
+        """Whether values stay as they are."""
+        return self.columns is None and self.rows is None
+
+
+NO_FACTORS = Factors()
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """A float tensor of a graph, wherever it lies.
+
+    Attributes:
+        tensor: as the graph has it.
+        factors: what its values are multiplied by.
+    """
+
+    tensor: ir.TensorProtocol
+    factors: Factors = NO_FACTORS
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.tensor.shape)
+
+    def rows(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, float32 [rows, …]) a block of rows at a time.
+
+        Raises:
+            BridgeError: a value is not a finite number.
+        """
+        dtype, factors = self.tensor.dtype.numpy(), self.factors
+        for first, raw in self._blocks():
+            block = raw.view(dtype).reshape(-1, *self.shape[1:]).astype(np.float32)
+            if factors.columns is not None:
+                block *= factors.columns
+            if factors.rows is not None:
+                block *= factors.rows[first : first + len(block)].reshape(-1, *[1] * (block.ndim - 1))
+            if not np.isfinite(block).all():
+                raise BridgeError(f"{self.tensor.name}: holds values that are not finite numbers; export it again.")
+            yield first, block
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the values in the tensor's own dtype.
+
+        Raises:
+            BridgeError: the dtype cannot hold a value that the factors made.
+        """
+        if self.factors.none:
+            for _, raw in self._blocks():
+                yield raw.tobytes()
+            return
+        for _, block in self.rows():
+            with np.errstate(over="ignore"):
+                cast = block.astype(self.tensor.dtype.numpy())
+            if not np.isfinite(cast.astype(np.float32)).all():
+                raise BridgeError(
+                    f"{self.tensor.name}: {self.tensor.dtype} cannot hold what smoothing makes of it; calibrate with "
+                    "a smaller smoothing strength for its block (see the overrides file)"
+                )
+            yield cast.tobytes()
+
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, bytes) without mapping the file: mapped pages would count as memory in use."""
+        shape = self.shape
+        rows = shape[0] if shape else 1
+        row_bytes = max(1, self.tensor.nbytes // max(rows, 1))
+        if not isinstance(self.tensor, ir.ExternalTensor):
+            values = np.ascontiguousarray(self.tensor.numpy())
+            yield 0, values.reshape(-1).view(np.uint8)
+            return
+        step = max(1, BLOCK_BYTES // row_bytes)
+        with open(self.tensor.path, "rb", buffering=0) as file:
+            file.seek(int(self.tensor.offset or 0))
+            for first in range(0, rows, step):
+                size = min(step, rows - first) * row_bytes
+                buffer = bytearray(size)
+                if file.readinto(buffer) != size:
+                    raise BridgeError(f"{self.tensor.path}: ends in the middle of {self.tensor.name}; copy it again.")
+                yield first, np.frombuffer(buffer, np.uint8)
+
+
+class Int8Pieces:
+    """The int8 values of a weight [N, K]; `scales` [N] once they were read.
+
+    Args:
+        source: the weight.
+        turned: whether values lie [K, N], for which all of them are held; else [N, K], by blocks of rows.
+        reduced: whether magnitudes end at 64.
+    """
+
+    def __init__(self, source: StoredSource, *, turned: bool, reduced: bool = False) -> None:
+        self._source, self._turned = source, turned
+        self._limit = REDUCED_LIMIT if reduced else INT8_LIMIT
+        self.dtype = source.tensor.dtype.numpy()
+        self.scales = np.ones(source.shape[0], self.dtype)
+
+    def __iter__(self) -> Iterator[bytes]:
+        n, k = self._source.shape
+        all_levels = np.empty((n, k), np.int8) if self._turned else None
+        for first, block in self._source.rows():
+            scales = storable(np.abs(block).max(-1) / self._limit, self.dtype)
+            self.scales[first : first + len(block)] = scales
+            levels = rounded(block, scales.astype(np.float32)[:, None], -self._limit, self._limit)
+            if all_levels is None:
+                yield levels.tobytes()
+            else:
+                all_levels[first : first + len(block)] = levels
+        if all_levels is not None:
+            yield np.ascontiguousarray(all_levels.T).tobytes()
+
+
+class Int4Pieces:
+    """The int4 values [K, N] of a weight [N, K], two a byte; `scales` [K / block_size, N] once they were read."""
+
+    def __init__(self, source: StoredSource, *, block_size: int) -> None:
+        self._source, self._block_size = source, block_size
+        self.dtype = source.tensor.dtype.numpy()
+        n, k = source.shape
+        self.scales = np.ones((k // block_size, n), self.dtype)
+
+    def __iter__(self) -> Iterator[bytes]:
+        n, k = self._source.shape
+        packed = np.empty((n, k), np.int8)
+        for first, block in self._source.rows():
+            values = block.reshape(len(block), -1, self._block_size)
+            scales = int4_scales(values, self.dtype)
+            self.scales[:, first : first + len(block)] = scales.T
+            levels = rounded(values, scales.astype(np.float32)[..., None], INT4_LEAST, INT4_MOST)
+            packed[first : first + len(block)] = levels.reshape(len(block), k)
+        yield pack_nibbles(packed.T).tobytes()
+
+
+def int4_scales(values: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
+    """Return the scale of least squared error of each block.
+
+    Args:
+        values: float32 [N, blocks, block_size].
+        dtype: in which scales are stored.
+
+    Returns:
+        [N, blocks] of `dtype`.
+    """
+    largest = np.abs(values).max(-1)
+    best, least = storable(largest / INT4_DIVISORS[0], dtype), None
+    for divisor in INT4_DIVISORS:
+        scales = storable(largest / divisor, dtype)
+        wide = scales.astype(np.float32)[..., None]
+        errors = np.square(rounded(values, wide, INT4_LEAST, INT4_MOST) * wide - values).sum(-1)
+        if least is None:
+            best, least = scales, errors
+        else:
+            best, least = np.where(errors < least, scales, best), np.minimum(errors, least)
+    return best
+
+
+def storable(scales: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
+    """Return scales in the dtype of the graph, 1 where all values are zero; values are rounded to these, not finer."""
+    cast = scales.astype(dtype)
+    smallest = np.finfo(dtype).smallest_subnormal
+    return np.where(scales == 0, np.ones((), dtype), np.maximum(cast, smallest)).astype(dtype)
+
+
+def rounded(values: np.ndarray, scales: np.ndarray, least: int, most: int) -> np.ndarray:
+    """Return int8 levels: value ≈ scale · level, ties to even as in QuantizeLinear."""
+    return np.clip(np.rint(values / scales), least, most).astype(np.int8)
+
+
+def pack_nibbles(levels: np.ndarray) -> np.ndarray:
+    """Return uint8 of int4 levels in row-major order, the first of two in the low half, as ONNX stores them."""
+    flat = np.ascontiguousarray(levels).reshape(-1).view(np.uint8) & 0xF
+    if len(flat) % 2:
+        flat = np.append(flat, np.uint8(0))
+    return flat[0::2] | (flat[1::2] << 4)

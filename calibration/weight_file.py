@@ -1,0 +1,61 @@
+"""The external data of one graph while they are written: variants that need the same bytes share them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import onnx_ir as ir
+
+ALIGNMENT = 64
+"""Offsets are multiples of this, so that mapped weights can be used where they lie."""
+
+
+class WeightFile:
+    """A context manager that writes tensors one after another.
+
+    Args:
+        path: made, or replaced; the .onnx files that point at it lie beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._places: dict[tuple[str, str], tuple[int, int]] = {}
+        self._stream: BinaryIO
+
+    def __enter__(self) -> WeightFile:
+        self._stream = open(self._path, "wb")  # noqa: SIM115
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def write(self, name: str, dtype: ir.DataType, shape: Iterable[int], pieces: Iterable[bytes]) -> ir.ExternalTensor:
+        """Write a tensor, or find that its bytes are there already. Return it as the graph is to name it."""
+        end = self._stream.tell()
+        self._stream.write(bytes(-end % ALIGNMENT))
+        offset, digest = self._stream.tell(), hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+            self._stream.write(piece)
+        here = offset, self._stream.tell() - offset
+        place = self._places.setdefault((dtype.name, digest.hexdigest()), here)
+        if place != here:
+            self._stream.seek(end)
+            self._stream.truncate()
+        return self.at(name, dtype, shape, place)
+
+    def again(self, tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
+        """Return a tensor that was written before under the name that another variant has for it."""
+        shape = [int(size) for size in tensor.shape]
+        return self.at(name, tensor.dtype, shape, (int(tensor.offset or 0), int(tensor.length or 0)))
+
+    def at(self, name: str, dtype: ir.DataType, shape: Iterable[int], place: tuple[int, int]) -> ir.ExternalTensor:
+        return ir.ExternalTensor(
+            self._path.name, *place, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent
+        )
