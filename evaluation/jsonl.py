@@ -75,7 +75,7 @@ def read_annotations(path: Path) -> list[Annotation]:
             raise AnnotationError(f"{where}: is no JSON ({error}); expected one object a line. {ADVICE}.") from None
         if not isinstance(values, dict):
             raise AnnotationError(f"{where}: is no object; expected one like {{'video': …, 'query': …}}. {ADVICE}.")
-        found.append(_annotation(Record(where, values)))
+        found.append(annotation_from(Record(where, values)))
     if not found:
         raise AnnotationError(f"{path} holds no line; expected one object a line.")
     return found
@@ -126,7 +126,8 @@ def truth_of(annotation: Annotation) -> Truth:
     return truth
 
 
-def _annotation(record: Record) -> Annotation:
+def annotation_from(record: Record) -> Annotation:
+    """Read one line of a file. Raises AnnotationError."""
     unknown = [name for name in record.values if name not in FIELDS]
     if unknown:
         raise AnnotationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,13 @@ class Dataset:
         """Return the first `limit` samples, of these every n-th beginning with the i-th for shard (i, n)."""
         index, count = shard
         return list(self.samples[:limit])[index - 1 :: count]
+
+    def only(self, ids: Sequence[str] | None) -> Dataset:
+        """Return the samples with these ids alone, in their order; None: all."""
+        if ids is None:
+            return self
+        wanted = set(ids)
+        return replace(self, samples=tuple(sample for sample in self.samples if sample.id in wanted))
 
 
 def tube_truth(

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.device_array import DeviceArray
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import CacheSpec, GraphSpec
 from bridge_stg.runtime.session import KVCache, check_feeds
 
 _DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
 _FATAL_ONLY = 4  # log severity; a failure is raised as well, and a second copy on stderr helps nobody
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class NumpyKVCache:
@@ -24,7 +26,7 @@ class NumpyKVCache:
     def __init__(self, spec: CacheSpec, *, batch: int, capacity: int) -> None:
         if batch < 1 or capacity < 1:
             raise EngineError(f"a KV cache needs at least one row and one position, not {batch} rows of {capacity}")
-        ort = _onnxruntime()
+        ort = import_onnxruntime()
         shape = (batch, spec.kv_heads, capacity, spec.head_dim)
         try:
             self.buffers = {name: np.zeros(shape, spec.dtype) for name in spec.past_names}
@@ -85,45 +87,44 @@ class OnnxRuntimeSession:
         graph: its manifest entry, to which names, dtypes and dims of the file are compared.
         threads: threads of one call; None: onnxruntime's choice, one a physical core.
         lean: cast and lay out weights at every call, not once: slower, and no second copy of them in memory.
+        weights: the folder of its external data, where that is not the file's own.
 
     Raises:
         EngineError: onnxruntime is missing or refuses the file, or the file does not fit the manifest.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], graph: GraphSpec, *, threads: int | None = None, lean: bool = False
+        self,
+        path: str | os.PathLike[str],
+        graph: GraphSpec,
+        *,
+        threads: int | None = None,
+        lean: bool = False,
+        weights: str | os.PathLike[str] | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads is {threads}, expected a number of at least 1")
         if graph.precision == "bf16":
             raise EngineError(
                 f"{graph}: is bf16, in which onnxruntime cannot compute on CPU. Export the checkpoint with "
                 "--dtype fp16 or fp32 to run it here; TensorRT takes this one"
             )
-        ort = _onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        # One memory plan is kept for every set of input shapes, and shapes differ from call to call here.
-        options.enable_mem_pattern = False
+        options = session_options(threads)
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if weights is not None:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, os.fspath(weights))
         self.graph = graph
-        self._run_options = ort.RunOptions()
+        self._run_options = import_onnxruntime().RunOptions()
         self._run_options.log_severity_level = _FATAL_ONLY
         # The arena gives back what one long call needed, instead of holding it for good; short calls cost the same.
         self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        try:
-            self._session: Any = ort.InferenceSession(
-                str(Path(path)),
-                sess_options=options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=["ConstantFolding"] if lean else None,
-            )
-        except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise EngineError(f"{graph}: onnxruntime {ort.__version__} refuses {path}: {_one_line(error)}") from error
-        _check_contract(graph, self._session, str(path))
+        self._session: Any = open_file(
+            path,
+            graph,
+            options,
+            from_bytes=weights is not None,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"] if lean else None,
+        )
 
     def __enter__(self) -> OnnxRuntimeSession:
         return self
@@ -150,6 +151,8 @@ class OnnxRuntimeSession:
             raise EngineError(f"{self.graph}: this session is closed.")
         if cache is not None and not isinstance(cache, NumpyKVCache):
             raise EngineError(f"{self.graph}: a KV cache of type {type(cache).__name__} is another backend's.")
+        # What another backend left on a device is fetched: a chain may run one of its graphs here.
+        feeds = {n: array.numpy() if isinstance(array, DeviceArray) else array for n, array in feeds.items()}
         symbols = check_feeds(self.graph, feeds, cache)
         in_place = self._in_place(cache)
         binding = session.io_binding()
@@ -168,7 +171,7 @@ class OnnxRuntimeSession:
             session.run_with_iobinding(binding, self._run_options)
             results = zip(self.graph.outputs, binding.get_outputs(), strict=True)
         except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise EngineError(self._failure(feeds, symbols, error)) from error
+            raise EngineError(failure(self.graph, feeds, symbols, error)) from error
         outputs = {tensor.name: value.numpy() for tensor, value in results if tensor.name not in in_place}
         contract = self.graph.cache
         if cache is not None and contract is not None and contract.update == "append":
@@ -183,10 +186,46 @@ class OnnxRuntimeSession:
             return {}
         return dict(zip(contract.written_names, contract.past_names, strict=True))
 
-    def _failure(self, feeds: Mapping[str, np.ndarray], symbols: Mapping[str, int], error: Exception) -> str:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
-        dims = ", ".join(f"{symbol} = {size}" for symbol, size in symbols.items())
-        return f"{self.graph}: onnxruntime failed with {shapes} ({dims}): {_one_line(error)}"
+
+def session_options(threads: int | None) -> Any:
+    """Return what every session is opened with. Raises EngineError for a number of threads below 1."""
+    if threads is not None and threads < 1:
+        raise EngineError(f"threads is {threads}, expected a number of at least 1")
+    options = import_onnxruntime().SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    # One memory plan is kept for every set of input shapes, and shapes differ from call to call here.
+    options.enable_mem_pattern = False
+    return options
+
+
+def open_file(
+    path: str | os.PathLike[str], graph: GraphSpec, options: Any, *, from_bytes: bool = False, **arguments: Any
+) -> Any:
+    """Return onnxruntime's session of a file whose inputs and outputs are those of the manifest.
+
+    Args:
+        from_bytes: hand over the file's bytes: its external data lie in the folder that `options` name.
+
+    Raises:
+        EngineError: onnxruntime refuses the file, or the file does not fit the manifest.
+    """
+    ort = import_onnxruntime()
+    try:
+        model = Path(path).read_bytes() if from_bytes else str(Path(path))
+        session = ort.InferenceSession(model, sess_options=options, **arguments)
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        raise EngineError(f"{graph}: onnxruntime {ort.__version__} refuses {path}: {_one_line(error)}") from error
+    _check_contract(graph, session, str(path))
+    return session
+
+
+def failure(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str, int], error: Exception) -> str:
+    """Say which call of onnxruntime failed, and how."""
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+    dims = ", ".join(f"{symbol} = {size}" for symbol, size in symbols.items())
+    return f"{graph}: onnxruntime failed with {shapes} ({dims}): {_one_line(error)}"
 
 
 def _check_contract(graph: GraphSpec, session: Any, path: str) -> None:
@@ -221,7 +260,8 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 500 else f"{text[:499]}…"
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """Return the package. Raises EngineError where it cannot be imported."""
     try:
         import onnxruntime
     except ImportError as error:
