@@ -186,20 +186,9 @@ def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, th
 
 def bundle_model(path: Path, label: str, *, backend: str, variant: str | None, threads: int | None) -> Model:
     """Return a bundle as a model: it is the same while its fingerprint, engine and variants are."""
-    from bridge_stg.evaluation.run import Model
-    from bridge_stg.runtime import Grounder
-    from bridge_stg.runtime.bundle import Bundle
-    from bridge_stg.runtime.targets import choose
+    from bridge_stg.evaluation import bundle_model as bundles
 
-    manifest = Bundle.load(path).manifest
-    target = choose(manifest, backend=backend, variant=variant)
-    identity = {
-        "kind": "bundle",
-        "fingerprint": manifest.fingerprint,
-        "engine": f"{target.backend} {target.version}",
-        "variants": dict(target.variants),
-    }
-    return Model(label, identity, lambda: Grounder.load(path, backend=backend, variant=variant, threads=threads))
+    return bundles.bundle_model(path, label, backend=backend, variant=variant, threads=threads)
 
 
 def checkpoint_model(path: Path, label: str) -> Model:

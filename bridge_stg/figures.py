@@ -60,15 +60,18 @@ class HeldOutClip:
         return self.scene.things[question.thing].visible(times), self.scene.boxes_pixels(question.thing, times)
 
 
-def held_out_clips(count: int, seed: int = HELD_OUT_SEED, *, motion_only: bool = False) -> Iterator[HeldOutClip]:
+def held_out_clips(
+    count: int, seed: int = HELD_OUT_SEED, *, motion_only: bool = False, split: str = "held_out"
+) -> Iterator[HeldOutClip]:
     """Draw `count` clips; every one has a question about a name or colour, and one about what is not there.
 
-    Where `motion_only`, every one has a question that only the direction decides, and may lack the first.
+    Where `motion_only`, every one has a question that only the direction decides, and may lack the first. `split` is
+    that of the backgrounds.
     """
     index = 0
     for attempt in itertools.count():
         rng = np.random.default_rng((seed, attempt))
-        scene = make_scene(rng, split="held_out", frame_rate=FRAME_RATE, twins=1.0 if motion_only else 0.3)
+        scene = make_scene(rng, split=split, frame_rate=FRAME_RATE, twins=1.0 if motion_only else 0.3)
         questions: dict[int, Question] = {}
         motion = absent = None
         for _ in range(8):

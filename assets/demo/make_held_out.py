@@ -44,13 +44,13 @@ def videos(folder: Path, count: int) -> Iterator[tuple[Line, Line]]:
         yield line | {"boxes": boxes_of(scene, question.thing, visible)}, line
 
 
-def images(folder: Path, count: int) -> Iterator[Line]:
-    """Yield a line for each of `count` pictures."""
+def images(folder: Path, count: int, *, seed: int = IMAGE_SEED, split: str = "held_out") -> Iterator[Line]:
+    """Yield a line for each of `count` pictures; `split` is that of the backgrounds."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     index = 0
     while index < count:
-        rng = np.random.default_rng((IMAGE_SEED, index))
-        scene = make_scene(rng, split="held_out", still=True)
+        rng = np.random.default_rng((seed, index))
+        scene = make_scene(rng, split=split, still=True)
         question = next(q for q in ask(rng, scene, absent=0.0) if q.thing is not None)
         assert question.thing is not None
         name = f"images/{index:03d}.png"
@@ -60,12 +60,12 @@ def images(folder: Path, count: int) -> Iterator[Line]:
         index += 1
 
 
-def tracks(folder: Path, count: int) -> Iterator[Line]:
+def tracks(folder: Path, count: int, *, seed: int = TRACK_SEED, split: str = "held_out") -> Iterator[Line]:
     """Yield a line for each of `count` clips whose first thing is there from the start; only its box is told."""
     (folder / "tracks").mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        rng = np.random.default_rng((TRACK_SEED, index))
-        scene = make_scene(rng, split="held_out", frame_rate=FRAME_RATE, from_start=0.5)
+        rng = np.random.default_rng((seed, index))
+        scene = make_scene(rng, split=split, frame_rate=FRAME_RATE, from_start=0.5)
         name = f"tracks/{index:03d}.mp4"
         if not (folder / name).exists():
             partial = folder / f"{name}.partial.mp4"

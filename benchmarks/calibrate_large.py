@@ -1,0 +1,125 @@
+"""Calibrate a bundle of a real model's size, and measure: peak memory and time of each step, and size.
+
+The bundle is one of export_large.py --keep. Its weights are random, so that no metric is judged; what is shown is that
+the statistics, the ranges and the quantized weights stream. Each step runs in a process of its own. Results go to
+benchmarks/results/calibrate_<bundle>_<recipe>.json.
+
+Usage: python benchmarks/calibrate_large.py BUNDLE --samples build/calibration/calibration.jsonl [--recipe w4]
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import onnx_ir as ir
+from machine import describe
+
+from bridge_stg.calibration.blocks import Product, find_products
+from bridge_stg.calibration.collect import collect
+from bridge_stg.calibration.quantized_bundle import quantize_bundle
+from bridge_stg.calibration.ranges import choose_ranges
+from bridge_stg.calibration.recipes import RECIPES
+from bridge_stg.calibration.samples import read_samples
+from bridge_stg.calibration.smooth import choose_smoothing
+from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime.peak import peak_bytes
+
+RESULTS = Path("benchmarks/results")
+STEPS = ("collect", "quantize")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option("--samples", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="w4", show_default=True)
+@click.option("--count", default=4, show_default=True, help="Samples that are run through the chain.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("build/large"), show_default=True)
+@click.option("--keep/--no-keep", default=False, help="Whether to keep the quantized bundle and the statistics.")
+def main(bundle: Path, samples: Path, recipe: str, count: int, folder: Path, keep: bool) -> None:
+    """Calibrate BUNDLE step by step, and write what was measured."""
+    work, out = folder / f"{bundle.name}-{recipe}.calibration", folder / f"{bundle.name}-{recipe}"
+    work.mkdir(parents=True, exist_ok=True)
+    steps = {}
+    for step in STEPS:
+        command = [sys.executable, __file__, "--step", step, bundle, samples, recipe, count, work, out]
+        done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+        steps[step] = json.loads(done.stdout.splitlines()[-1])
+    before, after = (Bundle.load(path).manifest for path in (bundle, out))
+    result = {
+        "bundle": bundle.name,
+        "recipe": recipe,
+        "samples": count,
+        "steps": steps,
+        "graphs": {
+            graph: {
+                "precision": [next(iter(manifest.graphs[graph].values())).precision for manifest in (before, after)],
+                "bytes": [weight_bytes(path, graph) for path in (bundle, out)],
+            }
+            for graph in before.graphs
+        },
+        "ratio": round(total(out) / total(bundle), 4),
+        "machine": describe("onnxruntime", "onnx", "numpy"),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2)
+    (RESULTS / f"calibrate_{bundle.name}_{recipe}.json").write_text(text + "\n", encoding="utf-8")
+    click.echo(text)
+    if not keep:
+        shutil.rmtree(out)
+        shutil.rmtree(work)
+
+
+def run_step(step: str, bundle: Path, samples: Path, recipe: str, count: int, work: Path, out: Path) -> dict[str, Any]:
+    """Run one step of a calibration in this process, and return its seconds and its peak memory."""
+    began = time.monotonic()
+    source = Bundle.load(bundle)
+    taken = read_samples(samples, samples.parent, limit=count)
+    statistics = collect(source, taken, folder=work / "statistics", lean=True)
+    if step == "quantize":
+        chosen = RECIPES[recipe]
+        smoothing = choose_smoothing(statistics, chosen).vectors
+        products: list[Product] = []
+        for graph, of_graph in chosen.graphs.items():
+            if of_graph.activations == "int8":
+                variant = next(iter(source.manifest.graphs[graph]))
+                products += find_products(ir.load(source.graph_path(graph, variant)), graph)
+        ranges = choose_ranges(statistics, products, smoothing=smoothing)
+        quantize_bundle(source, out, recipe=chosen, ranges=ranges, smoothing=smoothing, overwrite=True)
+    return {"seconds": round(time.monotonic() - began, 1), "peak_bytes": peak_bytes()}
+
+
+def weight_bytes(bundle: Path, graph: str) -> int:
+    """Return the bytes of a graph's weights."""
+    return sum(file.stat().st_size for file in (bundle / "graphs" / graph).glob("*.data"))
+
+
+def total(bundle: Path) -> int:
+    """Return the bytes of all graphs and their weights."""
+    return sum(file.stat().st_size for file in (bundle / "graphs").rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--step"]:
+        name, source_path, samples_path, recipe_name, number, work_path, out_path = sys.argv[2:]
+        print(
+            json.dumps(
+                run_step(
+                    name,
+                    Path(source_path),
+                    Path(samples_path),
+                    recipe_name,
+                    int(number),
+                    Path(work_path),
+                    Path(out_path),
+                )  # fmt: skip
+            )
+        )
+    else:
+        main()

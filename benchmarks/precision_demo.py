@@ -1,0 +1,145 @@
+"""fp32, fp16, int8 and int4 of the demo side by side in one run: size, stage times, memory, metrics on held-out clips.
+
+The fp16 bundle is exported, the others calibrated where they are not there yet. Metrics are those of `evaluate`, each
+precision in a process of its own, which also tells its memory; times are taken in one process, the precisions in turn.
+Results go to benchmarks/results/precision_demo.json.
+
+Usage: python benchmarks/precision_demo.py --bundle build/demo/bundle --samples build/calibration/calibration.jsonl
+    --select build/calibration/select.jsonl --evaluate build/tasks/tube.jsonl [--folder build/precision]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from machine import describe
+
+from bridge_stg.calibration.judge import judge
+from bridge_stg.cli_evaluate import bundle_model
+from bridge_stg.evaluation.jsonl import read_jsonl
+from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime.peak import peak_bytes
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+RECIPES = {"int8": "w8a8", "int4": "w4"}
+CHECKPOINT = Path("assets/demo/checkpoint")
+FILE = click.Path(exists=True, path_type=Path)
+
+
+@click.command()
+@click.option("--bundle", type=FILE, default=Path("build/demo/bundle"), show_default=True, help="The fp32 bundle.")
+@click.option("--samples", type=FILE, required=True, help="To calibrate on.")
+@click.option("--select", type=FILE, required=True, help="To choose the blocks that stay in float.")
+@click.option("--evaluate", "judged", type=FILE, required=True, help="To judge the result.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("build/precision"), show_default=True)
+@click.option("--timed", default=20, show_default=True, help="Clips that stage times are taken on.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/precision_demo.json"))
+def main(
+    bundle: Path, samples: Path, select: Path, judged: Path, folder: Path, timed: int, threads: int, out: Path
+) -> None:
+    """Make the bundles that are missing, judge and time all of them, and write what was measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bundles = {name: bundle if name == "fp32" else folder / name for name in PRECISIONS}
+    make_missing(bundles, samples=samples, select=select)
+    found = {name: measured_apart(bundles, name, judged, folder, threads) for name in PRECISIONS}
+    seconds = stage_seconds(bundles, judged, clips=timed, threads=threads)
+    result: dict[str, Any] = {
+        "clips": found["fp32"]["samples"],
+        "timed_clips": timed,
+        "threads": threads,
+        "precisions": {name: {**found[name], "seconds": seconds[name]} for name in PRECISIONS},
+        "machine": describe("onnxruntime", "onnx", "numpy"),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2)
+    out.write_text(text + "\n", encoding="utf-8")
+    click.echo(text)
+
+
+def make_missing(bundles: dict[str, Path], *, samples: Path, select: Path) -> None:
+    """Export and calibrate by the command line, as anybody would."""
+    for name, path in bundles.items():
+        if (path / "manifest.json").is_file():
+            continue
+        if name == "fp16":
+            command = ["export", CHECKPOINT, "--out", path, "--dtype", "fp16"]
+        else:
+            command = ["calibrate", bundles["fp32"], "--samples", samples, "--select", select, "--out", path]
+            command += ["--recipe", RECIPES[name]]
+        subprocess.run([sys.executable, "cli.py", *map(str, command)], check=True)
+
+
+def measured_apart(bundles: dict[str, Path], name: str, judged: Path, folder: Path, threads: int) -> dict[str, Any]:
+    """Judge one precision in a process of its own."""
+    arguments = ["--measure", name, bundles["fp32"], bundles[name], judged, folder / "answers", threads]
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], check=True, capture_output=True, text=True)
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return values
+
+
+def measure(name: str, first: Path, path: Path, judged: Path, answers: Path, threads: int) -> dict[str, Any]:
+    """Return metrics, agreement with fp32, bytes and peak memory of one bundle; answers are kept in `answers`."""
+    dataset = read_jsonl([judged], judged.parent)
+    options: dict[str, Any] = {"backend": "auto", "variant": None, "threads": threads}
+    found = judge(bundle_model(path, name, **options), dataset, folder=answers)
+    memory = peak_bytes()
+    if name != "fp32":
+        reference = judge(bundle_model(first, "fp32", **options), dataset, folder=answers)
+        found = judge(bundle_model(path, name, **options), dataset, folder=answers, reference=reference)
+    manifest = Bundle.load(path).manifest
+    return {
+        "samples": found.samples,
+        "failed": found.failed,
+        **{metric: round(interval.value, 4) for metric, interval in found.metrics.items()},
+        "points_lost": {metric: round(drop.value, 2) for metric, drop in found.drops.items()},
+        "answer_agreement": 1.0 if found.answer_agreement is None else found.answer_agreement,
+        "box_iou": found.box_iou,
+        "bytes": graph_bytes(path),
+        "graphs": {
+            graph: {"precision": next(iter(variants.values())).precision, "variants": list(variants)}
+            for graph, variants in manifest.graphs.items()
+        },
+        "peak_bytes": memory,
+    }
+
+
+def graph_bytes(path: Path) -> int:
+    """Return the bytes of a bundle's graphs and weights, all variants."""
+    return sum(file.stat().st_size for file in (path / "graphs").rglob("*") if file.is_file())
+
+
+def stage_seconds(bundles: dict[str, Path], judged: Path, *, clips: int, threads: int) -> dict[str, dict[str, float]]:
+    """Return the median seconds of each stage, every clip asked of every precision in turn in one process."""
+    samples = [sample for sample in read_jsonl([judged], judged.parent).samples if sample.media is not None][
+        : clips + 1
+    ]
+    grounders = {name: Grounder.load(path, threads=threads) for name, path in bundles.items()}
+    taken: dict[str, dict[str, list[float]]] = {name: {} for name in bundles}
+    for place, sample in enumerate(samples):
+        for name, grounder in grounders.items():
+            found = grounder.ground(str(sample.media), sample.query, allow_none=False)
+            if place:  # the first clip warms every engine up
+                for stage, seconds in found.timings.items():
+                    taken[name].setdefault(stage, []).append(seconds)
+    for grounder in grounders.values():
+        grounder.close()
+    return {
+        name: {stage: round(statistics.median(values), 5) for stage, values in stages.items()}
+        for name, stages in taken.items()
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        label, *paths, count = sys.argv[2:]
+        print(json.dumps(measure(label, *map(Path, paths), int(count))))
+    else:
+        main()

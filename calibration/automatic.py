@@ -1,0 +1,110 @@
+"""Find the fewest blocks that must stay in float for a loss to be under its limit.
+
+Knows nothing of graphs and metrics: a trial is a function from the blocks in float to a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Kept = tuple[str, ...]
+"""Blocks in float, in the order of the ranking."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search came to.
+
+    Attributes:
+        kept: the blocks that stay in float.
+        loss: of the trial with just these.
+        within: whether that loss is under the limit; if not, `kept` is the best that was found.
+        minimal: whether it was shown that no single one of them can be given back; False where trials ran out first.
+        tried: every trial in its order: blocks in float and loss.
+    """
+
+    kept: Kept
+    loss: float
+    within: bool
+    minimal: bool
+    tried: tuple[tuple[Kept, float], ...]
+
+
+def fewest_in_float(
+    ranked: Sequence[str], trial: Callable[[Kept], float], *, limit: float, max_trials: int = 24
+) -> Choice:
+    """Search for the fewest blocks in float.
+
+    The first so many of the ranking are kept, their number doubled until the loss is under the limit, then found by
+    halving. A ranking is never quite right, so each of them is given back on trial, least sensitive first.
+
+    Args:
+        ranked: all blocks that may stay in float, most sensitive first, each once.
+        trial: returns the loss with these blocks in float; called once for each set.
+        limit: the loss that is allowed; a loss equal to it is.
+        max_trials: after so many, the best that was found so far is the answer.
+    """
+    trials = _Trials(ranked, trial, limit, max_trials)
+    if trials.passes(0):
+        return trials.choice(minimal=True)
+    most, count = 0, 1  # the largest number that was shown to be too small, and the one to try
+    while not trials.spent and not trials.passes(min(count, len(ranked))):
+        if count >= len(ranked):
+            return trials.choice(minimal=False)  # even with all of them in float
+        most, count = count, 2 * count
+    least = min(count, len(ranked))
+    while not trials.spent and least - most > 1:
+        middle = (most + least) // 2
+        if trials.passes(middle):
+            least = middle
+        else:
+            most = middle
+    return trials.choice(minimal=_give_back(trials))
+
+
+class _Trials:
+    """Remembers what was tried, and the smallest set that passed."""
+
+    def __init__(self, ranked: Sequence[str], trial: Callable[[Kept], float], limit: float, most: int) -> None:
+        if len(set(ranked)) != len(ranked):
+            raise ValueError("a block stands in the ranking twice")
+        self.ranked = tuple(ranked)
+        self.losses: dict[Kept, float] = {}
+        self.best: Kept | None = None
+        self._trial, self._limit, self._most = trial, limit, most
+
+    @property
+    def spent(self) -> bool:
+        """Whether no further trial may be made."""
+        return len(self.losses) >= self._most
+
+    def passes(self, kept: int | set[str]) -> bool:
+        """Try the first blocks of the ranking, or a set of them."""
+        chosen = self.ranked[:kept] if isinstance(kept, int) else self.ordered(kept)
+        if chosen not in self.losses:
+            self.losses[chosen] = self._trial(chosen)
+        passed = self.losses[chosen] <= self._limit
+        if passed and (self.best is None or len(chosen) < len(self.best)):
+            self.best = chosen
+        return passed
+
+    def ordered(self, kept: set[str]) -> Kept:
+        """Return blocks in the order of the ranking."""
+        return tuple(block for block in self.ranked if block in kept)
+
+    def choice(self, *, minimal: bool) -> Choice:
+        kept = self.best if self.best is not None else min(self.losses, key=lambda k: (self.losses[k], len(k)))
+        return Choice(kept, self.losses[kept], self.best is not None, minimal, tuple(self.losses.items()))
+
+
+def _give_back(trials: _Trials) -> bool:
+    """Take blocks out of the best set while it still passes. Return whether each of the rest was shown to be needed."""
+    if trials.best is None:
+        return False
+    for block in reversed(trials.best):
+        rest = set(trials.best) - {block}
+        if trials.spent and trials.ordered(rest) not in trials.losses:
+            return False
+        trials.passes(rest)
+    return True
