@@ -19,7 +19,9 @@ from bridge_stg.runtime.spec import ChainSpec
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
-LIMITS = ("max_coarse_groups", "max_visual_tokens", "max_positions")
+LIMITS = ("max_coarse_groups", "max_visual_tokens", "max_positions", "cache_capacity")
+ROWS_MARGIN = 64
+"""Positions of a cache that the padding of rows may touch behind an answer (see `decode.positions_needed`)."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Budget:
     Attributes:
         visual_tokens: visual tokens of all groups together; None: no bound.
         positions: rotary positions of the whole prompt; None: no bound.
+        capacity: tokens of the whole prompt, where an engine's KV cache has a fixed size; None: no bound.
         text_positions: returns how many of them are not the video's visual tokens, for groups at these times [G].
     """
 
     visual_tokens: int | None = None
     positions: int | None = None
+    capacity: int | None = None
     text_positions: Callable[[np.ndarray], int] | None = None
 
     def __post_init__(self) -> None:
@@ -119,12 +123,12 @@ class CoarsePlan:
 
     def rung(self, groups: int) -> int:
         """Return the index of the smallest rung that holds the size for so many groups."""
-        size = self._best(max(groups, 1), None) or self.smallest
+        size = self._best(max(groups, 1), None, self._budget.visual_tokens) or self.smallest
         return max((i for i, rung in enumerate(self.rungs) if rung[0] >= size[0] and rung[1] >= size[1]), default=0)
 
     def size_of(self, group_times: np.ndarray, *, at_most: Size | None = None) -> Size | None:
         """Return the largest size at which groups at these times [G] fit the budget, None if they do not fit."""
-        size = self._best(len(group_times), self._longest_side(group_times))
+        size = self._best(len(group_times), self._longest_side(group_times), self._most_tokens(group_times))
         if size is not None and at_most is not None and self._tokens(size) > self._tokens(at_most):
             return at_most
         return size
@@ -132,11 +136,13 @@ class CoarsePlan:
     def choice(self, group_times: np.ndarray, size: Size, *, fps: float, limits: Iterable[str]) -> CoarseChoice:
         """Describe what was chosen; `limits` are those that lowered the rate."""
         groups, side, found = len(group_times), self._longest_side(group_times), set(limits)
-        by_tokens = self._best(groups, None) or self.smallest
+        by_tokens = self._best(groups, None, self._budget.visual_tokens) or self.smallest
         if by_tokens != self.sizes[0]:
             found.add("max_visual_tokens")
         if side is not None and self._cells(by_tokens) > side:
             found.add("max_positions")
+        if (self._best(groups, None, self._most_tokens(group_times)) or self.smallest) != by_tokens:
+            found.add("cache_capacity")
         return CoarseChoice(
             fps=fps,
             size=(size[1], size[0]),
@@ -165,14 +171,22 @@ class CoarsePlan:
         ]
         return [largest, *sorted(between, key=self._tokens, reverse=True), smallest]
 
-    def _best(self, groups: int, side: int | None) -> Size | None:
-        tokens = self._budget.visual_tokens
+    def _best(self, groups: int, side: int | None, tokens: int | None) -> Size | None:
         for size in self.sizes:
             if (tokens is None or groups * self._tokens(size) <= tokens) and (
                 side is None or self._cells(size) <= side
             ):
                 return size
         return None
+
+    def _most_tokens(self, group_times: np.ndarray) -> int | None:
+        """Return how many visual tokens all groups may have together."""
+        budget = self._budget
+        if budget.capacity is None:
+            return budget.visual_tokens
+        text = budget.text_positions(group_times) if budget.text_positions else 0
+        room = budget.capacity - text - ROWS_MARGIN
+        return room if budget.visual_tokens is None else min(room, budget.visual_tokens)
 
     def _longest_side(self, group_times: np.ndarray) -> int | None:
         """Return how many visual tokens a group may have along its longer side, which is what positions count."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
+from bridge_stg.runtime.manifest import GraphSpec
 from bridge_stg.runtime.session import KVCache
 
 BUCKET_POSITIONS = 256
@@ -31,13 +32,17 @@ class KVPool:
 
     def __init__(self, session: CacheAllocator, *, budget_bytes: int) -> None:
         self._session = session
+        graph: GraphSpec | None = getattr(session, "graph", None)
+        ranges = {} if graph is None else graph.ranges
+        self._least, self._most = ranges.get("S", (1, None))
+        self._most_rows = ranges.get("B", (1, None))[1]
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._unused: list[KVCache] = []
 
     def take(self, *, batch: int, positions: int) -> KVCache:
         """Return a cache of `batch` rows that holds at least `positions` tokens each, to be given back."""
-        capacity = bucketed(positions)
+        capacity = self._capacity(positions)
         with self._lock:
             for i, cache in enumerate(self._unused):
                 if cache.batch == batch and cache.capacity >= capacity and cache.capacity < 2 * capacity:
@@ -52,9 +57,18 @@ class KVPool:
                 self._unused.pop(0)
 
     def rows(self, like: KVCache, *, positions: int) -> int:
-        """Return how many rows of `positions` tokens fit the budget, at least one; `like` tells a token's bytes."""
-        row_bytes = like.nbytes // (like.batch * like.capacity) * bucketed(positions)
-        return max(1, self._budget_bytes // max(row_bytes, 1))
+        """Return how many rows of `positions` tokens fit the budget and the session, at least one.
+
+        `like` tells a token's bytes.
+        """
+        row_bytes = like.nbytes // (like.batch * like.capacity) * self._capacity(positions)
+        rows = max(1, self._budget_bytes // max(row_bytes, 1))
+        return rows if self._most_rows is None else min(rows, self._most_rows)
+
+    def _capacity(self, positions: int) -> int:
+        """The bucket for so many positions, within what the session takes: in an engine it may be fixed."""
+        capacity = max(bucketed(positions), self._least)
+        return capacity if self._most is None else max(positions, min(capacity, self._most))
 
     def clear(self) -> None:
         """Let go of the unused caches."""

@@ -131,7 +131,9 @@ def video_segment(
     return Segment(np.asarray(ids, np.int64), np.concatenate(visual), np.concatenate(positions, 1), cursor)
 
 
-def video_budget(tokenizer: Tokenizer, spec: ChainSpec, max_visual_tokens: int | None) -> Budget:
+def video_budget(
+    tokenizer: Tokenizer, spec: ChainSpec, max_visual_tokens: int | None, *, capacity: int | None = None
+) -> Budget:
     """Return what a video may take so that a query and its answer still fit behind it.
 
     The room kept for a query is one position for each character that it may have, at most a quarter of the model's.
@@ -140,14 +142,16 @@ def video_budget(tokenizer: Tokenizer, spec: ChainSpec, max_visual_tokens: int |
         tokenizer: the model's tokenizer.
         spec: rules of the prompt.
         max_visual_tokens: a bound; None: the spec's own.
+        capacity: tokens that an engine's KV cache holds, where that is fixed; None: it grows.
 
     Raises:
         VideoError: the bound is not a whole number of 1 or more.
     """
     prompt, language = spec.prompt, spec.language
+    positions = language.max_positions if capacity is None else min(language.max_positions, capacity)
     tasks = (None, (0.5, 0.5, 1.0, 1.0))  # a query alone, and one with the box that is to be tracked
     task = max(query_segment(tokenizer, spec, "a", 0, first_box=box).next_position for box in tasks)
-    behind = task + min(prompt.max_query_characters, language.max_positions // 4) + language.num_bridging_queries
+    behind = task + min(prompt.max_query_characters, positions // 4) + language.num_bridging_queries
 
     def text_positions(group_times: np.ndarray) -> int:
         video = video_segment(tokenizer, spec, group_times, (1, 1)).next_position - len(group_times)
@@ -155,7 +159,7 @@ def video_budget(tokenizer: Tokenizer, spec: ChainSpec, max_visual_tokens: int |
         return video + behind + 2 * longest + len(tokenizer.encode(prompt.between))
 
     tokens = spec.frames.max_visual_tokens if max_visual_tokens is None else max_visual_tokens
-    return Budget(visual_tokens=tokens, positions=language.max_positions, text_positions=text_positions)
+    return Budget(visual_tokens=tokens, positions=positions, capacity=capacity, text_positions=text_positions)
 
 
 def query_segment(

@@ -6,11 +6,13 @@ same mistakes with the same words before an engine sees them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from bridge_stg.runtime.device_array import DeviceArray
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec, TensorSpec
 
@@ -47,17 +49,21 @@ class KVCache(Protocol):
 
 
 class Session(Protocol):
-    """One graph on one backend. Safe to call from several threads, each with a cache of its own."""
+    """One graph on one backend. Safe to call from several threads, each with a cache of its own.
+
+    Where a backend computes on a device, what passes between graphs (visual tokens, feature maps, taps) may come as
+    `DeviceArray`, and sessions of the same chain take it without a copy; `np.asarray` fetches it. All else is numpy's.
+    """
 
     @property
     def graph(self) -> GraphSpec: ...
 
-    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
         """Run the graph.
 
         Args:
             feeds: every input by name, of exactly the dtype and dims of `graph.inputs`. With `cache`, all but the
-                past_* inputs.
+                past_* inputs. A backend on a device also takes what speaks DLPack there.
             cache: read and updated by this call: L new positions a row, from cache_position[row] on.
 
         Returns:
@@ -77,7 +83,26 @@ class Session(Protocol):
         ...
 
 
-def check_feeds(graph: GraphSpec, feeds: Mapping[str, np.ndarray], cache: KVCache | None = None) -> dict[str, int]:
+def largest(session: Session, symbol: str) -> int:
+    """Return the largest size of a symbol that a session takes: an engine's profiles end somewhere."""
+    graph: GraphSpec | None = getattr(session, "graph", None)  # a session that only wraps another may have none
+    most = None if graph is None else graph.ranges.get(symbol, (0, None))[1]
+    return sys.maxsize if most is None else most
+
+
+def smallest(session: Session, symbol: str) -> int:
+    """Return the smallest size of a symbol that a session takes."""
+    graph: GraphSpec | None = getattr(session, "graph", None)
+    return 1 if graph is None else graph.ranges.get(symbol, (1, None))[0]
+
+
+def fixed_capacity(session: Session) -> int | None:
+    """Return the most positions that a cache of this session can have; None where there is no such bound."""
+    most = largest(session, "S")
+    return None if most == sys.maxsize else most
+
+
+def check_feeds(graph: GraphSpec, feeds: Mapping[str, Any], cache: KVCache | None = None) -> dict[str, int]:
     """Check inputs against the manifest: names, dtypes, ranks, dims, one value a symbol, the cache's room.
 
     Returns:
@@ -105,7 +130,7 @@ def check_feeds(graph: GraphSpec, feeds: Mapping[str, np.ndarray], cache: KVCach
 
 
 def _check_names(
-    graph: GraphSpec, feeds: Mapping[str, np.ndarray], expected: Mapping[str, TensorSpec], by_cache: set[str]
+    graph: GraphSpec, feeds: Mapping[str, Any], expected: Mapping[str, TensorSpec], by_cache: set[str]
 ) -> None:
     for name, tensor in expected.items():
         if name not in feeds:
@@ -117,8 +142,8 @@ def _check_names(
             raise EngineError(f"{graph}: has no input {name!r}; its inputs: {', '.join(expected)}.")
 
 
-def _check_tensor(graph: GraphSpec, tensor: TensorSpec, array: np.ndarray) -> None:
-    if not isinstance(array, np.ndarray):
+def _check_tensor(graph: GraphSpec, tensor: TensorSpec, array: Any) -> None:
+    if not isinstance(array, (np.ndarray, DeviceArray)):
         raise EngineError(
             f"{graph}: input {tensor.name!r} is a {type(array).__name__}, expected a numpy array {tensor}."
         )
@@ -164,11 +189,11 @@ def _bind_cache(graph: GraphSpec, cache: KVCache, symbols: dict[str, int], bound
             bound_by[dim] = "the cache"
 
 
-def _check_room(graph: GraphSpec, feeds: Mapping[str, np.ndarray], symbols: Mapping[str, int]) -> None:
+def _check_room(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str, int]) -> None:
     """S ≥ cache_position + L in every row: some backends write past the end of a buffer otherwise."""
     if "L" not in symbols or "S" not in symbols:
         return
-    positions, new, capacity = feeds["cache_position"], symbols["L"], symbols["S"]
+    positions, new, capacity = np.asarray(feeds["cache_position"]), symbols["L"], symbols["S"]
     bad = np.flatnonzero((positions < 0) | (positions + new > capacity))
     if bad.size:
         row = int(bad[0])

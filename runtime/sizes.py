@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.device_array import DeviceArray
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.packages import load_package
 from bridge_stg.runtime.spec import ChainSpec
@@ -55,8 +57,13 @@ def frame_sizes(height: int, width: int, spec: ChainSpec) -> tuple[tuple[int, in
     )
 
 
-def resize(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return an RGB picture, uint8 [H, W, 3], at (height, width) `size`, by Pillow's bicubic filter."""
+def resize(rgb: Any, size: tuple[int, int]) -> Any:
+    """Return an RGB picture, uint8 [H, W, 3], at (height, width) `size`, by Pillow's bicubic filter.
+
+    A picture on a device stays there, and gets the same bytes.
+    """
+    if isinstance(rgb, DeviceArray):
+        return rgb.context.resizer.resize(rgb, size)
     image = load_package("PIL.Image", "pillow")
     if rgb.shape[:2] == size:
         return np.array(rgb)

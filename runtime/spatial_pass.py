@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bridge_stg.runtime import arrays
+from bridge_stg.runtime.arrays import Array
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.features import FineFeatures
 from bridge_stg.runtime.limits import Limits
-from bridge_stg.runtime.session import Session
+from bridge_stg.runtime.session import Session, largest, smallest
 from bridge_stg.runtime.spans import FineFrames
 
 MAX_ROWS = 16
@@ -30,7 +32,7 @@ class SpatialQuery:
     """
 
     frames: FineFrames
-    taps: np.ndarray
+    taps: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +67,22 @@ def locate(
         max_frames: most frames of one call, not less than those of any one query.
     """
     located: dict[int, Located] = {}
-    for batch in _batches(queries, max_frames):
+    for batch in _batches(queries, min(max_frames, largest(session, "F")), min(MAX_ROWS, largest(session, "B"))):
         limits.check()
         frames = np.unique(np.concatenate([queries[i].frames.indices for i in batch]))
-        maps, shown_times = features.at(frames, limits)
-        mask = np.stack([np.isin(frames, queries[i].frames.indices) for i in batch])  # [B, F]
+        # An engine may begin at more frames than there are: the last one is repeated, and masked.
+        padding = np.repeat(frames[-1:], max(0, smallest(session, "F") - len(frames)))
+        padded = np.concatenate([frames, padding])
+        maps, shown_times = features.at(padded, limits)
+        mask = np.stack([np.isin(padded, queries[i].frames.indices) for i in batch])  # [B, F]
+        mask[:, len(frames) :] = False
         with limits.stage("spatial"):
             limits.report(len(located), len(queries))
             outputs = session.infer(
                 {
                     "feature_map": maps,  # [F, h, w, C]
-                    "taps": np.stack([queries[i].taps for i in batch], axis=1),  # [T, B, Q, H]
-                    "frame_times": grid[frames].astype(np.float32),  # [F]
+                    "taps": arrays.stack([queries[i].taps for i in batch], axis=1),  # [T, B, Q, H]
+                    "frame_times": grid[padded].astype(np.float32),  # [F]
                     "frame_mask": mask,
                 }
             )
@@ -88,13 +94,13 @@ def locate(
     return [located[i] for i in range(len(queries))]
 
 
-def _batches(queries: Sequence[SpatialQuery], max_frames: int) -> Iterator[list[int]]:
+def _batches(queries: Sequence[SpatialQuery], max_frames: int, max_rows: int = MAX_ROWS) -> Iterator[list[int]]:
     """Yield indices of queries whose frames, taken together, are at most `max_frames`; in order of time."""
     batch: list[int] = []
     union: set[int] = set()
     for i in sorted(range(len(queries)), key=lambda i: int(queries[i].frames.indices[0])):
         frames = set(queries[i].frames.indices.tolist())
-        if batch and (len(union | frames) > max_frames or len(batch) == MAX_ROWS):
+        if batch and (len(union | frames) > max_frames or len(batch) >= max_rows):
             yield batch
             batch, union = [], set()
         batch.append(i)

@@ -1,139 +1,199 @@
-"""What runs where: which backend this machine has, and which variant of each graph it gets.
-
-Packages are found by their metadata; none is imported before a session is opened.
-"""
+"""What runs where: which backend this machine has, which variant of each graph it gets, and why."""
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from bridge_stg.runtime import backends as table
+from bridge_stg.runtime.backends import BACKENDS, Backend
 from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime.cuda import DeviceFacts
+from bridge_stg.runtime.device import DeviceContext
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec, Manifest
 from bridge_stg.runtime.session import Session
 
-STANDARD_SINCE = (1, 32)
-"""First onnxruntime whose CPU kernels were shown to run the `standard` lowering: opset 24, in-place cache."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """An engine that can run graphs.
-
-    `distributions` are the packages that bring it, best first; `extra` is the pip extra that installs one. `variants`
-    names, best first, the variants that its version can run. `open` makes one session.
-    """
-
-    name: str
-    distributions: tuple[str, ...]
-    extra: str
-    variants: Callable[[tuple[int, ...]], tuple[str, ...]]
-    open: Callable[[Bundle, GraphSpec, int | None], Session]
-
-    def version(self) -> str | None:
-        """Version of the installed package, or None if there is none."""
-        for distribution in self.distributions:
-            try:
-                return importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return None
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Target:
-    """The backend and the variant of each graph that were chosen for this machine."""
+    """The backend and the variant of each graph that were chosen for this machine, and why.
+
+    `device` names the GPU, or is "CPU".
+    """
 
     backend: str
     version: str
     variants: Mapping[str, str]
+    device: str = "CPU"
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.summary} ({self.reason})"
+
+    @property
+    def summary(self) -> str:
+        """Backend, version, device and variants in a few words."""
+        return f"{self.backend} {self.version} on {self.device}, {', '.join(dict.fromkeys(self.variants.values()))}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "backend": self.backend,
+            "version": self.version,
+            "device": self.device,
+            "variants": dict(self.variants),
+            "reason": self.reason,
+        }
 
 
-def _onnxruntime_variants(version: tuple[int, ...]) -> tuple[str, ...]:
-    return ("standard", "primitive") if version >= STANDARD_SINCE else ("primitive",)
+class Sessions(dict[str, Session]):
+    """Open sessions by graph name, and the target that they run on."""
 
-
-def _open_onnxruntime(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Session:
-    from bridge_stg.runtime.onnxruntime_session import OnnxRuntimeSession
-
-    return OnnxRuntimeSession(bundle.graph_path(graph.name, graph.variant), graph, threads=threads)
-
-
-BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        name="onnxruntime",
-        distributions=("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
-        extra="cpu",
-        variants=_onnxruntime_variants,
-        open=_open_onnxruntime,
-    ),
-)
-"""Every backend, best first: `auto` takes the first that is installed and has a variant of every graph."""
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.target = target
 
 
 def choose(
-    manifest: Manifest, *, backend: str = "auto", variant: str | None = None, backends: tuple[Backend, ...] = BACKENDS
+    bundle: Bundle | Manifest,
+    *,
+    backend: str = "auto",
+    variant: str | None = None,
+    backends: tuple[Backend, ...] | None = None,
 ) -> Target:
     """Pick the backend, and a variant of each graph of the bundle.
 
     Args:
-        backend: the name of a backend, or "auto".
-        variant: the variant to use of every graph; None: the best that backend and bundle have in common.
+        bundle: of a manifest alone, built engines cannot be found.
+        backend: the name of a backend, or "auto": the first of `BACKENDS` that has all that it needs here.
+        variant: the variant to use of every graph, or, of graphs that have none, the one that it is derived from;
+            None: the best that backend and bundle have in common.
+        backends: those to choose from; None: all.
 
     Raises:
         EngineError: the backend is unknown or not installed, or it cannot run what the bundle holds.
     """
-    known = {b.name: b for b in backends}
+    known = {b.name: b for b in (BACKENDS if backends is None else backends)}
     if backend != "auto" and backend not in known:
         raise EngineError(f"backend {backend!r} is unknown; known: auto, {', '.join(known)}.")
-    candidates = list(backends) if backend == "auto" else [known[backend]]
-    problems = []
+    candidates = [b for b in known.values() if b.automatic] if backend == "auto" else [known[backend]]
+    machine, problems = _Machine(), []
     for candidate in candidates:
-        version = candidate.version()
-        if version is None:
-            install = f'pip install "bridge-stg[{candidate.extra}]"'
-            problems.append(f"backend {candidate.name!r} is not installed (install it with: {install})")
+        try:
+            version, device, variants = _fitting(candidate, bundle, variant, machine)
+        except EngineError as error:
+            problems.append(str(error))
             continue
-        runnable = candidate.variants(_numbers(version))
-        chosen = {name: _variant_of(variants, runnable, variant) for name, variants in manifest.graphs.items()}
-        complete = {name: v for name, v in chosen.items() if v is not None}
-        if len(complete) == len(chosen):
-            return Target(candidate.name, version, complete)
-        name = next(name for name, v in chosen.items() if v is None)
-        asked = f"variant {variant!r} was asked for, " if variant else ""
-        problems.append(
-            f"{asked}{candidate.name} {version} runs the variants {', '.join(runnable)}, and graph {name!r} of this "
-            f"bundle has {', '.join(manifest.graphs[name])}"
-        )
+        reason = "asked for" if backend != "auto" else "the first of those preferred that is ready here"
+        passed_over = "".join(f"; not taken: {problem}" for problem in problems)
+        return Target(candidate.name, version, variants, device, reason + passed_over)
     raise EngineError(f"no backend can run this bundle here: {'; '.join(problems)}.")
+
+
+class _Machine:
+    """Asks for the GPU once, and only if a backend needs it."""
+
+    def __init__(self) -> None:
+        self._found: DeviceFacts | EngineError | None = None
+
+    def gpu(self) -> DeviceFacts:
+        if self._found is None:
+            try:
+                self._found = table.gpu()
+            except EngineError as error:
+                self._found = error
+        if isinstance(self._found, EngineError):
+            raise self._found
+        return self._found
+
+
+def _fitting(
+    backend: Backend, bundle: Bundle | Manifest, variant: str | None, machine: _Machine
+) -> tuple[str, str, dict[str, str]]:
+    """Return a backend's version, its device and the variant of each graph. Raises EngineError with what is missing."""
+    version = backend.version()
+    if version is None:
+        install = f'pip install "bridge-stg[{backend.extra}]"'
+        raise EngineError(f"backend {backend.name!r} is not installed (install it with: {install})")
+    manifest = bundle.manifest if isinstance(bundle, Bundle) else bundle
+    bases = {graph.derived_from for graph in manifest.all_graphs() if graph.variant == variant} - {None, variant}
+    wanted = None if variant is None else (variant, *sorted(map(str, bases)))
+    runnable = backend.variants(_numbers(version))
+    order = runnable if wanted is None else tuple(v for v in wanted if v in runnable)
+    able = {name: [v for v in order if v in variants] for name, variants in manifest.graphs.items()}
+    for name, variants in able.items():
+        if not variants:
+            asked = f"variant {variant!r} was asked for, " if variant else ""
+            raise EngineError(
+                f"{asked}{backend.name} {version} runs the variants {', '.join(runnable)}, and graph {name!r} of this "
+                f"bundle has {', '.join(manifest.graphs[name])}"
+            )
+    if not backend.on_gpu:
+        return version, "CPU", {name: variants[0] for name, variants in able.items()}
+    try:
+        facts = machine.gpu()
+    except EngineError as error:
+        raise EngineError(f"backend {backend.name!r} has no GPU: {error}") from error
+    chosen = {name: _accepted(backend, bundle, name, variants, version, facts) for name, variants in able.items()}
+    return version, f"{facts.name} (SM {facts.sm})", chosen
+
+
+def _accepted(
+    backend: Backend, bundle: Bundle | Manifest, name: str, variants: list[str], version: str, facts: DeviceFacts
+) -> str:
+    """Return the first variant of a graph that a GPU backend does not refuse. Raises EngineError with its reason."""
+    if backend.refuses is None or not isinstance(bundle, Bundle):
+        return variants[0]
+    refusals = []
+    for variant in variants:
+        refusal = backend.refuses(bundle, bundle.graph(name, variant), version, facts)
+        if refusal is None:
+            return variant
+        refusals.append(refusal)
+    raise EngineError(f"backend {backend.name!r} is not ready: {refusals[0]}")
 
 
 def open_sessions(
     bundle: Bundle, *, backend: str = "auto", variant: str | None = None, threads: int | None = None
-) -> dict[str, Session]:
-    """Open every graph of a bundle on the target that `choose` picks. Return the sessions by graph name.
+) -> Sessions:
+    """Open every graph of a bundle on the target that `choose` picks; on a GPU they share one device context.
 
     Raises:
         EngineError: as `choose`, or the backend refuses a graph; the sessions opened so far are closed.
     """
-    target = choose(bundle.manifest, backend=backend, variant=variant)
-    chosen = next(b for b in BACKENDS if b.name == target.backend)
-    sessions: dict[str, Session] = {}
+    target = choose(bundle, backend=backend, variant=variant)
+    _log.info("running %s on %s", bundle.path, target)
+    device = DeviceContext().open() if _backend(target).on_gpu else None
+    sessions = Sessions(target)
     try:
-        for name, picked in target.variants.items():
-            sessions[name] = chosen.open(bundle, bundle.graph(name, picked), threads)
+        for name in target.variants:
+            sessions[name] = open_graph(bundle, name, target, threads=threads, device=device)
     except BaseException:
         for session in sessions.values():
             session.close()
         raise
+    finally:
+        if device is not None:
+            device.close()  # the sessions hold it from here on
     return sessions
 
 
-def _variant_of(variants: Mapping[str, GraphSpec], runnable: tuple[str, ...], asked: str | None) -> str | None:
-    wanted = runnable if asked is None else tuple(v for v in runnable if v == asked)
-    return next((v for v in wanted if v in variants), None)
+def open_graph(
+    bundle: Bundle, name: str, target: Target, *, threads: int | None = None, device: DeviceContext | None = None
+) -> Session:
+    """Open one graph of a bundle on a target. Raises EngineError where the backend refuses it."""
+    graph: GraphSpec = bundle.graph(name, target.variants[name])
+    opened = _backend(target).open
+    return opened(bundle, graph, threads) if device is None else opened(bundle, graph, threads, device)
+
+
+def _backend(target: Target) -> Backend:
+    return next(b for b in BACKENDS if b.name == target.backend)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,0 +1,121 @@
+"""The TensorRT packages: which one is there, what differs between them, and how its messages are kept.
+
+TensorRT (10 and 11) and TensorRT-RTX share one Python interface as far as running an engine goes. They differ in the
+names of their packages and in how an execution context is told to share memory and to use CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections import deque
+from typing import Any
+
+from bridge_stg.runtime.errors import EngineError
+
+MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+"""Import names of each family, best first."""
+
+DTYPES = {
+    "FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "UINT8": "uint8",
+    "BOOL": "bool",
+}  # fmt: skip
+"""TensorRT's names of the dtypes that a graph's contract may have."""
+
+
+class TensorRT:
+    """One TensorRT package, and the messages that it logged last.
+
+    Args:
+        family: a key of `MODULES`.
+        module: the package; None: import it.
+
+    Raises:
+        EngineError: the package cannot be imported.
+    """
+
+    def __init__(self, family: str, module: Any = None) -> None:
+        self.family = family
+        self.module: Any = module if module is not None else _import(family)
+        self.version = str(self.module.__version__)
+        self.messages: deque[str] = deque(maxlen=4)
+        self.logger = self._logger()
+        self.runtime = self.module.Runtime(self.logger)
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether kernels are made on the device when an engine first runs, and CUDA graphs by the library itself."""
+        return self.family == "tensorrt_rtx"
+
+    def reason(self) -> str:
+        """Return what was logged since the last call, in one line, and forget it."""
+        text = "; ".join(" ".join(message.split()) for message in self.messages) or "it gave no reason"
+        self.messages.clear()
+        return text if len(text) <= 600 else f"{text[:599]}…"
+
+    def dtype(self, value: Any) -> str:
+        """Return numpy's name of a TensorRT dtype."""
+        name = getattr(value, "name", str(value))
+        return DTYPES.get(name, name.lower())
+
+    def scratch_bytes(self, engine: Any, profile: int) -> int:
+        """Return the memory that a context of a profile needs for what lies in between."""
+        for name in ("get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"):
+            if hasattr(engine, name):
+                return int(getattr(engine, name)(profile))
+        return int(engine.device_memory_size)
+
+    def context(self, engine: Any, *, cuda_graphs: bool, kernels: Any = None) -> Any:
+        """Return an execution context whose scratch memory is given to it (`set_scratch`).
+
+        Args:
+            cuda_graphs: whether an RTX context may turn calls into CUDA graphs by itself.
+            kernels: an RTX runtime cache: what was compiled on this device before.
+        """
+        shared = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.is_rtx:
+            return engine.create_execution_context(shared)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(shared)
+        if cuda_graphs:
+            config.cuda_graph_strategy = self.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if kernels is not None:
+            config.set_runtime_cache(kernels)
+        return engine.create_execution_context(config)
+
+    def set_scratch(self, context: Any, address: int, size: int) -> None:
+        """Give a context its scratch memory."""
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(address, size)
+        else:  # before TensorRT 10.1
+            context.device_memory = address
+
+    def _logger(self) -> Any:
+        module, messages, lock = self.module, self.messages, threading.Lock()
+
+        class Logger(module.ILogger):  # type: ignore[name-defined, misc]
+            """Keeps errors and warnings, to be told where a call fails, instead of printing them."""
+
+            def __init__(self) -> None:
+                module.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
+                    with lock:
+                        messages.append(message)
+
+        return Logger()
+
+
+def _import(family: str) -> Any:
+    failures = []
+    for name in MODULES[family]:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            failures.append(f"{name}: {error}")
+    extra, source = ("rtx", "") if family == "tensorrt_rtx" else ("tensorrt", ", or use the one that JetPack brings")
+    raise EngineError(
+        f"no package of {family} can be imported ({'; '.join(failures)}). Install it: pip install "
+        f'"bridge-stg[{extra}]"{source}'
+    )

@@ -1,0 +1,87 @@
+"""On a machine with a GPU: the demo chain on every backend that is installed, against golden cases and the CPU.
+
+Run with `pytest -m gpu`. Engines are built first, by the command that users call.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bridge_stg.figures import clip_path, held_out_clips
+from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.backends import BACKENDS, gpu
+from bridge_stg.runtime.device import DeviceContext
+from bridge_stg.runtime.device_array import DeviceArray
+from bridge_stg.runtime.sizes import resize
+from bridge_stg.runtime.verify import verify_bundle
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+INSTALLED = [backend.name for backend in BACKENDS if backend.on_gpu and backend.version() is not None]
+NATIVE = [name for name in INSTALLED if name in ("tensorrt", "tensorrt-rtx")]
+
+
+@pytest.fixture(scope="module")
+def built_bundle(demo_bundle: Path) -> Path:
+    if NATIVE:
+        command = [sys.executable, str(ROOT / "cli.py"), "build", str(demo_bundle), "--target", "this"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return demo_bundle
+
+
+def test_a_gpu_and_a_backend_for_it_are_here():
+    assert gpu().sm >= 70
+    assert INSTALLED, 'no GPU backend is installed: pip install "bridge-stg[tensorrt]", "[rtx]" or "[gpu]"'
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_golden_cases_hold_at_every_boundary(built_bundle, backend):
+    replayed = verify_bundle(built_bundle, backend=backend)
+    assert replayed and all(b.passed for boundaries in replayed.values() for b in boundaries)
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_the_chain_equals_the_chain_on_the_cpu(built_bundle, backend, tmp_path):
+    clips = list(held_out_clips(4))
+    with (
+        Grounder.load(built_bundle, backend="onnxruntime") as on_cpu,
+        Grounder.load(built_bundle, backend=backend) as on_gpu,
+    ):
+        assert on_gpu.target is not None and on_gpu.target.device != "CPU"
+        for clip in clips:
+            path, text = clip_path(clip, tmp_path), clip.named.text
+            ours, theirs = on_gpu.ground(path, text), on_cpu.ground(path, text)
+            assert (ours.answer, ours.found) == (theirs.answer, theirs.found)
+            if theirs.boxes is not None:
+                np.testing.assert_allclose(ours.boxes.boxes, theirs.boxes.boxes, atol=2.0)  # pixels
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_outputs_stay_on_the_device_and_steps_become_graphs(built_bundle, backend, tmp_path):
+    clip = next(iter(held_out_clips(1)))
+    path = clip_path(clip, tmp_path)
+    with Grounder.load(built_bundle, backend=backend) as grounder, grounder.open(path) as video:
+        results = [video.ground(clip.named.text) for _ in range(4)]
+        assert all(isinstance(array, DeviceArray) for array, _ in video._features._kept.values())
+        graphs = grounder._sessions["language_model"].graphs
+        assert graphs is None or graphs.refusal or len(graphs)
+    assert len({result.answer for result in results}) == 1
+    for result in results[1:]:
+        np.testing.assert_allclose(result.boxes.boxes, results[0].boxes.boxes, atol=1e-2)
+
+
+def test_pictures_are_resized_on_the_device_to_the_bytes_of_pillow():
+    random = np.random.default_rng(0)
+    context = DeviceContext().open()
+    for size, target in (((48, 64), (32, 32)), ((37, 53), (64, 96)), ((720, 1280), (192, 320))):
+        picture = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+        np.testing.assert_array_equal(resize(context.upload(picture), target).numpy(), resize(picture, target))
+    assert context.resizer.compiled
+    context.close()
