@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -52,26 +53,136 @@ def compile_in_tensorrt(path: str | os.PathLike[str], sizes: Sizes, *, capacity:
         EngineError: no TensorRT package can be imported, the file is no ONNX graph, a size is missing, or TensorRT
             refuses the graph.
     """
-    tensorrt = _tensorrt()
+    return bytes(compile_graph(_tensorrt(), path, {"": sizes}, capacity=capacity).plan)
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A serialized engine, as a buffer that TensorRT owns (large ones are not copied), and what was learnt of kernels.
+
+    `timing` is None where this TensorRT keeps no timing cache.
+    """
+
+    plan: Any
+    timing: bytes | None
+
+
+Report = Callable[[str, int, int], Any]
+"""Called with what is being done, the steps done, and their number."""
+
+
+def compile_graph(
+    tensorrt: ModuleType,
+    path: str | os.PathLike[str],
+    profiles: Mapping[str, Sizes],
+    *,
+    capacity: int | None = None,
+    sms: Sequence[int] = (),
+    workspace: int | None = None,
+    timing: bytes = b"",
+    report: Report | None = None,
+) -> Compiled:
+    """Compile a graph for several ranges of sizes, strongly typed: precision is what the graph says.
+
+    Args:
+        tensorrt: the package.
+        path: the .onnx file; its external data lie beside it.
+        profiles: sizes of every free dim of the inputs, by the profile's name; their order is that of the indices.
+        capacity: S of a cache that is updated in place.
+        sms: compute capabilities to compile for ahead of time (TensorRT-RTX); empty: the GPU that is here.
+        workspace: bytes that what lies between layers may take; None: all of the device.
+        timing: what an earlier compilation returned.
+        report: see `Report`; may raise to stop.
+
+    Raises:
+        EngineError: see `compile_in_tensorrt`.
+    """
     network = _network(tensorrt)
-    if problems := _parse(tensorrt, network, path, capacity):
+    if problems := _parse(tensorrt, network, path, CAPACITY if capacity is None else capacity):
         raise EngineError(f"{path}: TensorRT {tensorrt.__version__} refuses the graph: {problems[0]}")
-    for layer in (network.value.get_layer(index) for index in range(network.value.num_layers)):
-        if layer.type == tensorrt.LayerType.ATTENTION_OUTPUT:
-            # Without a fused kernel for its dtype (fp32), attention may be taken apart.
-            layer.__class__ = tensorrt.IAttentionOutputLayer
-            layer.attention.decomposable = True
+    _allow_decomposed_attention(tensorrt, network.value)
     config = network.builder.create_builder_config()
-    profile = network.builder.create_optimization_profile()
-    for tensor in (network.value.get_input(index) for index in range(network.value.num_inputs)):
-        shapes = [_shape(path, tensor, sizes, place) for place in range(3)]
-        profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
-    engine = network.builder.build_serialized_network(network.value, config)
-    if engine is None:
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # 10 bits of mantissa are not fp32
+    config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED  # so that a report can name the graph's nodes
+    for sizes in profiles.values():
+        config.add_optimization_profile(_profile(network, path, sizes))
+    if sms:
+        config.num_compute_capabilities = len(sms)
+        for index, sm in enumerate(sms):
+            config.set_compute_capability(_capability(tensorrt, sm), index)
+    if workspace is not None:
+        config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace)
+    keeps_timing = not is_rtx(tensorrt)
+    if keeps_timing:
+        config.set_timing_cache(config.create_timing_cache(timing), False)
+    monitor = _monitor(tensorrt, report) if report is not None else None
+    if monitor is not None:
+        config.progress_monitor = monitor
+    plan = network.builder.build_serialized_network(network.value, config)
+    if monitor is not None and monitor.stopped is not None:
+        raise monitor.stopped
+    if plan is None:
         found = "; ".join(network.logger.messages[-3:]) or "it gave no reason"
         raise EngineError(f"{path}: TensorRT {tensorrt.__version__} cannot compile the graph: {found}")
-    return bytes(engine)
+    cache = config.get_timing_cache() if keeps_timing else None
+    return Compiled(plan, None if cache is None else bytes(cache.serialize()))
+
+
+def is_rtx(tensorrt: ModuleType) -> bool:
+    """Tell TensorRT-RTX from TensorRT: it alone is told what to compile for."""
+    return hasattr(tensorrt, "ComputeCapability")
+
+
+def _allow_decomposed_attention(tensorrt: ModuleType, network: Any) -> None:
+    """Let attention without a fused kernel for its dtype (fp32) be taken apart; with one it is fused all the same."""
+    kind = getattr(tensorrt.LayerType, "ATTENTION_OUTPUT", None)  # from TensorRT 10.14
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        if kind is not None and layer.type == kind:
+            layer.__class__ = tensorrt.IAttentionOutputLayer
+            layer.attention.decomposable = True
+
+
+def _profile(network: Any, path: str | os.PathLike[str], sizes: Sizes) -> Any:
+    profile = network.builder.create_optimization_profile()
+    for tensor in (network.value.get_input(index) for index in range(network.value.num_inputs)):
+        profile.set_shape(tensor.name, *(_shape(path, tensor, sizes, place) for place in range(3)))
+    return profile
+
+
+def _capability(tensorrt: ModuleType, sm: int) -> Any:
+    found = getattr(tensorrt.ComputeCapability, f"SM{sm}", None)
+    if found is None:
+        known = ", ".join(name[2:] for name in dir(tensorrt.ComputeCapability) if name.startswith("SM"))
+        raise EngineError(f"TensorRT {tensorrt.__version__} compiles ahead of time for SM {known}, not for SM {sm}")
+    return found
+
+
+def _monitor(tensorrt: ModuleType, report: Report) -> Any:
+    """Return a progress monitor that passes on the outermost phase that has steps."""
+
+    class Monitor(tensorrt.IProgressMonitor):  # type: ignore[name-defined, misc]
+        """An exception in a callback would go through TensorRT, so it is kept, and the compilation asked to stop."""
+
+        def __init__(self) -> None:
+            tensorrt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.stopped: BaseException | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            try:
+                if self.stopped is None:
+                    report(phase, step, self.steps.get(phase, 0))
+            except BaseException as error:
+                self.stopped = error
+            return self.stopped is None
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
 
 
 def _parse(tensorrt: ModuleType, network: Any, path: str | os.PathLike[str], capacity: int) -> list[str]:
@@ -100,7 +211,10 @@ def _network(tensorrt: ModuleType) -> Any:
 
     logger = Logger()
     builder = tensorrt.Builder(logger)
-    return SimpleNamespace(value=builder.create_network(0), builder=builder, logger=logger)
+    # TensorRT-RTX and TensorRT 11 know no other kind of network; TensorRT 10 has to be told.
+    typed = getattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    flags = 0 if typed is None or is_rtx(tensorrt) else 1 << int(typed)
+    return SimpleNamespace(value=builder.create_network(flags), builder=builder, logger=logger)
 
 
 def _shape(path: str | os.PathLike[str], tensor: Any, sizes: Sizes, place: int) -> list[int]:
@@ -124,7 +238,9 @@ def with_capacity(path: str | os.PathLike[str], capacity: int) -> bytes:
         import onnx
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise EngineError(f'onnx cannot be imported ({error}). Install it: pip install "bridge-stg[export]"') from error
+        raise EngineError(
+            f'onnx cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"'
+        ) from error
     try:
         model = onnx.load(os.fspath(path), load_external_data=False)
     except (OSError, DecodeError) as error:

@@ -1,0 +1,180 @@
+"""The targets that engines are built for, as one table: GPU, TensorRT, variant, precisions, memory.
+
+TensorRT-RTX compiles ahead of time, on any x86-64 machine, for the compute capabilities of its target; TensorRT 10 and
+11 compile on the device alone. Precisions follow NVIDIA's support matrices, as far as graphs of this project can have
+them; `calibration.support` says what an engine makes of a quantized graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from bridge_stg.runtime.errors import EngineError
+
+TURING = ("fp32", "fp16", "int8")
+AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
+ADA = (*AMPERE, "fp8")
+GB = 10**9
+PRIMITIVE_ONLY_BELOW = (10, 15)
+"""TensorRT before this takes `primitive` alone: it has neither the cache update nor, before 10.14, Attention."""
+
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """One line of the table.
+
+    Attributes:
+        name: what `--target` is given.
+        device: for people.
+        family: `tensorrt` or `tensorrt_rtx`.
+        since, before: TensorRT's versions, from the first, up to but without the second.
+        sms: compute capabilities, 87 is 8.7. Empty: that of the GPU that is here.
+        variant: of the graphs.
+        precisions: what its GPUs compute.
+        memory: bytes that weights, KV cache and what lies in between may take together: what the smallest of its common
+            devices leaves to a program.
+    """
+
+    name: str
+    device: str
+    family: str
+    since: Version
+    before: Version
+    sms: tuple[int, ...]
+    variant: str
+    precisions: tuple[str, ...]
+    memory: int
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it is compiled on any machine."""
+        return self.family == "tensorrt_rtx"
+
+    def versions(self) -> str:
+        """Its versions for people."""
+        since, before = (".".join(map(str, version)) for version in (self.since, self.before))
+        return f"{'TensorRT-RTX' if self.ahead_of_time else 'TensorRT'} {since} to below {before}"
+
+
+RTX, RTX_END = (1, 2), (2,)
+TARGETS: tuple[EngineTarget, ...] = (
+    EngineTarget("rtx-turing", "RTX 20, T4", "tensorrt_rtx", RTX, RTX_END, (75,), "standard", ("fp32", "fp16"), 6 * GB),
+    EngineTarget("rtx-ampere", "RTX 30, A10", "tensorrt_rtx", RTX, RTX_END, (86,), "standard", AMPERE, 8 * GB),
+    EngineTarget("rtx-ada", "RTX 40, L4, L40", "tensorrt_rtx", RTX, RTX_END, (89,), "standard", ADA, 8 * GB),
+    EngineTarget("rtx-blackwell", "RTX 50", "tensorrt_rtx", RTX, RTX_END, (120,), "standard", ADA, 8 * GB),
+    EngineTarget("orin-jp6", "Orin, JetPack 6.1+", "tensorrt", (10, 0), (10, 15), (87,), "primitive", AMPERE, 6 * GB),
+    EngineTarget("orin-jp7", "Orin, JetPack 7.2+", "tensorrt", (10, 15), (12,), (87,), "standard", AMPERE, 6 * GB),
+    EngineTarget("thor", "Thor, JetPack 7", "tensorrt", (10, 15), (12,), (101, 110), "standard", ADA, 100 * GB),
+    EngineTarget("a100", "A100", "tensorrt", (10, 15), (12,), (80,), "standard", AMPERE, 38 * GB),
+    EngineTarget("h100", "H100, H200", "tensorrt", (10, 15), (12,), (90,), "standard", ADA, 76 * GB),
+    EngineTarget("b200", "B200", "tensorrt", (10, 15), (12,), (100,), "standard", ADA, 170 * GB),
+)
+"""Beside these there is `this`: what `this_target` finds on the machine."""
+
+PRECISIONS_BY_SM = ((89, ADA), (80, AMPERE), (75, TURING), (0, ("fp32", "fp16")))
+
+
+def find_target(name: str) -> EngineTarget:
+    """Return a line of the table.
+
+    Raises:
+        EngineError: there is none of this name.
+    """
+    found = next((target for target in TARGETS if target.name == name), None)
+    if found is None:
+        known = ", ".join(target.name for target in TARGETS)
+        raise EngineError(f"target {name!r} is unknown; known: this, {known}.")
+    return found
+
+
+def this_target(*, family: str, version: str, sm: int, memory: int | None) -> EngineTarget:
+    """Return the target that this machine is.
+
+    Args:
+        family: of the TensorRT that is installed.
+        version: of the TensorRT that is installed.
+        sm: compute capability of its GPU.
+        memory: bytes that its GPU has in all; None: not known.
+    """
+    numbers = version_numbers(version)
+    variant = "primitive" if family == "tensorrt" and numbers < PRIMITIVE_ONLY_BELOW else "standard"
+    precisions = next(words for since, words in PRECISIONS_BY_SM if sm >= since)
+    if family == "tensorrt_rtx" and sm < 80:
+        precisions = find_target("rtx-turing").precisions
+    limit = 8 * GB if memory is None else int(0.9 * memory)
+    return EngineTarget("this", f"SM {sm}", family, numbers[:2], (99,), (sm,), variant, precisions, limit)
+
+
+def check_installed(target: EngineTarget, *, version: str, sm: int | None) -> EngineTarget:
+    """Return the target, its compute capabilities narrowed to the GPU that is here where it is compiled on the device.
+
+    Args:
+        version: of the TensorRT that is installed, of the target's family.
+        sm: compute capability of the GPU that is here; None: there is none.
+
+    Raises:
+        EngineError: the version is out of the target's range, or the GPU is another.
+    """
+    if not target.since <= version_numbers(version) < target.before:
+        raise EngineError(
+            f"target {target.name} takes {target.versions()}, and {version} is installed here. Install one of these, "
+            "or build for what is here: --target this"
+        )
+    if target.ahead_of_time:
+        return target
+    if sm not in target.sms:
+        here = "no GPU was found here" if sm is None else f"the GPU here is SM {sm}"
+        raise EngineError(
+            f"target {target.name} is SM {' or '.join(map(str, target.sms))}, and {here}. TensorRT compiles on the "
+            f"device alone: run this command there, or compile ahead of time for one of {', '.join(ahead_of_time())}"
+        )
+    return dataclasses.replace(target, sms=(sm,))
+
+
+def check_precision(target: EngineTarget, precision: str) -> None:
+    """Refuse a precision that the target lacks.
+
+    Args:
+        precision: that of a graph, or the one asked for, such as `int8 w8a8`; the first word counts.
+
+    Raises:
+        EngineError: the message says what the target has.
+    """
+    word = precision.split()[0]
+    if word not in target.precisions:
+        raise EngineError(
+            f"target {target.name} ({target.device}) has no {word}; it has {', '.join(target.precisions)}. "
+            "Use a bundle in one of these"
+        )
+
+
+def ahead_of_time() -> list[str]:
+    """Return the names of the targets that any machine can compile for."""
+    return [target.name for target in TARGETS if target.ahead_of_time]
+
+
+def version_numbers(version: str) -> Version:
+    """Return the leading numbers of a version: "10.15.1rc1" → (10, 15)."""
+    numbers = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def target_table() -> str:
+    """Return the table for people."""
+    rows = [("target", "device", "TensorRT", "SM", "variant", "precisions", "memory")]
+    for target in TARGETS:
+        rows.append(
+            (
+                target.name, target.device, target.versions(), "/".join(map(str, target.sms)), target.variant,
+                " ".join(target.precisions), f"{target.memory / GB:.0f} GB",
+            )
+        )  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
