@@ -1,4 +1,4 @@
-# make test | demo | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
+# make test | demo | gpu-test | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,12 +7,15 @@ DEMO := build/demo
 CLIP ?= $(firstword $(sort $(wildcard assets/demo/clips/*.mp4)))
 QUERY ?= $(shell cat $(CLIP:.mp4=.txt) 2>/dev/null)
 
-.PHONY: help test demo lint format clean
+.PHONY: help test demo gpu-test lint format clean
 .DELETE_ON_ERROR:
+
+comma := ,
 
 help:
 	@echo "make test    install into $(VENV) and run the tests (PYTEST_ARGS=... is passed on)"
 	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
+	@echo "make gpu-test  on a machine with an NVIDIA GPU: install, run the tests marked gpu and the benchmark (WHEELS=dir: no network)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove $(VENV), build/ and caches"
 
@@ -26,6 +29,23 @@ demo: $(INSTALLED)
 	$(BIN)/python cli.py export assets/demo/checkpoint --out $(DEMO)/bundle --overwrite
 	$(BIN)/python cli.py infer "$(CLIP)" "$(QUERY)" --bundle $(DEMO)/bundle \
 	    --json $(DEMO)/result.json --annotate $(DEMO)/annotated.mp4 --sheet $(DEMO)/sheet.png
+
+# Says what it checks; goes on only where there is a GPU. WHEELS=dir installs from that folder instead of from an index;
+# GPU_EXTRAS=gpu tests onnxruntime's providers, whose package replaces the one for CPUs.
+GPU_VENV ?= build/gpu-venv
+GPU_EXTRAS ?= tensorrt
+OFFLINE := $(if $(WHEELS),--no-index --find-links "$(abspath $(WHEELS))")
+gpu-test:
+	@$(PYTHON) benchmarks/gpu_test.py $(if $(WHEELS),--wheels "$(WHEELS)")
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check $(OFFLINE) -c constraints.txt setuptools
+	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check $(OFFLINE) -c constraints.txt --no-build-isolation -e '.[dev,$(GPU_EXTRAS)]'
+	$(if $(filter gpu,$(subst $(comma), ,$(GPU_EXTRAS))),$(GPU_VENV)/bin/python -m pip uninstall -y onnxruntime onnxruntime-gpu && $(GPU_VENV)/bin/python -m pip install $(OFFLINE) onnxruntime-gpu)
+	$(GPU_VENV)/bin/python cli.py doctor
+	$(GPU_VENV)/bin/python cli.py export assets/demo/checkpoint --out $(DEMO)/bundle --overwrite
+	$(if $(findstring tensorrt,$(GPU_EXTRAS))$(findstring rtx,$(GPU_EXTRAS)),$(GPU_VENV)/bin/python cli.py build $(DEMO)/bundle --target this)
+	$(GPU_VENV)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(GPU_VENV)/bin/python benchmarks/gpu_chain.py --bundle $(DEMO)/bundle --out build/gpu_chain.json
 
 # mypy cannot see through the mapping of folders in pyproject.toml, so it gets them laid out as the wheel has them.
 lint: $(INSTALLED)

@@ -7,9 +7,56 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge_stg.runtime import bundle as bundles
+from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.compare import Boundary, format_table, replay
+from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.targets import open_sessions
+
+
+class DriftError(BundleError):
+    """Outputs of golden cases that differ from the recorded ones by more than their tolerance.
+
+    Attributes:
+        bundle: the bundle, whose files are whole.
+        replayed: every boundary that was compared, by variant.
+        variant: of the first output that drifts, in the chain's order.
+        boundary: this output.
+    """
+
+    bundle: Bundle
+    replayed: dict[str, list[Boundary]]
+    variant: str
+    boundary: Boundary
+
+    @classmethod
+    def of(cls, bundle: Bundle, replayed: dict[str, list[Boundary]]) -> DriftError:
+        """Return the error of what was replayed, in which at least one boundary has not passed."""
+        failed = [(name, boundary) for name, found in replayed.items() for boundary in found if not boundary.passed]
+        variant, first = min(failed, key=lambda pair: _place_in_chain(pair[1]))
+        error = cls(
+            f"{bundle.path}: {len(failed)} outputs of the golden cases differ from the recorded ones by more than "
+            f"their tolerance, first {first.name} of variant {variant} (relative error {first.rel_l2:.2e}). This "
+            "machine's engine computes something else: try another --variant, or another version of the engine; "
+            "--bisect names the block in which it begins."
+        )
+        error.bundle, error.replayed, error.variant, error.boundary = bundle, replayed, variant, first
+        return error
+
+    @property
+    def graph(self) -> str:
+        """The graph that gives the first output that drifts."""
+        return graph_of(self.boundary)
+
+
+def graph_of(boundary: Boundary) -> str:
+    """Return the graph of a replayed boundary, which is named `case/graph_i.tensor`."""
+    return boundary.name.partition("/")[2].partition(".")[0].rpartition("_")[0]
+
+
+def _place_in_chain(boundary: Boundary) -> int:
+    graph = graph_of(boundary)
+    return GRAPHS.index(graph) if graph in GRAPHS else len(GRAPHS)
 
 
 def verify_bundle(
@@ -30,7 +77,8 @@ def verify_bundle(
         report: is told in lines and tables what was done.
 
     Raises:
-        BundleError: a hash differs, or an output leaves its tolerance; the message names the file or boundary.
+        BundleError: a hash differs; the message names the file.
+        DriftError: an output leaves its tolerance; the message names the first one in the chain's order.
         EngineError: no variant runs here, or the one asked for does not.
     """
     report = report or (lambda text: None)
@@ -57,12 +105,6 @@ def verify_bundle(
             report(format_table(replayed[name]))
     if refusals and not replayed:
         raise refusals[0]
-    failed = [(name, boundary) for name, found in replayed.items() for boundary in found if not boundary.passed]
-    if failed:
-        name, boundary = failed[0]
-        raise BundleError(
-            f"{bundle.path}: {len(failed)} outputs of the golden cases differ from the recorded ones by more than "
-            f"their tolerance, first {boundary.name} of variant {name} (relative error {boundary.rel_l2:.2e}). This "
-            "machine's engine computes something else: try another --variant, or another version of the engine."
-        )
+    if any(not boundary.passed for found in replayed.values() for boundary in found):
+        raise DriftError.of(bundle, replayed)
     return replayed

@@ -1,0 +1,94 @@
+"""What `make gpu-test` checks, and whether this machine can: needs nothing but Python.
+
+Usage: python benchmarks/gpu_test.py [--wheels DIR]. Lists every test with the marker `gpu` and the benchmark; exits
+with 0 if the machine has a GPU, else with 2 and what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import bridge_stg  # noqa: E402
+
+bridge_stg.__path__.append(str(ROOT))
+
+from bridge_stg.runtime.machine import Machine, machine  # noqa: E402
+
+BENCHMARK = "benchmarks/gpu_chain.py: seconds a stage and parity at every boundary, side by side for every backend here"
+
+
+def gpu_tests(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (file::test, what it shows) of every test that carries the marker `gpu`, by itself or by its module."""
+    for file in sorted(folder.rglob("test_*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        whole = any(isinstance(node, ast.Assign) and _names(node.targets) & {"pytestmark"} and _marks(node.value)
+                    for node in tree.body)  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and any(map(_marks, node.decorator_list)):
+                yield from ((f"{file.name}::{test.name}", _words(test)) for test in _tests(node.body))
+        for test in _tests(tree.body):
+            if whole or any(map(_marks, test.decorator_list)):
+                yield f"{file.name}::{test.name}", _words(test)
+
+
+def _tests(body: Sequence[ast.stmt]) -> list[ast.FunctionDef]:
+    return [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+
+
+def _names(targets: Sequence[ast.expr]) -> set[str]:
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _marks(node: ast.AST) -> bool:
+    """Whether an expression holds `….mark.gpu`."""
+    return any(
+        isinstance(part, ast.Attribute) and part.attr == "gpu" and getattr(part.value, "attr", "") == "mark"
+        for part in ast.walk(node)
+    )
+
+
+def _words(test: ast.FunctionDef) -> str:
+    return (ast.get_docstring(test) or test.name.removeprefix("test_").replace("_", " ")).splitlines()[0]
+
+
+def missing(found: Machine, wheels: Path | None) -> list[str]:
+    """Say what keeps the tests from running here."""
+    lacks = []
+    if not found.devices:
+        lacks.append(f"an NVIDIA GPU with its driver: {found.device_problem}")
+    if wheels is not None and not list(wheels.glob("*.whl")):
+        lacks.append(
+            f"wheels in WHEELS={wheels}: there is no .whl file. Make them where there is a network, with the same "
+            f"Python and processor: pip wheel -w {wheels} -c constraints.txt '.[dev,tensorrt]' setuptools"
+        )
+    return lacks
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--wheels", type=Path, help="a folder to install from instead of from an index")
+    asked = parser.parse_args(arguments)
+    print("make gpu-test checks on a machine with an NVIDIA GPU:")
+    for name, words in gpu_tests(ROOT / "tests"):
+        print(f"  {name}: {words}")
+    print(f"  {BENCHMARK}")
+    found = machine()
+    lacks = missing(found, asked.wheels)
+    for item in lacks:
+        print(f"missing: {item}", file=sys.stderr)
+    if lacks:
+        print("Nothing was checked. `python cli.py doctor` says more about this machine.", file=sys.stderr)
+        return 2
+    print("here: " + ", ".join(f"{device.name} (SM {device.sm})" for device in found.devices))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
