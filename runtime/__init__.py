@@ -15,8 +15,11 @@ if TYPE_CHECKING:
         QueryError,
         VideoError,
     )
+    from bridge_stg.runtime.events import Event
     from bridge_stg.runtime.grounded_video import GroundedVideo
     from bridge_stg.runtime.grounder import Grounder
+    from bridge_stg.runtime.live import LiveOptions, LiveUpdate, LiveWatch
+    from bridge_stg.runtime.live_stats import LiveStats
     from bridge_stg.runtime.tubes import FrameBoxes, Grounding, Tube
 
 _HOMES = {
@@ -24,11 +27,16 @@ _HOMES = {
     "BundleError": "errors",
     "CheckpointError": "errors",
     "EngineError": "errors",
+    "Event": "events",
     "FrameBoxes": "tubes",
     "GroundedVideo": "grounded_video",
     "Grounder": "grounder",
     "Grounding": "tubes",
     "Interrupted": "errors",
+    "LiveOptions": "live",
+    "LiveStats": "live_stats",
+    "LiveUpdate": "live",
+    "LiveWatch": "live",
     "QueryError": "errors",
     "Tube": "tubes",
     "VideoError": "errors",
@@ -39,11 +47,16 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "EngineError",
+    "Event",
     "FrameBoxes",
     "GroundedVideo",
     "Grounder",
     "Grounding",
     "Interrupted",
+    "LiveOptions",
+    "LiveStats",
+    "LiveUpdate",
+    "LiveWatch",
     "QueryError",
     "Tube",
     "VideoError",

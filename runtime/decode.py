@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.arrays import Array
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.grammar import AnswerGrammar, AnswerState
 from bridge_stg.runtime.prompt import Segment, text_segment
-from bridge_stg.runtime.session import KVCache, Session
+from bridge_stg.runtime.session import KVCache, Session, largest
 
 PREFILL_CHUNK = 1024
 """New tokens of one call while a video is prefilled; bounds the memory of its attention scores."""
@@ -53,7 +55,7 @@ class Answer:
     groups: tuple[int, int] | None
     absent: float
     log_probability: float
-    taps: np.ndarray | None
+    taps: Array | None
 
 
 @dataclass(eq=False)
@@ -72,27 +74,31 @@ def prefill_video(
     session: Session,
     cache: KVCache,
     segment: Segment,
-    visual_tokens: np.ndarray,
+    visual_tokens: Array,
     *,
     report: Callable[[int, int], None],
+    behind: int = 0,
 ) -> Prefix:
-    """Run the video's part of the prompt through the language model, in chunks.
+    """Run the video's part of the prompt, or what it has grown by, through the language model, in chunks.
 
     Args:
         cache: of one row, with room for the segment.
         segment: ids and positions of the video's part.
         visual_tokens: [1+D, V, H], row 0 of V all zero.
         report: called with the tokens done and their number; may raise to stop.
+        behind: how many tokens of the video's part stand in the cache already. What is behind them in the cache, such
+            as a query that was asked in it, is overwritten before any token sees it.
     """
     total = len(segment.input_ids)
-    for start in range(0, total, PREFILL_CHUNK):
+    size = min(PREFILL_CHUNK, largest(session, "L"))
+    for start in range(0, total, size):
         report(start, total)
-        chunk = part(segment, start, start + PREFILL_CHUNK)
-        feed(session, cache, [chunk], [start], outputs=1, visual_tokens=visual_tokens)
+        chunk = part(segment, start, start + size)
+        feed(session, cache, [chunk], [behind + start], outputs=1, visual_tokens=visual_tokens)
     report(total, total)
     # One zero row would do; but a dim of one is a special case to tracers and engine profiles.
     nothing = np.zeros((visual_tokens.shape[0], 2, visual_tokens.shape[2]), visual_tokens.dtype)
-    return Prefix(cache=cache, length=total, next_position=segment.next_position, no_visual_tokens=nothing)
+    return Prefix(cache=cache, length=behind + total, next_position=segment.next_position, no_visual_tokens=nothing)
 
 
 def answer_queries(
@@ -111,11 +117,13 @@ def answer_queries(
     with the next choice. A row that is done waits for the others.
 
     Args:
-        cache: of B rows, with room for `positions_needed` tokens.
+        cache: of B rows, with room for `positions_needed` tokens. One query may be asked in the prefix's own cache:
+            its tokens go behind the prefix, which stays as it is.
         queries: the query segments: text only, their positions following the prefix.
         report: called with the rows done and their number before each call of the model; may raise to stop.
     """
-    cache.copy_prefix(prefix.cache, prefix.length)
+    if cache is not prefix.cache:
+        cache.copy_prefix(prefix.cache, prefix.length)
     rows = [start_row(prefix, query, grammar) for query, grammar in zip(queries, grammars, strict=True)]
     while any(not row.state.done for row in rows):
         report(sum(row.state.done for row in rows), len(rows))
@@ -181,7 +189,7 @@ def choose(row: Row, logits: np.ndarray) -> None:
 
 def bridge(
     session: Session, cache: KVCache, prefix: Prefix, rows: Sequence[Row], bridging_ids: Sequence[int]
-) -> list[np.ndarray | None]:
+) -> list[Array | None]:
     """Feed the rest of each answer and the bridging queries in one call; return each row's taps [T, Q, H].
 
     Rows that found nothing go along, and have no taps; if all did, nothing is fed.
@@ -211,8 +219,8 @@ def feed(
     lengths: Sequence[int],
     *,
     outputs: int,
-    visual_tokens: np.ndarray,
-) -> dict[str, np.ndarray]:
+    visual_tokens: Array,
+) -> dict[str, Any]:
     """Feed each row its segment behind `lengths[b]` cached tokens; ask for its last `outputs` positions.
 
     Rows are padded on the right by their last token. Padding is written behind the row's end, where no later token

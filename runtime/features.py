@@ -12,36 +12,38 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from bridge_stg.runtime import arrays
+from bridge_stg.runtime.arrays import Array
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.frames import Samples
 from bridge_stg.runtime.limits import Limits
 from bridge_stg.runtime.positions import vision_tables
-from bridge_stg.runtime.session import Session
+from bridge_stg.runtime.session import Session, largest
 from bridge_stg.runtime.spec import ChainSpec
 
 Report = Callable[[int, int], None]
 
 
-def merged_grid(frames: np.ndarray, spec: ChainSpec) -> tuple[int, int]:
+def merged_grid(frames: Array, spec: ChainSpec) -> tuple[int, int]:
     """Return rows and columns of visual tokens of a group, for frames [..., height, width, 3] in pixels."""
     side = spec.vision.patch_size * spec.vision.merge_size
     return frames.shape[-3] // side, frames.shape[-2] // side
 
 
-def coarse_tokens(session: Session, spec: ChainSpec, frames: np.ndarray, *, report: Report) -> np.ndarray:
+def coarse_tokens(session: Session, spec: ChainSpec, frames: Array, *, report: Report) -> Array:
     """Return visual tokens [1+D, N+1, H] of groups uint8 [G, P, height, width, 3]; row 0 of N+1 is all zero."""
     chunks = [tokens for tokens, _ in _encode(session, spec, frames, report=report)]
-    return np.concatenate([np.zeros_like(chunks[0][:, :1]), *chunks], axis=1)
+    return arrays.join(chunks, axis=1, zeros_before=1)
 
 
-def fine_maps(session: Session, spec: ChainSpec, frames: np.ndarray, *, report: Report) -> np.ndarray:
+def fine_maps(session: Session, spec: ChainSpec, frames: Array, *, report: Report) -> Array:
     """Return feature maps [F, h, w, C] of single frames uint8 [F, height, width, 3].
 
     Each frame is repeated P times, so that one group is one frame.
     """
-    groups = np.broadcast_to(frames[:, None], (len(frames), spec.vision.temporal_patch_size, *frames.shape[1:]))
-    maps = np.concatenate([feature_map for _, feature_map in _encode(session, spec, groups, report=report)])
-    if not np.isfinite(maps).all():
+    groups = arrays.repeat_new_axis(frames, spec.vision.temporal_patch_size)
+    maps = arrays.join([feature_map for _, feature_map in _encode(session, spec, groups, report=report)], axis=0)
+    if arrays.known_not_finite(maps):  # on a device it shows in the boxes
         raise EngineError(
             "vision_encoder returned a feature_map that is not finite; its precision does not suit this model or "
             "machine: choose another variant, and compare it with the bundle's golden cases"
@@ -49,17 +51,16 @@ def fine_maps(session: Session, spec: ChainSpec, frames: np.ndarray, *, report: 
     return maps
 
 
-def _encode(
-    session: Session, spec: ChainSpec, frames: np.ndarray, *, report: Report
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _encode(session: Session, spec: ChainSpec, frames: Array, *, report: Report) -> Iterator[tuple[Array, Array]]:
     """Yield visual tokens [1+D, n, H] and feature maps [g, h, w, C] of chunks of g groups."""
     patch = spec.vision.patch_size
     rows, columns = frames.shape[2] // patch, frames.shape[3] // patch
     tables = vision_tables(spec.vision, rows, columns)
-    size = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // (rows * columns)))
+    groups = min(spec.frames.encoder_chunk_groups, largest(session, "G"))
+    size = max(1, min(groups, spec.frames.encoder_chunk_patches // (rows * columns)))
     for start in range(0, len(frames), size):
         report(start, len(frames))
-        chunk = np.ascontiguousarray(frames[start : start + size])
+        chunk = arrays.contiguous(frames[start : start + size])
         outputs = session.infer({"frames": chunk, **tables})
         yield outputs["visual_tokens"], outputs["feature_map"]
     report(len(frames), len(frames))
@@ -72,8 +73,7 @@ class FineFeatures:
 
     Args:
         session: the vision encoder.
-        read: returns the fine frames shown at the given times; called by one thread at a time.
-        grid: float64 [K], the video's fine grid in seconds.
+        read: returns the frames at the given places of the fine grid; called by one thread at a time.
         budget_bytes: what the kept maps may hold together; the longest unused go first.
     """
 
@@ -83,18 +83,16 @@ class FineFeatures:
         spec: ChainSpec,
         *,
         read: Callable[[np.ndarray, Limits], Samples],
-        grid: np.ndarray,
         budget_bytes: int,
     ) -> None:
         self._session, self._spec = session, spec
         self._read = read
-        self._grid = grid
         self._budget_bytes = budget_bytes
         self._held_bytes = 0
-        self._kept: OrderedDict[int, tuple[np.ndarray, float]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[Array, float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def at(self, indices: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+    def at(self, indices: np.ndarray, limits: Limits) -> tuple[Array, np.ndarray]:
         """Return feature maps [F, h, w, C] and the times [F] of the frames shown, for places [F] of the grid."""
         with limits.stage("vision_fine"), limits.hold(self._lock):
             found = {int(i): self._kept[int(i)] for i in indices if int(i) in self._kept}
@@ -102,7 +100,7 @@ class FineFeatures:
             if missing.size:
                 with limits.stage("decode_fine"):
                     limits.report(0, missing.size)
-                    samples = self._read(self._grid[missing], limits)
+                    samples = self._read(missing, limits)
                     limits.report(missing.size, missing.size)
                 maps = fine_maps(self._session, self._spec, samples.frames, report=limits.report)
                 for i, feature_map, time in zip(missing, maps, samples.times, strict=True):
@@ -110,7 +108,13 @@ class FineFeatures:
                     found[int(i)] = (feature_map.copy(), float(time))
             for i, entry in found.items():
                 self._keep(i, entry)
-        return np.stack([found[int(i)][0] for i in indices]), np.array([found[int(i)][1] for i in indices])
+        return arrays.stack([found[int(i)][0] for i in indices]), np.array([found[int(i)][1] for i in indices])
+
+    def forget(self, before: int) -> None:
+        """Let go of the maps of all places before one: a window has moved past them."""
+        with self._lock:
+            for index in [index for index in self._kept if index < before]:
+                self._held_bytes -= self._kept.pop(index)[0].nbytes
 
     def clear(self) -> None:
         """Let go of all maps."""
@@ -118,7 +122,7 @@ class FineFeatures:
             self._kept.clear()
             self._held_bytes = 0
 
-    def _keep(self, index: int, entry: tuple[np.ndarray, float]) -> None:
+    def _keep(self, index: int, entry: tuple[Array, float]) -> None:
         replaced = self._kept.pop(index, None)
         self._held_bytes -= 0 if replaced is None else replaced[0].nbytes
         self._kept[index] = entry

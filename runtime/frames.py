@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime import arrays
+from bridge_stg.runtime.arrays import Array
 from bridge_stg.runtime.budget import Budget, CoarseChoice, CoarsePlan
+from bridge_stg.runtime.device import DeviceContext
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.sampling import CoarseSampler, resize_all
 from bridge_stg.runtime.sizes import frame_sizes
@@ -36,7 +39,7 @@ class Samples:
         times: float64 [N], seconds from the first frame of the video: the own time of each of these frames.
     """
 
-    frames: np.ndarray
+    frames: Array
     times: np.ndarray
 
 
@@ -52,7 +55,7 @@ class CoarseFrames:
         choice: the rate and size that the budget left.
     """
 
-    frames: np.ndarray
+    frames: Array
     times: np.ndarray
     interval_s: float
     duration_s: float
@@ -184,7 +187,7 @@ class VideoSource(ABC):
                 limits.append("max_positions")
             sampler.thin()
         size = size or self._plan.smallest
-        frames = np.stack(resize_all([sampler.items[place] for place in places], size))
+        frames = arrays.stack(resize_all([sampler.items[place] for place in places], size))
         return CoarseFrames(
             frames=frames.reshape(*times.shape, *size, 3),
             times=times,
@@ -202,6 +205,7 @@ def open_source(
     budget: Budget | None = None,
     progress: Progress | None = None,
     check: Check | None = None,
+    device: DeviceContext | None = None,
 ) -> VideoSource:
     """Open a video, an image or a stream of frames.
 
@@ -213,6 +217,7 @@ def open_source(
         budget: what the coarse frames may take of the prompt; None: the spec's `max_visual_tokens`.
         progress: told the seconds read so far and the seconds in all (None: not known), for every frame.
         check: called for every decoded frame; stops the reading by raising.
+        device: where frames of an iterable may lie too, in arrays that speak DLPack; they stay there.
 
     Raises:
         VideoError: it cannot be read; the message says what was found and what to do.
@@ -234,7 +239,7 @@ def open_source(
     if isinstance(video, np.ndarray):
         return images.StillImage(stream.check_picture(video, "the image"), spec, budget=budget, name="the image")
     if isinstance(video, Iterable) and not isinstance(video, (bytes, dict)):
-        return stream.FrameStream(video, spec, **options)
+        return stream.FrameStream(video, spec, **options, device=device)
     raise VideoError(
         f"cannot read a video from a {type(video).__name__}: expected a path, a uint8 array [height, width, 3], or an "
         "iterator of (time in seconds, such an array)"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.arrays import on_host
 from bridge_stg.runtime.boxes import box_cxcywh_to_xyxy, boxes_to_pixels
 from bridge_stg.runtime.decode import Answer, Prefix, answer_queries, positions_needed
 from bridge_stg.runtime.errors import QueryError, VideoError
@@ -323,6 +324,7 @@ class GroundedVideo:
             tokens=self._token_counts(0 if sought is None else len(sought.frames.indices)),
             timings={},
             task=task.name,
+            taps=None if answer.taps is None else np.array(on_host(answer.taps)),
         )
         if answer.groups is None:
             return nothing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -16,15 +16,23 @@ from bridge_stg.runtime.frames import CoarseFrames, Samples, VideoSource, open_s
 from bridge_stg.runtime.grounded_video import Chain, GroundedVideo
 from bridge_stg.runtime.kv_pool import KVPool
 from bridge_stg.runtime.limits import Limits, Progress
+from bridge_stg.runtime.live import LiveOptions, LiveWatch
+from bridge_stg.runtime.live_source import open_live
 from bridge_stg.runtime.prompt import Tokenizer, check_query, video_budget, video_segment
-from bridge_stg.runtime.session import Session
+from bridge_stg.runtime.session import Session, fixed_capacity
 from bridge_stg.runtime.spec import ChainSpec
 from bridge_stg.runtime.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.tubes import Grounding
 from bridge_stg.runtime.usage import Usage
 
+if TYPE_CHECKING:
+    from bridge_stg.runtime.targets import Target
+
 Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]"
-"""A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image)."""
+"""A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image).
+
+Images of an iterable may be arrays of any library that speaks DLPack; where the graphs run on a GPU, they may lie
+there, and stay there."""
 
 
 class Grounder:
@@ -37,6 +45,7 @@ class Grounder:
         kv_budget_bytes: what the KV caches of one batch of queries may hold; more queries go in several batches.
         feature_budget_bytes: what a video's fine feature maps may hold between calls.
         verified: whether the graphs were compared with the torch reference when they were exported.
+        target: which backend the sessions run on and why, to be told; None where that is not known.
     """
 
     def __init__(
@@ -48,6 +57,7 @@ class Grounder:
         kv_budget_bytes: int = 2**29,
         feature_budget_bytes: int = 2**28,
         verified: bool = True,
+        target: Target | None = None,
     ) -> None:
         missing = [name for name in GRAPHS if name not in sessions]
         if missing:
@@ -55,6 +65,7 @@ class Grounder:
                 f"the chain needs a session for {missing[0]!r}; it was given: {', '.join(sessions) or 'none'}"
             )
         self.verified = verified
+        self.target = target
         self._sessions = dict(sessions)
         self._feature_budget_bytes = feature_budget_bytes
         self._chain = Chain(
@@ -80,7 +91,7 @@ class Grounder:
 
         Args:
             path: the bundle's folder.
-            backend: "auto", or the name of an engine.
+            backend: "auto", or the name of an engine; `Grounder.target` says which one runs, and why.
             variant: the lowering to run, such as "standard"; None for the best that runs here.
             threads: CPU threads of an engine; None for its own default.
 
@@ -94,7 +105,8 @@ class Grounder:
         bundle = Bundle.load(path)
         tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
         sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads)
-        return cls(sessions, bundle.manifest.spec, tokenizer, verified=bundle.manifest.verified)
+        target: Target | None = getattr(sessions, "target", None)
+        return cls(sessions, bundle.manifest.spec, tokenizer, verified=bundle.manifest.verified, target=target)
 
     @property
     def spec(self) -> ChainSpec:
@@ -218,6 +230,47 @@ class Grounder:
         with self._chain.usage.call():
             return self._open(video, limits, buffer_frames, max_visual_tokens)
 
+    def watch(
+        self,
+        source: str | int | os.PathLike[str] | Iterable[tuple[float, np.ndarray]],
+        queries: Sequence[str],
+        *,
+        realtime: bool = False,
+        latest_wins: bool | None = None,
+        cancel: Any = None,
+        **options: Any,
+    ) -> LiveWatch:
+        """Watch a live stream: ask standing queries about its last seconds again and again.
+
+        Iterate over what is returned, in a `with` block: each `LiveUpdate` holds a round's answers and events.
+
+        Args:
+            source: a video file; an address such as rtsp://camera/stream; a camera's number or device file; or an
+                iterable of (time in seconds, RGB uint8 [H, W, 3]) with strictly increasing times and one size.
+            queries: what to find, in words.
+            realtime: give a file's frames at their own pace instead of as fast as they are taken.
+            latest_wins: whether frames that the machine is too slow for give way to later ones, and are counted; else
+                the source waits. None: it waits for files and iterables.
+            cancel: a `threading.Event`, or a callable that returns True to end the watch, like `LiveWatch.stop`.
+            options: the fields of `LiveOptions`.
+
+        Raises:
+            VideoError: the source is none of these, or an option is out of range. While iterating: the source cannot be
+                opened, breaks off, or is silent for `stall_s`.
+            QueryError: a query is empty or too long.
+            EngineError: while iterating: a backend failed, or this Grounder is closed.
+        """
+        with self._chain.usage.call():
+            chosen = LiveOptions(**options)
+            return LiveWatch(
+                self._chain,
+                open_live(source, realtime=realtime, latest_wins=latest_wins, timeout_s=chosen.stall_s),
+                queries,
+                chosen,
+                cancel=cancel,
+                feature_budget_bytes=self._feature_budget_bytes,
+            )
+
     def _once(
         self, video: Video, query: str, task: Task, limits: Limits, buffer_frames: int, max_visual_tokens: int | None
     ) -> Grounding:
@@ -248,9 +301,12 @@ class Grounder:
                 video,
                 chain.spec,
                 buffer_frames=buffer_frames,
-                budget=video_budget(chain.tokenizer, chain.spec, max_visual_tokens),
+                budget=video_budget(
+                    chain.tokenizer, chain.spec, max_visual_tokens, capacity=fixed_capacity(chain.language_model)
+                ),
                 progress=calls.report,
                 check=calls.check,
+                device=getattr(chain.vision_encoder, "device", None),
             )
         try:
             with limits.stage("decode_video"):
@@ -260,8 +316,7 @@ class Grounder:
             features = FineFeatures(
                 chain.vision_encoder,
                 chain.spec,
-                read=calls.reading(source),
-                grid=grid,
+                read=calls.reading(source, grid),
                 budget_bytes=self._feature_budget_bytes,
             )
             return GroundedVideo(chain, source, coarse, prefix, features, grid, dict(limits.timings))
@@ -298,11 +353,11 @@ class _CurrentCall:
     def report(self, done: float, total: float | None) -> None:
         self._limits.report(done, total)
 
-    def reading(self, source: VideoSource) -> Callable[[np.ndarray, Limits], Samples]:
-        """Return a function that reads fine frames within the limits of its call; one thread at a time."""
+    def reading(self, source: VideoSource, grid: np.ndarray) -> Callable[[np.ndarray, Limits], Samples]:
+        """Return a function that reads the frames at places of the fine grid [K] within the limits of its call."""
 
-        def read(times: np.ndarray, limits: Limits) -> Samples:
+        def read(places: np.ndarray, limits: Limits) -> Samples:
             self._limits = limits
-            return source.fine(times)
+            return source.fine(grid[places])
 
         return read

@@ -41,7 +41,7 @@ class Limits:
         self.started = time.perf_counter()
         self.deadline_s = deadline_s
         self.timings: dict[str, float] = {}
-        self._cancelled = _signal(cancel)
+        self.cancelled = _signal(cancel)
         self._progress = progress
         self._stage = "start"
         self._inner_s = 0.0
@@ -69,7 +69,7 @@ class Limits:
         Raises:
             Interrupted: the deadline has passed or the cancel signal is set; the message names the stage.
         """
-        if self._cancelled():
+        if self.cancelled():
             raise Interrupted(f"the call was cancelled during {self._stage}, {self.elapsed_s:.2f} s after it began")
         if self.deadline_s is not None and self.elapsed_s >= self.deadline_s:
             raise Interrupted(

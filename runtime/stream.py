@@ -9,8 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime import arrays
+from bridge_stg.runtime.arrays import accept
 from bridge_stg.runtime.budget import Budget
-from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.device import DeviceContext
+from bridge_stg.runtime.device_array import DeviceArray
+from bridge_stg.runtime.dlpack import lies_on_gpu
+from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.frames import Check, Progress, Samples, VideoSource
 from bridge_stg.runtime.sampling import CoarseSampler, GridSampler
 from bridge_stg.runtime.sizes import resize
@@ -19,16 +24,27 @@ from bridge_stg.runtime.spec import ChainSpec
 DEFAULT_NAME = "the stream of frames"
 
 
-def check_picture(picture: Any, what: str) -> np.ndarray:
+def check_picture(picture: Any, what: str, device: DeviceContext | None = None) -> Any:
     """Return a picture as an array, uint8 [H, W, 3].
 
+    Args:
+        device: where it may lie; it stays there.
+
     Raises:
-        VideoError: it has another type, dtype or shape; the message begins with `what`.
+        VideoError: it has another type, dtype or shape, or lies elsewhere; the message begins with `what`.
     """
     expected = "expected a uint8 array [height, width, 3] in RGB"
-    if not hasattr(picture, "__array__"):
+    if lies_on_gpu(picture):
+        if device is None:
+            raise VideoError(f"{what} lies on a GPU, and the graphs run on the CPU here; copy it to the host")
+        try:
+            picture = accept(picture, device)
+        except EngineError as error:
+            raise VideoError(f"{what}: {error}") from error
+    elif not hasattr(picture, "__array__"):
         raise VideoError(f"{what} is a {type(picture).__name__}; {expected}")
-    picture = np.asarray(picture)
+    else:
+        picture = np.asarray(picture)
     if picture.dtype != np.uint8:
         raise VideoError(f"{what} has dtype {picture.dtype}; {expected}, values 0 to 255")
     if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
@@ -54,10 +70,11 @@ class FrameStream(VideoSource):
         check: Check,
         budget: Budget | None = None,
         name: str = DEFAULT_NAME,
+        device: DeviceContext | None = None,
     ) -> None:
         if isinstance(buffer_frames, bool) or not isinstance(buffer_frames, int) or buffer_frames < 1:
             raise VideoError(f"buffer_frames={buffer_frames!r}: expected a whole number, 1 or more")
-        self._frames: Iterator[tuple[float, np.ndarray]] | None = self._checked(frames, name)
+        self._frames: Iterator[tuple[float, np.ndarray]] | None = checked_frames(frames, name, device)
         self._first = next(self._frames, None)
         if self._first is None:
             raise VideoError(f"{name} holds no frames: expected at least one (time in seconds, RGB picture)")
@@ -101,30 +118,32 @@ class FrameStream(VideoSource):
             raise VideoError(f"{self._name} is closed; open it again to read frames from it")
         places = np.floor((times + self._tolerance_s) / self._kept.interval_s)
         kept = [self._kept.items[int(place)] for place in places.clip(0, len(self._kept.items) - 1)]
-        return Samples(frames=np.stack([frame for _, frame in kept]), times=np.asarray([time for time, _ in kept]))
+        return Samples(frames=arrays.stack([frame for _, frame in kept]), times=np.asarray([time for time, _ in kept]))
 
-    @staticmethod
-    def _checked(frames: Iterable[tuple[float, np.ndarray]], name: str) -> Iterator[tuple[float, np.ndarray]]:
-        """Yield what the caller's iterator yields, checked and copied: the caller may reuse its buffer."""
-        size: tuple[int, ...] = ()
-        before = -math.inf
-        for index, item in enumerate(frames):
-            what = f"{name}: frame {index}"
-            if not isinstance(item, (tuple, list)) or len(item) != 2:
-                raise VideoError(f"{what} is a {type(item).__name__}; expected a pair (time in seconds, RGB picture)")
-            if isinstance(item[0], bool) or not isinstance(item[0], numbers.Real):
-                raise VideoError(f"{what} has a {type(item[0]).__name__} as its time; expected seconds as a number")
-            time = float(item[0])
-            if not math.isfinite(time) or time < 0:
-                raise VideoError(f"{what} has the time {time}; expected finite seconds, 0 or more")
-            if time <= before:
-                raise VideoError(f"{what} has the time {time} s after {before} s; expected strictly increasing times")
-            picture = check_picture(item[1], f"{what}, its picture")
-            size = size or picture.shape
-            if picture.shape != size:
-                raise VideoError(
-                    f"{what} is {picture.shape[1]} × {picture.shape[0]} pixels, the frames before it are "
-                    f"{size[1]} × {size[0]}; expected one size, so resize them or pass two streams"
-                )
-            before = time
-            yield time, picture.copy()
+
+def checked_frames(
+    frames: Iterable[tuple[float, Any]], name: str, device: DeviceContext | None = None
+) -> Iterator[tuple[float, Any]]:
+    """Yield what the caller's iterator yields, checked and copied: the caller may reuse its buffer."""
+    size: tuple[int, ...] = ()
+    before = -math.inf
+    for index, item in enumerate(frames):
+        what = f"{name}: frame {index}"
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise VideoError(f"{what} is a {type(item).__name__}; expected a pair (time in seconds, RGB picture)")
+        if isinstance(item[0], bool) or not isinstance(item[0], numbers.Real):
+            raise VideoError(f"{what} has a {type(item[0]).__name__} as its time; expected seconds as a number")
+        time = float(item[0])
+        if not math.isfinite(time) or time < 0:
+            raise VideoError(f"{what} has the time {time}; expected finite seconds, 0 or more")
+        if time <= before:
+            raise VideoError(f"{what} has the time {time} s after {before} s; expected strictly increasing times")
+        picture = check_picture(item[1], f"{what}, its picture", device)
+        size = size or picture.shape
+        if picture.shape != size:
+            raise VideoError(
+                f"{what} is {picture.shape[1]} × {picture.shape[0]} pixels, the frames before it are "
+                f"{size[1]} × {size[0]}; expected one size, so resize them or pass two streams"
+            )
+        before = time
+        yield time, picture.copy().wait() if isinstance(picture, DeviceArray) else picture.copy()

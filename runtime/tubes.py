@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,8 @@ class Grounding:
             share; `answer`, `decode_fine`, `vision_fine` and `spatial` those of the call, which the queries of a
             `ground_many` share; `total` is the call's.
         task: what was asked for, one of `bridge_stg.runtime.tasks.TASKS`.
+        taps: [T, Q, H], what the tapped layers of the language model know of the target: the hidden states of the
+            bridging queries, from which the boxes are found, for heads of your own. None if not found. Not in the JSON.
     """
 
     query: str
@@ -166,6 +168,7 @@ class Grounding:
     tokens: Mapping[str, float]
     timings: Mapping[str, float]
     task: str = "tube"
+    taps: np.ndarray | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dump`; `schema` is the version of their layout."""

@@ -131,15 +131,15 @@ class FakeLanguageModel(FakeSession):
                 random = np.random.default_rng(np.frombuffer(visible.tobytes(), np.uint32))
                 taps[:, b, k] = random.random((TAPS, WIDTH))
                 logits[b, k] = random.normal(size=VOCAB)
-                logits[b, k] += self.scripted(visible[:, 0])
+                logits[b, k] += self.scripted(visible)
             seen.append(self.tokenizer.decode(cache.entries[b, : start[b] + asked[b, -1] + 1, 0]))
         with self.lock:
             self.seen.append(seen)
         return {"logits": logits, "taps": taps}
 
-    def scripted(self, ids: np.ndarray) -> np.ndarray:
+    def scripted(self, visible: np.ndarray) -> np.ndarray:
         wish = np.zeros(VOCAB, np.float32)
-        text = self.tokenizer.decode(ids)
+        text = self.tokenizer.decode(visible[:, 0])
         for query, answer in self.script.items():
             _, asked, written = text.rpartition(f"Find {query}.<|im_end|>\n<|im_start|>assistant\n")
             if asked and answer.startswith(written) and written != answer:

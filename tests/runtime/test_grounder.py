@@ -21,7 +21,7 @@ from bridge_stg.runtime.errors import EngineError, Interrupted, QueryError, Vide
 from bridge_stg.runtime.prompt import Tokenizer
 from bridge_stg.runtime.spans import FineFrames
 from bridge_stg.runtime.spatial_pass import SpatialQuery, _batches
-from tests.runtime.fake_chain import BRIDGING, TAPS, clip, fake_grounder, fake_spec
+from tests.runtime.fake_chain import BRIDGING, TAPS, WIDTH, clip, fake_grounder, fake_spec
 
 # Groups of two samples, 0.5 s apart: group k has the samples k and k + 0.5, and the time k + 0.25.
 CAR = "<2.2 seconds> to <4.2 seconds>"
@@ -88,6 +88,19 @@ def test_a_query_becomes_a_tube() -> None:
     }
     assert sum(found.timings.values()) <= 2.001 * found.timings["total"]
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_taps_are_given_for_other_heads() -> None:
+    grounder = fake_grounder(script=SCRIPT)
+    with grounder.open(clip()) as video:
+        car, cat, dog = video.ground_many(["the car", "the cat", "the dog"])
+        when = video.span("the car")
+    assert cat.taps is None and car.taps is not None and dog.taps is not None
+    assert car.taps.shape == (TAPS, BRIDGING, WIDTH) and car.taps.base is None
+    (call,) = grounder._sessions["spatial_decoder"].calls  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(np.stack([dog.taps, car.taps], axis=1), call["taps"])
+    np.testing.assert_array_equal(when.taps, car.taps)
+    assert "taps" not in car.to_json()
 
 
 def test_presence_corrects_the_named_span() -> None:
