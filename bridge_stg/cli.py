@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 import bridge_stg
-from bridge_stg import cli_checkpoints, cli_evaluate, cli_infer_many
+from bridge_stg import cli_build, cli_calibrate, cli_checkpoints, cli_deploy, cli_evaluate, cli_infer_many, cli_watch
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 VARIANTS = ("standard", "primitive")
@@ -28,8 +28,9 @@ UNVERIFIED = (
 EXTRAS = {  # the import name of a package and the extra that brings it
     "onnxruntime": "[cpu]", "torch": "[export]", "transformers": "[export]", "onnx": "[export]", "onnx_ir": "[export]",
     "onnxscript": "[export]", "safetensors": "[export]", "skimage": "[train]", "tensorrt": "[tensorrt]",
+    "cuda": "[gpu]",
     "tensorrt_rtx_bindings": "[rtx]", "ray": "[ray]", "pyarrow": "[ray]",
-    "numpy": "", "av": "", "PIL": "", "tokenizers": "", "tqdm": "",
+    "yaml": "[calibrate]", "numpy": "", "av": "", "PIL": "", "tokenizers": "", "tqdm": "",
 }  # fmt: skip
 
 
@@ -119,14 +120,33 @@ def app() -> None:
 @click.option(
     "--verify/--no-verify", default=True, help="Whether to compare the graphs with torch; else they are unverified."
 )
-def export(checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ...], dtype: str, verify: bool) -> None:
+@click.option("--int8", is_flag=True, help="Calibrate the bundle too, as `calibrate` does; needs --samples.")
+@cli_calibrate.sample_options(required=False)
+def export(
+    checkpoint: Path,
+    out: Path,
+    overwrite: bool,
+    variants: tuple[str, ...],
+    dtype: str,
+    verify: bool,
+    int8: bool,
+    **given: Any,
+) -> None:
     """Turn a CHECKPOINT folder into a checked bundle that runs without torch."""
+    cli_calibrate.check_int8(int8, dtype, given)
     if out.exists() and not overwrite:
         raise BundleError(f"{out} is there already. Give --overwrite to replace it, or another --out.")
     from bridge_stg.export.onnx_export import export_bundle
     from bridge_stg.export.parity import parity_table
 
     options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "verify": verify, "progress": stage_line}
+    if int8:
+        options["overwrite"] = True  # of what an interrupted call left
+        with cli_calibrate.float_bundle(out, given) as path:
+            made = export_bundle(checkpoint, path, variants=variants or VARIANTS, **options)
+            click.echo(parity_table(made) if verify else UNVERIFIED)
+            click.echo(cli_calibrate.calibrate_bundle(made, out, overwrite=overwrite, **given))
+        return
     made = export_bundle(checkpoint, out, variants=variants or VARIANTS, **options)
     click.echo(f"{parity_table(made) if verify else UNVERIFIED}\n{made} is complete.")
 
@@ -146,11 +166,27 @@ def inspect(bundle: Path) -> None:
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
 @click.option("--variant", help="Only this variant; by default every one that runs here.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
-def verify(bundle: Path, backend: str, variant: str | None, threads: int | None) -> None:
+@click.option("--bisect", is_flag=True, help="Name the block in which the first drift begins; needs onnx.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="With --bisect: a bundle of the same model that is right; by default another variant of this one.",
+)
+def verify(
+    bundle: Path, backend: str, variant: str | None, threads: int | None, bisect: bool, against: Path | None
+) -> None:
     """Hash every file of a BUNDLE and replay its golden cases on this machine."""
+    options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads, "report": click.echo}
+    if bisect:
+        from bridge_stg.export.bisect import verify_and_bisect
+
+        verify_and_bisect(bundle, against=against, **options)
+        return
+    if against is not None:
+        raise click.UsageError("--against is the reference of --bisect; give both.")
     from bridge_stg.runtime.verify import verify_bundle
 
-    verify_bundle(bundle, backend=backend, variant=variant, threads=threads, report=click.echo)
+    verify_bundle(bundle, **options)
 
 
 @app.command()
@@ -244,7 +280,8 @@ def infer(
         if json_file:
             from bridge_stg.runtime.atomic import replacing
 
-            document = {"video": video, "results": [result.to_json() for result in results]}
+            engine = None if grounder.target is None else grounder.target.to_json()
+            document = {"video": video, "engine": engine, "results": [result.to_json() for result in results]}
             with replacing(json_file) as temporary:
                 temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if annotate or sheet:
@@ -255,15 +292,22 @@ def infer(
             if sheet:
                 draw.contact_sheet(video, results[0], sheet)
     click.echo("\n\n".join(grounding_table(result) for result in results))
+    if grounder.target is not None:
+        click.echo(f"  engine: {grounder.target.summary}")
     for written in filter(None, (json_file, annotate, sheet)):
         click.echo(f"wrote {written}")
 
 
+app.add_command(cli_build.build)
+app.add_command(cli_calibrate.calibrate)
 app.add_command(cli_checkpoints.init)
 app.add_command(cli_checkpoints.train)
 app.add_command(cli_evaluate.evaluate)
 app.add_command(cli_evaluate.convert_refs)
 app.add_command(cli_infer_many.infer_many)
+app.add_command(cli_deploy.doctor)
+app.add_command(cli_deploy.triton)
+app.add_command(cli_watch.watch)
 
 
 @app.command("train-demo")

@@ -8,7 +8,9 @@ import numpy as np
 
 from bridge_stg.runtime.budget import CoarseChoice
 from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec
+from bridge_stg.runtime.targets import choose
 from bridge_stg.runtime.tubes import FrameBoxes, Grounding
 
 ROWS = 12
@@ -72,12 +74,21 @@ def bundle_table(bundle: Bundle) -> str:
         "frames": f"{spec.frames.coarse_fps:g} a second coarse (up to {spec.frames.coarse_max_pixels} pixels), "
         f"{spec.frames.fine_fps:g} fine (up to {spec.frames.fine_max_pixels})",
         "size": f"{sum(entry.size for entry in manifest.entries().values()) / 1e6:.1f} MB",
+        "runs here": _target_line(bundle),
     }
     lines = [f"{name:12} {value}" for name, value in facts.items()]
     for variants in manifest.graphs.values():
         for graph in variants.values():
             lines += ["", *_graph_lines(graph)]
     return "\n".join(lines)
+
+
+def _target_line(bundle: Bundle) -> str:
+    """Say which backend `auto` takes on this machine, and why."""
+    try:
+        return str(choose(bundle))
+    except EngineError as error:
+        return f"no: {error}"
 
 
 def _graph_lines(graph: GraphSpec) -> list[str]:

@@ -21,6 +21,7 @@ from bridge_stg.runtime.budget import CoarseChoice
 from bridge_stg.runtime.draw import encode_h264
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.targets import Target
 from bridge_stg.runtime.tubes import Grounding, Tube
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +69,7 @@ class FakeGrounder(FakeVideo):
 
     calls: list[tuple[Any, ...]] = []
     verified = True
+    target = Target("tensorrt", "10.15.1", {"language_model": "standard"}, "Orin (SM 87)", "asked for")
 
     @classmethod
     def load(cls, path: Any, **options: Any) -> FakeGrounder:
@@ -118,6 +120,7 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
         "interpolated",
         "64 coarse + 128 fine",
         "coarse frames: 2 a second at 64 × 48 pixels, 8 groups, 64 tokens",
+        "engine: tensorrt 10.15.1 on Orin (SM 87), standard",
     ):
         assert part in shown
     assert fake[0] == (Path("b"), {"backend": "auto", "variant": "primitive", "threads": 1})
@@ -126,6 +129,7 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
     assert [result["query"] for result in document["results"]] == ["the dog"]
     assert len(document["results"][0]["boxes"]) == 12
     assert document["results"][0]["coarse"]["fps"] == 2
+    assert (document["engine"]["backend"], document["engine"]["reason"]) == ("tensorrt", "asked for")
     assert sorted(path.name for path in clip.parent.iterdir()) == ["a.mp4", "clip.mp4", "r.json", "s.png"]
 
 
