@@ -44,7 +44,7 @@ def test_several_hostile_blocks() -> None:
 
 
 def test_a_well_ranked_search_takes_few_trials() -> None:
-    loss = Loss({block: 10.0 for block in BLOCKS[:3]})
+    loss = Loss(dict.fromkeys(BLOCKS[:3], 10.0))
     choice = fewest_in_float(BLOCKS, loss, limit=1.0)
     assert choice.kept == tuple(BLOCKS[:3])
     assert loss.calls <= 7
