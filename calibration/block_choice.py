@@ -97,7 +97,7 @@ def chosen_blocks(
         judged = trials.trial(chosen, reference, stop_above=options.max_drop, stage=stage)
         # One answer may change however few there are: that is no evidence yet.
         allowed = max(options.max_changed, 100 / judged.samples)
-        loss = max(judged.drop / options.max_drop, judged.changed / allowed)
+        loss = round(max(judged.drop / options.max_drop, judged.changed / allowed), 9)  # 3 of 100 are 3 %, not more
         tried.append({"kept": list(kept), "drop": judged.drop, "changed": judged.changed, "within": loss <= 1})
         return loss
 

@@ -59,12 +59,12 @@ class Gate:
     @property
     def why(self) -> str:
         """Say what was found, and what follows."""
-        times = f"{1e3 * self.int8_seconds:.1f} ms in INT8 against {1e3 * self.float_seconds:.1f} ms in float"
+        times = f"{1e3 * self.int8_seconds:.1f} ms in integers against {1e3 * self.float_seconds:.1f} ms in float"
         sizes = f"{self.int8_bytes / 1e6:.2f} MB against {self.float_bytes / 1e6:.2f} MB"
         faults = [word for word, good in (("faster", self.faster), ("smaller", self.smaller)) if not good]
         if not faults:
-            return f"INT8 is faster and smaller here: {times}, {sizes}"
-        found = f"INT8 is not {' and not '.join(faults)} here: {times}, {sizes}"
+            return f"in integers it is faster and smaller here: {times}, {sizes}"
+        found = f"in integers it is not {' and not '.join(faults)} here: {times}, {sizes}"
         return f"{found}; it was asked for all the same" if self.forced else f"{found}; the graph stays in float"
 
 

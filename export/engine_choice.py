@@ -30,9 +30,9 @@ from bridge_stg.runtime.tensorrt_library import MODULES
 
 OPTIONS = {"attention": "decomposable", "network": "strongly typed", "tf32": "off"}
 """Settings of every engine, as they stand in its key."""
-BASE_BYTES, COPIES = 500 * 10**6, 3.1
+BASE_BYTES, COPIES = 500 * 10**6, 3.2
 """Memory of a compilation: what it takes whatever the graph, and how often the weights are held at its worst moment
-(docs/performance.md)."""
+(docs/engines.md)."""
 LEAST_WORKSPACE = 256 * 2**20
 BYTES = {"float32": 4, "float16": 2, "int8": 1}
 

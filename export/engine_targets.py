@@ -61,7 +61,6 @@ class EngineTarget:
 
 RTX, RTX_END = (1, 2), (2,)
 TARGETS: tuple[EngineTarget, ...] = (
-    EngineTarget("rtx-turing", "RTX 20, T4", "tensorrt_rtx", RTX, RTX_END, (75,), "standard", ("fp32", "fp16"), 6 * GB),
     EngineTarget("rtx-ampere", "RTX 30, A10", "tensorrt_rtx", RTX, RTX_END, (86,), "standard", AMPERE, 8 * GB),
     EngineTarget("rtx-ada", "RTX 40, L4, L40", "tensorrt_rtx", RTX, RTX_END, (89,), "standard", ADA, 8 * GB),
     EngineTarget("rtx-blackwell", "RTX 50", "tensorrt_rtx", RTX, RTX_END, (120,), "standard", ADA, 8 * GB),
@@ -98,12 +97,18 @@ def this_target(*, family: str, version: str, sm: int, memory: int | None) -> En
         version: of the TensorRT that is installed.
         sm: compute capability of its GPU.
         memory: bytes that its GPU has in all; None: not known.
+
+    Raises:
+        EngineError: the pair runs none of our graphs.
     """
     numbers = version_numbers(version)
     variant = "primitive" if family == "tensorrt" and numbers < PRIMITIVE_ONLY_BELOW else "standard"
     precisions = next(words for since, words in PRECISIONS_BY_SM if sm >= since)
     if family == "tensorrt_rtx" and sm < 80:
-        precisions = find_target("rtx-turing").precisions
+        raise EngineError(
+            f"TensorRT-RTX multiplies no fp32 matrices on SM {sm}, which every model here has in its spatial decoder. "
+            'Use TensorRT itself, or onnxruntime: pip install "bridge-stg[gpu]"'
+        )
     limit = 8 * GB if memory is None else int(0.9 * memory)
     return EngineTarget("this", f"SM {sm}", family, numbers[:2], (99,), (sm,), variant, precisions, limit)
 

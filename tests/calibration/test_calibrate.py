@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from bridge_stg import cli
 from bridge_stg.calibration import recipe_trials, steps
+from bridge_stg.calibration.block_choice import chosen_blocks
 from bridge_stg.calibration.calibrate import Options, calibrate
 from bridge_stg.calibration.judge import Judgement
 from bridge_stg.calibration.quantized_bundle import quantize_bundle
@@ -150,6 +152,20 @@ def test_what_cannot_be_held_is_said(exported: Bundle, given: dict[str, Path], t
         with pytest.raises(BridgeError, match=r"no choice of blocks .* changes 50.0 % .* --kv8"):
             calibrate(exported.path, tmp_path / "b8", **given, options=tight)
     assert not (tmp_path / "b8").exists()
+
+
+def test_answers_that_change_up_to_the_limit_are_within_it() -> None:
+    """3 of 100 are 3 %, whatever floats make of it, and one may change however few there are."""
+    values: dict[str, Any] = {"label": "int8", "failed": 0, "labelled": True, "metrics": {}}
+    for samples, changed, within in ((100, 3, True), (100, 4, False), (20, 1, True), (20, 2, False)):
+        judged = Judgement(samples=samples, answer_agreement=(samples - changed) / samples, **values)
+        trials: Any = SimpleNamespace(trial=lambda *_, judged=judged, **__: judged)
+        if within:
+            choice, tried = chosen_blocks(trials, RECIPES["w8a8"], [], judged, Options())
+            assert choice.within and tried[0]["within"]
+        else:
+            with pytest.raises(BridgeError, match="no choice of blocks"):
+                chosen_blocks(trials, RECIPES["w8a8"], [], judged, Options())
 
 
 def run(*arguments: object) -> int:

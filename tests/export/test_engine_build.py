@@ -1,4 +1,4 @@
-"""`build`: what it refuses, what it leaves, and that a real TensorRT compiles every graph of every precision."""
+"""`build`: what it refuses, what it leaves, and that the runtime finds what a real TensorRT made."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from bridge_stg.export.engine_plan import plan_summary
 from bridge_stg.export.engine_targets import ahead_of_time
 from bridge_stg.export.engines import Compiled
 from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.engine_cache import EngineDevice, find_engine, read_engines
-from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.errors import BridgeError, EngineError
 from tests.calibration.golden_ranges import golden_ranges
 
 FEW = {
@@ -80,31 +79,24 @@ def quantized(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["standard", "primitive"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_every_graph_compiles_for_every_target_ahead_of_time(
-    rtx: Any, precision: str, variant: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any
+def test_a_real_tensorrt_builds_what_the_runtime_finds(
+    rtx: Any, exported_fp16: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = request.getfixturevalue({"fp32": "exported", "fp16": "exported_fp16", "int8": "quantized"}[precision])
-    bundle = _copy(made, tmp_path, monkeypatch)
-    target = {"fp32": "rtx-turing", "fp16": "rtx-ampere", "int8": "rtx-ada"}[precision]
-    entries = build_engines(bundle, [target], variant=variant, precision=precision, overrides=FEW)
+    bundle = _copy(exported_fp16, tmp_path, monkeypatch)
+    entries = build_engines(bundle, ["rtx-ampere"], precision="fp16", overrides=FEW)
     assert [entry.graph for entry in entries] == list(bundle.manifest.graphs)
     for entry in entries:
-        device = EngineDevice("tensorrt_rtx", rtx.__version__, entry.key.sms[0])
-        assert find_engine(bundle, bundle.graph(entry.graph, variant), device) == entry
-        counts = plan_summary(entry.built["layers"])
-        floats = {"fp32": {"fp32"}, "fp16": {"fp16", "fp32"}, "int8": {"int8", "fp32"}}[precision]
-        assert precision in counts["products"] and set(counts["products"]) <= floats
-        if precision == "fp16" and (entry.graph == "vision_encoder" or variant == "standard"):
-            assert counts["attention"].get("fused", 0) > 0
-            assert "unfused" not in counts["attention"] or entry.graph == "spatial_decoder"
-        if precision == "int8" and entry.graph == "language_model":
-            assert set(counts["products"]) == {"int8"}
-    language = entries[list(GRAPHS).index("language_model")]
-    assert list(language.profiles) == ["prefill", "decode"]
-    assert (language.capacity is None) == (variant == "primitive")
-    assert language.read_plan()[:4] == entries[0].read_plan()[:4]
+        device = EngineDevice("tensorrt_rtx", rtx.__version__, 86)
+        assert find_engine(bundle, bundle.graph(entry.graph, "standard"), device) == entry
+        assert entry.read_plan() and entry.built["seconds"] > 0 and entry.built["peak_memory_bytes"] > 10**8
+        products = plan_summary(entry.built["layers"])["products"]
+        assert set(products) <= ({"fp16", "fp32"} if entry.graph == "spatial_decoder" else {"fp16"})
+    language = next(entry for entry in entries if entry.graph == "language_model")
+    assert list(language.profiles) == ["prefill", "decode"] and language.capacity is not None
+    assert plan_summary(language.built["layers"])["attention"] == {"fused": 3}
+    said: list[str] = []
+    assert build_engines(bundle, ["rtx-ampere"], overrides=FEW, say=said.append) == entries
+    assert len(said) == 3 and all("is there already" in line for line in said)
 
 
 def test_what_is_there_is_not_compiled_again(bundle: Bundle, pretended: list[dict[str, Any]]) -> None:
@@ -118,7 +110,7 @@ def test_what_is_there_is_not_compiled_again(bundle: Bundle, pretended: list[dic
     build_engines(bundle, ["rtx-ada"], graphs=["language_model"], overrides={"capacity": 512})
     build_engines(bundle, ["rtx-ada"], graphs=["language_model"], again=True)
     assert len(pretended) == 3 and len(read_engines(bundle)) == 2
-    assert engine_line(made[0]).startswith("language_model (standard, fp32) for rtx-ada: 0 MB, 1 s")
+    assert engine_line(made[0]).startswith("language_model (standard, fp32) for rtx-ada: 0 MB, ")
 
 
 def test_a_build_that_is_stopped_leaves_nothing(bundle: Bundle, pretended: list[dict[str, Any]]) -> None:
@@ -150,7 +142,7 @@ def test_tensorrt_is_stopped_between_its_steps(rtx: Any, bundle: Bundle) -> None
     ("targets", "options", "message"),
     [
         (["orin"], {}, "target 'orin' is unknown; known: this"),
-        (["orin-jp6"], {"precision": "fp8"}, "orin-jp6 .* has no fp8; it has fp32, fp16, bf16, int8, int4"),
+        (["orin-jp6"], {"precision": "fp8"}, "has no fp8; it has fp32, fp16, bf16, int8, int4"),
         (["rtx-ada"], {"precision": "fp16"}, "--precision fp16 was asked for, and .* is fp32.*--dtype fp16"),
         (["rtx-ada"], {"precision": "int8"}, "make a bundle with `calibrate`"),
         (["rtx-ada"], {"graphs": ["decoder"]}, "no graph 'decoder' in this bundle"),
@@ -162,8 +154,6 @@ def test_tensorrt_is_stopped_between_its_steps(rtx: Any, bundle: Bundle) -> None
 def test_misuse_is_told_before_anything_is_compiled(
     bundle: Bundle, pretended: list[dict[str, Any]], targets: list[str], options: dict[str, Any], message: str
 ) -> None:
-    from bridge_stg.runtime.errors import BridgeError
-
     with pytest.raises(BridgeError, match=message):
         build_engines(bundle, ["rtx-ampere", *targets], **options)
     assert not pretended and not (bundle.path / "engines").exists()
@@ -219,8 +209,6 @@ def test_what_the_table_of_support_refuses_is_refused(
     monkeypatch.setattr(engine_choice, "require", refuse)
     with pytest.raises(EngineError, match="the table refuses it"):
         build_engines(quantized, ["rtx-ada"])
-    with pytest.raises(EngineError, match="rtx-turing .* has no int8; it has fp32, fp16"):
-        build_engines(quantized, ["rtx-turing"])
 
 
 def test_a_missing_tensorrt_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_the_variant_follows_from_the_version() -> None:
     assert this_target(family="tensorrt_rtx", version="1.7.1", sm=89, memory=None).variant == "standard"
 
 
-@pytest.mark.parametrize(("name", "lacks"), [("orin-jp6", "fp8"), ("rtx-turing", "bf16"), ("a100", "fp8")])
+@pytest.mark.parametrize(("name", "lacks"), [("orin-jp6", "fp8"), ("rtx-ampere", "fp8"), ("a100", "fp8")])
 def test_a_missing_precision_is_refused_with_what_there_is(name: str, lacks: str) -> None:
     target = find_target(name)
     with pytest.raises(EngineError, match=rf"{name}.*has no {lacks}; it has {', '.join(target.precisions)}"):
@@ -70,5 +70,11 @@ def test_tensorrt_compiles_on_the_device_alone() -> None:
     assert check_installed(find_target("thor"), version="10.15.1", sm=110).sms == (110,)
     assert check_installed(find_target("rtx-ada"), version="1.7.1.116", sm=None).sms == (89,)
     for sm, here in ((None, "no GPU was found here"), (86, "the GPU here is SM 86")):
-        with pytest.raises(EngineError, match=f"target h100 is SM 90, and {here}.*ahead of time for one of rtx-turing"):
+        with pytest.raises(EngineError, match=f"target h100 is SM 90, and {here}.*ahead of time for one of rtx-ampere"):
             check_installed(find_target("h100"), version="11.0.1", sm=sm)
+
+
+def test_turing_is_refused_for_what_it_lacks() -> None:
+    with pytest.raises(EngineError, match="TensorRT-RTX multiplies no fp32 matrices on SM 75"):
+        this_target(family="tensorrt_rtx", version="1.7.1", sm=75, memory=None)
+    assert "fp32" in this_target(family="tensorrt", version="10.15.1", sm=75, memory=None).precisions

@@ -1,0 +1,79 @@
+"""Compile the language model of a large bundle ahead of time, and measure it: peak memory, time, size of the engine.
+
+Make the bundle first: python benchmarks/export_large.py qwen3_vl_2b --keep. The compilation runs in a process of its
+own, as `bridge-stg build` does. The result goes to benchmarks/results/build_<bundle>.json; it tells no speed on a GPU.
+
+Usage: python benchmarks/build_large.py build/large/qwen3_vl_2b_fp16 [--target rtx-ampere] [--graph language_model]
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from machine import describe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bridge_stg
+
+bridge_stg.__path__.append(sys.path[0])
+
+from bridge_stg.export.engine_plan import plan_summary  # noqa: E402
+from bridge_stg.runtime.bundle import Bundle  # noqa: E402
+from bridge_stg.runtime.engine_cache import EngineEntry, read_engines  # noqa: E402
+
+RESULTS = Path("benchmarks/results")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True))
+@click.option("--target", default="rtx-ampere", show_default=True)
+@click.option("--graph", default="language_model", show_default=True)
+@click.option("--variant", default="standard", show_default=True)
+@click.option("--keep/--no-keep", default=False, help="Whether to keep the engine.")
+def main(bundle: Path, target: str, graph: str, variant: str, keep: bool) -> None:
+    """Compile GRAPH of BUNDLE, and write what was measured."""
+    options = ["--target", target, "--graph", graph, "--variant", variant, "--again", "--no-check-memory"]
+    began = time.monotonic()
+    subprocess.run([sys.executable, "cli.py", "build", str(bundle), *options], check=True)
+    seconds = time.monotonic() - began
+    graph_spec = Bundle.load(bundle).graph(graph, variant)
+    entry = max(read_engines(Bundle.load(bundle), graph_spec), key=lambda e: str(e.built["finished"]))
+    result = {"bundle": bundle.name, "command_seconds": round(seconds, 1), **measured(entry)}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2)
+    (RESULTS / f"build_{bundle.name}.json").write_text(text + "\n", encoding="utf-8")
+    click.echo(text)
+    if not keep:
+        shutil.rmtree(entry.folder)
+
+
+def measured(entry: EngineEntry) -> dict[str, Any]:
+    """Return what an engine's own record says."""
+    weights, peak = int(entry.built["weight_bytes"]), int(entry.built["peak_memory_bytes"])
+    return {
+        "target": entry.target,
+        "graph": entry.graph,
+        "variant": entry.variant,
+        "precision": entry.precision,
+        "tensorrt": f"{entry.key.family} {entry.key.version}",
+        "profiles": entry.profiles,
+        "capacity": entry.capacity,
+        "weight_bytes": weights,
+        "engine_bytes": entry.size,
+        "seconds": entry.built["seconds"],
+        "peak_memory_bytes": peak,
+        "peak_over_weights": round(peak / weights, 2),
+        "layers": plan_summary(entry.built["layers"]),
+        "machine": describe("onnx", "numpy"),
+    }
+
+
+if __name__ == "__main__":
+    main()
