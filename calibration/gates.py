@@ -57,15 +57,21 @@ class Gate:
         return self.forced or (self.faster and self.smaller)
 
     @property
-    def why(self) -> str:
-        """Say what was found, and what follows."""
+    def finding(self) -> str:
+        """Say what was found."""
         times = f"{1e3 * self.int8_seconds:.1f} ms in integers against {1e3 * self.float_seconds:.1f} ms in float"
         sizes = f"{self.int8_bytes / 1e6:.2f} MB against {self.float_bytes / 1e6:.2f} MB"
         faults = [word for word, good in (("faster", self.faster), ("smaller", self.smaller)) if not good]
         if not faults:
             return f"in integers it is faster and smaller here: {times}, {sizes}"
-        found = f"in integers it is not {' and not '.join(faults)} here: {times}, {sizes}"
-        return f"{found}; it was asked for all the same" if self.forced else f"{found}; the graph stays in float"
+        return f"in integers it is not {' and not '.join(faults)} here: {times}, {sizes}"
+
+    @property
+    def why(self) -> str:
+        """Say what was found, and what follows."""
+        if self.faster and self.smaller:
+            return self.finding
+        return f"{self.finding}; {'it was asked for all the same' if self.forced else 'the graph stays in float'}"
 
 
 class TimedSession:
