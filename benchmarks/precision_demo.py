@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from machine import describe
 from bridge_stg.calibration.judge import judge
 from bridge_stg.cli_evaluate import bundle_model
 from bridge_stg.evaluation.jsonl import read_jsonl
+from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.peak import peak_bytes
@@ -91,8 +93,8 @@ def measure(name: str, first: Path, path: Path, judged: Path, answers: Path, thr
     """Return metrics, agreement with fp32, bytes and peak memory of one bundle; answers are kept in `answers`."""
     dataset = read_jsonl([judged], judged.parent)
     options: dict[str, Any] = {"backend": "auto", "variant": None, "threads": threads}
+    memory = peak_of_asking(path, dataset.samples[:4], threads)
     found = judge(bundle_model(path, name, **options), dataset, folder=answers)
-    memory = peak_bytes()
     if name != "fp32":
         reference = judge(bundle_model(first, "fp32", **options), dataset, folder=answers)
         found = judge(bundle_model(path, name, **options), dataset, folder=answers, reference=reference)
@@ -111,6 +113,14 @@ def measure(name: str, first: Path, path: Path, judged: Path, answers: Path, thr
         },
         "peak_bytes": memory,
     }
+
+
+def peak_of_asking(path: Path, samples: Sequence[Sample], threads: int) -> int:
+    """Load a bundle, ask a few clips, and return the process's peak of memory; answers may be kept from earlier."""
+    with Grounder.load(path, threads=threads) as grounder:
+        for sample in samples:
+            grounder.ground(str(sample.media), sample.query, allow_none=False)
+    return peak_bytes()
 
 
 def graph_bytes(path: Path) -> int:
