@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from bridge_stg.calibration.report import write_calibration_report
 from bridge_stg.calibration.result import CalibrationResult
 from bridge_stg.calibration.steps import Steps
 from bridge_stg.calibration.work import working_in
+from bridge_stg.runtime.atomic import replace_folder
 
 __all__ = ["Options", "calibrate"]
 
@@ -78,19 +78,5 @@ def calibrate(
         kept = [block for blocks in result.recipe["kept"].values() for block in blocks]
         decided = dataclasses.replace(overrides, keep_float=tuple(dict.fromkeys((*overrides.keep_float, *kept))))
         write_overrides(folder / OVERRIDES, decided)
-        _put(made, target)
+        replace_folder(made, target, aside=target.with_name(f".{target.name}.old{os.getpid()}"))
     return result
-
-
-def _put(made: Path, out: Path) -> None:
-    """Move a finished bundle into place; what was there goes when the new one is."""
-    aside = out.with_name(f".{out.name}.old{os.getpid()}")
-    if out.exists():
-        os.rename(out, aside)
-    try:
-        os.rename(made, out)
-    except BaseException:
-        if aside.exists():
-            os.rename(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,3 +31,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(made: Path, place: Path, *, aside: Path) -> None:
+    """Rename a finished folder into its place; what was there goes when the new one is, and comes back if it cannot.
+
+    Args:
+        aside: where the old folder waits; on the same file system, and not there yet.
+    """
+    had_old = place.exists()
+    if had_old:
+        os.rename(place, aside)
+    try:
+        os.rename(made, place)
+    except BaseException:
+        if had_old:
+            os.rename(aside, place)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

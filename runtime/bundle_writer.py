@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
+from bridge_stg.runtime.atomic import replace_folder
 from bridge_stg.runtime.bundle import (
     ENGINES,
     GRAPHS,
@@ -149,17 +150,7 @@ class BundleWriter:
 
     def _swap(self) -> None:
         self._check_target()
-        aside = self.folder.with_suffix(".old")
-        had_old = self.path.exists()
-        if had_old:
-            os.rename(self.path, aside)
-        try:
-            os.rename(self.folder, self.path)
-        except BaseException:
-            if had_old:
-                os.rename(aside, self.path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        replace_folder(self.folder, self.path, aside=self.folder.with_suffix(".old"))
 
 
 def is_bundle(path: Path) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bridge_stg.runtime.atomic import replace_folder
 from bridge_stg.runtime.bundle import Bundle, file_sha256
 from bridge_stg.runtime.engine_cache import ABOUT, PLAN, EngineEntry, engine_folders
 from bridge_stg.runtime.errors import EngineError
@@ -84,16 +85,7 @@ def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
     (partial / ABOUT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     place = engine_place(partial.parent, entry)
     place.parent.mkdir(exist_ok=True)
-    aside = partial.with_suffix(".old")
-    if place.exists():
-        os.rename(place, aside)
-    try:
-        os.rename(partial, place)
-    except BaseException:
-        if aside.exists():
-            os.rename(aside, place)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    replace_folder(partial, place, aside=partial.with_suffix(".old"))
     return dataclasses.replace(entry, folder=str(place))
 
 
