@@ -11,7 +11,7 @@ from bridge_stg.runtime.device import DeviceContext
 from bridge_stg.runtime.device_array import DeviceArray, download
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import CacheSpec
-from bridge_stg.runtime.session import KVCache
+from bridge_stg.runtime.session import KVCache, rows_to_fill
 
 
 class DeviceKVCache:
@@ -37,13 +37,7 @@ class DeviceKVCache:
         """See `KVCache.copy_prefix`."""
         if not isinstance(source, DeviceKVCache) or source.context is not self.context:
             raise EngineError(f"a KV cache on this device cannot be filled from a {type(source).__name__} elsewhere")
-        chosen = list(range(self.batch)) if rows is None else list(rows)
-        if source.batch not in (1, len(chosen)) or any(not 0 <= row < self.batch for row in chosen):
-            raise EngineError(f"{source.batch} rows of a KV cache cannot go into rows {chosen} of {self.batch}")
-        if not 0 <= length <= min(self.capacity, source.capacity):
-            raise EngineError(
-                f"{length} positions cannot be copied from a KV cache of {source.capacity} into one of {self.capacity}"
-            )
+        chosen = rows_to_fill(self, source, length, rows)
         for name, buffer in self.buffers.items():
             other = source.buffers.get(name)
             if other is None or (other.dtype, other.shape[1::2]) != (buffer.dtype, buffer.shape[1::2]):

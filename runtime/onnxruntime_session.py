@@ -13,7 +13,7 @@ import numpy as np
 from bridge_stg.runtime.device_array import DeviceArray
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import CacheSpec, GraphSpec
-from bridge_stg.runtime.session import KVCache, check_feeds
+from bridge_stg.runtime.session import KVCache, check_feeds, rows_to_fill
 
 _DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
 _FATAL_ONLY = 4  # log severity; a failure is raised as well, and a second copy on stderr helps nobody
@@ -43,13 +43,7 @@ class NumpyKVCache:
         """See `KVCache.copy_prefix`."""
         if not isinstance(source, NumpyKVCache):
             raise EngineError(f"a KV cache of onnxruntime cannot be filled from a {type(source).__name__}")
-        chosen = list(range(self.batch)) if rows is None else list(rows)
-        if source.batch not in (1, len(chosen)) or any(not 0 <= row < self.batch for row in chosen):
-            raise EngineError(f"{source.batch} rows of a KV cache cannot go into rows {chosen} of {self.batch}")
-        if not 0 <= length <= min(self.capacity, source.capacity):
-            raise EngineError(
-                f"{length} positions cannot be copied from a KV cache of {source.capacity} into one of {self.capacity}"
-            )
+        chosen = rows_to_fill(self, source, length, rows)
         for name, buffer in self.buffers.items():
             other = source.buffers[name]
             if (other.dtype, other.shape[1], other.shape[3]) != (buffer.dtype, buffer.shape[1], buffer.shape[3]):

@@ -102,6 +102,22 @@ def fixed_capacity(session: Session) -> int | None:
     return None if most == sys.maxsize else most
 
 
+def rows_to_fill(cache: KVCache, source: KVCache, length: int, rows: Sequence[int] | None) -> list[int]:
+    """Return the rows of `cache` that `copy_prefix` writes.
+
+    Raises:
+        EngineError: the sizes do not fit.
+    """
+    chosen = list(range(cache.batch)) if rows is None else list(rows)
+    if source.batch not in (1, len(chosen)) or any(not 0 <= row < cache.batch for row in chosen):
+        raise EngineError(f"{source.batch} rows of a KV cache cannot go into rows {chosen} of {cache.batch}")
+    if not 0 <= length <= min(cache.capacity, source.capacity):
+        raise EngineError(
+            f"{length} positions cannot be copied from a KV cache of {source.capacity} into one of {cache.capacity}"
+        )
+    return chosen
+
+
 def check_feeds(graph: GraphSpec, feeds: Mapping[str, Any], cache: KVCache | None = None) -> dict[str, int]:
     """Check inputs against the manifest: names, dtypes, ranks, dims, one value a symbol, the cache's room.
 
