@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from bridge_stg.runtime.bundle_writer import BundleWriter
 from bridge_stg.runtime.compare import tolerance_of
 from bridge_stg.runtime.errors import BridgeError, BundleError
 from bridge_stg.runtime.manifest import GraphSpec
+from bridge_stg.runtime.packages import installed_versions
 
 WEIGHTS = "weights.data"
 DERIVED_FROM = "standard"
@@ -95,7 +95,7 @@ def quantize_bundle(
                 files=(),
                 fingerprint="",
                 calibration={"recipe": recipe.to_dict(), **(calibration or {})},
-                tools={**manifest.tools, **_tools()},
+                tools={**manifest.tools, **installed_versions(TOOLS)},
             )
         )
 
@@ -197,13 +197,3 @@ def _carry(source: Bundle, writer: BundleWriter, precisions: Mapping[str, str]) 
             writer.add_file(entry.path, (json.dumps(case, indent=1) + "\n").encode())
         else:
             writer.add_file(entry.path, file)
-
-
-def _tools() -> dict[str, str]:
-    found = {}
-    for name in TOOLS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from bridge_stg.runtime.bundle_writer import BundleWriter
 from bridge_stg.runtime.contracts import GRAPHS as GRAPH_NAMES
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec, Manifest
+from bridge_stg.runtime.packages import installed_versions
 from bridge_stg.runtime.peak import peak_bytes
 from bridge_stg.runtime.reports import write_report
 from bridge_stg.weight_store import WeightStore
@@ -108,7 +108,7 @@ def export_bundle(
             Manifest(
                 spec=model.spec,
                 model=_about(model, Path(checkpoint), precision),
-                tools=_tools(),
+                tools=installed_versions(TOOLS),
                 io_dtype=precision.io_dtype,
                 verified=verify,
             )
@@ -216,14 +216,3 @@ def _about(model: BridgeSTG, checkpoint: Path, precision: Precision) -> dict[str
         "dtype": TORCH_DTYPE_NAMES[precision.name],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-def _tools() -> dict[str, str]:
-    """Versions of what made the bundle."""
-    found = {}
-    for name in TOOLS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
