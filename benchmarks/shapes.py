@@ -36,6 +36,21 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
             "deepstack_visual_indexes": [2, 5],
         },
     },
+    # Qwen2.5-0.5B's text model as a Qwen3-VL one, behind a vision encoder of ViT-B's width and depth.
+    "qwen3_vl_0_5b": {
+        "model_type": "qwen3_vl", "tie_word_embeddings": True, **QWEN3_TOKENS,
+        "text_config": {
+            "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32_768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10],
+                                "mrope_interleaved": True},
+        },
+        "vision_config": {
+            "depth": 12, "hidden_size": 768, "intermediate_size": 3072, "num_heads": 12, "patch_size": 16,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 896, "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [2, 5, 8],
+        },
+    },
     "qwen3_vl_2b": {
         "model_type": "qwen3_vl", "tie_word_embeddings": True, **QWEN3_TOKENS,
         "text_config": {
