@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from bridge_stg.runtime.compare import (
     replay_cases,
     tolerance_of,
 )
+from bridge_stg.runtime.engine_cache import engine_folders
 from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.golden import Tolerance
 from bridge_stg.runtime.session import KVCache, Session
@@ -36,9 +38,6 @@ from bridge_stg.runtime.verify import DriftError, verify_bundle
 
 REFERENCE_BACKEND = "onnxruntime"
 """What a graph is compared on, if the suspect runs on another engine."""
-
-Prepare = Callable[[Bundle, str], None]
-"""Called with a bundle of one tapped graph, and the backend that is to run it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,10 @@ class Side:
     @property
     def file(self) -> Path:
         return self.bundle.graph_path(self.graph, self.variant)
+
+
+Prepare = Callable[[Side, Bundle], None]
+"""Called with a side, and with a bundle of its graph alone, tapped, before it is opened on the side's backend."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,11 @@ def verify_and_bisect(
         target = choose(drift.bundle, backend=backend, variant=drift.variant)
         suspect = Side(drift.bundle, drift.graph, target.variants[drift.graph], target.backend)
         reference = find_reference(suspect, against=trusted, threads=threads)
-        finding = bisect(suspect, reference, drift.boundary.name, threads=threads, prepare=prepare, report=report)
+        try:
+            finding = bisect(suspect, reference, drift.boundary.name, threads=threads, prepare=prepare, report=report)
+        except EngineError as error:
+            where = f"{drift.bundle.path}: {drift.boundary.name} drifts"
+            raise EngineError(f"{where}, and in which block that begins cannot be told: {error}") from error
         report(format_table(finding.borders))
         raise BundleError(f"{drift.bundle.path}: {finding}.") from drift
 
@@ -303,13 +310,16 @@ def _tapped_session(
     with tempfile.TemporaryDirectory(prefix=f".{side.bundle.path.name}.partial", dir=parent) as folder:
         tapped = write_tapped(side.bundle, side.graph, side.variant, taps, Path(folder))
         if prepare is not None:
-            prepare(tapped, side.backend)
-        sessions = open_sessions(tapped, backend=side.backend, variant=side.variant, threads=threads)
-        recorder = _Recorder(sessions[side.graph], len(taps))
+            prepare(side, tapped)
         try:
-            yield recorder
-        finally:
-            recorder.close()
+            sessions = open_sessions(tapped, backend=side.backend, variant=side.variant, threads=threads)
+            recorder = _Recorder(sessions[side.graph], len(taps))
+            try:
+                yield recorder
+            finally:
+                recorder.close()
+        finally:  # a provider that compiles by itself keeps what it made outside of the bundle
+            shutil.rmtree(engine_folders(tapped)[1], ignore_errors=True)
 
 
 class _Recorder:

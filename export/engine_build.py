@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from bridge_stg.export.engine_choice import Build, check_room, planned
-from bridge_stg.export.engine_plan import plan_summary, read_plan_report
+from bridge_stg.export.engine_inspector import inspected_kernels
+from bridge_stg.export.engine_plan import graph_nodes, plan_summary, read_plan_report, report_by_block
 from bridge_stg.export.engines import Report, compile_graph
+from bridge_stg.export.profiles import GraphProfiles
 from bridge_stg.runtime.atomic import replacing
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.engine_cache import PLAN, EngineEntry, read_engines
@@ -19,6 +22,7 @@ from bridge_stg.runtime.engine_store import new_engine, publish, writable_folder
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.free_memory import gigabytes
 from bridge_stg.runtime.peak import peak_bytes, reset_peak
+from bridge_stg.runtime.tensorrt_library import TensorRT
 
 TIMING = "timing.cache"
 """What TensorRT learnt of kernels on this device, beside its engines."""
@@ -35,6 +39,8 @@ def build_engines(
     where: str = "--profiles",
     check_memory: bool = True,
     again: bool = False,
+    family: str | None = None,
+    exactly: Mapping[str, GraphProfiles] | None = None,
     report: Report | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[EngineEntry]:
@@ -51,6 +57,9 @@ def build_engines(
         overrides: what `profiles.read_overrides` returned, and `where` it came from.
         check_memory: whether to stop where the estimate does not fit this machine or the target.
         again: compile even what is there.
+        family: the TensorRT that the target `this` is compiled with, a key of `engine_cache.FAMILIES`; None: the first
+            that is installed.
+        exactly: by graph, profiles that are taken as they are, instead of the defaults with `overrides`.
         report: called with phase, step, steps; may raise to stop.
         say: called with what a person should know, a line each.
 
@@ -61,7 +70,9 @@ def build_engines(
     builds = [
         build
         for name in dict.fromkeys(targets)
-        for build in planned(bundle, name, graphs, variant, precision, overrides, where, say)
+        for build in planned(
+            bundle, name, graphs, variant, precision, overrides, where, say, family=family, exactly=exactly
+        )
     ]
     if check_memory:
         for build in builds:
@@ -102,12 +113,8 @@ def _compile(bundle: Bundle, build: Build, report: Report | None, say: Callable[
             "peak_memory_bytes": peak_bytes() if is_alone else None,
             "weight_bytes": build.weight_bytes,
             "python": sys.version.split()[0],
-            "layers": None,
+            "layers": _layers(build, partial / PLAN, compiled.plan, path, say),
         }
-        try:
-            about["layers"] = read_plan_report(partial / PLAN, path)
-        except EngineError as error:
-            say(str(error))
         entry = publish(
             partial,
             EngineEntry(
@@ -121,6 +128,22 @@ def _compile(bundle: Bundle, build: Build, report: Report | None, say: Callable[
         with replacing(timing) as temporary:
             temporary.write_bytes(compiled.timing)
     return entry
+
+
+def _layers(build: Build, file: Path, plan: Any, graph: Path, say: Callable[[str], Any]) -> Any:
+    """Return what the engine does by block: as its own text tells, or else TensorRT on this device; None: neither."""
+    try:
+        return read_plan_report(file, graph)
+    except EngineError as error:
+        if build.target.ahead_of_time:
+            say(str(error))
+            return None
+    try:
+        kernels = inspected_kernels(TensorRT(build.target.family, build.tensorrt), plan)
+        return report_by_block([kernels], graph_nodes(graph))
+    except Exception as error:  # a report is no reason to lose an engine
+        say(f"{build.graph}: {error}")
+        return None
 
 
 def engine_line(entry: EngineEntry) -> str:

@@ -93,12 +93,15 @@ def planned(
     overrides: Mapping[str, Any] | None,
     where: str,
     say: Callable[[str], Any],
+    *,
+    family: str | None = None,
+    exactly: Mapping[str, GraphProfiles] | None = None,
 ) -> list[Build]:
     """Return the engines that one target needs, all checked but memory. Arguments and errors: see `build_engines`."""
     asked = find_target(name) if name != "this" else None
     if precision is not None and asked is not None:
         check_precision(asked, precision)
-    target, tensorrt = _target_here(asked)
+    target, tensorrt = _target_here(asked, family)
     chosen = [bundle.graph(graph_name, variant or target.variant) for graph_name in graphs or bundle.manifest.graphs]
     if precision is not None and all(graph.precision.split()[0] != precision.split()[0] for graph in chosen):
         found = ", ".join(f"{graph} is {graph.precision}" for graph in chosen)
@@ -112,7 +115,9 @@ def planned(
         _check_variant(target, graph, str(tensorrt.__version__))
         for sentence in _supported(target, graph, str(tensorrt.__version__)):
             say(sentence)
-        profiles = profiles_of(graph, bundle.manifest.spec, overrides=overrides, where=where)
+        profiles = (exactly or {}).get(graph.name)
+        if profiles is None:
+            profiles = profiles_of(graph, bundle.manifest.spec, overrides=overrides, where=where)
         builds.append(Build(graph, target, profiles, tensorrt))
     return builds
 
@@ -124,8 +129,12 @@ def _how_to_get(precision: str) -> str:
     return "make a bundle with `calibrate`" if word in ("int8", "int4") else "no bundle of this project has it"
 
 
-def _target_here(asked: EngineTarget | None) -> tuple[EngineTarget, ModuleType]:
-    """Return the target, narrowed to this machine, and the TensorRT that compiles for it."""
+def _target_here(asked: EngineTarget | None, family: str | None) -> tuple[EngineTarget, ModuleType]:
+    """Return the target, narrowed to this machine, and the TensorRT that compiles for it.
+
+    Args:
+        asked: None: what is here, with the TensorRT of `family`, or with the first that is installed.
+    """
     if asked is not None and asked.ahead_of_time:
         tensorrt = load_tensorrt(asked.family)
         return check_installed(asked, version=str(tensorrt.__version__), sm=None), tensorrt
@@ -140,7 +149,7 @@ def _target_here(asked: EngineTarget | None) -> tuple[EngineTarget, ModuleType]:
             f"target this is the GPU of this machine, and there is none ({here.device_problem}). Run this command on "
             f"the device, or compile ahead of time for one of {', '.join(ahead_of_time())}"
         )
-    family = next((name for name in MODULES if _importable(name)), "tensorrt")
+    family = family or next((name for name in MODULES if _importable(name)), "tensorrt")
     tensorrt = load_tensorrt(family)
     found = this_target(family=family, version=str(tensorrt.__version__), sm=device.sm, memory=device.memory)
     return found, tensorrt

@@ -129,7 +129,7 @@ def write_tapped(bundle: Bundle, name: str, variant: str, taps: Sequence[Border]
             system has none: engines follow no symbolic link out of a graph's folder).
 
     Returns:
-        A bundle of this one graph; it is not checked, and lasts as long as the folder.
+        A bundle of this one graph; it is not checked, has no fingerprint, and lasts as long as the folder.
 
     Raises:
         EngineError: onnx is missing.
@@ -160,7 +160,7 @@ def write_tapped(bundle: Bundle, name: str, variant: str, taps: Sequence[Border]
         sha256=file_sha256(file),
         derived_from=None,
     )
-    manifest = dataclasses.replace(bundle.manifest, graphs={name: {variant: tapped}})
+    manifest = dataclasses.replace(bundle.manifest, graphs={name: {variant: tapped}}, fingerprint="")
     return Bundle(folder, manifest)
 
 

@@ -44,7 +44,7 @@ class TensorRTEngine:
         cuda_graphs: bool = False,
         kernels: bytes | None = None,
     ) -> None:
-        self.library, self.device, self.graph = library, device, graph
+        self.bindings, self.device, self.graph = library, device, graph
         self._cuda_graphs = cuda_graphs
         self._engine: Any = library.runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -104,9 +104,9 @@ class TensorRTEngine:
 
     def new_context(self, profile: int) -> _Context:
         """Return a context of its own for a profile, such as a CUDA graph needs."""
-        context = self.library.context(self._engine, cuda_graphs=self._cuda_graphs, kernels=self._kernels)
+        context = self.bindings.context(self._engine, cuda_graphs=self._cuda_graphs, kernels=self._kernels)
         if context is None:
-            raise EngineError(f"{self.graph}: TensorRT has no memory for one more context: {self.library.reason()}")
+            raise EngineError(f"{self.graph}: TensorRT has no memory for one more context: {self.bindings.reason()}")
         return _Context(self, context, profile)
 
     def context(self, profile: int) -> _Context:
@@ -133,15 +133,15 @@ class TensorRTEngine:
         self._engine = None
 
     def _load_kernels(self, blob: bytes | None) -> Any:
-        if not self.library.is_rtx:
+        if not self.bindings.is_rtx:
             return None
         cache = self._engine.create_runtime_config().create_runtime_cache()
         if blob is not None and not cache.deserialize(blob):
-            self.library.reason()  # of another driver or version: they are compiled again
+            self.bindings.reason()  # of another driver or version: they are compiled again
         return cache
 
     def _check_tensors(self) -> None:
-        engine, module = self._engine, self.library.module
+        engine, module = self._engine, self.bindings.module
         expected = {t.name: (t, module.TensorIOMode.INPUT) for t in self.graph.inputs}
         expected |= {t.name: (t, module.TensorIOMode.OUTPUT) for t in self.graph.outputs}
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
@@ -151,7 +151,7 @@ class TensorRTEngine:
                 f"{self.graph}: the engine's tensors are not those of the manifest; they differ in {differ}"
             )
         for name, (tensor, mode) in expected.items():
-            shape, dtype = tuple(engine.get_tensor_shape(name)), self.library.dtype(engine.get_tensor_dtype(name))
+            shape, dtype = tuple(engine.get_tensor_shape(name)), self.bindings.dtype(engine.get_tensor_dtype(name))
             fits = len(shape) == len(tensor.dims) and all(
                 found in (-1, dim) or not isinstance(dim, int) for found, dim in zip(shape, tensor.dims, strict=False)
             )
@@ -184,7 +184,7 @@ class _Context:
         self._scratch: Block | None = None
         device = engine.device
         if not context.set_optimization_profile_async(profile, device.stream):
-            raise EngineError(f"{engine.graph}: profile {profile} cannot be used: {engine.library.reason()}")
+            raise EngineError(f"{engine.graph}: profile {profile} cannot be used: {engine.bindings.reason()}")
         # What the switch copies must be there before this context runs, or is captured, on any stream.
         device.cuda("cudaStreamSynchronize", device.stream)
 
@@ -219,7 +219,7 @@ class _Context:
                 self._fail(f"refuses the address of {name!r}")
         scratch = self._engine.scratch(self._profile)
         if scratch is not self._scratch:
-            self._engine.library.set_scratch(self._context, scratch.address, scratch.size)
+            self._engine.bindings.set_scratch(self._context, scratch.address, scratch.size)
             self._scratch = scratch
 
     def execute(self, stream: int) -> None:
@@ -233,7 +233,7 @@ class _Context:
         return True if asked is None else bool(asked(stream))
 
     def _fail(self, what: str) -> None:
-        raise EngineError(f"{self._engine.graph}: TensorRT {what}: {self._engine.library.reason()}")
+        raise EngineError(f"{self._engine.graph}: TensorRT {what}: {self._engine.bindings.reason()}")
 
 
 def with_ranges(graph: GraphSpec, ranges: Mapping[str, tuple[int, int]]) -> GraphSpec:

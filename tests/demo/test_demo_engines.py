@@ -15,6 +15,7 @@ from bridge_stg.export.engine_targets import TARGETS
 from bridge_stg.export.engines import compile_graph
 from bridge_stg.export.onnx_export import export_bundle
 from bridge_stg.export.profiles import profiles_of
+from bridge_stg.export.taps import borders, write_tapped
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.contracts import GRAPHS
 from tests.calibration.golden_ranges import golden_ranges
@@ -87,3 +88,15 @@ def _layers(rtx: Any, bundle: Bundle, name: str, variant: str, folder: Path) -> 
     compiled = compile_graph(rtx, path, profiles, capacity=made.capacity, sms=SMS)
     (folder / name).write_bytes(memoryview(compiled.plan))
     return plan_summary(read_plan_report(folder / name, path))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_tapped_graphs_compile(rtx: Any, fp16: Bundle, name: str, tmp_path: Path) -> None:
+    """What `verify --bisect` has compiled: every border between modules is an output."""
+    graph = fp16.graph(name, "standard")
+    found = borders(fp16.graph_path(name, "standard"))
+    tapped = write_tapped(fp16, name, "standard", found, tmp_path)
+    profiles = dict(list(profiles_of(graph, fp16.manifest.spec).profiles.items())[-1:])
+    capacity = profiles_of(graph, fp16.manifest.spec).capacity
+    compiled = compile_graph(rtx, tapped.graph_path(name, "standard"), profiles, capacity=capacity, sms=SMS[:1])
+    assert len(found) > 40 and len(memoryview(compiled.plan)) > 10**6

@@ -12,11 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bridge_stg.export.engine_plan import plan_summary
 from bridge_stg.figures import clip_path, held_out_clips
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends import BACKENDS, gpu
+from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.device import DeviceContext
 from bridge_stg.runtime.device_array import DeviceArray
+from bridge_stg.runtime.engine_cache import read_engines
 from bridge_stg.runtime.sizes import resize
 from bridge_stg.runtime.verify import verify_bundle
 
@@ -39,6 +43,15 @@ def built_bundle(demo_bundle: Path) -> Path:
 def test_a_gpu_and_a_backend_for_it_are_here():
     assert gpu().sm >= 70
     assert INSTALLED, 'no GPU backend is installed: pip install "bridge-stg[tensorrt]", "[rtx]" or "[gpu]"'
+
+
+@pytest.mark.skipif(not NATIVE, reason="no TensorRT is installed")
+def test_engines_tell_what_became_of_their_layers(built_bundle):
+    entries = read_engines(Bundle.load(built_bundle))
+    assert {entry.graph for entry in entries} == set(GRAPHS)
+    for entry in entries:
+        products = plan_summary(entry.built["layers"])["products"]
+        assert sum(products.values()) > 2 * products.get("unknown", 0)
 
 
 @pytest.mark.parametrize("backend", INSTALLED)

@@ -18,6 +18,7 @@ from bridge_stg.calibration import blocks
 from bridge_stg.cli import run
 from bridge_stg.export import bisect, taps
 from bridge_stg.runtime.bundle import Bundle, file_sha256
+from bridge_stg.runtime.engine_cache import engine_folders
 from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.manifest import canonical_sha256
 from bridge_stg.runtime.verify import DriftError, verify_bundle
@@ -84,13 +85,19 @@ def damage(file: Path, weight: str, data: Path) -> None:
     file.write_bytes(model.SerializeToString())
 
 
-def test_an_engine_that_is_built_for_the_tapped_graph(exported: Bundle) -> None:
+def test_an_engine_that_is_built_for_the_tapped_graph(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     graph, weight, block = DAMAGE[5]
     built: list[tuple[str, str]] = []
+    kept: list[Path] = []
 
-    def build(tapped: Bundle, backend: str) -> None:
+    def build(side: bisect.Side, tapped: Bundle) -> None:
         (variant,) = tapped.manifest.graphs[graph]
-        built.append((variant, backend))
+        built.append((variant, side.backend))
+        kept.append(engine_folders(tapped)[1] / "a provider's own")
+        kept[-1].mkdir(parents=True)
         if variant == "primitive":  # compiled wrong
             damage(tapped.graph_path(graph, variant), weight, exported.graph_path(graph, variant).parent)
 
@@ -99,6 +106,8 @@ def test_an_engine_that_is_built_for_the_tapped_graph(exported: Bundle) -> None:
     found = bisect.bisect(suspect, reference, f"{case}/{graph}_0.logits", threads=1, prepare=build)
     assert found.block == block and found.begins is not None and not found.vanished
     assert set(built) == {("primitive", "onnxruntime"), ("standard", "onnxruntime")}
+    assert len(kept) == 4 and not any(folder.parent.exists() for folder in kept)
+    assert engine_folders(exported)[1] not in {folder.parent for folder in kept}  # the user's own stay
 
 
 def test_all_variants_damaged_need_another_bundle(

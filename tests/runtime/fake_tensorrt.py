@@ -157,6 +157,7 @@ class Engine:
         options.intra_op_num_threads, options.log_severity_level = 1, 4
         self.session = onnxruntime.InferenceSession(about["path"], options, providers=["CPUExecutionProvider"])
         self.contexts: list[Context] = []
+        self.tried: dict[Any, tuple[int, ...]] = {}
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(about["ranges"])
 
@@ -247,7 +248,20 @@ class Context:
         for symbol, expression in self.engine.about["sizes"].items():
             sizes[symbol] = eval(expression, {}, sizes)
         dims = self.engine.tensors[name]["dims"]
+        if any(isinstance(d, str) and d.isidentifier() and d not in sizes for d in dims):
+            return self._tried_shape(name)
         return tuple(d if isinstance(d, int) else int(eval(d, {}, sizes)) for d in dims)
+
+    def _tried_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an output that no symbol of the inputs gives, which TensorRT derives from the layers."""
+        key = (name, tuple(sorted(self.shapes.items())))
+        if key not in self.engine.tried:
+            tensors = self.engine.tensors
+            zeros = {n: np.zeros(shape, tensors[n]["dtype"]) for n, shape in self.shapes.items()}
+            outputs = [n for n, t in tensors.items() if not t["input"]]
+            for output, value in zip(outputs, self.engine.session.run(outputs, zeros), strict=True):
+                self.engine.tried[output, key[1]] = value.shape
+        return self.engine.tried[key]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert name in self.engine.tensors and address % 256 == 0 and address

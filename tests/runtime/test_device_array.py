@@ -16,7 +16,8 @@ from bridge_stg.runtime.device_memory import size_class
 from bridge_stg.runtime.device_resize import DeviceResizer
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.sizes import resize
-from tests.runtime.fake_cuda import FakeCuda, FakeDriver, FakeNvrtc
+from tests.runtime.fake_cuda import FakeCuda
+from tests.runtime.fake_kernels import FakeDriver, FakeNvrtc
 
 
 @pytest.fixture(params=[(), (0,), (1,)])

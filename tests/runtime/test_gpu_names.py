@@ -6,11 +6,11 @@ import inspect
 
 import pytest
 
-from tests.runtime import fake_cuda, fake_tensorrt
+from tests.runtime import fake_cuda, fake_kernels, fake_tensorrt
 
 
 def public(kind: type) -> set[str]:
-    return {name for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")}
+    return {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
 
 
 def test_cuda_python_has_what_is_called():
@@ -24,8 +24,8 @@ def test_cuda_python_has_what_is_called():
         assert {member.name: member.value for member in kind}.items() <= {m.name: m.value for m in real}.items()
     for name in ("cudaStreamNonBlocking", "cudaEventDisableTiming", "cudaHostAllocDefault"):
         assert getattr(fake_cuda.FakeCuda, name) == getattr(api, name)
-    assert all(hasattr(driver, name) for name in public(fake_cuda.FakeDriver))
-    assert all(hasattr(nvrtc, name) for name in public(fake_cuda.FakeNvrtc))
+    assert all(hasattr(driver, name) for name in public(fake_kernels.FakeDriver))
+    assert all(hasattr(nvrtc, name) for name in public(fake_kernels.FakeNvrtc))
 
 
 def test_tensorrt_has_what_is_called():
@@ -37,6 +37,8 @@ def test_tensorrt_has_what_is_called():
     }  # fmt: skip
     for name, kind in pairs.items():
         assert not {method for method in public(kind) if not hasattr(getattr(real, name), method)}, name
+    assert hasattr(real.ICudaEngine, "create_engine_inspector") and hasattr(real.LayerInformationFormat, "JSON")
+    assert hasattr(real.EngineInspector, "get_engine_information")
     for name in ("num_io_tensors", "num_optimization_profiles"):
         assert hasattr(real.ICudaEngine, name)
     assert hasattr(real.IRuntimeConfig, "cuda_graph_strategy")

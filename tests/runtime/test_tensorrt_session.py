@@ -39,7 +39,7 @@ class Machine:
         self.cuda = FakeCuda(eager=eager, memory=memory)
         self.device = DeviceContext(Cuda(self.cuda))
         self.module = FakeTensorRT(self.cuda)
-        self.library = TensorRT(family, self.module)
+        self.bindings = TensorRT(family, self.module)
 
     def plan(self, variant: str, **options) -> bytes:
         graph = self.graphs[variant]
@@ -47,7 +47,7 @@ class Machine:
 
     def open(self, variant: str, *, plan: bytes | None = None, **options) -> TensorRTSession:
         plan = plan or self.plan(variant)
-        return TensorRTSession(plan, self.graphs[variant].spec, self.device, self.library, **options)
+        return TensorRTSession(plan, self.graphs[variant].spec, self.device, self.bindings, **options)
 
 
 @pytest.fixture(params=list(SCHEDULES))
