@@ -22,7 +22,7 @@ import click
 from machine import describe
 
 from bridge_stg.calibration.judge import judge
-from bridge_stg.cli_evaluate import bundle_model
+from bridge_stg.evaluation.bundle_model import bundle_model
 from bridge_stg.evaluation.jsonl import read_jsonl
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime import Grounder

@@ -162,6 +162,8 @@ def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, th
     Raises:
         BridgeError: a path is neither a bundle nor a checkpoint, or is given twice.
     """
+    from bridge_stg.evaluation.bundle_model import bundle_model
+
     resolved = [path.resolve() for path in paths]
     for place, path in enumerate(resolved):
         if path in resolved[:place]:
@@ -182,13 +184,6 @@ def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, th
                 f"{path} {found}; expected the folder of a bundle (manifest.json) or of a checkpoint (config.json)."
             )
     return made
-
-
-def bundle_model(path: Path, label: str, *, backend: str, variant: str | None, threads: int | None) -> Model:
-    """Return a bundle as a model: it is the same while its fingerprint, engine and variants are."""
-    from bridge_stg.evaluation import bundle_model as bundles
-
-    return bundles.bundle_model(path, label, backend=backend, variant=variant, threads=threads)
 
 
 def checkpoint_model(path: Path, label: str) -> Model:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bridge_stg.cli_evaluate import SampleProgress, bundle_model
+from bridge_stg.cli_evaluate import SampleProgress
 from bridge_stg.evaluation.engines import ENGINES
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -62,6 +62,7 @@ def infer_many(
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
         raise click.UsageError(f"--out is {str(out)!r}: no folder {str(out.parent)!r} to write into. Make it first.")
     from bridge_stg.demo_bundle import demo_bundle
+    from bridge_stg.evaluation.bundle_model import bundle_model
     from bridge_stg.evaluation.engines import open_engine
     from bridge_stg.evaluation.infer_many import infer_many as run
     from bridge_stg.evaluation.questions import read_questions

@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.evaluation.fields import ADVICE, Record, digest, numbered_lines
+from bridge_stg.evaluation.fields import Record, digest, json_lines
 from bridge_stg.evaluation.jsonl import annotation_from, truth_of
 from bridge_stg.evaluation.media import MediaFolder, frame_files
 from bridge_stg.evaluation.samples import Dataset, Sample, Truth, span_truth
@@ -101,8 +102,8 @@ def read_samples(path: Path, media: Path | None = None, *, limit: int | None = N
     folder = MediaFolder(media or path.parent)
     hashes: dict[Path, str] = {}
     samples, entries, missing, labelled, absent = [], [], [], True, False
-    for where, line in list(numbered_lines(path))[:limit]:
-        sample, truth = _sample(where, line, folder)
+    for record in islice(json_lines(path), limit):
+        sample, truth = _sample(record, folder)
         labelled &= truth is not None
         if sample.media is None:
             missing.append(sample.id)
@@ -167,20 +168,15 @@ def media_sha256(path: Path) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _sample(where: str, line: str, folder: MediaFolder) -> tuple[Sample, Truth | None]:
+def _sample(record: Record, folder: MediaFolder) -> tuple[Sample, Truth | None]:
     """Return a line's sample, and its truth if the line has labels."""
-    try:
-        values = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise AnnotationError(f"{where}: is no JSON ({error}); expected one object a line. {ADVICE}.") from None
-    if not isinstance(values, dict):
-        raise AnnotationError(f"{where}: is no object; expected one like {{'video': …, 'query': …}}. {ADVICE}.")
+    values = record.values
     if {"span", "boxes", "task"} & values.keys():
-        a = annotation_from(Record(where, values))
+        a = annotation_from(record)
         truth, read = truth_of(a), partial(truth_of, a)
     else:
         placeholder = {"boxes": [{"box": [0, 0, 1, 1]}]} if "image" in values else {"span": None}
-        a = annotation_from(Record(where, {**values, **placeholder}))
+        a = annotation_from(Record(record.where, {**values, **placeholder}))
         truth, read = None, partial(span_truth, None)
     sample = Sample(a.id, a.task, folder.at(a.media), a.media, a.query, read, group=a.group)
     return sample, truth

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.runtime.atomic import replacing
+from bridge_stg.runtime.atomic import hold, replacing
 from bridge_stg.runtime.errors import BridgeError
 
 NOTE = "README"
@@ -57,7 +57,8 @@ def working_in(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text("Work of `calibrate`. The same command goes on from here; delete the folder when done.\n")
         with note.open("r+") as held:
-            _lock(held.fileno(), folder)
+            busy = f"{folder}: another calibration works there. Wait for it, or give another --out."
+            hold(held.fileno(), otherwise=busy)
             for left in folder.rglob(LEFT_BY_KILLED):
                 shutil.rmtree(left, ignore_errors=True)
             yield folder
@@ -68,15 +69,3 @@ def working_in(folder: Path) -> Iterator[Path]:
             f"{folder}: the disk is full ({error.strerror}), and no bundle was written. Make room, and give the same "
             "command again: it goes on where it was"
         ) from error
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    with contextlib.suppress(ImportError):  # on systems without it (Windows) nothing stops a second process
-        import fcntl
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BridgeError(
-                f"{folder}: another calibration works there. Wait for it, or give another --out."
-            ) from None

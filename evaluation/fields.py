@@ -137,6 +137,18 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
+def json_lines(path: Path) -> Iterator[Record]:
+    """Yield the object of every line that is not blank. Raises AnnotationError."""
+    for where, line in numbered_lines(path):
+        try:
+            values = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise AnnotationError(f"{where}: is no JSON ({error}); expected one object a line. {ADVICE}.") from None
+        if not isinstance(values, dict):
+            raise AnnotationError(f"{where}: is no object; expected one like {{'video': …, 'query': …}}. {ADVICE}.")
+        yield Record(where, values)
+
+
 def digest(*parts: Path | str) -> str:
     """Return a SHA-256 over files (their bytes) and strings, in this order."""
     whole = hashlib.sha256()

@@ -12,7 +12,6 @@ two boxes lies what is linear between them; before the first and behind the last
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge_stg.evaluation.fields import ADVICE, Record, digest, numbered_lines, records
+from bridge_stg.evaluation.fields import ADVICE, Record, digest, json_lines, records
 from bridge_stg.evaluation.media import MediaFolder
 from bridge_stg.evaluation.samples import Dataset, Sample, Truth, image_truth, span_truth, tube_truth
 from bridge_stg.runtime.errors import AnnotationError
@@ -67,15 +66,7 @@ def read_annotations(path: Path) -> list[Annotation]:
     Raises:
         AnnotationError: the message names file, line and field.
     """
-    found = []
-    for where, line in numbered_lines(path):
-        try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise AnnotationError(f"{where}: is no JSON ({error}); expected one object a line. {ADVICE}.") from None
-        if not isinstance(values, dict):
-            raise AnnotationError(f"{where}: is no object; expected one like {{'video': …, 'query': …}}. {ADVICE}.")
-        found.append(annotation_from(Record(where, values)))
+    found = [annotation_from(record) for record in json_lines(path)]
     if not found:
         raise AnnotationError(f"{path} holds no line; expected one object a line.")
     return found

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from bridge_stg.evaluation.fields import ADVICE, Record, numbered_lines, read_text
+from bridge_stg.evaluation.fields import ADVICE, Record, json_lines, read_text
 from bridge_stg.evaluation.media import PICTURES, MediaFolder
 from bridge_stg.runtime.errors import AnnotationError
 
@@ -79,7 +78,7 @@ def _of_folder(folder: Path, media: Path | None, queries: Sequence[str], suffixe
 
 
 def _of_table(table: Path, media: Path | None, queries: Sequence[str]) -> list[Question]:
-    readers = {".jsonl": _json_lines, ".csv": _csv_lines}
+    readers = {".jsonl": json_lines, ".csv": _csv_lines}
     if not table.exists():
         raise AnnotationError(
             f"{table}: no such file or folder; expected a table (.jsonl, .csv) or a folder of videos."
@@ -98,17 +97,6 @@ def _of_table(table: Path, media: Path | None, queries: Sequence[str]) -> list[Q
     if not questions:
         raise AnnotationError(f"{table} holds no question; expected one (video, query) a line.")
     return questions
-
-
-def _json_lines(table: Path) -> Iterator[Record]:
-    for where, line in numbered_lines(table):
-        try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise AnnotationError(f"{where}: is no JSON ({error}); expected one object a line. {ADVICE}.") from None
-        if not isinstance(values, dict):
-            raise AnnotationError(f"{where}: is no object; expected one like {{'video': …, 'query': …}}. {ADVICE}.")
-        yield Record(where, values)
 
 
 def _csv_lines(table: Path) -> Iterator[Record]:

@@ -6,13 +6,13 @@ truncated last line is dropped. Results of another model, or of other annotation
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bridge_stg.runtime.atomic import hold
 from bridge_stg.runtime.errors import BridgeError
 
 SCHEMA = 1
@@ -47,7 +47,8 @@ class ResultFile:
         path.touch()
         self._file = path.open("r+b")
         try:
-            _lock(self._file.fileno(), path)
+            busy = f"{path} is being written by another evaluation. Wait for it, or give another --out or --shard."
+            hold(self._file.fileno(), otherwise=busy)  # two that append would write every sample twice
             if overwrite:
                 self._file.truncate(0)
             header, rows, end = _parsed(self._file.read(), path)
@@ -152,16 +153,3 @@ def _lines(data: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any], int]]
             raise BridgeError(f"{path}:{number}: is no result ({error}). The file was changed. {AGAIN}") from None
         yield number, value, stop + 1
         start = stop + 1
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Hold the file for this process, until it ends: two that append would write every sample twice."""
-    with contextlib.suppress(ImportError):  # on systems without it (Windows) nothing stops a second process
-        import fcntl
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BridgeError(
-                f"{path} is being written by another evaluation. Wait for it, or give another --out or --shard."
-            ) from None

@@ -1,11 +1,11 @@
-"""Write a file whole or not at all."""
+"""Write a file whole or not at all, and hold one for this process alone."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bridge_stg.runtime.errors import BridgeError
@@ -49,3 +49,21 @@ def replace_folder(made: Path, place: Path, *, aside: Path) -> None:
             os.rename(aside, place)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def hold(descriptor: int, *, otherwise: str) -> None:
+    """Hold an open file for this process until it is closed; where the system has no such locks, nothing happens.
+
+    Args:
+        otherwise: what to say if another process holds it.
+
+    Raises:
+        BridgeError: another process does.
+    """
+    with suppress(ImportError):  # on systems without it (Windows) nothing stops a second process
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BridgeError(otherwise) from None

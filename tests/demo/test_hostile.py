@@ -21,7 +21,7 @@ from bridge_stg.calibration.recipes import RECIPES
 from bridge_stg.calibration.samples import read_samples
 from bridge_stg.calibration.sensitivity import rank_blocks
 from bridge_stg.calibration.smooth import choose_smoothing
-from bridge_stg.cli_evaluate import bundle_model
+from bridge_stg.evaluation.bundle_model import bundle_model
 from bridge_stg.evaluation.jsonl import read_jsonl
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle import Bundle

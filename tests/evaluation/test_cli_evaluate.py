@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bridge_stg import cli, cli_evaluate
+from bridge_stg.evaluation import bundle_model as bundle_models
 from bridge_stg.evaluation.run import Model
 from bridge_stg.runtime.errors import BridgeError
 from tests.evaluation import official
@@ -32,7 +33,7 @@ def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
         return Model(label, {"fingerprint": str(path), **{k: v for k, v in options.items() if v}}, open_model)
 
-    monkeypatch.setattr(cli_evaluate, "bundle_model", fake)
+    monkeypatch.setattr(bundle_models, "bundle_model", fake)
     paths = [tmp_path / "one/bundle", tmp_path / "two/bundle"]
     for path in paths:
         path.mkdir(parents=True)

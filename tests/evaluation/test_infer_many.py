@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bridge_stg import cli, cli_infer_many
+from bridge_stg import cli
+from bridge_stg.evaluation import bundle_model as bundle_models
 from bridge_stg.evaluation.engines import LocalEngine, Lost, open_engine
 from bridge_stg.evaluation.infer_many import UNIT, infer_many, units_of
 from bridge_stg.evaluation.questions import Question, read_questions
@@ -180,7 +181,7 @@ def test_faults_of_tables(tmp_path: Path, name: str, text: str, part: str) -> No
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cli_infer_many, "bundle_model", lambda path, label, **options: fake())
+    monkeypatch.setattr(bundle_models, "bundle_model", lambda path, label, **options: fake())
     return tmp_path / "bundle"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge_stg.runtime.atomic import replacing
+from bridge_stg.runtime.atomic import hold, replacing
 from bridge_stg.runtime.errors import BridgeError
 
 
@@ -34,3 +34,14 @@ def test_folder_is_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(BridgeError, match="does not exist"), replacing(tmp_path / "nowhere" / "file"):
         pass
+
+
+def test_a_held_file_is_refused_until_it_is_closed(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="this system has no such locks")
+    path = tmp_path / "held"
+    with path.open("w") as first, path.open("r+") as second:
+        hold(first.fileno(), otherwise="first")
+        with pytest.raises(BridgeError, match="second is told"):
+            hold(second.fileno(), otherwise="second is told")
+        first.close()
+        hold(second.fileno(), otherwise="second")
