@@ -72,7 +72,7 @@ class Edit:
             "DequantizeLinear",
             [self.graph.initializers[str(tensor.name)], scale],
             attributes,
-            name=self._free(f"{name}/DequantizeLinear"),
+            name=self.free_node(f"{name}/DequantizeLinear"),
         )
         self.graph.insert_before(self.graph[0], node)
         self.nodes[str(node.name)] = node
@@ -168,7 +168,7 @@ class Edit:
         stem = f"{producer.name}/{operator}" if producer is not None else f"{after.name}/{operator}"
         if producer is not None and len(producer.outputs) > 1:
             stem = f"{stem}_{after.index()}"
-        node = ir.node(operator, inputs, name=self._free(stem))
+        node = ir.node(operator, inputs, name=self.free_node(stem))
         if producer is not None:
             self.graph.insert_after(producer, node)
         else:
@@ -177,7 +177,8 @@ class Edit:
         self.nodes[str(node.name)] = node
         return node.outputs[0]
 
-    def _free(self, name: str) -> str:
+    def free_node(self, name: str) -> str:
+        """Return a name for a node that no other one has."""
         number, free = 1, name
         while free in self.nodes:
             number += 1

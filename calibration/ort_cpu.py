@@ -5,25 +5,53 @@
 - Activations are uint8 with zero point 128, the same numbers: its fast kernels for x64 multiply uint8 by int8.
 - Rows of an int8 table are looked up before they become floats: else the whole table is dequantized at every call.
   TensorRT refuses that form, since it takes int8 constants in front of DequantizeLinear alone.
+- Attention and rotary embeddings become its fused operators, in fp32 graphs too: see `ort_attention`.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from bridge_stg.calibration.blocks import INT8, find_products, find_tables, stored
 from bridge_stg.calibration.graph_edit import Edit
+from bridge_stg.calibration.ort_attention import fuse_attention
+from bridge_stg.runtime.manifest import GraphSpec
 
-VARIANT = "ort-cpu"
+VARIANT, DERIVED_FROM = "ort-cpu", "standard"
 DOMAIN = "com.microsoft"
 
 _LAST_AXIS = np.array([-1], np.int64)
 _MIDDLE = np.array(128, np.uint8)
 
 
+def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec]:
+    """Write the variant beside those of one graph, over the same weights, where there is anything to gain.
+
+    Args:
+        written: contracts of the variants in the folder.
+        folder: of the graph, with `standard.onnx` in it.
+
+    Returns:
+        The contract of the new variant, or nothing.
+    """
+    for spec in written:
+        if spec.variant != DERIVED_FROM:
+            continue
+        model = ir.load(folder / f"{spec.variant}.onnx")
+        if for_ort_cpu(model, spec.name):
+            ir.save(model, folder / f"{VARIANT}.onnx")
+            return [dataclasses.replace(spec, variant=VARIANT, derived_from=spec.variant)]
+    return []
+
+
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:
-    """Change a quantized graph in place; tell whether there was anything to change."""
+    """Change a graph in place; tell whether there was anything to change."""
+    attention = fuse_attention(model)
     edit = Edit(model.graph)
     fused = [_fuse(edit, edit.nodes[p.node]) for p in find_products(model, graph) if p.form == INT8]
     tables = [table for table in find_tables(model, graph) if table.form == INT8]
@@ -32,7 +60,7 @@ def for_ort_cpu(model: ir.Model, graph: str) -> bool:
     edit.drop_unused()
     if any(fused):
         model.graph.opset_imports[DOMAIN] = 1
-    return any(fused) or bool(tables)
+    return attention or any(fused) or bool(tables)
 
 
 def _fuse(edit: Edit, node: ir.Node) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from bridge_stg.calibration.blocks import FLOAT, INT8, Product, Table, find_prod
 from bridge_stg.calibration.graph_check import check_graph
 from bridge_stg.calibration.kv_cache import quantize_cache
 from bridge_stg.calibration.ort_cpu import VARIANT as ORT_CPU
-from bridge_stg.calibration.ort_cpu import for_ort_cpu
+from bridge_stg.calibration.ort_cpu import derive_ort_cpu
 from bridge_stg.calibration.quantize import GraphQuantizer, Progress, Ranges, Smoothing, forms_of
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
 from bridge_stg.calibration.weight_file import WeightFile
@@ -28,7 +28,6 @@ from bridge_stg.runtime.manifest import GraphSpec
 from bridge_stg.runtime.packages import installed_versions
 
 WEIGHTS = "weights.data"
-DERIVED_FROM = "standard"
 TOOLS = ("bridge-stg", "onnx", "onnx-ir", "onnxruntime")
 
 
@@ -68,7 +67,8 @@ def quantize_bundle(
             graphs = [graph for variant, graph in present.items() if variant in wanted]
             chosen = recipe.of(name)
             if not chosen.quantizes or not _has_integers(source, graphs[0], chosen):
-                for graph in graphs:
+                derived = [graph for graph in present.values() if _is_derived(graph) and graph.derived_from in wanted]
+                for graph in graphs + derived:
                     writer.add_graph(graph, source.graph_path(name, graph.variant))
                 continue
             folder = writer.folder / GRAPHS / name
@@ -83,7 +83,7 @@ def quantize_bundle(
                     progress=progress,
                 )
                 written = [_write(source, graph, chosen, quantizer, ranges.get(name, {}), folder) for graph in graphs]
-            for graph in written + _derived(written, folder):
+            for graph in written + derive_ort_cpu(written, folder):
                 check_graph(folder / f"{graph.variant}.onnx")
                 writer.add_graph(graph)
         precisions = {name: recipe.of(name).precision(_precision(source, name)) for name in manifest.graphs}
@@ -109,10 +109,10 @@ def _check(source: Bundle, recipe: Recipe, variants: Sequence[str] | None) -> li
                 f"{source.path}: graph {graph} is {graph.precision}; calibrate a bundle that was exported with "
                 "--dtype fp32 or fp16."
             )
-    present = list(dict.fromkeys(graph.variant for graph in manifest.all_graphs()))
+    present = list(dict.fromkeys(graph.variant for graph in manifest.all_graphs() if not _is_derived(graph)))
     wanted = present if variants is None else list(dict.fromkeys(variants))
     for variant in wanted:
-        if any(variant not in graphs for graphs in manifest.graphs.values()):
+        if variant not in present or any(variant not in graphs for graphs in manifest.graphs.values()):
             known = ", ".join(present)
             raise BundleError(f"{source.path}: not every graph has a variant {variant!r}; it has: {known}.")
     if not wanted:
@@ -129,6 +129,11 @@ def _check(source: Bundle, recipe: Recipe, variants: Sequence[str] | None) -> li
                     f"{', '.join(sorted(known_blocks))}."
                 )
     return wanted
+
+
+def _is_derived(graph: GraphSpec) -> bool:
+    """Whether a pass made it, and makes it anew of what is quantized."""
+    return graph.variant == ORT_CPU
 
 
 def _has_integers(source: Bundle, graph: GraphSpec, recipe: GraphRecipe) -> bool:
@@ -155,18 +160,6 @@ def _write(
         precision=recipe.precision(spec.precision),
         derived_from=spec.variant,
     )
-
-
-def _derived(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec]:
-    """Write the variants that a pass makes of quantized ones, and return their contracts."""
-    for spec in written:
-        if spec.variant != DERIVED_FROM:
-            continue
-        model = ir.load(folder / f"{spec.variant}.onnx")
-        if for_ort_cpu(model, spec.name):
-            ir.save(model, folder / f"{ORT_CPU}.onnx")
-            return [dataclasses.replace(spec, variant=ORT_CPU, derived_from=spec.variant)]
-    return []
 
 
 def _entries(source: Bundle, graph: str, variant: str) -> list[Product | Table]:

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from bridge_stg.calibration.graph_check import check_graph
+from bridge_stg.calibration.ort_cpu import derive_ort_cpu
 from bridge_stg.checkpoint import TOKENIZER
 from bridge_stg.export.bf16_twin import write_twin
 from bridge_stg.export.golden import record_golden
@@ -60,7 +61,7 @@ def export_bundle(
     Args:
         checkpoint: folder with config.json, weights and tokenizer.json.
         out: the bundle's folder; appears when it is complete, or not at all.
-        variants: lowerings to export, of `VARIANTS`.
+        variants: lowerings to export, of `VARIANTS`; `ort-cpu` comes of itself with `standard` where it is of use.
         dtype: `fp32`, `fp16` or `bf16`, of weights and products; see `precision`.
         overwrite: whether to replace a bundle that is there.
         verify: whether to record golden cases and compare every graph with torch; the manifest says so.
@@ -158,7 +159,7 @@ def _export_graph(
     writer: BundleWriter,
     stages: Stages,
 ) -> list[GraphSpec]:
-    """Trace, write and check all variants of one graph; return their contracts."""
+    """Trace, write and check all variants of one graph, derived ones too; return their contracts."""
     traced: list[tuple[GraphSpec, ir.Model]] = []
     for variant in dict.fromkeys(variants):
         stages(f"tracing {name} ({variant})")
@@ -169,11 +170,13 @@ def _export_graph(
     write_weights([graph for _, graph in traced], folder / WEIGHTS)
     stages(f"checking {name}")
     for contract, graph in traced:
-        path = folder / f"{contract.variant}.onnx"
-        ir.save(graph, path)
-        check_graph(path)
+        ir.save(graph, folder / f"{contract.variant}.onnx")
+    contracts = [contract for contract, _ in traced]
+    contracts += derive_ort_cpu(contracts, folder)
+    for contract in contracts:
+        check_graph(folder / f"{contract.variant}.onnx")
         writer.add_graph(contract)
-    return [contract for contract, _ in traced]
+    return contracts
 
 
 def _verify(

@@ -25,6 +25,7 @@ from bridge_stg.runtime.reports import read_report
 
 pytestmark = pytest.mark.slow
 VARIANTS = {"standard": ("in_place", 24), "primitive": ("append", 18)}
+ALL_VARIANTS = {*VARIANTS, "ort-cpu"}
 both = pytest.mark.parametrize("variant", VARIANTS)
 each = pytest.mark.parametrize("name", GRAPHS)
 
@@ -50,7 +51,7 @@ def places(graph: onnx.GraphProto) -> dict[str, tuple[str, int, int]]:
 
 def test_bundle_is_complete(exported: Bundle, model: BridgeSTG) -> None:
     manifest = exported.manifest
-    assert {name: set(variants) for name, variants in manifest.graphs.items()} == {n: set(VARIANTS) for n in GRAPHS}
+    assert {name: set(variants) for name, variants in manifest.graphs.items()} == dict.fromkeys(GRAPHS, ALL_VARIANTS)
     assert manifest.verified and manifest.spec == model.spec and manifest.io_dtype == "float32"
     assert manifest.model["parameters"] == sum(p.numel() for p in model.parameters())
     assert {"torch", "transformers", "onnx", "onnxscript", "onnxruntime"} <= set(manifest.tools)
@@ -122,15 +123,18 @@ def test_head_dims_are_written_out(exported: Bundle, model: BridgeSTG, variant: 
 
 @each
 def test_variants_share_weights(exported: Bundle, model: BridgeSTG, name: str) -> None:
-    """Both variants point at the same bytes, and no tensor is there twice, a tied head included."""
-    standard, primitive = (places(graph_of(exported, name, variant)) for variant in VARIANTS)
-    assert standard == primitive and len(standard) > 10
+    """All variants point at the same bytes, and no tensor is there twice, a tied head included."""
+    standard, *others = (places(graph_of(exported, name, variant)) for variant in (*VARIANTS, "ort-cpu"))
+    assert others == [standard, standard] and len(standard) > 10
     file = exported.path / "graphs" / name / "weights.data"
     contents = {p.detach().numpy().tobytes() for p in getattr(model, name).parameters()}
     assert file.stat().st_size <= sum(map(len, contents)) + ALIGNMENT * len(standard)
     assert ("model.language_model.embed_tokens.weight" in standard) == (name == "language_model")
     assert not any("lm_head" in tensor for tensor in standard)
-    assert sorted(p.name for p in file.parent.iterdir()) == ["primitive.onnx", "standard.onnx", "weights.data"]
+    assert sorted(p.name for p in file.parent.iterdir()) == [
+        *(f"{v}.onnx" for v in sorted(ALL_VARIANTS)),
+        "weights.data",
+    ]
 
 
 @each
@@ -180,7 +184,7 @@ def test_what_it_took_is_reported(exported: Bundle, stages: list[str]) -> None:
     assert report["weight_bytes"] == written > 0 and report["dtype"] == "fp32"
     assert report["peak_rss_bytes"] > 10 * written and report["replay_peak_rss_bytes"] > written
     assert [*report["seconds"]] == [stages[0], *stages[2:-1]]
-    assert len(report["replay_seconds"]) == len(GRAPHS) * len(VARIANTS)
+    assert len(report["replay_seconds"]) == len(GRAPHS) * len(ALL_VARIANTS)
 
 
 def test_without_verify(
