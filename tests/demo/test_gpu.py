@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bridge_stg.export.bisect import Side, bisect
 from bridge_stg.export.engine_plan import plan_summary
+from bridge_stg.export.tapped_engines import engine_maker
 from bridge_stg.figures import clip_path, held_out_clips
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends import BACKENDS, gpu
@@ -22,6 +24,7 @@ from bridge_stg.runtime.device import DeviceContext
 from bridge_stg.runtime.device_array import DeviceArray
 from bridge_stg.runtime.engine_cache import read_engines
 from bridge_stg.runtime.sizes import resize
+from bridge_stg.runtime.targets import choose
 from bridge_stg.runtime.verify import verify_bundle
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +61,15 @@ def test_engines_tell_what_became_of_their_layers(built_bundle):
 def test_golden_cases_hold_at_every_boundary(built_bundle, backend):
     replayed = verify_bundle(built_bundle, backend=backend)
     assert replayed and all(b.passed for boundaries in replayed.values() for b in boundaries)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_every_block_of_an_engine_agrees_with_the_cpu(built_bundle, backend):
+    bundle, graph = Bundle.load(built_bundle), "language_model"
+    variant = choose(bundle, backend=backend).variants[graph]
+    sides = Side(bundle, graph, variant, backend), Side(bundle, graph, variant)
+    found = bisect(*sides, f"{bundle.golden_cases()[0].name}/{graph}_0.logits", prepare=engine_maker())
+    assert found.begins is None, str(found)
 
 
 @pytest.mark.parametrize("backend", INSTALLED)

@@ -114,7 +114,7 @@ def test_all_variants_damaged_need_another_bundle(
     exported: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     graph, weight, block = DAMAGE[4]
-    damaged = damaged_copy(exported.path, tmp_path / "damaged", graph, weight, ["standard", "primitive"])
+    damaged = damaged_copy(exported.path, tmp_path / "damaged", graph, weight, list(exported.manifest.graphs[graph]))
     assert run(["verify", str(damaged), "--bisect", "--threads", "1"]) == 2
     assert "--against BUNDLE" in capsys.readouterr().err
     options = ["--bisect", "--against", str(exported.path), "--threads", "1"]
