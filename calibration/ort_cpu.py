@@ -5,7 +5,8 @@
 - Activations are uint8 with zero point 128, the same numbers: its fast kernels for x64 multiply uint8 by int8.
 - Rows of an int8 table are looked up before they become floats: else the whole table is dequantized at every call.
   TensorRT refuses that form, since it takes int8 constants in front of DequantizeLinear alone.
-- Attention and rotary embeddings become its fused operators, in fp32 graphs too: see `ort_attention`.
+- In fp32 graphs too: attention and rotary embeddings become its fused operators (`ort_attention`), and the spatial
+  decoder's queries are multiplied in place of its patches (`ort_few_queries`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import onnx_ir as ir
 from bridge_stg.calibration.blocks import INT8, find_products, find_tables, stored
 from bridge_stg.calibration.graph_edit import Edit
 from bridge_stg.calibration.ort_attention import fuse_attention
+from bridge_stg.calibration.ort_few_queries import absorb_projections
 from bridge_stg.runtime.manifest import GraphSpec
 
 VARIANT, DERIVED_FROM = "ort-cpu", "standard"
@@ -51,6 +53,7 @@ def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec
 
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:
     """Change a graph in place; tell whether there was anything to change."""
+    fewer = absorb_projections(model)
     attention = fuse_attention(model)
     edit = Edit(model.graph)
     fused = [_fuse(edit, edit.nodes[p.node]) for p in find_products(model, graph) if p.form == INT8]
@@ -60,7 +63,7 @@ def for_ort_cpu(model: ir.Model, graph: str) -> bool:
     edit.drop_unused()
     if any(fused):
         model.graph.opset_imports[DOMAIN] = 1
-    return attention or any(fused) or bool(tables)
+    return fewer or attention or any(fused) or bool(tables)
 
 
 def _fuse(edit: Edit, node: ir.Node) -> bool:

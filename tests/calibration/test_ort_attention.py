@@ -107,3 +107,29 @@ def test_what_does_not_fit_stays(exported: Bundle, tmp_path: Path) -> None:
     before = [node.op_type for node in model.graph]
     assert not fuse_attention(model) and [node.op_type for node in model.graph] == before
     assert not fuse_attention(ir.load(exported.graph_path("language_model", "primitive")))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 6), (1, 5, 4, 6), (3, 4, 6, 2), (9, 2, 2, 2)])
+def test_the_spatial_decoder_gives_the_same(exported: Bundle, sizes: tuple[int, int, int, int]) -> None:
+    """One query and many, each in frames of its own, over patches that no layer projects."""
+    rows, frames, height, width = sizes
+    random, spec = np.random.default_rng(rows), exported.manifest.spec
+    taps, name = (len(spec.language.tapped_layers), rows, spec.language.num_bridging_queries), "spatial_decoder"
+    mask = random.random((rows, frames)) < 0.6
+    mask[:, 0] = True
+    feeds = {
+        "feature_map": random.standard_normal((frames, height, width, spec.vision.hidden_size), np.float32),
+        "taps": random.standard_normal((*taps, spec.language.hidden_size), np.float32),
+        "frame_times": np.arange(frames, dtype=np.float32) / 4,
+        "frame_mask": mask,
+    }
+    found = []
+    for variant in ("standard", "ort-cpu"):
+        path = exported.graph_path(name, variant)
+        with OnnxRuntimeSession(path, exported.graph(name, variant), threads=1) as session:
+            found.append(session.infer(feeds))
+    for tensor, expected in found[0].items():
+        np.testing.assert_allclose(found[1][tensor], expected, rtol=1e-4, atol=1e-5, err_msg=tensor)
+    products = [node for node in ir.load(path).graph if node.op_type == "MatMul"]
+    assert not any(node.name.endswith((".space.key/MatMul", ".space.value/MatMul")) for node in products)
+    assert operators(exported, name)["MultiHeadAttention"] >= 2
