@@ -5,12 +5,12 @@ Packages are found by their metadata; none is imported unless it is installed an
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bridge_stg.runtime import packages
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.cuda import Cuda, DeviceFacts
 from bridge_stg.runtime.device import DeviceContext
@@ -54,12 +54,7 @@ class Backend:
 
     def version(self) -> str | None:
         """Version of the installed package, or None if there is none."""
-        for distribution in self.distributions:
-            try:
-                return importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return None
+        return next(filter(None, map(packages.installed_version, self.distributions)), None)
 
 
 def gpu() -> DeviceFacts:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bridge_stg.runtime.ahead import for_each
+from bridge_stg.runtime.cpus import usable_cpus
 from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.manifest import SCHEMA_VERSION, FileEntry, GraphSpec, Manifest, canonical_sha256
 from bridge_stg.runtime.onnx_file import external_locations
@@ -165,8 +167,11 @@ def _check_graph_folder(graph: GraphSpec) -> None:
 
 def _check_files(root: Path, manifest: Manifest, *, hash_all: bool) -> None:
     entries = manifest.entries()
-    for entry in entries.values():
-        check_file(root, entry, hash_it=hash_all or entry.size <= HASHED_BYTES_ON_LOAD)
+    for_each(
+        lambda entry: check_file(root, entry, hash_it=hash_all or entry.size <= HASHED_BYTES_ON_LOAD),
+        entries.values(),
+        threads=usable_cpus(),
+    )
     for graph in manifest.all_graphs():  # these are always hashed: a graph decides what runs
         entry = entries[graph.file]
         if entry.size > HASHED_BYTES_ON_LOAD and not hash_all:

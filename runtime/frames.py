@@ -73,9 +73,11 @@ class VideoSource(ABC):
     Attributes:
         width, height: of the picture as it is shown (rotation applied), in pixels.
         is_image: whether it is a single picture: one frame at time 0 that lasts one coarse sample interval.
+        read_ahead: whether reading fine frames is work that leaves Python, so that another thread should do it.
     """
 
     is_image = False
+    read_ahead = False
 
     def __init__(
         self,
@@ -108,6 +110,11 @@ class VideoSource(ABC):
     @abstractmethod
     def _fetch(self, times: np.ndarray, check: Check) -> Samples:
         """Return the frames shown at these times [N ≥ 1], at fine size."""
+
+    @property
+    def fine_size(self) -> tuple[int, int]:
+        """Height and width of the fine frames, in pixels."""
+        return self._fine_size
 
     @property
     def frame_times(self) -> np.ndarray:

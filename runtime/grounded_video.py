@@ -216,6 +216,11 @@ class GroundedVideo:
             timings = {**self._timings, **limits.timings, "total": limits.elapsed_s}
             return [dataclasses.replace(grounding, timings=timings) for grounding in groundings]
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory now: the keys and values of its prefix, and the fine feature maps that are kept."""
+        return self._prefix.cache.nbytes + self._features.nbytes
+
     def close(self) -> None:
         """Close the video. Calls under way finish; later ones raise VideoError. May be called again."""
         self._usage.close()

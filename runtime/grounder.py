@@ -16,8 +16,6 @@ from bridge_stg.runtime.frames import CoarseFrames, Samples, VideoSource, open_s
 from bridge_stg.runtime.grounded_video import Chain, GroundedVideo
 from bridge_stg.runtime.kv_pool import KVPool
 from bridge_stg.runtime.limits import Limits, Progress
-from bridge_stg.runtime.live import LiveOptions, LiveWatch
-from bridge_stg.runtime.live_source import open_live
 from bridge_stg.runtime.prompt import Tokenizer, check_query, video_budget, video_segment
 from bridge_stg.runtime.session import Session, fixed_capacity
 from bridge_stg.runtime.spec import ChainSpec
@@ -26,6 +24,7 @@ from bridge_stg.runtime.tubes import Grounding
 from bridge_stg.runtime.usage import Usage
 
 if TYPE_CHECKING:
+    from bridge_stg.runtime.live import LiveWatch
     from bridge_stg.runtime.targets import Target
 
 Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]"
@@ -44,6 +43,8 @@ class Grounder:
         tokenizer: the model's tokenizer.
         kv_budget_bytes: what the KV caches of one batch of queries may hold; more queries go in several batches.
         feature_budget_bytes: what a video's fine feature maps may hold between calls.
+        unchanged_tolerance: how much a patch of the coarse frames may change, in levels of 0 to 255 on average, for a
+            group to count as the one before it and not be encoded again; 0: not at all (see `unchanged.distinct`).
         verified: whether the graphs were compared with the torch reference when they were exported.
         target: which backend the sessions run on and why, to be told; None where that is not known.
     """
@@ -56,6 +57,7 @@ class Grounder:
         *,
         kv_budget_bytes: int = 2**29,
         feature_budget_bytes: int = 2**28,
+        unchanged_tolerance: float = 0.0,
         verified: bool = True,
         target: Target | None = None,
     ) -> None:
@@ -64,10 +66,13 @@ class Grounder:
             raise EngineError(
                 f"the chain needs a session for {missing[0]!r}; it was given: {', '.join(sessions) or 'none'}"
             )
+        if not 0 <= unchanged_tolerance <= 255:
+            raise VideoError(f"unchanged_tolerance={unchanged_tolerance!r}: expected levels, from 0 to 255")
         self.verified = verified
         self.target = target
         self._sessions = dict(sessions)
         self._feature_budget_bytes = feature_budget_bytes
+        self._unchanged_tolerance = unchanged_tolerance
         self._chain = Chain(
             vision_encoder=sessions["vision_encoder"],
             language_model=sessions["language_model"],
@@ -86,6 +91,8 @@ class Grounder:
         backend: str = "auto",
         variant: str | None = None,
         threads: int | None = None,
+        wait: bool = True,
+        unchanged_tolerance: float = 0.0,
     ) -> Grounder:
         """Load a bundle.
 
@@ -94,6 +101,9 @@ class Grounder:
             backend: "auto", or the name of an engine; `Grounder.target` says which one runs, and why.
             variant: the lowering to run, such as "standard"; None for the best that runs here.
             threads: CPU threads of an engine; None for its own default.
+            wait: whether to return when all engines are open. Else those of a CPU are opened while the first video is
+                read, and one that refuses its graph says so at the first call that needs it.
+            unchanged_tolerance: see `Grounder`.
 
         Raises:
             BundleError: the bundle is damaged, incomplete or of an unknown schema.
@@ -103,15 +113,35 @@ class Grounder:
         from bridge_stg.runtime.targets import open_sessions
 
         bundle = Bundle.load(path)
-        tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
-        sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads)
+        sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
+        try:
+            tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
+        except BaseException:
+            for session in sessions.values():
+                session.close()
+            raise
         target: Target | None = getattr(sessions, "target", None)
-        return cls(sessions, bundle.manifest.spec, tokenizer, verified=bundle.manifest.verified, target=target)
+        return cls(
+            sessions,
+            bundle.manifest.spec,
+            tokenizer,
+            unchanged_tolerance=unchanged_tolerance,
+            verified=bundle.manifest.verified,
+            target=target,
+        )
 
     @property
     def spec(self) -> ChainSpec:
         """What the chain knows about the model."""
         return self._chain.spec
+
+    def check_query(self, query: str) -> None:
+        """Do nothing with a query that can be asked; no video is read for it.
+
+        Raises:
+            QueryError: it is empty or too long for any video.
+        """
+        check_query(self._chain.tokenizer, self.spec.prompt, query)
 
     def ground(
         self,
@@ -260,6 +290,9 @@ class Grounder:
             QueryError: a query is empty or too long.
             EngineError: while iterating: a backend failed, or this Grounder is closed.
         """
+        from bridge_stg.runtime.live import LiveOptions, LiveWatch
+        from bridge_stg.runtime.live_source import open_live
+
         with self._chain.usage.call():
             chosen = LiveOptions(**options)
             return LiveWatch(
@@ -318,6 +351,7 @@ class Grounder:
                 chain.spec,
                 read=calls.reading(source, grid),
                 budget_bytes=self._feature_budget_bytes,
+                read_ahead=source.fine_size if source.read_ahead else None,
             )
             return GroundedVideo(chain, source, coarse, prefix, features, grid, dict(limits.timings))
         except BaseException:
@@ -335,7 +369,13 @@ class Grounder:
                 "one with a lower frames.coarse_min_pixels in its config"
             )
         with limits.stage("vision_coarse"):
-            tokens = coarse_tokens(chain.vision_encoder, chain.spec, coarse.frames, report=limits.report)
+            tokens = coarse_tokens(
+                chain.vision_encoder,
+                chain.spec,
+                coarse.frames,
+                report=limits.report,
+                tolerance=self._unchanged_tolerance,
+            )
         with limits.stage("prefill"):
             cache = chain.pool.take(batch=1, positions=len(segment))
             return prefill_video(chain.language_model, cache, segment, tokens, report=limits.report)

@@ -44,9 +44,11 @@ class KVPool:
         """Return a cache of `batch` rows that holds at least `positions` tokens each, to be given back."""
         capacity = self._capacity(positions)
         with self._lock:
-            for i, cache in enumerate(self._unused):
-                if cache.batch == batch and cache.capacity >= capacity and cache.capacity < 2 * capacity:
-                    return self._unused.pop(i)
+            fitting = [c for c in self._unused if c.batch == batch and capacity <= c.capacity < 2 * capacity]
+            if fitting:
+                best = min(fitting, key=lambda cache: cache.capacity)  # attention may work over all of it
+                self._unused = [cache for cache in self._unused if cache is not best]
+                return best
         return self._session.allocate_cache(batch=batch, capacity=capacity)
 
     def give(self, cache: KVCache) -> None:

@@ -51,7 +51,7 @@ class LiveSource:
 
 
 def open_live(
-    source: str | int | os.PathLike[str] | Iterable[tuple[float, np.ndarray]],
+    source: str | int | os.PathLike[str] | Iterable[tuple[float, np.ndarray]] | LiveSource,
     *,
     realtime: bool = False,
     latest_wins: bool | None = None,
@@ -61,7 +61,8 @@ def open_live(
 
     Args:
         source: the path of a video file; an address such as rtsp://camera/stream; a camera: its number or device file,
-            such as 0 or /dev/video0; or an iterable of (time in seconds, RGB uint8 [H, W, 3]).
+            such as 0 or /dev/video0; or an iterable of (time in seconds, RGB uint8 [H, W, 3]); a `LiveSource` stays
+            what it is.
         realtime: give the frames of a file at their own pace instead of as fast as they are taken.
         latest_wins: see `LiveSource.keeps_pace`; None: False for files and iterables, True for all else.
         timeout_s: how long a network stream may take to connect, and may be silent.
@@ -69,6 +70,8 @@ def open_live(
     Raises:
         VideoError: it is none of these, or the file does not exist.
     """
+    if isinstance(source, LiveSource):
+        return source
     if isinstance(source, (str, os.PathLike, int)) and not isinstance(source, bool):
         text = os.fspath(source) if not isinstance(source, int) else str(source)
         scheme = re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)

@@ -21,6 +21,7 @@ _CHILDREN = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
+_LOCATION = b"location"
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -34,51 +35,54 @@ def external_locations(path: Path) -> set[str]:
     found: set[str] = set()
     with open(path, "rb") as file:
         try:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise ValueError("the file is empty") from None
-    if not any(number == 7 for number, _ in _fields(content)):
-        raise ValueError("it holds no graph")
-    _collect(content, "model", found)
+    with content:
+        if not any(number == 7 for number, _, _ in _fields(content, 0, len(content))):
+            raise ValueError("it holds no graph")
+        _collect(content, 0, len(content), "model", found)
     return found
 
 
-def _collect(message: memoryview, kind: str, found: set[str]) -> None:
+def _collect(content: mmap.mmap, start: int, end: int, kind: str, found: set[str]) -> None:
+    """Add the locations named in the message at bytes start … end − 1, which is of a kind."""
     children = _CHILDREN[kind]
-    for number, value in _fields(message):
+    for number, first, last in _fields(content, start, end):
         child = children.get(number)
+        if child is None or content.find(_LOCATION, first, last) < 0:  # a key is spelt out: most nodes have none
+            continue
         if child == "entry":
-            entry = {n: bytes(v) for n, v in _fields(value)}
-            if entry.get(1) == b"location":
+            entry = {n: content[at:stop] for n, at, stop in _fields(content, first, last)}
+            if entry.get(1) == _LOCATION:
                 found.add(entry.get(2, b"").decode("utf-8"))
-        elif child is not None:
-            _collect(value, child, found)
+        else:
+            _collect(content, first, last, child, found)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield (field number, content) of the length-delimited fields; other fields are stepped over."""
-    at, end = 0, len(message)
+def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (field number, first byte, byte behind it) of length-delimited fields; other fields are stepped over."""
     while at < end:
-        key, at = _varint(message, at)
+        key, at = _varint(content, at, end)
         wire = key & 7
         if wire == _BYTES:
-            length, at = _varint(message, at)
+            length, at = _varint(content, at, end)
             if at + length > end:
                 raise ValueError("it ends in the middle of a field")
-            yield key >> 3, message[at : at + length]
+            yield key >> 3, at, at + length
             at += length
         elif wire == _VARINT:
-            _, at = _varint(message, at)
+            _, at = _varint(content, at, end)
         elif wire in (_FIXED64, _FIXED32):
             at += 8 if wire == _FIXED64 else 4
         else:
             raise ValueError("it is not protobuf")
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
+def _varint(content: mmap.mmap, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
-    while at < len(message) and shift < 70:
-        byte = message[at]
+    while at < end and shift < 70:
+        byte = content[at]
         value |= (byte & 127) << shift
         at += 1
         if byte < 128:

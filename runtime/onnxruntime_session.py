@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.cpus import limited_threads
 from bridge_stg.runtime.device_array import DeviceArray
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import CacheSpec, GraphSpec
@@ -79,7 +80,7 @@ class OnnxRuntimeSession:
     Args:
         path: the .onnx file, already checked by `Bundle.load`.
         graph: its manifest entry, to which names, dtypes and dims of the file are compared.
-        threads: threads of one call; None: onnxruntime's choice, one a physical core.
+        threads: threads of one call; None: one a physical core that this process may use (see cpus.py).
         lean: cast and lay out weights at every call, not once: slower, and no second copy of them in memory.
         weights: the folder of its external data, where that is not the file's own.
 
@@ -187,7 +188,9 @@ def session_options(threads: int | None) -> Any:
         raise EngineError(f"threads is {threads}, expected a number of at least 1")
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = _FATAL_ONLY
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or limited_threads() or 0
+    # Each session has threads of its own: those of the graph before would keep a core from those of the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.inter_op_num_threads = 1
     # One memory plan is kept for every set of input shapes, and shapes differ from call to call here.
     options.enable_mem_pattern = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
+import os
+import re
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -25,12 +27,45 @@ def load_package(module: str, package: str) -> ModuleType:
         ) from error
 
 
+def installed_version(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None if there is none.
+
+    The names of the folders that installers leave tell it, in a tenth of the time that `importlib.metadata` takes to be
+    imported; that is asked where a name has no version in it, or where packages are imported from an archive.
+    """
+    wanted = _normalised(distribution)
+    doubtful = False
+    for entry in sys.path:
+        try:
+            names = os.listdir(entry or ".")
+        except OSError:  # not there, or an archive
+            doubtful = doubtful or os.path.isfile(entry)
+            continue
+        for name in names:
+            stem, kind = os.path.splitext(name)
+            if kind not in (".dist-info", ".egg-info", ".egg"):
+                continue
+            found, _, version = stem.partition("-")
+            if kind == ".dist-info" and version and _normalised(found) == wanted:
+                return version
+            doubtful = doubtful or (kind != ".dist-info" and _normalised(found) == wanted)
+    return _version_by_metadata(distribution) if doubtful else None
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _version_by_metadata(distribution: str) -> str | None:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def installed_versions(names: Sequence[str]) -> dict[str, str]:
     """Return the versions of those distributions that are installed, by name."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: installed_version(name) for name in names}
+    return {name: version for name, version in found.items() if version is not None}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bridge_stg.runtime import backends as table
 from bridge_stg.runtime.backends import BACKENDS, Backend
 from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime.contracts import GRAPHS
 from bridge_stg.runtime.cuda import DeviceFacts
 from bridge_stg.runtime.device import DeviceContext
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec, Manifest
+from bridge_stg.runtime.pending import PendingSession, open_in_order
 from bridge_stg.runtime.session import Session
 
 _log = logging.getLogger(__name__)
@@ -159,17 +162,37 @@ def _accepted(
 
 
 def open_sessions(
-    bundle: Bundle, *, backend: str = "auto", variant: str | None = None, threads: int | None = None
+    bundle: Bundle,
+    *,
+    backend: str = "auto",
+    variant: str | None = None,
+    threads: int | None = None,
+    wait: bool = True,
 ) -> Sessions:
     """Open every graph of a bundle on the target that `choose` picks; on a GPU they share one device context.
+
+    Args:
+        bundle: its files have been checked.
+        backend, variant: as of `choose`.
+        threads: CPU threads of an engine; None for its own default.
+        wait: whether to return when all are open. Else, on CPU, they are opened in another thread, in the order in
+            which a chain needs them; a call waits for its own, and raises what the opening raised.
 
     Raises:
         EngineError: as `choose`, or the backend refuses a graph; the sessions opened so far are closed.
     """
     target = choose(bundle, backend=backend, variant=variant)
     _log.info("running %s on %s", bundle.path, target)
-    device = DeviceContext().open() if _backend(target).on_gpu else None
     sessions = Sessions(target)
+    if not wait and not _backend(target).on_gpu:
+        pending = {
+            name: PendingSession(bundle.graph(name, chosen), partial(open_graph, bundle, name, target, threads=threads))
+            for name, chosen in target.variants.items()
+        }
+        sessions.update(pending)
+        open_in_order([pending[name] for name in sorted(pending, key=_place_in_chain)])
+        return sessions
+    device = DeviceContext().open() if _backend(target).on_gpu else None
     try:
         for name in target.variants:
             sessions[name] = open_graph(bundle, name, target, threads=threads, device=device)
@@ -181,6 +204,10 @@ def open_sessions(
         if device is not None:
             device.close()  # the sessions hold it from here on
     return sessions
+
+
+def _place_in_chain(graph: str) -> int:
+    return GRAPHS.index(graph) if graph in GRAPHS else len(GRAPHS)
 
 
 def open_graph(

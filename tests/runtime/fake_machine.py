@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bridge_stg.runtime import cuda, device_resize, tensorrt_library
+from bridge_stg.runtime import cuda, device_resize, packages, tensorrt_library
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.engine_cache import (
     PLAN,
@@ -22,7 +21,8 @@ from bridge_stg.runtime.engine_cache import (
 )
 from bridge_stg.runtime.engine_store import new_engine, publish
 from bridge_stg.runtime.manifest import GraphSpec
-from tests.runtime.fake_cuda import FakeCuda, FakeDriver, FakeNvrtc
+from tests.runtime.fake_cuda import FakeCuda
+from tests.runtime.fake_kernels import FakeDriver, FakeNvrtc
 from tests.runtime.fake_tensorrt import FakeTensorRT, make_plan
 
 VERSION = "10.15.1"
@@ -50,13 +50,13 @@ class FakeMachine:
         self.cuda = FakeCuda(eager=eager)
         self.module = FakeTensorRT(self.cuda, VERSION)
         package = "tensorrt" if family == "tensorrt" else "tensorrt-rtx-cu13-bindings"
-        installed = importlib.metadata.version
+        installed = packages.installed_version
 
-        def version(name: str) -> str:
+        def version(name: str) -> str | None:
             return VERSION if name == package else installed(name)
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(packages, "installed_version", version)
         monkeypatch.setattr(cuda, "_cuda_python", lambda: self.cuda)
         monkeypatch.setattr(tensorrt_library, "_import", lambda name: self.module)
         monkeypatch.setattr(device_resize, "_bindings", lambda: (FakeNvrtc(), FakeDriver(self.cuda)))

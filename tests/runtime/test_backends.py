@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from types import SimpleNamespace
 
 import pytest
 
 from bridge_stg.runtime import backends
+from bridge_stg.runtime import packages as runtime_packages
 from bridge_stg.runtime.backends import BACKENDS, usual_sizes
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.cuda import Cuda, DeviceFacts
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.targets import choose, open_sessions
-from tests.runtime.fake_cuda import FakeCuda, cudaError_t
+from tests.runtime.fake_cuda import FakeCuda
+from tests.runtime.fake_streams import cudaError_t
 
 ALL = {
     "tensorrt": "10.15.1", "tensorrt-rtx-cu13-bindings": "1.7.1", "onnxruntime-gpu": "1.32.0", "onnxruntime": "1.32.0",
@@ -27,11 +28,6 @@ def machine(monkeypatch):
     """Pretend packages, a GPU (or why there is none), and which families have engines."""
 
     def pretend(packages, *, gpu=ORIN, engines=()) -> None:
-        def version(name: str) -> str:
-            if name not in packages:
-                raise importlib.metadata.PackageNotFoundError(name)
-            return packages[name]
-
         def facts() -> DeviceFacts:
             if isinstance(gpu, str):
                 raise EngineError(gpu)
@@ -43,7 +39,7 @@ def machine(monkeypatch):
                 raise EngineError(f"no engine of {graph} has been built for {device.family}")
             return SimpleNamespace()
 
-        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(runtime_packages, "installed_version", packages.get)
         monkeypatch.setattr(backends, "gpu", facts)
         monkeypatch.setattr(backends, "find_engine", find)
 

@@ -4,62 +4,21 @@ import dataclasses
 import json
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 
-from bridge_stg.runtime import Grounder, Grounding, targets
+from bridge_stg.runtime import Grounder, targets
 from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.errors import EngineError, Interrupted, QueryError, VideoError
+from bridge_stg.runtime.errors import EngineError, QueryError, VideoError
 from bridge_stg.runtime.prompt import Tokenizer
 from bridge_stg.runtime.spans import FineFrames
 from bridge_stg.runtime.spatial_pass import SpatialQuery, _batches
+from tests.runtime.answers import CAR, QUERIES, SCRIPT, same, write_video
 from tests.runtime.fake_chain import BRIDGING, TAPS, WIDTH, clip, fake_grounder, fake_spec
-
-# Groups of two samples, 0.5 s apart: group k has the samples k and k + 0.5, and the time k + 0.25.
-CAR = "<2.2 seconds> to <4.2 seconds>"
-SCRIPT = {
-    "the car": CAR,
-    "the dog": "<0.2 seconds> to <1.2 seconds>",
-    "the cat": "none",
-    "the end": "<6.2 seconds> to <7.2 seconds>",
-}
-QUERIES = ["the car", "the dog", "the cat", "the end", "a bird", "the car that turns left", "two men"]
-
-
-def same(a: Grounding, b: Grounding) -> None:
-    assert (a.query, a.found, a.span, a.named_span, a.answer, a.size) == (
-        b.query,
-        b.found,
-        b.span,
-        b.named_span,
-        b.answer,
-        b.size,
-    )
-    assert a.scores == pytest.approx(b.scores) and a.tokens == b.tokens
-    if a.tube is not None and b.tube is not None and a.boxes is not None and b.boxes is not None:
-        np.testing.assert_array_equal(a.tube.times, b.tube.times)
-        np.testing.assert_allclose(a.tube.boxes, b.tube.boxes, atol=1e-4)
-        np.testing.assert_array_equal(a.tube.visible, b.tube.visible)
-        np.testing.assert_allclose(a.boxes.boxes, b.boxes.boxes, atol=1e-4)
-
-
-def write_video(path: Path, frames: list[tuple[float, np.ndarray]], fps: int = 8) -> Path:
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=fps, options={"crf": "1", "g": "12"})
-        stream.height, stream.width = frames[0][1].shape[:2]
-        stream.pix_fmt = "yuv444p"
-        for _, frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 def test_a_query_becomes_a_tube() -> None:
@@ -209,7 +168,7 @@ def test_load_opens_what_the_bundle_says(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(Tokenizer, "from_file", lambda path: fake._chain.tokenizer)
     with Grounder.load(tmp_path, variant="primitive", threads=2) as grounder:
         assert grounder.ground(clip(), "the car").answer == CAR
-    assert asked == {"backend": "auto", "variant": "primitive", "threads": 2}
+    assert asked == {"backend": "auto", "variant": "primitive", "threads": 2, "wait": True}
 
 
 def test_queries_share_the_prefix_and_the_fine_features() -> None:
@@ -307,106 +266,6 @@ def test_a_prompt_that_does_not_fit() -> None:
         video.ground("the car")
         with pytest.raises(QueryError, match="shorter"):
             video.ground("the car " * 20)
-
-
-STAGES = ["decode_video", "vision_coarse", "prefill", "answer", "decode_fine", "vision_fine", "spatial"]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_cancelled_call_names_the_stage(stage: str, tmp_path: Path) -> None:
-    path = write_video(tmp_path / "clip.mp4", clip())
-    grounder = fake_grounder(script=SCRIPT)
-    reached: list[str] = []
-    event = threading.Event()
-
-    def progress(name: str, done: float, total: float | None) -> None:
-        reached.append(name)
-        if name == stage:
-            event.set()
-
-    with pytest.raises(Interrupted, match=f"during {stage}"):
-        grounder.ground(path, "the car", cancel=event, progress=progress)
-    assert reached[-1] == stage
-    event.clear()
-    same(grounder.ground(path, "the car"), fake_grounder(script=SCRIPT).ground(path, "the car"))
-
-
-def test_an_opened_video_survives_a_cancelled_call(tmp_path: Path) -> None:
-    with fake_grounder(script=SCRIPT).open(write_video(tmp_path / "clip.mp4", clip())) as video:
-        for calls in range(1, 400, 5):
-            left = iter(range(calls))
-            try:
-                result = video.ground("the car", cancel=lambda left=left: next(left, None) is None)
-            except Interrupted:
-                continue
-            same(result, fake_grounder(script=SCRIPT).ground(tmp_path / "clip.mp4", "the car"))
-            break
-        else:
-            raise AssertionError("the call was always interrupted")
-        assert calls > 40  # every decoded frame and every step asks
-
-
-def test_deadlines_on_every_call() -> None:
-    grounder = fake_grounder(script=SCRIPT)
-    for call in (lambda: grounder.ground(clip(), "the car", deadline_s=0), lambda: grounder.open(clip(), deadline_s=0)):
-        with pytest.raises(Interrupted, match="decode_video"):
-            call()
-    with grounder.open(clip()) as video:
-        with pytest.raises(Interrupted, match="answer"):
-            video.ground_many(["the car"], deadline_s=0)
-
-
-def test_closed_things_say_so() -> None:
-    grounder = fake_grounder(script=SCRIPT)
-    video, other = grounder.open(clip()), grounder.open(clip())
-    video.close()
-    video.close()
-    with pytest.raises(VideoError, match="closed"):
-        video.ground("the car")
-    grounder.close()
-    grounder.close()
-    for call in (
-        lambda: grounder.ground(clip(), "the car"),
-        lambda: grounder.open(clip()),
-        lambda: other.ground("the car"),
-    ):
-        with pytest.raises(EngineError, match="closed"):
-            call()
-    other.close()
-    assert all(session.closed for session in grounder._sessions.values())  # type: ignore[attr-defined]
-
-
-def test_closing_waits_for_the_call_under_way() -> None:
-    grounder = fake_grounder(script=SCRIPT)
-    spatial: Any = grounder._sessions["spatial_decoder"]
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait(feeds: Any) -> None:
-        inside.set()
-        assert go_on.wait(5)
-
-    spatial.before = wait
-    with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(grounder.ground, clip(), "the car")
-        assert inside.wait(5)
-        grounder.close()
-        assert not spatial.closed
-        go_on.set()
-        assert running.result(5).found
-    assert spatial.closed
-
-
-def test_many_threads_on_one_video_and_one_grounder(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "clip.mp4", clip())
-    alone = {query: fake_grounder(script=SCRIPT).ground(path, query) for query in QUERIES}
-    grounder = fake_grounder(script=SCRIPT, feature_budget_bytes=4000)
-    encoder: Any = grounder._sessions["vision_encoder"]
-    encoder.before = lambda feeds: time.sleep(0.001)
-    with grounder.open(path) as video, ThreadPoolExecutor(6) as threads:
-        tasks = [(query, threads.submit(video.ground, query)) for query in QUERIES * 3]
-        tasks += [(query, threads.submit(grounder.ground, path, query)) for query in QUERIES]
-        for query, task in tasks:
-            same(task.result(30), alone[query])
 
 
 def test_outputs_that_are_not_finite_are_engine_errors() -> None:

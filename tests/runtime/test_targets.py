@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bridge_stg.runtime import packages as runtime_packages
 from bridge_stg.runtime import targets
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.errors import EngineError
@@ -25,12 +25,7 @@ def installed(monkeypatch):
     """Pretend that packages of these versions are installed."""
 
     def pretend(**versions: str) -> None:
-        def version(name: str) -> str:
-            if name not in versions:
-                raise importlib.metadata.PackageNotFoundError(name)
-            return versions[name]
-
-        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(runtime_packages, "installed_version", versions.get)
 
     return pretend
 

@@ -10,10 +10,11 @@ import av
 import numpy as np
 import pytest
 
-from bridge_stg.runtime import container
+from bridge_stg.runtime import container, video
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.frames import open_source
+from bridge_stg.runtime.frames import VideoSource, open_source
 from bridge_stg.runtime.spec import ChainSpec, FramesSpec
+from bridge_stg.runtime.video import VideoFile
 from tests.runtime.clips import GOP, LANGUAGE, SPEC, VISION, Counter, decoded, expect_fine, pictures, scaled, write
 
 FILES: dict[str, tuple[str, dict]] = {
@@ -55,7 +56,10 @@ def test_fine_frames_are_those_of_a_sequential_decode(kind: str, tmp_path: Path)
         picked = rng.permutation(len(reference))[:25]
         expect_fine(source, times[picked], reference, times)  # before coarse()
         np.testing.assert_allclose(source.frame_times, times, atol=1e-9)
+        assert set(source._shown(source.fine_grid())) == set(source._kept.frames)
         expect_fine(source, source.fine_grid(), reference, times)
+        source._kept.clear()
+        expect_fine(source, source.fine_grid(), reference, times)  # decoded again
         expect_fine(source, times[[70, 3]], reference, times)
         assert source._seekable is (kind not in READ_FROM_THE_START)
         coarse = source.coarse()
@@ -196,3 +200,44 @@ def test_an_interrupted_pass_can_be_repeated(tmp_path: Path) -> None:
         assert len(source.fine(source.fine_grid()).times) == 6
     with pytest.raises(VideoError, match="closed"):
         source.fine([0.0])
+
+
+def test_frames_of_the_fine_grid_are_decoded_once_while_they_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
+    opened: list[str] = []
+    decoder = container.Decoder.__init__
+    monkeypatch.setattr(container.Decoder, "__init__", lambda self, path: (opened.append(path), decoder(self, path))[1])
+    seeks: list[int] = []
+    seek = container.Decoder.frames_from
+    monkeypatch.setattr(container.Decoder, "frames_from", lambda self, pts: (seeks.append(pts), seek(self, pts))[1])
+    answers = []
+    a_frame = 64 * 48 * 3 // 2
+    for most in (2**26, 5 * a_frame):
+        monkeypatch.setattr(video, "KEPT_BYTES", most)
+        with open_source(path, SPEC) as source:
+            answers.append(source.fine(source.fine_grid()).frames)
+            kept = sum(plane.buffer_size for frame in source._kept.frames.values() for plane in frame.planes)
+        again = len(opened) + len(seeks) > 1
+        assert (kept > 0, again) == ((True, False) if most == 2**26 else (False, True))
+        assert source._kept.frames == {}
+    np.testing.assert_array_equal(*answers)
+
+
+def test_coarse_samples_are_the_same_however_many_are_resized_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(150, 120, 160), options={"x264-params": GOP})
+    # The file's promise of its length is what the first size follows from; without one it shrinks on the way.
+    monkeypatch.setattr(VideoFile, "_sampler", lambda self, length_s=None: VideoSource._sampler(self, None))
+    frames = FramesSpec(coarse_fps=25.0, max_coarse_groups=16, max_visual_tokens=150)
+    for spec in (SPEC, ChainSpec(VISION, LANGUAGE, frames)):
+        found = []
+        for together in (1, 3, 16):
+            monkeypatch.setattr(video, "RESIZED_TOGETHER", together)
+            with open_source(path, spec) as source:
+                found.append(source.coarse())
+        for other in found[1:]:
+            np.testing.assert_array_equal(other.frames, found[0].frames)
+            np.testing.assert_array_equal(other.times, found[0].times)
