@@ -6,9 +6,12 @@ paragraph on stderr and exit code 2, without a traceback. Heavy imports stay ins
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +20,8 @@ from typing import Any
 import click
 
 import bridge_stg
-from bridge_stg import cli_build, cli_calibrate, cli_checkpoints, cli_deploy, cli_evaluate, cli_infer_many, cli_watch
+from bridge_stg import cli_calibrate
+from bridge_stg.lazy_commands import LazyCommands
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 VARIANTS = ("standard", "primitive")
@@ -30,6 +34,8 @@ EXTRAS = {  # the import name of a package and the extra that brings it
     "onnxscript": "[export]", "safetensors": "[export]", "skimage": "[train]", "tensorrt": "[tensorrt]",
     "cuda": "[gpu]",
     "tensorrt_rtx_bindings": "[rtx]", "ray": "[ray]", "pyarrow": "[ray]",
+    "fastapi": "[serve]", "starlette": "[serve]", "pydantic": "[serve]", "anyio": "[serve]", "uvicorn": "[serve]",
+    "python_multipart": "[serve]", "prometheus_client": "[serve]",
     "yaml": "[calibrate]", "numpy": "", "av": "", "PIL": "", "tokenizers": "", "tqdm": "",
 }  # fmt: skip
 
@@ -76,17 +82,20 @@ class StageProgress:
     """A progress bar on stderr for each stage that takes over a second; nothing where stderr is not a terminal."""
 
     def __init__(self) -> None:
+        self.shown = sys.stderr.isatty()
         self.stage: str | None = None
         self.bar: Any = None
 
     def __call__(self, stage: str, done: float, total: float | None = None) -> None:
-        from tqdm import tqdm
-
+        if not self.shown:
+            return
         if stage != self.stage:
+            from tqdm import tqdm
+
             self.close()
             self.stage = stage
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}" if total else "{desc}: {n:.0f} {elapsed}"
-            self.bar = tqdm(desc=stage, total=total, delay=1, leave=False, disable=None, bar_format=form)
+            self.bar = tqdm(desc=stage, total=total, delay=1, leave=False, bar_format=form)
         self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
@@ -100,12 +109,37 @@ class StageProgress:
         self.close()
 
 
+def preload_video_packages() -> None:
+    """Import what reads videos, in this thread. What is missing is told when a video is opened."""
+    for module in ("av", "PIL.Image", "bridge_stg.runtime.video"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+
+
 def stage_line(stage: object, *_: object) -> None:
     """Report a stage of an export: one line each."""
     click.echo(f"  {stage}", err=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+# In other files: imported when one of them is asked for.
+COMMANDS = LazyCommands(
+    {
+        "build": "bridge_stg.cli_build:build",
+        "calibrate": "bridge_stg.cli_calibrate:calibrate",
+        "init": "bridge_stg.cli_checkpoints:init",
+        "train": "bridge_stg.cli_checkpoints:train",
+        "evaluate": "bridge_stg.cli_evaluate:evaluate",
+        "convert-refs": "bridge_stg.cli_evaluate:convert_refs",
+        "infer-many": "bridge_stg.cli_infer_many:infer_many",
+        "doctor": "bridge_stg.cli_deploy:doctor",
+        "triton": "bridge_stg.cli_deploy:triton",
+        "serve": "bridge_stg.cli_serve:serve",
+        "watch": "bridge_stg.cli_watch:watch",
+    }
+)
+
+
+@click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(bridge_stg.__version__, prog_name="bridge-stg")
 def app() -> None:
     """Find when and where a sentence happens in a video, and bring trained checkpoints to the edge."""
@@ -175,12 +209,17 @@ def inspect(bundle: Path) -> None:
 def verify(
     bundle: Path, backend: str, variant: str | None, threads: int | None, bisect: bool, against: Path | None
 ) -> None:
-    """Hash every file of a BUNDLE and replay its golden cases on this machine."""
+    """Hash every file of a BUNDLE and replay its golden cases on this machine.
+
+    With --bisect, a TensorRT backend gets engines of its own for as long as the command runs.
+    """
     options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads, "report": click.echo}
     if bisect:
         from bridge_stg.export.bisect import verify_and_bisect
+        from bridge_stg.export.tapped_engines import engine_maker
 
-        verify_and_bisect(bundle, against=against, **options)
+        with StageProgress() as progress:
+            verify_and_bisect(bundle, against=against, prepare=engine_maker(report=progress, say=stage_line), **options)
         return
     if against is not None:
         raise click.UsageError("--against is the reference of --bisect; give both.")
@@ -251,17 +290,20 @@ def infer(
     for output in (json_file, annotate, sheet):
         if output is not None and output.exists() and Path(video).exists() and output.samefile(video):
             raise click.UsageError(f"{output} is the video itself; give another name for the output.")
+    # numpy's own threads have nothing to do here, and would wait for work busily.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from bridge_stg.demo_bundle import demo_bundle
     from bridge_stg.runtime import Grounder
-    from bridge_stg.runtime.tasks import TRACKED
-    from bridge_stg.tables import grounding_table
+    from bridge_stg.runtime.ahead import Ahead
 
     began = time.monotonic()
     path = bundle if bundle is not None else demo_bundle(progress=stage_line)
-    with (
-        StageProgress() as progress,
-        Grounder.load(path, backend=backend, variant=variant, threads=threads) as grounder,
-    ):
+    loading = Ahead(lambda: Grounder.load(path, backend=backend, variant=variant, threads=threads, wait=False))
+    preload_video_packages()
+    from bridge_stg.runtime.tasks import TRACKED
+    from bridge_stg.tables import grounding_table
+
+    with StageProgress() as progress, loading.result() as grounder:
         if not grounder.verified:
             click.echo(UNVERIFIED, err=True)
         with grounder.open(
@@ -296,18 +338,6 @@ def infer(
         click.echo(f"  engine: {grounder.target.summary}")
     for written in filter(None, (json_file, annotate, sheet)):
         click.echo(f"wrote {written}")
-
-
-app.add_command(cli_build.build)
-app.add_command(cli_calibrate.calibrate)
-app.add_command(cli_checkpoints.init)
-app.add_command(cli_checkpoints.train)
-app.add_command(cli_evaluate.evaluate)
-app.add_command(cli_evaluate.convert_refs)
-app.add_command(cli_infer_many.infer_many)
-app.add_command(cli_deploy.doctor)
-app.add_command(cli_deploy.triton)
-app.add_command(cli_watch.watch)
 
 
 @app.command("train-demo")
@@ -376,4 +406,10 @@ def complain(message: str) -> int:
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run())
+    code = run()
+    if sys.argv[1:2] == ["infer"] and threading.active_count() == 1:
+        # All is written and closed: taking the interpreter apart would only keep the caller waiting.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -22,8 +22,8 @@ COPY calibration /src/calibration
 COPY evaluation /src/evaluation
 
 # TensorRT runs engines; `calibrate` brings onnx, by which `build` and `verify --bisect` read graphs; `cpu` is what results
-# are compared with. Constraints make it the very versions that the tests ran with. The sources go in the same layer.
-RUN /opt/bridge-stg/bin/pip install --no-cache-dir -c /src/constraints.txt "/src[cpu,tensorrt,calibrate]" && rm -rf /src
+# are compared with; `serve` is the HTTP server. Constraints make it the very versions that the tests ran with. The sources go in the same layer.
+RUN /opt/bridge-stg/bin/pip install --no-cache-dir -c /src/constraints.txt "/src[cpu,tensorrt,calibrate,serve]" && rm -rf /src
 
 # Engines for bundles that are mounted read-only go here; mount a volume to keep them.
 ENV XDG_CACHE_HOME=/cache

@@ -43,9 +43,15 @@ def fit_text(text: str, text_font: Font, width: float) -> str:
 
 
 def draw_box(
-    draw: ImageDraw.ImageDraw, box: Sequence[float], size: tuple[int, int], *, thickness: int, dashed: bool = False
+    draw: ImageDraw.ImageDraw,
+    box: Sequence[float],
+    size: tuple[int, int],
+    *,
+    thickness: int,
+    dashed: bool = False,
+    colour: Colour = TARGET,
 ) -> None:
-    """Draw a box in the target's colour between dark lines, so that it is seen on any background.
+    """Draw a box in a colour between dark lines, so that it is seen on any background.
 
     Args:
         draw: where to draw.
@@ -53,6 +59,7 @@ def draw_box(
         size: width and height of the image.
         thickness: of the coloured line in pixels.
         dashed: for boxes that the model itself doubts.
+        colour: the target's; several targets have one each.
     """
     # The line runs around the box, so that it does not hide a small target.
     left, top = (max(round(float(side)) - thickness, 0) for side in box[:2])
@@ -61,16 +68,16 @@ def draw_box(
     right, bottom = max(right, left + 2 * thickness), max(bottom, top + 2 * thickness)
     if not dashed:
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=INK, width=thickness + 2)
-        draw.rectangle((left, top, right, bottom), outline=TARGET, width=thickness)
+        draw.rectangle((left, top, right, bottom), outline=colour, width=thickness)
         return
     inner = thickness - 1
-    for colour, grown in ((INK, 1), (TARGET, 0)):
+    for fill, grown in ((INK, 1), (colour, 0)):
         for first, last in _dashes(left, right, length=4 * thickness, gap=3 * thickness):
             for y in (top, bottom - inner):
-                draw.rectangle((first - grown, y - grown, last + grown, y + inner + grown), fill=colour)
+                draw.rectangle((first - grown, y - grown, last + grown, y + inner + grown), fill=fill)
         for first, last in _dashes(top, bottom, length=4 * thickness, gap=3 * thickness):
             for x in (left, right - inner):
-                draw.rectangle((x - grown, first - grown, x + inner + grown, last + grown), fill=colour)
+                draw.rectangle((x - grown, first - grown, x + inner + grown, last + grown), fill=fill)
 
 
 def _dashes(start: int, end: int, *, length: int, gap: int) -> list[tuple[int, int]]:

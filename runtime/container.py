@@ -21,8 +21,22 @@ from bridge_stg.runtime.packages import load_package
 
 MAX_TOLERANCE_S = 1e-3
 DEFAULT_FRAME_S = Fraction(1, 25)
+FFMPEG_PIXELS = 2**31 - 1
 DISCONTINUITY_S = 1.0
 """A time stamp that falls back by more than this starts a new clock (joined recordings); by less, it is a slip."""
+
+
+_most_pixels = FFMPEG_PIXELS
+
+
+def limit_frames(pixels: int | None) -> None:
+    """Let no decoder of this process that is opened from now on make frames of more pixels; None: FFmpeg's own limit.
+
+    For programs that read files of strangers: a frame may be larger than the file's header says. Such frames count as
+    damaged.
+    """
+    global _most_pixels
+    _most_pixels = FFMPEG_PIXELS if pixels is None else pixels
 
 
 def check_path(path: str | bytes) -> str:
@@ -68,7 +82,8 @@ class Decoder:
         try:
             # With the prefix a colon in the name is not taken for a protocol; and from a "file:", FFmpeg lets no
             # playlist open a connection.
-            self._container = self._av.open(f"file:{path}", metadata_errors="replace")
+            limits = {"max_pixels": str(_most_pixels)}
+            self._container = self._av.open(f"file:{path}", options=limits, metadata_errors="replace")
         except (self._av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(
                 f"{path} is no video or image that can be read, or it is truncated "
@@ -81,6 +96,7 @@ class Decoder:
             self._container.close()
             raise
         self._stream.thread_type = "AUTO"
+        self._stream.codec_context.options = limits
         self.time_base: Fraction = self._stream.time_base or Fraction(1, 1000)
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.frame_s = 1 / rate if rate else None

@@ -52,6 +52,15 @@ def exported(checkpoint: Path, stages: list[str], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint, exported in both variants."""
+    from bridge_stg.export.onnx_export import export_bundle
+
+    checkpoint = Path(ROOT) / "assets" / "demo" / "checkpoint"
+    return export_bundle(checkpoint, tmp_path_factory.mktemp("demo") / "bundle")
+
+
+@pytest.fixture(scope="session")
 def exported_fp16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same in fp16."""
     from bridge_stg.export.onnx_export import export_bundle

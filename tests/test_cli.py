@@ -123,7 +123,7 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
         "engine: tensorrt 10.15.1 on Orin (SM 87), standard",
     ):
         assert part in shown
-    assert fake[0] == (Path("b"), {"backend": "auto", "variant": "primitive", "threads": 1})
+    assert fake[0] == (Path("b"), {"backend": "auto", "variant": "primitive", "threads": 1, "wait": False})
     assert fake[1][1]["deadline_s"] == 9 and fake[1][1]["max_visual_tokens"] == 90
     document = json.loads(outputs["r.json"].read_text())
     assert [result["query"] for result in document["results"]] == ["the dog"]

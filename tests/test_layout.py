@@ -114,7 +114,7 @@ def test_command_line_starts_without_anything_heavy() -> None:
 def test_device_side_code_imports_without_torch() -> None:
     modules = [f"bridge_stg.calibration.{path.stem}" for path in modules_of("calibration") if path.stem != "__init__"]
     modules += ["bridge_stg.export"] + ["bridge_stg.export.engines"] * (ROOT / "export/engines.py").exists()
-    modules += ["bridge_stg.export.bisect", "bridge_stg.export.engine_build"]
+    modules += ["bridge_stg.export.bisect", "bridge_stg.export.engine_build", "bridge_stg.export.tapped_engines"]
     done = run_blocked(modules, ("torch", "transformers"))
     assert done.returncode == 0, done.stderr
 

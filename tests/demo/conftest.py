@@ -1,4 +1,4 @@
-"""The demo checkpoint, exported once a session."""
+"""The demo checkpoint in torch, and its bundle of tests/conftest.py loaded."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 
 from bridge_stg.checkpoint import load_checkpoint
-from bridge_stg.export.onnx_export import export_bundle
 from bridge_stg.model import BridgeSTG
 from bridge_stg.runtime import Grounder
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo"
-
-
-@pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_bundle(DEMO / "checkpoint", tmp_path_factory.mktemp("demo") / "bundle")
 
 
 @pytest.fixture(scope="session")

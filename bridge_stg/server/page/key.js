@@ -1,0 +1,29 @@
+// Asking the person for the server's API key.
+
+import { byId } from "./elements.js";
+
+/** Return the key that was typed; null if none was. @param {boolean} wrong whether the one before was refused. */
+export function askKey(wrong) {
+  const dialog = byId("key-dialog");
+  const input = byId("key");
+  byId("key-title").textContent = wrong ? "The server did not take that key" : "This server asks for a key";
+  input.value = "";
+  dialog.returnValue = "";
+  return new Promise((resolve) => {
+    const submit = (event) => {
+      event.preventDefault();
+      if (input.value.trim() !== "") dialog.close(input.value.trim());
+    };
+    const giveUp = () => dialog.close("");
+    byId("key-form").addEventListener("submit", submit);
+    byId("key-cancel").addEventListener("click", giveUp);
+    dialog.addEventListener("close", () => {
+      byId("key-form").removeEventListener("submit", submit);
+      byId("key-cancel").removeEventListener("click", giveUp);
+      input.value = "";
+      resolve(dialog.returnValue || null);
+    }, { once: true });
+    dialog.showModal();
+    input.focus();
+  });
+}

@@ -1,0 +1,264 @@
+"""The happy path through real HTTP: what the server answers is what `Grounder` answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.runtime.fake_chain import fake_grounder, fake_spec
+from tests.server.conftest import (
+    CLIPS,
+    Running,
+    answer_of,
+    ask,
+    ended,
+    events,
+    metric,
+    refusal,
+    small_clip,
+    until,
+    upload,
+)
+
+QUERIES = ["where is the blue bird", "the bus"]
+
+
+def test_an_uploaded_video_is_answered_as_by_the_runtime(demo_server: Running) -> None:
+    with demo_server.client() as client:
+        video = upload(client, CLIPS[0])
+        assert (video["kind"], video["duration_s"], video["frames"]) == ("video", 9.0, 72)
+        assert (video["width"], video["height"], video["name"]) == (640, 360, CLIPS[0].name)
+        asked = ask(client, video["id"], QUERIES[:1])
+        assert asked.status_code == 202 and asked.json()["status"] in ("queued", "running")
+        done = ended(client, asked.json()["id"])
+    alone = demo_server.grounder.ground(CLIPS[0], QUERIES[0])
+    assert alone.found and [answer_of(result) for result in done["results"]] == [answer_of(alone)]
+
+
+def test_one_call_waits_for_its_answers(demo_server: Running) -> None:
+    with demo_server.client() as client:
+        answer = client.post(
+            "/v1/ground",
+            files=[("file", ("a.mp4", CLIPS[1].read_bytes())), *(("queries", (None, query)) for query in QUERIES)],
+        )
+    assert answer.status_code == 200, answer.text
+    with demo_server.grounder.open(CLIPS[1]) as video:
+        together = video.ground_many(QUERIES)
+    assert [answer_of(result) for result in answer.json()["results"]] == [answer_of(one) for one in together]
+    for result, query in zip(answer.json()["results"], QUERIES, strict=True):
+        alone = answer_of(demo_server.grounder.ground(CLIPS[1], query))
+        assert (result["answer"], result["span"]) == (alone["answer"], alone["span"])
+        if alone["boxes"]:
+            np.testing.assert_allclose(
+                [box["box"] for box in result["boxes"]], [box["box"] for box in alone["boxes"]], atol=0.05
+            )
+
+
+def test_events_tell_the_way_to_the_answer_and_each_connection_begins_with_the_state(demo_server: Running) -> None:
+    with demo_server.client() as client:
+        job = ask(client, upload(client, CLIPS[2])["id"], QUERIES).json()["id"]
+        with client.stream("GET", f"/v1/jobs/{job}/events") as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            first = next(events(stream.iter_lines()))  # then the connection breaks
+        assert first[0] in ("queued", "progress")
+        with client.stream("GET", f"/v1/jobs/{job}/events") as stream:
+            told = list(events(stream.iter_lines()))
+        assert [name for name, _ in told[:-1]] == ["progress"] * (len(told) - 1) and told[-1][0] == "done"
+        assert {"stage", "done", "total"} == set(told[0][1]) if len(told) > 1 else True
+        with client.stream("GET", f"/v1/jobs/{job}/events") as stream:
+            again = list(events(stream.iter_lines()))
+        assert again == [told[-1]] and len(again[0][1]["results"]) == 2
+
+
+def test_only_when_it_happens(demo_server: Running) -> None:
+    with demo_server.client() as client:
+        job = ask(client, upload(client, CLIPS[0])["id"], QUERIES, task="span", allow_none=False).json()["id"]
+        done = ended(client, job)
+    for result, query in zip(done["results"], QUERIES, strict=True):
+        alone = demo_server.grounder.span(CLIPS[0], query, allow_none=False)
+        assert result["boxes"] is None and result["task"] == "span"
+        assert (result["answer"], result["span"]) == (alone.answer, alone.to_json()["span"])
+
+
+def test_the_annotated_video_shows_every_query(demo_server: Running) -> None:
+    with demo_server.client() as client:
+        video = upload(client, CLIPS[0])
+        job = ask(client, video["id"], QUERIES, allow_none=False).json()["id"]
+        answer = client.get(f"/v1/jobs/{job}/annotated.mp4")
+        assert answer.status_code == 200 or refusal(answer) == (409, "not_done")
+        results = ended(client, job)["results"]
+        answer = client.get(f"/v1/jobs/{job}/annotated.mp4")
+        assert answer.headers["content-type"] == "video/mp4" and "annotated" in answer.headers["content-disposition"]
+        with av.open(io.BytesIO(answer.content)) as file, av.open(str(CLIPS[0])) as plain:
+            drawn = [frame.to_ndarray(format="rgb24").astype(int) for frame in file.decode(video=0)]
+            shown = [frame.to_ndarray(format="rgb24").astype(int) for frame in plain.decode(video=0)]
+        assert len(drawn) == len(shown) == 72
+        for result in results:  # where a box's left side lies, the picture has changed
+            box = result["boxes"][len(result["boxes"]) // 2]
+            index, (left, top, _, bottom) = round(box["time_s"] * 8), map(round, box["box"])
+            row, column = (top + bottom) // 2, max(left - 2, 0)
+            change = np.abs(drawn[index] - shown[index])[row, max(column - 2, 0) : column + 4].max()
+            assert change > 60, result["query"]
+
+
+def test_the_file_comes_back_whole_and_in_parts(served: Callable[..., Running], tmp_path: Path) -> None:
+    path = small_clip(tmp_path / "a clip.mp4")
+    running = served()
+    with running.client() as client:
+        video = upload(client, path)
+        whole = client.get(f"/v1/videos/{video['id']}/content")
+        part = client.get(f"/v1/videos/{video['id']}/content", headers={"Range": "bytes=10-19"})
+        assert whole.content == path.read_bytes() and whole.headers["content-type"] == "video/mp4"
+        assert (part.status_code, part.content) == (206, path.read_bytes()[10:20])
+        assert whole.headers["content-disposition"].startswith("inline")
+        assert client.get(f"/v1/videos/{video['id']}").json()["name"] == "a clip.mp4"
+        assert client.delete(f"/v1/videos/{video['id']}").status_code == 204
+        assert refusal(client.get(f"/v1/videos/{video['id']}")) == (404, "no_video")
+        assert refusal(client.get(f"/v1/videos/{video['id']}/content")) == (404, "no_video")
+    assert not list(running.service.store.folder.iterdir())
+
+
+@pytest.mark.parametrize("time_s", [0, 0.3, 2.0, 3.49, 3.5, 100])
+def test_one_frame_as_a_picture(time_s: float, served: Callable[..., Running], tmp_path: Path) -> None:
+    path = small_clip(tmp_path / "a.mp4", seconds=4)
+    with served().client() as client, av.open(str(path)) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        answer = client.get(f"/v1/videos/{upload(client, path)['id']}/frame", params={"time": time_s})
+    index = min(int(time_s * 8 + 1e-6), len(frames) - 1)
+    assert answer.headers["content-type"] == "image/jpeg" and float(answer.headers["x-frame-time"]) == index / 8
+    picture = np.asarray(Image.open(io.BytesIO(answer.content))).astype(int)
+    assert np.abs(picture - frames[index]).mean() < 6
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_a_picture_is_a_video_of_one_frame(form: str, served: Callable[..., Running]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((48, 64, 3), (200, 30, 60), np.uint8)).save(file, form)
+    running = served()
+    with running.client() as client:
+        made = client.post("/v1/videos", files={"file": ("a.mp4", file.getvalue())})
+        assert made.status_code == 201, made.text
+        video = made.json()
+        assert (video["kind"], video["frames"], video["duration_s"]) == ("image", 1, 0)
+        done = ended(client, ask(client, video["id"], ["the cup"], allow_none=False).json()["id"])
+        assert len(done["results"][0]["boxes"]) == 1
+        still = client.get(f"/v1/videos/{video['id']}/frame")
+    assert Image.open(io.BytesIO(still.content)).size == (64, 48)
+
+
+def test_an_animated_picture_is_a_video(served: Callable[..., Running]) -> None:
+    file = io.BytesIO()
+    pictures = [Image.fromarray(np.full((48, 64, 3), 20 * i, np.uint8)) for i in range(10)]
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=200)
+    with served().client() as client:
+        video = client.post("/v1/videos", files={"file": ("a.gif", file.getvalue())}).json()
+        assert (video["kind"], video["frames"], video["duration_s"]) == ("video", 10, 2)
+        done = ended(client, ask(client, video["id"], ["the cup"], allow_none=False).json()["id"])
+        assert done["results"][0]["boxes"]
+
+
+def test_a_file_of_the_media_folder_and_no_other(served: Callable[..., Running], tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    (media / "deep").mkdir(parents=True)
+    small_clip(media / "deep" / "a.mp4")
+    outside = small_clip(tmp_path / "outside.mp4")
+    (media / "link.mp4").symlink_to(outside)
+    (media / "inside.mp4").symlink_to(media / "deep" / "a.mp4")
+    running = served(media=media)
+    with running.client() as client:
+
+        def refer(name: str) -> object:
+            answer = client.post("/v1/videos", json={"source": name})
+            return answer.json()["name"] if answer.status_code == 201 else refusal(answer)
+
+        assert refer("deep/a.mp4") == "a.mp4" and refer("inside.mp4") == "a.mp4"
+        for name in (
+            "../outside.mp4",
+            "link.mp4",
+            str(outside),
+            "deep",
+            "",
+            ".",
+            "a\0.mp4",
+            "none.mp4",
+            "deep/../../outside.mp4",
+            "file:deep/a.mp4",
+        ):
+            assert refer(name) == (404, "no_source"), name
+        video = client.post("/v1/videos", json={"source": "deep/a.mp4"}).json()
+        client.delete(f"/v1/videos/{video['id']}")
+        assert (media / "deep" / "a.mp4").exists()
+    with served().client() as client:
+        assert refusal(client.post("/v1/videos", json={"source": "deep/a.mp4"})) == (404, "no_media")
+
+
+def test_what_nobody_asks_for_is_forgotten(served: Callable[..., Running], tmp_path: Path) -> None:
+    running = served(keep_s=0.4)
+    with running.client() as client:
+        video = upload(client, small_clip(tmp_path / "a.mp4"))
+        job = ask(client, video["id"], ["the car"]).json()["id"]
+        ended(client, job)
+        until(lambda: not list(running.service.store.folder.iterdir()))
+        assert refusal(client.get(f"/v1/videos/{video['id']}")) == (404, "no_video")
+        assert refusal(client.get(f"/v1/jobs/{job}")) == (404, "no_job")
+    assert len(running.service.opened) == 0
+
+
+def test_wrong_requests_are_told_what_is_wrong(served: Callable[..., Running], tmp_path: Path) -> None:
+    with served(max_queries=2, max_query_chars=40).client() as client:
+        video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
+        for body, expected in (
+            ({"video": "none", "queries": ["the car"]}, (404, "no_video")),
+            ({"video": video, "queries": []}, (422, "invalid")),
+            ({"video": video, "queries": [" "]}, (422, "query")),
+            ({"video": video, "queries": ["a"] * 3}, (413, "queries")),
+            ({"video": video, "queries": ["a" * 41]}, (413, "query_length")),
+            ({"video": video, "queries": "the car"}, (422, "invalid")),
+            ({"video": video, "queries": ["the car"], "task": "dance"}, (422, "invalid")),
+            ({"video": video, "queries": ["the car"], "deadline_s": -1}, (422, "invalid")),
+            ({"video": video, "queries": ["the car"], "path": "/etc/passwd"}, (422, "invalid")),
+            ({"queries": ["the car"]}, (422, "invalid")),
+        ):
+            assert refusal(client.post("/v1/jobs", json=body)) == expected, body
+        assert refusal(client.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"}))[0] == 422
+        assert refusal(client.post("/v1/jobs", json={"queries": ["a" * 300_000]})) == (413, "body")
+        assert refusal(client.post("/v1/videos", files={"other": b"a"})) == (400, "no_file")
+        assert refusal(client.post("/v1/videos", data={"file": "a"})) == (415, "content_type")
+        assert refusal(client.post("/v1/ground", files={"file": small_clip(tmp_path / "b.mp4").read_bytes()})) == (
+            422,
+            "query",
+        )
+        assert refusal(client.get("/v1/nothing")) == (404, "not_found")
+        assert refusal(client.put("/v1/jobs")) == (405, "method")
+        form = {"Content-Type": "multipart/form-data; boundary=b"}
+        for content in (b"no form", b"--b\r\n", b"--b\r\nContent-Disposition: form-data; name=file\r\n\r\nabc"):
+            assert refusal(client.post("/v1/videos", content=content, headers=form))[1] in ("form", "no_file")
+
+
+def test_one_query_that_cannot_be_asked_fails_no_other(served: Callable[..., Running], tmp_path: Path) -> None:
+    spec = fake_spec()
+    spec = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=500))
+    running = served(fake_grounder(spec), workers=1)
+    hold = threading.Event()
+    running.grounder._chain.language_model.before = lambda feeds: hold.wait(20)  # type: ignore[attr-defined]
+    with running.client() as client:
+        video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
+        queries = (
+            "first",
+            "the car",
+            "a" * 450,
+            "the dog",
+        )  # the third is not too long by itself, but behind this video
+        jobs = [ask(client, video, [query]).json()["id"] for query in queries]
+        hold.set()
+        values = [ended(client, job) for job in jobs]
+    assert [value["status"] for value in values] == ["done", "done", "failed", "done"]
+    assert values[2]["code"] == "query" and metric(running, "batch_queries_sum") == 4
