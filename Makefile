@@ -1,4 +1,4 @@
-# make test | demo | gpu-test | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
+# make test | demo | bench | gpu-test | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ DEMO := build/demo
 CLIP ?= $(firstword $(sort $(wildcard assets/demo/clips/*.mp4)))
 QUERY ?= $(shell cat $(CLIP:.mp4=.txt) 2>/dev/null)
 
-.PHONY: help test demo gpu-test lint format clean
+.PHONY: help test demo bench gpu-test lint format clean
 .DELETE_ON_ERROR:
 
 comma := ,
@@ -15,6 +15,7 @@ comma := ,
 help:
 	@echo "make test    install into $(VENV) and run the tests (PYTEST_ARGS=... is passed on)"
 	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
+	@echo "make bench   speed of this runtime beside torch, on the demo and a 0.5B model, with this machine's limits (FULL=1: every size and peer)"
 	@echo "make gpu-test  on a machine with an NVIDIA GPU: install, run the tests marked gpu and the benchmark (WHEELS=dir: no network)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove $(VENV), build/ and caches"
@@ -29,6 +30,10 @@ demo: $(INSTALLED)
 	$(BIN)/python cli.py export assets/demo/checkpoint --out $(DEMO)/bundle --overwrite
 	$(BIN)/python cli.py infer "$(CLIP)" "$(QUERY)" --bundle $(DEMO)/bundle \
 	    --json $(DEMO)/result.json --annotate $(DEMO)/annotated.mp4 --sheet $(DEMO)/sheet.png
+
+# Goes on where it was stopped; BENCH_ARGS=--fresh begins anew. A peer that does not install is named in the result.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py $(if $(filter 1,$(FULL)),--full) $(BENCH_ARGS)
 
 # Says what it checks; goes on only where there is a GPU. WHEELS=dir installs from that folder instead of from an index;
 # GPU_EXTRAS=gpu tests onnxruntime's providers, whose package replaces the one for CPUs.

@@ -1,47 +1,124 @@
-"""Time `infer` as a whole process on a sample clip: from start to result, video decoding included.
+"""Time `infer` as a whole process on sample clips: from its start to its end, imports and video decoding included.
 
-Usage: python benchmarks/infer_time.py [--bundle DIR] [--runs 5] [--out FILE.json]
+Commands are run in turn, so that what else the machine does falls on all alike; wall time and CPU seconds of each are
+noted. Bytecode is cached, as it is of an installed package. `--before DIR` names another checkout to compare with;
+its printed results must be the same. `--realtime` (Linux, as root) lets the commands run before other work.
+
+Usage: python benchmarks/infer_time.py [--bundle NAME=DIR]… [--before DIR] [--runs 7] [--realtime] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from machine import describe
 
+ROOT = Path(__file__).resolve().parents[1]
+PAUSE_S = 0.3
+"""Between two commands: real-time work is held back by Linux where it takes more than 0.95 s of each second."""
+Timed = tuple[float, float, str]
+RESULT = re.compile(r"^  seconds: .*\n?", re.MULTILINE)
+"""What differs from run to run in what `infer` prints."""
 
-def timed(command: list[str]) -> float:
-    """Run a command to its end and return its seconds."""
+
+def timed(
+    command: Sequence[str], folder: Path, environment: dict[str, str], realtime: bool
+) -> tuple[float, float, str]:
+    """Run a command to its end; return its wall seconds, its CPU seconds and what it printed."""
+
+    def first() -> None:
+        if realtime:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
     began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=first
+    )
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    wall_s = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return wall_s, used.ru_utime + used.ru_stime, RESULT.sub("", printed)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median and range, to the millisecond."""
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def commands(bundles: dict[str, Path]) -> dict[str, list[str]]:
+    """Return what is timed, by name."""
+    made = {"import bridge_stg.runtime": ["-c", "import cli, bridge_stg.runtime"]}
+    for name, bundle in bundles.items():
+        for clip in sorted((ROOT / "assets/demo/clips").glob("*.mp4")):
+            query = clip.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            given = ["cli.py", "infer", str(clip), query, "--bundle", str(bundle.resolve())]
+            made[f"infer {clip.name}, {name}"] = given
+    return made
 
 
 @click.command()
-@click.option("--bundle", type=click.Path(path_type=Path), default=Path("build/demo/bundle"), show_default=True)
-@click.option("--runs", default=5, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/infer_time.json"))
-def main(bundle: Path, runs: int, out: Path) -> None:
-    """Write median and range of each command as JSON; the import of the runtime beside it."""
-    commands = {"import bridge_stg.runtime": [sys.executable, "-c", "import bridge_stg.runtime"]}
-    for clip in sorted(Path("assets/demo/clips").glob("*.mp4")):
-        query = clip.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        commands[f"infer {clip.name}"] = [sys.executable, "cli.py", "infer", str(clip), query, "--bundle", str(bundle)]
-    seconds = {name: [timed(command) for _ in range(runs)] for name, command in commands.items()}
-    figures = {
-        name: {"median_s": round(statistics.median(s), 3), "min_s": round(min(s), 3), "max_s": round(max(s), 3)}
-        for name, s in seconds.items()
+@click.option("--bundle", "given", multiple=True, metavar="NAME=DIR", help="Default: fp32=build/demo/bundle.")
+@click.option("--before", type=click.Path(exists=True, path_type=Path), help="A checkout to compare with.")
+@click.option("--runs", default=7, show_default=True)
+@click.option("--realtime", is_flag=True)
+@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results/infer_time.json")
+def main(given: tuple[str, ...], before: Path | None, runs: int, realtime: bool, out: Path) -> None:
+    """Write median and range of each command's wall and CPU seconds as JSON."""
+    bundles = {name: Path(path) for name, _, path in (text.partition("=") for text in given)}
+    todo = commands(bundles or {"fp32": Path("build/demo/bundle")})
+    trees = {"before": before.resolve(), "after": ROOT} if before else {"after": ROOT}
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        for name, command in todo.items():
+            runs_of: dict[str, list[Timed]] = {tree: [] for tree in trees}
+            for count in range(runs + 1):  # the first fills the caches of bytecode and files
+                for tree, folder in trees.items():
+                    time.sleep(PAUSE_S)
+                    measured = timed([sys.executable, *command], folder, environment, realtime)
+                    if count:
+                        runs_of[tree].append(measured)
+            printed = {text for measured in runs_of.values() for _, _, text in measured}
+            if len(printed) > 1:
+                raise click.ClickException(f"{name}: the results are not the same:\n" + "\n".join(printed))
+            found[name] = {
+                tree: {
+                    "wall_s": spread([wall_s for wall_s, _, _ in measured]),
+                    "cpu_s": spread([cpu_s for _, cpu_s, _ in measured]),
+                }
+                for tree, measured in runs_of.items()
+            }
+            click.echo(f"{name}: {json.dumps(found[name])}")
+    result = {
+        "runs": runs,
+        "realtime": realtime,
+        "load_average": [round(load, 1) for load in os.getloadavg()],
+        "same_results": True,
+        "seconds": found,
+        "machine": describe("onnxruntime", "numpy", "av"),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"runs": runs, "seconds": figures, "machine": describe("onnxruntime", "numpy", "av")}, indent=2)
-    out.write_text(text + "\n", encoding="utf-8")
-    click.echo(text)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,250 @@
+"""All runners of one model on the same inputs, in turn: every row's times, memory and parity, kept as they come in.
+
+A run that was stopped goes on where it was. A runner that fails is named with its reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.atomic import replacing
+from speed.parity import parity
+from speed.runners import Runner, RunnerError, RunnerSpec, start
+
+ROWS = ("vision", "prefill", "prefill_text", "decode", "bridge", "spatial", "end_to_end", "queries")
+REFERENCE = "torch_eager_fp32"
+LONG_S, MOST_REPEATS = 1.0, 5
+"""A row shorter than this is repeated, at most so many times."""
+
+WARM = ("end_to_end", "queries")
+"""Rows of a chain that the rows before them have warmed up: their first turn counts."""
+
+Progress = Callable[[str], Any]
+
+
+class Results:
+    """Figures in a JSON file, written after each of them.
+
+    Attributes:
+        runners: key → what a runner said when it had loaded, or `error`.
+        rows: key → row → seconds of each round, tokens, peak memory, parity, details; or `error`.
+        facts: by model/frames, what work is counted from.
+        missing: what was not measured, and why.
+        limits: of the machine, each time that they were measured.
+        cold_start: seconds of single runs of `infer`.
+        growth: points of all axes.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.runners: dict[str, dict[str, Any]] = held.get("runners", {})
+        self.rows: dict[str, dict[str, dict[str, Any]]] = held.get("rows", {})
+        self.facts: dict[str, dict[str, Any]] = held.get("facts", {})
+        self.missing: dict[str, str] = held.get("missing", {})
+        self.limits: list[dict[str, Any]] = held.get("limits", [])
+        self.cold_start: list[float] = held.get("cold_start", [])
+        self.growth: list[dict[str, Any]] = held.get("growth", [])
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.file) as temporary:
+            held = {name: value for name, value in vars(self).items() if name != "file"}
+            text = json.dumps(held, indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def forget(self, models: Sequence[str], frames: Sequence[int], *, growth: bool) -> None:
+        """Drop the figures of these models at these numbers of frames, and the limits, which belong to a run."""
+        dropped = {f"{model}/{count}" for model in models for count in frames}
+        self.rows = {key: rows for key, rows in self.rows.items() if key.rpartition("/")[0] not in dropped}
+        self.runners = {key: told for key, told in self.runners.items() if key.partition("/")[0] not in models}
+        self.limits, self.cold_start = [], [] if "demo" in models else self.cold_start
+        if growth:
+            self.growth = []
+        self.save()
+
+    def row(self, key: str, row: str) -> dict[str, Any]:
+        """Return the figures of a row, to be filled in."""
+        return self.rows.setdefault(key, {}).setdefault(row, {"seconds": []})
+
+
+def key_of(model: str, frames: int, label: str) -> str:
+    """Return the key of a runner's rows."""
+    return f"{model}/{frames}/{label}"
+
+
+def make_inputs(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -> Path:
+    """Return the folder of the inputs of one number of frames, recorded if need be in a process of its own."""
+    inputs = folder / "inputs" / f"{size[0]}x{size[1]}_{frames}"
+    if not (inputs / "end_to_end.npz").is_file():
+        program = Path(__file__).with_name("inputs.py")
+        command = [sys.executable, program, checkpoint, inputs, frames, *size]
+        subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
+    with np.load(inputs / "end_to_end.npz", allow_pickle=False) as asked:
+        for count in (1, 8):
+            np.savez(inputs / f"queries_{count}.npz", **{**dict(asked), "count": np.array(count)})
+    return inputs
+
+
+def measure(
+    model: Mapping[str, Any],
+    specs: Sequence[RunnerSpec],
+    inputs: Mapping[int, Path],
+    results: Results,
+    *,
+    rounds: Mapping[int, int],
+    threads: int,
+    work: Path,
+    rows: Sequence[str] = ROWS,
+    progress: Progress = lambda text: None,
+    timeout_s: float = 1200,
+) -> None:
+    """Start the runners of one model, and measure every row of every number of frames, round robin.
+
+    Args:
+        model: `name`, `checkpoint`, `folder`, `bundles`, as the protocol has it.
+        specs: in the order of their turns; the reference first, since the others are compared with what it gives.
+        inputs: folder by number of coarse frames.
+        rounds: turns, by number of frames.
+        work: for logs and outputs.
+        timeout_s: how long one answer may take.
+    """
+    name = model["name"]
+    runners: list[Runner] = []
+    try:
+        for spec in specs:
+            if all(done(results, name, frames, spec, rounds[frames], rows) for frames in inputs):
+                continue
+            progress(f"{name}: loading {spec.label}")
+            try:
+                runner = start(spec, model, threads=threads, log=work / "logs" / f"{name}_{spec.label}.log")
+            except RunnerError as error:
+                results.runners[f"{name}/{spec.label}"] = {"error": str(error)}
+            else:
+                results.runners[f"{name}/{spec.label}"] = {k: v for k, v in runner.loaded.items() if k != "ok"}
+                runners.append(runner)
+            results.save()
+        for frames, folder in inputs.items():
+            for row in rows:
+                for file in sorted(folder.glob(f"{row}.npz")) or sorted(folder.glob(f"{row}_*.npz")):
+                    turns(runners, name, frames, row, file, results, rounds[frames], work, progress, timeout_s)
+    finally:
+        for runner in runners:
+            runner.end()
+
+
+def done(results: Results, model: str, frames: int, spec: RunnerSpec, rounds: int, rows: Sequence[str]) -> bool:
+    """Tell whether a runner has nothing left to measure of these frames."""
+    loaded = results.runners.get(f"{model}/{spec.label}", {})
+    if not loaded or "error" in loaded:
+        return False
+    held = results.rows.get(key_of(model, frames, spec.label), {})
+    wanted = [row for row in rows if row in loaded["rows"] and (spec.rows is None or row in spec.rows)]
+    names = [name for row in wanted for name in (("queries_1", "queries_8") if row == "queries" else (row,))]
+    if "vision" not in loaded["rows"] and "prefill_text" in loaded["rows"]:
+        names = [name for name in names if name != "prefill"]
+    return all(name in held and ("error" in held[name] or len(held[name]["seconds"]) >= rounds) for name in names)
+
+
+def turns(
+    runners: list[Runner],
+    model: str,
+    frames: int,
+    row: str,
+    file: Path,
+    results: Results,
+    rounds: int,
+    work: Path,
+    progress: Progress,
+    timeout_s: float,
+) -> None:
+    """Measure one row: every runner once to warm up, then in turn; the first outputs are compared."""
+    name = file.stem
+    outputs = work / "outputs" / f"{model}_{frames}"
+    outputs.mkdir(parents=True, exist_ok=True)
+    repeats: dict[str, int] = {}
+    for turn in range(row in WARM, rounds + 1):
+        for runner in list(runners):
+            label = runner.spec.label
+            if asked_row(runner, row) is None:
+                continue
+            found = results.row(key_of(model, frames, label), name)
+            if "error" in found or len(found["seconds"]) >= rounds:
+                continue
+            progress(f"{model}, {frames} frames, {name}, {label}" + (f", {turn}/{rounds}" if turn else ", warm-up"))
+            out = outputs / f"{name}_{label}.npz"
+            request = {"do": "run", "row": row, "inputs": str(chosen_input(runner, row, file)), "repeat": 1}
+            request["repeat"] = repeats.get(label, 1) if turn else 1
+            first = row in WARM or not turn
+            request["outputs"] = str(out) if first else None
+            try:
+                answer = runner.ask(request, timeout_s=timeout_s)
+            except RunnerError as error:
+                found["error"] = str(error)
+                if runner.process.poll() is not None:
+                    runners.remove(runner)
+            else:
+                keep(found, answer, out if request["outputs"] else None, turn, row)
+                found["beside"] = runner.spec.beside
+                found["text_alone"] = Path(request["inputs"]).stem == "prefill_text"
+                slowest = max(answer["seconds"])
+                repeats[label] = max(1, min(MOST_REPEATS, int(LONG_S / max(slowest, 1e-6))))
+                if first and "parity" not in found and row != "queries":
+                    reference = outputs / f"{Path(request['inputs']).stem}_{REFERENCE}.npz"
+                    found["parity"] = compared(row, out, reference)
+            results.save()
+
+
+def keep(found: dict[str, Any], answer: Mapping[str, Any], out: Path | None, turn: int, row: str) -> None:
+    """Put an answer into a row's figures. The first turn's time is a cold one, of compilers above all."""
+    found["tokens"], found["peak_bytes"] = answer["tokens"], answer["peak_bytes"]
+    found["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if turn:
+        found["seconds"].append(statistics.median(answer["seconds"]))
+        if "cpu_seconds" in answer:  # of all threads: what it took even where other work disturbed it
+            found.setdefault("cpu_seconds", []).append(statistics.median(answer["cpu_seconds"]))
+    else:
+        found["first_s"] = answer["seconds"][0]
+    if out is not None and row in WARM:
+        with np.load(out, allow_pickle=False) as arrays:
+            if "details" in arrays and turn:
+                found.setdefault("details", []).append(json.loads(str(arrays["details"])))
+
+
+def compared(row: str, out: Path, reference: Path) -> dict[str, Any]:
+    """Compare the arrays of two files; say so where there is no reference."""
+    if not reference.is_file():
+        return {"error": "the reference did not run"}
+    with np.load(out, allow_pickle=False) as mine, np.load(reference, allow_pickle=False) as theirs:
+        return parity(row, dict(mine), dict(theirs))
+
+
+def asked_row(runner: Runner, row: str) -> str | None:
+    """Return the row's name if this runner measures it. A peer that knows language alone prefills text alone."""
+    if row not in runner.rows:
+        return None
+    if row == "prefill" and "vision" not in runner.rows:
+        return None if "prefill_text" in runner.rows else row
+    return row
+
+
+def chosen_input(runner: Runner, row: str, file: Path) -> Path:
+    """Return the file of a row's inputs for this runner."""
+    if row == "prefill" and "vision" not in runner.rows:
+        return file.with_name("prefill_text.npz")
+    return file
+
+
+def median(found: Mapping[str, Any]) -> float | None:
+    """Return the median seconds of a row; None where there are none."""
+    return statistics.median(found["seconds"]) if found.get("seconds") else None

@@ -1,0 +1,158 @@
+"""How a runner talks with the orchestrator: one JSON object a line on stdin and stdout, arrays in .npz files.
+
+    {"do": "load", "model": {"name", "checkpoint", "folder", "bundles"}, "precision": "int8", "threads": 2}
+    → {"ok": true, "load_s", "build_s", "versions", "rows", "precision"}
+    {"do": "run", "row": "decode", "inputs": "in.npz", "repeat": 3, "outputs": "out.npz" or null}
+    → {"ok": true, "seconds": [3 floats], "cpu_seconds": [3 floats], "tokens", "peak_bytes"}
+    {"do": "quit"}
+
+An error is {"ok": false, "error": "one line"}. What libraries print goes to stderr. Knows nothing of any peer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class PeerError(Exception):
+    """A request that this peer cannot do; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is run.
+
+    Attributes:
+        name: of the shape, or `demo`.
+        checkpoint: folder of the checkpoint.
+        folder: where a runner keeps what it builds once of this model.
+        bundles: folder of this project's bundle in each precision, for peers that run its graphs.
+    """
+
+    name: str
+    checkpoint: Path
+    folder: Path
+    bundles: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One repetition of a row.
+
+    Attributes:
+        timed: does the work and returns its outputs; called once or more.
+        before: brings the state back to where the work begins; not timed.
+        tokens: tokens that one repetition computes; None where the row has no tokens.
+    """
+
+    timed: Callable[[], Arrays]
+    before: Callable[[], object] = lambda: None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run.
+
+    Attributes:
+        rows: by name, what makes a `Work` of the row's inputs.
+        precision: what really computes, in words.
+        versions: distributions whose versions are reported.
+        build_s: seconds spent on files that are kept; 0 where they were there.
+    """
+
+    rows: Mapping[str, Callable[[Arrays], Work]]
+    precision: str
+    versions: tuple[str, ...]
+    build_s: float = 0.0
+
+
+Load = Callable[[Model, str, int], Loaded]
+
+
+def serve(load: Load) -> None:
+    """Answer requests from stdin until `quit` or its end. `load` takes the model, the precision and the threads."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints must not stand between the answers
+    answer_requests(load, sys.stdin, answers)
+
+
+def answer_requests(load: Load, requests: TextIO, answers: TextIO) -> None:
+    """Answer one JSON object a line, each by one line."""
+    loaded: Loaded | None = None
+    for line in requests:
+        try:
+            request = json.loads(line)
+            if request.get("do") == "quit":
+                return
+            if request.get("do") == "load":
+                loaded, answer = _load(load, request)
+            elif request.get("do") == "run":
+                answer = _run(loaded, request)
+            else:
+                raise PeerError(f"do is {request.get('do')!r}, expected load, run or quit")
+        except Exception as error:  # a peer may raise anything, and the others still have to be measured
+            answer = {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _load(load: Load, request: Mapping[str, Any]) -> tuple[Loaded, dict[str, Any]]:
+    given = request["model"]
+    bundles = {name: Path(folder) for name, folder in (given.get("bundles") or {}).items()}
+    model = Model(given["name"], Path(given["checkpoint"]), Path(given["folder"]), bundles)
+    began = time.perf_counter()
+    loaded = load(model, request["precision"], request["threads"])
+    seconds = time.perf_counter() - began - loaded.build_s
+    return loaded, {
+        "ok": True,
+        "load_s": seconds,
+        "build_s": loaded.build_s,
+        "versions": {name: metadata.version(name) for name in loaded.versions},
+        "rows": list(loaded.rows),
+        "precision": loaded.precision,
+    }
+
+
+def _run(loaded: Loaded | None, request: Mapping[str, Any]) -> dict[str, Any]:
+    if loaded is None:
+        raise PeerError("nothing is loaded; send load first")
+    make = loaded.rows.get(request["row"])
+    if make is None:
+        raise PeerError(f"this peer has no row {request['row']!r}; it has: {', '.join(loaded.rows)}")
+    with np.load(request["inputs"], allow_pickle=False) as file:
+        work = make(dict(file))
+    seconds: list[float] = []
+    cpu_seconds: list[float] = []
+    outputs: Arrays = {}
+    for _ in range(request["repeat"]):
+        work.before()
+        began, cpu_began = time.perf_counter(), time.process_time()
+        outputs = work.timed()
+        seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
+    if request.get("outputs"):
+        np.savez(request["outputs"], **outputs)
+    measured = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    return {"ok": True, **measured, "tokens": work.tokens, "peak_bytes": peak_bytes()}
+
+
+def peak_bytes() -> int | None:
+    """Return the most memory that this process has held, or None where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), None)

@@ -1,0 +1,98 @@
+"""Runner of llama.cpp, compiled for this machine's instructions: the language model on text, teacher-forced.
+
+The prompt goes in as one batch, computed in llama.cpp's own pieces; logits are computed for its last token alone.
+Attention is llama.cpp's choice (flash attention where it has it). The cache is f32 in fp32, else its default, f16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from built import built
+from protocol import Arrays, Loaded, Model, PeerError, Work, serve
+from qwen3_folder import write_qwen3_folder
+
+KINDS = {"fp32": "f32", "int8": "q8_0", "int4": "q4_0"}
+WORDS = {
+    "fp32": "f32 weights, activations and cache",
+    "int8": "q8_0 weights (blocks of 32), activations in int8 by block, f16 cache",
+    "int4": "q4_0 weights (blocks of 32), activations in int8 by block, f16 cache",
+}
+HERE = Path(__file__).resolve().parent
+
+
+class LanguageModel:
+    """A model, and a context with room for what is asked next."""
+
+    def __init__(self, path: Path, *, threads: int, f32_cache: bool) -> None:
+        self.threads, self.f32_cache = threads, f32_cache
+        self.context: Any = None
+        self.model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )  # mapped into memory and repacked for this CPU, as by default
+        if not self.model:
+            raise PeerError(f"llama.cpp refuses {path}; see what it printed")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def prefill(self, inputs: Arrays) -> Work:
+        ids = inputs["input_ids"][0]
+        self._open(len(ids) + 1)
+        return Work(lambda: {"logits": self._append(ids)}, lambda: self._rewind(0), tokens=len(ids))
+
+    def decode(self, inputs: Arrays) -> Work:
+        prefix, steps = inputs["prefix_ids"][0], inputs["step_ids"]
+        self._open(len(prefix) + len(steps) + 1)
+        self._append(prefix)
+
+        def timed() -> Arrays:
+            return {"logits": np.stack([self._append(step) for step in steps[:, None]])}
+
+        return Work(timed, lambda: self._rewind(len(prefix)), tokens=len(steps))
+
+    def _open(self, capacity: int) -> None:
+        if self.context is not None:
+            llama_cpp.llama_free(self.context)
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = capacity
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        if self.f32_cache:
+            parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
+        self.context = llama_cpp.llama_init_from_model(self.model, parameters)
+        if not self.context:
+            raise PeerError(f"llama.cpp makes no context of {capacity} tokens; see what it printed")
+
+    def _rewind(self, length: int) -> None:
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, length, -1)
+
+    def _append(self, ids: np.ndarray) -> np.ndarray:
+        """Run ids [L] behind what is cached; return the logits [vocab] of the last."""
+        tokens = (llama_cpp.llama_token * len(ids))(*ids.tolist())
+        failed = llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(tokens, len(ids)))
+        if failed:
+            raise PeerError(f"llama_decode returned {failed}")
+        logits = ctypes.cast(
+            llama_cpp.llama_get_logits_ith(self.context, -1), ctypes.POINTER(ctypes.c_float * self.vocab)
+        )
+        return np.array(logits.contents, np.float32)
+
+
+def load(model: Model, precision: str, threads: int) -> Loaded:
+    """See `protocol.serve`."""
+    if precision not in KINDS:
+        raise PeerError(f"run here as {', '.join(KINDS)}, not {precision}")
+    source = write_qwen3_folder(model.checkpoint, model.folder / "qwen3")
+    kind = KINDS[precision]
+    target = model.folder / f"llama_cpp-{kind}"
+    build_s = built(target, lambda out: [str(HERE / "gguf_file.py"), str(source), str(out), kind])
+    llama_cpp.llama_backend_init()
+    language_model = LanguageModel(target / "model.gguf", threads=threads, f32_cache=precision == "fp32")
+    rows = {"prefill_text": language_model.prefill, "decode": language_model.decode}
+    return Loaded(rows, WORDS[precision], ("llama-cpp-python",), build_s)
+
+
+if __name__ == "__main__":
+    serve(load)

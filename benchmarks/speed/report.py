@@ -1,0 +1,270 @@
+"""The result file, the tables and the plots, all made of the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speed.flops import WEIGHT_BYTES, decode_bytes, prefill_work, vision_work
+from speed.growth import AXES, UNITS, summary
+from speed.measure import median
+from speed.ratios import Limits, chain_overhead, met
+
+STAGES_PLOT, GROWTH_PLOT = "speed_stages.svg", "speed_growth.svg"
+MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")
+PLOTTED = ("vision", "prefill", "prefill_text", "decode", "end_to_end")
+TITLES = {
+    "vision": "vision, s", "prefill": "prefill, s", "prefill_text": "prefill of text, s",
+    "first_token": "first token, s", "decode": "decode, tokens/s", "bridge": "bridging step, ms",
+    "spatial": "spatial decoder, s", "end_to_end": "end to end, s", "peak": "peak memory", "load": "load, s",
+}  # fmt: skip
+
+
+def flat_rows(
+    rows: Mapping[str, Any], runners: Mapping[str, Any], facts: Mapping[str, Any], limits: Limits
+) -> list[Any]:
+    """Return one object a measured row.
+
+    Args:
+        facts: by `model/frames`, the backbone's configuration (`vision_config`, `text_config`) and the `sizes` of the
+            inputs: `groups`, `rows`, `columns`, `length`.
+    """
+    found = []
+    for key, of_runner in rows.items():
+        model, frames, label = key.split("/")
+        engine, _, precision = label.rpartition("_")
+        for row, figures in of_runner.items():
+            taken = median(figures)
+            entry: dict[str, Any] = {"model": model, "frames": int(frames), "runner": engine, "precision": precision}
+            entry |= {"row": row, "seconds": None if taken is None else round(taken, 6)}
+            entry |= {
+                k: figures[k] for k in ("tokens", "peak_bytes", "parity", "error", "text_alone") if figures.get(k)
+            }
+            entry["rounds"] = [round(value, 6) for value in figures["seconds"]]
+            entry["cpu_seconds"] = [round(value, 4) for value in figures.get("cpu_seconds", [])]
+            share = share_of_limit(row, taken, figures, facts.get(f"{model}/{frames}"), precision, limits)
+            if share is not None:
+                entry["of_limit"] = share
+            if figures.get("details"):
+                entry["details"] = figures["details"][-1]
+                entry["first_token"] = round(median_of(one["first_token"] for one in figures["details"]), 6)
+                if row == "end_to_end":
+                    entry["chain_overhead"] = chain_overhead(rows, label, model=model, frames=int(frames))
+            entry["runs"] = runners.get(f"{model}/{label}", {}).get("precision")
+            found.append(entry)
+    return found
+
+
+def median_of(values: Any) -> float:
+    """Return the median of numbers."""
+    import statistics
+
+    return statistics.median(values)
+
+
+def share_of_limit(
+    row: str,
+    taken: float | None,
+    figures: Mapping[str, Any],
+    fact: Mapping[str, Any] | None,
+    precision: str,
+    limits: Limits,
+) -> float | None:
+    """Return the least time that the machine's limits allow for a row's work, over the time that it took."""
+    if taken is None or fact is None or precision not in WEIGHT_BYTES:
+        return None
+    sizes = fact["sizes"]
+    if row == "vision":
+        work = vision_work(fact["vision_config"], sizes["groups"], sizes["rows"], sizes["columns"])
+        return round(limits.least_seconds(work, precision) / taken, 4)
+    if row in ("prefill", "prefill_text"):
+        return round(limits.least_seconds(prefill_work(fact["text_config"], sizes["length"]), precision) / taken, 4)
+    if row == "decode" and figures.get("tokens"):
+        past = int(sizes["length"] + figures["tokens"] / 2)
+        least = decode_bytes(fact["text_config"], past, precision) / limits.bandwidth
+        return round(least * figures["tokens"] / taken, 4)
+    return None
+
+
+def table(model: str, frames: int, rows: Sequence[Mapping[str, Any]], runners: Mapping[str, Any]) -> list[str]:
+    """Return the Markdown table of one model and number of frames: a line a runner, a column a stage."""
+    mine = [row for row in rows if row["model"] == model and row["frames"] == frames]
+    columns = ["vision", "prefill", "prefill_text", "first_token", "decode", "bridge", "spatial", "end_to_end"]
+    lines = [
+        "| runner | " + " | ".join(TITLES[c] for c in (*columns, "peak", "load")) + " | parity: worst cosine, box IoU |"
+    ]
+    lines.append("|---|" + "--:|" * (len(columns) + 2) + "---|")
+    labels = dict.fromkeys((row["runner"], row["precision"]) for row in mine if "@" not in row["runner"])
+    for runner, precision in labels:
+        own = {row["row"]: row for row in mine if (row["runner"], row["precision"]) == (runner, precision)}
+        loaded = runners.get(f"{model}/{runner}_{precision}", {})
+        cells = [cell(column, own) for column in columns]
+        peak = max((row.get("peak_bytes") or 0 for row in own.values()), default=0)
+        cells.append(f"{peak / 1e9:.2f} GB" if peak else "–")
+        cells.append(f"{loaded['load_s']:.1f}" if "load_s" in loaded else "–")
+        lines.append(f"| {runner} {precision} | " + " | ".join(cells) + f" | {parity_cell(own)} |")
+    return lines
+
+
+def cell(column: str, own: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one figure for people, with its share of the machine's limit where that is known."""
+    if column == "first_token":
+        value = own.get("end_to_end", {}).get("first_token")
+        return "–" if value is None else f"{value:.2f}"
+    found = own.get(column)
+    if column == "prefill" and found is not None and found.get("text_alone"):
+        return "–"
+    if column == "prefill_text" and found is None and own.get("prefill", {}).get("text_alone"):
+        found = own["prefill"]
+    if found is None or found["seconds"] is None:
+        return "–" if found is None or "error" not in found else "failed"
+    seconds = found["seconds"]
+    share = f" ({found['of_limit']:.0%})" if "of_limit" in found else ""
+    if column == "decode":
+        return f"{found['tokens'] / seconds:.1f}{share}"
+    return f"{seconds * 1000:.1f}" if column == "bridge" else f"{seconds:.3g}{share}"
+
+
+def parity_cell(own: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the worst cosine of any row, and the box IoU end to end, else of the spatial decoder."""
+    found = [row.get("parity") or {} for row in own.values()]
+    cosines = [one["worst_cosine"] for one in found if "worst_cosine" in one]
+    boxes = (own.get("end_to_end") or own.get("spatial") or {}).get("parity") or {}
+    parts = [f"{min(cosines):.5f}" if cosines else "–", f"{boxes['iou']:.3f}" if "iou" in boxes else "–"]
+    return ", ".join(parts)
+
+
+def ratio_table(result: Mapping[str, Any]) -> list[str]:
+    """Return the Markdown table of the ratios, beside what they were to reach."""
+    lines = ["| ratio | measured | to reach | |", "|---|--:|--:|---|"]
+    for name, value in result["ratios"].items():
+        target = result["targets"].get(name)
+        wanted = "" if target is None else " ".join(f"{'≥' if k == 'least' else '≤'} {v:g}" for k, v in target.items())
+        said = (
+            ""
+            if target is None
+            else {True: "reached", False: "**not reached**", None: "not measured"}[met(value, target)]
+        )
+        lines.append(f"| `{name}` | {'–' if value is None else f'{value:.3g}'} | {wanted} | {said} |")
+    return lines
+
+
+def growth_table(held: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the Markdown table of how costs grow."""
+    lines = [
+        "| what grows | seconds | power | power of the last doubling | steps of the language model |",
+        "|---|---|--:|--:|---|",
+    ]
+    for axis, found in summary(held).items():
+        points = [point for point in held if point["axis"] == axis]
+        times = ", ".join(f"{point['x']}: {point['seconds']:.2f}" for point in points)
+        steps = ", ".join(str(step) for step in found.get("language_steps", []))
+        lines.append(f"| {UNITS[axis]} | {times} | {found['exponent']} | {found['last_step']} | {steps or '–'} |")
+    return lines
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Return everything that goes between the marks of docs/performance.md."""
+    machine, limits = result["machine"], result["limits"]
+    parts = [
+        f"Machine: {machine['cpu']}, {result['threads']} threads, {', '.join(machine['flags'])}. Memory is read at "
+        f"{limits['bandwidth'] / 1e9:.1f} GB/s; matrix products reach {limits['fp32'] / 1e9:.0f} GF/s in fp32 and "
+        f"{limits['int8'] / 1e9:.0f} G operations/s in int8, {limits['int8'] / limits['fp32']:.1f} × as many. Measured "
+        f"{result['measured']}.",
+        "",
+        *ratio_table(result),
+        "",
+        f"![Time of each stage, runner by runner](images/{STAGES_PLOT})",
+    ]
+    for model, frames in dict.fromkeys((row["model"], row["frames"]) for row in result["rows"]):
+        parts += [
+            "",
+            f"### {model}, {frames} coarse frames",
+            "",
+            *table(model, frames, result["rows"], result["runners"]),
+        ]
+    if result["growth"]:
+        parts += ["", "### Cost as work grows", "", f"![Cost of growing work](images/{GROWTH_PLOT})", ""]
+        parts += growth_table(result["growth"])
+    if result["missing"]:
+        parts += ["", "Not measured:", ""] + [f"- {name}: {reason}" for name, reason in result["missing"].items()]
+    return "\n".join(parts)
+
+
+def fill_in(document: Path, text: str) -> None:
+    """Put text between the marks of a document.
+
+    Raises:
+        ValueError: the document lacks the marks.
+    """
+    held = document.read_text(encoding="utf-8")
+    if MARKS[0] not in held or MARKS[1] not in held:
+        raise ValueError(f"{document}: expected a line {MARKS[0]} and a line {MARKS[1]} to write between")
+    before, after = held.split(MARKS[0])[0], held.split(MARKS[1])[1]
+    document.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def plots(result: Mapping[str, Any], folder: Path, *, model: str, frames: int) -> list[Path]:
+    """Write the plots that there are figures for, as SVG; return their files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "speed", "font.size": 9})
+    written = [_plot_stages(result, folder / STAGES_PLOT, model, frames)]
+    if result["growth"]:
+        written.append(_plot_growth(result["growth"], folder / GROWTH_PLOT))
+    return [path for path in written if path is not None]
+
+
+def _plot_stages(result: Mapping[str, Any], path: Path, model: str, frames: int) -> Path | None:
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in result["rows"] if (r["model"], r["frames"]) == (model, frames) and r["seconds"]]
+    rows = [r for r in rows if "@" not in r["runner"]]
+    stages = [stage for stage in PLOTTED if any(r["row"] == stage for r in rows)]
+    if not stages:
+        return None
+    figure, axes = plt.subplots(1, len(stages), figsize=(3.1 * len(stages), 3.4), squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
+        bars = sorted(
+            ((r["seconds"], f"{r['runner']} {r['precision']}") for r in rows if r["row"] == stage), reverse=True
+        )
+        colours = ["#1f6f8b" if name.startswith("ours") else "#b9b9b9" for _, name in bars]
+        axis.barh([name for _, name in bars], [value for value, _ in bars], color=colours)
+        axis.set_title(f"{stage.replace('_', ' ')}, s")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="y", labelsize=7)
+    figure.suptitle(f"{model}, {frames} coarse frames: shorter is faster", x=0.01, ha="left")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
+
+
+def _plot_growth(held: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    found = summary(held)
+    figure, axes = plt.subplots(1, len(found), figsize=(3.1 * len(found), 3.0), squeeze=False)
+    for axis, (name, what) in zip(axes[0], found.items(), strict=True):
+        points = sorted((point["x"], point["seconds"]) for point in held if point["axis"] == name)
+        x, y = zip(*points, strict=True)
+        axis.loglog(x, y, "o-", color="#1f6f8b", label="measured")
+        axis.loglog(x, [y[-1] * value / x[-1] for value in x], "--", color="#b9b9b9", label="in proportion")
+        axis.set_xlabel(what["unit"])
+        axis.set_title(f"{name}: power {what['exponent']}, last {what['last_step']}", fontsize=8)
+        axis.set_xticks(x, [str(value) for value in x], fontsize=7)
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("seconds")
+    axes[0][0].legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
+
+
+assert set(AXES) == set(UNITS)

@@ -1,0 +1,65 @@
+"""A runner of the whole chain: this runtime on a bundle, or the torch model itself, eager or compiled.
+
+Usage: python benchmarks/speed/run_chain.py ours|torch_eager|torch_compile (requests on stdin; see peers/protocol.py)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from speed.chain_rows import ChainRows  # noqa: E402
+from speed.peers.protocol import Loaded, Model, PeerError, serve  # noqa: E402
+
+# isort: split
+from bridge_stg.runtime import Grounder  # noqa: E402
+
+
+def load_ours(model: Model, precision: str, threads: int) -> Loaded:
+    """Load this project's bundle of a precision."""
+    grounder = Grounder.load(model.bundles[precision], threads=threads)
+    variants = {} if grounder.target is None else dict(grounder.target.variants)
+    words = f"{precision}; variants {', '.join(f'{k} {v}' for k, v in variants.items())}"
+    return Loaded(ChainRows(grounder, grounder._sessions).rows(), words, ("onnxruntime", "numpy"))
+
+
+def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = False) -> Loaded:
+    """Load the checkpoint as a torch model in fp32."""
+    if precision != "fp32":
+        raise PeerError(f"torch is the reference in fp32; {precision} was asked for")
+    import torch
+
+    from bridge_stg.checkpoint import load_checkpoint
+
+    torch.set_num_threads(threads)
+    loaded = load_checkpoint(model.checkpoint)
+    words = "fp32, eager"
+    if compiled:
+        words = "fp32, torch.compile (inductor) of the three parts, their sizes left open"
+        # Compiled code is kept: of a model of 24 layers it takes minutes to make.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(model.folder.resolve().parent / "inductor"))
+        compile_parts(loaded)
+    grounder = loaded.grounder()
+    return Loaded(ChainRows(grounder, grounder._sessions).rows(), words, ("torch", "transformers", "numpy"))
+
+
+def compile_parts(model: object) -> None:
+    """Compile the three parts; a size that changes does not compile them again."""
+    import torch
+
+    torch._dynamo.config.cache_size_limit = 64
+    for name in ("vision_encoder", "language_model", "spatial_decoder"):
+        getattr(model, name).compile(dynamic=True)
+
+
+KINDS = {
+    "ours": load_ours,
+    "torch_eager": load_torch,
+    "torch_compile": lambda model, precision, threads: load_torch(model, precision, threads, compiled=True),
+}
+
+if __name__ == "__main__":
+    serve(KINDS[sys.argv[1]])

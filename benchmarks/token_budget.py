@@ -1,0 +1,142 @@
+"""What fewer visual tokens cost: m_tIoU and m_vIoU of the demo on held-out clips against the work that is saved.
+
+Two ways to save: a budget of the prompt (`max_visual_tokens`: smaller frames, then fewer of them), and groups of frames
+that hardly change and are not encoded again (`unchanged_tolerance`). Every setting answers the same clips; drops are
+taken clip by clip against no saving, with the interval that holds the mean with 95 % confidence (bootstrap).
+Results go to benchmarks/results/token_budget.json.
+
+Usage: python benchmarks/token_budget.py --tasks build/tasks/tube.jsonl [--bundle build/demo/bundle] [--clips 40]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from machine import describe
+
+from bridge_stg.calibration.judge import Judgement, judge
+from bridge_stg.evaluation.bundle_model import bundle_model
+from bridge_stg.evaluation.jsonl import read_jsonl
+from bridge_stg.evaluation.run import Model
+from bridge_stg.evaluation.samples import Dataset
+from bridge_stg.runtime import Grounder, Grounding
+
+BUDGETS = (None, 192, 128, 64, 32)
+TOLERANCES = (2.0, 8.0, 32.0)
+FILE = click.Path(exists=True, path_type=Path)
+
+
+@dataclass
+class Spent:
+    """What a setting's calls took, one entry a clip."""
+
+    tokens: list[int] = field(default_factory=list)
+    encoded: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    coarse_cpu_s: list[float] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, float]:
+        """Return means, and the median CPU seconds of coarse vision, prefill and answer; none of a run that went on."""
+        if not self.tokens:
+            return {}
+        return {
+            "visual_tokens": round(statistics.mean(self.tokens), 1),
+            "groups": round(statistics.mean(self.groups), 2),
+            "groups_encoded": round(statistics.mean(self.encoded), 2),
+            "coarse_cpu_s": round(statistics.median(self.coarse_cpu_s), 4),
+        }
+
+
+class Saving:
+    """A grounder that answers under one setting, and notes what its graphs were fed."""
+
+    def __init__(self, grounder: Grounder, budget: int | None, spent: Spent) -> None:
+        self._grounder, self._budget, self._spent = grounder, budget, spent
+
+    def ground(self, video: Any, query: str, **options: Any) -> Grounding:
+        """Answer one query; the coarse part of its CPU time is what passes before the spatial pass."""
+        session: Any = self._grounder._sessions["vision_encoder"]
+        infer, encoded = type(session).infer, 0
+
+        def counted(feeds: Any, *, cache: Any = None) -> Any:
+            nonlocal encoded
+            encoded += len(feeds["frames"])
+            return infer(session, feeds, cache=cache)
+
+        session.infer = counted
+        try:
+            began = time.process_time()
+            with self._grounder.open(video, max_visual_tokens=self._budget) as opened:
+                self._spent.encoded.append(encoded)
+                opened.span(query, **options)
+                self._spent.coarse_cpu_s.append(time.process_time() - began)
+                found = opened.ground(query, **options)
+        finally:
+            del session.infer
+        self._spent.tokens.append(found.coarse.tokens)
+        self._spent.groups.append(found.coarse.groups)
+        return found
+
+
+def setting(path: Path, label: str, spent: Spent, *, budget: int | None, tolerance: float, threads: int) -> Model:
+    """Return a bundle under one setting as a model to evaluate."""
+    plain = bundle_model(path, label, threads=threads)
+
+    @contextmanager
+    def opened() -> Iterator[Saving]:
+        with Grounder.load(path, threads=threads, unchanged_tolerance=tolerance) as grounder:
+            yield Saving(grounder, budget, spent)
+
+    return Model(label, {**plain.identity, "budget": budget, "tolerance": tolerance}, opened)
+
+
+@click.command()
+@click.option("--bundle", type=FILE, default=Path("build/demo/bundle"), show_default=True)
+@click.option("--tasks", type=FILE, required=True, help="Held-out clips with labelled tubes, JSON lines.")
+@click.option("--clips", default=40, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("build/token_budget"), show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/token_budget.json"))
+def main(bundle: Path, tasks: Path, clips: int, folder: Path, threads: int, out: Path) -> None:
+    """Answer the clips under every setting, and write what each costs and saves."""
+    dataset = read_jsonl([tasks], tasks.parent)
+    dataset = Dataset(**{**vars(dataset), "samples": dataset.samples[:clips]})
+    rows: list[dict[str, Any]] = []
+    reference: Judgement | None = None
+    settings = [(budget, 0.0) for budget in BUDGETS] + [(None, tolerance) for tolerance in TOLERANCES]
+    for budget, tolerance in settings:
+        spent = Spent()
+        label = f"{budget or 'all'}-{tolerance:g}"
+        model = setting(bundle, label, spent, budget=budget, tolerance=tolerance, threads=threads)
+        found = judge(model, dataset, folder=folder, reference=reference)
+        reference = reference or found
+        given = {"max_visual_tokens": budget, "unchanged_tolerance": tolerance}
+        rows.append({**given, **described(found), **spent.to_json()})
+        click.echo(json.dumps(rows[-1]))
+    result = {"clips": len(dataset.samples), "threads": threads, "settings": rows}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**result, "machine": describe("onnxruntime", "numpy")}, indent=2) + "\n", "utf-8")
+
+
+def described(found: Judgement) -> dict[str, Any]:
+    """Return metrics, and what is lost against the reference, in points with its interval."""
+    return {
+        "failed": found.failed,
+        **{metric: round(interval.value, 4) for metric, interval in found.metrics.items()},
+        "points_lost": {
+            metric: {name: round(getattr(drop, name), 2) for name in ("value", "low", "high")}
+            for metric, drop in found.drops.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
