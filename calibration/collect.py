@@ -64,7 +64,8 @@ def collect(
             returned at once.
         seed: of the choice of rows.
         rows: rows a tensor to keep.
-        variant: the variant to run; None: the best that runs here.
+        variant: the variant to run; None: the best that runs here. Of one that a pass made, what it was made of is run:
+            passes melt products that are to be quantized.
         threads: CPU threads of each graph.
         lean: keep no second copy of weights in memory; slower.
         progress: called as progress("collect", samples done, samples).
@@ -73,7 +74,7 @@ def collect(
         BridgeError: the folder holds a collection of something else, or no sample could be used.
         EngineError: onnxruntime is missing or refuses a graph.
     """
-    variants = choose(bundle.manifest, backend="onnxruntime", variant=variant).variants
+    variants = _traced(bundle, choose(bundle.manifest, backend="onnxruntime", variant=variant).variants)
     identity = {
         "schema": SCHEMA,
         "fingerprint": bundle.manifest.fingerprint,
@@ -132,6 +133,12 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+
+
+def _traced(bundle: Bundle, variants: Mapping[str, str]) -> dict[str, str]:
+    """Return, of each graph, the variant that was traced, where a pass made the one that was chosen of it."""
+    chosen = {name: bundle.graph(name, variant) for name, variant in variants.items()}
+    return {name: str(graph.derived_from) if graph.made_by_pass else graph.variant for name, graph in chosen.items()}
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import onnx_ir as ir
 from bridge_stg.calibration.blocks import FLOAT, INT8, Product, Table, find_products, find_tables
 from bridge_stg.calibration.graph_check import check_graph
 from bridge_stg.calibration.kv_cache import quantize_cache
-from bridge_stg.calibration.ort_cpu import VARIANT as ORT_CPU
 from bridge_stg.calibration.ort_cpu import derive_ort_cpu
 from bridge_stg.calibration.quantize import GraphQuantizer, Progress, Ranges, Smoothing, forms_of
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
@@ -67,7 +66,7 @@ def quantize_bundle(
             graphs = [graph for variant, graph in present.items() if variant in wanted]
             chosen = recipe.of(name)
             if not chosen.quantizes or not _has_integers(source, graphs[0], chosen):
-                derived = [graph for graph in present.values() if _is_derived(graph) and graph.derived_from in wanted]
+                derived = [graph for graph in present.values() if graph.made_by_pass and graph.derived_from in wanted]
                 for graph in graphs + derived:
                     writer.add_graph(graph, source.graph_path(name, graph.variant))
                 continue
@@ -109,7 +108,7 @@ def _check(source: Bundle, recipe: Recipe, variants: Sequence[str] | None) -> li
                 f"{source.path}: graph {graph} is {graph.precision}; calibrate a bundle that was exported with "
                 "--dtype fp32 or fp16."
             )
-    present = list(dict.fromkeys(graph.variant for graph in manifest.all_graphs() if not _is_derived(graph)))
+    present = list(dict.fromkeys(graph.variant for graph in manifest.all_graphs() if not graph.made_by_pass))
     wanted = present if variants is None else list(dict.fromkeys(variants))
     for variant in wanted:
         if variant not in present or any(variant not in graphs for graphs in manifest.graphs.values()):
@@ -129,11 +128,6 @@ def _check(source: Bundle, recipe: Recipe, variants: Sequence[str] | None) -> li
                     f"{', '.join(sorted(known_blocks))}."
                 )
     return wanted
-
-
-def _is_derived(graph: GraphSpec) -> bool:
-    """Whether a pass made it, and makes it anew of what is quantized."""
-    return graph.variant == ORT_CPU
 
 
 def _has_integers(source: Bundle, graph: GraphSpec, recipe: GraphRecipe) -> bool:

@@ -32,7 +32,6 @@ from bridge_stg.runtime.compare import (
 from bridge_stg.runtime.engine_cache import engine_folders
 from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.golden import Tolerance
-from bridge_stg.runtime.manifest import GraphSpec
 from bridge_stg.runtime.session import KVCache, Session
 from bridge_stg.runtime.targets import choose, open_sessions
 from bridge_stg.runtime.verify import DriftError, verify_bundle
@@ -221,7 +220,7 @@ def find_reference(suspect: Side, *, against: Bundle | None = None, threads: int
         variants = sorted(against.manifest.graphs.get(name, {}), key=lambda variant: variant != suspect.variant)
         candidates = [Side(against, name, variant) for variant in variants]
     else:
-        variants = sorted(own.manifest.graphs[name], key=lambda v: _is_derived(own.graph(name, v)))
+        variants = sorted(own.manifest.graphs[name], key=lambda v: own.graph(name, v).made_by_pass)
         candidates = [Side(own, name, v, suspect.backend) for v in variants if v != suspect.variant]
         if suspect.backend != REFERENCE_BACKEND:
             candidates += [Side(own, name, v, REFERENCE_BACKEND) for v in variants]
@@ -234,11 +233,6 @@ def find_reference(suspect: Side, *, against: Bundle | None = None, threads: int
         f"{tried} does not agree with the golden cases either. Give a bundle of the same model that is right: "
         "--bisect --against BUNDLE"
     )
-
-
-def _is_derived(graph: GraphSpec) -> bool:
-    """Whether a pass made the graph of another variant of its bundle: it may have melted what others name apart."""
-    return graph.derived_from not in (None, graph.variant)
 
 
 def _agrees(side: Side, golden: Bundle, threads: int | None) -> bool:

@@ -117,6 +117,11 @@ class GraphSpec:
     def __str__(self) -> str:
         return f"{self.name} ({self.variant})"
 
+    @property
+    def made_by_pass(self) -> bool:
+        """Whether a pass made it of another variant of its bundle: it may have melted what others name apart."""
+        return self.derived_from not in (None, self.variant)
+
 
 @dataclass(frozen=True)
 class Manifest:
