@@ -6,7 +6,8 @@
 - Rows of an int8 table are looked up before they become floats: else the whole table is dequantized at every call.
   TensorRT refuses that form, since it takes int8 constants in front of DequantizeLinear alone.
 - In fp32 graphs too: attention and rotary embeddings become its fused operators (`ort_attention`), and the spatial
-  decoder's queries are multiplied in place of its patches (`ort_few_queries`).
+  decoder's queries are multiplied in place of its patches (`ort_few_queries`). The vision encoder merges the patches
+  of as many groups into tokens as it is asked for (`ort_spare_tokens`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bridge_stg.calibration.blocks import INT8, find_products, find_tables, stor
 from bridge_stg.calibration.graph_edit import Edit
 from bridge_stg.calibration.ort_attention import fuse_attention
 from bridge_stg.calibration.ort_few_queries import absorb_projections
+from bridge_stg.calibration.ort_spare_tokens import spare_tokens
 from bridge_stg.runtime.manifest import GraphSpec
 
 VARIANT, DERIVED_FROM = "ort-cpu", "standard"
@@ -54,6 +56,7 @@ def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:
     """Change a graph in place; tell whether there was anything to change."""
     fewer = absorb_projections(model)
+    fewer = spare_tokens(model) or fewer
     attention = fuse_attention(model)
     edit = Edit(model.graph)
     fused = [_fuse(edit, edit.nodes[p.node]) for p in find_products(model, graph) if p.form == INT8]

@@ -12,6 +12,10 @@ from bridge_stg.runtime.spec import ChainSpec, VisionSpec
 
 GRAPHS = ("vision_encoder", "language_model", "spatial_decoder")
 
+TOKEN_GROUPS = "token_groups"
+"""int64 [1], of how many groups `visual_tokens` are wanted: an input with a default, all of them, that a vision encoder
+may have beyond its contract. With 0, `visual_tokens` has no rows, and the mergers cost nothing."""
+
 
 def graph_contract(
     name: str,

@@ -5,6 +5,8 @@ All work is on the first device that CUDA_VISIBLE_DEVICES leaves. A failing call
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,10 +128,16 @@ class Cuda:
 
 
 def _cuda_python() -> Any:
+    if sys.platform == "linux":  # cuda-python takes long to be imported, only to find no driver
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise EngineError("the NVIDIA driver is missing: libcuda.so.1 cannot be loaded") from None
     try:
         import cuda.bindings.runtime as api
     except ImportError as error:
         raise EngineError(
-            f'the package cuda-python cannot be imported ({error}). Install it: pip install "bridge-stg[gpu]"'
+            f"the package cuda-python cannot be imported ({error}). Install it: pip install cuda-python "
+            '(for a driver of CUDA 12, as on JetPack 6: "cuda-python<13")'
         ) from error
     return api

@@ -19,7 +19,7 @@ from bridge_stg.runtime.prompt import Segment, text_segment
 from bridge_stg.runtime.session import KVCache, Session, largest
 
 PREFILL_CHUNK = 1024
-"""New tokens of one call while a video is prefilled; bounds the memory of its attention scores."""
+"""New tokens of one call at most while a video is prefilled; bounds the memory of its attention scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,11 @@ class Row:
     log_probability: float = 0.0
 
 
+def prefill_chunk(session: Session) -> int:
+    """Return how many new tokens a session is fed in one call while a video is prefilled."""
+    return min(getattr(session, "prefill_chunk", PREFILL_CHUNK), largest(session, "L"))
+
+
 def prefill_video(
     session: Session,
     cache: KVCache,
@@ -90,7 +95,7 @@ def prefill_video(
             as a query that was asked in it, is overwritten before any token sees it.
     """
     total = len(segment.input_ids)
-    size = min(PREFILL_CHUNK, largest(session, "L"))
+    size = prefill_chunk(session)
     for start in range(0, total, size):
         report(start, total)
         chunk = part(segment, start, start + size)

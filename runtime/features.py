@@ -6,6 +6,7 @@ Letters: G groups of P frames, h x w patches a frame, N visual tokens, D deepsta
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 from bridge_stg.runtime import arrays
 from bridge_stg.runtime.ahead import Ahead
 from bridge_stg.runtime.arrays import Array
+from bridge_stg.runtime.contracts import TOKEN_GROUPS
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.frames import Samples
 from bridge_stg.runtime.limits import Limits
@@ -62,7 +64,8 @@ def fine_maps(session: Session, spec: ChainSpec, frames: Array, *, report: Repor
         chosen, places = distinct(frames, patch=spec.vision.patch_size)
         frames = frames if len(chosen) == len(frames) else frames[chosen]
     groups = arrays.repeat_new_axis(frames, spec.vision.temporal_patch_size)
-    maps = arrays.join([feature_map for _, feature_map in _encode(session, spec, groups, report=report)], axis=0)
+    chunks = _encode(session, spec, groups, report=report, tokens=False)
+    maps = arrays.join([feature_map for _, feature_map in chunks], axis=0)
     if arrays.known_not_finite(maps):  # on a device it shows in the boxes
         raise EngineError(
             "vision_encoder returned a feature_map that is not finite; its precision does not suit this model or "
@@ -76,7 +79,8 @@ def fine_maps(session: Session, spec: ChainSpec, frames: Array, *, report: Repor
 def chunk_groups(session: Session, spec: ChainSpec, rows: int, columns: int) -> int:
     """Return how many groups of rows × columns patches go through the encoder in one call."""
     groups = min(spec.frames.encoder_chunk_groups, largest(session, "G"))
-    return max(1, min(groups, spec.frames.encoder_chunk_patches // (rows * columns)))
+    patches = min(spec.frames.encoder_chunk_patches, getattr(session, "encoder_patches", sys.maxsize))
+    return max(1, min(groups, patches // (rows * columns)))
 
 
 @lru_cache(maxsize=16)
@@ -85,15 +89,22 @@ def _tables(spec: VisionSpec, rows: int, columns: int) -> dict[str, np.ndarray]:
     return vision_tables(spec, rows, columns)
 
 
-def _encode(session: Session, spec: ChainSpec, frames: Array, *, report: Report) -> Iterator[tuple[Array, Array]]:
-    """Yield visual tokens [1+D, n, H] and feature maps [g, h, w, C] of chunks of g groups."""
+def _encode(
+    session: Session, spec: ChainSpec, frames: Array, *, report: Report, tokens: bool = True
+) -> Iterator[tuple[Array, Array]]:
+    """Yield visual tokens [1+D, n, H] and feature maps [g, h, w, C] of chunks of g groups.
+
+    Where no tokens are wanted, n may be 0.
+    """
     patch = spec.vision.patch_size
     rows, columns = frames.shape[2] // patch, frames.shape[3] // patch
-    tables, size = _tables(spec.vision, rows, columns), chunk_groups(session, spec, rows, columns)
+    fixed, size = dict(_tables(spec.vision, rows, columns)), chunk_groups(session, spec, rows, columns)
+    if not tokens and TOKEN_GROUPS in getattr(session, "optional_inputs", ()):
+        fixed[TOKEN_GROUPS] = np.zeros(1, np.int64)
     for start in range(0, len(frames), size):
         report(start, len(frames))
         chunk = arrays.contiguous(frames[start : start + size])
-        outputs = session.infer({"frames": chunk, **tables})
+        outputs = session.infer({"frames": chunk, **fixed})
         yield outputs["visual_tokens"], outputs["feature_map"]
     report(len(frames), len(frames))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +19,9 @@ from bridge_stg.runtime.manifest import CacheSpec, GraphSpec
 from bridge_stg.runtime.session import KVCache, check_feeds, rows_to_fill
 
 _DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
+_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _FATAL_ONLY = 4  # log severity; a failure is raised as well, and a second copy on stderr helps nobody
+_environment = threading.Lock()
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -86,7 +90,16 @@ class OnnxRuntimeSession:
 
     Raises:
         EngineError: onnxruntime is missing or refuses the file, or the file does not fit the manifest.
+
+    Attributes:
+        prefill_chunk: new tokens of one call while a video is prefilled. Of fewer, products are slower; of more, what
+            they give leaves the caches, and attention scores more keys that lie ahead of a token.
+        encoder_patches: patches of one call of a vision encoder, for the same reason.
+        optional_inputs: inputs beyond the contract that a call may give, such as `contracts.TOKEN_GROUPS`.
     """
+
+    prefill_chunk = 256
+    encoder_patches = 1024
 
     def __init__(
         self,
@@ -120,6 +133,7 @@ class OnnxRuntimeSession:
             providers=["CPUExecutionProvider"],
             disabled_optimizers=["ConstantFolding"] if lean else None,
         )
+        self.optional_inputs = frozenset(node.name for node in self._session.get_overridable_initializers())
 
     def __enter__(self) -> OnnxRuntimeSession:
         return self
@@ -148,13 +162,17 @@ class OnnxRuntimeSession:
             raise EngineError(f"{self.graph}: a KV cache of type {type(cache).__name__} is another backend's.")
         # What another backend left on a device is fetched: a chain may run one of its graphs here.
         feeds = {n: array.numpy() if isinstance(array, DeviceArray) else array for n, array in feeds.items()}
-        symbols = check_feeds(self.graph, feeds, cache)
+        contract_feeds = {n: array for n, array in feeds.items() if n not in self.optional_inputs}
+        symbols = check_feeds(self.graph, contract_feeds, cache)
         in_place = self._in_place(cache)
         binding = session.io_binding()
         held = {name: array if array.flags.c_contiguous else array.copy() for name, array in feeds.items()}
         try:
             for name, array in held.items():
-                binding.bind_cpu_input(name, array)  # no copy: `held` keeps the memory alive
+                if name in self.optional_inputs:  # which `bind_cpu_input` does not know
+                    binding.bind_ortvalue_input(name, import_onnxruntime().OrtValue.ortvalue_from_numpy(array))
+                else:
+                    binding.bind_cpu_input(name, array)  # no copy: `held` keeps the memory alive
             if cache is not None:
                 for name, value in cache.values.items():
                     binding.bind_ortvalue_input(name, value)
@@ -211,11 +229,30 @@ def open_file(
     ort = import_onnxruntime()
     try:
         model = Path(path).read_bytes() if from_bytes else str(Path(path))
-        session = ort.InferenceSession(model, sess_options=options, **arguments)
+        with _scores_of_whole_rows():
+            session = ort.InferenceSession(model, sess_options=options, **arguments)
     except Exception as error:  # onnxruntime's own exceptions share no base class
         raise EngineError(f"{graph}: onnxruntime {ort.__version__} refuses {path}: {_one_line(error)}") from error
     _check_contract(graph, session, str(path))
     return session
+
+
+@contextmanager
+def _scores_of_whole_rows() -> Iterator[None]:
+    """Let GroupQueryAttention of a session that is opened now score all keys of a chunk's tokens at once.
+
+    Its tiles score keys in blocks of a thousand, which a short chunk does not fill. An environment variable is the only
+    switch; whoever has set it is left to it.
+    """
+    with _environment:
+        if _FLASH in os.environ:
+            yield
+            return
+        os.environ[_FLASH] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[_FLASH]
 
 
 def failure(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str, int], error: Exception) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bridge_stg.runtime.ahead import Ahead
+from bridge_stg.runtime.decode import prefill_chunk
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec
 from bridge_stg.runtime.session import KVCache, Session
@@ -30,6 +32,21 @@ class PendingSession:
     @property
     def graph(self) -> GraphSpec:
         return self._graph
+
+    @property
+    def prefill_chunk(self) -> int:
+        """See `OnnxRuntimeSession`."""
+        return prefill_chunk(self.wait())
+
+    @property
+    def encoder_patches(self) -> int:
+        """See `OnnxRuntimeSession`."""
+        return getattr(self.wait(), "encoder_patches", sys.maxsize)
+
+    @property
+    def optional_inputs(self) -> frozenset[str]:
+        """See `OnnxRuntimeSession`."""
+        return getattr(self.wait(), "optional_inputs", frozenset())
 
     def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
         """See `Session.infer`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.decode import PREFILL_CHUNK
+from bridge_stg.runtime.decode import prefill_chunk
 from bridge_stg.runtime.features import coarse_tokens
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.kv_pool import bucketed
@@ -177,8 +177,9 @@ class ChainRows:
         visual_tokens = inputs.get("visual_tokens", nothing)
         index, positions = inputs.get("visual_index", np.zeros_like(ids)), inputs.get("positions", text)
         found: dict[str, Any] = {}
-        for start in range(0, length, PREFILL_CHUNK):
-            stop = min(start + PREFILL_CHUNK, length)
+        chunk = prefill_chunk(self.sessions["language_model"])
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
             feeds = {
                 "input_ids": np.ascontiguousarray(ids[:, start:stop]),
                 "visual_index": np.ascontiguousarray(index[:, start:stop]),

@@ -57,7 +57,7 @@ def test_what_is_fused(exported: Bundle) -> None:
     assert (language["GroupQueryAttention"], language["RotaryEmbedding"]) == (3, 6)
     assert not language.keys() & {"Attention", "TensorScatter", "Neg", "LessOrEqual"}  # nor is a mask left
     assert (vision["MultiHeadAttention"], vision["RotaryEmbedding"]) == (2, 4)
-    assert not vision.keys() & {"Attention", "Neg", "Slice"}
+    assert not vision.keys() & {"Attention", "Neg"}
     chosen = choose(exported.manifest)
     assert set(chosen.variants.values()) == {"ort-cpu"} and chosen.backend == "onnxruntime"
     assert {exported.graph(name, "ort-cpu").derived_from for name in chosen.variants} == {"standard"}

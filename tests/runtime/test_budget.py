@@ -221,10 +221,14 @@ def test_positions_bind_instead_of_an_error(room: int) -> None:
     assert result.coarse.max_visual_tokens is None
 
 
-@pytest.mark.parametrize(("patches", "groups"), [(8192, 3), (48, 1), (96, 2), (10, 1)])
-def test_a_chunk_of_the_encoder_holds_so_many_patches(patches: int, groups: int) -> None:
+@pytest.mark.parametrize(
+    ("patches", "best", "groups"), [(8192, None, 3), (48, None, 1), (96, None, 2), (10, None, 1), (8192, 100, 2)]
+)
+def test_a_chunk_of_the_encoder_holds_so_many_patches(patches: int, best: int | None, groups: int) -> None:
     spec = fake_spec(coarse_max_pixels=64 * 64, encoder_chunk_patches=patches)
     grounder = fake_grounder(spec, {"the car": "<2.2 seconds> to <4.2 seconds>"})
+    if best is not None:  # what the session takes best
+        grounder._sessions["vision_encoder"].encoder_patches = best  # type: ignore[attr-defined]
     reference = fake_grounder(fake_spec(coarse_max_pixels=64 * 64), {"the car": "<2.2 seconds> to <4.2 seconds>"})
     result, same = grounder.ground(clip(), "the car"), reference.ground(clip(), "the car")
     calls = grounder._sessions["vision_encoder"].calls  # type: ignore[attr-defined]

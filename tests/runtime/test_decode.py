@@ -132,6 +132,13 @@ def test_prefill_in_chunks_gives_the_same_cache(monkeypatch: pytest.MonkeyPatch)
     assert reports[0] == (0, len(chunked.segment)) and reports[-1] == (len(chunked.segment),) * 2
 
 
+def test_a_session_says_how_many_tokens_it_takes_best() -> None:
+    loop = Loop()
+    loop.model.prefill_chunk = 5  # type: ignore[attr-defined]
+    loop.prefix()
+    assert len(loop.model.calls) == -(-len(loop.segment) // 5)
+
+
 def test_tokens_without_an_alternative_are_never_asked_for() -> None:
     loop = Loop(allow_none=False, times=np.array([0.25]))
     (answer,) = loop.answer(["the only frame"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,6 +137,22 @@ def test_concurrent_calls_with_caches_of_their_own(session):
     with ThreadPoolExecutor(4) as pool:
         for ours, theirs in zip(pool.map(decode, prompts * 5), expected * 5, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_switch_of_attention_is_put_back_once_a_session_is_open(kinds, monkeypatch):
+    name, seen = "ORT_GQA_DISABLE_FLASH_ATTENTION", []
+    opened = onnxruntime.InferenceSession
+
+    def spying(*arguments, **options):
+        seen.append(os.environ.get(name))
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spying)
+    for before in (None, "0"):  # whoever has set it is left to it
+        monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+        OnnxRuntimeSession(*kinds).close()
+        assert os.environ.get(name) == before
+    assert seen == ["1", "0"]
 
 
 def test_results_outlive_the_next_call_and_the_session(session):
