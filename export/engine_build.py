@@ -17,7 +17,7 @@ from bridge_stg.export.engines import Report, compile_graph
 from bridge_stg.export.profiles import GraphProfiles
 from bridge_stg.runtime.atomic import replacing
 from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.engine_cache import PLAN, EngineEntry, read_engines
+from bridge_stg.runtime.engine_cache import PLAN, EngineEntry, read_engine
 from bridge_stg.runtime.engine_store import new_engine, publish, writable_folder
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.free_memory import gigabytes
@@ -46,7 +46,8 @@ def build_engines(
 ) -> list[EngineEntry]:
     """Compile graphs of a bundle for targets, and put the engines where the runtime finds them.
 
-    Everything is checked before the first engine is compiled. An engine of the same key is not compiled again.
+    Everything is checked before the first engine is compiled. An engine of the same key is not compiled again,
+    unless it is damaged.
 
     Args:
         targets: names of `engine_targets.TARGETS`, or `this`.
@@ -77,14 +78,23 @@ def build_engines(
     if check_memory:
         for build in builds:
             check_room(build)
-    present = {} if again else {entry.key.digest: entry for entry in read_engines(bundle)}
     entries = []
     for build in builds:
-        found = present.get(build.key().digest)
-        if found is not None:
-            say(f"{build.graph} for {build.target.name} is there already: {found.folder}")
+        found = None if again else _present(bundle, build, say)
         entries.append(found or _compile(bundle, build, report, say))
     return entries
+
+
+def _present(bundle: Bundle, build: Build, say: Callable[[str], Any]) -> EngineEntry | None:
+    """Return the engine that is there already, if it is whole, and tell it."""
+    try:
+        found = read_engine(bundle, build.graph, build.key())
+    except EngineError as error:
+        say(str(error))
+        return None
+    if found is not None:
+        say(f"{build.graph} for {build.target.name} is there already: {found.folder}")
+    return found
 
 
 def _compile(bundle: Bundle, build: Build, report: Report | None, say: Callable[[str], Any]) -> EngineEntry:

@@ -13,6 +13,7 @@ from bridge_stg.export.engine_targets import (
     PRIMITIVE_ONLY_BELOW,
     EngineTarget,
     ahead_of_time,
+    check_device,
     check_installed,
     check_precision,
     find_target,
@@ -141,8 +142,9 @@ def _target_here(asked: EngineTarget | None, family: str | None) -> tuple[Engine
     here = machine()
     device = here.devices[0] if here.devices else None
     if asked is not None:
-        tensorrt = load_tensorrt(asked.family)
         sm = None if device is None else device.sm
+        check_device(asked, sm)  # ahead of advice to install something
+        tensorrt = load_tensorrt(asked.family)
         return check_installed(asked, version=str(tensorrt.__version__), sm=sm), tensorrt
     if device is None:
         raise EngineError(

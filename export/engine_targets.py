@@ -128,9 +128,12 @@ def check_installed(target: EngineTarget, *, version: str, sm: int | None) -> En
             f"target {target.name} takes {target.versions()}, and {version} is installed here. Install one of these, "
             "or build for what is here: --target this"
         )
-    if target.ahead_of_time:
-        return target
-    if sm not in target.sms:
+    return target if target.ahead_of_time else check_device(target, sm)
+
+
+def check_device(target: EngineTarget, sm: int | None) -> EngineTarget:
+    """Return a target that is compiled on the device, narrowed to the GPU that is here. See `check_installed`."""
+    if sm is None or sm not in target.sms:
         here = "no GPU was found here" if sm is None else f"the GPU here is SM {sm}"
         raise EngineError(
             f"target {target.name} is SM {' or '.join(map(str, target.sms))}, and {here}. TensorRT compiles on the "
@@ -181,5 +184,6 @@ def target_table() -> str:
                 " ".join(target.precisions), f"{target.memory / GB:.0f} GB",
             )
         )  # fmt: skip
+    rows.append(("this", "the GPU that is here", "what is installed", "its own", "by version", "as its GPU", "its own"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

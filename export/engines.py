@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -115,11 +118,10 @@ def compile_graph(
     keeps_timing = not is_rtx(tensorrt)
     if keeps_timing:
         config.set_timing_cache(config.create_timing_cache(timing), False)
-    monitor = _monitor(tensorrt, report) if report is not None else None
-    if monitor is not None:
-        config.progress_monitor = monitor
-    plan = network.builder.build_serialized_network(network.value, config)
-    if monitor is not None and monitor.stopped is not None:
+    config.progress_monitor = monitor = _monitor(tensorrt, report)
+    with _interrupt_kept(monitor):
+        plan = network.builder.build_serialized_network(network.value, config)
+    if monitor.stopped is not None:
         raise monitor.stopped
     if plan is None:
         found = "; ".join(network.logger.messages[-3:]) or "it gave no reason"
@@ -157,7 +159,28 @@ def _capability(tensorrt: ModuleType, sm: int) -> Any:
     return found
 
 
-def _monitor(tensorrt: ModuleType, report: Report) -> Any:
+@contextmanager
+def _interrupt_kept(monitor: Any) -> Iterator[None]:
+    """Stop a monitor by Ctrl-C: its exception would come up in any callback, where TensorRT logs it and goes on."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def keep(number: int, frame: Any) -> None:
+        try:
+            before(number, frame)
+        except BaseException as error:
+            monitor.stopped = error
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _monitor(tensorrt: ModuleType, report: Report | None) -> Any:
     """Return a progress monitor that passes on the outermost phase that has steps."""
 
     class Monitor(tensorrt.IProgressMonitor):  # type: ignore[name-defined, misc]
@@ -173,7 +196,7 @@ def _monitor(tensorrt: ModuleType, report: Report) -> Any:
 
         def step_complete(self, phase: str, step: int) -> bool:
             try:
-                if self.stopped is None:
+                if self.stopped is None and report is not None:
                     report(phase, step, self.steps.get(phase, 0))
             except BaseException as error:
                 self.stopped = error

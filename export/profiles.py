@@ -57,7 +57,7 @@ def default_profiles(graph: GraphSpec, spec: ChainSpec, *, capacity: int | None 
     if graph.name == "spatial_decoder":
         return GraphProfiles(_spatial_profiles(spec))
     capacity = capacity or default_capacity(spec)
-    profiles = _language_profiles(spec)
+    profiles = _language_profiles(spec, capacity)
     if graph.cache is not None and graph.cache.update == "append":
         cache: Range = (min(256, capacity), bucketed(max(1, capacity // 2)), capacity)
         return GraphProfiles({name: {**ranges, "S": _ordered(cache)} for name, ranges in profiles.items()})
@@ -76,15 +76,16 @@ def _visual_tokens(spec: ChainSpec) -> int:
     return tokens if spec.frames.max_visual_tokens is None else min(tokens, spec.frames.max_visual_tokens)
 
 
-def _language_profiles(spec: ChainSpec) -> dict[str, Ranges]:
+def _language_profiles(spec: ChainSpec, capacity: int) -> dict[str, Ranges]:
+    prefill, decode = min(PREFILL_CHUNK, capacity), min(DECODE_TOKENS, capacity)
     asked: Range = (1, 1, max(1, spec.language.num_bridging_queries))
     visual = max(2, _visual_tokens(spec) + 1)
     return {
         "prefill": {
-            "B": (1, 1, ROWS), "L": (1, PREFILL_CHUNK // 2, PREFILL_CHUNK), "K": asked,
+            "B": (1, 1, ROWS), "L": (1, max(1, prefill // 2), prefill), "K": asked,
             "V": (2, max(2, visual // 2), visual),
         },
-        "decode": {"B": (1, 1, ROWS), "L": (1, 1, DECODE_TOKENS), "K": asked, "V": (2, 2, 2)},
+        "decode": {"B": (1, 1, ROWS), "L": (1, 1, decode), "K": asked, "V": (2, 2, 2)},
     }  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def read_overrides(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise EngineError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     known = ("capacity", "vision_encoder", "language_model", "spatial_decoder")
     if not isinstance(values, dict) or (unknown := next((key for key in values if key not in known), None)):
-        found = f"the key {unknown!r}" if isinstance(values, dict) else type(values).__name__
+        found = f"the key {unknown!r}" if isinstance(values, dict) else "nothing" if values is None else repr(values)
         raise EngineError(f"{path}: found {found}, expected a mapping with {', '.join(known)}")
     return values
 
@@ -193,14 +194,21 @@ def profiles_of(
     profiles = {name: dict(ranges) for name, ranges in made.profiles.items()}
     free = tuple(next(iter(profiles.values())))
     for name, ranges in given.items():
-        if ranges is None:
-            profiles.pop(name, None)
-            continue
         place = f"{where}: {graph.name}.{name}"
+        if not isinstance(name, str) or (ranges is None and name not in made.profiles):
+            raise EngineError(f"{place} names no profile; there are {', '.join(made.profiles)}")
+        if ranges is None:
+            del profiles[name]
+            continue
         changed = profiles.get(name, {}) | _read_ranges(graph, ranges, free, place)
         missing = [s for s in free if s not in changed and s not in DERIVED.get(graph.name, ())]
         if missing:
-            raise EngineError(f"{place} gives no range of {', '.join(missing)}")
+            known = ", ".join(made.profiles)
+            raise EngineError(f"{place} is a new profile and gives no range of {', '.join(missing)}; there are {known}")
+        if made.capacity is not None and changed["L"][2] > made.capacity:
+            raise EngineError(
+                f"{place}.L goes up to {changed['L'][2]}, and the KV cache holds {made.capacity} positions"
+            )
         profiles[name] = _checked_sizes(spec, changed, place) if graph.name == "vision_encoder" else changed
     if not profiles:
         raise EngineError(f"{where}: no profile of {graph.name} is left; keep one")

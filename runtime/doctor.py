@@ -1,6 +1,6 @@
 """What this machine has and what each backend lacks, with the command that installs it.
 
-Runs on a bare machine: it needs numpy and nothing else, and says what else is missing.
+Runs on a bare machine: what each backend lacks is told where numpy is installed, and all else without any package.
 """
 
 from __future__ import annotations
@@ -15,8 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bridge_stg.runtime.backends import BACKENDS, Backend
 from bridge_stg.runtime.machine import Machine, machine
+from bridge_stg.runtime.tensorrt_library import MODULES
+
+try:
+    from bridge_stg.runtime.backends import BACKENDS, Backend
+except ModuleNotFoundError as error:
+    if error.name != "numpy":
+        raise
+    BACKENDS = ()  # the table comes with what opens sessions, which needs numpy
 
 NEEDED = ("numpy", "av", "pillow", "tokenizers", "click", "tqdm")
 """Distributions without which no video is grounded, whatever the backend."""
@@ -32,6 +39,10 @@ TENSORRT = (
     "tensorrt-rtx-cu13-bindings",
 )  # fmt: skip
 TENSORRT_LIBRARIES = ("libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so.8")
+FAMILIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""The backends that import TensorRT themselves, and which one."""
+WHEELS_SINCE_L4T = 38
+"""Jetson Linux before this (JetPack 6) runs the TensorRT that JetPack brings, and no other."""
 PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 """What onnxruntime must list for a backend to run."""
 
@@ -147,11 +158,11 @@ def _state(
     own = next((v for name in backend.distributions if (v := version(name)) is not None), None)
     missing = []
     if own is None:
-        jetson = " (JetPack brings it: sudo apt install python3-libnvinfer, in a venv with --system-site-packages)"
-        note = jetson if backend.name == "tensorrt" and found.l4t else ""
-        missing.append(Missing(f"the package {backend.distributions[0]}{note}", _install(f"[{backend.extra}]")))
+        missing.append(Missing(f"the package {backend.distributions[0]}", _command(backend, found)))
+    elif backend.name in FAMILIES and (problem := _broken(MODULES[FAMILIES[backend.name]], load)):
+        missing.append(Missing(f"a {backend.name} that can be imported ({problem})", _reinstall(f"[{backend.extra}]")))
     if backend.on_gpu:
-        missing += _gpu_missing(backend, found, version)
+        missing += _gpu_missing(found, version)
     provider = PROVIDERS.get(backend.name)
     if own is not None and provider is not None and provider not in providers:
         listed = ", ".join(providers) or "none"
@@ -160,16 +171,35 @@ def _state(
     return BackendState(backend.name, own, tuple(missing))
 
 
-def _gpu_missing(backend: Backend, found: Machine, version: Version) -> list[Missing]:
+def _command(backend: Backend, found: Machine) -> str:
+    """Return what installs a backend's package here."""
+    if found.l4t and backend.distributions[0] == "onnxruntime-gpu":
+        return "no wheel of it that fits is published for a Jetson: use the backend tensorrt"
+    if found.l4t and backend.name == "tensorrt" and int(found.l4t.partition(".")[0]) < WHEELS_SINCE_L4T:
+        return "sudo apt install python3-libnvinfer (JetPack's), then a venv with --system-site-packages"
+    return _install(f"[{backend.extra}]")
+
+
+def _broken(modules: tuple[str, ...], load: Callable[[str], Any]) -> str | None:
+    """Say why none of these modules can be imported."""
+    problems = []
+    for name in modules:
+        try:
+            load(name)
+            return None
+        except Exception as error:  # a broken package may raise anything
+            problems.append(" ".join(str(error).split()))
+    return "; ".join(problems)
+
+
+def _gpu_missing(found: Machine, version: Version) -> list[Missing]:
     missing = []
     if not found.devices:
-        start = "--runtime nvidia" if found.l4t else "--gpus all"
-        missing.append(
-            Missing(
-                f"an NVIDIA GPU ({found.device_problem or 'none is listed'})",
-                f"sudo ubuntu-drivers install, if the machine has one; in a container: docker run {start} …",
-            )
-        )
+        if found.l4t:
+            command = "sudo apt install nvidia-l4t-cuda; in a container: docker run --runtime nvidia …"
+        else:
+            command = "sudo ubuntu-drivers install (on Ubuntu); in a container: docker run --gpus all …"
+        missing.append(Missing(f"an NVIDIA GPU ({found.device_problem or 'none is listed'})", command))
     if version("cuda-python") is None and version("cuda-bindings") is None:
         major = (found.cuda or "13").partition(".")[0]
         missing.append(Missing("the package cuda-python", f'pip install "cuda-python<{int(major) + 1}"'))
@@ -223,7 +253,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         *([("board", board)] if board else []),
         ("processor", f"{found.cpu}, {found.cores} cores, {' '.join(found.cpu_flags) or 'no vector flags of note'}"),
         ("memory", _memory_line(found)),
-        ("driver", f"{found.driver or 'none'}, CUDA up to {found.cuda or 'none'}"),
+        ("driver", (found.driver or "none") + (f", CUDA up to {found.cuda}" if found.cuda else "")),
     ]
     for device in found.devices:
         shared = ", shares the host's memory" if device.integrated else ""
@@ -244,6 +274,8 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     ]
     text = [f"{name:12} {value}" for name, value in lines]
     text += ["", "backends, in the order in which `auto` tries them"]
+    if not diagnosis.backends:
+        text.append("  told when numpy is installed: pip install numpy")
     for state in diagnosis.backends:
         head = f"{state.name} {state.version or ''}".rstrip()
         text.append(f"  {head}: {'ready' if state.ready else 'not ready'}")

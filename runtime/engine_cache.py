@@ -78,6 +78,10 @@ class EngineKey:
         """SHA-256 over the whole key."""
         return canonical_sha256(dataclasses.asdict(self), without="")
 
+    def folder(self, graph: str, variant: str) -> str:
+        """Path of an engine of this key below engines/."""
+        return f"{self.target}/{graph}.{variant}.{self.digest[:12]}"
+
 
 @dataclass(frozen=True)
 class EngineEntry:
@@ -119,8 +123,8 @@ class EngineEntry:
                 return name
         return None
 
-    def read_plan(self) -> bytes:
-        """Return the serialized engine, its size and (up to 64 MiB) its hash checked.
+    def check_plan(self) -> None:
+        """Check the size of the serialized engine and, up to 64 MiB, its hash.
 
         Raises:
             EngineError: it was changed, or cannot be read.
@@ -128,7 +132,14 @@ class EngineEntry:
         try:
             size = self.plan.stat().st_size
             if size != self.size or (size <= HASHED_BYTES_ON_LOAD and file_sha256(self.plan) != self.sha256):
-                raise EngineError(f"{self.plan}: was changed after it was built. Delete its folder and build again.")
+                raise EngineError(f"{self.plan}: was changed after it was built. Build the engine again.")
+        except OSError as error:
+            raise EngineError(f"{self.plan}: cannot be read ({error}). Build the engine again.") from error
+
+    def read_plan(self) -> bytes:
+        """Return the serialized engine. Raises as `check_plan`, which comes first."""
+        self.check_plan()
+        try:
             return self.plan.read_bytes()
         except OSError as error:
             raise EngineError(f"{self.plan}: cannot be read ({error}). Build the engine again.") from error
@@ -159,8 +170,43 @@ def read_engines(bundle: Bundle, graph: GraphSpec | None = None) -> list[EngineE
     Raises:
         EngineError: an engine.json cannot be understood.
     """
+    return [_read(file) for file in _files(bundle, graph)]
+
+
+def _files(bundle: Bundle, graph: GraphSpec | None) -> list[Path]:
     name = "*" if graph is None else f"{graph.name}.{graph.variant}.*"
-    return [_read(file) for folder in engine_folders(bundle) for file in sorted(folder.glob(f"*/{name}/{ABOUT}"))]
+    return [file for folder in engine_folders(bundle) for file in sorted(folder.glob(f"*/{name}/{ABOUT}"))]
+
+
+def _whole_and_damaged(bundle: Bundle, graph: GraphSpec) -> tuple[list[EngineEntry], list[EngineError]]:
+    built, damaged = [], []
+    for file in _files(bundle, graph):
+        try:
+            built.append(_read(file))
+        except EngineError as error:
+            damaged.append(error)
+    return built, damaged
+
+
+def read_engine(bundle: Bundle, graph: GraphSpec, key: EngineKey) -> EngineEntry | None:
+    """Return the engine of one graph variant that has this key, None if there is none.
+
+    Raises:
+        EngineError: it is damaged.
+    """
+    damage: EngineError | None = None
+    for folder in engine_folders(bundle):
+        file = folder / key.folder(graph.name, graph.variant) / ABOUT
+        try:
+            if file.is_file():
+                entry = _read(file)
+                entry.check_plan()
+                return entry
+        except EngineError as error:
+            damage = damage or error
+    if damage is not None:
+        raise damage
+    return None
 
 
 def find_engine(bundle: Bundle, graph: GraphSpec, device: EngineDevice) -> EngineEntry:
@@ -169,11 +215,13 @@ def find_engine(bundle: Bundle, graph: GraphSpec, device: EngineDevice) -> Engin
     Raises:
         EngineError: there is none. The message says how the closest one differs, and the command that builds it.
     """
-    built = read_engines(bundle, graph)
+    built, damaged = _whole_and_damaged(bundle, graph)
     fitting = [e for e in built if next(_differences(e.key, graph, device), None) is None]
     if fitting:
         return max(fitting, key=lambda e: str(e.built.get("finished", "")))
     build = f"python cli.py build {bundle.path} --target this --graph {graph.name} --variant {graph.variant}"
+    if damaged:
+        raise EngineError(f"{damaged[0]} The command: {build}")
     if not built:
         raise EngineError(f"{bundle.path}: no engine of {graph} has been built for {device}. Build it: {build}")
     closest = min(built, key=lambda e: len(list(_differences(e.key, graph, device))))
@@ -195,7 +243,7 @@ def _differences(key: EngineKey, graph: GraphSpec, device: EngineDevice) -> Iter
 
 
 def _read(file: Path) -> EngineEntry:
-    again = "Delete the folder and build the engine again."
+    again = "Build the engine again."
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:

@@ -91,4 +91,4 @@ def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
 
 def engine_place(folder: Path, entry: EngineEntry) -> Path:
     """Return the folder that an engine of this key has below engines/."""
-    return folder / entry.key.target / f"{entry.graph}.{entry.variant}.{entry.key.digest[:12]}"
+    return folder / entry.key.folder(entry.graph, entry.variant)

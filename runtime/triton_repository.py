@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bridge_stg.runtime.backends import BACKENDS
 from bridge_stg.runtime.bundle import MANIFEST, REPORTS, Bundle
-from bridge_stg.runtime.errors import BundleError
+from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.triton_model import BOX_COLUMNS
 
 KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -83,13 +84,21 @@ def write_repository(
         overwrite: whether to replace a model of the same name.
 
     Raises:
-        BundleError: the bundle is damaged, the name is none that Triton takes, or a model of this name is there.
+        BundleError: the bundle is damaged or lacks the variant, the name is none that Triton takes, or a model of this
+            name is there.
+        EngineError: the backend is unknown.
     """
     serving = serving or Serving()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", serving.name):
         raise BundleError(f"{serving.name!r} is no name of a model: use letters, digits, dots, dashes and underscores.")
-    source, repository = Bundle.load(bundle).path, Path(out)
-    target = repository / serving.name
+    loaded, repository = Bundle.load(bundle), Path(out)
+    source, target = loaded.path, repository / serving.name
+    backends = ("auto", *(backend.name for backend in BACKENDS))
+    if serving.backend not in backends:
+        raise EngineError(f"backend {serving.backend!r} is unknown; known: {', '.join(backends)}.")
+    variants = sorted({graph.variant for graph in loaded.manifest.all_graphs()})
+    if serving.variant is not None and serving.variant not in variants:
+        raise BundleError(f"{source}: no graph has the variant {serving.variant!r}; there are: {', '.join(variants)}.")
     if repository.resolve().is_relative_to(source.resolve()):
         raise BundleError(f"{repository} lies in the bundle {source}; choose a folder of its own.")
     if target.exists() and not (overwrite and _is_ours(target)):

@@ -24,6 +24,9 @@ PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(34, 16, -1)] + ["
 EXTRAS = {"3.10": ("cpu", "calibrate"), "3.12": ("cpu", "calibrate")}
 """Engines from wheels, and what `build` and `calibrate` need. TensorRT is JetPack's, or the vendor's index has it."""
 
+CUDA = {"3.10": "cuda-python>=12.6.2,<13", "3.12": "cuda-python>=12.6.2"}
+"""As docs/deployment.md installs it: JetPack 6 has a driver of CUDA 12."""
+
 
 def requirements(python: str, *extras: str) -> list[str]:
     """What applies on that machine, without markers: pip reads them for the Python that runs it (pypa/pip#11664)."""
@@ -64,12 +67,14 @@ def test_wheels_for_arm(python: str, index: bool, tmp_path: Path, record_propert
     wanted = requirements(python, *EXTRAS[python])
     assert "numpy>=1.26" in wanted and not any(";" in text for text in wanted)
     options = [f"--platform={platform}" for platform in PLATFORMS]
-    done = pip(tmp_path, *options, "--python-version", python, "--implementation", "cp", *wanted)
+    done = pip(tmp_path, *options, "--python-version", python, "--implementation", "cp", *wanted, CUDA[python])
     assert done.returncode == 0, f"{' '.join(wanted)}\n{done.stderr}"
     chosen = json.loads(done.stdout)["install"]
     files = [entry["download_info"]["url"].rpartition("/")[2] for entry in chosen]
     assert all(file.endswith(".whl") and ("aarch64" in file or file.endswith("-any.whl")) for file in files), files
-    assert {"numpy", "onnxruntime", "av", "tokenizers"} <= {entry["metadata"]["name"].lower() for entry in chosen}
+    assert {"numpy", "onnxruntime", "av", "tokenizers", "cuda-bindings"} <= {
+        entry["metadata"]["name"].lower() for entry in chosen
+    }
     record_property("wheels", ", ".join(sorted(files)))
 
 

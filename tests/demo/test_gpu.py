@@ -44,12 +44,14 @@ def built_bundle(demo_bundle: Path) -> Path:
 
 
 def test_a_gpu_and_a_backend_for_it_are_here():
+    """SM 7.0 or later, and TensorRT, TensorRT-RTX or onnxruntime with a GPU provider."""
     assert gpu().sm >= 70
     assert INSTALLED, 'no GPU backend is installed: pip install "bridge-stg[tensorrt]", "[rtx]" or "[gpu]"'
 
 
 @pytest.mark.skipif(not NATIVE, reason="no TensorRT is installed")
 def test_engines_tell_what_became_of_their_layers(built_bundle):
+    """`build` compiles every graph here, and names the precision of most products."""
     entries = read_engines(Bundle.load(built_bundle))
     assert {entry.graph for entry in entries} == set(GRAPHS)
     for entry in entries:
@@ -59,12 +61,14 @@ def test_engines_tell_what_became_of_their_layers(built_bundle):
 
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_golden_cases_hold_at_every_boundary(built_bundle, backend):
+    """Each backend gives what torch recorded, within the tolerance of its precision."""
     replayed = verify_bundle(built_bundle, backend=backend)
     assert replayed and all(b.passed for boundaries in replayed.values() for b in boundaries)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_every_block_of_an_engine_agrees_with_the_cpu(built_bundle, backend):
+    """`verify --bisect` compiles tapped engines and finds no block that drifts."""
     bundle, graph = Bundle.load(built_bundle), "language_model"
     variant = choose(bundle, backend=backend).variants[graph]
     sides = Side(bundle, graph, variant, backend), Side(bundle, graph, variant)
@@ -74,6 +78,7 @@ def test_every_block_of_an_engine_agrees_with_the_cpu(built_bundle, backend):
 
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_the_chain_equals_the_chain_on_the_cpu(built_bundle, backend, tmp_path):
+    """Four videos: the same answers as on the CPU, boxes within two pixels."""
     clips = list(held_out_clips(4))
     with (
         Grounder.load(built_bundle, backend="onnxruntime") as on_cpu,
@@ -90,6 +95,7 @@ def test_the_chain_equals_the_chain_on_the_cpu(built_bundle, backend, tmp_path):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_outputs_stay_on_the_device_and_steps_become_graphs(built_bundle, backend, tmp_path):
+    """No copy to the host between graphs; decode steps are CUDA graphs or say why not."""
     clip = next(iter(held_out_clips(1)))
     path = clip_path(clip, tmp_path)
     with Grounder.load(built_bundle, backend=backend) as grounder, grounder.open(path) as video:
@@ -103,6 +109,7 @@ def test_outputs_stay_on_the_device_and_steps_become_graphs(built_bundle, backen
 
 
 def test_pictures_are_resized_on_the_device_to_the_bytes_of_pillow():
+    """Frames resized on the GPU are, byte by byte, those of the CPU."""
     random = np.random.default_rng(0)
     context = DeviceContext().open()
     for size, target in (((48, 64), (32, 32)), ((37, 53), (64, 96)), ((720, 1280), (192, 320))):

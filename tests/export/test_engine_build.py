@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +23,11 @@ from bridge_stg.export.engine_plan import plan_summary
 from bridge_stg.export.engine_targets import ahead_of_time
 from bridge_stg.export.engines import Compiled
 from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.engine_cache import EngineDevice, find_engine, read_engines
+from bridge_stg.runtime.engine_cache import ABOUT, PLAN, EngineDevice, find_engine, read_engines
 from bridge_stg.runtime.errors import BridgeError, EngineError
 from tests.calibration.golden_ranges import golden_ranges
 
+CLI = Path(__file__).resolve().parents[2] / "cli.py"
 FEW = {
     "vision_encoder": dict.fromkeys(("coarse_portrait", "fine_landscape", "fine_portrait")),
     "spatial_decoder": dict.fromkeys(("frames_16_portrait", "frames_64_landscape", "frames_64_portrait")),
@@ -113,6 +116,19 @@ def test_what_is_there_is_not_compiled_again(bundle: Bundle, pretended: list[dic
     assert engine_line(made[0]).startswith("language_model (standard, fp32) for rtx-ada: 0 MB, ")
 
 
+@pytest.mark.parametrize(("file", "damage"), [(PLAN, b"pla"), (PLAN, b"plam"), (ABOUT, b"{"), (ABOUT, None)])
+def test_what_is_damaged_is_compiled_again(
+    bundle: Bundle, pretended: list[dict[str, Any]], file: str, damage: bytes | None
+) -> None:
+    said: list[str] = []
+    (made,) = build_engines(bundle, ["rtx-ada"], graphs=["language_model"])
+    damaged = Path(made.folder, file)
+    damaged.unlink() if damage is None else damaged.write_bytes(damage)
+    (again,) = build_engines(bundle, ["rtx-ada"], graphs=["language_model"], say=said.append)
+    assert len(pretended) == 2 and again.folder == made.folder and again.read_plan() == b"plan"
+    assert damage is None or f"{damaged}: " in said[0]
+
+
 def test_a_build_that_is_stopped_leaves_nothing(bundle: Bundle, pretended: list[dict[str, Any]]) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -138,6 +154,18 @@ def test_tensorrt_is_stopped_between_its_steps(rtx: Any, bundle: Bundle) -> None
     assert not [path for path in (bundle.path / "engines").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
+def test_ctrl_c_stops_tensorrt(rtx: Any, bundle: Bundle) -> None:
+    command = [sys.executable, CLI, "build", bundle.path, "--target", "rtx-ada", "--graph", "spatial_decoder"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stderr is not None and "compiling" in started.stderr.readline()
+        time.sleep(1)  # by now TensorRT works, and calls back
+        started.send_signal(signal.SIGINT)
+        said = started.stderr.read()
+    assert (started.returncode, said.strip()) == (130, "Interrupted; nothing was left half-written.")
+    assert not [path for path in (bundle.path / "engines").rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize(
     ("targets", "options", "message"),
     [
@@ -148,7 +176,7 @@ def test_tensorrt_is_stopped_between_its_steps(rtx: Any, bundle: Bundle) -> None
         (["rtx-ada"], {"graphs": ["decoder"]}, "no graph 'decoder' in this bundle"),
         (["rtx-ada"], {"variant": "other"}, "no variant 'other'"),
         (["rtx-ada"], {"variant": "ort-cpu"}, "takes the variant standard or primitive, not ort-cpu"),
-        (["orin-jp7"], {}, "orin-jp7 takes TensorRT 10.15 to below 12, and 1.7.1 is installed"),
+        (["orin-jp7"], {}, "target orin-jp7 is SM 87, and .* compiles on the device alone"),
         (["rtx-ada"], {"overrides": {"capacity": 10**7}}, "capacity is 10000000, expected 1 to"),
     ],
 )  # fmt: skip
@@ -165,6 +193,10 @@ def test_this_machine_without_a_gpu(bundle: Bundle, pretended: Any, monkeypatch:
     monkeypatch.setattr(engine_choice, "machine", lambda: bare)
     with pytest.raises(EngineError, match=rf"there is none \(no driver\).*one of {', '.join(ahead_of_time())}"):
         build_engines(bundle, ["this"])
+    monkeypatch.undo()  # of what was pretended too: TensorRT is asked for on the device alone
+    monkeypatch.setattr(engine_choice, "machine", lambda: bare)
+    with pytest.raises(EngineError, match="target orin-jp6 is SM 87, and no GPU was found here"):
+        build_engines(bundle, ["orin-jp6"])
 
 
 @pytest.mark.parametrize(
@@ -180,6 +212,9 @@ def test_this_machine_gets_the_variant_that_its_tensorrt_takes(
     assert {entry.variant for entry in entries} == {variant}
     assert {entry.key.family for entry in entries} == {"tensorrt"} and entries[0].key.sms == (87,)
     assert all(call["sms"] == () for call in pretended)
+    wrong = "orin-jp7" if variant == "primitive" else "orin-jp6"
+    with pytest.raises(EngineError, match=f"target {wrong} takes TensorRT .*, and {version} is installed"):
+        build_engines(bundle, [wrong])
     with (
         pytest.raises(EngineError, match="takes the variant primitive, not standard")
         if variant == "primitive"
@@ -225,7 +260,7 @@ def test_a_missing_tensorrt_is_told_with_its_extra(monkeypatch: pytest.MonkeyPat
 
 def test_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(Path(__file__).parents[2] / "cli.py"), "build", *arguments]
+        command = [sys.executable, CLI, "build", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     table = run("--targets")

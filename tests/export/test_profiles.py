@@ -108,6 +108,14 @@ def test_a_person_changes_profiles(spec: ChainSpec, tmp_path: Path) -> None:
     assert vision["square"]["N"] == (120, 144, 168) and vision["square"]["height"] == (6 * side,) * 3
 
 
+@pytest.mark.parametrize("capacity", [1, 12, 600])
+def test_no_step_is_longer_than_the_cache(spec: ChainSpec, capacity: int) -> None:
+    made = profiles_of(contract(spec, "language_model"), spec, overrides={"capacity": capacity})
+    for ranges in made.profiles.values():
+        least, usual, largest = ranges["L"]
+        assert 1 == least <= usual <= largest <= capacity
+
+
 @pytest.mark.parametrize(
     ("graph", "overrides", "message"),
     [
@@ -117,7 +125,10 @@ def test_a_person_changes_profiles(spec: ChainSpec, tmp_path: Path) -> None:
         ("language_model", {"language_model": {"decode": {"B": [0, 1, 8]}}}, "increasing sizes of 1 or more"),
         ("language_model", {"language_model": {"decode": {"B": "many"}}}, "'many', expected .least, usual, largest"),
         ("language_model", {"language_model": {"decode": {"X": 1}}}, "expected ranges of B, L, K, V"),
-        ("language_model", {"language_model": {"mine": {"B": 1}}}, "language_model.mine gives no range of L, K, V"),
+        ("language_model", {"language_model": {"mine": {"B": 1}}}, "mine is a new .* no range of L, K, V; there are p"),
+        ("language_model", {"language_model": {"decod": None}}, "decod names no profile; there are prefill, decode"),
+        ("language_model", {"language_model": {1: {"B": 1}}}, "language_model.1 names no profile"),
+        ("language_model", {"capacity": 64, "language_model": {"decode": {"L": 65}}}, "L goes up to 65, .* holds 64 p"),
         ("language_model", {"language_model": ["decode"]}, "expected profiles by name"),
         ("language_model", {"language_model": {"prefill": None, "decode": None}}, "no profile of language_model is"),
         ("vision_encoder", {"vision_encoder": {"fine_portrait": {"N": 4}}}, "expected ranges of G, height, width"),
@@ -131,7 +142,12 @@ def test_wrong_profiles_are_refused(spec: ChainSpec, graph: str, overrides: dict
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "be read as YAML"), ("- 1", "found list"), ("vision: {}", "the key 'vision'")],
+    [
+        ("a: [", "be read as YAML"),
+        ("- 1", r"found \[1\]"),
+        ("", "found nothing"),
+        ("vision: {}", "the key 'vision'"),
+    ],
 )
 def test_a_file_that_holds_no_profiles(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "p.yaml").write_text(text)

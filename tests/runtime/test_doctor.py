@@ -118,6 +118,8 @@ def diagnosed(found: Machine, packages: dict[str, str], providers: tuple[str, ..
     def load(name: str) -> Any:
         if name == "onnxruntime" and providers:
             return Onnxruntime
+        if name == "tensorrt" and nvinfer:
+            return object()
         if nvinfer and name == f"libnvinfer.so.{nvinfer // 10000 if nvinfer >= 100000 else nvinfer // 1000}":
             return Library
         raise OSError(name) if ".so." in name else ModuleNotFoundError(name)
@@ -165,7 +167,8 @@ def test_jetson(tmp_path: Path) -> None:
     assert found.devices[0].integrated and found.devices[0].largest_block is None and cuda.tried == 0
     diagnosis = diagnosed(found, {"numpy": "1.26.4"}, nvinfer=100300)
     assert diagnosis.tensorrt == {"libnvinfer.so.10": "10.3.0"}
-    assert any("JetPack brings it" in what for what in lacks(diagnosis, "tensorrt"))
+    assert "sudo apt install python3-libnvinfer" in lacks(diagnosis, "tensorrt")["the package tensorrt"]
+    assert "use the backend tensorrt" in lacks(diagnosis, "onnxruntime-cuda")["the package onnxruntime-gpu"]
     assert any("fragmented" in item.what and "compact_memory" in item.command for item in diagnosis.problems)
     text = format_diagnosis(diagnosis)
     assert "JetPack 6.1 or 6.2" in text and "shares the host's memory" in text and "CMA 128.0 MiB of 256.0 MiB" in text
@@ -200,6 +203,26 @@ def test_broken_onnxruntime(tmp_path: Path) -> None:
     assert any("cannot be imported" in item.what for item in diagnosis.problems)
 
 
+def test_jetson_that_takes_wheels(tmp_path: Path) -> None:
+    release = JETSON["etc/nv_tegra_release"].replace("R36 (release), REVISION: 4.3", "R38 (release), REVISION: 2.0")
+    found = look(tmp_path, {**JETSON, "etc/nv_tegra_release": release}, FakeCuda(status=100))
+    lacking = lacks(diagnosed(found, {}), "tensorrt")
+    assert lacking["the package tensorrt"] == 'pip install "bridge-stg[tensorrt]"'
+    (gpu,) = [command for what, command in lacking.items() if "an NVIDIA GPU" in what]
+    assert "ubuntu-drivers" not in gpu and "--runtime nvidia" in gpu
+
+
+def test_broken_tensorrt(tmp_path: Path) -> None:
+    diagnosis = diagnosed(look(tmp_path, X86, FakeCuda()), {"tensorrt": "10.15.1", "cuda-python": "13.0.1"})
+    (lacking,) = lacks(diagnosis, "tensorrt").items()
+    what, command = "a tensorrt that can be imported (tensorrt)", 'pip install --force-reinstall "bridge-stg[tensorrt]"'
+    assert lacking == (what, command)
+
+
+def test_no_driver(tmp_path: Path) -> None:
+    assert "\ndriver       none\n" in format_diagnosis(diagnosed(machine(root=tmp_path), {}))
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor"]) == 0
     assert "backends, in the order" in capsys.readouterr().out
@@ -208,13 +231,15 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [state["name"] for state in values["backends"]] == [backend.name for backend in BACKENDS]
 
 
-def test_numpy_alone_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", ["numpy", "click", "nothing"])
+def test_on_a_bare_machine(tmp_path: Path, there: str) -> None:
+    """With numpy alone every backend is told; without it, what to install first."""
     blocker = (
         "import sys\n"
         "class Blocker:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        top = name.partition('.')[0]\n"
-        "        if top not in sys.stdlib_module_names and top not in ('numpy', 'bridge_stg'):\n"
+        f"        if top not in sys.stdlib_module_names and top not in ({there!r}, 'bridge_stg'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Blocker())\n"
         f"sys.argv = ['cli.py', 'doctor']; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -223,3 +248,7 @@ def test_numpy_alone_is_enough(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", blocker], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "backends, in the order" in done.stdout
+    if there == "numpy":
+        assert all(f"  {backend.name}" in done.stdout for backend in BACKENDS)
+    else:
+        assert "pip install numpy" in done.stdout

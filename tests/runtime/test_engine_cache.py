@@ -196,6 +196,15 @@ def test_a_damaged_engine_of_another_graph_is_in_nobodys_way(bundle: Bundle) -> 
     assert find(bundle) == made
 
 
+def test_a_damaged_engine_hides_no_whole_one(bundle: Bundle) -> None:
+    damaged, made = put(bundle, options={"tf32": "off"}), put(bundle)
+    no_json(Path(damaged.folder))
+    assert find(bundle) == made
+    shutil.rmtree(made.folder)
+    with pytest.raises(EngineError, match=rf"engine.json: cannot be read.*python cli.py build {bundle.path} --target"):
+        find(bundle)
+
+
 def test_an_interrupted_build_leaves_nothing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     before = put(bundle)
     with pytest.raises(KeyboardInterrupt), new_engine(writable_folder(bundle)) as partial:

@@ -275,6 +275,13 @@ class TestRepository:
             write_repository(bundle_path, bundle_path / "repo")
         assert sorted(path.name for path in out.iterdir()) == ["bridge_stg", "other"]
 
+    def test_what_no_server_could_load_is_refused(self, bundle_path: Path, tmp_path: Path) -> None:
+        with pytest.raises(EngineError, match="backend 'tensor' is unknown; known: auto, tensorrt, "):
+            write_repository(bundle_path, tmp_path / "repo", Serving(backend="tensor"))
+        with pytest.raises(BundleError, match="no graph has the variant 'std'; there are: .*standard"):
+            write_repository(bundle_path, tmp_path / "repo", Serving(variant="std"))
+        assert not (tmp_path / "repo").exists()
+
     def test_nothing_half_there(self, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*arguments: object) -> None:
             raise EngineError("stopped")
