@@ -78,7 +78,8 @@ def watch(
         finally:
             stats = watch.stats
             log.write({"event": "end", **stats.to_json()})
-            click.echo(summary(stats), err=True)
+            if stats.frames:
+                click.echo(summary(stats), err=True)
 
 
 def _check_output(jsonl: Path | None, source: str, overwrite: bool) -> None:

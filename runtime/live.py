@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bridge_stg.runtime.errors import Interrupted, QueryError, VideoError
+from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.events import Event, EventTracker
 from bridge_stg.runtime.grounded_video import Chain
 from bridge_stg.runtime.limits import Limits
@@ -251,7 +251,12 @@ class LiveWatch:
     def _next_group(self) -> Any:
         """Return the next group; None if the source has ended or the watch is to stop."""
         while not self._stopped():
-            group = self._queue.get(POLL_S)
+            try:
+                group = self._queue.get(POLL_S)
+            except BridgeError:
+                if self._stopped():  # then what the source says no longer matters
+                    return None
+                raise
             if group is not None or self._queue.ended:
                 return group
             if self._reader.silent_s > self.options.stall_s:

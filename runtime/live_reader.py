@@ -81,6 +81,7 @@ class LiveReader:
             for group in sampler.add(time_s, picture):
                 if not self._queue.put(group):
                     return
+                self._arrived = time.monotonic()  # while the queue was full, the source could not be heard
             self.gaps = sampler.gaps
         if self._stop.is_set():
             return

@@ -16,7 +16,7 @@ from bridge_stg.runtime.draw import encode_h264, frame_index
 from bridge_stg.runtime.errors import Interrupted
 from bridge_stg.runtime.playback import play
 from bridge_stg.runtime.tubes import Grounding
-from bridge_stg.server.jobs import Job
+from bridge_stg.server.jobs import Job, gone
 from bridge_stg.server.refusals import full, refusal_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Renderer:
         """Return a job's annotated video; who stops waiting, as the last one, stops the work.
 
         Raises:
-            Refusal: 429 if too many are waiting; as of `refusal_of`.
+            Refusal: 404 if the job is deleted meanwhile, 429 if too many are waiting; as of `refusal_of`.
         """
         path = self._path(job)
         if not path.exists():
@@ -64,9 +64,12 @@ class Renderer:
             try:
                 await asyncio.shield(making)
             except Exception as error:
+                if job.id not in self._wanted:
+                    raise gone() from error
                 raise refusal_of(error, path=job.upload.file.path, name=job.upload.name) from error
             finally:
-                self._wanted[job.id] -= 1
+                if job.id in self._wanted:
+                    self._wanted[job.id] -= 1
         return path
 
     def forget(self, job: Job) -> None:

@@ -73,6 +73,8 @@ def _refusal(error: Exception) -> Refusal:
     if isinstance(error, RequestValidationError):
         return Refusal(422, "invalid", invalid(error.errors()))
     if isinstance(error, HTTPException):
+        if error.status_code == 400:  # what the framework says of JSON that is nested too deep
+            return Refusal(422, "invalid", "The request is not as /docs says: its body is no JSON that can be read.")
         codes = {404: "not_found", 405: "method"}
         return Refusal(error.status_code, codes.get(error.status_code, "http"), f"{error.detail}.")
     return refusal_of(error)

@@ -68,7 +68,7 @@ class Scheduler:
         self._running: dict[str, Batch] = {}
         self._threads = ThreadPoolExecutor(settings.workers, thread_name_prefix="bridge-stg worker")
         self._job_s = FIRST_GUESS_S
-        self._closed = False
+        self._closed = self._hurried = False
         self._most_frames = FileLimits(settings.max_pixels, settings.max_duration_s).max_frames
         metrics.gauge("queue_length", "Jobs that wait.", lambda: len(self._waiting))
         metrics.gauge("running_batches", "Batches that are worked on.", lambda: len(self._running))
@@ -121,7 +121,7 @@ class Scheduler:
             self.cancel(job, refusal=stopping())
         loop = asyncio.get_running_loop()
         until = loop.time() + drain_s
-        while self._running and loop.time() < until:
+        while self._running and loop.time() < until and not self._hurried:
             await asyncio.sleep(0.02)
         for batch in list(self._running.values()):
             for job in batch.jobs:
@@ -129,6 +129,10 @@ class Scheduler:
         while self._running:
             await asyncio.sleep(0.02)
         self._threads.shutdown(wait=True)
+
+    def hurry(self) -> None:
+        """Let `close` wait no longer for what runs."""
+        self._hurried = True
 
     def _too_late(self, job: Job) -> None:
         if not job.ended:

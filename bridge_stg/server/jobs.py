@@ -19,6 +19,11 @@ ENDED = ("done", "failed", "cancelled")
 PROGRESS_EVERY_S = 0.1
 
 
+def gone() -> Refusal:
+    """Return the refusal of what is asked about a job that is not there."""
+    return Refusal(404, "no_job", "There is no such job here (any more).")
+
+
 class Job:
     """Queries about one video.
 

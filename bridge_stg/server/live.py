@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.live import LiveOptions, LiveUpdate, LiveWatch
+from bridge_stg.runtime.live_source import open_live
 from bridge_stg.server.events import KEEP_ALIVE, KEEP_ALIVE_S, event
 from bridge_stg.server.live_picture import Looking
 from bridge_stg.server.metrics import Metrics
@@ -105,7 +107,7 @@ class SharedWatch:
                 for update in watch:
                     self._call(self._updated, Told.of(update), watch.stats.dropped_coarse_frames)
         except Exception as error:
-            refusal = refusal_of(error)
+            refusal = refusal_of(error, path=self.looking.address, name=f"The source {self.name}")
         ended = self.watch.stats.ended
         self._call(self._end, ended, refusal)
 
@@ -137,6 +139,9 @@ class LiveHub:
     Args:
         sources: what `Grounder.watch` takes, by name; addresses, which may hold passwords, are told to nobody.
         options: the fields of `LiveOptions`.
+
+    Raises:
+        BridgeError: a source is nothing that can be watched, such as a file that is not there.
     """
 
     def __init__(
@@ -144,6 +149,11 @@ class LiveHub:
     ) -> None:
         self._grounder, self._sources, self._metrics = grounder, sources, metrics
         self._options = options or {}
+        for name, address in sources.items():
+            try:
+                open_live(address)
+            except VideoError as error:
+                raise BridgeError(f"--live {name}: {error}") from error
         self._watches: dict[str, SharedWatch] = {}
         self._ending: list[SharedWatch] = []
         self._closed = False
@@ -182,7 +192,7 @@ class LiveHub:
         if len(together) > MOST_QUERIES or (watch is not None and len(watch.viewers) >= MOST_CLIENTS):
             raise full(f"This source is asked {MOST_QUERIES} different queries, or watched by {MOST_CLIENTS}.", 30)
         if watch is None:
-            looking = Looking(self._sources[name], timeout_s=LiveOptions(**self._options).stall_s)
+            looking = self._looking(name)
             source: Any = looking.source
             live = self._grounder.watch(source, list(viewer.queries), **self._options)
             watch = SharedWatch(name, live, looking, self._metrics, asyncio.get_running_loop())
@@ -234,6 +244,13 @@ class LiveHub:
             await loop.run_in_executor(None, watch.thread.join, 30)
             if watch.thread.is_alive():
                 logger.error("the watch of %s did not end", watch.name)
+
+    def _looking(self, name: str) -> Looking:
+        try:
+            return Looking(self._sources[name], timeout_s=LiveOptions(**self._options).stall_s)
+        except VideoError as error:  # it was there when the server began
+            logger.error("the live source %s: %s", name, error)
+            raise Refusal(404, "no_source", f"The source {name} is not there now; the server's log says why.") from None
 
     def _queries(self, name: str) -> tuple[str, ...]:
         return self._watches[name].queries if name in self._watches else ()

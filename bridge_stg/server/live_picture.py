@@ -15,12 +15,13 @@ class Looking:
     """A source that remembers its newest frame.
 
     Attributes:
+        address: as messages of the runtime show it; clients are told a name instead.
         source: what to watch instead of the address.
     """
 
     def __init__(self, address: str, *, timeout_s: float) -> None:
         inner = open_live(address, realtime=True, timeout_s=timeout_s)
-        self._inner = inner
+        self._inner, self.address = inner, inner.name
         self._newest: tuple[float, Callable[[], np.ndarray]] | None = None
         self.source = LiveSource(inner.name, keeps_pace=inner.keeps_pace, read=self._read)
 

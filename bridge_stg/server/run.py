@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,7 @@ class Server(uvicorn.Server):
         )
         self.service = service
         self._ready = ready
+        self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -53,21 +55,28 @@ class Server(uvicorn.Server):
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End on SIGINT and SIGTERM; a second one does not wait for what runs."""
-        if self.should_exit:
+        """End on SIGINT and SIGTERM; a second one does not wait for running jobs, a third one for nothing."""
+        if self._signals == 2:
+            logging.getLogger("uvicorn.error").disabled = True  # it would show where everything was cut off
             self.force_exit = True
+        elif self._signals == 1:
+            self._soon(self.service.hurry)
+        self._signals += 1
         self.should_exit = True
         self.begin_stop()
 
     def begin_stop(self) -> None:
         """Let the service end its streams and jobs. From any thread or signal handler."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.service.begin_stop)
+        self._soon(self.service.begin_stop)
 
     def stop(self) -> None:
         """End in order; from any thread."""
         self.should_exit = True
         self.begin_stop()
+
+    def _soon(self, work: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(work)
 
 
 def bind(host: str, port: int) -> socket.socket:

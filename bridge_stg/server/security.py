@@ -58,6 +58,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         status, sent, more = 500, False, scope["path"] in UPLOADS
+        method = _method(scope)
+        if method == "HEAD" and not scope["path"].endswith("/events"):
+            scope = {**scope, "method": "GET"}  # what is asked for by HEAD is sent without its body by uvicorn
 
         async def counted() -> Message:
             nonlocal more
@@ -90,7 +93,7 @@ class Guard:
         finally:
             self._active -= 1
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(_method(scope), route, str(status)).inc()
+            self._metrics.requests.labels(method, route, str(status)).inc()
 
     def _check(self, scope: Scope) -> None:
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}

@@ -13,7 +13,7 @@ from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.container import limit_frames
 from bridge_stg.server.annotated import Renderer
 from bridge_stg.server.batching import Scheduler
-from bridge_stg.server.jobs import Job
+from bridge_stg.server.jobs import Job, gone
 from bridge_stg.server.live import LiveHub
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.open_videos import OpenVideos
@@ -35,6 +35,9 @@ class Service:
         settings: the operator's.
         bundle: what the bundle is called.
         live_options: the fields of `LiveOptions`.
+
+    Raises:
+        BridgeError: a live source is nothing that can be watched.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Service:
     ) -> None:
         self.settings, self.bundle, self.grounder = settings, bundle, grounder
         self.metrics = Metrics()
+        self.live = LiveHub(grounder, dict(settings.live), self.metrics, options=live_options)
         self.threads = ThreadPoolExecutor(4, thread_name_prefix="bridge-stg files")
         self._probing = ThreadPoolExecutor(2, thread_name_prefix="bridge-stg probing")
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="bridge-stg drawing")
@@ -51,7 +55,6 @@ class Service:
         self.store = Store(settings, self.metrics, self.opened, writing=self.threads, probing=self._probing)
         self.scheduler = Scheduler(settings, self.metrics, self.opened, self.store)
         self.renderer = Renderer(self.store.folder, self._drawing, within_s=settings.max_seconds)
-        self.live = LiveHub(grounder, dict(settings.live), self.metrics, options=live_options)
         self.stopping = False
         self._jobs: dict[str, Job] = {}
         self._sweeper: asyncio.Task[None] | None = None
@@ -67,6 +70,10 @@ class Service:
         if self._closing is None:
             self.stopping = True
             self._closing = asyncio.get_running_loop().create_task(self._drain())
+
+    def hurry(self) -> None:
+        """Let running jobs end no longer. In the event loop; may be repeated."""
+        self.scheduler.hurry()
 
     async def close(self) -> None:
         """Stop, and delete everything."""
@@ -103,7 +110,7 @@ class Service:
         """Return a job. Raises Refusal 404."""
         job = self._jobs.get(job_id)
         if job is None:
-            raise Refusal(404, "no_job", "There is no such job here (any more).")
+            raise gone()
         job.used = job.upload.used = time.time()
         return job
 

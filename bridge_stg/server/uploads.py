@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.images import DAMAGE
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.open_videos import OpenVideos
 from bridge_stg.server.probe import FileInfo, FileLimits, probe
@@ -185,7 +186,10 @@ class Store:
         return upload
 
     async def _probe(self, path: str, name: str) -> FileInfo:
-        return await asyncio.get_running_loop().run_in_executor(self._probing, probe, path, name, self._limits)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._probing, probe, path, name, self._limits)
+        except (VideoError, *DAMAGE) as error:
+            raise Refusal(422, "video", f"{name} cannot be read as a video or picture.") from error
 
 
 class Incoming:
@@ -236,10 +240,7 @@ class Incoming:
         name = shown_name(filename)
         key = self._hash.hexdigest()
         if key not in store._files:
-            try:
-                info = await store._probe(str(self._path), name)
-            except (VideoError, OSError, ValueError) as error:
-                raise Refusal(422, "video", f"{name} cannot be read as a video or picture.") from error
+            info = await store._probe(str(self._path), name)
             if key not in store._files:  # the same bytes may have come twice at a time
                 path = store.folder / secrets.token_hex(16)
                 self._path.rename(path)

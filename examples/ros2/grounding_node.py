@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import rclpy
+from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import Image
@@ -153,7 +154,7 @@ def main() -> None:
     node = GroundingNode()
     try:
         rclpy.spin(node)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ExternalShutdownException):  # SIGINT; SIGTERM, or a watch that broke off
         node.get_logger().info("stopped")
     finally:
         node.destroy_node()

@@ -88,6 +88,10 @@ class Node:
         self.destroyed = True
 
 
+class ExternalShutdownException(Exception):
+    """What spinning ends with where a signal or another thread has shut ROS down."""
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Put the stand-ins where Python imports from; return what was done with them."""
     seen = SimpleNamespace(shut_down=0, spin=lambda node: None)
@@ -101,6 +105,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.shut_down += 1
 
     module("rclpy", init=lambda: None, spin=lambda node: seen.spin(node), try_shutdown=shut_down)
+    module("rclpy.executors", ExternalShutdownException=ExternalShutdownException)
     module("rclpy.node", Node=Node)
     module("rclpy.qos", qos_profile_sensor_data="sensor data")
     module("sensor_msgs")

@@ -99,12 +99,13 @@ def test_a_bad_image_is_logged_and_ends_the_node(ros: SimpleNamespace) -> None:
     node.destroy_node()
 
 
-def test_main_spins_and_stops(ros: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", [KeyboardInterrupt, ros2_stand_in.ExternalShutdownException])
+def test_main_spins_and_stops(end: type[BaseException], ros: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = []
 
     def spin(node: Any) -> None:
         nodes.append(node)
-        raise KeyboardInterrupt
+        raise end
 
     ros.spin = spin
     monkeypatch.setattr(Grounder, "load", lambda bundle: live_grounder())

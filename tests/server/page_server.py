@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,6 +43,8 @@ class Script:
         stage_s: how long a stage takes.
         fail: what a job ends with instead of an answer.
         live: events of a live source that is called "door".
+        picture: returns its picture at a time; None: there is none.
+        ahead_s: by how much the picture is newer than what is known.
         seen: method and path of every request.
         cancelled: jobs that were.
     """
@@ -53,6 +55,9 @@ class Script:
     stage_s: float = 0.02
     fail: str | None = None
     live: list[dict[str, Any]] = field(default_factory=list)
+    picture: Callable[[float], np.ndarray] | None = None
+    ahead_s: float = 0.0
+    known_s: float = 0.0
     seen: list[str] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     cancelled: set[str] = field(default_factory=set)
@@ -138,6 +143,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._json(200, {"live": [{"name": "door"}] if self.script.live else []})
         if url.path == "/v1/live/door/events":
             return self._live()
+        if url.path == "/v1/live/door/frame" and self.script.picture is not None:
+            newest = self.script.known_s + self.script.ahead_s
+            return self._jpeg(self.script.picture(newest), newest)
         if match := re.fullmatch(r"/v1/videos/(\w+)/frame", url.path):
             return self._frame(self.uploads[match[1]], float(parse_qs(url.query)["time"][0]))
         if match := re.fullmatch(r"/v1/jobs/(\w+)/events", url.path):
@@ -199,12 +207,15 @@ class Handler(BaseHTTPRequestHandler):
         return self._json(201, {"id": video, **upload.record})
 
     def _frame(self, upload: Upload, time_s: float) -> None:
+        index = max(0, int(np.searchsorted(upload.times, time_s, side="right")) - 1)
+        self._jpeg(upload.frames[index], upload.times[index])
+
+    def _jpeg(self, picture: np.ndarray, time_s: float) -> None:
         from PIL import Image
 
-        index = max(0, int(np.searchsorted(upload.times, time_s, side="right")) - 1)
         out = io.BytesIO()
-        Image.fromarray(upload.frames[index]).save(out, "JPEG")
-        self._bytes(200, out.getvalue(), "image/jpeg", {"X-Frame-Time": f"{upload.times[index]:.6f}"})
+        Image.fromarray(picture).save(out, "JPEG")
+        self._bytes(200, out.getvalue(), "image/jpeg", {"X-Frame-Time": f"{time_s:.6f}"})
 
     def _events(self, job: dict[str, Any]) -> None:
         self._open_events()
@@ -226,6 +237,7 @@ class Handler(BaseHTTPRequestHandler):
     def _live(self) -> None:
         self._open_events()
         for update in self.script.live:
+            self.script.known_s = update["known_s"]
             self._event("update", update)
             time.sleep(self.script.stage_s)
         self._event("end", {"ended": "source"})

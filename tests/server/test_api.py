@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from bridge_stg.server import annotated
+from tests.runtime.clips import write
 from tests.runtime.fake_chain import fake_grounder, fake_spec
 from tests.server.conftest import (
     CLIPS,
@@ -109,6 +114,31 @@ def test_the_annotated_video_shows_every_query(demo_server: Running) -> None:
             assert change > 60, result["query"]
 
 
+def test_a_job_that_is_deleted_while_it_is_drawn(
+    served: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came, going = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, check: Callable[[], None], **options: Any) -> Iterator[Any]:
+        came.set()
+        assert going.wait(20)
+        check()
+        yield from ()
+
+    monkeypatch.setattr(annotated, "paint", slow)
+    running = served()
+    with running.client() as client:
+        video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
+        job = ask(client, video, ["the car"]).json()["id"]
+        ended(client, job)
+        with ThreadPoolExecutor(1) as threads:
+            drawn = threads.submit(running.client().get, f"/v1/jobs/{job}/annotated.mp4")
+            assert came.wait(20)
+            assert client.delete(f"/v1/jobs/{job}").status_code == 204
+            going.set()
+            assert refusal(drawn.result()) == (404, "no_job")
+
+
 def test_the_file_comes_back_whole_and_in_parts(served: Callable[..., Running], tmp_path: Path) -> None:
     path = small_clip(tmp_path / "a clip.mp4")
     running = served()
@@ -118,6 +148,8 @@ def test_the_file_comes_back_whole_and_in_parts(served: Callable[..., Running], 
         part = client.get(f"/v1/videos/{video['id']}/content", headers={"Range": "bytes=10-19"})
         assert whole.content == path.read_bytes() and whole.headers["content-type"] == "video/mp4"
         assert (part.status_code, part.content) == (206, path.read_bytes()[10:20])
+        head = client.head(f"/v1/videos/{video['id']}/content")
+        assert head.headers["content-length"] == str(len(whole.content)) and head.content == b""
         assert whole.headers["content-disposition"].startswith("inline")
         assert client.get(f"/v1/videos/{video['id']}").json()["name"] == "a clip.mp4"
         assert client.delete(f"/v1/videos/{video['id']}").status_code == 204
@@ -154,15 +186,32 @@ def test_a_picture_is_a_video_of_one_frame(form: str, served: Callable[..., Runn
     assert Image.open(io.BytesIO(still.content)).size == (64, 48)
 
 
-def test_an_animated_picture_is_a_video(served: Callable[..., Running]) -> None:
+@pytest.mark.parametrize(
+    ("form", "frame_ms", "duration_s"), [("GIF", 200, 2), ("WEBP", 200, 2), ("PNG", 200, 2), ("GIF", 10, 1)]
+)
+def test_an_animated_picture_is_a_video(
+    form: str, frame_ms: int, duration_s: float, served: Callable[..., Running]
+) -> None:
     file = io.BytesIO()
     pictures = [Image.fromarray(np.full((48, 64, 3), 20 * i, np.uint8)) for i in range(10)]
-    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=200)
+    pictures[0].save(file, form, save_all=True, append_images=pictures[1:], duration=frame_ms)
     with served().client() as client:
-        video = client.post("/v1/videos", files={"file": ("a.gif", file.getvalue())}).json()
-        assert (video["kind"], video["frames"], video["duration_s"]) == ("video", 10, 2)
+        video = client.post("/v1/videos", files={"file": (f"a.{form}", file.getvalue())}).json()
+        assert (video["kind"], video["frames"], video["duration_s"]) == ("video", 10, duration_s)
         done = ended(client, ask(client, video["id"], ["the cup"], allow_none=False).json()["id"])
-        assert done["results"][0]["boxes"]
+        assert done["results"][0]["boxes"] and done["results"][0]["span"]["end_s"] <= duration_s
+
+
+def test_an_avi_with_pauses_is_whole(served: Callable[..., Running], tmp_path: Path) -> None:
+    frames = [np.full((48, 64, 3), 20 * i, np.uint8) for i in range(10)]
+    path = write(
+        tmp_path / "a.avi", frames, codec="mjpeg", pixels="yuvj420p", rate=100,
+        ticks=[7 * i for i in range(10)], time_base=Fraction(1, 100),
+    )  # fmt: skip
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].frames > 60
+    with served().client() as client:
+        assert upload(client, path)["frames"] == 10
 
 
 def test_a_file_of_the_media_folder_and_no_other(served: Callable[..., Running], tmp_path: Path) -> None:
@@ -229,6 +278,8 @@ def test_wrong_requests_are_told_what_is_wrong(served: Callable[..., Running], t
         ):
             assert refusal(client.post("/v1/jobs", json=body)) == expected, body
         assert refusal(client.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"}))[0] == 422
+        deep = client.post("/v1/jobs", content=b"[" * 100_000, headers={"Content-Type": "application/json"})
+        assert refusal(deep) == (422, "invalid")
         assert refusal(client.post("/v1/jobs", json={"queries": ["a" * 300_000]})) == (413, "body")
         assert refusal(client.post("/v1/videos", files={"other": b"a"})) == (400, "no_file")
         assert refusal(client.post("/v1/videos", data={"file": "a"})) == (415, "content_type")

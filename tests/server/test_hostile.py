@@ -170,6 +170,15 @@ def test_a_truncated_picture_is_refused(form: str, server: Running) -> None:
     assert (status, code) in ((422, "video"), (415, "type"))
 
 
+def test_an_animation_may_break_off_anywhere(server: Running) -> None:
+    file, pictures = io.BytesIO(), [Image.new("RGB", (32, 32), (20 * i, 0, 0)) for i in range(8)]
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=100)
+    for length in range(60, 180):
+        with server.client() as client:
+            answer = client.post("/v1/videos", files={"file": ("a.gif", file.getvalue()[:length])})
+            assert answer.status_code == 201 or refusal(answer)[0] in (415, 422), length
+
+
 @pytest.mark.parametrize("size", [(30_000, 30_000), (65_000, 65_000), (513, 512), (100_000, 100_000)])
 def test_a_picture_of_too_many_pixels_is_refused_by_its_header(size: tuple[int, int], server: Running) -> None:
     reset_peak()

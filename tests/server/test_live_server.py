@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.runtime.clips import write
-from tests.runtime.live_chain import live_grounder
+from tests.runtime.live_chain import live_grounder, stream
 from tests.server.conftest import Running, events, metric, refusal, until
 
 OPTIONS = {"window": 16, "every_s": 0.5}
@@ -123,7 +125,11 @@ def test_a_client_that_is_killed_leaves_too(served: Callable[..., Running], sour
 def test_what_cannot_be_watched_is_told(served: Callable[..., Running], source: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video at all" * 100)
-    running = live(served, gate=source, broken=str(broken), gone="/dev/video97", cam="rtsp://user:word@127.0.0.1:1/a")
+    gone = Path(source).with_name("gone.mp4")
+    shutil.copy(source, gone)
+    sources = {"broken": str(broken), "cam": "rtsp://user:word@127.0.0.1:1/a", "video97": "/dev/video97"}
+    running = live(served, gate=source, gone=str(gone), **sources)
+    gone.unlink()
     with running.client() as client:
         assert refusal(client.get("/v1/live/none/events", params={"query": "a"})) == (404, "no_source")
         assert refusal(client.get("/v1/live/gate/events")) == (422, "invalid")
@@ -132,10 +138,12 @@ def test_what_cannot_be_watched_is_told(served: Callable[..., Running], source: 
         assert refusal(client.get("/v1/live/gate/events", params=many))[0] in (413, 429)
         for path in ("/etc/passwd", "..", "file:///etc/passwd", source):
             assert client.get(f"/v1/live/{path}/events", params={"query": "a"}).status_code == 404
-        for name in ("broken", "gone", "cam"):
+        assert refusal(client.get("/v1/live/gone/events", params={"query": "a"})) == (404, "no_source")
+        for name, address in sources.items():
             with told(client, name, "the car") as stream:
                 last = list(events(stream.iter_lines()))[-1]
-            assert last[0] == "failed" and "word" not in last[1]["error"], last
+            assert last[0] == "failed" and f"The source {name}" in last[1]["error"], last
+            assert address not in last[1]["error"] and "127.0.0.1" not in last[1]["error"], last
             until(lambda: metric(running, "live_watches") == 0)
 
 
@@ -148,3 +156,36 @@ def test_a_server_that_ends_ends_its_streams(served: Callable[..., Running], sou
         running.server.stop()
         assert list(told_events)[-1] == ("end", {"ended": "stopping"})
         assert time.monotonic() - began < 10
+
+
+def test_a_source_that_had_to_wait_was_not_silent() -> None:
+    paused, slow_s = threading.Event(), [1.0]
+
+    def frames() -> Iterator[tuple[float, np.ndarray]]:
+        for time_s, picture in stream(8.0):
+            if paused.is_set() and slow_s:
+                time.sleep(slow_s.pop())  # longer than it takes to empty the queue
+            yield time_s, picture
+
+    with live_grounder().watch(frames(), ["the car"], stall_s=2.0, **OPTIONS) as watch:
+        for _ in watch:
+            if not paused.is_set():
+                time.sleep(2.2)  # the queue is full meanwhile
+                paused.set()
+    assert watch.stats.ended == "source"
+
+
+def test_a_watch_that_is_stopped_does_not_complain_of_its_source() -> None:
+    came, going = threading.Event(), threading.Event()
+
+    def frames() -> Iterator[tuple[float, np.ndarray]]:
+        came.set()
+        going.wait(20)
+        yield from ()
+
+    with live_grounder().watch(frames(), ["the car"], **OPTIONS) as watch, ThreadPoolExecutor(1) as threads:
+        told = threads.submit(list, watch)
+        assert came.wait(20)
+        watch.stop()
+        going.set()
+        assert told.result() == [] and watch.stats.ended == "stopped"

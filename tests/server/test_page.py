@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +478,29 @@ def test_a_live_source_is_watched(visit: Callable[..., Visit]) -> None:
     np.testing.assert_allclose(drawn, true_box(0, 3.0, WIDTH, HEIGHT), atol=2)
 
 
+def test_boxes_are_in_the_live_picture_that_they_are_of(visit: Callable[..., Visit]) -> None:
+    updates = []
+    for i in range(1, 46):
+        update = live_update(0.1 * i, [])
+        at = update["groundings"][0]["boxes"][0]
+        before = [0.1 * k for k in range(i)]
+        boxes = [{**at, "time_s": time_s, "box": true_box(0, time_s, WIDTH, HEIGHT)} for time_s in before]
+        update["groundings"][0]["boxes"] = [*boxes, at]
+        updates.append(update)
+    picture = partial(scene, width=WIDTH, height=HEIGHT)
+    seen = visit(Script(live=updates, stage_s=0.15, picture=picture, ahead_s=0.7))
+    seen.page.get_by_role("button", name="door").click()
+    seen.ask("the dog")
+    seen.until("document.getElementById('answers-title').textContent.includes('2.')")
+    compared = 0
+    while "4.50 s" not in seen.page.locator("#answers-title").inner_text():
+        found = seen.measure()
+        if found["drawn"] and found["target"]:
+            np.testing.assert_allclose(found["drawn"], found["target"], atol=3)
+            compared += 1
+    assert compared > 3
+
+
 def test_nothing_is_wider_than_the_page(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit(Script(stage_s=0.5))
 
@@ -500,6 +524,8 @@ def test_nothing_is_wider_than_the_page(visit: Callable[..., Visit], clips: Path
               .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 24).map((e) => e.outerHTML)"""
         )
         assert small == [], f"{state}: too small for a finger"
+        name = seen.page.evaluate("document.querySelector('h1').getBoundingClientRect().height")
+        assert name < 40, f"{state}: the name in two lines"
 
     check("empty")
     seen.choose(clips / "plain.mp4")

@@ -16,6 +16,10 @@ def test_health_says_what_runs(demo_server: Running) -> None:
         assert value["status"] == "ok" and value["verified"] and "onnxruntime" in value["backend"]
         assert value["queue"]["most_waiting"] == 64 and value["limits"]["queries"] == 16
         assert client.get("/health/live").json() == {"status": "ok"}
+        for path in ("/", "/health", "/docs", "/metrics"):  # what watches a server often asks so
+            answer = client.head(path)
+            assert answer.status_code == 200 and answer.content == b"", path
+        assert client.head("/v1/live/gate/events").status_code == 405
 
 
 def test_metrics_parse_and_count(served: Callable[..., Running], tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ export class Answers {
 
   #head(grounding, index, ends, video) {
     const number = String(index + 1);
-    const swatch = grounding.boxes ? this.#toggle(number, index) : make("span.number", { "aria-hidden": "true" }, number);
+    // Live rows are made anew with every round, which would take the focus from a button.
+    const swatch = grounding.boxes && !this.live ? this.#toggle(number, index) : make("span.number", { "aria-hidden": "true" }, number);
     const head = make("div.answer-head", {}, swatch, make("span.answer-text", {}, grounding.query));
     if (!grounding.found) head.append(make("span.verdict", {}, this.live ? "not there now" : `not in this ${this.kind}`));
     else if (video.durationS > 0) head.append(this.#when(grounding, ends));

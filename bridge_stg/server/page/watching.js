@@ -13,7 +13,8 @@ export function openLive(name) {
   show(name, "live");
   viewer.setPlayer(new LivePlayer(async () => {
     try {
-      return await (await api.request(`v1/live/${encodeURIComponent(name)}/frame`, { quiet: true })).blob();
+      const response = await api.request(`v1/live/${encodeURIComponent(name)}/frame`, { quiet: true });
+      return { time: Number.parseFloat(response.headers.get("X-Frame-Time")), blob: await response.blob() };
     } catch {
       return null;
     }
@@ -36,9 +37,10 @@ export function watch(target, asked) {
         if (event !== "update") continue;
         const now = present(data);
         if (now[0]) viewer.player.setSize(now[0].size);
+        viewer.player.know(data.known_s);
         viewer.player.follow();
         answers.show(now, viewer.player, true);
-        viewer.setAnswers(now);
+        viewer.setAnswers(viewer.player.pictured ? data.groundings : now);
         noteEvents(list, data, asked);
         byId("answers-title").textContent = `${target.name} at ${clock(data.known_s)}`;
         byId("downloads").hidden = byId("keys").hidden = true;
