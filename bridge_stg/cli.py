@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import click
 import bridge_stg
 from bridge_stg import cli_calibrate
 from bridge_stg.lazy_commands import LazyCommands
+from bridge_stg.option_types import THREADS, Number
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 VARIANTS = ("standard", "primitive")
@@ -116,6 +117,16 @@ def preload_video_packages() -> None:
             importlib.import_module(module)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system, such as a full disk, name this file: writers name its temporary sibling, or none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def stage_line(stage: object, *_: object) -> None:
     """Report a stage of an export: one line each."""
     click.echo(f"  {stage}", err=True)
@@ -199,7 +210,7 @@ def inspect(bundle: Path) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
 @click.option("--variant", help="Only this variant; by default every one that runs here.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
 @click.option("--bisect", is_flag=True, help="Name the block in which the first drift begins; needs onnx.")
 @click.option(
     "--against",
@@ -248,7 +259,7 @@ def verify(
 )
 @click.option("--sheet", type=OutputFile(".png"), help="Write a contact sheet of the span, with a timeline.")
 @click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this video` is a possible answer.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
 @click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
 @click.option(
@@ -256,7 +267,7 @@ def verify(
     type=click.IntRange(min=1),
     help="What the video may take of the prompt: a long one is read in smaller frames, then at a lower rate.",
 )
-@click.option("--deadline", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Give up after that.")
+@click.option("--deadline", type=Number(min=0, min_open=True), metavar="SECONDS", help="Give up after that.")
 def infer(
     video: str,
     queries: tuple[str, ...],
@@ -290,6 +301,8 @@ def infer(
     for output in (json_file, annotate, sheet):
         if output is not None and output.exists() and Path(video).exists() and output.samefile(video):
             raise click.UsageError(f"{output} is the video itself; give another name for the output.")
+    if annotate is not None and sheet is not None and annotate.resolve() == sheet.resolve():
+        raise click.UsageError(f"{sheet} is asked for as --annotate and as --sheet; give each a name of its own.")
     # numpy's own threads have nothing to do here, and would wait for work busily.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from bridge_stg.demo_bundle import demo_bundle
@@ -297,6 +310,11 @@ def infer(
     from bridge_stg.runtime.ahead import Ahead
 
     began = time.monotonic()
+    if annotate:
+        from bridge_stg.runtime import draw
+
+        with draw.play(video) as source:  # named wrongly, it would be refused when all is done
+            draw.check_suffix(source, annotate)
     path = bundle if bundle is not None else demo_bundle(progress=stage_line)
     loading = Ahead(lambda: Grounder.load(path, backend=backend, variant=variant, threads=threads, wait=False))
     preload_video_packages()
@@ -324,15 +342,19 @@ def infer(
 
             engine = None if grounder.target is None else grounder.target.to_json()
             document = {"video": video, "engine": engine, "results": [result.to_json() for result in results]}
-            with replacing(json_file) as temporary:
-                temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+            with naming(json_file), replacing(json_file) as temporary:
+                # Of a name that is no Unicode, the other bytes are escaped as JSON escapes them.
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         if annotate or sheet:
             from bridge_stg.runtime import draw
 
             if annotate:
-                draw.annotate(video, results[0], annotate, progress=progress)
+                with naming(annotate):
+                    draw.annotate(video, results[0], annotate, progress=progress)
             if sheet:
-                draw.contact_sheet(video, results[0], sheet)
+                with naming(sheet):
+                    draw.contact_sheet(video, results[0], sheet)
     click.echo("\n\n".join(grounding_table(result) for result in results))
     if grounder.target is not None:
         click.echo(f"  engine: {grounder.target.summary}")
@@ -392,7 +414,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return complain(f"{error.filename or 'A file'}: {error.strerror or error}")
+        return complain(f"{error.filename or 'A file or standard output'}: {error.strerror or error}")
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted; nothing was left half-written.", err=True)
         return 130

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from bridge_stg.option_types import Number
+
 DTYPES = ("fp32", "fp16", "bf16")
 PRECISIONS = ("bf16", "fp32")
 
@@ -81,9 +83,9 @@ def init(
 @click.option("--clips", type=click.IntRange(min=1), default=1, show_default=True, help="Clips of a step.")
 @click.option("--questions", type=click.IntRange(min=1), default=4, show_default=True, help="Of a clip, at most.")
 @click.option("--fine-frames", type=click.IntRange(min=1), default=16, show_default=True, help="Of a clip.")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True)
+@click.option("--learning-rate", type=Number(min=0, min_open=True), default=1e-4, show_default=True)
 @click.option(
-    "--backbone-scale", type=click.FloatRange(min=0), default=0.1, show_default=True,
+    "--backbone-scale", type=Number(min=0), default=0.1, show_default=True,
     help="Factor on the rate for the backbone.",
 )  # fmt: skip
 @click.option("--freeze-backbone", is_flag=True, help="Train the bridging and spatial parts alone.")

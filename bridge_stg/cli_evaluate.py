@@ -11,6 +11,7 @@ import click
 
 from bridge_stg.evaluation.benchmarks import BENCHMARKS
 from bridge_stg.evaluation.engines import ENGINES
+from bridge_stg.option_types import THREADS
 from bridge_stg.runtime.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Shard(click.ParamType):
 @click.option("--retry-failed", is_flag=True, help="Ask again what failed in an earlier run.")
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs bundles.")
 @click.option("--variant", help="The bundles' dialect; by default the one that fits this machine.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
 @click.option("--engine", type=click.Choice(ENGINES), default="local", show_default=True, help="Who asks the models.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes of --engine ray; by default one, or one a GPU.")
 def evaluate(

@@ -9,6 +9,7 @@ import click
 
 from bridge_stg.cli_evaluate import SampleProgress
 from bridge_stg.evaluation.engines import ENGINES
+from bridge_stg.option_types import THREADS
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -34,7 +35,7 @@ SUFFIXES = (".jsonl", ".parquet")
 @click.option("--retry-failed", is_flag=True, help="Ask again what failed in an earlier run.")
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
 @click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
 def infer_many(
     table: Path,
     media: Path | None,

@@ -63,6 +63,11 @@ def write_parquet(lines: Path, ids: Sequence[str], out: Path) -> None:
                 rows = []
                 for name in ids[start : start + ROWS]:
                     file.seek(places[name])
-                    row = json.loads(file.readline())
+                    row = {name: _unicode(value) for name, value in json.loads(file.readline()).items()}
                     rows.append(row | {"timings_s": list(row.get("timings_s", {}).items())})
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _unicode(value: Any) -> Any:
+    """Return a text without what stands for bytes that are not Unicode, which Parquet refuses; other values as is."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value

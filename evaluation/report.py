@@ -37,7 +37,7 @@ def write_report(evaluation: Evaluation, out: Path, *, worst: int = WORST) -> di
     texts["report.html"] = html_page(values, cases)
     for name, text in texts.items():
         with replacing(out / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return values
 
 

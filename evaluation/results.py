@@ -82,9 +82,15 @@ class ResultFile:
         return {name: value for name, value in row.items() if self._kept is None or name in self._kept}
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        self._file.write((json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        # Names of files need not be Unicode; what stands for their other bytes is escaped as JSON escapes it.
+        line = (json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
 
 def read_results(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,6 +18,11 @@ TARGET: Colour = (255, 45, 190)
 """A magenta that is rare in photographs; it stands out from foliage, sky, asphalt and skin."""
 INK: Colour = (28, 30, 34)
 WHITE: Colour = (255, 255, 255)
+SYSTEM_FONTS = (
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "msyh.ttc", "malgun.ttf",
+)  # fmt: skip
+"""What Linux, Windows and macOS have for the letters that Pillow's own font lacks: all but English ones."""
 
 
 @functools.lru_cache
@@ -25,6 +31,25 @@ def font(size: int) -> Font:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
+
+
+def font_for(text: str, size: int) -> Font:
+    """Return Pillow's own font, or the first of the system's that draws more of the text's characters."""
+    from PIL import ImageFont
+
+    if text.isascii():
+        return font(size)
+    fonts = [font(size)]
+    for name in SYSTEM_FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    return min(fonts, key=lambda text_font: _missing(text, text_font))
+
+
+def _missing(text: str, text_font: Font) -> int:
+    """Count the characters that a font draws as the box that stands for none."""
+    box = list(text_font.getmask("\uffff"))
+    return sum(list(text_font.getmask(character)) == box for character in set("".join(text.split())))
 
 
 def fit_text(text: str, text_font: Font, width: float) -> str:

@@ -46,6 +46,8 @@ def check_path(path: str | bytes) -> str:
         VideoError: there is no such file, it is a directory or a device, it is empty, or may not be read.
     """
     path = os.fsdecode(path)
+    if not path:
+        raise VideoError("the path of the video is empty ('')")
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):

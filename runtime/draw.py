@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bridge_stg.runtime.atomic import replacing
-from bridge_stg.runtime.canvas import TARGET, WHITE, draw_box, fit_text, font, shade
+from bridge_stg.runtime.canvas import TARGET, WHITE, draw_box, fit_text, font_for, shade
+from bridge_stg.runtime.container import DEFAULT_FRAME_S
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.limits import Progress
 from bridge_stg.runtime.playback import Playback, play
@@ -41,10 +42,10 @@ class FramePainter:
         self.grounding, self.size, self.duration_s = grounding, size, duration_s
         side = min(size)
         text_size = max(11, round(side / 22))
-        self.font = font(text_size)
+        self.font = font_for(grounding.query, text_size)
         self.thickness = max(2, round(side / 90))
         self.margin = max(3, text_size // 2)
-        self.bar = max(3, text_size // 4) if duration_s else 0
+        self.bar = max(3, text_size // 4) if duration_s and size[0] > 2 * self.margin else 0
         strip_height = round(1.2 * text_size) + (2 if self.bar else 1) * self.margin + self.bar
         self.strip_top = max(0, size[1] - strip_height - self.margin // 2)
         room = size[0] - 3 * self.margin - self.font.getlength("0000.00 s")
@@ -67,7 +68,7 @@ class FramePainter:
         draw.text((self.margin, baseline), self.text, WHITE, self.font)
         if self.duration_s != 0:
             draw.text((self.size[0] - self.margin, baseline), f"{time_s:.2f} s", WHITE, self.font, anchor="ra")
-        if self.duration_s:
+        if self.bar and self.duration_s:
             self._paint_bar(draw, time_s, self.duration_s)
 
     def _paint_bar(self, draw: ImageDraw.ImageDraw, time_s: float, duration_s: float) -> None:
@@ -109,16 +110,21 @@ def annotate(
         BridgeError: `out` cannot be written, or its suffix does not fit.
     """
     with play(video) as source, replacing(out) as temporary:
-        expected = IMAGE_SUFFIXES if source.is_image else (".mp4",)
-        if temporary.suffix.lower() not in expected:
-            kind = "an image" if source.is_image else "a video"
-            raise BridgeError(f"{out}: what was grounded is {kind}; expected a file name in {' or '.join(expected)}")
+        check_suffix(source, out)
         painted = paint_frames(source, grounding, progress=progress)
         if source.is_image:
             next(painted)[1].save(temporary, quality=95)
         else:
             encode_h264(painted, temporary)
     return Path(out)
+
+
+def check_suffix(source: Playback, out: str | os.PathLike[str]) -> None:
+    """Raise BridgeError if `out` is not named as `annotate` names a video or image."""
+    expected = IMAGE_SUFFIXES if source.is_image else (".mp4",)
+    if Path(out).suffix.lower() not in expected:
+        kind = "an image" if source.is_image else "a video"
+        raise BridgeError(f"{out}: what is grounded is {kind}; expected a file name in {' or '.join(expected)}")
 
 
 def paint_frames(
@@ -160,12 +166,12 @@ def encode_h264(frames: Iterable[tuple[float, Image.Image]], out: Path) -> None:
         stream.width, stream.height = (side + side % 2 for side in first[1].size)
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = TIME_BASE
-        previous, gap = -1, 0
+        previous, gap = -1, round(DEFAULT_FRAME_S / TIME_BASE)
         for time_s, image in itertools.chain([first], frames):
             frame = av.VideoFrame.from_ndarray(even_sides(np.asarray(image)), format="rgb24")
             ticks = max(previous + 1, round(time_s / TIME_BASE))
             frame.pts, frame.time_base = ticks, TIME_BASE
-            gap, previous = ticks - previous, ticks
+            gap, previous = gap if previous < 0 else ticks - previous, ticks
             container.mux(stream.encode(frame))
         for packet in stream.encode(None):
             packet.duration = gap  # the file's length includes the last frame, shown as long as the one before it

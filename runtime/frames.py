@@ -30,6 +30,10 @@ Progress = Callable[[float, "float | None"], Any]
 """Called as progress(seconds read, seconds in all), the latter None where it is not known."""
 
 
+MAX_FINE_PLACES = 2**26
+"""Of the fine grid: some months. Times that are longer are in another unit than seconds, or damaged."""
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
     """N frames of a video.
@@ -157,6 +161,11 @@ class VideoSource(ABC):
         """Return the times of the fine grid, float64: all k / fine_fps inside the video; an image has one."""
         rate = self._spec.frames.fine_fps
         places = 1 if self.is_image else max(1, math.ceil((self.duration_s - self._tolerance_s) * rate))
+        if places > MAX_FINE_PLACES:
+            raise VideoError(
+                f"{self._name} lasts {self.duration_s:.3g} s by the times of its frames, more than can be sampled; "
+                "expected times in seconds, so check their unit"
+            )
         return np.arange(places) / rate
 
     @abstractmethod

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bridge_stg.runtime.atomic import replacing
-from bridge_stg.runtime.canvas import INK, TARGET, WHITE, Colour, draw_box, fit_text, font
+from bridge_stg.runtime.canvas import INK, TARGET, WHITE, Colour, draw_box, fit_text, font, font_for
 from bridge_stg.runtime.frames import open_source
 from bridge_stg.runtime.spec import ChainSpec, FramesSpec, LanguageSpec, PromptSpec, VisionSpec
 from bridge_stg.runtime.tubes import FrameBoxes, Grounding
@@ -124,7 +124,7 @@ def compose(grounding: Grounding, cells: Sequence[Cell], columns: int, duration_
 
 def _title(draw: ImageDraw.ImageDraw, grounding: Grounding, duration_s: float) -> None:
     inner = PAGE_WIDTH - 2 * MARGIN
-    large, small = font(30), font(18)
+    large, small = font_for(grounding.query, 30), font(18)
     draw.text((MARGIN, MARGIN - 6), fit_text(grounding.query, large, inner), INK, large)
     scores = grounding.scores
     if not grounding.found:
@@ -188,12 +188,12 @@ def _timeline(page: Image.Image, grounding: Grounding, shown: Sequence[float], d
         start, end = (x(t) for t in grounding.span)
         for level in (floor, floor - CURVE_HEIGHT):
             draw.line((left, level, right, level), fill=PALE, width=1)
-        draw.text((left, floor - CURVE_HEIGHT + 4), "presence 1", GREY, small)
         tube = grounding.tube
         curve = [(x(t), floor - CURVE_HEIGHT * float(p)) for t, p in zip(tube.times, tube.presence, strict=True)]
         curve = [(start, curve[0][1]), *curve, (end, curve[-1][1])]
         draw.polygon([(start, floor), *curve, (end, floor)], fill=TINT)
         draw.line(curve, fill=TARGET, width=2, joint="curve")
+        draw.text((left, floor - CURVE_HEIGHT + 4), "presence 1", GREY, small)
         draw.rounded_rectangle((start, bar[1], max(end, start + 4), bar[3]), radius=4, fill=TARGET)
     for time_s in shown:
         draw.ellipse(

@@ -178,14 +178,18 @@ def test_table_shows_at_most_twelve_boxes(monkeypatch: pytest.MonkeyPatch) -> No
         (["infer"], "Missing argument 'VIDEO'"),
         (["infer", "CLIP"], "Missing argument 'QUERY...'"),
         (["infer", "CLIP", "q", "--threads", "0"], "--threads"),
+        (["infer", "CLIP", "q", "--threads", "100000"], "--threads"),
         (["infer", "CLIP", "q", "--deadline", "0"], "--deadline"),
         (["infer", "CLIP", "q", "--deadline", "soon"], "--deadline"),
+        (["infer", "CLIP", "q", "--deadline", "nan"], "'nan' is not a number"),
         (["infer", "CLIP", "q", "--json", "r.txt"], "should end in .json"),
         (["infer", "CLIP", "q", "--annotate", "a.avi"], "should end in .mp4 or .png"),
         (["infer", "CLIP", "q", "--sheet", "s.jpg"], "should end in .png"),
         (["infer", "CLIP", "q", "--sheet", "nowhere/s.png"], "folder 'nowhere' does not exist"),
         (["infer", "CLIP", "q", "--sheet", "folder.png"], "is a folder"),
         (["infer", "CLIP", "q", "--annotate", "CLIP"], "is the video itself"),
+        (["infer", "CLIP", "q", "--annotate", "a.png"], "what is grounded is a video"),
+        (["infer", "CLIP", "q", "--annotate", "a.png", "--sheet", "./a.png"], "as --annotate and as --sheet"),
         (["infer", "CLIP", "q", "p", "--annotate", "a.mp4"], "draw one query"),
         (["infer", "CLIP", "q", "--nonsense"], "--nonsense"),
         (["infer", "CLIP", "q", "--bundle", "nowhere"], "nowhere: does not exist"),
@@ -284,11 +288,20 @@ def test_unwritable_file_is_one_line(
     fake: list[Any], clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
-        raise OSError(28, "No space left on device", "r.json")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
     line = complaint(["infer", clip, "q", "--bundle", "b", "--json", clip.parent / "r.json"], capsys)
-    assert line == "Error: r.json: No space left on device"
+    assert line == f"Error: {clip.parent / 'r.json'}: No space left on device"
+    monkeypatch.setattr("PIL.Image.Image.save", fail)
+    line = complaint(["infer", clip, "q", "--bundle", "b", "--sheet", clip.parent / "s.png"], capsys)
+    assert line == f"Error: {clip.parent / 's.png'}: No space left on device"
+
+
+def test_names_that_are_no_unicode(fake: list[Any], clip: Path) -> None:
+    name, out = os.fsdecode(b"a\xff.mp4"), clip.parent / "r.json"
+    assert cli.run(["infer", name, "q", "--bundle", "b", "--json", str(out)]) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["video"] == name
 
 
 class TestDemoBundle:

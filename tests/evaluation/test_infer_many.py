@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,26 @@ def test_an_unfinished_run_goes_on_and_only_the_failed_are_asked_again(table: Pa
     changed = [Question("1", 0, None, "a.mp4", "something else")]
     with pytest.raises(BridgeError, match="holds another question under the id '1': 'the red square' about a.mp4"):
         infer_many(changed, fake(), out)
+
+
+def test_names_that_are_no_unicode(table: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"a\xff.mp4")
+    asked = [Question("1", 0, tmp_path / "media/a.mp4", name, "the red square"), Question("2", 1, None, name, "\ud800")]
+    infer_many(asked, fake(), tmp_path / "out.jsonl")
+    assert rows_of(tmp_path / "out.jsonl")["1"]["video"] == name
+    infer_many(asked, fake(), tmp_path / "out.jsonl")  # and it goes on
+    parquet = pytest.importorskip("pyarrow.parquet")
+    infer_many(asked, fake(), tmp_path / "out.parquet")
+    assert parquet.read_table(tmp_path / "out.parquet")["video"].to_pylist() == ["a?.mp4"] * 2
+
+
+def test_a_full_disk_names_the_file(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left on device: .*out.jsonl"):
+        infer_many(read_questions(table, tmp_path / "media"), fake(), tmp_path / "out.jsonl")
 
 
 def test_units_that_are_lost_are_rows_too(table: Path, tmp_path: Path) -> None:

@@ -199,6 +199,11 @@ def test_files_that_cannot_be_read(kind: str, tmp_path: Path) -> None:
     assert path.name in str(caught.value) or "\0" in path.name
 
 
+def test_no_path() -> None:
+    with pytest.raises(VideoError, match="path of the video is empty"):
+        open_source("", SPEC)
+
+
 def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "clip.mp4", pictures(3))
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from bridge_stg.runtime.budget import CoarseChoice
-from bridge_stg.runtime.canvas import TARGET, draw_box, fit_text, font
+from bridge_stg.runtime.canvas import SYSTEM_FONTS, TARGET, draw_box, fit_text, font, font_for
 from bridge_stg.runtime.draw import annotate, contact_sheet, encode_h264, frame_index
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.frames import open_source
 from bridge_stg.runtime.playback import play
 from bridge_stg.runtime.sheet import PAGE_WIDTH, grid, picture_spec, tick_step
 from bridge_stg.runtime.tubes import FrameBoxes, Grounding, Tube
+from tests.runtime.clips import write
 
 SIZE = (96, 64)
 TIMES = np.array([0.0, 0.1, 0.2, 0.45, 0.5, 0.9, 1.0, 1.3])
@@ -78,6 +79,20 @@ def test_last_frame_keeps_its_length(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", times=np.arange(10) / 10)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert container.duration / av.time_base == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_single_frame_is_shown_for_a_while(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", times=np.zeros(1))
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.duration / av.time_base == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 200), (7, 9), (200, 3)])
+def test_tiny_videos(size: tuple[int, int], tmp_path: Path) -> None:
+    picture = np.full((size[1], size[0], 3), 90, np.uint8)
+    clip = write(tmp_path / "clip.mkv", [picture] * 3, codec="ffv1", pixels="bgr0")
+    annotate(clip, found(np.arange(3) / 25, size), tmp_path / "out.mp4")
+    assert len(frames_of(tmp_path / "out.mp4")) == 3
 
 
 def test_odd_sides_gain_one_pixel(tmp_path: Path) -> None:
@@ -158,6 +173,13 @@ def test_sheet_of_any_shape(tmp_path: Path, size: tuple[int, int]) -> None:
             assert page.width == PAGE_WIDTH and page.height < 900
 
 
+def test_the_curve_does_not_hide_its_label(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4")
+    with Image.open(contact_sheet(clip, found(TIMES), tmp_path / "sheet.png")) as page:
+        above_curve = np.asarray(page)[-130:-110, :110]
+    assert (above_curve.max(axis=-1) < 150).sum() > 20
+
+
 def test_sheet_of_an_image_has_no_timeline(tmp_path: Path) -> None:
     heights = []
     for found_it in (found(np.zeros(1)), grounding("the dog", SIZE)):
@@ -191,6 +213,23 @@ def test_boxes_outside_the_image_stay_on_its_border(box: tuple[float, ...], dash
     image = Image.new("RGB", (80, 60))
     draw_box(ImageDraw.Draw(image), box, image.size, thickness=3, dashed=dashed)
     assert (np.asarray(image) == TARGET).all(-1).any()
+
+
+def test_letters_that_the_font_lacks_come_from_one_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Accents:
+        def getmask(self, text: str) -> list[int]:
+            return [0 if ord(text) > 0x400 else ord(text)]
+
+    def installed(name: str, size: int) -> Accents:
+        if name != SYSTEM_FONTS[1]:
+            raise OSError("cannot open resource")
+        return Accents()
+
+    own = font(20)
+    monkeypatch.setattr(ImageFont, "truetype", installed)
+    assert font_for("the red car", 20) is own
+    assert isinstance(font_for("el niño", 20), Accents)
+    assert font_for("日本", 20) is own  # none has these
 
 
 def test_text_is_cut_to_its_room() -> None:

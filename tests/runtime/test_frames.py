@@ -138,6 +138,13 @@ def test_bad_streams(kind: str) -> None:
         source.coarse()
 
 
+def test_times_in_another_unit() -> None:
+    picture = np.zeros((48, 64, 3), np.uint8)
+    stream = iter([(0.0, picture), (3e9, picture)])  # nanoseconds
+    with open_source(stream, SPEC) as source, pytest.raises(VideoError, match="6e[+]09 s .*expected times in seconds"):
+        source.fine_grid()
+
+
 @pytest.mark.parametrize("value", [7, None, b"a.mp4", {"a": 1}])
 def test_what_is_no_video(value: object) -> None:
     with pytest.raises(VideoError, match=f"from a {type(value).__name__}"):
