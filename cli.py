@@ -14,8 +14,14 @@ if __name__ == "__main__":
     try:
         from bridge_stg.cli import main
     except ModuleNotFoundError as error:  # on a bare machine, `doctor` must still say what is missing
-        if error.name != "click" or sys.argv[1:2] != ["doctor"]:
+        if error.name != "click":
             raise
+        if sys.argv[1:2] != ["doctor"]:
+            print(
+                'Error: the package click is missing. Install what the command line needs: pip install ".[cpu]"',
+                file=sys.stderr,
+            )
+            sys.exit(2)
         from bridge_stg.runtime.doctor import main
 
     main()

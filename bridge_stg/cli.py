@@ -33,7 +33,7 @@ UNVERIFIED = (
 EXTRAS = {  # the import name of a package and the extra that brings it
     "onnxruntime": "[cpu]", "torch": "[export]", "transformers": "[export]", "onnx": "[export]", "onnx_ir": "[export]",
     "onnxscript": "[export]", "safetensors": "[export]", "skimage": "[train]", "tensorrt": "[tensorrt]",
-    "cuda": "[gpu]",
+    "cuda": "[tensorrt]",
     "tensorrt_rtx_bindings": "[rtx]", "ray": "[ray]", "pyarrow": "[ray]",
     "fastapi": "[serve]", "starlette": "[serve]", "pydantic": "[serve]", "anyio": "[serve]", "uvicorn": "[serve]",
     "python_multipart": "[serve]", "prometheus_client": "[serve]",

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from bridge_stg.option_types import THREADS
+
 RECIPES = ("w8a8", "w8", "w4")
 GRAPH_RECIPES = ("float", *RECIPES)
 METHODS = ("minmax", "percentile", "entropy", "mse")
@@ -102,7 +104,7 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 @click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks judged alone.")
 @click.option("--max-trials", type=click.IntRange(min=2), default=24, show_default=True, help="Of the choice.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def calibrate(bundle: Path, out: Path, **options: Any) -> None:
     """Make an INT8 bundle of a float BUNDLE, and say what that costs in time spans and boxes.

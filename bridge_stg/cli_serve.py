@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from bridge_stg.cli_watch import SECONDS
+from bridge_stg.option_types import THREADS
 
 MIB = 2**20
 COUNT = click.IntRange(min=1)
@@ -56,7 +57,7 @@ class LiveSourceOption(click.ParamType):
 @click.option(
     "--drain-s", type=click.FloatRange(min=0), default=10.0, show_default=True, help="For running jobs at the end."
 )
-@click.option("--threads", type=COUNT, help="CPU threads; by default the engine decides.")
+@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
 @click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
 def serve(

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 import click
 
+from bridge_stg.option_types import THREADS
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS = click.FloatRange(min=0, min_open=True)
 
@@ -31,7 +33,7 @@ SECONDS = click.FloatRange(min=0, min_open=True)
 @click.option("--stall", "stall_s", type=SECONDS, default=10.0, show_default=True, help="Give up a silent source.")
 @click.option("--moved-iou", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Overlap of `moved`.")
 @click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this window` is a possible answer.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides.")
+@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
 @click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
 def watch(

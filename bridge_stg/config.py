@@ -28,6 +28,9 @@ class BridgingConfig:
     tapped_layers: tuple[int, ...] = ()
     """Indices of LLM decoder layers; empty: the last layer of each third."""
 
+    def __post_init__(self) -> None:
+        _check_count("num_queries", self.num_queries, 2**10)
+
 
 @dataclass(frozen=True)
 class SpatialDecoderConfig:
@@ -37,6 +40,17 @@ class SpatialDecoderConfig:
     num_layers: int = 6
     num_heads: int = 8
     ffn_width: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, most in {"width": 2**14, "num_layers": 2**8, "num_heads": 2**8, "ffn_width": 2**16}.items():
+            _check_count(name, getattr(self, name), most)
+        if self.width % self.num_heads:
+            raise ValueError(f"spatial_decoder.width {self.width} does not divide by num_heads {self.num_heads}")
+
+
+def _check_count(name: str, value: Any, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {most}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ class BridgeSTGConfig:
                     values[name] = from_dict(kind, values[name], f"{where}: {name}")
             config = from_dict(cls, values, where)
             config.chain_spec()
-        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (CheckpointError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{detail if where in detail else f'{where}: {detail}'}") from error
         return config

@@ -25,7 +25,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise BridgeError(f"{path} is a folder; expected the name of a file to write.")
     if not path.parent.is_dir():
         raise BridgeError(f"{path} cannot be written: the folder {path.parent} does not exist. Make it first.")
-    temporary = path.with_name(f".{path.stem}.partial{os.getpid()}{path.suffix}")
+    stem = path.stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # a name holds 255 bytes
+    temporary = path.with_name(f".{stem}.partial{os.getpid()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -9,16 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bridge_stg.runtime import packages
 from bridge_stg.runtime.bundle import Bundle
 from bridge_stg.runtime.cuda import Cuda, DeviceFacts
-from bridge_stg.runtime.device import DeviceContext
 from bridge_stg.runtime.engine_cache import EngineDevice, engine_folders, find_engine
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import GraphSpec
-from bridge_stg.runtime.session import Session
 from bridge_stg.runtime.spec import ChainSpec
+
+if TYPE_CHECKING:  # they need numpy, and `doctor` lists backends where it is missing
+    from bridge_stg.runtime.device import DeviceContext
+    from bridge_stg.runtime.session import Session
 
 STANDARD_SINCE = (1, 32)
 """First onnxruntime whose CPU kernels were shown to run the `standard` lowering: opset 24, in-place cache."""
@@ -90,6 +93,7 @@ def _open_onnxruntime(
 def _open_provider(
     provider: str, bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
 ) -> Session:
+    from bridge_stg.runtime.device import DeviceContext
     from bridge_stg.runtime.onnxruntime_device_session import CUDA, OnnxRuntimeDeviceSession
 
     return OnnxRuntimeDeviceSession(
@@ -107,6 +111,7 @@ def _open_provider(
 def _open_tensorrt(
     family: str, bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
 ) -> Session:
+    from bridge_stg.runtime.device import DeviceContext
     from bridge_stg.runtime.tensorrt_library import TensorRT
     from bridge_stg.runtime.tensorrt_session import TensorRTSession
 

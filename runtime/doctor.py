@@ -1,6 +1,6 @@
 """What this machine has and what each backend lacks, with the command that installs it.
 
-Runs on a bare machine: what each backend lacks is told where numpy is installed, and all else without any package.
+Runs on a bare machine, without any package.
 """
 
 from __future__ import annotations
@@ -15,15 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bridge_stg.runtime.backends import BACKENDS, Backend
 from bridge_stg.runtime.machine import Machine, machine
 from bridge_stg.runtime.tensorrt_library import MODULES
-
-try:
-    from bridge_stg.runtime.backends import BACKENDS, Backend
-except ModuleNotFoundError as error:
-    if error.name != "numpy":
-        raise
-    BACKENDS = ()  # the table comes with what opens sessions, which needs numpy
 
 NEEDED = ("numpy", "av", "pillow", "tokenizers", "click", "tqdm")
 """Distributions without which no video is grounded, whatever the backend."""
@@ -274,8 +268,6 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     ]
     text = [f"{name:12} {value}" for name, value in lines]
     text += ["", "backends, in the order in which `auto` tries them"]
-    if not diagnosis.backends:
-        text.append("  told when numpy is installed: pip install numpy")
     for state in diagnosis.backends:
         head = f"{state.name} {state.version or ''}".rstrip()
         text.append(f"  {head}: {'ready' if state.ready else 'not ready'}")

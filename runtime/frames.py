@@ -116,6 +116,11 @@ class VideoSource(ABC):
         """Return the frames shown at these times [N ≥ 1], at fine size."""
 
     @property
+    def name(self) -> str:
+        """How messages call it: a path, or what it is."""
+        return self._name
+
+    @property
     def fine_size(self) -> tuple[int, int]:
         """Height and width of the fine frames, in pixels."""
         return self._fine_size

@@ -191,7 +191,10 @@ class GroundedVideo:
         """Ground queries as part of a call that has begun already, and that holds the grounder open."""
         with self._usage.call():
             if task.name == "image" and not self._source.is_image:
-                raise VideoError("this is a video, and `locate` finds a box in one image; ask `ground` about a video")
+                raise VideoError(
+                    f"{self._source.name} is a video, and a box is located in one image. Ask when and where instead "
+                    "(`Grounder.ground`; `infer` without --task image)"
+                )
             segments = self._query_segments(queries, task)
             with limits.stage("answer"):
                 answers = self._answer(segments, self._grammars[task.grammar_key], limits)

@@ -76,7 +76,10 @@ def open_image(path: str) -> Any | None:
 
 def is_animation(picture: Any) -> bool:
     """Whether a picture moves; the further pages of a TIFF or thumbnails of an MPO do not count."""
-    return picture.format in ANIMATED and getattr(picture, "is_animated", False)
+    try:
+        return picture.format in ANIMATED and getattr(picture, "is_animated", False)
+    except DAMAGE:  # a GIF's further frames are looked for only now; its first one is whole
+        return False
 
 
 def read_rgb(picture: Any, path: str) -> np.ndarray:

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Protocol
 
-from bridge_stg.runtime.errors import Interrupted
+from bridge_stg.runtime.errors import BridgeError, Interrupted
 
 LOCK_POLL_S = 0.05
 
@@ -29,6 +30,9 @@ class Limits:
         deadline_s: seconds from now after which the call is stopped; None for no deadline.
         cancel: an object with `is_set()` (a `threading.Event`), or a callable that returns True to stop.
         progress: see `Progress`.
+
+    Raises:
+        BridgeError: the deadline is no number.
     """
 
     def __init__(
@@ -38,6 +42,8 @@ class Limits:
         cancel: Any = None,
         progress: Progress | None = None,
     ) -> None:
+        if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s == deadline_s):
+            raise BridgeError(f"deadline_s={deadline_s!r}: expected seconds from now, or None for no deadline.")
         self.started = time.perf_counter()
         self.deadline_s = deadline_s
         self.timings: dict[str, float] = {}

@@ -18,6 +18,8 @@ from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import CacheSpec, GraphSpec
 from bridge_stg.runtime.session import KVCache, check_feeds, rows_to_fill
 
+MAX_THREADS = 256
+"""Of one engine: with thousands, it takes minutes to start them."""
 _DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
 _FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _FATAL_ONLY = 4  # log severity; a failure is raised as well, and a second copy on stderr helps nobody
@@ -201,9 +203,9 @@ class OnnxRuntimeSession:
 
 
 def session_options(threads: int | None) -> Any:
-    """Return what every session is opened with. Raises EngineError for a number of threads below 1."""
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads is {threads}, expected a number of at least 1")
+    """Return what every session is opened with. Raises EngineError for a number of threads that is none."""
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+        raise EngineError(f"threads is {threads!r}, expected a whole number from 1 to {MAX_THREADS}")
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = threads or limited_threads() or 0

@@ -87,13 +87,12 @@ def verify_bundle(
     report(f"{len(entries)} files are whole ({sum(entry.size for entry in entries.values()) / 1e6:.1f} MB hashed)")
     known = list(dict.fromkeys(graph.variant for graph in bundle.manifest.all_graphs()))
     replayed: dict[str, list[Boundary]] = {}
-    refusals: list[EngineError] = []
+    refusals: dict[str, EngineError] = {}
     for name in [variant] if variant else known:
         try:
             sessions = open_sessions(bundle, backend=backend, variant=name, threads=threads)
         except EngineError as error:
-            refusals.append(error)
-            report(f"variant {name} was not replayed: {error}")
+            refusals[name] = error
             continue
         try:
             replayed[name] = replay(bundle, sessions)
@@ -104,7 +103,9 @@ def verify_bundle(
         if replayed[name]:
             report(format_table(replayed[name]))
     if refusals and not replayed:
-        raise refusals[0]
+        raise next(iter(refusals.values()))
+    for name, refusal in refusals.items():
+        report(f"variant {name} was not replayed: {refusal}")
     if any(not boundary.passed for found in replayed.values() for boundary in found):
         raise DriftError.of(bundle, replayed)
     return replayed

@@ -94,6 +94,8 @@ class Backbone(ABC):
         for part, named in (("vision_config", ()), ("text_config", ("num_hidden_layers", "hidden_size"))):
             if not values.get(part) and not (named and all(name in values for name in named)):
                 raise CheckpointError(f"the backbone's config has no {part}; a {self.family} model has one")
+        for part in ("vision_config", "text_config"):
+            check_counts(values.get(part) or values, f"the backbone's {part if values.get(part) else 'config'}")
         try:
             config = self.build_config(values)
         except Exception as error:  # transformers validates configs with many exception types
@@ -115,6 +117,29 @@ class Backbone(ABC):
             num_bridging_queries=num_bridging_queries,
             tapped_layers=tuple(tapped_layers),
         )
+
+
+MOST = {
+    "depth": 2**10, "num_hidden_layers": 2**10, "num_heads": 2**10, "num_attention_heads": 2**10,
+    "num_key_value_heads": 2**10, "head_dim": 2**14, "hidden_size": 2**20, "intermediate_size": 2**22,
+    "out_hidden_size": 2**20, "vocab_size": 2**24, "max_position_embeddings": 2**30, "patch_size": 2**10,
+    "spatial_merge_size": 2**6, "temporal_patch_size": 2**6,
+}  # fmt: skip
+"""Beyond any model that is known; a slip of the pen would otherwise be built, layer by layer."""
+
+
+def check_counts(section: Mapping[str, Any], where: str) -> None:
+    """Refuse counts and sizes that no model has; one that is missing or None is left to transformers.
+
+    Raises:
+        CheckpointError: the message names the field.
+    """
+    for name, most in MOST.items():
+        value = section.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise CheckpointError(f"{where} has {name} {value!r}; expected a whole number from 1 to {most}")
 
 
 def check_text(text: Any) -> None:

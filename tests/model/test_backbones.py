@@ -92,7 +92,9 @@ REFUSED = {
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, r"quantized \(awq\)"),
     "no vision": ({"vision_config": None}, "no vision_config"),
     "no text": ({"text_config": None}, "no text_config"),
-    "wrong kind": ({"vision_config": {**VISION, "depth": "many"}}, "refused by transformers"),
+    "no number": ({"vision_config": {**VISION, "depth": "many"}}, "vision_config has depth 'many'"),
+    "no heads": ({"vision_config": {**VISION, "num_heads": 0}}, "vision_config has num_heads 0"),
+    "too deep": ({"text_config": {**TEXT, "num_hidden_layers": 10**12}}, "num_hidden_layers 1000000000000"),
 }
 
 

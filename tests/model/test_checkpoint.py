@@ -110,6 +110,24 @@ def test_not_a_folder(tmp_path, path, message):
         load_checkpoint(tmp_path / path)
 
 
+@pytest.mark.parametrize(
+    "section, name, value, message",
+    [
+        ("spatial_decoder", "num_heads", 0, "num_heads is 0"),
+        ("spatial_decoder", "num_heads", -1, "num_heads is -1"),
+        ("spatial_decoder", "num_heads", 7, "does not divide by num_heads 7"),
+        ("spatial_decoder", "num_layers", 10**12, "num_layers is 1000000000000"),
+        ("spatial_decoder", "width", float("nan"), "width is nan"),
+        ("bridging", "num_queries", True, "num_queries is True"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(tiny_model, section, name, value, message):
+    values = json.loads(json.dumps(tiny_model.config.to_dict()))
+    values[section][name] = value
+    with pytest.raises(CheckpointError, match=message):
+        BridgeSTGConfig.from_dict(values)
+
+
 def test_config_survives_json(tiny_model):
     text = json.dumps(tiny_model.config.to_dict())
     assert BridgeSTGConfig.from_dict(json.loads(text)) == tiny_model.config

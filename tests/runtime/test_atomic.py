@@ -21,6 +21,13 @@ def test_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_the_longest_name_that_a_file_can_have(tmp_path: Path) -> None:
+    out = tmp_path / f"{'é' * 125}.json"  # 255 bytes
+    with replacing(out) as temporary:
+        temporary.write_text("new")
+    assert out.read_text() == "new"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_block_that_fails(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), replacing(tmp_path / "result.json") as temporary:

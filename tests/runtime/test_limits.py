@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bridge_stg.runtime.errors import Interrupted, VideoError
+from bridge_stg.runtime.errors import BridgeError, Interrupted, VideoError
 from bridge_stg.runtime.limits import Limits
 from bridge_stg.runtime.usage import Usage
 
@@ -16,6 +16,12 @@ def test_a_deadline_names_the_stage() -> None:
         time.sleep(0.03)
         with pytest.raises(Interrupted, match="deadline_s=0.02 passed during prefill"):
             limits.check()
+
+
+@pytest.mark.parametrize("deadline", [float("nan"), "3", [1]])
+def test_a_deadline_that_is_no_number(deadline: object) -> None:
+    with pytest.raises(BridgeError, match="expected seconds from now"):
+        Limits(deadline_s=deadline)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["event", "callable"])

@@ -248,8 +248,9 @@ def test_a_file_that_onnxruntime_refuses(tmp_path, kinds, capfd):
         EngineError, match=rf"kinds \(standard\): onnxruntime {onnxruntime.__version__} refuses .*broken"
     ):
         OnnxRuntimeSession(path, kinds[1])
-    with pytest.raises(EngineError, match="threads is 0"):
-        OnnxRuntimeSession(kinds[0], kinds[1], threads=0)
+    for threads in (0, 1.5, "x", 10**11):
+        with pytest.raises(EngineError, match=f"threads is {threads!r}"):
+            OnnxRuntimeSession(kinds[0], kinds[1], threads=threads)
     assert capfd.readouterr().err == ""
 
 
