@@ -150,14 +150,18 @@ def test_an_mp4_that_refers_to_another_file_does_not_get_it(server: Running, tmp
     assert sent(server, bytes(content))[0] in (415, 422)
 
 
-@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("kind", ["mp4", "faststart", "mkv", "avi"])
+# Of other forms, the last frames may be missing without notice.
+NEAR_THE_END = [("mp4", 0.9), ("faststart", 0.9), ("faststart", 0.99)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cut"),
+    [*((kind, cut) for kind in ("mp4", "faststart", "mkv", "avi") for cut in (0.1, 0.5)), *NEAR_THE_END],
+)
 def test_a_truncated_video_is_refused(kind: str, cut: float, server: Running, tmp_path: Path) -> None:
     path = tmp_path / f"a.{'mp4' if kind == 'faststart' else kind}"
     options = {"movflags": "+faststart"} if kind == "faststart" else {}
     content = write(path, pictures(60), rate=5, container_options=options).read_bytes()
-    if cut > 0.8 and kind != "faststart" and (kind, cut) != ("mp4", 0.9):
-        pytest.skip("of these the last frames, or what is no frame, may be missing without notice")
     status, code = sent(server, content[: int(len(content) * cut)])
     assert (status, code) in ((422, "damaged"), (422, "no_frames"), (422, "video"), (422, "no_video")), code
 
@@ -176,7 +180,10 @@ def test_an_animation_may_break_off_anywhere(server: Running) -> None:
     for length in range(60, 180):
         with server.client() as client:
             answer = client.post("/v1/videos", files={"file": ("a.gif", file.getvalue()[:length])})
-            assert answer.status_code == 201 or refusal(answer)[0] in (415, 422), length
+            if answer.status_code == 201:
+                client.delete(f"/v1/videos/{answer.json()['id']}")
+            else:
+                assert refusal(answer)[0] in (415, 422), length
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (65_000, 65_000), (513, 512), (100_000, 100_000)])
