@@ -125,9 +125,10 @@ def _fitting(
         raise EngineError(f"backend {backend.name!r} is not installed (install it with: {install})")
     manifest = bundle.manifest if isinstance(bundle, Bundle) else bundle
     bases = {graph.derived_from for graph in manifest.all_graphs() if graph.variant == variant} - {None, variant}
-    wanted = None if variant is None else (variant, *sorted(map(str, bases)))
     runnable = backend.variants(_numbers(version))
-    order = runnable if wanted is None else tuple(v for v in wanted if v in runnable)
+    order = runnable
+    if variant is not None:  # a graph that lacks it runs what it is derived from, on a backend that could run it
+        order = tuple(v for v in (variant, *sorted(map(str, bases))) if v in runnable) if variant in runnable else ()
     able = {name: [v for v in order if v in variants] for name, variants in manifest.graphs.items()}
     for name, variants in able.items():
         if not variants:
