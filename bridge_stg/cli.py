@@ -22,7 +22,7 @@ import click
 import bridge_stg
 from bridge_stg import cli_calibrate
 from bridge_stg.lazy_commands import LazyCommands
-from bridge_stg.option_types import THREADS, Number
+from bridge_stg.option_types import SECONDS, THREADS
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 VARIANTS = ("standard", "primitive")
@@ -267,7 +267,7 @@ def verify(
     type=click.IntRange(min=1),
     help="What the video may take of the prompt: a long one is read in smaller frames, then at a lower rate.",
 )
-@click.option("--deadline", type=Number(min=0, min_open=True), metavar="SECONDS", help="Give up after that.")
+@click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Give up after that.")
 def infer(
     video: str,
     queries: tuple[str, ...],

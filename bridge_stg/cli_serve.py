@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from bridge_stg.cli_watch import SECONDS
-from bridge_stg.option_types import THREADS
+from bridge_stg.option_types import SECONDS, THREADS
 
 MIB = 2**20
 COUNT = click.IntRange(min=1)

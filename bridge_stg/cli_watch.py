@@ -12,10 +12,9 @@ from typing import IO, Any
 
 import click
 
-from bridge_stg.option_types import THREADS
+from bridge_stg.option_types import SECONDS, THREADS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SECONDS = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-THREADS = click.IntRange(min=1, max=256)
-"""CPU threads of an engine, which takes any number: with thousands it never comes to an answer."""
+from bridge_stg.runtime.cpus import MAX_THREADS
+
+THREADS = click.IntRange(min=1, max=MAX_THREADS)
+"""CPU threads of an engine."""
 
 
 class Number(click.FloatRange):
@@ -19,3 +21,6 @@ class Number(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value!r} is not a number.", param, ctx)
         return number
+
+
+SECONDS = Number(min=0, min_open=True)

@@ -23,7 +23,7 @@ def spare_tokens(model: ir.Model) -> bool:
     if not {TOKENS, MAPS} <= set(outputs) or weights & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}:
         return False
     shared = _ancestors(outputs[MAPS])
-    alone = [node for node in model.graph if node in _ancestors(outputs[TOKENS]) - shared]
+    alone = _ancestors(outputs[TOKENS]) - shared
     values = {value for node in alone for value in node.inputs if _enters(value, shared)}
     if not values or not all(_is_residual(value) for value in values):
         return False  # such as mergers behind windows, which put their rows in order by an index

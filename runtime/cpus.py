@@ -10,6 +10,8 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
+MAX_THREADS = 256
+"""Of one engine, which takes any number: with thousands, it takes minutes to start them."""
 
 
 def usable_cpus() -> int:

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.cpus import limited_threads
+from bridge_stg.runtime.cpus import MAX_THREADS, limited_threads
 from bridge_stg.runtime.device_array import DeviceArray
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.manifest import CacheSpec, GraphSpec
 from bridge_stg.runtime.session import KVCache, check_feeds, rows_to_fill
 
-MAX_THREADS = 256
-"""Of one engine: with thousands, it takes minutes to start them."""
 _DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
 _FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _FATAL_ONLY = 4  # log severity; a failure is raised as well, and a second copy on stderr helps nobody
