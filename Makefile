@@ -17,7 +17,7 @@ help:
 	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
 	@echo "make bench   speed of this runtime beside torch, on the demo and a 0.5B model, with this machine's limits (FULL=1: every size and peer)"
 	@echo "make gpu-test  on a machine with an NVIDIA GPU: install, run the tests marked gpu and the benchmark (WHEELS=dir: no network)"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy --strict and the import layers"
 	@echo "make clean   remove $(VENV), build/ and caches"
 
 test: $(INSTALLED)
@@ -52,13 +52,11 @@ gpu-test:
 	$(GPU_VENV)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
 	$(GPU_VENV)/bin/python benchmarks/gpu_chain.py --bundle $(DEMO)/bundle --out build/gpu_chain.json
 
-# mypy cannot see through the mapping of folders in pyproject.toml, so it gets them laid out as the wheel has them.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf build/types && mkdir -p build/types && cp -R bridge_stg build/types/
-	@cp -R runtime export calibration evaluation build/types/bridge_stg/
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p bridge_stg
+	$(BIN)/mypy -p bridge_stg
+	$(BIN)/lint-imports --no-cache
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

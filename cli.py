@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-import bridge_stg
-
-# In a checkout the folders runtime/, export/ … lie beside bridge_stg/, not in it.
-bridge_stg.__path__.append(str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":
     try:
@@ -22,6 +16,6 @@ if __name__ == "__main__":
                 file=sys.stderr,
             )
             sys.exit(2)
-        from bridge_stg.runtime.doctor import main
+        from bridge_stg.runtime.backends.doctor import main
 
     main()

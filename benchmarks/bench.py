@@ -29,9 +29,9 @@ from speed.report import fill_in, flat_rows, markdown, plots
 from speed.runners import CHAIN_ROWS, OURS, RunnerError, RunnerSpec, own_runners, peer_runners, start
 from tqdm import tqdm
 
-from bridge_stg.runtime.atomic import replacing
-from bridge_stg.runtime.free_memory import available_bytes
-from bridge_stg.runtime.prompt import Tokenizer
+from bridge_stg.runtime.chain.prompt import Tokenizer
+from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.free_memory import available_bytes
 
 MODELS = ("qwen3_vl_0_5b", "demo", "qwen3_vl_2b")
 """In the order of their turns: what the ratios are of comes first."""

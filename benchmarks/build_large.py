@@ -20,13 +20,11 @@ import click
 from machine import describe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import bridge_stg
 
-bridge_stg.__path__.append(sys.path[0])
 
-from bridge_stg.export.engine_plan import plan_summary  # noqa: E402
-from bridge_stg.runtime.bundle import Bundle  # noqa: E402
-from bridge_stg.runtime.engine_cache import EngineEntry, read_engines  # noqa: E402
+from bridge_stg.export.engines.layers import plan_summary  # noqa: E402
+from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineEntry, read_engines  # noqa: E402
+from bridge_stg.runtime.bundle.bundle import Bundle  # noqa: E402
 
 RESULTS = Path("benchmarks/results")
 

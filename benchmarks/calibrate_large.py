@@ -21,15 +21,15 @@ import click
 import onnx_ir as ir
 from machine import describe
 
-from bridge_stg.calibration.blocks import Product, find_products
-from bridge_stg.calibration.collect import collect
-from bridge_stg.calibration.quantized_bundle import quantize_bundle
-from bridge_stg.calibration.ranges import choose_ranges
+from bridge_stg.calibration.collect.collect import collect
+from bridge_stg.calibration.collect.samples import read_samples
+from bridge_stg.calibration.quantize.bundle import quantize_bundle
+from bridge_stg.calibration.quantize.ranges import choose_ranges
+from bridge_stg.calibration.quantize.smooth import choose_smoothing
 from bridge_stg.calibration.recipes import RECIPES
-from bridge_stg.calibration.samples import read_samples
-from bridge_stg.calibration.smooth import choose_smoothing
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.peak import peak_bytes
+from bridge_stg.export.graph.blocks import Product, find_products
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.host.peak import peak_bytes
 
 RESULTS = Path("benchmarks/results")
 STEPS = ("collect", "quantize")

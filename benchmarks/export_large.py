@@ -66,7 +66,7 @@ def main(shape: str, dtype: str, variants: tuple[str, ...], folder: Path, keep: 
         "stages": report["seconds"],
         "replay_seconds": report["replay_seconds"],
         "parity": summary(parity),
-        "query": ask_apart(bundle) if query and dtype != "bf16" else None,
+        "query": judge_in_subprocess(bundle) if query and dtype != "bf16" else None,
         "machine": describe("torch", "transformers", "onnx", "onnxruntime", "numpy"),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def summary(parity: dict[str, Any]) -> dict[str, Any]:
     return {"rel_l2": worst, "least_iou": min(ious), "dependence": parity["dependence"], "passed": parity["passed"]}
 
 
-def ask_apart(bundle: Path) -> dict[str, Any]:
+def judge_in_subprocess(bundle: Path) -> dict[str, Any]:
     """Ask the bundle in a process of its own, and return what it wrote."""
     command = [sys.executable, __file__, "--ask", str(bundle)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -98,7 +98,7 @@ def ask_apart(bundle: Path) -> dict[str, Any]:
 def ask(bundle: Path) -> dict[str, Any]:
     """Load a bundle in onnxruntime, ask two queries on a clip and one on its mirror image, and say what it took."""
     from bridge_stg.runtime import Grounder
-    from bridge_stg.runtime.peak import peak_bytes
+    from bridge_stg.runtime.host.peak import peak_bytes
 
     began = time.monotonic()
     with Grounder.load(bundle) as grounder:

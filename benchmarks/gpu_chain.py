@@ -18,17 +18,17 @@ import click
 import numpy as np
 from machine import describe
 
-from bridge_stg.demo_bundle import demo_bundle
+from bridge_stg.demo.bundle import demo_bundle
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.backends import BACKENDS
-from bridge_stg.runtime.boxes import box_iou
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.compare import replay
+from bridge_stg.runtime.backends.choose import open_sessions
+from bridge_stg.runtime.backends.registry import BACKENDS
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.chain.boxes import box_iou
+from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.machine import machine
-from bridge_stg.runtime.targets import open_sessions
-from bridge_stg.runtime.tubes import Grounding
-from bridge_stg.runtime.verify import graph_of
+from bridge_stg.runtime.host.machine import machine
+from bridge_stg.runtime.parity.compare import replay
+from bridge_stg.runtime.parity.verify import graph_of
 
 CLIPS = Path(__file__).resolve().parents[1] / "assets/demo/clips"
 

@@ -15,11 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import bridge_stg  # noqa: E402
 
-bridge_stg.__path__.append(str(ROOT))
-
-from bridge_stg.runtime.machine import Machine, machine  # noqa: E402
+from bridge_stg.runtime.host.machine import Machine, machine  # noqa: E402
 
 BENCHMARK = "benchmarks/gpu_chain.py: seconds a stage and parity at every boundary, side by side for every backend here"
 

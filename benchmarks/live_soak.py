@@ -19,9 +19,9 @@ import numpy as np
 from machine import describe
 
 from bridge_stg.runtime import Grounder, LiveStats
-from bridge_stg.runtime.allocator import return_freed_memory
-from bridge_stg.runtime.playback import play
-from bridge_stg.runtime.sizes import resize
+from bridge_stg.runtime.host.allocator import return_freed_memory
+from bridge_stg.runtime.video.playback import play
+from bridge_stg.runtime.video.sizes import resize
 
 FPS = 8
 MODEL_S = ("encode_s", "extend_s", "rebuild_s", "answer_s")

@@ -21,13 +21,13 @@ from typing import Any
 import click
 from machine import describe
 
-from bridge_stg.calibration.judge import judge
-from bridge_stg.evaluation.bundle_model import bundle_model
-from bridge_stg.evaluation.jsonl import read_jsonl
+from bridge_stg.calibration.judge.judge import judge
+from bridge_stg.evaluation.datasets.jsonl import read_jsonl
+from bridge_stg.evaluation.run.bundle_model import bundle_model
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.peak import peak_bytes
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.host.peak import peak_bytes
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 RECIPES = {"int8": "w8a8", "int4": "w4"}

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from bridge_stg.backbones import backbone
-from bridge_stg.checkpoint import TOKENIZER, build_model, checkpoint_tensors
-from bridge_stg.config import BridgeSTGConfig
-from bridge_stg.demo import write_demo_tokenizer
-from bridge_stg.runtime.spec import PromptSpec
+from bridge_stg.checkpoint.checkpoint import TOKENIZER, build_model, checkpoint_tensors
+from bridge_stg.demo.tiny_model import write_demo_tokenizer
+from bridge_stg.model.backbones import backbone
+from bridge_stg.model.config import BridgeSTGConfig
+from bridge_stg.runtime.bundle.spec import PromptSpec
 
 QWEN3_TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
                 "vision_end_token_id": 151653}  # fmt: skip

@@ -22,10 +22,10 @@ from typing import Any
 import click
 from machine import describe
 
-from bridge_stg.calibration.judge import Judgement, judge
-from bridge_stg.evaluation.bundle_model import bundle_model
-from bridge_stg.evaluation.jsonl import read_jsonl
-from bridge_stg.evaluation.run import Model
+from bridge_stg.calibration.judge.judge import Judgement, judge
+from bridge_stg.evaluation.datasets.jsonl import read_jsonl
+from bridge_stg.evaluation.run.bundle_model import bundle_model
+from bridge_stg.evaluation.run.evaluate import Model
 from bridge_stg.evaluation.samples import Dataset
 from bridge_stg.runtime import Grounder, Grounding
 

@@ -20,9 +20,9 @@ from typing import Any
 import click
 
 import bridge_stg
-from bridge_stg import cli_calibrate
-from bridge_stg.lazy_commands import LazyCommands
-from bridge_stg.option_types import SECONDS, THREADS
+from bridge_stg.commands import calibrate as cli_calibrate
+from bridge_stg.commands.lazy import LazyCommands
+from bridge_stg.commands.options import SECONDS, THREADS
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 VARIANTS = ("standard", "primitive")
@@ -112,7 +112,7 @@ class StageProgress:
 
 def preload_video_packages() -> None:
     """Import what reads videos, in this thread. What is missing is told when a video is opened."""
-    for module in ("av", "PIL.Image", "bridge_stg.runtime.video"):
+    for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
 
@@ -135,17 +135,17 @@ def stage_line(stage: object, *_: object) -> None:
 # In other files: imported when one of them is asked for.
 COMMANDS = LazyCommands(
     {
-        "build": "bridge_stg.cli_build:build",
-        "calibrate": "bridge_stg.cli_calibrate:calibrate",
-        "init": "bridge_stg.cli_checkpoints:init",
-        "train": "bridge_stg.cli_checkpoints:train",
-        "evaluate": "bridge_stg.cli_evaluate:evaluate",
-        "convert-refs": "bridge_stg.cli_evaluate:convert_refs",
-        "infer-many": "bridge_stg.cli_infer_many:infer_many",
-        "doctor": "bridge_stg.cli_deploy:doctor",
-        "triton": "bridge_stg.cli_deploy:triton",
-        "serve": "bridge_stg.cli_serve:serve",
-        "watch": "bridge_stg.cli_watch:watch",
+        "build": "bridge_stg.commands.build:build",
+        "calibrate": "bridge_stg.commands.calibrate:calibrate",
+        "init": "bridge_stg.commands.train:init",
+        "train": "bridge_stg.commands.train:train",
+        "evaluate": "bridge_stg.commands.evaluate:evaluate",
+        "convert-refs": "bridge_stg.commands.evaluate:convert_refs",
+        "infer-many": "bridge_stg.commands.infer_many:infer_many",
+        "doctor": "bridge_stg.commands.deploy:doctor",
+        "triton": "bridge_stg.commands.deploy:triton",
+        "serve": "bridge_stg.commands.serve:serve",
+        "watch": "bridge_stg.commands.watch:watch",
     }
 )
 
@@ -181,8 +181,8 @@ def export(
     cli_calibrate.check_int8(int8, dtype, given)
     if out.exists() and not overwrite:
         raise BundleError(f"{out} is there already. Give --overwrite to replace it, or another --out.")
-    from bridge_stg.export.onnx_export import export_bundle
-    from bridge_stg.export.parity import parity_table
+    from bridge_stg.export.export_bundle import export_bundle
+    from bridge_stg.export.parity.parity import parity_table
 
     options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "verify": verify, "progress": stage_line}
     if int8:
@@ -200,8 +200,8 @@ def export(
 @click.argument("bundle", type=click.Path(path_type=Path))
 def inspect(bundle: Path) -> None:
     """Show what is in a BUNDLE: model, graphs, variants, tensors."""
-    from bridge_stg.runtime.bundle import Bundle
-    from bridge_stg.tables import bundle_table
+    from bridge_stg.commands.tables import bundle_table
+    from bridge_stg.runtime.bundle.bundle import Bundle
 
     click.echo(bundle_table(Bundle.load(bundle)))
 
@@ -226,15 +226,15 @@ def verify(
     """
     options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads, "report": click.echo}
     if bisect:
-        from bridge_stg.export.bisect import verify_and_bisect
-        from bridge_stg.export.tapped_engines import engine_maker
+        from bridge_stg.export.engines.bisect_engines import engine_maker
+        from bridge_stg.export.parity.bisect import verify_and_bisect
 
         with StageProgress() as progress:
             verify_and_bisect(bundle, against=against, prepare=engine_maker(report=progress, say=stage_line), **options)
         return
     if against is not None:
         raise click.UsageError("--against is the reference of --bisect; give both.")
-    from bridge_stg.runtime.verify import verify_bundle
+    from bridge_stg.runtime.parity.verify import verify_bundle
 
     verify_bundle(bundle, **options)
 
@@ -305,21 +305,21 @@ def infer(
         raise click.UsageError(f"{sheet} is asked for as --annotate and as --sheet; give each a name of its own.")
     # numpy's own threads have nothing to do here, and would wait for work busily.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from bridge_stg.demo_bundle import demo_bundle
+    from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
-    from bridge_stg.runtime.ahead import Ahead
+    from bridge_stg.runtime.host.threads import Background
 
     began = time.monotonic()
     if annotate:
-        from bridge_stg.runtime import draw
+        from bridge_stg.runtime.visualize import annotate as draw
 
         with draw.play(video) as source:  # named wrongly, it would be refused when all is done
             draw.check_suffix(source, annotate)
     path = bundle if bundle is not None else demo_bundle(progress=stage_line)
-    loading = Ahead(lambda: Grounder.load(path, backend=backend, variant=variant, threads=threads, wait=False))
+    loading = Background(lambda: Grounder.load(path, backend=backend, variant=variant, threads=threads, wait=False))
     preload_video_packages()
-    from bridge_stg.runtime.tasks import TRACKED
-    from bridge_stg.tables import grounding_table
+    from bridge_stg.commands.tables import grounding_table
+    from bridge_stg.runtime.chain.tasks import TRACKED
 
     with StageProgress() as progress, loading.result() as grounder:
         if not grounder.verified:
@@ -338,7 +338,7 @@ def infer(
             else:
                 results = opened.ground_many(list(queries), allow_none=allow_none, **limits)
         if json_file:
-            from bridge_stg.runtime.atomic import replacing
+            from bridge_stg.runtime.host.files import replacing
 
             engine = None if grounder.target is None else grounder.target.to_json()
             document = {"video": video, "engine": engine, "results": [result.to_json() for result in results]}
@@ -347,7 +347,7 @@ def infer(
                 # Of a name that is no Unicode, the other bytes are escaped as JSON escapes them.
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         if annotate or sheet:
-            from bridge_stg.runtime import draw
+            from bridge_stg.runtime.visualize import annotate as draw
 
             if annotate:
                 with naming(annotate):
@@ -372,7 +372,7 @@ def train_demo_command(
     out: Path, vision_steps: int | None, grounding_steps: int | None, seed: int, resume: bool
 ) -> None:
     """Train the demo checkpoint from scratch on synthetic clips."""
-    from bridge_stg.train import train_demo
+    from bridge_stg.demo.train import train_demo
 
     asked: dict[str, Any] = {"vision_steps": vision_steps, "grounding_steps": grounding_steps}
     steps = {name: count for name, count in asked.items() if count is not None}
@@ -389,7 +389,7 @@ def evaluate_demo_command(
     out: Path, clips: int, bundle: Path | None, checkpoint: Path | None, variant: str | None
 ) -> None:
     """Measure the demo model on held-out clips, with controls."""
-    from bridge_stg.figures import evaluate_demo
+    from bridge_stg.demo.held_out import evaluate_demo
 
     click.echo(evaluate_demo(out, clips=clips, bundle=bundle, checkpoint=checkpoint, variant=variant))
 

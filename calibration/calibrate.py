@@ -15,11 +15,11 @@ from typing import Any
 from bridge_stg.calibration.inputs import check_targets, read_inputs
 from bridge_stg.calibration.options import Options, asked_recipe, recipe_names
 from bridge_stg.calibration.recipes import Overrides, read_overrides, write_overrides
-from bridge_stg.calibration.report import write_calibration_report
-from bridge_stg.calibration.result import CalibrationResult
+from bridge_stg.calibration.report.report import write_calibration_report
+from bridge_stg.calibration.report.result import CalibrationResult
 from bridge_stg.calibration.steps import Steps
-from bridge_stg.calibration.work import working_in
-from bridge_stg.runtime.atomic import replace_folder
+from bridge_stg.calibration.work_folder import working_in
+from bridge_stg.runtime.host.files import replace_folder
 
 __all__ = ["Options", "calibrate"]
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge_stg.calibration.samples import CalibrationSet, overlap, read_samples, warnings_of
-from bridge_stg.calibration.support import REFUSED, require, support
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.bundle_writer import is_bundle
+from bridge_stg.calibration.collect.samples import CalibrationSet, overlap, read_samples, warnings_of
+from bridge_stg.export.engines.support import REFUSED, require, support
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.writer import is_bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
 
 SPARE_BYTES = 2**28

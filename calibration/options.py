@@ -8,10 +8,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bridge_stg.calibration.blocks import FLOAT, Product, Table, find_products, find_tables
 from bridge_stg.calibration.recipes import GRAPH_RECIPES, RECIPES, Overrides, Recipe
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.contracts import GRAPHS
+from bridge_stg.export.graph.blocks import FLOAT, Product, Table, find_products, find_tables
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BridgeError
 
 HERE = "onnxruntime-cpu"

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from bridge_stg.calibration.blocks import FLOAT, HEAD, INT4, INT8, Product, Table, block_of
-from bridge_stg.runtime.contracts import GRAPHS
+from bridge_stg.export.graph.blocks import FLOAT, HEAD, INT4, INT8, Product, Table, block_of
+from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BridgeError
 
 METHODS = ("minmax", "percentile", "entropy", "mse")

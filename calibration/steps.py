@@ -12,28 +12,28 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bridge_stg.calibration.block_choice import Entries, chosen_blocks, ranked_blocks
-from bridge_stg.calibration.blocks import INT8, Product, Table, find_products, find_tables
-from bridge_stg.calibration.collect import collect
-from bridge_stg.calibration.findings import Findings, Pair, assemble
-from bridge_stg.calibration.gates import Gate, graph_bytes, measure_gate
+from bridge_stg.calibration.collect.collect import collect
+from bridge_stg.calibration.collect.recorded_calls import record
+from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.inputs import Inputs
+from bridge_stg.calibration.judge.saturation_test import saturation_test
+from bridge_stg.calibration.judge.speed_gate import Gate, graph_bytes, measure_gate
+from bridge_stg.calibration.judge.stage_times import stage_seconds
 from bridge_stg.calibration.options import HERE, Options
-from bridge_stg.calibration.prepared import prepare
-from bridge_stg.calibration.product_errors import product_errors
-from bridge_stg.calibration.recipe_trials import FLOAT, INTEGERS, RecipeTrials, on, peak_of
+from bridge_stg.calibration.quantize.scales import prepare
 from bridge_stg.calibration.recipes import GraphRecipe, Overrides, Recipe
-from bridge_stg.calibration.recordings import record
-from bridge_stg.calibration.result import CalibrationResult
-from bridge_stg.calibration.self_test import saturation_test
-from bridge_stg.calibration.stage_times import stage_seconds
-from bridge_stg.calibration.statistics import Statistics
-from bridge_stg.calibration.work import digest, read_json, write_json
+from bridge_stg.calibration.report.assemble import Findings, Pair, assemble
+from bridge_stg.calibration.report.result import CalibrationResult
+from bridge_stg.calibration.search.float_blocks import Entries, chosen_blocks, ranked_blocks
+from bridge_stg.calibration.search.matmul_errors import product_errors
+from bridge_stg.calibration.search.trials import FLOAT, INTEGERS, RecipeTrials, on, peak_of
+from bridge_stg.calibration.work_folder import digest, read_json, write_json
 from bridge_stg.evaluation.samples import Sample
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.compare import Boundary
-from bridge_stg.runtime.contracts import GRAPHS
+from bridge_stg.export.graph.blocks import INT8, Product, Table, find_products, find_tables
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.parity.compare import Boundary
 
 LARGE_BYTES = 2**30
 """Bundles with more weights are opened one at a time, and asked in processes of their own."""

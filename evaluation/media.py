@@ -82,7 +82,7 @@ def shown(sample: Sample) -> str | Iterator[tuple[float, np.ndarray]]:
 
 def clip_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[float, np.ndarray]]:
     """Yield the frames of a part of a video, their times counted from its start; decoding stops at its end."""
-    from bridge_stg.runtime.container import Decoder, Timeline, check_path, shown_rgb
+    from bridge_stg.runtime.video.decoder import Decoder, Timeline, check_path, shown_rgb
 
     with closing(Decoder(check_path(os.fspath(path)))) as decoder:
         timeline = Timeline(decoder.time_base, decoder.frame_s)
@@ -109,7 +109,7 @@ def frame_files(folder: Path) -> list[Path]:
 
 def folder_frames(folder: Path, frame_rate: float) -> Iterator[tuple[float, np.ndarray]]:
     """Yield the pictures of a folder as frames of a video."""
-    from bridge_stg.runtime.images import open_image, read_rgb
+    from bridge_stg.runtime.video.image import open_image, read_rgb
 
     for index, path in enumerate(frame_files(folder)):
         picture = open_image(os.fspath(path))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bridge_stg.runtime.boxes import box_iou
+from bridge_stg.runtime.chain.boxes import box_iou
 
 
 def temporal_iou(first: tuple[float, float], second: tuple[float, float]) -> float:

@@ -43,7 +43,7 @@ class Sample:
 
     Attributes:
         id: unique in the dataset, the same on every machine.
-        task: one of `bridge_stg.runtime.tasks.TASKS`.
+        task: one of `bridge_stg.runtime.chain.tasks.TASKS`.
         media: the video, image, or folder of frames; None where it was not found.
         sought: the name under which the medium was sought.
         query: what to find; of a tracking sample without words, the neutral "the object".

@@ -22,9 +22,9 @@ from bridge_stg.evaluation.metrics import (
     tube_scores,
 )
 from bridge_stg.evaluation.samples import Sample, Truth
-from bridge_stg.runtime.boxes import box_iou
-from bridge_stg.runtime.spans import in_span
-from bridge_stg.runtime.tubes import Grounding, Tube
+from bridge_stg.runtime.chain.boxes import box_iou
+from bridge_stg.runtime.chain.results import Grounding, Tube
+from bridge_stg.runtime.chain.spans import in_span
 
 MAIN = {"tube": "vIoU", "span": "IoU", "image": "IoU", "track": "AO"}
 """The score of a sample by which samples are compared and ordered."""

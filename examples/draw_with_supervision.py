@@ -17,8 +17,8 @@ import supervision as sv
 from PIL import Image
 
 from bridge_stg.runtime import Grounder, Grounding
-from bridge_stg.runtime.draw import encode_h264, frame_index
-from bridge_stg.runtime.playback import play
+from bridge_stg.runtime.video.playback import play
+from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index
 
 
 def detections_at(results: list[Grounding], time_s: float) -> sv.Detections:

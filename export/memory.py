@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge_stg.export.precision import Precision
-from bridge_stg.export.probes import SIZES
-from bridge_stg.export.streaming import RESIDENT_BYTES
-from bridge_stg.runtime import free_memory
+from bridge_stg.checkpoint.weight_store import WeightStore
+from bridge_stg.export.parity.probes import PROBE_SIZES
+from bridge_stg.export.tracing.precision import Precision
+from bridge_stg.export.tracing.streaming import RESIDENT_BYTES
+from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.free_memory import gigabytes
-from bridge_stg.runtime.spec import ChainSpec
-from bridge_stg.weight_store import WeightStore
+from bridge_stg.runtime.host import free_memory
+from bridge_stg.runtime.host.free_memory import gigabytes
 
 CGROUP = free_memory.CGROUP
 BASE_BYTES = 10**9
@@ -56,7 +56,7 @@ class Estimate:
         )
 
 
-def estimate(store: WeightStore, spec: ChainSpec, precision: Precision, *, verify: bool) -> Estimate:
+def estimate(store: WeightStore, spec: ModelSpec, precision: Precision, *, verify: bool) -> Estimate:
     """Estimate an export from the sizes of a checkpoint's tensors.
 
     Args:
@@ -128,8 +128,8 @@ def _of_graph(name: str, counts: Mapping[str, int]) -> int:
     return sum(count for key, count in counts.items() if key.startswith(beginnings))
 
 
-def _caches(spec: ChainSpec) -> int:
+def _caches(spec: ModelSpec) -> int:
     """Return the bytes of the KV caches that the language model's probes record, before and after."""
     language = spec.language
     position = 2 * language.num_layers * language.kv_heads * language.head_dim * 4
-    return sum(2 * sizes["B"] * sizes["S"] * position for sizes in SIZES["language_model"])
+    return sum(2 * sizes["B"] * sizes["S"] * position for sizes in PROBE_SIZES["language_model"])

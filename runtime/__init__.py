@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bridge_stg.runtime.chain.opened_video import GroundedVideo, OpenedVideo
+    from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube
     from bridge_stg.runtime.errors import (
         BridgeError,
         BundleError,
@@ -15,30 +17,29 @@ if TYPE_CHECKING:
         QueryError,
         VideoError,
     )
-    from bridge_stg.runtime.events import Event
-    from bridge_stg.runtime.grounded_video import GroundedVideo
     from bridge_stg.runtime.grounder import Grounder
-    from bridge_stg.runtime.live import LiveOptions, LiveUpdate, LiveWatch
-    from bridge_stg.runtime.live_stats import LiveStats
-    from bridge_stg.runtime.tubes import FrameBoxes, Grounding, Tube
+    from bridge_stg.runtime.live.events import Event
+    from bridge_stg.runtime.live.stats import LiveStats
+    from bridge_stg.runtime.live.watch import LiveOptions, LiveUpdate, LiveWatch
 
 _HOMES = {
     "BridgeError": "errors",
     "BundleError": "errors",
     "CheckpointError": "errors",
     "EngineError": "errors",
-    "Event": "events",
-    "FrameBoxes": "tubes",
-    "GroundedVideo": "grounded_video",
+    "Event": "live.events",
+    "FrameBoxes": "chain.results",
+    "GroundedVideo": "chain.opened_video",
     "Grounder": "grounder",
-    "Grounding": "tubes",
+    "Grounding": "chain.results",
     "Interrupted": "errors",
-    "LiveOptions": "live",
-    "LiveStats": "live_stats",
-    "LiveUpdate": "live",
-    "LiveWatch": "live",
+    "LiveOptions": "live.watch",
+    "LiveStats": "live.stats",
+    "LiveUpdate": "live.watch",
+    "LiveWatch": "live.watch",
+    "OpenedVideo": "chain.opened_video",
     "QueryError": "errors",
-    "Tube": "tubes",
+    "Tube": "chain.results",
     "VideoError": "errors",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "LiveStats",
     "LiveUpdate",
     "LiveWatch",
+    "OpenedVideo",
     "QueryError",
     "Tube",
     "VideoError",
@@ -64,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from the file it lives in when it is first asked for (PEP 562)."""
+    """Import a public name from the file that defines it, on first access (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

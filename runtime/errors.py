@@ -1,10 +1,25 @@
-"""The one exception family of the project. The CLI turns each into one paragraph and exit code 2."""
+"""The exceptions of the project. Each has a stable code; the CLI prints one paragraph and exits with code 2."""
 
 from __future__ import annotations
 
 
 class BridgeError(Exception):
-    """Something that a person can mend: the message names it, what was expected and what to do."""
+    """Base of every error that the user can fix: the message names the cause, what was expected and what to do.
+
+    Attributes:
+        code: stable dotted identifier, such as `video.no_stream`; listed in docs/troubleshooting.md.
+        message: one paragraph of text; its wording may change between releases.
+    """
+
+    def __init__(self, code: str, message: str | None = None) -> None:
+        if message is None:
+            code, message = "unspecified", code
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class BundleError(BridgeError):

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from bridge_stg.runtime.contracts import GRAPHS
-from bridge_stg.runtime.decode import Prefix, prefill_video
+from bridge_stg.runtime.backends.kv_pool import KVPool
+from bridge_stg.runtime.backends.session import Session, fixed_capacity
+from bridge_stg.runtime.bundle.contracts import GRAPHS
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.chain.decode import Prefix, prefill_video
+from bridge_stg.runtime.chain.opened_video import Chain, OpenedVideo
+from bridge_stg.runtime.chain.prompt import Tokenizer, check_query, video_budget, video_segment
+from bridge_stg.runtime.chain.results import Grounding
+from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
+from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid
 from bridge_stg.runtime.errors import EngineError, VideoError
-from bridge_stg.runtime.features import FineFeatures, coarse_tokens, merged_grid
-from bridge_stg.runtime.frames import CoarseFrames, Samples, VideoSource, open_source
-from bridge_stg.runtime.grounded_video import Chain, GroundedVideo
-from bridge_stg.runtime.kv_pool import KVPool
-from bridge_stg.runtime.limits import Limits, Progress
-from bridge_stg.runtime.prompt import Tokenizer, check_query, video_budget, video_segment
-from bridge_stg.runtime.session import Session, fixed_capacity
-from bridge_stg.runtime.spec import ChainSpec
-from bridge_stg.runtime.tasks import TRACKED, Task, track_from
-from bridge_stg.runtime.tubes import Grounding
-from bridge_stg.runtime.usage import Usage
+from bridge_stg.runtime.host.limits import Limits, Progress
+from bridge_stg.runtime.host.usage import UseCount
+from bridge_stg.runtime.video.source import CoarseFrames, Samples, VideoSource, open_source
 
 if TYPE_CHECKING:
-    from bridge_stg.runtime.live import LiveWatch
-    from bridge_stg.runtime.targets import Target
+    from bridge_stg.runtime.backends.choose import ChosenBackend
+    from bridge_stg.runtime.live.watch import LiveWatch
 
 Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]"
 """A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image).
@@ -44,7 +44,7 @@ class Grounder:
         kv_budget_bytes: what the KV caches of one batch of queries may hold; more queries go in several batches.
         feature_budget_bytes: what a video's fine feature maps may hold between calls.
         unchanged_tolerance: how much a patch of the coarse frames may change, in levels of 0 to 255 on average, for a
-            group to count as the one before it and not be encoded again; 0: not at all (see `unchanged.distinct`).
+            group to count as the one before it and not be encoded again; 0: not at all (see `unchanged.deduplicate_frames`).
         verified: whether the graphs were compared with the torch reference when they were exported.
         target: which backend the sessions run on and why, to be told; None where that is not known.
     """
@@ -52,14 +52,14 @@ class Grounder:
     def __init__(
         self,
         sessions: Mapping[str, Session],
-        spec: ChainSpec,
+        spec: ModelSpec,
         tokenizer: Tokenizer,
         *,
         kv_budget_bytes: int = 2**29,
         feature_budget_bytes: int = 2**28,
         unchanged_tolerance: float = 0.0,
         verified: bool = True,
-        target: Target | None = None,
+        target: ChosenBackend | None = None,
     ) -> None:
         missing = [name for name in GRAPHS if name not in sessions]
         if missing:
@@ -80,7 +80,7 @@ class Grounder:
             spec=spec,
             tokenizer=tokenizer,
             pool=KVPool(sessions["language_model"], budget_bytes=kv_budget_bytes),
-            usage=Usage(self._free, closed_error=EngineError("this Grounder is closed; load the bundle again")),
+            usage=UseCount(self._free, closed_error=EngineError("this Grounder is closed; load the bundle again")),
         )
 
     @classmethod
@@ -109,8 +109,8 @@ class Grounder:
             BundleError: the bundle is damaged, incomplete or of an unknown schema.
             EngineError: the backend is unknown or missing, or refuses a graph.
         """
-        from bridge_stg.runtime.bundle import Bundle
-        from bridge_stg.runtime.targets import open_sessions
+        from bridge_stg.runtime.backends.choose import open_sessions
+        from bridge_stg.runtime.bundle.bundle import Bundle
 
         bundle = Bundle.load(path)
         sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
@@ -120,7 +120,7 @@ class Grounder:
             for session in sessions.values():
                 session.close()
             raise
-        target: Target | None = getattr(sessions, "target", None)
+        target: ChosenBackend | None = getattr(sessions, "target", None)
         return cls(
             sessions,
             bundle.manifest.spec,
@@ -131,7 +131,7 @@ class Grounder:
         )
 
     @property
-    def spec(self) -> ChainSpec:
+    def spec(self) -> ModelSpec:
         """What the chain knows about the model."""
         return self._chain.spec
 
@@ -254,7 +254,7 @@ class Grounder:
         progress: Progress | None = None,
         buffer_frames: int = 256,
         max_visual_tokens: int | None = None,
-    ) -> GroundedVideo:
+    ) -> OpenedVideo:
         """Read a video and compute what does not depend on a query. Arguments and errors are those of `ground`."""
         limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
         with self._chain.usage.call():
@@ -290,8 +290,8 @@ class Grounder:
             QueryError: a query is empty or too long.
             EngineError: while iterating: a backend failed, or this Grounder is closed.
         """
-        from bridge_stg.runtime.live import LiveOptions, LiveWatch
-        from bridge_stg.runtime.live_source import open_live
+        from bridge_stg.runtime.live.source import open_live
+        from bridge_stg.runtime.live.watch import LiveOptions, LiveWatch
 
         with self._chain.usage.call():
             chosen = LiveOptions(**options)
@@ -327,7 +327,7 @@ class Grounder:
         for session in self._sessions.values():
             session.close()
 
-    def _open(self, video: Video, limits: Limits, buffer_frames: int, max_visual_tokens: int | None) -> GroundedVideo:
+    def _open(self, video: Video, limits: Limits, buffer_frames: int, max_visual_tokens: int | None) -> OpenedVideo:
         chain, calls = self._chain, _CurrentCall(limits)
         with limits.stage("decode_video"):
             source = open_source(
@@ -353,7 +353,7 @@ class Grounder:
                 budget_bytes=self._feature_budget_bytes,
                 read_ahead=source.fine_size if source.read_ahead else None,
             )
-            return GroundedVideo(chain, source, coarse, prefix, features, grid, dict(limits.timings))
+            return OpenedVideo(chain, source, coarse, prefix, features, grid, dict(limits.timings))
         except BaseException:
             source.close()
             raise

@@ -1,7 +1,4 @@
-"""Let every test import `bridge_stg.runtime` … from the checkout, where these folders lie beside bridge_stg/.
-
-And the tiny model of tests/export as a checkpoint and as bundles, made once a session for all who ask.
-"""
+"""The tiny model of tests/export as a checkpoint and as bundles, made once per test session."""
 
 from __future__ import annotations
 
@@ -10,14 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import bridge_stg
-
 if TYPE_CHECKING:
-    from bridge_stg.runtime.bundle import Bundle
+    from bridge_stg.runtime.bundle.bundle import Bundle
 
 ROOT = str(Path(__file__).resolve().parents[1])
-if ROOT not in bridge_stg.__path__:
-    bridge_stg.__path__.append(ROOT)
 
 # torch is imported by the fixtures alone: most tests of the runtime do without, and some run where it is not installed.
 
@@ -25,8 +18,8 @@ if ROOT not in bridge_stg.__path__:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of the tiny model, in float16 as the demo's is."""
-    from bridge_stg.checkpoint import save_checkpoint
-    from bridge_stg.demo import write_demo_tokenizer
+    from bridge_stg.checkpoint.checkpoint import save_checkpoint
+    from bridge_stg.demo.tiny_model import write_demo_tokenizer
     from tests.export.conftest import random_model
 
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -44,8 +37,8 @@ def stages() -> list[str]:
 @pytest.fixture(scope="session")
 def exported(checkpoint: Path, stages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint, exported in both variants; every hash of the bundle has been checked."""
-    from bridge_stg.export.onnx_export import export_bundle
-    from bridge_stg.runtime.bundle import Bundle
+    from bridge_stg.export.export_bundle import export_bundle
+    from bridge_stg.runtime.bundle.bundle import Bundle
 
     path = export_bundle(checkpoint, tmp_path_factory.mktemp("export") / "bundle", progress=stages.append)
     return Bundle.load(path, check="all")
@@ -54,7 +47,7 @@ def exported(checkpoint: Path, stages: list[str], tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, exported in both variants."""
-    from bridge_stg.export.onnx_export import export_bundle
+    from bridge_stg.export.export_bundle import export_bundle
 
     checkpoint = Path(ROOT) / "assets" / "demo" / "checkpoint"
     return export_bundle(checkpoint, tmp_path_factory.mktemp("demo") / "bundle")
@@ -63,7 +56,7 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported_fp16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same in fp16."""
-    from bridge_stg.export.onnx_export import export_bundle
-    from bridge_stg.runtime.bundle import Bundle
+    from bridge_stg.export.export_bundle import export_bundle
+    from bridge_stg.runtime.bundle.bundle import Bundle
 
     return Bundle.load(export_bundle(checkpoint, tmp_path_factory.mktemp("fp16") / "bundle", dtype="fp16"))

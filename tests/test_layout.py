@@ -27,8 +27,6 @@ ENTRY_POINTS = (
 BLOCKED = """
 import importlib, sys
 sys.path.insert(0, {root!r})
-import bridge_stg
-bridge_stg.__path__.append({root!r})
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
@@ -113,8 +111,14 @@ def test_command_line_starts_without_anything_heavy() -> None:
 
 def test_device_side_code_imports_without_torch() -> None:
     modules = [f"bridge_stg.calibration.{path.stem}" for path in modules_of("calibration") if path.stem != "__init__"]
-    modules += ["bridge_stg.export"] + ["bridge_stg.export.engines"] * (ROOT / "export/engines.py").exists()
-    modules += ["bridge_stg.export.bisect", "bridge_stg.export.engine_build", "bridge_stg.export.tapped_engines"]
+    modules += ["bridge_stg.export"] + ["bridge_stg.export.engines.compile"] * (
+        ROOT / "export/engines/compile.py"
+    ).exists()
+    modules += [
+        "bridge_stg.export.parity.bisect",
+        "bridge_stg.export.engines.build",
+        "bridge_stg.export.engines.bisect_engines",
+    ]
     done = run_blocked(modules, ("torch", "transformers"))
     assert done.returncode == 0, done.stderr
 
@@ -122,7 +126,7 @@ def test_device_side_code_imports_without_torch() -> None:
 def test_import_time_of_the_runtime_is_reported(record_property: Any) -> None:
     program = "import time; began = time.perf_counter(); import bridge_stg.runtime; print(time.perf_counter() - began)"
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys, bridge_stg; bridge_stg.__path__.append({str(ROOT)!r}); {program}"],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"],
         capture_output=True, text=True, timeout=60, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

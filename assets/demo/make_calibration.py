@@ -16,8 +16,8 @@ from pathlib import Path
 from make_held_out import Line, boxes_of, images, tracks
 from tqdm import tqdm
 
-from bridge_stg.figures import HELD_OUT_SEED, HeldOutClip, clip_path, held_out_clips
-from bridge_stg.questions import Question
+from bridge_stg.demo.held_out import HELD_OUT_SEED, HeldOutClip, clip_path, held_out_clips
+from bridge_stg.demo.questions import Question
 
 CALIBRATION_SEED, SELECT_SEED = HELD_OUT_SEED + 11, HELD_OUT_SEED + 12
 IMAGE_SEED, TRACK_SEED = HELD_OUT_SEED + 13, HELD_OUT_SEED + 14

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge_stg.figures import FRAME_RATE
-from bridge_stg.questions import ask
-from bridge_stg.synthetic import make_scene, write_clip
+from bridge_stg.demo.held_out import FRAME_RATE
+from bridge_stg.demo.questions import ask
+from bridge_stg.demo.synthetic import make_scene, write_clip
 
 CLIPS = {
     "1-named": (11, "colour", (640, 360)),

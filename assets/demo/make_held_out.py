@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bridge_stg.figures import FRAME_RATE, HELD_OUT_SEED, clip_path, held_out_clips
-from bridge_stg.questions import ask
-from bridge_stg.synthetic import Scene, make_scene, write_clip
+from bridge_stg.demo.held_out import FRAME_RATE, HELD_OUT_SEED, clip_path, held_out_clips
+from bridge_stg.demo.questions import ask
+from bridge_stg.demo.synthetic import Scene, make_scene, write_clip
 
 IMAGE_SEED, TRACK_SEED = HELD_OUT_SEED + 3, HELD_OUT_SEED + 4
 

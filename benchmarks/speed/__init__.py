@@ -16,5 +16,3 @@ except ModuleNotFoundError:
         import bridge_stg
     except ModuleNotFoundError:  # a peer's environment, which lacks what the project needs
         bridge_stg = None  # type: ignore[assignment]
-if bridge_stg is not None and str(ROOT) not in bridge_stg.__path__:
-    bridge_stg.__path__.append(str(ROOT))

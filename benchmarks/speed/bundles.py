@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from speed.clips import calibration_samples  # noqa: E402
 
 # isort: split
-from bridge_stg.runtime.bundle import Bundle  # noqa: E402
-from bridge_stg.runtime.spec import ChainSpec  # noqa: E402
+from bridge_stg.runtime.bundle.bundle import Bundle  # noqa: E402
+from bridge_stg.runtime.bundle.spec import ModelSpec  # noqa: E402
 
 RECIPES = {"int8": "w8a8", "int4": "w4"}
 DEMO = Path("assets/demo/checkpoint")
@@ -42,7 +42,7 @@ class Model:
     work: Path
 
     @property
-    def spec(self) -> ChainSpec:
+    def spec(self) -> ModelSpec:
         """What the chain knows of the model."""
         return Bundle.load(next(iter(self.bundles.values()))).manifest.spec
 
@@ -84,13 +84,13 @@ def quantize(source: Path, out: Path, recipe: str, work: Path) -> None:
     """Collect statistics of a bundle on two clips (once), and write it by a recipe."""
     import onnx_ir as ir
 
-    from bridge_stg.calibration.blocks import Product, find_products
-    from bridge_stg.calibration.collect import collect
-    from bridge_stg.calibration.quantized_bundle import quantize_bundle
-    from bridge_stg.calibration.ranges import choose_ranges
+    from bridge_stg.calibration.collect.collect import collect
+    from bridge_stg.calibration.collect.samples import read_samples
+    from bridge_stg.calibration.quantize.bundle import quantize_bundle
+    from bridge_stg.calibration.quantize.ranges import choose_ranges
+    from bridge_stg.calibration.quantize.smooth import choose_smoothing
     from bridge_stg.calibration.recipes import RECIPES as ALL
-    from bridge_stg.calibration.samples import read_samples
-    from bridge_stg.calibration.smooth import choose_smoothing
+    from bridge_stg.export.graph.blocks import Product, find_products
 
     bundle, chosen = Bundle.load(source), ALL[recipe]
     samples = read_samples(calibration_samples(work / "calibration", bundle.manifest.spec))

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.decode import prefill_chunk
-from bridge_stg.runtime.features import coarse_tokens
+from bridge_stg.runtime.backends.kv_pool import bucketed
+from bridge_stg.runtime.chain.decode import prefill_chunk
+from bridge_stg.runtime.chain.vision_pass import coarse_tokens
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.kv_pool import bucketed
 from speed.peers.protocol import Arrays, Work
 from speed.watching import Watch, answer_marker
 

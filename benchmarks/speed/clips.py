@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge_stg.runtime.atomic import replacing
-from bridge_stg.runtime.spec import ChainSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.host.files import replacing
 
 FRAME_RATE = 24
 QUERIES = (
@@ -31,7 +31,7 @@ QUERIES = (
 )
 
 
-def clip(folder: Path, spec: ChainSpec, frames: int, *, size: tuple[int, int] = (384, 216), seconds: float = 0) -> Path:
+def clip(folder: Path, spec: ModelSpec, frames: int, *, size: tuple[int, int] = (384, 216), seconds: float = 0) -> Path:
     """Return an H.264 clip that the chain samples at exactly `frames` coarse frames; written once.
 
     Args:
@@ -70,7 +70,7 @@ def write(path: Path, *, width: int, height: int, count: int) -> None:
         container.mux(stream.encode(None))
 
 
-def calibration_samples(folder: Path, spec: ChainSpec) -> Path:
+def calibration_samples(folder: Path, spec: ModelSpec) -> Path:
     """Write two short clips and the file that names them and their queries; return the file."""
     lines = []
     for frames, size in ((4, (384, 216)), (6, (256, 256))):

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.grammar import AnswerGrammar
-from bridge_stg.runtime.prompt import Tokenizer, time_strings
-from bridge_stg.runtime.spec import ChainSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.chain.grammar import AnswerGrammar
+from bridge_stg.runtime.chain.prompt import Tokenizer, time_strings
 from speed.clips import QUERIES, clip
 from speed.runners import Runner
 
@@ -31,14 +31,14 @@ UNITS = {
 }  # fmt: skip
 
 
-def answer_ids(spec: ChainSpec, tokenizer: Tokenizer, frames: int, groups: tuple[int, int]) -> list[int]:
+def answer_ids(spec: ModelSpec, tokenizer: Tokenizer, frames: int, groups: tuple[int, int]) -> list[int]:
     """Return the ids of the answer that names groups first … last of a clip of so many coarse frames."""
     each = spec.vision.temporal_patch_size
     times = (np.arange(frames) / spec.frames.coarse_fps).reshape(-1, each).mean(1)
     return AnswerGrammar(tokenizer, spec.prompt, time_strings(times, spec.prompt), allow_none=False).answer_ids(groups)
 
 
-def cases(spec: ChainSpec, tokenizer: Tokenizer, folder: Path, axes: Sequence[str]) -> Iterator[dict[str, Any]]:
+def cases(spec: ModelSpec, tokenizer: Tokenizer, folder: Path, axes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield one point after the other: `axis`, `x`, the `row` to run and its `inputs`."""
     each = spec.vision.temporal_patch_size
 
@@ -75,7 +75,7 @@ def cases(spec: ChainSpec, tokenizer: Tokenizer, folder: Path, axes: Sequence[st
 
 def measure_growth(
     runner: Runner,
-    spec: ChainSpec,
+    spec: ModelSpec,
     tokenizer: Tokenizer,
     folder: Path,
     held: list[dict[str, Any]],

@@ -17,17 +17,17 @@ from speed.clips import QUERIES, clip  # noqa: E402
 from speed.watching import Call, Watch, answer_marker  # noqa: E402
 
 # isort: split
-from bridge_stg.runtime.atomic import replacing  # noqa: E402
-from bridge_stg.runtime.spec import ChainSpec  # noqa: E402
+from bridge_stg.runtime.bundle.spec import ModelSpec  # noqa: E402
+from bridge_stg.runtime.host.files import replacing  # noqa: E402
 
 STEPS = 16
 """Tokens that are decoded."""
 
 
-def middle_quarter(spec: ChainSpec, encode: Any, frames: int) -> list[int]:
+def middle_quarter(spec: ModelSpec, encode: Any, frames: int) -> list[int]:
     """Return the ids of the answer that names the middle quarter of a clip of so many coarse frames."""
-    from bridge_stg.runtime.grammar import AnswerGrammar
-    from bridge_stg.runtime.prompt import time_strings
+    from bridge_stg.runtime.chain.grammar import AnswerGrammar
+    from bridge_stg.runtime.chain.prompt import time_strings
 
     group = spec.vision.temporal_patch_size
     times = (np.arange(frames) / spec.frames.coarse_fps).reshape(-1, group).mean(1)
@@ -39,7 +39,7 @@ def middle_quarter(spec: ChainSpec, encode: Any, frames: int) -> list[int]:
 
 def record(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -> None:
     """Run the reference once, and write vision, prefill, prefill_text, decode, bridge, spatial and end_to_end."""
-    from bridge_stg.checkpoint import load_checkpoint
+    from bridge_stg.checkpoint.checkpoint import load_checkpoint
 
     model = load_checkpoint(checkpoint)
     grounder, spec = model.grounder(), model.spec

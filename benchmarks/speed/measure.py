@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.atomic import replacing
+from bridge_stg.runtime.host.files import replacing
 from speed.parity import parity
 from speed.runners import Runner, RunnerError, RunnerSpec, start
 

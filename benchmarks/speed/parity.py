@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.boxes import box_cxcywh_to_xyxy, box_iou
+from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy, box_iou
 
 Arrays = Mapping[str, np.ndarray]
 COMPARED = {

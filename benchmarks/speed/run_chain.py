@@ -32,7 +32,7 @@ def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = F
         raise PeerError(f"torch is the reference in fp32; {precision} was asked for")
     import torch
 
-    from bridge_stg.checkpoint import load_checkpoint
+    from bridge_stg.checkpoint.checkpoint import load_checkpoint
 
     torch.set_num_threads(threads)
     loaded = load_checkpoint(model.checkpoint)

@@ -14,10 +14,14 @@ from starlette.requests import ClientDisconnect
 
 import bridge_stg
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.server import models, routes_jobs, routes_live, routes_status, routes_videos
-from bridge_stg.server.refusals import Refusal, refusal_of
-from bridge_stg.server.routes_videos import invalid
-from bridge_stg.server.security import Guard
+from bridge_stg.server.http import schemas as models
+from bridge_stg.server.http.errors import ApiError, api_error
+from bridge_stg.server.http.security import Guard
+from bridge_stg.server.routes import jobs as routes_jobs
+from bridge_stg.server.routes import live as routes_live
+from bridge_stg.server.routes import status as routes_status
+from bridge_stg.server.routes import videos as routes_videos
+from bridge_stg.server.routes.videos import invalid
 from bridge_stg.server.service import Service
 
 DESCRIPTION = (
@@ -62,19 +66,19 @@ def create_app(service: Service) -> FastAPI:
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
-    kinds: tuple[Any, ...] = (Refusal, BridgeError, RequestValidationError, HTTPException, Exception)
+    kinds: tuple[Any, ...] = (ApiError, BridgeError, RequestValidationError, HTTPException, Exception)
     for kind in kinds:
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(ClientDisconnect, gone)
     return app
 
 
-def _refusal(error: Exception) -> Refusal:
+def _refusal(error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):
-        return Refusal(422, "invalid", invalid(error.errors()))
+        return ApiError(422, "invalid", invalid(error.errors()))
     if isinstance(error, HTTPException):
         if error.status_code == 400:  # what the framework says of JSON that is nested too deep
-            return Refusal(422, "invalid", "The request is not as /docs says: its body is no JSON that can be read.")
+            return ApiError(422, "invalid", "The request is not as /docs says: its body is no JSON that can be read.")
         codes = {404: "not_found", 405: "method"}
-        return Refusal(error.status_code, codes.get(error.status_code, "http"), f"{error.detail}.")
-    return refusal_of(error)
+        return ApiError(error.status_code, codes.get(error.status_code, "http"), f"{error.detail}.")
+    return api_error(error)

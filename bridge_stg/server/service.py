@@ -10,16 +10,16 @@ from typing import Any
 
 import bridge_stg
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.container import limit_frames
-from bridge_stg.server.annotated import Renderer
-from bridge_stg.server.batching import Scheduler
-from bridge_stg.server.jobs import Job, gone
-from bridge_stg.server.live import LiveHub
+from bridge_stg.runtime.video.decoder import limit_frames
+from bridge_stg.server.http.errors import ApiError, logger, stopping
+from bridge_stg.server.jobs.job import Job, gone
+from bridge_stg.server.jobs.render import Renderer
+from bridge_stg.server.jobs.scheduler import Scheduler
+from bridge_stg.server.live.watch import LiveHub
 from bridge_stg.server.metrics import Metrics
-from bridge_stg.server.open_videos import OpenVideos
-from bridge_stg.server.refusals import Refusal, logger, stopping
 from bridge_stg.server.settings import Settings
-from bridge_stg.server.uploads import Store, Upload
+from bridge_stg.server.videos.prefix_cache import OpenVideos
+from bridge_stg.server.videos.uploads import Store, Upload
 
 MOST_KEPT_JOBS = 1024
 MOST_RESULT_BYTES = 2**28
@@ -98,7 +98,7 @@ class Service:
         self.store.close()
 
     def check_open(self) -> None:
-        """Raise Refusal 503 if the server ends."""
+        """Raise ApiError 503 if the server ends."""
         if self.stopping:
             raise stopping()
 
@@ -107,7 +107,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
     def job(self, job_id: str) -> Job:
-        """Return a job. Raises Refusal 404."""
+        """Return a job. Raises ApiError 404."""
         job = self._jobs.get(job_id)
         if job is None:
             raise gone()
@@ -126,7 +126,7 @@ class Service:
         """Check what is asked, and put it into the queue.
 
         Raises:
-            Refusal: 413 for too many queries or too long ones, 422 for others that cannot be asked, 429 if there is no
+            ApiError: 413 for too many queries or too long ones, 422 for others that cannot be asked, 429 if there is no
                 room, 503 if the server ends.
             QueryError: a query is empty.
         """
@@ -139,18 +139,18 @@ class Service:
         return job
 
     def check_queries(self, queries: Sequence[str]) -> None:
-        """Raise Refusal or QueryError as `add_job` does, before a video is read for them."""
+        """Raise ApiError or QueryError as `add_job` does, before a video is read for them."""
         settings, most = self.settings, self.settings.max_query_chars
         self.check_open()
         if not queries:
-            raise Refusal(422, "query", "There is no query; say in words what to find.")
+            raise ApiError(422, "query", "There is no query; say in words what to find.")
         if len(queries) > settings.max_queries:
-            raise Refusal(
+            raise ApiError(
                 413, "queries", f"{len(queries)} queries; this server takes {settings.max_queries} at a time."
             )
         for query in queries:
             if len(query) > most:
-                raise Refusal(413, "query_length", f"A query has {len(query)} characters; this server takes {most}.")
+                raise ApiError(413, "query_length", f"A query has {len(query)} characters; this server takes {most}.")
             self.grounder.check_query(query)
 
     def forget(self, job: Job) -> None:

@@ -18,11 +18,11 @@ from speed.parity import parity
 from speed.peers.protocol import Load, answer_requests
 from speed.run_chain import load_ours, load_torch
 
-from bridge_stg.runtime.frames import open_source
-from bridge_stg.runtime.prompt import Tokenizer
+from bridge_stg.runtime.chain.prompt import Tokenizer
+from bridge_stg.runtime.video.source import open_source
 
 if TYPE_CHECKING:
-    from bridge_stg.runtime.bundle import Bundle
+    from bridge_stg.runtime.bundle.bundle import Bundle
 
 FRAMES, SIZE = 6, (128, 96)
 ROWS = ("vision", "prefill", "prefill_text", "decode", "bridge", "spatial", "end_to_end")

@@ -107,7 +107,7 @@ def test_the_text_part_alone_computes_what_the_whole_model_computes(demo_folder:
     import torch
     from transformers import Qwen3ForCausalLM
 
-    from bridge_stg.checkpoint import load_checkpoint
+    from bridge_stg.checkpoint.checkpoint import load_checkpoint
 
     checkpoint = PEERS.parents[2] / "assets" / "demo" / "checkpoint"
     whole = load_checkpoint(checkpoint)
@@ -121,8 +121,8 @@ def test_the_text_part_alone_computes_what_the_whole_model_computes(demo_folder:
 
 def text_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     """Return the logits [vocab] behind text ids [1, L], by the runtime's own calls of the torch model."""
-    from bridge_stg.runtime.decode import feed
-    from bridge_stg.runtime.prompt import text_segment
+    from bridge_stg.runtime.chain.decode import feed
+    from bridge_stg.runtime.chain.prompt import text_segment
 
     session = model.grounder()._sessions["language_model"]
     dims = next(tensor.dims for tensor in session.graph.inputs if tensor.name == "visual_tokens")

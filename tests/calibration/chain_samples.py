@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.runtime.clips import pictures, write
+from tests.fakes.clips import pictures, write
 
 
 def write_samples(folder: Path, *, copies: int = 1) -> Path:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bridge_stg.calibration.collect import collect
-from bridge_stg.calibration.ranges import TensorRange
-from bridge_stg.calibration.samples import CalibrationSet, read_samples
-from bridge_stg.calibration.statistics import Statistics
-from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.calibration.collect.collect import collect
+from bridge_stg.calibration.collect.samples import CalibrationSet, read_samples
+from bridge_stg.calibration.collect.statistics import Statistics
+from bridge_stg.calibration.quantize.ranges import TensorRange
+from bridge_stg.runtime.bundle.bundle import Bundle
 from tests.calibration.chain_samples import write_samples
 from tests.calibration.golden_ranges import golden_ranges
 

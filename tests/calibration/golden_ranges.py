@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from bridge_stg.calibration.blocks import find_products
-from bridge_stg.calibration.ranges import TensorRange
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.compare import replay
-from bridge_stg.runtime.manifest import GraphSpec, TensorSpec
-from bridge_stg.runtime.onnxruntime_session import OnnxRuntimeSession
-from bridge_stg.runtime.session import KVCache
+from bridge_stg.calibration.quantize.ranges import TensorRange
+from bridge_stg.export.graph.blocks import find_products
+from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from bridge_stg.runtime.backends.session import KVCache
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
+from bridge_stg.runtime.parity.compare import replay
 
 
 class WatchedSession:

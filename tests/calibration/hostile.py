@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.bundle_writer import BundleWriter
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.writer import BundleWriter
 
 GRAPH = "language_model"
 FACTOR = 1024.0

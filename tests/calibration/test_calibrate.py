@@ -15,18 +15,19 @@ import pytest
 from PIL import Image
 
 from bridge_stg import cli
-from bridge_stg.calibration import recipe_trials, steps
-from bridge_stg.calibration.block_choice import chosen_blocks
+from bridge_stg.calibration import steps
 from bridge_stg.calibration.calibrate import Options, calibrate
-from bridge_stg.calibration.judge import Judgement
-from bridge_stg.calibration.quantized_bundle import quantize_bundle
+from bridge_stg.calibration.judge.judge import Judgement
+from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES, read_overrides
-from bridge_stg.calibration.work import working_in
-from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.calibration.search import trials as recipe_trials
+from bridge_stg.calibration.search.float_blocks import chosen_blocks
+from bridge_stg.calibration.work_folder import working_in
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.reports import read_report
 from tests.calibration.chain_samples import write_samples
-from tests.runtime.clips import pictures, write
+from tests.fakes.clips import pictures, write
 
 FORCED = ("vision_encoder", "language_model")
 LOOSE = {"max_drop": 100.0, "max_changed": 100.0, "confirm": 2, "threads": 1, "force_int8": FORCED}
@@ -271,8 +272,9 @@ def test_export_int8_calibrates_what_it_exported(
     exported: Bundle, given: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The float bundle is there while it is calibrated, and nowhere behind that, however it ends."""
-    from bridge_stg import cli_calibrate
-    from bridge_stg.export import onnx_export, parity
+    from bridge_stg.commands import calibrate as cli_calibrate
+    from bridge_stg.export import export_bundle as onnx_export
+    from bridge_stg.export.parity import parity
 
     seen: list[Path] = []
 

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from bridge_stg.calibration.samples import overlap, read_samples
-from bridge_stg.figures import HELD_OUT_SEED, clip_path, held_out_clips
+from bridge_stg.calibration.collect.samples import overlap, read_samples
+from bridge_stg.demo.held_out import HELD_OUT_SEED, clip_path, held_out_clips
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bridge_stg.calibration.blocks import Product
 from bridge_stg.calibration.recipes import (
     RECIPES,
     GraphRecipe,
@@ -16,6 +15,7 @@ from bridge_stg.calibration.recipes import (
     read_overrides,
     write_overrides,
 )
+from bridge_stg.export.graph.blocks import Product
 from bridge_stg.runtime.errors import BridgeError
 
 BLOCK = "language_model.layers.1.mlp"

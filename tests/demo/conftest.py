@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge_stg.checkpoint import load_checkpoint
-from bridge_stg.model import BridgeSTG
+from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime import Grounder
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo"

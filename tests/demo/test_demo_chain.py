@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bridge_stg.figures import clip_path, compare_models, held_out_clips, measure, score
+from bridge_stg.demo.held_out import clip_path, compare_models, held_out_clips, measure, score
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.contracts import GRAPHS
-from bridge_stg.runtime.prompt import Tokenizer
-from bridge_stg.runtime.targets import open_sessions
+from bridge_stg.runtime.backends.choose import open_sessions
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.contracts import GRAPHS
+from bridge_stg.runtime.chain.prompt import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo"
 CLIPS = sorted((DEMO / "clips").glob("*.mp4"))
@@ -82,8 +82,8 @@ def test_a_still_image(demo_grounder, tmp_path):
     from PIL import Image
 
     rng = np.random.default_rng(4)
-    from bridge_stg.sprites import COLOUR_NAMES, NAMES
-    from bridge_stg.synthetic import make_scene
+    from bridge_stg.demo.sprites import COLOUR_NAMES, NAMES
+    from bridge_stg.demo.synthetic import make_scene
 
     ious = []
     for _ in range(6):
@@ -94,7 +94,7 @@ def test_a_still_image(demo_grounder, tmp_path):
         query = f"the {COLOUR_NAMES[thing.colour]} {NAMES[thing.name]}"
         result = demo_grounder.ground(tmp_path / "still.png", query, allow_none=False)
         assert len(result.boxes) == 1 and result.boxes.times[0] == 0
-        from bridge_stg.runtime.boxes import box_iou
+        from bridge_stg.runtime.chain.boxes import box_iou
 
         ious.append(float(box_iou(result.boxes.boxes, scene.boxes_pixels(0, np.zeros(1)))[0]))
     assert np.mean(ious) > 0.5
@@ -146,7 +146,7 @@ def test_a_long_real_clip_in_flat_memory(demo_bundle):
         "print(status.split('VmHWM:')[1].split()[0])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"import bridge_stg; bridge_stg.__path__.append({str(DEMO.parents[1])!r})\n{script}",
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(DEMO.parents[1])!r})\n{script}",
          str(demo_bundle), str(REAL)],
         capture_output=True, text=True, check=False, cwd=DEMO.parents[1],
     )  # fmt: skip

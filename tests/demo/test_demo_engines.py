@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from bridge_stg.calibration.quantized_bundle import quantize_bundle
+from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES
-from bridge_stg.export.engine_plan import plan_summary, read_plan_report
-from bridge_stg.export.engine_targets import TARGETS
-from bridge_stg.export.engines import compile_graph
-from bridge_stg.export.onnx_export import export_bundle
-from bridge_stg.export.profiles import profiles_of
-from bridge_stg.export.taps import borders, write_tapped
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.contracts import GRAPHS
+from bridge_stg.export.engines.compile import compile_graph
+from bridge_stg.export.engines.layers import plan_summary, read_plan_report
+from bridge_stg.export.engines.profiles import profiles_of
+from bridge_stg.export.engines.targets import TARGETS
+from bridge_stg.export.export_bundle import export_bundle
+from bridge_stg.export.parity.block_outputs import borders, write_tapped
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.contracts import GRAPHS
 from tests.calibration.golden_ranges import golden_ranges
 from tests.demo.conftest import DEMO
 

@@ -9,14 +9,14 @@ import av
 import numpy as np
 import pytest
 
-from bridge_stg.figures import clip_path, held_out_clips
+from bridge_stg.demo.held_out import clip_path, held_out_clips
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.device_array import DeviceArray
-from bridge_stg.runtime.engine_cache import read_engines
+from bridge_stg.runtime.backends.tensorrt.engine_cache import read_engines
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.verify import verify_bundle
-from tests.runtime.fake_machine import CHAIN_PROFILES, FakeMachine
+from bridge_stg.runtime.parity.verify import verify_bundle
+from tests.fakes.machine import CHAIN_PROFILES, FakeMachine
 
 SCHEDULES = {"late": (), "uploads hurry": (1,), "work hurries": (0,)}
 

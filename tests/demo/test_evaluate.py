@@ -24,8 +24,6 @@ TASKS = {
 WITHOUT_TORCH = """
 import sys
 sys.path.insert(0, {root!r})
-import bridge_stg
-bridge_stg.__path__.append({root!r})
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "transformers", "onnx", "onnxscript", "safetensors", "skimage"):

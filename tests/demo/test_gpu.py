@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bridge_stg.export.bisect import Side, bisect
-from bridge_stg.export.engine_plan import plan_summary
-from bridge_stg.export.tapped_engines import engine_maker
-from bridge_stg.figures import clip_path, held_out_clips
+from bridge_stg.demo.held_out import clip_path, held_out_clips
+from bridge_stg.export.engines.bisect_engines import engine_maker
+from bridge_stg.export.engines.layers import plan_summary
+from bridge_stg.export.parity.bisect import Side, bisect
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.backends import BACKENDS, gpu
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.contracts import GRAPHS
-from bridge_stg.runtime.device import DeviceContext
-from bridge_stg.runtime.device_array import DeviceArray
-from bridge_stg.runtime.engine_cache import read_engines
-from bridge_stg.runtime.sizes import resize
-from bridge_stg.runtime.targets import choose
-from bridge_stg.runtime.verify import verify_bundle
+from bridge_stg.runtime.backends.choose import choose
+from bridge_stg.runtime.backends.registry import BACKENDS, gpu
+from bridge_stg.runtime.backends.tensorrt.engine_cache import read_engines
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.contracts import GRAPHS
+from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.parity.verify import verify_bundle
+from bridge_stg.runtime.video.sizes import resize
 
 pytestmark = pytest.mark.gpu
 

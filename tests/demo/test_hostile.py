@@ -10,21 +10,21 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bridge_stg.calibration.automatic import fewest_in_float
-from bridge_stg.calibration.blocks import Product, find_products
-from bridge_stg.calibration.collect import collect
-from bridge_stg.calibration.judge import judge
-from bridge_stg.calibration.product_errors import product_errors
-from bridge_stg.calibration.quantized_bundle import quantize_bundle
-from bridge_stg.calibration.ranges import choose_ranges
+from bridge_stg.calibration.collect.collect import collect
+from bridge_stg.calibration.collect.samples import read_samples
+from bridge_stg.calibration.judge.judge import judge
+from bridge_stg.calibration.quantize.bundle import quantize_bundle
+from bridge_stg.calibration.quantize.ranges import choose_ranges
+from bridge_stg.calibration.quantize.smooth import choose_smoothing
 from bridge_stg.calibration.recipes import RECIPES
-from bridge_stg.calibration.samples import read_samples
-from bridge_stg.calibration.sensitivity import rank_blocks
-from bridge_stg.calibration.smooth import choose_smoothing
-from bridge_stg.evaluation.bundle_model import bundle_model
-from bridge_stg.evaluation.jsonl import read_jsonl
+from bridge_stg.calibration.search.matmul_errors import product_errors
+from bridge_stg.calibration.search.search import fewest_in_float
+from bridge_stg.calibration.search.sensitivity import rank_blocks
+from bridge_stg.evaluation.datasets.jsonl import read_jsonl
+from bridge_stg.evaluation.run.bundle_model import bundle_model
+from bridge_stg.export.graph.blocks import Product, find_products
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime.bundle.bundle import Bundle
 from tests.calibration.hostile import hostile_bundle
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo"

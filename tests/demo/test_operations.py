@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.triton_repository import Serving, write_repository
-from tests.runtime import fake_triton
-from tests.runtime.test_triton_model import as_json
+from bridge_stg.triton.repository import Serving, write_repository
+from tests.fakes import triton as fake_triton
+from tests.triton.test_model import as_json
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPS = ROOT / "assets/demo/clips"
@@ -62,7 +62,7 @@ def test_benchmark_puts_parity_beside_times(demo_bundle: Path, tmp_path: Path) -
     path, _ = clip("1-named")
     command = [sys.executable, "benchmarks/gpu_chain.py", "--bundle", demo_bundle, "--clip", path, "--runs", 1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    start = "import sys, runpy, bridge_stg; bridge_stg.__path__.append({root!r}); sys.argv = sys.argv[1:]; "
+    start = "import sys, runpy; sys.path.insert(0, {root!r}); sys.argv = sys.argv[1:]; "
     start += "sys.path.insert(0, 'benchmarks'); runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [str(part) for part in (*command[1:], "--out", out)]
     done = subprocess.run(

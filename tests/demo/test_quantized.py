@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bridge_stg.calibration.block_sizes import size_of_blocks
-from bridge_stg.calibration.quantized_bundle import quantize_bundle
+from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES
-from bridge_stg.export.golden import scene
+from bridge_stg.calibration.search.block_sizes import size_of_blocks
+from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.boxes import box_iou
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.verify import verify_bundle
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.chain.boxes import box_iou
+from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.calibration.golden_ranges import golden_ranges
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.evaluation.run import Model
+from bridge_stg.evaluation.run.evaluate import Model
 from bridge_stg.evaluation.samples import Dataset, Truth
-from bridge_stg.runtime.tubes import FrameBoxes, Grounding, Tube
+from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube
 
 
 def grounding(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bridge_stg.runtime.draw import encode_h264
+from bridge_stg.runtime.visualize.annotate import encode_h264
 
 SIZE = (96, 64)
 SIDE = 24
@@ -213,7 +213,7 @@ def got10k(root: Path, write: Write = empty, *, frames: int = 12) -> Files:
 
 
 def jsonl(root: Path, write: Write = empty) -> Files:
-    """The project's own format; see evaluation/jsonl.py."""
+    """The project's own format; see evaluation/datasets/jsonl.py."""
     fps = 5.0
     write(root / "media/a.mp4", 6, fps)
     (root / "media").mkdir(parents=True, exist_ok=True)

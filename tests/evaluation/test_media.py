@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridge_stg.evaluation.benchmarks import read_benchmark
+from bridge_stg.evaluation.datasets.registry import read_benchmark
 from bridge_stg.evaluation.media import MediaFolder, clip_frames, folder_frames, shown
 from bridge_stg.runtime.errors import VideoError
 from tests.evaluation import official

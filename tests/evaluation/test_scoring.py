@@ -10,7 +10,7 @@ import pytest
 
 from bridge_stg.evaluation.samples import Sample, Truth, image_truth, span_truth, tube_truth
 from bridge_stg.evaluation.scoring import covering, figures, score, score_nothing
-from bridge_stg.runtime.tubes import Grounding
+from bridge_stg.runtime.chain.results import Grounding
 from tests.evaluation.fake_models import grounding
 
 SIZE = (100, 80)

@@ -15,7 +15,7 @@ import pytest
 from bridge_stg.runtime.grounder import Grounder
 from tests.examples import ros2_stand_in
 from tests.examples.loading import EXAMPLES, load
-from tests.runtime.live_chain import live_grounder, stream
+from tests.fakes.live_chain import live_grounder, stream
 
 START_S = 1_700_000_000.0
 

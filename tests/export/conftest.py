@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge_stg.checkpoint import load_checkpoint
-from bridge_stg.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
-from bridge_stg.demo import demo_config
-from bridge_stg.model import BridgeSTG
-from bridge_stg.runtime.bundle import Bundle
-from bridge_stg.runtime.onnxruntime_session import OnnxRuntimeSession
+from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from bridge_stg.demo.tiny_model import demo_config
+from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from bridge_stg.runtime.bundle.bundle import Bundle
 
 Sessions = dict[str, dict[str, OnnxRuntimeSession]]
 

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import pytest
 
 from bridge_stg.export import memory
+from bridge_stg.export.export_bundle import export_bundle
 from bridge_stg.export.memory import Estimate, available_bytes, estimate, gigabytes, require_room
-from bridge_stg.export.onnx_export import export_bundle
-from bridge_stg.export.precision import PRECISIONS
-from bridge_stg.export.skeleton import open_skeleton
-from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.export.tracing.precision import PRECISIONS
+from bridge_stg.export.tracing.skeleton import open_skeleton
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.peak import peak_bytes
-from bridge_stg.runtime.reports import read_report
+from bridge_stg.runtime.host.peak import peak_bytes
 
 NEEDED = Estimate(weights=4 * 10**9, disk=5 * 10**9, export=2 * 10**9, replay=8 * 10**9, lean_replay=5 * 10**9)
 

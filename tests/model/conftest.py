@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge_stg.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
-from bridge_stg.demo import demo_config, write_demo_tokenizer
-from bridge_stg.model import BridgeSTG
-from bridge_stg.runtime.prompt import Tokenizer
-from bridge_stg.runtime.spec import FramesSpec
+from bridge_stg.demo.tiny_model import demo_config, write_demo_tokenizer
+from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.runtime.bundle.spec import FramesSpec
+from bridge_stg.runtime.chain.prompt import Tokenizer
 
 
 def tiny_config() -> BridgeSTGConfig:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from bridge_stg.demo import demo_config, write_demo_tokenizer
+from bridge_stg.demo.tiny_model import demo_config, write_demo_tokenizer
 
 TOKENS = {
     key: demo_config().backbone[key]

@@ -20,14 +20,14 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from bridge_stg.backbones import backbone
-from bridge_stg.checkpoint import checkpoint_key
-from bridge_stg.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
-from bridge_stg.eager import TorchSession
-from bridge_stg.model import BridgeSTG
-from bridge_stg.runtime.greedy import stock_segment
-from bridge_stg.runtime.positions import VisualGrid, vision_tables
-from bridge_stg.runtime.prompt import Segment
+from bridge_stg.checkpoint.checkpoint import checkpoint_key
+from bridge_stg.model.backbones import backbone
+from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.torch_session import TorchSession
+from bridge_stg.runtime.chain.positions import VisualGrid, vision_tables
+from bridge_stg.runtime.chain.prompt import Segment
+from bridge_stg.runtime.heads.generate import stock_segment
 
 VOCAB, IMAGE, VIDEO, START, END = 128, 124, 125, 126, 127
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}

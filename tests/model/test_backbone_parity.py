@@ -8,11 +8,11 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from bridge_stg.checkpoint import checkpoint_key
-from bridge_stg.eager import TorchSession
-from bridge_stg.model import BridgeSTG
-from bridge_stg.runtime.positions import vision_tables
-from bridge_stg.runtime.prompt import Tokenizer, query_segment, video_segment
+from bridge_stg.checkpoint.checkpoint import checkpoint_key
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.torch_session import TorchSession
+from bridge_stg.runtime.chain.positions import vision_tables
+from bridge_stg.runtime.chain.prompt import Tokenizer, query_segment, video_segment
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-import bridge_stg.backbones as backbones
-from bridge_stg.backbones import FAMILIES, backbone
-from bridge_stg.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
-from bridge_stg.eager import TorchSession
-from bridge_stg.model import BridgeSTG
-from bridge_stg.runtime.contracts import graph_contract
+import bridge_stg.model.backbones as backbones
+from bridge_stg.model.backbones import FAMILIES, backbone
+from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.torch_session import TorchSession
+from bridge_stg.runtime.bundle.contracts import graph_contract
+from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.errors import CheckpointError
-from bridge_stg.runtime.positions import vision_tables
 from tests.model.stock_models import TEXT, VISION, our_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,11 +121,11 @@ def test_what_the_graphs_cannot_do_is_refused() -> None:
 
 
 def test_published_configs_are_understood() -> None:
-    spec = checkpoint_config(QWEN3_VL_2B).chain_spec()
+    spec = checkpoint_config(QWEN3_VL_2B).model_spec()
     assert (spec.vision.position_grid, spec.vision.deepstack_levels, spec.vision.window_patches) == (48, 3, 0)
     assert (spec.language.num_layers, spec.language.kv_heads, spec.language.head_dim) == (28, 8, 128)
     assert spec.language.tapped_layers == (8, 17, 27) and spec.vision.tokens_per_second is None
-    spec = checkpoint_config(QWEN2_5_VL_3B).chain_spec()
+    spec = checkpoint_config(QWEN2_5_VL_3B).model_spec()
     assert (spec.vision.position_grid, spec.vision.deepstack_levels, spec.vision.window_patches) == (0, 0, 8)
     assert (spec.language.num_layers, spec.language.kv_heads, spec.language.head_dim) == (36, 2, 128)
     assert (spec.language.hidden_size, spec.vision.tokens_per_second) == (2048, 2.0)
@@ -136,9 +136,9 @@ def test_published_configs_are_understood() -> None:
 def test_a_config_is_read_and_not_changed(family: str) -> None:
     values = copy.deepcopy(PUBLISHED[family])
     config = checkpoint_config(values)
-    config.chain_spec()
+    config.model_spec()
     assert values == PUBLISHED[family]
-    assert BridgeSTGConfig.from_dict(config.to_dict()).chain_spec() == config.chain_spec()
+    assert BridgeSTGConfig.from_dict(config.to_dict()).model_spec() == config.model_spec()
 
 
 @pytest.mark.parametrize("family, parameters", [("qwen3_vl", 2_127_532_032), ("qwen2_5_vl", 3_754_622_976)])
@@ -183,7 +183,7 @@ def test_published_keys_become_ours() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_contract_lists_the_tables_that_the_host_computes(family: str) -> None:
-    spec = checkpoint_config(PUBLISHED[family]).chain_spec()
+    spec = checkpoint_config(PUBLISHED[family]).model_spec()
     contract = graph_contract("vision_encoder", spec, variant="test", opset=24)
     tables = vision_tables(spec.vision, 10, 14)
     assert [tensor.name for tensor in contract.inputs] == ["frames", *tables]
@@ -197,7 +197,7 @@ def test_the_contract_lists_the_tables_that_the_host_computes(family: str) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_checkpoints_frames_fit_the_family(family: str) -> None:
-    spec = checkpoint_config(PUBLISHED[family]).chain_spec()
+    spec = checkpoint_config(PUBLISHED[family]).model_spec()
     token = (spec.vision.patch_size * spec.vision.merge_size) ** 2
     frames = spec.frames
     for pixels in (frames.coarse_min_pixels, frames.coarse_max_pixels, frames.fine_min_pixels, frames.fine_max_pixels):
@@ -212,7 +212,7 @@ def test_the_worked_example_of_the_document_works(monkeypatch: pytest.MonkeyPatc
 
     text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    module = ModuleType("bridge_stg.backbones.qwen2_vl")
+    module = ModuleType("bridge_stg.model.backbones.qwen2_vl")
     exec(compile(code, "docs/adapters.md", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(backbones, "FAMILIES", (*FAMILIES, "qwen2_vl"))

@@ -18,25 +18,25 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as video_size
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from bridge_stg.backbones import backbone
-from bridge_stg.config import BridgeSTGConfig
-from bridge_stg.demo import demo_tokenizer_json
-from bridge_stg.runtime.prompt import Tokenizer, query_segment, time_strings, video_segment
-from bridge_stg.runtime.sizes import resize, smart_size
-from bridge_stg.runtime.spec import ChainSpec
-from bridge_stg.vision import VisionEncoder
+from bridge_stg.demo.tiny_model import demo_tokenizer_json
+from bridge_stg.model.backbones import backbone
+from bridge_stg.model.config import BridgeSTGConfig
+from bridge_stg.model.vision import VisionEncoder
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.chain.prompt import Tokenizer, query_segment, time_strings, video_segment
+from bridge_stg.runtime.video.sizes import resize, smart_size
 from tests.model.stock_models import FAMILIES, TEXT, VISION
 
 SIDES = {"qwen3_vl": (16, 2), "qwen2_5_vl": (14, 2)}
 
 
-def chain_spec(family: str) -> ChainSpec:
+def model_spec(family: str) -> ModelSpec:
     adapter = backbone({"model_type": family})
     config = BridgeSTGConfig(
         backbone={"model_type": family, "vision_config": VISION, "text_config": TEXT},
         image_mean=adapter.image_mean, image_std=adapter.image_std, prompt=adapter.prompt(), frames=adapter.frames(),
     )  # fmt: skip
-    return config.chain_spec()
+    return config.model_spec()
 
 
 def test_frame_sizes_are_the_image_processors() -> None:
@@ -120,7 +120,7 @@ def test_group_times_are_printed_as_by_the_processor(count: int) -> None:
     times = np.array([i / fps for i in indices] + [indices[-1] / fps] * (count % 2)).reshape(-1, 2)
     theirs = Qwen3VLProcessor._calculate_timestamps(None, list(indices), fps, 2)
     np.testing.assert_allclose(times.mean(1), theirs)
-    ours = time_strings(times.mean(1), chain_spec("qwen3_vl").prompt)
+    ours = time_strings(times.mean(1), model_spec("qwen3_vl").prompt)
     assert ours == [f"<{time:.1f} seconds>" for time in theirs]
 
 
@@ -170,7 +170,7 @@ def render(family: str, content: list[dict[str, str]]) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_is_the_chat_template_around_the_video(family: str, tokenizer: Tokenizer) -> None:
-    spec, groups, grid = chain_spec(family), 3, (2, 3)
+    spec, groups, grid = model_spec(family), 3, (2, 3)
     video = video_segment(tokenizer, spec, [0.25, 1.25, 2.25], grid)
     query = query_segment(tokenizer, spec, "the dog", video.next_position)
     ours = tokenizer.decode([*video.input_ids, *query.input_ids])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bridge_stg.eager import TorchSession
-from bridge_stg.model import BridgeSTG
-from bridge_stg.runtime.greedy import generate
-from bridge_stg.runtime.prompt import Segment
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.torch_session import TorchSession
+from bridge_stg.runtime.chain.prompt import Segment
+from bridge_stg.runtime.heads.generate import generate
 from tests.model.stock_models import FAMILIES, StockPrompt, our_model, picture, stock_inputs, stock_model, visual_rows
 
 
@@ -159,7 +159,7 @@ def test_feature_maps_equal_transformers(pair: Pair) -> None:
     vision = pair.ours.spec.vision
     frames = prompt.parts[1].frames  # type: ignore[union-attr]
     frames = np.concatenate([frames, frames[-1:]]).reshape(2, 2, *frames.shape[1:])
-    from bridge_stg.runtime.positions import merge_order, vision_tables
+    from bridge_stg.runtime.chain.positions import merge_order, vision_tables
 
     rows, columns = frames.shape[2] // vision.patch_size, frames.shape[3] // vision.patch_size
     ours = TorchSession("vision_encoder", pair.ours).infer({"frames": frames, **vision_tables(vision, rows, columns)})

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bridge_stg.eager import TorchSession
-from bridge_stg.losses import box_iou_giou, contrastive_loss, heat_target, spatial_losses
-from bridge_stg.spatial_decoder import Localization, move_boxes, patch_sides
+from bridge_stg.model.spatial_decoder import Localization, move_boxes, patch_sides
+from bridge_stg.model.torch_session import TorchSession
+from bridge_stg.training.losses import box_iou_giou, contrastive_loss, heat_target, spatial_losses
 
 
 def feeds(model, queries: int, frames: int, seed: int = 0) -> dict[str, np.ndarray]:

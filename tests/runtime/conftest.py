@@ -10,10 +10,10 @@ import onnx
 import onnx.external_data_helper
 import pytest
 
-from bridge_stg.runtime.bundle_writer import BundleWriter
-from bridge_stg.runtime.golden import write_case
-from bridge_stg.runtime.manifest import CacheSpec, GraphSpec, Manifest, TensorSpec
-from bridge_stg.runtime.spec import ChainSpec, LanguageSpec, VisionSpec
+from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec, Manifest, TensorSpec
+from bridge_stg.runtime.bundle.spec import LanguageSpec, ModelSpec, VisionSpec
+from bridge_stg.runtime.bundle.writer import BundleWriter
+from bridge_stg.runtime.parity.golden import write_case
 
 VOCABULARY, KV_HEADS, HEAD_DIM = 10, 2, 4
 
@@ -135,7 +135,7 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Graph
 
 
 @pytest.fixture(scope="session")
-def chain_spec() -> ChainSpec:
+def model_spec() -> ModelSpec:
     """Numbers of no particular model."""
     vision = VisionSpec(
         family="qwen3_vl", patch_size=16, merge_size=2, temporal_patch_size=2, hidden_size=8, head_dim=4,
@@ -145,11 +145,11 @@ def chain_spec() -> ChainSpec:
         hidden_size=8, num_layers=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, vocab_size=VOCABULARY, max_positions=64,
         num_bridging_queries=2, tapped_layers=(0,),
     )  # fmt: skip
-    return ChainSpec(vision=vision, language=language)
+    return ModelSpec(vision=vision, language=language)
 
 
 @pytest.fixture
-def bundle_path(tmp_path: Path, language_models: dict[str, GraphFile], chain_spec: ChainSpec) -> Path:
+def bundle_path(tmp_path: Path, language_models: dict[str, GraphFile], model_spec: ModelSpec) -> Path:
     """A complete bundle: one graph in two variants that share weights, a tokenizer, one golden case."""
     target = tmp_path / "bundle"
     with BundleWriter(target) as writer:
@@ -161,5 +161,5 @@ def bundle_path(tmp_path: Path, language_models: dict[str, GraphFile], chain_spe
         write_case(
             writer.folder / "golden" / "first", [("language_model", inputs, outputs)], kind="demo", cache_capacity=4
         )
-        writer.finish(Manifest(spec=chain_spec, model={"name": "tiny"}, tools={"onnx": onnx.__version__}))
+        writer.finish(Manifest(spec=model_spec, model={"name": "tiny"}, tools={"onnx": onnx.__version__}))
     return target

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridge_stg.runtime import Grounder, targets
-from bridge_stg.runtime.bundle import Bundle
+from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.backends import choose as targets
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.chain.prompt import Tokenizer
+from bridge_stg.runtime.chain.spans import FineFrames
+from bridge_stg.runtime.chain.spatial_pass import SpatialQuery, _batches
 from bridge_stg.runtime.errors import EngineError, QueryError, VideoError
-from bridge_stg.runtime.prompt import Tokenizer
-from bridge_stg.runtime.spans import FineFrames
-from bridge_stg.runtime.spatial_pass import SpatialQuery, _batches
-from tests.runtime.answers import CAR, QUERIES, SCRIPT, same, write_video
-from tests.runtime.fake_chain import BRIDGING, TAPS, WIDTH, clip, fake_grounder, fake_spec
+from tests.fakes.answers import CAR, QUERIES, SCRIPT, same, write_video
+from tests.fakes.chain import BRIDGING, TAPS, WIDTH, clip, fake_grounder, fake_spec
 
 
 def test_a_query_becomes_a_tube() -> None:
@@ -295,7 +296,7 @@ def test_a_missing_session_is_named() -> None:
 def test_importing_the_runtime_loads_nothing_heavy() -> None:
     root = Path(__file__).parents[2]
     code = (
-        "import sys, time, bridge_stg; bridge_stg.__path__.append(sys.argv[1]); began = time.perf_counter();"
+        "import sys, time; sys.path.insert(0, sys.argv[1]); began = time.perf_counter();"
         "import bridge_stg.runtime; took = time.perf_counter() - began; assert took < 0.3, took;"
         "from bridge_stg.runtime import Grounder, Grounding, Tube, BridgeError;"
         "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'av', 'PIL', 'tokenizers'} & set(sys.modules);"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from bridge_stg.runtime.errors import EngineError, Interrupted, VideoError
-from tests.runtime.answers import QUERIES, SCRIPT, same, write_video
-from tests.runtime.fake_chain import clip, fake_grounder
+from tests.fakes.answers import QUERIES, SCRIPT, same, write_video
+from tests.fakes.chain import clip, fake_grounder
 
 STAGES = ["decode_video", "vision_coarse", "prefill", "answer", "decode_fine", "vision_fine", "spatial"]
 

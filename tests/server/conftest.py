@@ -18,8 +18,8 @@ from bridge_stg.runtime import Grounder
 from bridge_stg.server.run import Server, bind, url_of
 from bridge_stg.server.service import Service
 from bridge_stg.server.settings import Settings
-from tests.runtime.clips import write
-from tests.runtime.fake_chain import fake_grounder
+from tests.fakes.chain import fake_grounder
+from tests.fakes.clips import write
 
 ROOT = Path(__file__).parents[2]
 CLIPS = sorted((ROOT / "assets" / "demo" / "clips").glob("*.mp4"))

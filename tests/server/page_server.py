@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
-from bridge_stg.runtime.playback import play
+from bridge_stg.runtime.video.playback import play
 
 PAGE = Path(__file__).resolve().parents[2] / "bridge_stg/server/page"
 CSP = (

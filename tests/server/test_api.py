@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridge_stg.server import annotated
-from tests.runtime.clips import write
-from tests.runtime.fake_chain import fake_grounder, fake_spec
+from bridge_stg.server.jobs import render as annotated
+from tests.fakes.chain import fake_grounder, fake_spec
+from tests.fakes.clips import write
 from tests.server.conftest import (
     CLIPS,
     Running,

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridge_stg.runtime.peak import peak_bytes, reset_peak
-from tests.runtime.clips import pictures, write
+from bridge_stg.runtime.host.peak import peak_bytes, reset_peak
+from tests.fakes.clips import pictures, write
 from tests.server.conftest import Running, ask, ended, refusal, small_clip, until, upload
 
 MOST_S, MOST_PIXELS = 30.0, 512 * 512
@@ -31,7 +31,7 @@ WORD = b"a secret word of this machine"
 
 @pytest.fixture(scope="module")
 def server() -> object:
-    from tests.runtime.fake_chain import fake_grounder
+    from tests.fakes.chain import fake_grounder
 
     running = Running(fake_grounder(), max_duration_s=MOST_S, max_pixels=MOST_PIXELS, max_upload_bytes=4 * 2**20)
     yield running

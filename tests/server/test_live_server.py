@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runtime.clips import write
-from tests.runtime.live_chain import live_grounder, stream
+from tests.fakes.clips import write
+from tests.fakes.live_chain import live_grounder, stream
 from tests.server.conftest import Running, events, metric, refusal, until
 
 OPTIONS = {"window": 16, "every_s": 0.5}

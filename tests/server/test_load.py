@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from bridge_stg.runtime import Grounder
-from tests.runtime.fake_chain import fake_grounder
+from tests.fakes.chain import fake_grounder
 from tests.server.conftest import (
     CLIPS,
     Running,

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runtime.clips import write
+from tests.fakes.clips import write
 from tests.server.chromium import chromium
 from tests.server.measure import MEASURE
 from tests.server.page_server import PAGE, Script, serving, true_box
@@ -580,7 +580,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 
 def test_one_palette() -> None:
-    annotated = pytest.importorskip("bridge_stg.server.annotated")
+    annotated = pytest.importorskip("bridge_stg.server.jobs.render")
     text = (PAGE / "palette.js").read_text()
     colours = [tuple(map(int, found)) for found in re.findall(r"\[(\d+), (\d+), (\d+)\]", text)]
     assert colours == list(annotated.COLOURS)

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.runtime.clips import decoded, write
+from tests.fakes.clips import decoded, write
 from tests.server.chromium import chromium
 from tests.server.conftest import CLIPS, Running
 from tests.server.measure import MEASURE

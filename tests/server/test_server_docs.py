@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge_stg.cli_serve import serve
+from bridge_stg.commands.serve import serve
 from bridge_stg.server.settings import Settings
 from tests.server.conftest import ROOT, Running, small_clip
 
@@ -54,7 +54,7 @@ def test_every_route_is_named(served: Callable[..., Running]) -> None:
 
 
 def test_the_codes_are_those_that_are_sent() -> None:
-    sent = set(re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', SOURCES)) | {"busy", "not_found", "method"}
+    sent = set(re.findall(r'ApiError\(\s*\d+,\s*"(\w+)"', SOURCES)) | {"busy", "not_found", "method"}
     table = TEXT[TEXT.index("| status | codes |") : TEXT.index("## How it works")]
     named = set(re.findall(r"`([a-z_]+)`", table))
     assert sent <= named, sent - named

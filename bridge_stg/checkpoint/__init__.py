@@ -1,0 +1,1 @@
+"""Checkpoints on disk: safetensors, LoRA adapters, initialization from public weights."""

@@ -1,0 +1,110 @@
+"""What the command line prints: a grounding and a bundle as plain text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bridge_stg.runtime.backends.choose import choose
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.video.token_budget import CoarseChoice
+
+ROWS = 12
+
+
+def grounding_table(result: Grounding) -> str:
+    """Return the span, up to twelve evenly picked boxes, and what it took."""
+    width, height = result.size
+    lines = [f'"{result.query}" in {width} × {height} pixels']
+    if result.found and result.span is not None:
+        start, end = result.span
+        verb = "followed" if result.task == "track" else "found"
+        lines += ["  found"] if result.task == "image" else [f"  {verb} from {start:.2f} s to {end:.2f} s"]
+        lines += [] if result.boxes is None else _box_rows(result.boxes)
+    else:
+        lines += [f"  not in this video (probability {result.scores['absent']:.2f})"]
+    tokens = result.tokens
+    lines += [
+        _coarse_line(result.coarse),
+        f"  visual tokens: {tokens['coarse']:.0f} coarse + {tokens['fine']:.0f} fine; "
+        f"a dense pass would take {tokens['dense']:.0f}",
+        "  seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.timings.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _coarse_line(coarse: CoarseChoice) -> str:
+    """Say how the language model saw the video, and what kept it from seeing more."""
+    budget = f" of {coarse.max_visual_tokens}" if coarse.max_visual_tokens is not None else ""
+    limited = f"; limited by {', '.join(coarse.limited_by)}" if coarse.limited_by else ""
+    groups = f"{coarse.groups} group{'' if coarse.groups == 1 else 's'}"
+    return (
+        f"  coarse frames: {coarse.fps:.4g} a second at {coarse.size[0]} × {coarse.size[1]} pixels, {groups}, "
+        f"{coarse.tokens}{budget} tokens{limited}"
+    )
+
+
+def _box_rows(boxes: FrameBoxes) -> list[str]:
+    rows = [f"  {'time':>7}  {'left':>6} {'top':>6} {'right':>6} {'bottom':>6}  presence"]
+    for i in np.unique(np.linspace(0, len(boxes) - 1, min(ROWS, len(boxes))).round().astype(int)):
+        left, top, right, bottom = boxes.boxes[i]
+        flags = ["interpolated"] * bool(boxes.interpolated[i]) + ["low presence"] * (not boxes.visible[i])
+        row = f"  {boxes.times[i]:7.2f}  {left:6.0f} {top:6.0f} {right:6.0f} {bottom:6.0f}  {boxes.presence[i]:8.2f}"
+        rows.append(f"{row}  {', '.join(flags)}".rstrip())
+    if len(boxes) > ROWS:
+        rows.append(f"  ({ROWS} of {len(boxes)} frames; --json writes all)")
+    return rows
+
+
+def bundle_table(bundle: Bundle) -> str:
+    """Return what is in a bundle: model, rules, and every variant of every graph with its tensors."""
+    manifest = bundle.manifest
+    spec = manifest.spec
+    facts = {
+        "bundle": Path(bundle.path),
+        "fingerprint": manifest.fingerprint,
+        "model": ", ".join(f"{name} {value}" for name, value in manifest.model.items()),
+        "made with": ", ".join(f"{name} {value}" for name, value in manifest.tools.items()),
+        "parity": "measured and held" if manifest.verified else "not measured: unverified (--no-verify)",
+        "quantized": "no" if manifest.calibration is None else "yes, see calibration in manifest.json",
+        "frames": f"{spec.frames.coarse_fps:g} a second coarse (up to {spec.frames.coarse_max_pixels} pixels), "
+        f"{spec.frames.fine_fps:g} fine (up to {spec.frames.fine_max_pixels})",
+        "size": f"{sum(entry.size for entry in manifest.entries().values()) / 1e6:.1f} MB",
+        "runs here": _target_line(bundle),
+    }
+    lines = [f"{name:12} {value}" for name, value in facts.items()]
+    for variants in manifest.graphs.values():
+        for graph in variants.values():
+            lines += ["", *_graph_lines(graph)]
+    return "\n".join(lines)
+
+
+def _target_line(bundle: Bundle) -> str:
+    """Say which backend `auto` takes on this machine, and why."""
+    try:
+        return str(choose(bundle))
+    except EngineError as error:
+        return f"no: {error}"
+
+
+def _graph_lines(graph: GraphSpec) -> list[str]:
+    size = (graph.size + sum(entry.size for entry in graph.data)) / 1e6
+    cache = "" if graph.cache is None else f", cache {graph.cache.update}"
+    head = f"{graph.name} / {graph.variant}: opset {graph.opset}, {graph.precision}{cache}, {size:.1f} MB"
+    hidden = set() if graph.cache is None else {*graph.cache.past_names, *graph.cache.written_names}
+    lines = [head]
+    for arrow, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+        lines += [f"  {arrow} {tensor}" for tensor in tensors if tensor.name not in hidden]
+    if graph.cache is not None:
+        count = len(graph.cache.past_names)
+        lines.append(
+            f"  and {count} cache buffers {graph.cache.dtype} [B, {graph.cache.kv_heads}, S, {graph.cache.head_dim}]"
+        )
+    if graph.ranges:
+        spans = (f"{dim} {low}–{'' if high is None else high}" for dim, (low, high) in graph.ranges.items())
+        lines.append("  dims " + ", ".join(spans))
+    return lines

@@ -1,0 +1,152 @@
+"""The command `watch`: standing queries on a live stream, events as lines."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from bridge_stg.commands.options import SECONDS, THREADS
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
+@click.option("--bundle", type=click.Path(path_type=Path), help="Default: the demo bundle, exported if need be.")
+@click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between two rounds.")
+@click.option("--window", type=click.IntRange(min=1), default=32, show_default=True, help="Coarse frames looked back.")
+@click.option("--jsonl", type=click.Path(path_type=Path), help="Write the events, one JSON object a line.")
+@click.option("--answers", is_flag=True, help="Write every round's answers to --jsonl too.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in --jsonl.")
+@click.option("--realtime", is_flag=True, help="Play a file at its own pace instead of as fast as possible.")
+@click.option("--duration", "duration_s", type=SECONDS, metavar="SECONDS", help="Of the stream, after which to end.")
+@click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Give up a round after that.")
+@click.option("--stall", "stall_s", type=SECONDS, default=10.0, show_default=True, help="Give up a silent source.")
+@click.option("--moved-iou", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Overlap of `moved`.")
+@click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this window` is a possible answer.")
+@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
+@click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
+@click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
+def watch(
+    source: str,
+    queries: tuple[str, ...],
+    bundle: Path | None,
+    jsonl: Path | None,
+    answers: bool,
+    overwrite: bool,
+    realtime: bool,
+    threads: int | None,
+    backend: str,
+    variant: str | None,
+    **options: Any,
+) -> None:
+    """Watch SOURCE for each QUERY, and print when its target appears, moves and leaves.
+
+    SOURCE is a video file, an address such as rtsp://camera/stream, or a camera such as /dev/video0 or 0. Ctrl-C or
+    SIGTERM ends the watch in order.
+    """
+    if answers and jsonl is None:
+        raise click.UsageError("--answers are written to --jsonl; name a file with it.")
+    _check_output(jsonl, source, overwrite)
+    from bridge_stg.demo.bundle import demo_bundle
+    from bridge_stg.runtime import Grounder
+    from bridge_stg.runtime.host.allocator import return_freed_memory
+
+    return_freed_memory()  # a watch runs for days, and its memory should lie still
+    path = bundle if bundle is not None else demo_bundle(progress=lambda stage, *_: click.echo(f"  {stage}", err=True))
+    with (
+        stopped_by_signals() as stop,
+        Grounder.load(path, backend=backend, variant=variant, threads=threads) as grounder,
+        grounder.watch(source, queries, realtime=realtime, cancel=stop, **options) as watch,
+        Log(jsonl) as log,
+    ):
+        try:
+            for update in watch:
+                for event in update.events:
+                    box = ",".join(f"{side:.0f}" for side in event.box)
+                    click.echo(f"{clock(event.time_s)}  {event.kind:8}  {event.query}  [{box}]")
+                    log.write(event.to_json())
+                if answers:
+                    log.write({"event": "answers", **update.to_json()})
+        finally:
+            stats = watch.stats
+            log.write({"event": "end", **stats.to_json()})
+            if stats.frames:
+                click.echo(summary(stats), err=True)
+
+
+def _check_output(jsonl: Path | None, source: str, overwrite: bool) -> None:
+    if jsonl is None:
+        return
+    if jsonl.is_dir() or not jsonl.parent.is_dir():
+        raise click.UsageError(f"--jsonl is {str(jsonl)!r}; expected a file name in a folder that exists.")
+    if jsonl.exists():
+        if Path(source).exists() and jsonl.samefile(source):
+            raise click.UsageError(f"{jsonl} is the source itself; give another name for --jsonl.")
+        if not overwrite and jsonl.stat().st_size:
+            raise click.UsageError(f"{jsonl} is there already. Give --overwrite to replace it, or another --jsonl.")
+
+
+class Log:
+    """Lines of JSON, each written whole as soon as it is known; nothing without a path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: IO[str] | None = None if path is None else path.open("w", encoding="utf-8", buffering=1)
+
+    def write(self, value: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Give an event that SIGINT and SIGTERM set; a second signal does what it always does."""
+    stop = threading.Event()
+    before: dict[int, Any] = {}
+
+    def handle(number: int, _: object) -> None:
+        stop.set()
+        restore()
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            before[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds, 2), 60)
+    return f"{int(minutes) // 60:02}:{int(minutes) % 60:02}:{rest:05.2f}"
+
+
+def summary(stats: Any) -> str:
+    """Return what a watch did, in two lines."""
+    return (
+        f"{stats.frames} frames, {stats.answers} rounds; ended: {stats.ended}. Dropped: {stats.dropped_coarse_frames} "
+        f"coarse frames, {stats.skipped_answers + stats.late_answers} rounds.\n"
+        f"A coarse frame took {1000 * stats.cost_s:.1f} ms, the longest of {stats.rebuilds} rebuilds "
+        f"{1000 * stats.longest_rebuild_s:.0f} ms, the longest round {1000 * stats.longest_answer_s:.0f} ms."
+    )

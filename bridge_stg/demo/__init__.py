@@ -1,0 +1,1 @@
+"""The demo: synthetic clips, the tiny model, its training and its held-out scores."""

@@ -1,0 +1,185 @@
+"""Stage two of the demo's training: everything but the vision blocks, on clips with three questions each.
+
+The prefix of a clip is computed once and shared by its questions, as in the runtime. Auxiliary heads on the LLM's
+hidden states (what is present, enters, leaves and moves, and which group an answer points at) are thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bridge_stg.demo.batches import ASKED, LOOKS, QUERIES_PER_CLIP, BatchMaker, GroundingBatch
+from bridge_stg.demo.train_vision import position_tensors
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.vision import rms_normalize
+from bridge_stg.training.losses import spatial_losses
+from bridge_stg.training.prefix_cache import PrefixCache
+from bridge_stg.training.train_loop import run_stage
+
+SEEN_LAYER, CHANGED_LAYER, POINTER_LAYER = 1, 2, 3
+MAX_SECONDS = 32
+
+
+class AuxiliaryHeads(nn.Module):
+    """Training only: linear readings of the LLM's hidden states."""
+
+    def __init__(self, hidden_size: int, width: int = 64) -> None:
+        super().__init__()
+        self.seen = nn.Linear(hidden_size, LOOKS + MAX_SECONDS + 10)
+        self.changed = nn.Linear(hidden_size, 2 * LOOKS)
+        self.moving = nn.Linear(hidden_size, 4 * LOOKS)
+        self.group_key, self.point = nn.Linear(hidden_size, width), nn.Linear(hidden_size, width)
+        self.inside_key, self.inside = nn.Linear(hidden_size, width), nn.Linear(hidden_size, width)
+        self.asked = nn.Linear(hidden_size, sum(ASKED) + len(ASKED))
+
+
+class GroundingTask:
+    """The loss of a batch."""
+
+    def __init__(self, model: BridgeSTG, heads: AuxiliaryHeads, *, freeze_vision: bool = True) -> None:
+        self.model, self.heads, self.freeze_vision = model, heads, freeze_vision
+
+    def __call__(self, batch: GroundingBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss and figures to log."""
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens, _ = self.encode(batch.frames.flatten(0, 1))
+            prefix, suffix = self.language(batch, tokens)
+            feature_map = self.fine_map(batch)
+            taps = self.taps(batch, suffix)
+            found = self.model.spatial_decoder.localize(feature_map, taps, batch.fine_times, batch.mask)
+            choices = batch.target >= 0
+            logits = self.model.language_model.logits(suffix[-1][choices])
+            auxiliary = self.auxiliary(batch, prefix, suffix)
+            auxiliary["asked"] = self.asked(batch, taps)
+        config = self.model.config.losses
+        parts, iou = spatial_losses(found, batch.boxes, batch.positive, batch.mask, feature_map.shape[2:4], config)  # type: ignore[arg-type]
+        parts["language"] = config.language * F.cross_entropy(logits, batch.target[choices])
+        parts |= {k: config.auxiliary * v for k, v in auxiliary.items()}
+        figures = {k: v.item() for k, v in parts.items()}
+        figures["iou"] = iou.item()
+        figures["token_accuracy"] = (logits.argmax(-1) == batch.target[choices]).float().mean().item()
+        wrong = (found.presence[-1] > 0) != batch.positive
+        figures["presence_accuracy"] = 1 - wrong[batch.mask].float().mean().item()
+        return torch.stack(list(parts.values())).sum(), figures
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return visual tokens [1+D, n, H] and the last states [G, N, C] of frames uint8 [G, P, h, w, 3]."""
+        encoder = self.model.vision_encoder
+        positions = position_tensors(self.model.spec, *frames.shape[2:4])
+        with torch.set_grad_enabled(not self.freeze_vision):
+            states = encoder.hidden_states(frames, *positions)
+        return encoder.merge(states), states[-1]
+
+    def fine_map(self, batch: GroundingBatch) -> Tensor:
+        """Return the feature map [V, F, h, w, C] of the fine frames, each repeated to fill its group."""
+        encoder, spec = self.model.vision_encoder, self.model.spec.vision
+        frames = batch.fine.flatten(0, 1)[:, None].expand(-1, spec.temporal_patch_size, -1, -1, -1)
+        height, width = frames.shape[2:4]
+        with torch.set_grad_enabled(not self.freeze_vision):
+            states = encoder.hidden_states(frames, *position_tensors(self.model.spec, height, width))
+            maps = encoder.feature_map(states[-1], height // spec.patch_size, width // spec.patch_size)
+        return maps.unflatten(0, batch.fine.shape[:2])
+
+    def language(self, batch: GroundingBatch, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the residual streams of the prefixes [V, L0, H] and of the suffixes [V·B, L, H]."""
+        model = self.model.language_model
+        clips, prefix = batch.frames.shape[0], batch.prefix
+        ids, index = torch.from_numpy(prefix.input_ids), torch.from_numpy(prefix.visual_index)
+        visual = tokens.unflatten(1, (clips, -1)).float()
+        visual = F.pad(visual, (0, 0, 1, 0))[:, :, index]
+        x = torch.where((index > 0)[:, None], visual[0], model.embed(ids[None]))
+        positions = torch.from_numpy(prefix.positions)[:, None].expand(-1, clips, -1)
+        cache = PrefixCache(QUERIES_PER_CLIP)
+        prefix_states = model.hidden_states(x, positions, None, cache, visual[1:])
+        rows, length = batch.input_ids.shape
+        positions = (prefix.next_position + torch.arange(length)).expand(3, rows, -1)
+        mask = torch.ones(length, len(prefix) + length, dtype=torch.bool).tril(len(prefix))[None, None]
+        suffix_states = model.hidden_states(model.embed(batch.input_ids), positions, mask, cache, None)
+        return prefix_states, suffix_states
+
+    def taps(self, batch: GroundingBatch, suffix: list[Tensor]) -> Tensor:
+        """Return taps [T, V, B, Q, H] of the bridging queries, which end each row."""
+        spec = self.model.spec.language
+        index = batch.length[:, None] - spec.num_bridging_queries + torch.arange(spec.num_bridging_queries)
+        rows = torch.arange(len(index))[:, None]
+        taps = torch.stack([rms_normalize(suffix[layer][rows, index]) for layer in spec.tapped_layers])
+        return taps.unflatten(1, (-1, QUERIES_PER_CLIP))
+
+    def asked(self, batch: GroundingBatch, taps: Tensor) -> Tensor:
+        """Return the loss of reading off the bridging queries, at each tap, what the question names."""
+        logits = self.heads.asked(taps.mean(3)).float().flatten(1, 2)
+        parts = logits.split([count + 1 for count in ASKED], -1)
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), batch.asked[:, i].repeat(len(taps))) for i, part in enumerate(parts)
+        ]
+        return 0.5 * torch.stack(losses).sum()
+
+    def auxiliary(self, batch: GroundingBatch, prefix: list[Tensor], suffix: list[Tensor]) -> dict[str, Tensor]:
+        """Return the losses on hidden states at the token that closes each group, and at the answer's tokens."""
+        groups = batch.frames.shape[1]
+        visual = torch.from_numpy(batch.prefix.visual_index)
+        last = visual.view(-1).eq(torch.arange(1, groups + 1)[:, None] * (visual.max() // groups)).float().argmax(-1)
+        closing = [state[:, last + 1] for state in prefix]
+        heads = self.heads
+        seen, whole, decimal = heads.seen(closing[SEEN_LAYER]).float().split([LOOKS, MAX_SECONDS, 10], -1)
+        clips = len(seen)
+        losses = {"seen": 20 * F.binary_cross_entropy_with_logits(seen, batch.looks)}
+        if groups == 1:
+            return losses
+        digits = batch.time_digits[None].expand(clips, -1, -1)
+        losses["digits"] = 0.2 * (
+            F.cross_entropy(whole.flatten(0, 1), digits[..., 0].flatten())
+            + F.cross_entropy(decimal.flatten(0, 1), digits[..., 1].flatten())
+        )
+        before = F.pad(batch.looks, (0, 0, 1, 0))[:, :-1]
+        edges = torch.cat([(batch.looks > before).float(), (before > batch.looks).float()], -1)
+        losses["changed"] = 20 * F.binary_cross_entropy_with_logits(
+            heads.changed(closing[CHANGED_LAYER]).float(), edges
+        )
+        moving = heads.moving(closing[CHANGED_LAYER]).float()
+        losses["moving"] = 40 * F.binary_cross_entropy_with_logits(moving, batch.moving.flatten(2))
+        pointing = batch.pointer >= 0
+        row = pointing.nonzero()[:, 0]
+        keys = heads.group_key(closing[POINTER_LAYER])[row // QUERIES_PER_CLIP]
+        point = heads.point(suffix[POINTER_LAYER][pointing])
+        scores = (keys @ point[..., None])[..., 0].float() / 8
+        losses["pointer"] = 0.5 * F.cross_entropy(scores, batch.pointer[pointing])
+        first = (batch.target >= 0).float().argmax(-1)
+        asked = heads.inside(suffix[POINTER_LAYER][torch.arange(len(first)), first])
+        keys = heads.inside_key(closing[POINTER_LAYER]).repeat_interleave(QUERIES_PER_CLIP, 0)
+        scores = (keys @ asked[..., None])[..., 0].float() / 8 - 1
+        group = torch.arange(groups)
+        inside = (group >= batch.span[:, :1]) & (group <= batch.span[:, 1:]) & (batch.span[:, :1] >= 0)
+        losses["inside"] = F.binary_cross_entropy_with_logits(scores, inside.float())
+        return losses
+
+
+def train_grounding(
+    model: BridgeSTG, folder: Path, tokenizer: Path, *, seed: int, steps: int, resume: bool = True,
+    peak_rate: float = 1.5e-3, clips: int = 8, every: Callable[[int], dict[str, float]] | None = None,
+) -> None:  # fmt: skip
+    """Train the LLM, mergers, bridging queries and spatial decoder; the vision blocks stay as they are."""
+    heads = AuxiliaryHeads(model.spec.language.hidden_size)
+    both = nn.ModuleDict({"model": model, "heads": heads})
+    task = GroundingTask(model, heads)
+    merger = [p for n, p in model.vision_encoder.named_parameters() if "merger" in n]
+    rest = [*model.language_model.parameters(), *model.spatial_decoder.parameters()]
+    rest += [p for n, p in heads.named_parameters() if not n.startswith("asked")]
+    for parameter in model.vision_encoder.parameters():
+        parameter.requires_grad_(False)
+    for parameter in merger:
+        parameter.requires_grad_(True)
+    model.train()
+    run_stage(
+        "grounding",
+        both,
+        [{"params": rest}, {"params": merger, "scale": 0.5}, {"params": list(heads.asked.parameters())}],
+        task,
+        BatchMaker(model.spec, tokenizer, seed, clips=clips),
+        folder=folder, total_steps=steps, peak_rate=peak_rate, resume=resume, every=every,
+    )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Stage one of the demo's training: the vision encoder alone, on single groups of frames, with losses a patch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bridge_stg.demo.sprites import COLOUR_NAMES, NAMES
+from bridge_stg.demo.synthetic import FRAME_SIZES, make_scene
+from bridge_stg.model.vision import VisionEncoder
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.chain.positions import merge_order, vision_tables
+from bridge_stg.training.train_loop import run_stage
+
+PAIR_GAP_S = 0.5
+
+
+class DenseHead(nn.Module):
+    """Training only: objectness, name, colour, box and displacement of whatever covers a patch."""
+
+    def __init__(self, channels: int, merged: int) -> None:
+        super().__init__()
+        self.patch = nn.Linear(channels, 1 + len(NAMES) + len(COLOUR_NAMES) + 4 + 2)
+        self.token = nn.Linear(merged, len(NAMES) * len(COLOUR_NAMES))
+
+
+def position_tensors(spec: ModelSpec, height: int, width: int) -> list[Tensor]:
+    """Return the encoder's position inputs for a frame size in pixels, in the order of its arguments."""
+    patch = spec.vision.patch_size
+    tables = vision_tables(spec.vision, height // patch, width // patch)
+    return [torch.from_numpy(tables[name]) for name in ("pos_index", "pos_weight", "rotary_cos", "rotary_sin")]
+
+
+def vision_batch(spec: ModelSpec, seed: int, step: int, *, patches: int = 9000) -> dict[str, Tensor]:
+    """Render groups of frames with what covers each patch.
+
+    Returns:
+        frames uint8 [G, P, height, width, 3]; name, colour int64 [G, N], −1 where nothing is; box float [G, N, 4],
+        centre offset and size in patches / 4; shift float [G, N, 2], displacement within the group in patches.
+        Patches are in merge order.
+    """
+    from bridge_stg.runtime.video.sizes import frame_sizes
+
+    rng = np.random.default_rng((seed, 1, step))
+    source = FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
+    fine = bool(step % 2)
+    vision = spec.vision
+    height, width = frame_sizes(source[1], source[0], spec)[fine]
+    rows, columns = height // vision.patch_size, width // vision.patch_size
+    count = patches // (rows * columns)
+    period = vision.temporal_patch_size
+    order = merge_order(rows, columns, vision.merge_size)
+    centre = np.stack([(order % columns + 0.5) / columns, (order // columns + 0.5) / rows], -1)
+    frames = np.empty((count, period, height, width, 3), np.uint8)
+    labels = np.full((2, count, rows * columns), -1)
+    box = np.zeros((count, rows * columns, 4), np.float32)
+    shift = np.zeros((count, rows * columns, 2), np.float32)
+    grid = np.array([columns, rows], np.float32)
+    for i in range(count):
+        still = fine or rng.random() < 0.3
+        scene = make_scene(rng, still=bool(rng.random() < 0.6) if still else False, size=source)
+        target = scene.things[rng.integers(len(scene.things))]
+        time = float(rng.uniform(target.start, max(target.end - PAIR_GAP_S, target.start)))
+        times = np.full(period, time) if still else time + np.arange(period) * PAIR_GAP_S
+        frames[i] = scene.render(times, width, height)
+        for thing in scene.things:
+            visible = thing.visible(times)
+            if not visible.any():
+                continue
+            path = thing.boxes(times)[visible]
+            mean = path.mean(0)
+            inside = (np.abs(centre - mean[:2]) < np.maximum(mean[2:] / 2 * 0.95, 0)).all(1)
+            inside[np.argmin(((centre - mean[:2]) ** 2).sum(1))] = True
+            labels[:, i, inside] = [[thing.name], [thing.colour]]
+            box[i, inside] = np.concatenate(
+                [(mean[:2] - centre[inside]) * grid, np.tile(mean[2:] * grid, (inside.sum(), 1))], 1
+            )
+            shift[i, inside] = (path[-1] - path[0])[:2] * grid
+    return {
+        "frames": torch.from_numpy(frames), "name": torch.from_numpy(labels[0]), "colour": torch.from_numpy(labels[1]),
+        "box": torch.from_numpy(box / 4), "shift": torch.from_numpy(shift),
+    }  # fmt: skip
+
+
+def vision_loss(
+    encoder: VisionEncoder, head: DenseHead, spec: ModelSpec, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict]:
+    """Return the dense loss and its parts."""
+    frames = batch["frames"]
+    positions = position_tensors(spec, *frames.shape[2:4])
+    with torch.autocast("cpu", torch.bfloat16):
+        states = encoder.hidden_states(frames, *positions)
+        dense = head.patch(states[-1])
+        merged = head.token(encoder.merge(states)[0])
+    dense, merged = dense.float(), merged.float().unflatten(0, (len(frames), -1))
+    parts = dense.split([1, len(NAMES), len(COLOUR_NAMES), 4, 2], -1)
+    inside = batch["name"] >= 0
+    block = spec.vision.merge_size**2
+    looks = batch["name"] * len(COLOUR_NAMES) + batch["colour"]
+    there = torch.zeros(*inside.shape, merged.shape[-1]).scatter_(
+        2, looks.clamp(min=0)[..., None], inside[..., None].float()
+    )
+    there = there.unflatten(1, (-1, block)).amax(2)
+    figures = {
+        "objectness": 4 * F.binary_cross_entropy_with_logits(parts[0][..., 0], inside.float()),
+        "name": F.cross_entropy(parts[1][inside], batch["name"][inside]),
+        "colour": F.cross_entropy(parts[2][inside], batch["colour"][inside]),
+        "box": 4 * F.smooth_l1_loss(parts[3][inside], batch["box"][inside], beta=0.1),
+        "shift": F.smooth_l1_loss(parts[4][inside], batch["shift"][inside], beta=0.1),
+        "token": 10 * F.binary_cross_entropy_with_logits(merged, there),
+    }
+    total = torch.stack(list(figures.values())).sum()
+    logged = {k: v.item() for k, v in figures.items()}
+    logged["name_accuracy"] = float((parts[1].argmax(-1) == batch["name"])[inside].float().mean())
+    return total, logged
+
+
+def train_vision(
+    encoder: VisionEncoder, spec: ModelSpec, folder: Path, *, seed: int, steps: int, resume: bool = True,
+    patches: int = 9000,
+) -> None:  # fmt: skip
+    """Train the vision encoder from scratch; the dense head is thrown away."""
+    head = DenseHead(spec.vision.hidden_size, spec.language.hidden_size)
+    both = nn.ModuleDict({"encoder": encoder, "head": head})
+    run_stage(
+        "vision", both, [{"params": list(both.parameters())}],
+        lambda batch, step: vision_loss(encoder, head, spec, batch),
+        lambda step: vision_batch(spec, seed, step, patches=patches),
+        folder=folder, total_steps=steps, peak_rate=1.5e-3, resume=resume,
+    )  # fmt: skip

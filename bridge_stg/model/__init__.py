@@ -1,0 +1,1 @@
+"""The model in torch: vision encoder, LLM, bridging, spatial decoder."""

@@ -1,0 +1,127 @@
+"""Qwen3-VL (arXiv 2511.21631): learned positions in the encoder, deepstack, times printed in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
+
+from bridge_stg.model.backbones.interface import Backbone, build
+from bridge_stg.model.vision import VisionEncoder
+from bridge_stg.runtime.bundle.spec import FramesSpec, PromptSpec, VisionSpec
+
+
+class Qwen3VLEncoder(VisionEncoder):
+    """Encode groups of frames; every block attends to the whole group."""
+
+    def hidden_states(self, frames: Tensor, pos_index: Tensor, pos_weight: Tensor, cos: Tensor, sin: Tensor) -> list:
+        """Return the residual stream [G, N, C] after each block, in merge order."""
+        x = self.patchify(frames)
+        x = x + (self.model.pos_embed(pos_index) * pos_weight[..., None]).sum(1)
+        states = []
+        for block in self.model.blocks:
+            x = x + self.attend(block, block.norm1(x), cos, sin)
+            x = x + block.mlp(block.norm2(x))
+            states.append(x)
+        return states
+
+    def merge(self, states: list[Tensor]) -> Tensor:
+        """Return visual tokens [1+D, G·N/merge², H]: the merger's output, then one row a deepstack level."""
+        levels = list(self.model.deepstack_visual_indexes)
+        deep = [merger(states[level].flatten(0, 1)) for merger, level in zip(self.model.deepstack_merger_list, levels)]
+        return torch.stack([self.model.merger(states[-1].flatten(0, 1)), *deep])
+
+    def forward(
+        self, frames: Tensor, pos_index: Tensor, pos_weight: Tensor, rotary_cos: Tensor, rotary_sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Encode frames.
+
+        Args:
+            frames: uint8 [G, P, height, width, 3], RGB.
+            pos_index: int64 [N, 4], see `bridge_stg.runtime.chain.positions.vision_tables`.
+            pos_weight: float32 [N, 4].
+            rotary_cos: float32 [N, head_dim].
+            rotary_sin: float32 [N, head_dim].
+
+        Returns:
+            visual_tokens [1+D, G·N/merge², H] and feature_map [G, h, w, C], taken before the patch merger.
+        """
+        return self.outputs(frames, self.hidden_states(frames, pos_index, pos_weight, rotary_cos, rotary_sin))
+
+
+class Qwen3VL(Backbone):
+    """The adapter."""
+
+    family = "qwen3_vl"
+    key_prefixes = {
+        "visual.": "model.visual.",
+        "model.layers.": "model.language_model.layers.",
+        "model.embed_tokens.": "model.language_model.embed_tokens.",
+        "model.norm.": "model.language_model.norm.",
+        "language_model.": "model.language_model.",
+    }
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+
+    def build_config(self, values: Mapping[str, Any]) -> Qwen3VLConfig:
+        """See `Backbone.build_config`."""
+        return Qwen3VLConfig(**values)
+
+    def vision_spec(self, config: Any, *, mean: Sequence[float], std: Sequence[float]) -> VisionSpec:
+        """See `Backbone.vision_spec`."""
+        vision = config.vision_config
+        return VisionSpec(
+            family=self.family,
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            hidden_size=vision.hidden_size,
+            head_dim=vision.hidden_size // vision.num_heads,
+            deepstack_levels=len(vision.deepstack_visual_indexes),
+            position_grid=round(vision.num_position_embeddings**0.5),
+            rope_theta=float(vision.rope_parameters["rope_theta"]),
+            image_mean=tuple(mean),
+            image_std=tuple(std),
+        )
+
+    def vision_encoder(self, config: Any, spec: VisionSpec, *, attention: str) -> VisionEncoder:
+        """See `Backbone.vision_encoder`."""
+        return Qwen3VLEncoder(build(Qwen3VLVisionModel, config.vision_config, attention=attention), spec)
+
+    def text_model(self, config: Any, *, attention: str) -> nn.Module:
+        """See `Backbone.text_model`."""
+        return build(Qwen3VLTextModel, config.text_config, attention=attention)
+
+    def rotary_axes(self, text_config: Any) -> Tensor:
+        """Interleaved MRoPE: time, row, column, time, row, column …, and time alone at the slow end."""
+        _, rows, columns = text_config.rope_parameters.get("mrope_section", (24, 20, 20))
+        axes = torch.zeros(text_config.head_dim // 2, dtype=torch.int64)
+        axes[1 : 3 * rows : 3] = 1
+        axes[2 : 3 * columns : 3] = 2
+        return axes
+
+    def prompt(self) -> PromptSpec:
+        """The chat template has no system message; the processor prints each group's time as text.
+
+        The template's own markers stay around all groups (transformers since 5.10; before, they were replaced).
+        """
+        return PromptSpec(
+            head="<|im_start|>user\n<|vision_start|>",
+            query="<|vision_end|>Find {query}.<|im_end|>\n<|im_start|>assistant\n",
+            track="<|vision_end|>Track {query}, first at {box}.<|im_end|>\n<|im_start|>assistant\n",
+        )
+
+    def frames(self) -> FramesSpec:
+        """One visual token covers 32 × 32 pixels: up to 128 tokens a coarse group, 256 a fine frame."""
+        token = 32 * 32
+        return FramesSpec(
+            coarse_fps=2.0, coarse_max_pixels=128 * token, coarse_min_pixels=16 * token, max_coarse_groups=64,
+            fine_fps=4.0, fine_max_pixels=256 * token, fine_min_pixels=64 * token, max_fine_frames=64,
+        )  # fmt: skip
+
+
+BACKBONE = Qwen3VL()

@@ -1,0 +1,148 @@
+"""The language model: prefill, decode and the bridging step in one function of ids, positions and a KV cache.
+
+Runs transformers' own decoder layers. Attention and cache enter through transformers' extension points: the attention
+registry, and a cache-shaped object. Knows nothing of tokens' meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bridge_stg.model.bridging import BridgingQueries
+from bridge_stg.model.vision import rms_normalize
+from bridge_stg.runtime.bundle.spec import LanguageSpec
+
+
+class KeyValueCache(Protocol):
+    """What a decoder layer calls: takes its new keys and values, returns those to attend to."""
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Take [B, kv_heads, L, head_dim] of one layer; return the keys and values to attend to."""
+        ...
+
+
+class BufferCache:
+    """The contract's cache in eager torch: buffers of capacity S, new rows written at `cache_position`.
+
+    Args:
+        past: key_0, value_0, key_1 …, each [B, kv_heads, S, head_dim]; not changed.
+        cache_position: int64 [B], where each row's new tokens begin.
+    """
+
+    def __init__(self, past: list[Tensor], cache_position: Tensor) -> None:
+        self.past, self.cache_position = past, cache_position
+        self.present = list(past)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Write the new rows into copies of the layer's buffers and return them."""
+        index = self.cache_position[:, None] + torch.arange(key.shape[2])
+        index = index[:, None, :, None].expand_as(key)
+        for slot, new in ((2 * layer_idx, key), (2 * layer_idx + 1, value)):
+            self.present[slot] = self.past[slot].scatter(2, index, new.to(self.past[slot].dtype))
+        return self.present[2 * layer_idx], self.present[2 * layer_idx + 1]
+
+
+class LanguageModel(nn.Module):
+    """The decoder with the bridging queries' table, visual rows, deepstack and taps.
+
+    Args:
+        model: the backbone's decoder, see `bridge_stg.model.backbones.interface.Backbone.text_model`.
+        lm_head: hidden states to logits.
+        bridging: the queries' table.
+        spec: sizes.
+        rotary_axis: int64 [head_dim / 2], which of the three positions each rotary frequency reads.
+    """
+
+    def __init__(
+        self, model: nn.Module, lm_head: nn.Linear, bridging: BridgingQueries, spec: LanguageSpec, rotary_axis: Tensor
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.lm_head = lm_head
+        self.bridging = bridging
+        self.spec = spec
+        self.register_buffer("rotary_axis", rotary_axis, persistent=False)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [B, L, head_dim] of positions [3, B, L]: each frequency turns with one of the three.
+
+        Same values as transformers' module, which assigns into strided slices: a trace turns those into scatters.
+        """
+        rotary = self.model.rotary_emb
+        angles = positions.index_select(0, self.rotary_axis).permute(1, 2, 0).float() * rotary.inv_freq.float()
+        cos, sin = (table * rotary.attention_scaling for table in (angles.cos(), angles.sin()))
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([sin, sin], -1).to(dtype)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embed ids [B, L]; ids from vocab on are bridging queries, chosen by Where over two gathers."""
+        vocab = self.spec.vocab_size
+        text = self.model.embed_tokens(input_ids.clamp(max=vocab - 1))
+        queries = self.bridging((input_ids - vocab).clamp(min=0))
+        return torch.where((input_ids >= vocab)[..., None], queries, text)
+
+    def hidden_states(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KeyValueCache | None, visual: Tensor | None
+    ) -> list[Tensor]:
+        """Return the residual stream [B, L, H] after each decoder layer.
+
+        Args:
+            x: [B, L, H], embedded.
+            positions: int64 [3, B, L], MRoPE.
+            mask: bool, True where visible, broadcasts to [B, 1, L, S]; None is causal over the new tokens.
+            cache: takes and returns keys and values; None attends to the new tokens alone.
+            visual: deepstack rows [D, B, L, H] to add after the first D layers, zero at text; or None.
+        """
+        rotary = self.rotary(positions, x.dtype)
+        states = []
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, position_embeddings=rotary, attention_mask=mask, past_key_values=cache, bridge_cache=cache)
+            if visual is not None and index < visual.shape[0]:
+                x = x + visual[index]
+            states.append(x)
+        return states
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return fp32 logits [..., vocab] of final hidden states [..., H]."""
+        return self.lm_head(self.model.norm(x)).float()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        visual_index: Tensor,
+        visual_tokens: Tensor,
+        positions: Tensor,
+        cache_position: Tensor,
+        output_index: Tensor,
+        mask: Tensor,
+        cache: KeyValueCache,
+    ) -> tuple[Tensor, Tensor]:
+        """Run L new tokens a row.
+
+        Args:
+            input_ids: int64 [B, L].
+            visual_index: int64 [B, L]; 0 = text, k = row k of visual_tokens.
+            visual_tokens: [1+D, V, H], row 0 all zero.
+            positions: int64 [3, B, L].
+            cache_position: int64 [B], tokens already cached in each row.
+            output_index: int64 [B, K], positions within this call that are asked for.
+            mask: bool, see `visible_keys`.
+            cache: receives the new keys and values.
+
+        Returns:
+            logits float32 [B, K, vocab] and taps [T, B, K, H], RMS-normalised in fp32.
+        """
+        visual = visual_tokens.index_select(1, visual_index.flatten()).unflatten(1, visual_index.shape)
+        x = torch.where((visual_index > 0)[..., None], visual[0], self.embed(input_ids))
+        states = self.hidden_states(x, positions, mask, cache, visual[1:])
+        index = output_index[..., None].expand(-1, -1, self.spec.hidden_size)
+        taps = torch.stack([rms_normalize(states[layer].gather(1, index)) for layer in self.spec.tapped_layers])
+        return self.logits(states[-1].gather(1, index)), taps
+
+
+def visible_keys(cache_position: Tensor, length: int | torch.SymInt, capacity: int | torch.SymInt) -> Tensor:
+    """Return bool [B, 1, L, S]: key j is visible to new token i iff j ≤ cache_position[b] + i."""
+    last = cache_position[:, None] + torch.arange(length)
+    return (torch.arange(capacity) <= last[..., None])[:, None]

@@ -1,0 +1,1 @@
+"""HTTP of the server: errors, schemas, multipart, security, documentation page."""

@@ -1,0 +1,1 @@
+"""Live streams of the server: watches and their picture."""

@@ -1,0 +1,1 @@
+"""Train on annotated clips: data, losses, loop."""

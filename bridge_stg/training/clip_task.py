@@ -1,0 +1,130 @@
+"""The loss of annotated clips: the chain's forward pass with the answers given, on any device.
+
+The prefix of a clip is computed once and shared by its questions, as in the runtime. The losses are those of the demo,
+without its heads on hidden states. Knows nothing of where clips come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.vision import rms_normalize
+from bridge_stg.runtime.chain.positions import vision_tables
+from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.training.clip_batches import ClipBatch
+from bridge_stg.training.losses import spatial_losses
+from bridge_stg.training.prefix_cache import PrefixCache
+
+
+class ClipTask:
+    """The loss of a batch.
+
+    Args:
+        model: on `device`.
+        device: where it computes.
+        train_vision: whether the vision blocks are trained; the mergers may be in any case.
+        bf16: whether products are computed in bfloat16.
+    """
+
+    def __init__(
+        self, model: BridgeSTG, *, device: torch.device, train_vision: bool = False, bf16: bool = True
+    ) -> None:
+        self.model, self.device, self.train_vision, self.bf16 = model, device, train_vision, bf16
+
+    def __call__(self, batch: Sequence[ClipBatch] | BridgeError, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Return the mean loss of the clips, and figures to log."""
+        if isinstance(batch, BridgeError):
+            raise batch
+        losses, figures = [], []
+        # The device context places what the modules make on the way: centres of patches, masks, ranges.
+        with self.device:
+            for clip in batch:
+                parts, more = self.clip(clip)
+                losses.append(torch.stack(list(parts.values())).sum())
+                figures.append({name: value.item() for name, value in (parts | more).items()})
+        names = dict.fromkeys(name for clip_figures in figures for name in clip_figures)
+        means = {name: [f[name] for f in figures if name in f] for name in names}
+        return torch.stack(losses).mean(), {name: sum(values) / len(values) for name, values in means.items()}
+
+    def clip(self, batch: ClipBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the weighted losses of one clip by name, and other figures."""
+        config = self.model.config.losses
+        ids, target, positive, mask, counted = (
+            self.here(t) for t in (batch.input_ids, batch.target, batch.positive, batch.mask, batch.counted)
+        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            suffix = self.language(batch, self.visual_tokens(self.here(batch.frames)), ids)
+            choices = target >= 0
+            logits = self.model.language_model.logits(suffix[-1][choices])
+            feature_map = self.feature_map(self.here(batch.fine))
+            times = self.here(batch.fine_times)
+            taps = self.taps(batch, suffix)
+            found = self.model.spatial_decoder.localize(feature_map[None], taps, times[None], mask[None])
+        parts, more = {}, {}
+        if choices.any():  # tracking in a single group leaves none
+            parts["language"] = config.language * F.cross_entropy(logits, target[choices])
+            more["token_accuracy"] = (logits.argmax(-1) == target[choices]).float().mean()
+        if counted.any():
+            rows, columns = feature_map.shape[1:3]
+            boxes = self.here(batch.boxes)[None]
+            spatial, iou = spatial_losses(found, boxes, positive[None], counted[None], (rows, columns), config)
+            wrong = (found.presence[-1][0] > 0) != positive
+            more["presence_accuracy"] = 1 - wrong[counted].float().mean()
+            if (positive & counted).any():
+                parts |= spatial
+                more["iou"] = iou
+            else:  # nothing to find in these frames: the other terms are means of nothing
+                parts["presence"] = spatial["presence"]
+        return parts, more
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device of the model."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def encoded(self, frames: Tensor) -> Iterator[tuple[list[Tensor], tuple[int, int]]]:
+        """Yield the residual streams of groups uint8 [G, P, height, width, 3] in chunks, with rows and columns."""
+        spec = self.model.spec
+        rows, columns = frames.shape[2] // spec.vision.patch_size, frames.shape[3] // spec.vision.patch_size
+        tables = [self.here(torch.from_numpy(table)) for table in vision_tables(spec.vision, rows, columns).values()]
+        size = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // (rows * columns)))
+        for part in frames.split(size):
+            with torch.set_grad_enabled(self.train_vision):
+                states = self.model.vision_encoder.hidden_states(part, *tables)
+            yield states, (rows, columns)
+
+    def visual_tokens(self, frames: Tensor) -> Tensor:
+        """Return visual tokens [1+D, n, H] of coarse groups."""
+        return torch.cat([self.model.vision_encoder.merge(states) for states, _ in self.encoded(frames)], 1)
+
+    def feature_map(self, frames: Tensor) -> Tensor:
+        """Return the feature map [F, h, w, C] of fine frames, each repeated to fill its group."""
+        groups = frames[:, None].expand(-1, self.model.spec.vision.temporal_patch_size, -1, -1, -1)
+        encoder = self.model.vision_encoder
+        return torch.cat([encoder.feature_map(states[-1], *grid) for states, grid in self.encoded(groups)])
+
+    def language(self, batch: ClipBatch, tokens: Tensor, ids: Tensor) -> list[Tensor]:
+        """Return the residual streams [B, L, H] of the rows, after the prefix that they share."""
+        model, prefix = self.model.language_model, batch.prefix
+        text, index, positions = (
+            self.here(torch.from_numpy(array)) for array in (prefix.input_ids, prefix.visual_index, prefix.positions)
+        )
+        visual = F.pad(tokens.float(), (0, 0, 1, 0))[:, index]
+        x = torch.where((index > 0)[:, None], visual[0], model.embed(text[None])[0])[None]
+        rows, length = ids.shape
+        cache = PrefixCache(rows)
+        model.hidden_states(x, positions[:, None], None, cache, visual[1:, None])
+        positions = (prefix.next_position + torch.arange(length)).expand(3, rows, -1)
+        mask = torch.ones(length, len(prefix) + length, dtype=torch.bool).tril(len(prefix))[None, None]
+        return model.hidden_states(model.embed(ids), positions, mask, cache, None)
+
+    def taps(self, batch: ClipBatch, suffix: list[Tensor]) -> Tensor:
+        """Return taps [T, 1, B, Q, H] of the bridging queries, which end each row."""
+        spec = self.model.spec.language
+        index = self.here(batch.length)[:, None] - spec.num_bridging_queries + torch.arange(spec.num_bridging_queries)
+        rows = torch.arange(len(index))[:, None]
+        return torch.stack([rms_normalize(suffix[layer][rows, index]) for layer in spec.tapped_layers])[:, None]

@@ -1,0 +1,80 @@
+"""The losses of the spatial side. Boxes are cxcywh in 0..1, float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bridge_stg.model.config import LossConfig
+from bridge_stg.model.spatial_decoder import Localization, patch_centres
+
+
+def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Return corners [..., 4] of boxes [..., 4]."""
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+
+
+def box_iou_giou(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return IoU and generalized IoU (Rezatofighi et al., arXiv 1902.09630) of paired boxes [..., 4]."""
+    a, b = box_cxcywh_to_xyxy(first), box_cxcywh_to_xyxy(second)
+    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = first[..., 2:].prod(-1) + second[..., 2:].prod(-1) - shared + 1e-7
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1) + 1e-7
+    return shared / union, shared / union - (hull - union) / hull
+
+
+def heat_target(boxes: Tensor, rows: int, columns: int) -> Tensor:
+    """Return a distribution [..., rows·columns]: patches centred in the box's inner 80 %, else the nearest."""
+    offset = patch_centres(rows, columns) - boxes[..., None, :2]
+    inside = (offset.abs() < boxes[..., None, 2:] * 0.4).all(-1).float()
+    target = inside + 1e-6 * torch.exp(-50 * offset.pow(2).sum(-1))
+    return target / target.sum(-1, keepdim=True)
+
+
+def spatial_losses(
+    found: Localization, boxes: Tensor, positive: Tensor, valid: Tensor, grid: tuple[int, int], config: LossConfig
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return weighted losses by name, and the mean IoU of the last boxes.
+
+    Args:
+        found: a pass of the spatial decoder.
+        boxes: truth [V, B, F, 4]; read at positive frames only.
+        positive: bool [V, B, F], the target is in the frame.
+        valid: bool [V, B, F], the frame counts for the query.
+        grid: (rows, columns) of the feature map.
+        config: weights.
+    """
+    positive = positive & valid
+    weights = [0.5] * (len(found.boxes) - 1) + [1.0]
+    total = sum(weights)
+    truth = boxes[positive]
+    l1 = giou = iou = truth.sum() * 0
+    for weight, predicted in zip(weights, found.boxes):
+        iou, generalized = box_iou_giou(predicted[positive], truth)
+        l1 = l1 + weight / total * (predicted[positive] - truth).abs().sum(-1).mean()
+        giou = giou + weight / total * (1 - generalized).mean()
+    share = 1 / len(found.presence)
+    presence = sum(
+        share * F.binary_cross_entropy_with_logits(logit[valid], positive[valid].float()) for logit in found.presence
+    )
+    heat = -(found.heat[positive].float().log_softmax(-1) * heat_target(truth, *grid)).sum(-1).mean()
+    parts = {
+        "l1": config.l1 * l1,
+        "giou": config.giou * giou,
+        "presence": config.presence * presence,
+        "heat": config.heat * heat,
+        "contrastive": config.contrastive * contrastive_loss(found, positive, valid, config.contrastive_temperature),
+    }
+    return parts, iou.mean()
+
+
+def contrastive_loss(found: Localization, positive: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Return InfoNCE (van den Oord et al., arXiv 1807.03748) between bridging queries and frames.
+
+    A query's summary is pulled to the content of the frames of its tube, and pushed from its frames without the target.
+    """
+    summary, content = F.normalize(found.summary.float(), dim=-1), F.normalize(found.content.float(), dim=-1)
+    similarity = (summary[:, :, None] * content).sum(-1) / temperature
+    others = similarity.masked_fill(positive | ~valid, -1e4).logsumexp(-1, keepdim=True)
+    return F.softplus(others - similarity)[positive].mean()

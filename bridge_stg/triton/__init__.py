@@ -1,0 +1,1 @@
+"""Serve a bundle in NVIDIA Triton: model repository and Python model."""

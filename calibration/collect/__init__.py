@@ -1,0 +1,1 @@
+"""Collect activation statistics: samples, instrumented graphs, recorded calls."""

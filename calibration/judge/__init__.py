@@ -1,0 +1,1 @@
+"""Score a quantized bundle by boxes and time spans, and by speed."""

@@ -1,0 +1,162 @@
+"""Whether a graph gains from INT8 on this machine: recorded calls side by side in one run, and bytes.
+
+A quantized graph that is not faster, or not smaller, than what it replaces has no reason to be there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.backends.choose import BACKENDS, choose
+from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.parity.compare import Boundary, replay_cases
+
+MARGIN = 0.03
+"""Ratios this close to 1 are noise: neither faster nor slower."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One graph in float and in INT8, on the same calls.
+
+    Attributes:
+        graph: its name.
+        float_seconds, int8_seconds: for all recorded calls, the least of several rounds; None: not measured.
+        float_bytes, int8_bytes: of the graph's weights.
+        forced: whether a person asked for INT8 whatever the figures say.
+    """
+
+    graph: str
+    float_seconds: float
+    int8_seconds: float
+    float_bytes: int
+    int8_bytes: int
+    forced: bool = False
+
+    @property
+    def faster(self) -> bool:
+        """Whether INT8 takes less time, by more than noise."""
+        return self.int8_seconds < (1 - MARGIN) * self.float_seconds
+
+    @property
+    def smaller(self) -> bool:
+        """Whether INT8 takes fewer bytes."""
+        return self.int8_bytes < self.float_bytes
+
+    @property
+    def open(self) -> bool:
+        """Whether the graph becomes INT8."""
+        return self.forced or (self.faster and self.smaller)
+
+    @property
+    def finding(self) -> str:
+        """Say what was found."""
+        times = f"{1e3 * self.int8_seconds:.1f} ms in integers against {1e3 * self.float_seconds:.1f} ms in float"
+        sizes = f"{self.int8_bytes / 1e6:.2f} MB against {self.float_bytes / 1e6:.2f} MB"
+        faults = [word for word, good in (("faster", self.faster), ("smaller", self.smaller)) if not good]
+        if not faults:
+            return f"in integers it is faster and smaller here: {times}, {sizes}"
+        return f"in integers it is not {' and not '.join(faults)} here: {times}, {sizes}"
+
+    @property
+    def why(self) -> str:
+        """Say what was found, and what follows."""
+        if self.faster and self.smaller:
+            return self.finding
+        return f"{self.finding}; {'it was asked for all the same' if self.forced else 'the graph stays in float'}"
+
+
+class TimedSession:
+    """A session that adds up the seconds of its calls."""
+
+    def __init__(self, inner: Session) -> None:
+        self._inner = inner
+        self.seconds = 0.0
+
+    @property
+    def graph(self) -> GraphSpec:
+        """See `Session.graph`."""
+        return self._inner.graph
+
+    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
+        """See `Session.infer`."""
+        began = time.perf_counter()
+        outputs = self._inner.infer(feeds, cache=cache)
+        self.seconds += time.perf_counter() - began
+        return outputs
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
+        """See `Session.allocate_cache`."""
+        return self._inner.allocate_cache(batch=batch, capacity=capacity)
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._inner.close()
+
+
+def measure_gate(
+    graph: str,
+    before: Bundle,
+    after: Bundle,
+    cases: Sequence[Path],
+    *,
+    options: Mapping[str, Any],
+    side_by_side: bool = True,
+    rounds: int = 5,
+    forced: bool = False,
+) -> tuple[Gate, list[Boundary]]:
+    """Replay recorded calls of one graph in both bundles, round about, and compare.
+
+    Args:
+        before: the bundle in float, which the cases were recorded with.
+        after: the quantized one.
+        cases: folders of recorded cases.
+        options: `backend`, `variant` and `threads`.
+        side_by_side: whether both are open at a time; otherwise one after the other, where memory is short.
+        rounds: how often each is replayed; the first round does not count.
+        forced: see `Gate`.
+
+    Returns:
+        The gate, and how far the quantized graph's outputs are from the recorded ones, one boundary an output.
+    """
+    groups = [[before, after]] if side_by_side else [[before], [after]]
+    least: list[float] = []
+    drift: list[Boundary] = []
+    for group in groups:
+        sessions = [TimedSession(open_graph(bundle, graph, **options)) for bundle in group]
+        try:
+            times: list[list[float]] = [[] for _ in sessions]
+            for _ in range(rounds):
+                for session, taken in zip(sessions, times):
+                    session.seconds = 0.0
+                    drift = replay_cases(cases, {graph: session}, graphs=(graph,))
+                    taken.append(session.seconds)
+        finally:
+            for session in sessions:
+                session.close()
+        least += [min(taken[1:] or taken) for taken in times]
+    sizes = [graph_bytes(bundle, graph) for bundle in (before, after)]
+    return Gate(graph, least[0], least[1], sizes[0], sizes[1], forced), drift
+
+
+def open_graph(
+    bundle: Bundle, graph: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None
+) -> Session:
+    """Open one graph of a bundle as `open_sessions` would open all."""
+    target = choose(bundle, backend=backend, variant=variant)
+    engine = next(known for known in BACKENDS if known.name == target.backend)
+    return engine.open(bundle, bundle.graph(graph, target.variants[graph]), threads)
+
+
+def graph_bytes(bundle: Bundle, graph: str) -> int:
+    """Return the bytes of a graph's weights; variants share them."""
+    files = {entry.path: entry.size for spec in bundle.manifest.graphs[graph].values() for entry in spec.data}
+    return sum(files.values()) or max(spec.size for spec in bundle.manifest.graphs[graph].values())

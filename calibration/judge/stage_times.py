@@ -1,0 +1,53 @@
+"""Seconds of each stage on the same clips, both bundles in turn in one run: a ratio of two runs would be noise."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge_stg.evaluation.media import shown
+from bridge_stg.evaluation.run.evaluate import BUFFER_FRAMES
+from bridge_stg.evaluation.samples import Sample
+from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.grounder import Grounder
+
+
+def stage_seconds(
+    bundles: Mapping[str, Path], samples: Sequence[Sample], *, options: Mapping[str, Any], side_by_side: bool = True
+) -> dict[str, Any]:
+    """Return the median seconds of each stage by bundle, and how many `clips` they are of.
+
+    Args:
+        bundles: by label.
+        samples: what is asked, as a tube; the first one warms every engine up and does not count. Those that fail
+            are left out.
+        options: `backend`, `variant` and `threads`.
+        side_by_side: whether all are open at a time; otherwise one after the other, where memory is short.
+    """
+    groups = [list(bundles)] if side_by_side else [[label] for label in bundles]
+    taken: dict[str, dict[str, list[float]]] = {label: {} for label in bundles}
+    clips = 0
+    for labels in groups:
+        clips = 0
+        with contextlib.ExitStack() as stack:
+            opened = {label: stack.enter_context(Grounder.load(bundles[label], **options)) for label in labels}
+            for place, sample in enumerate(samples):
+                try:
+                    found = {label: _timings(grounder, sample) for label, grounder in opened.items()}
+                except BridgeError:
+                    continue
+                clips += bool(place)
+                for label, timings in found.items() if place else ():
+                    for stage, seconds in timings.items():
+                        taken[label].setdefault(stage, []).append(seconds)
+    medians = {label: {stage: statistics.median(v) for stage, v in stages.items()} for label, stages in taken.items()}
+    return {**medians, "clips": clips}
+
+
+def _timings(grounder: Grounder, sample: Sample) -> Mapping[str, float]:
+    video = shown(sample)
+    options: dict[str, Any] = {} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}
+    return grounder.ground(video, sample.query, allow_none=False, **options).timings

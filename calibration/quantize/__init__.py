@@ -1,0 +1,1 @@
+"""Quantize graphs: ranges, smoothing, rounding, packing, writing."""

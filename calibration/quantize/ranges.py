@@ -1,0 +1,174 @@
+"""The range of each activation: where symmetric int8 is cut off, by the method that hurts its products least.
+
+Min-max keeps the largest value ever seen; percentile, entropy (Migacz, GTC 2017, as in onnxruntime) and MSE cut
+rare values off so that the others get finer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.calibration.collect.statistics import Statistics
+from bridge_stg.calibration.quantize.matmul_weights import ProductWeights
+from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows
+from bridge_stg.calibration.recipes import Overrides
+from bridge_stg.export.graph.blocks import Product
+from bridge_stg.runtime.errors import BridgeError
+
+PERCENTILE = 99.99
+ENTROPY_BINS, ENTROPY_LEVELS = 512, 128
+ENTROPY_VALUES = 2**19
+MSE_STEPS = 40
+"""Cut-offs that MSE tries, evenly from 1/40 of the largest value up to it."""
+
+GAIN = 0.98
+"""A cut-off must lower the error to this share of min-max's: rows are a sample, in which rare values may be missing."""
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """Symmetric int8 of one tensor: value ≈ scale · q, q in −127 … 127.
+
+    Attributes:
+        scale: the step, above 0.
+        method: what found it, one of `recipes.METHODS`.
+        absmax: the largest magnitude that was seen.
+        error: relative error (root of squares) that this alone brings to the output of the products that the tensor
+            feeds, on the sampled rows; of the tensor itself where it feeds none.
+    """
+
+    scale: float
+    method: str
+    absmax: float
+    error: float
+
+
+def choose_ranges(
+    statistics: Statistics,
+    products: Sequence[Product],
+    *,
+    method: str | None = None,
+    overrides: Overrides | None = None,
+    smoothing: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> dict[str, dict[str, TensorRange]]:
+    """Return the range of each product's activation, and of keys and values, by graph and node.
+
+    Products that share an activation share its range. Keys and values stand under the names of the graph's inputs
+    (past_key_0 …), of the graphs that `products` names. What no sample reached has no range.
+
+    Args:
+        statistics: what was collected.
+        products: of any of the graphs.
+        method: one of `recipes.METHODS` for all; None: the one of least error, a tensor.
+        overrides: methods of single blocks, products, or past_key_0 …, before all others.
+        smoothing: vectors [K] by graph and node, as of `smooth`; activations are divided by them first.
+        progress: called as progress("ranges", done, total).
+
+    Raises:
+        BridgeError: the method is unknown, or the statistics are of another model.
+    """
+    if method is not None and method not in CUT_OFFS:
+        raise BridgeError(f"the method of ranges is {method!r}; expected one of: {', '.join(CUT_OFFS)}.")
+    groups = shared_activations(products)
+    found: dict[str, dict[str, TensorRange]] = {product.graph: {} for product in products}
+    caches = [(graph, name) for graph in found for name in statistics.caches(graph)]
+    total, asked = len(groups) + len(caches), (overrides or Overrides()).method_of
+    report = progress or (lambda stage, done, total: None)
+    weights = ProductWeights(statistics.bundle, statistics.variants)
+    for done, group in enumerate(groups):
+        report("ranges", done, total)
+        graph, nodes = group[0].graph, [product.node for product in group]
+        rows, absmax = statistics.rows(graph, nodes[0]), statistics.absmax(graph, nodes[0])
+        if not len(rows):
+            continue
+        vector = (smoothing or {}).get(graph, {}).get(nodes[0], np.ones(1, np.float32))
+        forced = next((name for name in map(asked, nodes) if name), method)
+        blocks = (block * vector for product in group for block in weights.blocks(product))
+        found[graph] |= dict.fromkeys(nodes, range_of(rows / vector, absmax / vector, method=forced, weights=blocks))
+    for done, (graph, name) in enumerate(caches, len(groups)):
+        report("ranges", done, total)
+        rows = statistics.rows(graph, name)
+        if len(rows):
+            found[graph][name] = range_of(rows, statistics.absmax(graph, name), method=asked(name) or method)
+    report("ranges", total, total)
+    return found
+
+
+def shared_activations(products: Iterable[Product]) -> list[list[Product]]:
+    """Return the products in groups that read the same tensor, in their order."""
+    groups: dict[tuple[str, str], list[Product]] = {}
+    for product in products:
+        groups.setdefault((product.graph, product.activation), []).append(product)
+    return list(groups.values())
+
+
+def range_of(
+    rows: np.ndarray, absmax: np.ndarray, *, method: str | None = None, weights: Iterable[np.ndarray] = ()
+) -> TensorRange:
+    """Return the range of a tensor.
+
+    Args:
+        rows: float32 [R, K], a sample of it.
+        absmax: float32 [K], the largest magnitudes of all of it.
+        method: one of `recipes.METHODS`; None: the one of least error.
+        weights: [N, K] of the products that read the tensor, whole or in blocks; none: its own error counts.
+    """
+    rows = np.ascontiguousarray(rows, np.float32)
+    largest = float(absmax.max(initial=0.0))
+    if largest == 0 or not rows.any():
+        return TensorRange((largest or 1.0) / LEVELS, method or "minmax", largest, 0.0)
+    methods = [method] if method else list(CUT_OFFS)
+    scales = [min(CUT_OFFS[name](rows, largest), largest) / LEVELS for name in methods]
+    errors = relative_errors(rows, weights, [Candidate(rounded_rows(rows, scale)) for scale in scales])
+    best = int(np.argmin(errors))
+    if not method and errors[best] > GAIN * errors[0]:
+        best = 0  # min-max comes first
+    return TensorRange(scales[best], methods[best], largest, errors[best])
+
+
+def _minmax(rows: np.ndarray, largest: float) -> float:
+    return largest
+
+
+def _percentile(rows: np.ndarray, largest: float) -> float:
+    return float(np.percentile(np.abs(rows), PERCENTILE)) or largest
+
+
+def _entropy(rows: np.ndarray, largest: float) -> float:
+    """Return the cut-off whose distribution differs least from the whole one (onnxruntime's search)."""
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    values = rows.reshape(-1)
+    values = values[:: max(1, values.size // ENTROPY_VALUES)]
+    seen = float(np.abs(values).max())
+    if seen == 0:
+        return largest
+    histogram, edges = np.histogram(values, ENTROPY_BINS, range=(-seen, seen))
+    ends = np.float32(-seen), np.float32(seen)
+    search = HistogramCollector("entropy", True, ENTROPY_BINS, ENTROPY_LEVELS, PERCENTILE, "same")
+    low, high = search.get_entropy_threshold((histogram, edges.astype(np.float32), *ends), ENTROPY_LEVELS)
+    return float(max(-low, high)) or largest
+
+
+def _mse(rows: np.ndarray, largest: float) -> float:
+    """Return the cut-off of least squared error of the tensor itself, searched on a histogram of its magnitudes."""
+    magnitudes = np.abs(rows).reshape(-1)
+    histogram, edges = np.histogram(magnitudes, 4096, range=(0.0, largest))
+    middles = (edges[1:] + edges[:-1]) / 2
+    cuts = largest * np.arange(1, MSE_STEPS + 1) / MSE_STEPS
+    errors = [float(histogram @ (middles - rounded_rows(middles, cut / LEVELS)) ** 2) for cut in cuts]
+    return float(cuts[int(np.argmin(errors))])
+
+
+CUT_OFFS: Mapping[str, Callable[[np.ndarray, float], float]] = {
+    "minmax": _minmax,
+    "percentile": _percentile,
+    "entropy": _entropy,
+    "mse": _mse,
+}
+"""By method, in the order of `recipes.METHODS`: returns a cut-off for rows [R, K], given the largest value of all."""

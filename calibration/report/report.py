@@ -1,0 +1,96 @@
+"""The report of a calibration, inside the bundle: reports/calibration.json, and calibration.html for people."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge_stg.calibration.report.page import html_page
+from bridge_stg.runtime.bundle.reports import write_report
+
+NAME = "calibration"
+LISTED = 8
+"""Blocks that the table of the terminal shows."""
+
+
+def write_calibration_report(bundle_path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
+    """Write what `CalibrationResult.to_dict` returned into a bundle, each file whole or not at all.
+
+    Args:
+        bundle_path: the quantized bundle.
+        values: see `CalibrationResult`; pictures of cases go into the page only.
+
+    Returns:
+        The path of the JSON file.
+
+    Raises:
+        BundleError: the folder cannot be written.
+    """
+    return write_report(bundle_path, NAME, report_values(values), html_page(report_values(values), values["cases"]))
+
+
+def report_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report as plain values that JSON has: no pictures, no NaN."""
+    plain = _plain({**values, "cases": []})
+    plain["cases"] = [
+        _plain({name: part for name, part in case.items() if name != "picture"}) for case in values["cases"]
+    ]
+    return plain
+
+
+def table_text(values: Mapping[str, Any]) -> str:
+    """Return what a calibration came to as plain text: warnings, graphs, metrics, and what stays in float."""
+    lines = [f"warning: {warning}" for warning in values["warnings"]]
+    lines += ["", f"{'graph':18}{'precision':>18}{'MB':>16}{'ms':>20}"]
+    for graph in values["graphs"]:
+        sizes = pair(graph["bytes"], 1e-6, "{:.2f}")
+        times = pair(graph["seconds"], 1e3, "{:.1f}")
+        lines.append(f"{graph['graph']:18}{graph['precision']:>18}{sizes:>16}{times:>20}")
+        if not graph["int8"]:
+            lines.append(f"    in float: {graph['why']}")
+    for name, part in (("chosen on", values["choice"]), ("judged on", values["evaluation"])):
+        if part:
+            lines += ["", *judgement_lines(name, part)]
+    kept = [block["block"] for block in values["sensitivity"] if block["kept"]]
+    most = ", ".join(kept[:LISTED]) + (f" and {len(kept) - LISTED} more" if len(kept) > LISTED else "")
+    lines += ["", f"blocks that stay in float: {most or 'none'}"]
+    return "\n".join(lines)
+
+
+def judgement_lines(name: str, part: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a judgement: metrics in float and INT8, what is lost, how alike answers are."""
+    judged, before = part["judgement"], part["float"]
+    truth = "labels" if part["labelled"] else "the float bundle's own tubes"
+    lines = [f"{name} {part['samples']} samples, against {truth}:"]
+    for metric, interval in judged["metrics"].items():
+        drop = judged["drops"].get(metric)
+        lost = f"  loses {drop['value']:+.2f} points ({drop['low']:+.2f} … {drop['high']:+.2f})" if drop else ""
+        first = before["metrics"].get(metric) if before else None
+        float_value = f"{first['value']:.4f} → " if first else ""
+        lines.append(f"  {metric:8} {float_value}{interval['value']:.4f}{lost}")
+    alike = [("answers agree", judged.get("answer_agreement")), ("box IoU", judged.get("box_iou")),
+             ("tube IoU", judged.get("tube_iou"))]  # fmt: skip
+    lines.append("  " + ", ".join(f"{label} {value:.4f}" for label, value in alike if value is not None))
+    return lines
+
+
+def pair(values: Mapping[str, Any] | None, factor: float, form: str) -> str:
+    """Return `float → int8` of a pair of figures, a dash for what was not measured."""
+    found = values or {}
+    return " → ".join(
+        "–" if found.get(name) is None else form.format(factor * found[name]) for name in ("float", "int8")
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(part) for part in value]
+    return value

@@ -1,0 +1,1 @@
+"""Search for a recipe: sensitivity, blocks kept in float, trials."""

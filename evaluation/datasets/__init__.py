@@ -1,0 +1,1 @@
+"""Readers of annotated datasets, one file per format."""

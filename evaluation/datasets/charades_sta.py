@@ -1,0 +1,63 @@
+"""Charades-STA: temporal grounding of sentences in indoor videos (Gao et al., TALL, arXiv 1705.02101).
+
+File: charades_sta_test.txt, linked from github.com/jiyanggao/TALL, whose README gives the format of a line:
+`[video name] [start time] [end time]##[sentence]`, as in `AO8RW 0.0 6.9##a person is putting a book on a shelf.`
+The videos are those of Charades (`AO8RW.mp4`). Times are seconds. Some ends lie behind the end of the video, some at or
+before their start (2D-TAN's loader drops such lines); all are kept as published, as TALL's own code does, and no answer
+can score on an empty span.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from bridge_stg.evaluation.datasets.fields import ADVICE, digest, numbered_lines
+from bridge_stg.evaluation.media import MediaFolder
+from bridge_stg.evaluation.samples import Dataset, Sample, span_truth
+from bridge_stg.runtime.errors import AnnotationError
+
+
+def read_charades_sta(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
+    """Return the sentences of an annotation file; the target is always there.
+
+    Raises:
+        AnnotationError: a line is not as published; the message names it.
+    """
+    path, folder = annotations[0], MediaFolder(media)
+    samples = []
+    for where, line in numbered_lines(path):
+        video, span, sentence = _parse(where, line)
+        samples.append(
+            Sample(
+                id=where.rpartition(":")[2],
+                task="span",
+                media=folder.find(f"{video}.mp4"),
+                sought=f"{video}.mp4",
+                query=sentence,
+                read_truth=partial(span_truth, span),
+            )
+        )
+    if not samples:
+        raise AnnotationError(f"{path} holds no line. {ADVICE}.")
+    return Dataset("charades-sta", path.stem, tuple(samples), digest(path))
+
+
+def _parse(where: str, line: str) -> tuple[str, tuple[float, float], str]:
+    head, separator, sentence = line.strip().partition("##")
+    parts = head.split()
+    if not separator or len(parts) != 3:
+        raise AnnotationError(f"{where}: is {line[:60]!r}; expected `VIDEO start end##sentence`. {ADVICE}.")
+    if not sentence.strip():
+        raise AnnotationError(f"{where}: the sentence behind ## is empty. {ADVICE}.")
+    times = []
+    for name, text in (("start", parts[1]), ("end", parts[2])):
+        try:
+            times.append(float(text))
+        except ValueError:
+            times.append(math.nan)
+        if not math.isfinite(times[-1]):
+            raise AnnotationError(f"{where}: the {name} time is {text!r}; expected seconds. {ADVICE}.")
+    return parts[0], (times[0], times[1]), sentence.strip()

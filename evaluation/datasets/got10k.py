@@ -1,0 +1,157 @@
+"""GOT-10k: tracking of any object, given its first box (Huang et al., arXiv 1810.11981).
+
+Layout and protocol: github.com/got-10k/toolkit (datasets/got10k.py, experiments/got10k.py). `<root>/val/list.txt` names
+the sequences; each is a folder of frames 00000001.jpg … with `groundtruth.txt` (x,y,width,height a line),
+`cover.label` (0 to 8, eighths of the target that are visible), `absence.label`, and `meta_info.ini`. The test split has
+the first box only: results are written in the layout of its server, and nothing can be scored here.
+
+The toolkit's figures leave out the first frame and frames whose cover is 0, and clip both boxes to the picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.evaluation.datasets.fields import ADVICE, digest, numbered_lines, read_text
+from bridge_stg.evaluation.media import frame_files
+from bridge_stg.evaluation.samples import Dataset, Sample, Truth, xyxy_from_xywh
+from bridge_stg.runtime.chain.tasks import TRACKED
+from bridge_stg.runtime.errors import AnnotationError
+from bridge_stg.runtime.host.files import replacing
+
+SPLITS = ("train", "val", "test")
+FRAME_RATE = 10.0
+"""All sequences were annotated at 10 frames a second (`anno_fps: 10Hz`)."""
+
+
+def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
+    """Return the sequences of a split, `val` by default; `annotations` is the root that holds train, val and test.
+
+    Raises:
+        AnnotationError: a file or line is not as published.
+    """
+    root, split = annotations[0], split or "val"
+    if split not in SPLITS:
+        raise AnnotationError(f"got-10k has no split {split!r}; it has: {', '.join(SPLITS)}.")
+    names = [(where, line.strip()) for where, line in numbered_lines(root / split / "list.txt")]
+    samples, files = [], [root / split / "list.txt"]
+    for where, name in names:
+        if Path(name).name != name:
+            raise AnnotationError(f"{where}: {name!r} is no name of a folder. {ADVICE}.")
+        folder = root / split / name
+        truth_file = folder / "groundtruth.txt"
+        if truth_file.is_file():
+            files.append(truth_file)
+        samples.append(
+            Sample(
+                id=name,
+                task="track",
+                media=folder if truth_file.is_file() and (media / split / name).is_dir() else None,
+                sought=f"{split}/{name}",
+                query=TRACKED,
+                read_truth=partial(_truth, folder, media / split / name, split),
+                frame_rate=_frame_rate(folder),
+            )
+        )
+    return Dataset("got-10k", split, tuple(samples), digest(*files))
+
+
+def _truth(folder: Path, frames_folder: Path, split: str) -> Truth:
+    path = folder / "groundtruth.txt"
+    rows = [_row(where, line) for where, line in numbered_lines(path)]
+    frames = len(frame_files(frames_folder))
+    if not rows or (len(rows) != frames and not (split == "test" and len(rows) == 1)):
+        raise AnnotationError(
+            f"{path}: holds {len(rows)} boxes, {frames_folder} {frames} frames; expected one a frame. {ADVICE}."
+        )
+    boxes = np.zeros((frames, 4))
+    boxes[: len(rows)] = xyxy_from_xywh(rows)
+    counted = np.arange(frames) < len(rows)
+    counted[0] = False  # this box was given
+    cover = folder / "cover.label"
+    if cover.is_file():
+        values = [_number(where, line) for where, line in numbered_lines(cover)]
+        if len(values) != frames:
+            raise AnnotationError(f"{cover}: holds {len(values)} lines for {frames} frames; expected one a frame.")
+        counted &= np.asarray(values) > 0
+    times = np.arange(frames) / _frame_rate(folder)
+    return Truth(
+        present=True,
+        span=None,
+        times=times,
+        inside=np.arange(frames) < len(rows),
+        boxes=boxes.astype(np.float32),
+        counted=counted,
+        size=_resolution(folder),
+    )
+
+
+def _row(where: str, line: str) -> list[float]:
+    sides = [_number(where, part) for part in line.split(",")]
+    if len(sides) != 4:
+        raise AnnotationError(f"{where}: holds {len(sides)} numbers; expected x,y,width,height. {ADVICE}.")
+    return sides
+
+
+def _number(where: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise AnnotationError(f"{where}: {text.strip()!r} is no number; expected one. {ADVICE}.")
+    return value
+
+
+def _meta(folder: Path) -> Mapping[str, str]:
+    """Return `name: value` of meta_info.ini; the first line is a heading."""
+    path = folder / "meta_info.ini"
+    lines = read_text(path).splitlines() if path.is_file() else []
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines) if value}
+
+
+def _frame_rate(folder: Path) -> float:
+    found = re.fullmatch(r"([0-9.]+)\s*Hz", _meta(folder).get("anno_fps", ""), re.IGNORECASE)
+    return float(found[1]) if found and float(found[1]) > 0 else FRAME_RATE
+
+
+def _resolution(folder: Path) -> tuple[int, int] | None:
+    """Return (width, height) from `resolution: (1920, 1080)`, None if it is not said."""
+    found = re.fullmatch(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", _meta(folder).get("resolution", ""))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def write_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> int:
+    """Write a tracker's boxes as the server takes them: `NAME/NAME_001.txt` and `NAME/NAME_time.txt`.
+
+    A line is x,y,width,height with three decimals; the times file has seconds a frame with eight. Zip the folder's
+    contents to hand them in. Rows without boxes (failed samples) are left out.
+
+    Returns:
+        How many sequences were written.
+    """
+    written = 0
+    for row in rows:
+        prediction = row.get("prediction") or {}
+        if "boxes" not in prediction:
+            continue
+        boxes = np.asarray(prediction["boxes"], np.float64).reshape(-1, 4)
+        place = folder / row["id"]
+        place.mkdir(parents=True, exist_ok=True)
+        rects = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+        seconds = np.full((len(boxes), 1), row["seconds"] / max(1, len(boxes)))
+        for name, values, form in ((f"{row['id']}_001.txt", rects, "%.3f"), (f"{row['id']}_time.txt", seconds, "%.8f")):
+            text = io.StringIO()
+            np.savetxt(text, values, fmt=form, delimiter=",")
+            with replacing(place / name) as partial_file:
+                partial_file.write_text(text.getvalue(), encoding="utf-8")
+        written += 1
+    return written

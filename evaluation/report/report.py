@@ -1,0 +1,165 @@
+"""What a run comes to: report.json, and report.html for people, made from the result rows alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.evaluation.report.page import html_page
+from bridge_stg.evaluation.report.pictures import case_picture
+from bridge_stg.evaluation.run.evaluate import Evaluation
+from bridge_stg.evaluation.samples import Sample
+from bridge_stg.evaluation.scoring import MAIN
+from bridge_stg.runtime.host.files import replacing
+
+SAME = 1e-3
+"""Samples whose scores differ by no more count as equal."""
+BINS = 20
+WORST = 6
+
+
+def write_report(evaluation: Evaluation, out: Path, *, worst: int = WORST) -> dict[str, Any]:
+    """Write `out`/report.json and report.html, each whole or not at all, and return what the former holds.
+
+    Args:
+        evaluation: what `evaluate` returned.
+        out: an existing folder.
+        worst: how many of the worst cases are shown for each model.
+    """
+    values = report_values(evaluation, worst=worst)
+    cases = [_case(evaluation, case) for case in values["worst"]]
+    texts = {"report.json": json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}
+    texts["report.html"] = html_page(values, cases)
+    for name, text in texts.items():
+        with replacing(out / name) as partial:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return values
+
+
+def report_values(evaluation: Evaluation, *, worst: int = WORST) -> dict[str, Any]:
+    """Return the report as plain values; a figure that is not defined (no absent targets, say) is null."""
+    rows = evaluation.rows
+    values = {
+        "benchmark": evaluation.dataset.name,
+        "split": evaluation.dataset.split,
+        "annotations": evaluation.dataset.annotations,
+        "models": evaluation.models,
+        "samples": len(evaluation.asked) + len(evaluation.missing),
+        "missing": sorted({sample.sought for sample in evaluation.missing}),
+        "missing_samples": len(evaluation.missing),
+        "finished": {label: len(found) for label, found in rows.items()},
+        "figures": evaluation.figures,
+        "differences": {label: _differences(rows, label) for label in list(rows)[1:]},
+        "scores": {label: _histogram(_main_scores(found), 0.0, 1.0) for label, found in rows.items()},
+        "failed": {label: _failed(found) for label, found in rows.items()},
+        "seconds_median": {
+            label: float(np.median([row["seconds"] for row in found.values()])) if found else None
+            for label, found in rows.items()
+        },
+        "worst": _worst(rows, worst),
+    }
+    return _plain(values)
+
+
+def table_text(values: Mapping[str, Any]) -> str:
+    """Return the figures as plain text: one block a part, a line a metric, a column a model."""
+    lines: list[str] = []
+    labels = list(values["figures"])
+    parts = list(dict.fromkeys(part for label in labels for part in values["figures"][label]))
+    width = max([12, *map(len, labels)])
+    for part in parts:
+        lines.append(f"{part:24}" + "".join(f"  {label:>{width}}" for label in labels))
+        names = dict.fromkeys(name for label in labels for name in values["figures"][label].get(part, {}))
+        for name in names:
+            cells = (written(values["figures"][label].get(part, {}).get(name)) for label in labels)
+            lines.append(f"  {name:22}" + "".join(f"  {cell:>{width}}" for cell in cells))
+    if values["missing"]:
+        lines.append(f"{len(values['missing'])} media were not found ({values['missing_samples']} samples left out)")
+    return "\n".join(lines)
+
+
+def written(value: float | None) -> str:
+    """Return a figure as it stands in tables: counts whole, shares with four decimals."""
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _main_scores(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the score by which samples are compared, by id; a sample without truth has none."""
+    found = {name: row["scores"].get(MAIN[row["task"]]) for name, row in rows.items()}
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def _differences(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], label: str) -> dict[str, Any]:
+    """Compare a model with the first one, sample by sample: its main score minus the first model's."""
+    reference = next(iter(rows))
+    first, second = _main_scores(rows[reference]), _main_scores(rows[label])
+    change = {name: second[name] - first[name] for name in first if name in second}
+    values = np.asarray(list(change.values()))
+    return {
+        "reference": reference,
+        "samples": len(values),
+        "same": float((np.abs(values) <= SAME).mean()) if len(values) else None,
+        "mean": float(values.mean()) if len(values) else None,
+        "mean_absolute": float(np.abs(values).mean()) if len(values) else None,
+        "lowest": float(values.min()) if len(values) else None,
+        "highest": float(values.max()) if len(values) else None,
+        "histogram": _histogram(change, -1.0, 1.0),
+    }
+
+
+def _histogram(scores: Mapping[str, float], low: float, high: float) -> dict[str, Any]:
+    bins = BINS if low == 0 else 2 * BINS + 1  # an odd number, so that "no difference" is a bin of its own
+    counts, edges = np.histogram(np.clip(list(scores.values()), low, high), bins=bins, range=(low, high))
+    return {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()}
+
+
+def _failed(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    return [{"id": name, "error": row["error"]} for name, row in rows.items() if "error" in row]
+
+
+def _worst(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], count: int) -> list[dict[str, Any]]:
+    """Choose cases: the lowest scores of the first model, then each other model's largest losses against it."""
+    labels = list(rows)
+    scores = {label: _main_scores(found) for label, found in rows.items()}
+    first = scores[labels[0]] if labels else {}
+    cases: dict[str, str] = {}
+    for name in sorted(first, key=lambda name: (first[name], rows[labels[0]][name]["index"]))[:count]:
+        cases[name] = f"lowest scores of {labels[0]}"
+    for label in labels[1:]:
+        loss = {name: first[name] - score for name, score in scores[label].items() if name in first}
+        for name in sorted(loss, key=lambda name: -loss[name])[:count]:
+            if loss[name] > SAME:
+                cases.setdefault(name, f"largest losses of {label} against {labels[0]}")
+    return [
+        {"id": name, "why": why, "scores": {label: scores[label].get(name) for label in labels}}
+        for name, why in cases.items()
+    ]
+
+
+def _case(evaluation: Evaluation, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a case with its picture as PNG bytes, or with the reason why there is none."""
+    sample: Sample = next(sample for sample in evaluation.asked if sample.id == case["id"])
+    found = {label: rows[sample.id] for label, rows in evaluation.rows.items() if sample.id in rows}
+    try:
+        picture, problem = case_picture(sample, found), ""
+    except Exception as error:  # a medium that cannot be read failed the models too, and the report says so
+        picture, problem = None, str(error)
+    errors = {label: row["error"] for label, row in found.items() if "error" in row}
+    return {**case, "query": sample.query, "media": sample.sought, "group": sample.group, "task": sample.task,
+            "picture": picture, "problem": problem, "errors": errors}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without NaN, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    return value

@@ -1,0 +1,1 @@
+"""Run a bundle over many samples, on one or many devices, with resumable results."""

@@ -1,0 +1,73 @@
+"""Answers as a table in Parquet, from the JSON lines that a run leaves. Needs pyarrow, of the extra `ray`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge_stg.runtime.host.files import replacing
+
+ROWS = 256
+"""Rows of a group: a row may hold hundreds of boxes."""
+
+
+def answer_schema() -> Any:
+    """Return the columns: those of `Grounding.to_json`, and `id`, `index`, `video`, `error` (null where answered)."""
+    import pyarrow as pa
+
+    def boxes(*flags: str) -> Any:
+        fields = [("time_s", pa.float64()), ("box", pa.list_(pa.float32())), ("presence", pa.float32())]
+        return pa.list_(pa.struct([*fields, *((name, pa.bool_()) for name in flags)]))
+
+    def numbers(*names: str) -> Any:
+        return pa.struct([(name, pa.float64()) for name in names])
+
+    size = pa.struct([("width", pa.int32()), ("height", pa.int32())])
+    coarse = [("fps", pa.float64()), ("size", size), ("groups", pa.int32()), ("tokens", pa.int64())]
+    coarse += [("max_visual_tokens", pa.int64()), ("limited_by", pa.list_(pa.string()))]
+    return pa.schema(
+        [
+            ("id", pa.string()), ("index", pa.int64()), ("video", pa.string()), ("task", pa.string()),
+            ("query", pa.string()), ("error", pa.string()), ("schema", pa.int32()), ("found", pa.bool_()),
+            ("span", numbers("start_s", "end_s")), ("named_span", numbers("start_s", "end_s")),
+            ("answer", pa.string()), ("size", size), ("scores", numbers("absent", "answer", "presence")),
+            ("tube", boxes("visible")), ("boxes", boxes("visible", "interpolated")), ("coarse", pa.struct(coarse)),
+            ("tokens", numbers("coarse", "fine", "dense", "ratio")), ("timings_s", pa.map_(pa.string(), pa.float64())),
+        ]
+    )  # fmt: skip
+
+
+def write_parquet(lines: Path, ids: Sequence[str], out: Path) -> None:
+    """Write the rows with these ids, in this order, whole or not at all.
+
+    Args:
+        lines: JSON lines, the first of which is no row; of rows with one id the last counts.
+        ids: all are in it.
+        out: the file to write.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    places: dict[str, int] = {}
+    schema = answer_schema()
+    with lines.open("rb") as file:
+        file.readline()
+        place = file.tell()
+        for line in iter(file.readline, b""):
+            places[json.loads(line)["id"]] = place
+            place = file.tell()
+        with replacing(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            for start in range(0, len(ids), ROWS):
+                rows = []
+                for name in ids[start : start + ROWS]:
+                    file.seek(places[name])
+                    row = {name: _unicode(value) for name, value in json.loads(file.readline()).items()}
+                    rows.append(row | {"timings_s": list(row.get("timings_s", {}).items())})
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _unicode(value: Any) -> Any:
+    """Return a text without what stands for bytes that are not Unicode, which Parquet refuses; other values as is."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value

@@ -1,0 +1,1 @@
+"""Build TensorRT engines: targets, profiles, memory, inspection."""

@@ -1,0 +1,169 @@
+"""From a bundle to engines: choose and check, compile, read the plan, rename into place."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from bridge_stg.export.engines.build_plan import Build, check_room, planned
+from bridge_stg.export.engines.compile import Report, compile_graph
+from bridge_stg.export.engines.inspector import inspected_kernels
+from bridge_stg.export.engines.layers import graph_nodes, plan_summary, read_plan_report, report_by_block
+from bridge_stg.export.engines.profiles import GraphProfiles
+from bridge_stg.runtime.backends.tensorrt.engine_cache import PLAN, EngineEntry, read_engine
+from bridge_stg.runtime.backends.tensorrt.engine_store import new_engine, publish, writable_folder
+from bridge_stg.runtime.backends.tensorrt.library import TensorRT
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.free_memory import gigabytes
+from bridge_stg.runtime.host.peak import peak_bytes, reset_peak
+
+TIMING = "timing.cache"
+"""What TensorRT learnt of kernels on this device, beside its engines."""
+
+
+def build_engines(
+    bundle: Bundle,
+    targets: Sequence[str],
+    *,
+    graphs: Sequence[str] = (),
+    variant: str | None = None,
+    precision: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    where: str = "--profiles",
+    check_memory: bool = True,
+    again: bool = False,
+    family: str | None = None,
+    exactly: Mapping[str, GraphProfiles] | None = None,
+    report: Report | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+) -> list[EngineEntry]:
+    """Compile graphs of a bundle for targets, and put the engines where the runtime finds them.
+
+    Everything is checked before the first engine is compiled. An engine of the same key is not compiled again,
+    unless it is damaged.
+
+    Args:
+        targets: names of `engine_targets.TARGETS`, or `this`.
+        graphs: their names; empty: all.
+        variant: None: that of each target.
+        precision: the one that the bundle is expected to be in; None: the one it is in. It is in the graphs: none is
+            converted here.
+        overrides: what `profiles.read_overrides` returned, and `where` it came from.
+        check_memory: whether to stop where the estimate does not fit this machine or the target.
+        again: compile even what is there.
+        family: the TensorRT that the target `this` is compiled with, a key of `engine_cache.FAMILIES`; None: the first
+            that is installed.
+        exactly: by graph, profiles that are taken as they are, instead of the defaults with `overrides`.
+        report: called with phase, step, steps; may raise to stop.
+        say: called with what a person should know, a line each.
+
+    Raises:
+        EngineError: a target, graph or precision is unknown or refused, TensorRT is missing or refuses a graph, memory
+            does not suffice, or nothing can be written.
+    """
+    builds = [
+        build
+        for name in dict.fromkeys(targets)
+        for build in planned(
+            bundle, name, graphs, variant, precision, overrides, where, say, family=family, exactly=exactly
+        )
+    ]
+    if check_memory:
+        for build in builds:
+            check_room(build)
+    entries = []
+    for build in builds:
+        found = None if again else _present(bundle, build, say)
+        entries.append(found or _compile(bundle, build, report, say))
+    return entries
+
+
+def _present(bundle: Bundle, build: Build, say: Callable[[str], Any]) -> EngineEntry | None:
+    """Return the engine that is there already, if it is whole, and tell it."""
+    try:
+        found = read_engine(bundle, build.graph, build.key())
+    except EngineError as error:
+        say(str(error))
+        return None
+    if found is not None:
+        say(f"{build.graph} for {build.target.name} is there already: {found.folder}")
+    return found
+
+
+def _compile(bundle: Bundle, build: Build, report: Report | None, say: Callable[[str], Any]) -> EngineEntry:
+    graph, target, key = build.graph, build.target, build.key()
+    folder = writable_folder(bundle)
+    path = bundle.graph_path(graph.name, graph.variant)
+    timing = folder / key.target / TIMING
+    say(f"compiling {graph} ({graph.precision}) for {target.name}: {', '.join(build.profiles.profiles)}")
+    began, is_alone = time.monotonic(), reset_peak()
+    compiled = compile_graph(
+        build.tensorrt,
+        path,
+        build.profiles.profiles,
+        capacity=build.profiles.capacity,
+        sms=target.sms if target.ahead_of_time else (),
+        workspace=build.workspace_bytes,
+        timing=timing.read_bytes() if timing.is_file() else b"",
+        report=report,
+    )
+    with new_engine(folder) as partial:
+        with open(partial / PLAN, "wb") as file:
+            file.write(memoryview(compiled.plan))
+        about: dict[str, Any] = {
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 2),
+            "peak_memory_bytes": peak_bytes() if is_alone else None,
+            "weight_bytes": build.weight_bytes,
+            "python": sys.version.split()[0],
+            "layers": _layers(build, partial / PLAN, compiled.plan, path, say),
+        }
+        entry = publish(
+            partial,
+            EngineEntry(
+                key=key, target=target.name, graph=graph.name, variant=graph.variant, precision=graph.precision,
+                profiles=build.profiles.profiles, capacity=build.profiles.capacity, inputs=graph.inputs,
+                outputs=graph.outputs, size=0, sha256="", built=about,
+            ),
+        )  # fmt: skip
+    if compiled.timing is not None:
+        timing.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(timing) as temporary:
+            temporary.write_bytes(compiled.timing)
+    return entry
+
+
+def _layers(build: Build, file: Path, plan: Any, graph: Path, say: Callable[[str], Any]) -> Any:
+    """Return what the engine does by block: as its own text tells, or else TensorRT on this device; None: neither."""
+    try:
+        return read_plan_report(file, graph)
+    except EngineError as error:
+        if build.target.ahead_of_time:
+            say(str(error))
+            return None
+    try:
+        kernels = inspected_kernels(TensorRT(build.target.family, build.tensorrt), plan)
+        return report_by_block([kernels], graph_nodes(graph))
+    except Exception as error:  # a report is no reason to lose an engine
+        say(f"{build.graph}: {error}")
+        return None
+
+
+def engine_line(entry: EngineEntry) -> str:
+    """Describe an engine in one line."""
+    built = entry.built
+    counts = plan_summary(built["layers"]) if built.get("layers") else {}
+    parts = [", ".join(f"{n} {word}" for word, n in group.items()) for group in counts.values()]
+    read = "".join(f"; {name}: {part}" for name, part in zip(counts, parts, strict=True))
+    peak = built.get("peak_memory_bytes")
+    memory = f", peak {gigabytes(peak)}" if peak else ""
+    seconds = math.ceil(float(built.get("seconds", 0)))
+    head = f"{entry.graph} ({entry.variant}, {entry.precision}) for {entry.target}"
+    return f"{head}: {gigabytes(entry.size)}, {seconds} s{memory}{read}"

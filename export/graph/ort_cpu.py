@@ -1,0 +1,154 @@
+"""The variant `ort-cpu`: the same numbers in the form that onnxruntime on CPU runs fastest.
+
+- W8A8 products become its operator MatMulIntegerToFloat, bias included. Left to itself it fuses only products that
+  share their int8 input with no other one, and none of two dims: neither q, k and v nor gate and up, nor the mergers.
+- Activations are uint8 with zero point 128, the same numbers: its fast kernels for x64 multiply uint8 by int8.
+- Rows of an int8 table are looked up before they become floats: else the whole table is dequantized at every call.
+  TensorRT refuses that form, since it takes int8 constants in front of DequantizeLinear alone.
+- In fp32 graphs too: attention and rotary embeddings become its fused operators (`ort_attention`), and the spatial
+  decoder's queries are multiplied in place of its patches (`ort_few_queries`). The vision encoder merges the patches
+  of as many groups into tokens as it is asked for (`ort_spare_tokens`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from bridge_stg.export.graph.blocks import INT8, find_products, find_tables, stored
+from bridge_stg.export.graph.fold_key_projection import absorb_projections
+from bridge_stg.export.graph.fuse_attention import fuse_attention
+from bridge_stg.export.graph.graph_edit import Edit
+from bridge_stg.export.graph.optional_tokens import spare_tokens
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+
+VARIANT, DERIVED_FROM = "ort-cpu", "standard"
+DOMAIN = "com.microsoft"
+
+_LAST_AXIS = np.array([-1], np.int64)
+_MIDDLE = np.array(128, np.uint8)
+
+
+def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec]:
+    """Write the variant beside those of one graph, over the same weights, where there is anything to gain.
+
+    Args:
+        written: contracts of the variants in the folder.
+        folder: of the graph, with `standard.onnx` in it.
+
+    Returns:
+        The contract of the new variant, or nothing.
+    """
+    for spec in written:
+        if spec.variant != DERIVED_FROM:
+            continue
+        model = ir.load(folder / f"{spec.variant}.onnx")
+        if for_ort_cpu(model, spec.name):
+            ir.save(model, folder / f"{VARIANT}.onnx")
+            return [dataclasses.replace(spec, variant=VARIANT, derived_from=spec.variant)]
+    return []
+
+
+def for_ort_cpu(model: ir.Model, graph: str) -> bool:
+    """Change a graph in place; tell whether there was anything to change."""
+    fewer = absorb_projections(model)
+    fewer = spare_tokens(model) or fewer
+    attention = fuse_attention(model)
+    edit = Edit(model.graph)
+    fused = [_fuse(edit, edit.nodes[p.node]) for p in find_products(model, graph) if p.form == INT8]
+    tables = [table for table in find_tables(model, graph) if table.form == INT8]
+    for table in tables:
+        _look_up(edit, edit.nodes[table.node])
+    edit.drop_unused()
+    if any(fused):
+        model.graph.opset_imports[DOMAIN] = 1
+    return fewer or attention or any(fused) or bool(tables)
+
+
+def _fuse(edit: Edit, node: ir.Node) -> bool:
+    """Q → DQ → MatMul ← DQ, then a bias perhaps, as one operator. Tell whether it is such a product, in fp32."""
+    data_floats, weight_floats = _producer(node.inputs[0]), _producer(node.inputs[1])
+    turned = weight_floats is not None and weight_floats.op_type == "Transpose"
+    if turned and weight_floats is not None:
+        weight_floats = _producer(weight_floats.inputs[0])
+    if data_floats is None or weight_floats is None:
+        return False
+    for floats in (data_floats, weight_floats):
+        if floats.op_type != "DequantizeLinear" or floats.outputs[0].dtype != ir.DataType.FLOAT:
+            return False
+    integers = weight_floats.inputs[0]
+    assert integers is not None
+    if turned:
+        flipped = ir.node("Transpose", [integers], {"perm": [1, 0]}, name=f"{integers.name}/Transpose")
+        edit.graph.insert_before(node, flipped)
+        flipped.outputs[0].name, flipped.outputs[0].dtype = edit.free_name(f"{integers.name}_turned"), ir.DataType.INT8
+        integers = flipped.outputs[0]
+    data, zero = _shifted(edit, data_floats)
+    out, bias = node.outputs[0], None
+    adds = [reader for reader, _ in out.uses()]
+    if len(adds) == 1 and adds[0].op_type == "Add" and not out.is_graph_output():
+        bias = next((v for v in adds[0].inputs if v is not None and v.is_initializer() and _rank(v) == 1), None)
+    last = adds[0] if bias is not None else node
+    inputs = [data, integers, data_floats.inputs[1], weight_floats.inputs[1], zero, None, bias]
+    fused = ir.node("MatMulIntegerToFloat", inputs if bias is not None else inputs[:5], name=node.name, domain=DOMAIN)
+    edit.graph.insert_before(last, fused)
+    edit.replace(last.outputs[0], fused.outputs[0])
+    edit.graph.remove(last, safe=True)
+    if last is not node:
+        edit.graph.remove(node, safe=True)
+    edit.nodes[str(node.name)] = fused
+    return True
+
+
+def _shifted(edit: Edit, floats: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """Return what a DQ reads as uint8, and its zero point: −128 … 127 about 0 are 0 … 255 about 128."""
+    data, zero = floats.inputs[0], floats.inputs[2]
+    quantize = _producer(data)
+    if data is None or quantize is None or quantize.op_type != "QuantizeLinear":
+        return data, zero
+    middle, name = edit.constant("uint8_zero_point", _MIDDLE), f"{data.name}_shifted"
+    if name not in edit.nodes:  # products may share it
+        node = ir.node("QuantizeLinear", [*quantize.inputs[:2], middle], name=name)
+        edit.graph.insert_after(quantize, node)
+        node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, ir.DataType.UINT8, data.shape
+        edit.nodes[name] = node
+    return edit.nodes[name].outputs[0], middle
+
+
+def _look_up(edit: Edit, gather: ir.Node) -> None:
+    """Gather(int8) → Cast → Mul by each row's scale."""
+    rows, ids = gather.inputs
+    assert rows is not None and ids is not None
+    dequantize, integers = rows.producer(), stored(rows)[0]
+    assert dequantize is not None and integers is not None
+    shared = dequantize.inputs[1]
+    assert shared is not None and shared.dtype is not None and shared.const_value is not None
+    # The same bytes under another name: the head's product is fused only if nothing else reads its scales.
+    scale = edit.alias(shared, f"{integers.name}_row_scale")
+    out, stem, dtype = gather.outputs[0], str(gather.name), shared.dtype
+    gather.replace_input_with(0, integers)
+    readers, name = list(out.uses()), str(out.name)
+    cast = ir.node("Cast", [out], {"to": dtype.value}, name=f"{stem}/Cast")
+    scales = ir.node("Gather", [scale, ids], name=f"{stem}/Gather_scale")
+    axis = edit.constant("last_axis", _LAST_AXIS)
+    columns = ir.node("Unsqueeze", [scales.outputs[0], axis], name=f"{stem}/Unsqueeze")
+    product = ir.node("Mul", [cast.outputs[0], columns.outputs[0]], name=f"{stem}/Mul")
+    edit.graph.insert_after(gather, [cast, scales, columns, product])
+    out.name, out.dtype = edit.free_name(f"{name}_int8"), ir.DataType.INT8
+    for node, suffix in ((cast, "cast"), (scales, "scale"), (columns, "scales")):
+        node.outputs[0].name, node.outputs[0].dtype = edit.free_name(f"{name}_{suffix}"), dtype
+    product.outputs[0].name, product.outputs[0].dtype = name, dtype
+    for reader, index in readers:
+        reader.replace_input_with(index, product.outputs[0])
+
+
+def _rank(value: ir.Value) -> int:
+    return len(value.shape) if value.shape is not None else 0
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()

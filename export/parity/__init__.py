@@ -1,0 +1,1 @@
+"""Parity at export: golden cases, random-input cases, bisection of drift."""

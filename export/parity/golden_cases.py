@@ -1,0 +1,111 @@
+"""Record golden cases: the eager chain on small made-up scenes, every call of every graph with what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.torch_session import TorchSession
+from bridge_stg.runtime.backends.kv_pool import BUCKET_POSITIONS
+from bridge_stg.runtime.backends.session import KVCache
+from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.grounder import Grounder, Video
+from bridge_stg.runtime.parity.compare import tolerance_of
+from bridge_stg.runtime.parity.golden import write_case
+
+Call = tuple[str, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
+
+HEIGHT, WIDTH, FRAMES, FPS = 96, 128, 12, 8.0
+
+
+class RecordingSession:
+    """A torch session that notes its calls. Cached keys and values are not noted: a replay fills its own cache."""
+
+    def __init__(self, session: TorchSession, calls: list[Call]) -> None:
+        self._session, self._calls = session, calls
+
+    @property
+    def graph(self) -> GraphSpec:
+        """The graph's contract."""
+        return self._session.graph
+
+    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
+        """Run the graph, and note inputs and outputs."""
+        outputs = self._session.infer(feeds, cache=cache)
+        self._calls.append((self.graph.name, dict(feeds), dict(outputs)))
+        return outputs
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
+        """Return zero-filled KV buffers."""
+        return self._session.allocate_cache(batch=batch, capacity=capacity)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") -> list[Path]:
+    """Write golden/<case> for a clip, for two queries in one batch, and for an image. Return the cases' folders.
+
+    Args:
+        model: in eval mode, with its weights and its tokenizer.
+        folder: the bundle's golden/ folder.
+        precision: of the bundle's graphs, which tells how near they must come.
+    """
+    outputs = [t.name for name in GRAPHS for t in graph_contract(name, model.spec, variant="", opset=0).outputs]
+    found = {name: tolerance_of(precision, name) for name in outputs}
+    tolerance = {name: value for name, value in found.items() if value is not None}
+    clip, image = scene(), next(scene())[1]
+    cases: dict[str, tuple[Video, tuple[str, ...], str]] = {
+        "clip": (clip, ("the red square",), "one query on a clip of a moving square"),
+        "batch": (scene(), ("the square", "a blue ball that moves to the left"), "two queries of different lengths"),
+        "image": (image, ("the red square",), "one query on an image"),
+    }
+    for name, (video, queries, note) in cases.items():
+        calls = record(model, video, queries)
+        if len(queries) > 1:
+            calls.append(_masked(model, calls))
+        capacity = _capacity(calls)
+        write_case(folder / name, calls, kind=name, note=note, tolerance=tolerance, cache_capacity=capacity)
+    return [folder / name for name in cases]
+
+
+def scene() -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (seconds, RGB) of a red square that crosses a shaded background."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    ground = np.stack([x * 255 // WIDTH, y * 255 // HEIGHT, (x + y) % 256], -1).astype(np.uint8)
+    for index in range(FRAMES):
+        frame = ground.copy()
+        left = 8 + index * 7
+        frame[30:54, left : left + 24] = (220, 30, 30)
+        yield index / FPS, frame
+
+
+def record(model: BridgeSTG, video: Video, queries: tuple[str, ...]) -> list[Call]:
+    """Return every call that the eager chain makes; `none` is not allowed, so that the spatial pass runs."""
+    assert model.tokenizer is not None
+    calls: list[Call] = []
+    sessions = {name: RecordingSession(TorchSession(name, model), calls) for name in GRAPHS}
+    with Grounder(sessions, model.spec, model.tokenizer) as grounder, grounder.open(video) as opened:
+        opened.ground_many(list(queries), allow_none=False)
+    return calls
+
+
+def _masked(model: BridgeSTG, calls: list[Call]) -> Call:
+    """Return the last spatial call with rows that see different frames, whatever spans the model named."""
+    _, feeds, _ = next(call for call in reversed(calls) if call[0] == "spatial_decoder")
+    mask = np.ones_like(feeds["frame_mask"])
+    for row in range(1, len(mask)):
+        mask[row, mask.shape[1] // (row + 1) :] = mask.shape[1] == 1
+    feeds = {**feeds, "frame_mask": mask}
+    return "spatial_decoder", feeds, TorchSession("spatial_decoder", model).infer(feeds)
+
+
+def _capacity(calls: list[Call]) -> int:
+    """Return the cache positions that the calls touch, rounded up as the runtime does."""
+    feeds = [feeds for name, feeds, _ in calls if name == "language_model"]
+    last = max(int(f["cache_position"].max()) + f["input_ids"].shape[1] for f in feeds)
+    return -(-last // BUCKET_POSITIONS) * BUCKET_POSITIONS

@@ -1,0 +1,1 @@
+"""Trace a checkpoint to ONNX graphs, block by block in bounded memory."""

@@ -1,0 +1,111 @@
+"""The three graphs as modules of tensors alone, with the flat inputs and outputs of their contracts.
+
+Each holds its part of the model under the name that it has in `BridgeSTG`, so that parameters keep their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bridge_stg.export.tracing.lowering import Lowering
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec
+
+
+class VisionEncoderGraph(nn.Module):
+    """frames and position tables → visual_tokens, feature_map."""
+
+    def __init__(self, model: BridgeSTG, lowering: Lowering) -> None:
+        super().__init__()
+        self.vision_encoder = model.vision_encoder
+
+    def forward(self, frames: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        """See the `forward` of the family's encoder in `bridge_stg.model.backbones`."""
+        return self.vision_encoder(frames, *tables)
+
+
+class LanguageModelGraph(nn.Module):
+    """ids, positions and KV buffers → logits, taps and what the cache contract returns."""
+
+    def __init__(self, model: BridgeSTG, lowering: Lowering) -> None:
+        super().__init__()
+        self.language_model = model.language_model
+        self.lowering = lowering
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        visual_index: Tensor,
+        visual_tokens: Tensor,
+        positions: Tensor,
+        cache_position: Tensor,
+        output_index: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """See `bridge_stg.model.language_model.LanguageModel.forward`; past_key/value_i [B, kv_heads, S, head_dim]."""
+        cache = self.lowering.cache(list(past), cache_position)
+        mask = self.lowering.mask(cache_position, input_ids.shape[1], past[0].shape[2])
+        logits, taps = self.language_model(
+            input_ids, visual_index, visual_tokens, positions, cache_position, output_index, mask, cache
+        )
+        return logits, taps, *cache.written
+
+
+class SpatialDecoderGraph(nn.Module):
+    """feature_map, taps, frame_times and frame_mask → boxes, presence."""
+
+    def __init__(self, model: BridgeSTG, lowering: Lowering) -> None:
+        super().__init__()
+        self.spatial_decoder = model.spatial_decoder
+
+    def forward(self, feature_map: Tensor, taps: Tensor, frame_times: Tensor, frame_mask: Tensor) -> tuple[Tensor, ...]:
+        """See `bridge_stg.model.spatial_decoder.SpatialDecoder.forward`."""
+        return self.spatial_decoder(feature_map, taps, frame_times, frame_mask)
+
+
+GRAPH_MODULES: Mapping[str, Callable[[BridgeSTG, Lowering], nn.Module]] = {
+    "vision_encoder": VisionEncoderGraph,
+    "language_model": LanguageModelGraph,
+    "spatial_decoder": SpatialDecoderGraph,
+}
+
+_SIZES: Mapping[str, int] = {"G": 2, "B": 2, "L": 5, "K": 3, "S": 16, "V": 7, "F": 6, "h": 8, "w": 10, "W": 4}
+_ROWS, _COLUMNS = 3, 5
+_FREE = ("height", "width", "N", "W")
+_LARGEST = 2**20
+
+
+def example(graph: GraphSpec, spec: ModelSpec) -> tuple[Tensor, ...]:
+    """Return one tensor an input, of sizes that a trace cannot mistake for fixed ones: none is 1, and few are equal."""
+    side = spec.vision.patch_size * spec.vision.merge_size
+    patches = _ROWS * _COLUMNS * spec.vision.merge_size**2
+    sizes = {**_SIZES, "height": _ROWS * side, "width": _COLUMNS * side, "N": patches}
+    shapes = ([dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims] for tensor in graph.inputs)
+    dtypes = (getattr(torch, tensor.dtype) for tensor in graph.inputs)
+    return tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
+
+
+def dynamic_shapes(graph: GraphSpec) -> tuple[object, ...]:
+    """Return torch.export's dims of every input: one named `Dim` a symbol of the contract, shared by all inputs.
+
+    Height, width, N and W follow from each other (N = height · width / patch²), which named dims cannot say: these are
+    left to the trace, and get the contract's names in the finished graph.
+    """
+    dims: dict[str, object] = dict.fromkeys(_FREE, torch.export.Dim.AUTO)
+    shapes: list[dict[int, object]] = []
+    for tensor in graph.inputs:
+        symbols = {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
+        for dim in symbols.values():
+            dims.setdefault(dim, torch.export.Dim(dim, min=1, max=_LARGEST))
+        shapes.append({axis: dims[dim] for axis, dim in symbols.items()})
+    if graph.cache is not None:  # the modules take these, and the position tables, as `*past` and `*tables`
+        first = len(shapes) - len(graph.cache.past_names)
+    elif graph.name == "vision_encoder":
+        first = 1
+    else:
+        return tuple(shapes)
+    return (*shapes[:first], tuple(shapes[first:]))

@@ -1,0 +1,181 @@
+"""The dialects that a graph is traced in: how attention and the KV cache become ONNX operators.
+
+Attention enters through transformers' registry and the cache through the `KeyValueCache` protocol, so that the torch
+modules are the same in training, in the eager reference and in every trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bridge_stg.model.attention import matmul_attention
+from bridge_stg.model.language_model import KeyValueCache, visible_keys
+from bridge_stg.model.spatial_decoder import CrossAttention
+
+if TYPE_CHECKING:
+    from bridge_stg.model.model import BridgeSTG
+
+MASKED = -3e4
+"""Score of a key that is not visible: finite, and within fp16."""
+
+Size: TypeAlias = "int | torch.SymInt"
+
+
+class GraphCache(KeyValueCache, Protocol):
+    """A cache whose updates become part of a graph."""
+
+    written: list[Tensor]
+    """What the graph returns: key_0, value_0, key_1 …"""
+
+
+class ScatterCache:
+    """`in_place`: the new rows are scattered into the buffers, which are attended to as a whole.
+
+    Args:
+        past: key_0, value_0, key_1 …, each [B, kv_heads, S, head_dim].
+        cache_position: int64 [B], where each row's new tokens begin.
+    """
+
+    def __init__(self, past: list[Tensor], cache_position: Tensor) -> None:
+        self.past, self.cache_position = past, cache_position
+        self.written = list(past)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Emit `TensorScatter` (opset 24), which backends run in place where past and present share a buffer."""
+        for slot, new in ((2 * layer_idx, key), (2 * layer_idx + 1, value)):
+            past = self.past[slot]
+            inputs, about = (past, new, self.cache_position), {"dtype": past.dtype, "shape": past.shape}
+            self.written[slot] = torch.onnx.ops.symbolic("TensorScatter", inputs, {"axis": 2}, version=24, **about)
+        return self.written[2 * layer_idx], self.written[2 * layer_idx + 1]
+
+
+class AppendCache:
+    """`append`: the buffers are only read, and the new rows are an output that the session writes into them.
+
+    Args:
+        past: key_0, value_0, key_1 …, each [B, kv_heads, S, head_dim].
+        cache_position: int64 [B], where each row's new tokens begin.
+    """
+
+    def __init__(self, past: list[Tensor], cache_position: Tensor) -> None:
+        self.past, self.cache_position = past, cache_position
+        self.written = list(past)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keep the new rows and return them alone; `appended_attention` reads the past by itself."""
+        self.written[2 * layer_idx], self.written[2 * layer_idx + 1] = key, value
+        return key, value
+
+
+def operator_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Emit `Attention` (opset 23 and later) with a boolean mask; arguments as `matmul_attention`."""
+    inputs = (query, key, value) if mask is None else (query, key, value, mask)
+    attributes = {"scale": float(scaling)}
+    about = {"dtype": query.dtype, "shape": query.shape}
+    return torch.onnx.ops.symbolic("Attention", inputs, attributes, version=24, **about).transpose(1, 2), None
+
+
+def appended_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    bridge_cache: AppendCache | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend to the past and to the new rows with one softmax over both, without concatenating the cache.
+
+    Args:
+        module: its `layer_idx` tells which buffers of the cache are its own.
+        query: [B, heads, L, head_dim].
+        key: [B, kv_heads, L, head_dim], the new rows.
+        value: [B, kv_heads, L, head_dim].
+        mask: bool [B, 1, L, S + L], True where visible: the past first, then the new rows.
+        scaling: factor on the scores.
+        bridge_cache: None outside the language model: there `matmul_attention` does it.
+
+    Returns:
+        [B, L, heads, head_dim] and None.
+    """
+    if bridge_cache is None:
+        return matmul_attention(module, query, key, value, mask, scaling)
+    assert mask is not None
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    past_key, past_value = bridge_cache.past[2 * index], bridge_cache.past[2 * index + 1]
+    batch, heads, length, head_dim = query.shape
+    kv_heads, capacity = past_key.shape[1], past_key.shape[2]
+    # The heads that share keys are folded into the rows: one product a KV head, and no repeated keys.
+    shared = heads // kv_heads
+    query = (query * scaling).reshape(batch, kv_heads, shared * length, head_dim)
+    scores = torch.cat([query @ past_key.transpose(-1, -2), query @ key.transpose(-1, -2)], -1)
+    scores = scores.reshape(batch, kv_heads, shared, length, capacity + length)
+    scores = torch.where(mask[:, None], scores, torch.full((), MASKED, dtype=scores.dtype))
+    weights = scores.float().softmax(-1).to(value.dtype)
+    weights = weights.reshape(batch, kv_heads, shared * length, capacity + length)
+    out = weights[..., :capacity] @ past_value + weights[..., capacity:] @ value
+    return out.reshape(batch, heads, length, head_dim).transpose(1, 2), None
+
+
+def visible_past_and_new(cache_position: Tensor, length: Size, capacity: Size) -> Tensor:
+    """Return bool [B, 1, L, S + L]: key j of the past is visible iff j < cache_position[b], new key k iff k ≤ i."""
+    past = torch.arange(capacity) < cache_position[:, None, None]
+    rows = torch.arange(length)
+    new = (rows <= rows[:, None])[None]
+    batch = cache_position.shape[0]
+    return torch.cat([past.expand(batch, length, capacity), new.expand(batch, length, length)], -1)[:, None]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One dialect.
+
+    `cache_update` is the cache contract in the manifest, `attention` a name in transformers' registry, `cache` builds
+    what the decoder layers update, and `mask` tells which keys are visible under that contract.
+    """
+
+    name: str
+    opset: int
+    cache_update: str
+    attention: str
+    cache: Callable[[list[Tensor], Tensor], GraphCache]
+    mask: Callable[[Tensor, Size, Size], Tensor]
+
+    @contextmanager
+    def applied(self, model: BridgeSTG) -> Iterator[None]:
+        """Let the model's attention layers use this dialect inside the block."""
+        switches: list[tuple[Any, str]] = [
+            (model.vision_encoder.model.config, "_attn_implementation"),
+            (model.language_model.model.config, "_attn_implementation"),
+            *((m, "attention") for m in model.spatial_decoder.modules() if isinstance(m, CrossAttention)),
+        ]
+        before = [getattr(holder, name) for holder, name in switches]
+        for holder, name in switches:
+            setattr(holder, name, self.attention)
+        try:
+            yield
+        finally:
+            for (holder, name), value in zip(switches, before, strict=True):
+                setattr(holder, name, value)
+
+
+ALL_ATTENTION_FUNCTIONS.register("bridge_operator", operator_attention)
+ALL_ATTENTION_FUNCTIONS.register("bridge_append", appended_attention)
+
+LOWERINGS = {
+    lowering.name: lowering
+    for lowering in (
+        Lowering("standard", 24, "in_place", "bridge_operator", ScatterCache, visible_keys),
+        Lowering("primitive", 18, "append", "bridge_append", AppendCache, visible_past_and_new),
+    )
+}

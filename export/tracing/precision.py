@@ -1,0 +1,193 @@
+"""Lower the precision of a traced fp32 graph: weights and matrix products go to fp16 or bf16, with explicit casts.
+
+Norms, softmax, rotary embeddings, activations, the residual stream and what makes boxes of features stay fp32.
+Precision is in the graph alone, since engines of today have no flags for it. Knows nothing of models but the names of
+modules.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from bridge_stg.export.tracing.weights import StoredWeight
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.errors import CheckpointError
+
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention"})
+"""Operators that compute in the low precision; engines accumulate them in fp32.
+
+`Attention` holds a softmax. Its `softmax_precision` would say fp32, but TensorRT's parser refuses it, and the fused
+kernels that it stands for keep the softmax in fp32 anyway. Where attention is spelled out, softmax is its own node.
+"""
+
+BF16_CONV_SINCE = 22
+"""The first opset whose convolution takes bf16."""
+
+MOVES = frozenset({
+    "Concat", "Expand", "Gather", "GatherElements", "Identity", "Reshape", "Slice", "Split", "Squeeze", "TensorScatter",
+    "Transpose", "Unsqueeze",
+})  # fmt: skip
+"""Operators that only move values, and so keep whatever precision comes in."""
+
+FP32_PART = "spatial_decoder"
+"""What turns features into boxes, where a rounding is a shift of the box …"""
+
+LOW_MODULES = re.compile(r"spatial_decoder\.(feature|layers\.\d+\.space)\.")
+"""… but for its work on every patch of every frame, which is nearly all of it."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are stored and multiplied.
+
+    Attributes:
+        name: `fp32`, `fp16` or `bf16`.
+        dtype: of weights and products.
+        io_dtype: of visual_tokens, feature_map and taps. numpy has no bf16, so those graphs speak fp32.
+        cache_dtype: of the KV buffers, for the same reason.
+    """
+
+    name: str
+    dtype: ir.DataType
+    io_dtype: str
+    cache_dtype: str
+
+
+FP32 = Precision("fp32", ir.DataType.FLOAT, "float32", "float32")
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        FP32,
+        Precision("fp16", ir.DataType.FLOAT16, "float16", "float16"),
+        Precision("bf16", ir.DataType.BFLOAT16, "float32", "float32"),
+    )
+}
+
+
+def lower_precision(model: ir.Model, contract: GraphSpec, precision: Precision) -> None:
+    """Lower a simplified fp32 graph in place; nodes must be named `module/Operator`.
+
+    Inputs and outputs get the dtypes of `contract`.
+
+    Raises:
+        CheckpointError: a constant does not fit the precision.
+    """
+    if precision.dtype != ir.DataType.FLOAT:
+        _Lowering(model.graph, contract, precision).run()
+
+
+class _Lowering:
+    """One pass over one graph. `low` holds the values that exist in the low precision."""
+
+    def __init__(self, graph: ir.Graph, contract: GraphSpec, precision: Precision) -> None:
+        self.graph, self.dtype = graph, precision.dtype
+        old = precision.dtype == ir.DataType.BFLOAT16 and graph.opset_imports[""] < BF16_CONV_SINCE
+        self.products = PRODUCTS - {"Conv"} if old else PRODUCTS
+        self.names = {t.name: t.dtype for t in (*contract.inputs, *contract.outputs)}
+        self.low: set[ir.Value] = set()
+        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def run(self) -> None:
+        graph = self.graph
+        for value in graph.inputs:
+            if self.names[str(value.name)] == "float16":
+                value.dtype = ir.DataType.FLOAT16
+                self.low.add(value)
+        nodes = list(graph)
+        lowered = {node for node in nodes if self._computes_low(node)}
+        for value in list(graph.initializers.values()):
+            if _is_float(value) and any(node in lowered for node in value.consumers()):
+                self._lower_weight(value)
+        for node in nodes:
+            low = node in lowered
+            for index, value in enumerate(node.inputs):
+                if value is not None and _is_float(value) and (value in self.low) != low:
+                    node.replace_input_with(index, self._cast(value, self.dtype if low else ir.DataType.FLOAT))
+            if low:
+                for value in node.outputs:
+                    value.dtype = self.dtype
+        for index, value in enumerate(list(graph.outputs)):
+            wanted = ir.DataType.FLOAT16 if self.names[str(value.name)] == "float16" else ir.DataType.FLOAT
+            if _is_float(value) and value.dtype != wanted:
+                name, value.name = value.name, f"{value.name}_{str(value.dtype).lower()}"
+                cast = self._cast(value, wanted)
+                cast.name, cast.shape = name, value.shape
+                graph.outputs[index] = cast
+
+    def _computes_low(self, node: ir.Node) -> bool:
+        """Decide on a node, whose inputs have been decided on, and note what comes out of it."""
+        data = node.inputs[0] if node.inputs else None
+        low = False
+        if node.op_type in self.products:
+            low = not keeps_fp32(str(node.name))
+        elif node.op_type == "Concat":
+            low = all(value in self.low for value in node.inputs)
+        elif node.op_type in MOVES and data is not None and _is_float(data):
+            table = node.op_type == "Gather" and data.is_initializer() and _rank(data) >= 2
+            low = data in self.low or (data.is_initializer() and (table or self._reaches_product(node)))
+        elif node.op_type == "Add":  # a bias belongs to its product
+            low = any(
+                first in self.low and second is not None and second.is_initializer() and _rank(second) == 1
+                for first, second in (node.inputs, node.inputs[::-1])
+            ) and not keeps_fp32(str(node.name))
+        if low:
+            self.low.update(value for value in node.outputs if _is_float(value))
+        return low
+
+    def _reaches_product(self, node: ir.Node) -> bool:
+        """Whether a moved weight ends in a product of low precision."""
+        users = [user for value in node.outputs for user in value.consumers()]
+        return any(
+            (user.op_type in self.products and not keeps_fp32(str(user.name)))
+            or (user.op_type in MOVES and self._reaches_product(user))
+            for user in users
+        )
+
+    def _lower_weight(self, value: ir.Value) -> None:
+        tensor = value.const_value
+        assert tensor is not None
+        if isinstance(tensor, StoredWeight):
+            value.const_value = tensor.cast(self.dtype)
+        else:
+            with np.errstate(over="ignore"):
+                array = tensor.numpy().astype(self.dtype.numpy())
+            if not np.isfinite(array.astype(np.float32)).all():
+                raise CheckpointError(f"{value.name}: a constant of the model does not fit {self.dtype}")
+            value.const_value = ir.tensor(array, dtype=self.dtype, name=value.name)
+        value.dtype = self.dtype
+        self.low.add(value)
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Return the value in another dtype, through one cast for all who ask."""
+        if (value, dtype) not in self.casts:
+            producer = value.producer()
+            stem = producer.name if producer is not None else value.name
+            node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{stem}_to_{str(dtype).lower()}")
+            node.outputs[0].name = f"{value.name}_to_{str(dtype).lower()}"
+            node.outputs[0].dtype = dtype
+            if producer is not None and len(producer.outputs) > 1:
+                node.name = f"{node.name}_{value.index()}"
+            if producer is not None:
+                self.graph.insert_after(producer, node)
+            else:
+                self.graph.insert_before(self.graph[0], node)
+            self.casts[value, dtype] = node.outputs[0]
+        return self.casts[value, dtype]
+
+
+def keeps_fp32(name: str) -> bool:
+    """Tell whether the products of a node, named `module/Operator`, stay fp32."""
+    module = name.rpartition("/")[0] + "."
+    return module.startswith(f"{FP32_PART}.") and not LOW_MODULES.match(module)
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()
+
+
+def _rank(value: ir.Value) -> int:
+    return len(value.shape) if value.shape is not None else 0

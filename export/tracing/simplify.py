@@ -1,0 +1,158 @@
+"""Clean a traced graph: fold what is constant, fuse norms, drop shape arithmetic, name nodes by module.
+
+Weights keep the checkpoint's layout: their transposes stay in the graph, where every engine folds them on load. Knows
+nothing of what the graph computes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter import pattern
+
+from bridge_stg.export.tracing.weights import StoredWeight
+
+RMS_NORMALIZATION_SINCE = 23
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def simplify(model: ir.Model, *, modules: Callable[[str], str]) -> None:
+    """Simplify a model in place. All of its initializers are taken for weights, and keep names and layout.
+
+    Args:
+        modules: turns the path of a torch module into the one that node names begin with.
+    """
+    weights = set(model.graph.initializers)
+    passes.InlinePass()(model)
+    _view_weights(model.graph)
+    optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
+    rewriter.rewrite(model)
+    fused = model.opset_imports[""] >= RMS_NORMALIZATION_SINCE
+    rewriter.rewrite(model, pattern.RewriteRuleSet([_FUSE_NORM if fused else _DIVIDE], commute=True))
+    _constant_reshapes(model.graph)
+    optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _merge_constants(model.graph, weights)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.IdentityEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    passes.OutputFixPass()(model)
+    _name_nodes(model.graph, modules)
+    passes.ClearMetadataAndDocStringPass()(model)
+    _forget(model.graph)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Weights' transposes stay: folded they would be second copies, and a tied head has one tensor for two uses."""
+    source = node.inputs[0] if node.inputs else None
+    return False if node.op_type == "Transpose" and source is not None and source.is_initializer() else None
+
+
+def _view_weights(graph: ir.Graph) -> None:
+    """Give a weight that is only used under another shape that shape: same bytes, and engines see a plain weight."""
+    for value in list(graph.initializers.values()):
+        uses = list(value.uses())
+        if len(uses) != 1 or uses[0].node.op_type != "Reshape":
+            continue
+        view = uses[0].node.outputs[0]
+        if view.shape is None or not view.shape.is_static() or value.const_value is None:
+            continue
+        sizes = [int(size) for size in view.shape]
+        if isinstance(value.const_value, StoredWeight):
+            value.const_value = value.const_value.reshaped(sizes)
+        else:
+            value.const_value = ir.tensor(value.const_value.numpy().reshape(sizes), name=value.name)
+        value.shape = view.shape
+        view.replace_all_uses_with(value)
+
+
+def _norm(op: Any, x: Any, scale: Any, epsilon: Any) -> Any:
+    mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1, noop_with_empty_axes=0)
+    return op.Mul(scale, op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon)))))
+
+
+def _is_norm(context: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value, **_: Any) -> bool:
+    value = ir.convenience.get_const_tensor(epsilon)
+    rank = None if scale.shape is None else len(scale.shape)
+    return scale.is_initializer() and rank == 1 and value is not None and value.size == 1
+
+
+def _fused_norm(op: Any, x: Any, scale: Any, epsilon: ir.Value, **_: Any) -> Any:
+    value = ir.convenience.get_const_tensor(epsilon)
+    assert value is not None
+    return op.RMSNormalization(x, scale, axis=-1, epsilon=float(value.numpy().item()))
+
+
+_FUSE_NORM = pattern.RewriteRule(_norm, _fused_norm, _is_norm, name="RMSNormalization")
+"""From opset 23 on, an operator of its own, computed in fp32 (`stash_type` 1)."""
+
+_DIVIDE = pattern.RewriteRule(
+    lambda op, x, y: op.Mul(x, op.Reciprocal(y)), lambda op, x, y, **_: op.Div(x, y), name="Divide"
+)
+"""Before that, the form that onnxruntime's own fusion of RMS norms looks for."""
+
+
+def _constant_reshapes(graph: ir.Graph) -> None:
+    """Write the target shapes of Reshape as constants: 0 where a dim is kept, −1 for at most one that is not static."""
+    for node in list(graph):
+        if node.op_type != "Reshape":
+            continue
+        source, target = node.inputs[0], node.outputs[0]
+        if source is None or source.shape is None or target.shape is None:
+            continue
+        sizes: list[int] = []
+        for axis, size in enumerate(target.shape):
+            kept = axis < len(source.shape) and str(size) == str(source.shape[axis]) and str(size) != "None"
+            sizes.append(size if isinstance(size, int) else 0 if kept else -1)
+        if sizes.count(-1) > 1:
+            continue
+        shape = ir.Value(name=f"{target.name}_sizes", const_value=ir.tensor(np.array(sizes, np.int64)))
+        shape.shape, shape.dtype = ir.Shape([len(sizes)]), ir.DataType.INT64
+        graph.register_initializer(shape)
+        node.replace_input_with(1, shape)
+        node.attributes.pop("allowzero", None)
+
+
+def _merge_constants(graph: ir.Graph, weights: set[str]) -> None:
+    """Keep one of equal constants, so that equal nodes can be found; weights stay apart, and share bytes on disk."""
+    kept: dict[tuple[Any, ...], ir.Value] = {}
+    for name, value in sorted(graph.initializers.items()):
+        if name in weights or value.const_value is None:
+            continue
+        array = value.const_value.numpy()
+        first = kept.setdefault((value.dtype, array.shape, array.tobytes()), value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del graph.initializers[name]
+
+
+def _name_nodes(graph: ir.Graph, modules: Callable[[str], str]) -> None:
+    """Name nodes `module/Operator`, counted where a module has several; constants by number."""
+    counts: Counter[str] = Counter()
+    module = ""
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        if len(scopes) > 1:  # a node that a rewrite made has none, and is named after the one before it
+            module = modules(scopes[-2])
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+
+
+def _forget(graph: ir.Graph) -> None:
+    """Drop inner shapes: their symbols are the trace's own. Whoever needs shapes infers them from the contract's."""
+    ends = {*graph.inputs, *graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in ends:
+                value.shape = None

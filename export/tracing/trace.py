@@ -1,0 +1,157 @@
+"""Trace one graph of the model in one dialect, and give it the contract's names."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bridge_stg.checkpoint.checkpoint import checkpoint_key
+from bridge_stg.checkpoint.weight_store import WeightStore
+from bridge_stg.export.tracing.graphs import GRAPH_MODULES, dynamic_shapes, example
+from bridge_stg.export.tracing.lowering import Lowering
+from bridge_stg.export.tracing.precision import FP32, Precision, lower_precision
+from bridge_stg.export.tracing.simplify import simplify
+from bridge_stg.export.tracing.skeleton import fake_parameters
+from bridge_stg.export.tracing.weights import StoredWeight
+from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
+from bridge_stg.runtime.bundle.contracts import graph_contract
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.errors import EngineError
+
+IR_VERSION = {18: 8, 24: 10}
+"""By opset. onnxruntime 1.23 reads up to 10, and nothing in these graphs needs a newer one."""
+
+
+def trace_graph(
+    name: str, model: BridgeSTG, store: WeightStore, lowering: Lowering, *, precision: Precision = FP32
+) -> tuple[GraphSpec, ir.Model]:
+    """Trace one graph without the values of its weights, which stay in the checkpoint until they are written.
+
+    Args:
+        name: one of the contract's graphs.
+        model: in eval mode, float32; its parameters may be on the meta device, its buffers must have values.
+        store: the weights.
+        lowering: the dialect.
+        precision: of weights and products; the trace itself is fp32.
+
+    Returns:
+        The contract, and the graph: initializers named as in a checkpoint, nodes named by module and operator.
+
+    Raises:
+        EngineError: the trace fixed a dim that the contract says is free.
+    """
+    about: dict[str, Any] = {"variant": lowering.name, "opset": lowering.opset, "cache_update": lowering.cache_update}
+    contract = graph_contract(name, model.spec, **about)
+    module = GRAPH_MODULES[name](model, lowering).eval()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with lowering.applied(model), fake_parameters(model, mode), torch.no_grad(), _quiet():
+        with mode:
+            traced = torch.export.export(
+                module,
+                example(contract, model.spec),
+                dynamic_shapes=dynamic_shapes(contract),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+        program = torch.onnx.export(
+            traced,
+            dynamo=True,
+            opset_version=lowering.opset,
+            input_names=[tensor.name for tensor in contract.inputs],
+            output_names=[tensor.name for tensor in contract.outputs],
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    graph = program.model
+    _name_initializers(graph.graph, model)
+    _bind_weights(graph.graph, store)
+    simplify(graph, modules=lambda scope: module_key(f"{scope}.").rstrip("."))
+    final = graph_contract(
+        name,
+        model.spec,
+        **about,
+        io_dtype=precision.io_dtype,
+        cache_dtype=precision.cache_dtype,
+        precision=precision.name,
+    )
+    lower_precision(graph, final, precision)
+    _apply_contract(graph.graph, final)
+    graph.ir_version = IR_VERSION[lowering.opset]
+    graph.graph.name = name
+    graph.producer_name, graph.producer_version = "bridge-stg", None
+    return final, graph
+
+
+def module_key(name: str) -> str:
+    """Return the checkpoint's spelling of a name in `BridgeSTG`; names that a checkpoint does not hold stay."""
+    return checkpoint_key(name) if name.startswith(tuple(KEY_PREFIXES)) else name
+
+
+def _name_initializers(graph: ir.Graph, model: BridgeSTG) -> None:
+    """Name parameters and buffers as in a checkpoint. A tied tensor gets the name that the checkpoint stores."""
+    first = {id(tensor): name for name, tensor in model.named_parameters()}
+    shared = {name: first[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
+    for name, value in list(graph.initializers.items()):
+        value.name = module_key(shared.get(name, name))
+
+
+def _bind_weights(graph: ir.Graph, store: WeightStore) -> None:
+    """Let every weight point at its values in the checkpoint; buffers keep the values that they have."""
+    for name, value in graph.initializers.items():
+        if name in store:
+            assert value.shape is not None and value.dtype is not None
+            shape = [int(size) for size in value.shape]
+            value.const_value = StoredWeight(store, name, dtype=value.dtype, shape=shape)
+
+
+def _apply_contract(graph: ir.Graph, contract: GraphSpec) -> None:
+    """Check inputs and outputs against the contract, and write its symbols into them."""
+    sides = (("input", graph.inputs, contract.inputs), ("output", graph.outputs, contract.outputs))
+    for kind, values, tensors in sides:
+        if [value.name for value in values] != [tensor.name for tensor in tensors]:
+            found = ", ".join(str(value.name) for value in values)
+            raise EngineError(f"{contract}: the trace's {kind}s are {found}, not those of the contract")
+        for value, tensor in zip(values, tensors, strict=True):
+            dims = list(value.shape or ())
+            fixed = [
+                f"{symbol} = {size}"
+                for size, symbol in zip(dims, tensor.dims)
+                if isinstance(symbol, str) and isinstance(size, int)
+            ]
+            wrong = [size for size, dim in zip(dims, tensor.dims) if isinstance(dim, int) and size != dim]
+            if fixed or wrong or len(dims) != len(tensor.dims) or value.dtype != ir.DataType[_IR_NAMES[tensor.dtype]]:
+                raise EngineError(
+                    f"{contract}: the trace's {kind} {value.name!r} is {value.dtype} {value.shape}, but the contract "
+                    f"says {tensor}. Find what {'fixed ' + ', '.join(fixed) if fixed else 'changed it'} in the model."
+                )
+            value.shape = ir.Shape(tensor.dims)
+            value.metadata_props.clear()
+
+
+_IR_NAMES = {
+    "float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64", "int32": "INT32", "int8": "INT8", "uint8": "UINT8",
+    "bool": "BOOL",
+}  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on packages and dims that concern nobody here off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,168 @@
+"""Weights on their way from the checkpoint to a graph's external data: read, cast and written once, piece by piece.
+
+External data of one graph are one file that all its variants point into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from bridge_stg.checkpoint.safetensors_file import StoredTensor
+from bridge_stg.checkpoint.weight_store import WeightStore
+from bridge_stg.runtime.errors import CheckpointError
+
+ALIGNMENT = 64
+"""Offsets are multiples of this, so that mapped weights can be used where they lie."""
+
+INLINE_BYTES = 256
+"""Smaller tensors stay in the .onnx file, as do integers: engines want to see shapes and indices at once."""
+
+BLOCK_BYTES = 32 * 2**20
+"""Stored bytes that are read and cast at a time."""
+
+TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16,
+}  # fmt: skip
+
+
+class StoredWeight(ir.LazyTensor):
+    """A weight of a graph whose values lie in a checkpoint and are read when they are asked for.
+
+    Args:
+        store: the checkpoint's weights.
+        key: which one.
+        dtype: of the graph's tensor; values are cast.
+        shape: of the graph's tensor; the checkpoint's may be another view of the same values.
+    """
+
+    def __init__(self, store: WeightStore, key: str, *, dtype: ir.DataType, shape: Sequence[int]) -> None:
+        super().__init__(self._read, dtype, ir.Shape(shape), name=key)
+        self.store, self.key = store, key
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """What tells equal weights of two graphs without reading them."""
+        return self.key, self.dtype.name
+
+    def reshaped(self, shape: Sequence[int]) -> StoredWeight:
+        """Return the same values under another shape."""
+        return StoredWeight(self.store, self.key, dtype=self.dtype, shape=shape)
+
+    def cast(self, dtype: ir.DataType) -> StoredWeight:
+        """Return the same weight in another dtype."""
+        return StoredWeight(self.store, self.key, dtype=dtype, shape=[int(size) for size in self.shape])
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the values' bytes, some rows at a time.
+
+        Raises:
+            CheckpointError: a value is not finite, or the dtype cannot hold it; the message names the weight.
+        """
+        dtype = TORCH_DTYPES[self.dtype]
+        for block in row_blocks(self.store, self.key):
+            cast = block.to(dtype)
+            if not torch.isfinite(cast).all():
+                raise CheckpointError(_overflow(self.store[self.key], block, dtype))
+            yield cast.contiguous().view(torch.uint8).numpy().tobytes() if cast.numel() else b""
+
+    def _read(self) -> ir.TensorProtocol:
+        """Return the whole tensor; meant for small weights, which passes look at."""
+        values = np.frombuffer(b"".join(self.pieces()), self.dtype.numpy())
+        return ir.tensor(values.reshape([int(size) for size in self.shape]), dtype=self.dtype, name=self.key)
+
+
+def row_blocks(store: WeightStore, key: str, *, block_bytes: int | None = None) -> Iterator[torch.Tensor]:
+    """Yield a weight's rows in their stored dtype, a block of rows at a time; one that an adapter changes, whole.
+
+    Args:
+        block_bytes: at most so many at a time; None: `BLOCK_BYTES`.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    stored = store[key]
+    rows = stored.shape[0] if stored.shape else 1
+    step = max(1, (block_bytes or BLOCK_BYTES) * rows // max(stored.length, 1))
+    if not store.raw(key) or step >= rows:
+        yield store.read(key)
+        return
+    row_bytes = stored.length // rows
+    with open(stored.path, "rb", buffering=0) as file:
+        file.seek(stored.offset)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            buffer = bytearray(count * row_bytes)
+            if file.readinto(buffer) != len(buffer):
+                raise CheckpointError(f"{stored.path}: {key} cannot be read to its end; the file was cut short")
+            yield torch.frombuffer(buffer, dtype=stored.dtype).reshape(count, *stored.shape[1:])
+
+
+def write_weights(models: Sequence[ir.Model], file: Path, *, report: Callable[[int], Any] = lambda done: None) -> int:
+    """Move the weights of several variants of a graph into one file; equal bytes are written once.
+
+    Args:
+        models: each is changed to point at the file by its name, so its .onnx file must lie beside it.
+        file: made, or replaced.
+        report: called with the bytes written so far.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or does not fit its dtype.
+    """
+    places: dict[tuple[str, str], tuple[int, int]] = {}
+    sources: dict[tuple[str, str], tuple[int, int]] = {}
+    with open(file, "wb") as stream:
+        for model in models:
+            for name, value in sorted(model.graph.initializers.items()):
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < INLINE_BYTES or not tensor.dtype.is_floating_point():
+                    continue
+                source = tensor.source if isinstance(tensor, StoredWeight) else None
+                if source is None or source not in sources:
+                    place = _write(tensor, stream, places)
+                    if source is not None:
+                        sources[source] = place
+                else:
+                    place = sources[source]
+                shape = ir.Shape(tensor.shape)
+                value.const_value = ir.ExternalTensor(
+                    file.name, *place, tensor.dtype, shape=shape, name=name, base_dir=file.parent
+                )
+                report(stream.tell())
+        return stream.tell()
+
+
+def _write(tensor: ir.TensorProtocol, stream: Any, places: dict[tuple[str, str], tuple[int, int]]) -> tuple[int, int]:
+    """Write a tensor, and take it back if the same bytes are there already. Return (offset, length)."""
+    end = stream.tell()
+    stream.write(bytes(-end % ALIGNMENT))
+    offset, digest = stream.tell(), hashlib.sha256()
+    for piece in tensor.pieces() if isinstance(tensor, StoredWeight) else (tensor.tobytes(),):
+        digest.update(piece)
+        stream.write(piece)
+    place = places.setdefault((tensor.dtype.name, digest.hexdigest()), (offset, stream.tell() - offset))
+    if place[0] != offset:
+        stream.seek(end)
+        stream.truncate()
+    return place
+
+
+def _overflow(stored: StoredTensor, block: torch.Tensor, dtype: torch.dtype) -> str:
+    values = block.float()
+    if not torch.isfinite(values).all():
+        return f"{stored.path}: {stored.key} holds values that are not finite numbers"
+    largest = float(values.abs().max())
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+    return (
+        f"{stored.path}: {stored.key} holds {largest:.3g}, and {name} ends at {torch.finfo(dtype).max:.3g}; "
+        "export with --dtype bf16 or --dtype fp32"
+    )

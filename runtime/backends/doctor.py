@@ -1,0 +1,301 @@
+"""What this machine has and what each backend lacks, with the command that installs it.
+
+Runs on a bare machine, without any package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bridge_stg.runtime.backends.registry import BACKENDS, Backend
+from bridge_stg.runtime.backends.tensorrt.library import MODULES
+from bridge_stg.runtime.host.machine import Machine, machine
+
+NEEDED = ("numpy", "av", "pillow", "tokenizers", "click", "tqdm")
+"""Distributions without which no video is grounded, whatever the backend."""
+
+FLAVOURS = (
+    "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm",
+    "onnxruntime-migraphx", "onnxruntime-qnn", "onnxruntime-training",
+)  # fmt: skip
+"""Distributions that all install the folder `onnxruntime/`: of two, one has written over parts of the other."""
+
+TENSORRT = (
+    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12-bindings",
+    "tensorrt-rtx-cu13-bindings",
+)  # fmt: skip
+TENSORRT_LIBRARIES = ("libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so.8")
+FAMILIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""The backends that import TensorRT themselves, and which one."""
+WHEELS_SINCE_L4T = 38
+"""Jetson Linux before this (JetPack 6) runs the TensorRT that JetPack brings, and no other."""
+PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
+"""What onnxruntime must list for a backend to run."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that is not there, and what to do: a command where one does it."""
+
+    what: str
+    command: str
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """A backend: its package's version (None: not installed), and what it lacks. Ready where nothing is missing."""
+
+    name: str
+    version: str | None
+    missing: tuple[Missing, ...]
+
+    @property
+    def ready(self) -> bool:
+        return not self.missing
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Attributes:
+        packages: version of each package of `NEEDED`, None where it is missing.
+        onnxruntime: the installed flavours and their versions.
+        providers: what onnxruntime lists; empty where it cannot be imported.
+        tensorrt: TensorRT's packages and libraries, and their versions.
+        backends: best first, as "auto" tries them.
+        problems: faults that no backend is to blame for.
+    """
+
+    machine: Machine
+    packages: dict[str, str | None]
+    onnxruntime: dict[str, str]
+    providers: tuple[str, ...]
+    tensorrt: dict[str, str]
+    backends: tuple[BackendState, ...]
+    problems: tuple[Missing, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        values = dataclasses.asdict(self)
+        for state, entry in zip(self.backends, values["backends"], strict=True):
+            entry["ready"] = state.ready
+        return values
+
+
+Version = Callable[[str], "str | None"]
+
+
+def installed(distribution: str) -> str | None:
+    """Return the version of an installed package."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def diagnose(
+    *, found: Machine | None = None, version: Version = installed, load: Callable[[str], Any] | None = None
+) -> Diagnosis:
+    """Look at this machine and at the packages of this Python.
+
+    Args:
+        found: the machine; None: look.
+        version: says which version of a package is installed.
+        load: imports a module, or opens a shared library if the name ends in .so and a number; None: really.
+    """
+    found, load = found or machine(), load or _load
+    packages = {name: version(name) for name in NEEDED}
+    flavours = {name: v for name in FLAVOURS if (v := version(name)) is not None}
+    providers, broken = _providers(load, bool(flavours))
+    tensorrt = {name: v for name in TENSORRT if (v := version(name)) is not None}
+    tensorrt |= {name: v for name in TENSORRT_LIBRARIES if (v := _library_version(load, name)) is not None}
+    states = tuple(_state(backend, found, version, providers, load) for backend in BACKENDS)
+    return Diagnosis(
+        found, packages, flavours, providers, tensorrt, states, (*_problems(packages, flavours, found), *broken)
+    )
+
+
+def _load(name: str) -> Any:
+    return ctypes.CDLL(name) if ".so." in name else importlib.import_module(name)
+
+
+def _providers(load: Callable[[str], Any], is_installed: bool) -> tuple[tuple[str, ...], tuple[Missing, ...]]:
+    try:
+        return tuple(load("onnxruntime").get_available_providers()), ()
+    except Exception as error:  # a broken package may raise anything
+        if not is_installed:
+            return (), ()
+        return (), (Missing(f"onnxruntime is installed but cannot be imported ({error})", _reinstall("[cpu]")),)
+
+
+def _library_version(load: Callable[[str], Any], name: str) -> str | None:
+    try:
+        number = int(load(name).getInferLibVersion())
+    except (OSError, AttributeError):
+        return None
+    parts = (number // 10000, number // 100 % 100, number % 100)  # from TensorRT 10 on
+    return ".".join(map(str, parts if number >= 100000 else (number // 1000, number // 100 % 10, number % 100)))
+
+
+def _state(
+    backend: Backend, found: Machine, version: Version, providers: tuple[str, ...], load: Callable[[str], Any]
+) -> BackendState:
+    own = next((v for name in backend.distributions if (v := version(name)) is not None), None)
+    missing = []
+    if own is None:
+        missing.append(Missing(f"the package {backend.distributions[0]}", _command(backend, found)))
+    elif backend.name in FAMILIES and (problem := _broken(MODULES[FAMILIES[backend.name]], load)):
+        missing.append(Missing(f"a {backend.name} that can be imported ({problem})", _reinstall(f"[{backend.extra}]")))
+    if backend.on_gpu:
+        missing += _gpu_missing(found, version)
+    provider = PROVIDERS.get(backend.name)
+    if own is not None and provider is not None and provider not in providers:
+        listed = ", ".join(providers) or "none"
+        command = f"pip uninstall -y {' '.join(FLAVOURS[:2])} && {_install(f'[{backend.extra}]')}"
+        missing.append(Missing(f"onnxruntime's {provider} (it lists: {listed})", command))
+    return BackendState(backend.name, own, tuple(missing))
+
+
+def _command(backend: Backend, found: Machine) -> str:
+    """Return what installs a backend's package here."""
+    if found.l4t and backend.distributions[0] == "onnxruntime-gpu":
+        return "no wheel of it that fits is published for a Jetson: use the backend tensorrt"
+    if found.l4t and backend.name == "tensorrt" and int(found.l4t.partition(".")[0]) < WHEELS_SINCE_L4T:
+        return "sudo apt install python3-libnvinfer (JetPack's), then a venv with --system-site-packages"
+    return _install(f"[{backend.extra}]")
+
+
+def _broken(modules: tuple[str, ...], load: Callable[[str], Any]) -> str | None:
+    """Say why none of these modules can be imported."""
+    problems = []
+    for name in modules:
+        try:
+            load(name)
+            return None
+        except Exception as error:  # a broken package may raise anything
+            problems.append(" ".join(str(error).split()))
+    return "; ".join(problems)
+
+
+def _gpu_missing(found: Machine, version: Version) -> list[Missing]:
+    missing = []
+    if not found.devices:
+        if found.l4t:
+            command = "sudo apt install nvidia-l4t-cuda; in a container: docker run --runtime nvidia …"
+        else:
+            command = "sudo ubuntu-drivers install (on Ubuntu); in a container: docker run --gpus all …"
+        missing.append(Missing(f"an NVIDIA GPU ({found.device_problem or 'none is listed'})", command))
+    if version("cuda-python") is None and version("cuda-bindings") is None:
+        major = (found.cuda or "13").partition(".")[0]
+        missing.append(Missing("the package cuda-python", f'pip install "cuda-python<{int(major) + 1}"'))
+    return missing
+
+
+def _problems(packages: dict[str, str | None], flavours: dict[str, str], found: Machine) -> list[Missing]:
+    problems = []
+    lacking = [name for name, version in packages.items() if version is None]
+    if lacking:
+        problems.append(
+            Missing(f"packages of the runtime are missing: {', '.join(lacking)}", f"pip install {' '.join(lacking)}")
+        )
+    if len(flavours) > 1:
+        names = ", ".join(f"{name} {version}" for name, version in flavours.items())
+        extra = "[gpu]" if "onnxruntime-gpu" in flavours else "[cpu]"
+        problems.append(
+            Missing(
+                f"{len(flavours)} flavours of onnxruntime lie over each other ({names}), so parts of one are lost",
+                f"pip uninstall -y {' '.join(flavours)} && {_install(extra)}",
+            )
+        )
+    memory = found.memory
+    if found.l4t and memory.largest_block is not None and memory.largest_block < 2**22:
+        problems.append(
+            Missing(
+                f"memory is fragmented: the largest contiguous block is {_size(memory.largest_block)}, and a GPU "
+                "allocation may fail though memory is free",
+                "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory'",
+            )
+        )
+    return problems
+
+
+def _install(extra: str) -> str:
+    return f'pip install "bridge-stg{extra}"'
+
+
+def _reinstall(extra: str) -> str:
+    return f'pip install --force-reinstall "bridge-stg{extra}"'
+
+
+def format_diagnosis(diagnosis: Diagnosis) -> str:
+    """Return a diagnosis for people."""
+    found = diagnosis.machine
+    board = (
+        f"{found.board}, Jetson Linux {found.l4t} (JetPack {found.jetpack or 'unknown'})" if found.l4t else found.board
+    )
+    lines = [
+        ("system", f"{found.system}, {found.architecture}, Python {found.python}"),
+        *([("board", board)] if board else []),
+        ("processor", f"{found.cpu}, {found.cores} cores, {' '.join(found.cpu_flags) or 'no vector flags of note'}"),
+        ("memory", _memory_line(found)),
+        ("driver", (found.driver or "none") + (f", CUDA up to {found.cuda}" if found.cuda else "")),
+    ]
+    for device in found.devices:
+        shared = ", shares the host's memory" if device.integrated else ""
+        block = "" if device.largest_block is None else f", largest allocation {_size(device.largest_block)}"
+        lines.append(
+            (
+                f"device {device.index}",
+                f"{device.name}, SM {device.sm}, {_size(device.free)} of {_size(device.memory)} free{block}{shared}",
+            )
+        )
+    if not found.devices:
+        lines.append(("device", f"none: {found.device_problem}"))
+    lines += [
+        ("packages", ", ".join(f"{name} {version or 'MISSING'}" for name, version in diagnosis.packages.items())),
+        ("onnxruntime", ", ".join(f"{name} {version}" for name, version in diagnosis.onnxruntime.items()) or "none"),
+        ("providers", ", ".join(diagnosis.providers) or "none"),
+        ("TensorRT", ", ".join(f"{name} {version}" for name, version in diagnosis.tensorrt.items()) or "none"),
+    ]
+    text = [f"{name:12} {value}" for name, value in lines]
+    text += ["", "backends, in the order in which `auto` tries them"]
+    for state in diagnosis.backends:
+        head = f"{state.name} {state.version or ''}".rstrip()
+        text.append(f"  {head}: {'ready' if state.ready else 'not ready'}")
+        text += [f"    lacks {item.what}\n      {item.command}" for item in state.missing]
+    if diagnosis.problems:
+        text += ["", "problems", *(f"  {item.what}\n    {item.command}" for item in diagnosis.problems)]
+    return "\n".join(text)
+
+
+def _memory_line(found: Machine) -> str:
+    memory = found.memory
+    line = f"{_size(memory.available)} of {_size(memory.total)} available"
+    if memory.largest_block is not None:
+        line += f", largest contiguous block {_size(memory.largest_block)} (× {memory.largest_blocks})"
+    return line + (f", CMA {_size(memory.cma_free)} of {_size(memory.cma_total)} free" if memory.cma_total else "")
+
+
+def _size(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+
+
+def main() -> None:
+    """Print a diagnosis; `--json` as JSON. For machines where even the command line's packages are missing."""
+    diagnosis = diagnose()
+    print(json.dumps(diagnosis.to_json(), indent=1) if "--json" in sys.argv else format_diagnosis(diagnosis))
+
+
+if __name__ == "__main__":
+    main()

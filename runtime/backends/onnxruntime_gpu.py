@@ -1,0 +1,231 @@
+"""onnxruntime's GPU providers, with everything that passes between the graphs left on the device.
+
+One session for three providers: CUDA, TensorRT and NvTensorRtRtx (a plugin package). They work on the chain's stream
+and on the same buffers as the native backends, by their addresses; what differs is how each is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.backends.device_kv_cache import DeviceKVCache
+from bridge_stg.runtime.backends.onnxruntime_cpu import failure, import_onnxruntime, open_file, session_options
+from bridge_stg.runtime.backends.session import KVCache, check_feeds
+from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
+from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.array_ops import Array, accept
+from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.device.cuda import DEVICE
+from bridge_stg.runtime.device.staging import Staging
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.usage import UseCount
+
+CUDA, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
+PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+"""The package that brings the NvTensorRtRtx provider to a plain onnxruntime."""
+
+Span = tuple[int, int, int]
+
+
+class OnnxRuntimeDeviceSession:
+    """A graph on one of onnxruntime's GPU providers. See `session.Session` and `tensorrt_session.TensorRTSession`.
+
+    Args:
+        path: the .onnx file, already checked by `Bundle.load`.
+        graph: its manifest entry.
+        device: the chain's device.
+        provider: `CUDA`, `TENSORRT` or `TENSORRT_RTX`.
+        threads: CPU threads for what the provider leaves to the CPU.
+        on_device: outputs that are returned as `DeviceArray`; the others come as numpy arrays.
+        sizes: least, usual and largest size of each symbol, for the two that compile for ranges of shapes.
+        folder: where these two keep what they compiled; None: nowhere.
+
+    Raises:
+        EngineError: the provider is not there, or onnxruntime refuses the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        graph: GraphSpec,
+        device: DeviceContext,
+        *,
+        provider: str,
+        threads: int | None = None,
+        on_device: Collection[str] = (),
+        sizes: Mapping[str, Span] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.graph, self._on_device = graph, frozenset(on_device)
+        options = session_options(threads)
+        self.device = device.open()
+        try:
+            settings = provider_settings(provider, graph, device, sizes or {}, folder)
+            if provider == TENSORRT_RTX:
+                _add_plugin(options, settings)
+                arguments: dict[str, Any] = {}
+            else:
+                arguments = {"providers": [(provider, settings), "CPUExecutionProvider"]}
+            self._session: Any = open_file(path, graph, options, **arguments)
+            if (found := self._session.get_providers())[0] == "CPUExecutionProvider":
+                raise EngineError(
+                    f"{graph}: onnxruntime left {provider} out and would run on {found[0]}. Its libraries (CUDA, "
+                    "cuDNN, TensorRT) are missing or of another version: see `python cli.py doctor`"
+                )
+        except BaseException:
+            self.device.close()
+            raise
+        self._run_options = import_onnxruntime().RunOptions()
+        self._run_options.log_severity_level = 4
+        self._staging = Staging(device, beside=False)
+        self._usage = UseCount(self._free, closed_error=EngineError(f"{graph}: this session is closed."))
+
+    def __enter__(self) -> OnnxRuntimeDeviceSession:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See `Session.close`. A call that is running in another thread ends well."""
+        self._usage.close()
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> DeviceKVCache:
+        """See `Session.allocate_cache`."""
+        if self.graph.cache is None:
+            raise EngineError(f"{self.graph}: keeps no KV cache, so none can be allocated.")
+        with self._usage.call():
+            return DeviceKVCache(self.device, self.graph.cache, batch=batch, capacity=capacity)
+
+    def infer(self, feeds: Mapping[str, Array], *, cache: KVCache | None = None) -> dict[str, Array]:
+        """See `Session.infer`."""
+        with self._usage.call():
+            if cache is not None and not (isinstance(cache, DeviceKVCache) and cache.context is self.device):
+                raise EngineError(f"{self.graph}: a KV cache of type {type(cache).__name__} is another backend's.")
+            feeds = {name: accept(value, self.device) for name, value in feeds.items()}
+            symbols = check_feeds(self.graph, feeds, cache)
+            try:
+                with self.device.lock:
+                    return self._run(feeds, symbols, cache)
+            except EngineError:
+                raise
+            except Exception as error:  # onnxruntime's own exceptions share no base class
+                raise EngineError(failure(self.graph, feeds, symbols, error)) from error
+
+    def _run(
+        self, feeds: Mapping[str, Array], symbols: Mapping[str, int], cache: DeviceKVCache | None
+    ) -> dict[str, Array]:
+        contract, binding = self.graph.cache, self._session.io_binding()
+        addresses = self._staging.send({n: array for n, array in feeds.items() if isinstance(array, np.ndarray)})
+        resident = {n: array.as_contiguous() for n, array in feeds.items() if isinstance(array, DeviceArray)}
+        addresses |= {name: array.address for name, array in resident.items()}
+        for name, array in feeds.items():
+            binding.bind_input(name, "cuda", DEVICE, np.dtype(array.dtype), list(array.shape), addresses[name])
+        written: dict[str, str] = {}  # what the graph returns of the cache → the buffer that it belongs to
+        if cache is not None and contract is not None:
+            written = dict(zip(contract.written_names, contract.past_names, strict=True))
+            for name, buffer in cache.buffers.items():
+                binding.bind_input(name, "cuda", DEVICE, buffer.dtype, list(buffer.shape), buffer.address)
+        outputs: dict[str, DeviceArray] = {}
+        for tensor in self.graph.outputs:
+            place = self._place(tensor, symbols, cache, written)
+            if place is not None:
+                outputs[tensor.name] = place
+                binding.bind_output(tensor.name, "cuda", DEVICE, place.dtype, list(place.shape), place.address)
+            else:
+                stays = tensor.name in self._on_device or tensor.name in written
+                binding.bind_output(tensor.name, "cuda" if stays else "cpu", DEVICE if stays else 0)
+        self._session.run_with_iobinding(binding, self._run_options)
+        binding.synchronize_outputs()
+        results = dict(zip((t.name for t in self.graph.outputs), binding.get_outputs(), strict=True))
+        if cache is not None and contract is not None and contract.update == "append":
+            cache.append({past: outputs[new] for new, past in written.items()}, np.asarray(feeds["cache_position"]))
+        return {
+            name: self._returned(name, value, outputs.get(name))
+            for name, value in results.items()
+            if name not in written
+        }
+
+    def _place(
+        self,
+        tensor: TensorSpec,
+        symbols: Mapping[str, int],
+        cache: DeviceKVCache | None,
+        written: Mapping[str, str],
+    ) -> DeviceArray | None:
+        """Return memory of ours for an output that stays on the device; None where its shape is not known before."""
+        if tensor.name in written and cache is not None and self.graph.cache is not None:
+            if self.graph.cache.update == "in_place":
+                return cache.buffers[written[tensor.name]]
+        elif tensor.name not in self._on_device:
+            return None
+        if any(isinstance(dim, str) and dim not in symbols for dim in tensor.dims):
+            return None
+        return self.device.empty([d if isinstance(d, int) else symbols[d] for d in tensor.dims], tensor.dtype)
+
+    def _returned(self, name: str, value: Any, place: DeviceArray | None) -> Array:
+        if name not in self._on_device:
+            return value.numpy()
+        if place is not None:
+            return place
+        dtype = next(tensor.dtype for tensor in self.graph.outputs if tensor.name == name)
+        return DeviceArray(self.device, value, tuple(value.shape()), dtype, address=value.data_ptr())
+
+    def _free(self) -> None:
+        with self.device.lock:
+            self.device.cuda("cudaDeviceSynchronize")
+            self._staging.close()
+            self._session = None
+        self.device.close()
+
+
+def provider_settings(
+    provider: str, graph: GraphSpec, device: DeviceContext, sizes: Mapping[str, Span], folder: Path | None
+) -> dict[str, str]:
+    """Return a provider's options: the chain's stream, and what those that compile need."""
+    settings = {"device_id": str(DEVICE), "user_compute_stream": str(device.stream)}
+    if provider == CUDA:
+        # What one long call needed is not doubled for the next.
+        return settings | {"arena_extend_strategy": "kSameAsRequested", "do_copy_in_default_stream": "1"}
+    prefix = "trt" if provider == TENSORRT else "nv"
+    settings["has_user_compute_stream"] = "1"
+    for place, name in enumerate(("min", "opt", "max")):
+        shapes = [
+            f"{t.name}:" + "x".join(str(d if isinstance(d, int) else sizes[d][place]) for d in t.dims)
+            for t in graph.inputs
+            if all(isinstance(d, int) or d in sizes for d in t.dims)
+        ]
+        if shapes:
+            settings[f"{prefix}_profile_{name}_shapes"] = ",".join(shapes)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if provider == TENSORRT:
+            settings |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
+            settings |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(folder)}
+        else:
+            settings["nv_runtime_cache_path"] = str(folder)
+    return settings
+
+
+def _add_plugin(options: Any, settings: Mapping[str, str]) -> None:
+    """Register the NvTensorRtRtx plugin once a process, and add its devices to a session's options."""
+    ort = import_onnxruntime()
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+    except ImportError as error:
+        raise EngineError(
+            f"the package {PLUGIN} cannot be imported ({error}). Install it: pip install onnxruntime-ep-nv-tensorrt-rtx"
+        ) from error
+    name = plugin.get_ep_name()
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        ort.register_execution_provider_library(name, plugin.get_library_path())
+        devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise EngineError(f"{PLUGIN} finds no device: it needs an RTX GPU of the Ampere generation or later")
+    options.add_provider_for_devices(devices[:1], dict(settings))

@@ -1,0 +1,97 @@
+"""Sessions that are still being opened: what needs no engine goes on meanwhile, such as the reading of a video."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.chain.decode import prefill_chunk
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.threads import Background
+
+
+class PendingSession:
+    """A `Session` that another thread opens. A call waits until it is open, and raises what the opening raised.
+
+    Args:
+        graph: what the session will run.
+        open_it: opens it; called once, by `open_in_order`.
+    """
+
+    def __init__(self, graph: GraphSpec, open_it: Callable[[], Session]) -> None:
+        self._graph, self._open_it = graph, open_it
+        self._session: Session | None = None
+        self._error: BaseException | None = None
+        self._settled = threading.Event()
+        self._closed = False
+
+    @property
+    def graph(self) -> GraphSpec:
+        return self._graph
+
+    @property
+    def prefill_chunk(self) -> int:
+        """See `OnnxRuntimeSession`."""
+        return prefill_chunk(self.wait())
+
+    @property
+    def encoder_patches(self) -> int:
+        """See `OnnxRuntimeSession`."""
+        return getattr(self.wait(), "encoder_patches", sys.maxsize)
+
+    @property
+    def optional_inputs(self) -> frozenset[str]:
+        """See `OnnxRuntimeSession`."""
+        return getattr(self.wait(), "optional_inputs", frozenset())
+
+    def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
+        """See `Session.infer`."""
+        return self.wait().infer(feeds, cache=cache)
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
+        """See `Session.allocate_cache`."""
+        return self.wait().allocate_cache(batch=batch, capacity=capacity)
+
+    def close(self) -> None:
+        """See `Session.close`. One that is being opened is waited for; one that is not yet is never opened."""
+        self._closed = True
+        self._settled.wait()
+        if self._session is not None:
+            self._session.close()
+
+    def wait(self) -> Session:
+        """Return the session once it is open.
+
+        Raises:
+            EngineError: the backend refused the graph, or this was closed before.
+        """
+        self._settled.wait()
+        if self._error is not None:
+            raise self._error
+        if self._session is None:
+            raise EngineError(f"{self._graph}: this session is closed.")
+        return self._session
+
+    def open_now(self) -> None:
+        """Open the session in this thread, unless it was closed."""
+        try:
+            if not self._closed:
+                self._session = self._open_it()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._settled.set()
+
+
+def open_in_order(sessions: Sequence[PendingSession]) -> None:
+    """Start a thread that opens sessions one after the other; return at once."""
+
+    def open_all() -> None:
+        for session in sessions:
+            session.open_now()
+
+    Background(open_all)

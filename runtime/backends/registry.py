@@ -1,0 +1,214 @@
+"""Every backend, best first: which packages bring it, which variants it runs, what it needs, and how it opens a graph.
+
+Packages are found by their metadata; none is imported unless it is installed and its GPU is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineDevice, engine_folders, find_engine
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.device.cuda import Cuda, DeviceFacts
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host import packages
+
+if TYPE_CHECKING:  # they need numpy, and `doctor` lists backends where it is missing
+    from bridge_stg.runtime.backends.session import Session
+    from bridge_stg.runtime.device.context import DeviceContext
+
+STANDARD_SINCE = (1, 32)
+"""First onnxruntime whose CPU kernels were shown to run the `standard` lowering: opset 24, in-place cache."""
+STANDARD_SINCE_TENSORRT = (10, 15)
+"""First TensorRT that parses the in-place cache of `standard`."""
+BETWEEN_GRAPHS = ("visual_tokens", "feature_map", "taps")
+"""Outputs that another graph reads, and that stay on the device therefore."""
+KERNELS = "kernels.bin"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An engine that can run graphs.
+
+    Attributes:
+        distributions: the packages that bring it, best first.
+        extra: the pip extra that installs one.
+        variants: names, best first, the variants that its version can run.
+        open: makes one session: (bundle, graph, threads, device); a `device` of None opens one for this session alone.
+        on_gpu: whether it needs a CUDA device.
+        automatic: whether "auto" may take it.
+        refuses: says why it cannot run a graph here (bundle, graph, version, GPU); None: it can.
+    """
+
+    name: str
+    distributions: tuple[str, ...]
+    extra: str
+    variants: Callable[[tuple[int, ...]], tuple[str, ...]]
+    open: Callable[..., Session]
+    on_gpu: bool = False
+    automatic: bool = True
+    refuses: Callable[[Bundle, GraphSpec, str, DeviceFacts], str | None] | None = None
+
+    def version(self) -> str | None:
+        """Version of the installed package, or None if there is none."""
+        return next(filter(None, map(packages.installed_version, self.distributions)), None)
+
+
+def gpu() -> DeviceFacts:
+    """Return what the GPU is. Raises EngineError where there is none, or cuda-python is missing."""
+    return Cuda().facts()
+
+
+def _onnxruntime_variants(version: tuple[int, ...]) -> tuple[str, ...]:
+    return ("ort-cpu", "standard", "primitive") if version >= STANDARD_SINCE else ("primitive",)
+
+
+def _cuda_variants(version: tuple[int, ...]) -> tuple[str, ...]:
+    # `primitive` has operators alone that the CUDA provider has had for years.
+    return ("ort-cuda", "primitive", "standard") if version >= STANDARD_SINCE else ("ort-cuda", "primitive")
+
+
+def _tensorrt_variants(version: tuple[int, ...]) -> tuple[str, ...]:
+    return ("standard", "primitive") if version >= STANDARD_SINCE_TENSORRT else ("primitive",)
+
+
+def _both_variants(version: tuple[int, ...]) -> tuple[str, ...]:
+    return ("standard", "primitive")
+
+
+def _open_onnxruntime(
+    bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
+) -> Session:
+    from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(bundle.graph_path(graph.name, graph.variant), graph, threads=threads)
+
+
+def _open_provider(
+    provider: str, bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
+) -> Session:
+    from bridge_stg.runtime.backends.onnxruntime_gpu import CUDA, OnnxRuntimeDeviceSession
+    from bridge_stg.runtime.device.context import DeviceContext
+
+    return OnnxRuntimeDeviceSession(
+        bundle.graph_path(graph.name, graph.variant),
+        graph,
+        device or DeviceContext(),
+        provider=provider,
+        threads=threads,
+        on_device=BETWEEN_GRAPHS,
+        sizes=usual_sizes(bundle.manifest.spec),
+        folder=None if provider == CUDA else engine_folders(bundle)[1] / provider,
+    )
+
+
+def _open_tensorrt(
+    family: str, bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
+) -> Session:
+    from bridge_stg.runtime.backends.tensorrt.library import TensorRT
+    from bridge_stg.runtime.backends.tensorrt.session import TensorRTSession
+    from bridge_stg.runtime.device.context import DeviceContext
+
+    library, device = TensorRT(family), device or DeviceContext()
+    entry = find_engine(bundle, graph, EngineDevice(family, library.version, device.device.sm))
+    kernels = Path(entry.folder) / KERNELS
+    return TensorRTSession(entry.read_plan(), graph, device, library, on_device=BETWEEN_GRAPHS, kernels=kernels)
+
+
+def _without_engine(family: str, bundle: Bundle, graph: GraphSpec, version: str, device: DeviceFacts) -> str | None:
+    try:
+        find_engine(bundle, graph, EngineDevice(family, version, device.sm))
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def _without_bf16(bundle: Bundle, graph: GraphSpec, version: str, device: DeviceFacts) -> str | None:
+    if graph.precision.split()[0] != "bf16":
+        return None
+    return f"{graph}: is bf16, which onnxruntime cannot compute in whole; TensorRT takes it"
+
+
+def usual_sizes(spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
+    """Return least, usual and largest size of every symbol in this model's chain, for a provider that compiles."""
+    vision, frames, language = spec.vision, spec.frames, spec.language
+    patch, side = vision.patch_size, vision.patch_size * vision.merge_size
+    least = side * max(1, round(min(frames.coarse_min_pixels, frames.fine_min_pixels) ** 0.5 / side / 4))
+    usual = side * max(1, round(frames.coarse_max_pixels**0.5 / side))
+    most = side * max(2, round(2 * max(frames.coarse_max_pixels, frames.fine_max_pixels) ** 0.5 / side))
+    cells = [least**2, usual**2, max(frames.coarse_max_pixels, frames.fine_max_pixels)]
+    patches = tuple(max(vision.merge_size**2, count // patch**2) for count in cells)
+    capacity = min(language.max_positions, 8192)
+    return {
+        "G": (1, min(4, frames.encoder_chunk_groups), frames.encoder_chunk_groups),
+        "height": (least, usual, most), "width": (least, usual, most), "N": (patches[0], patches[1], patches[2]),
+        "h": (least // patch, usual // patch, most // patch), "w": (least // patch, usual // patch, most // patch),
+        "W": (1, patches[1], patches[2]),
+        "B": (1, 1, 16), "L": (1, 16, 1024), "K": (1, 1, max(2, language.num_bridging_queries)),
+        "V": (2, min(1024, capacity), capacity + 1), "S": (min(256, capacity), min(1024, capacity), capacity),
+        "F": (1, min(32, frames.max_fine_frames), frames.max_fine_frames),
+    }  # fmt: skip
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="tensorrt",
+        distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+        extra="tensorrt",
+        variants=_tensorrt_variants,
+        open=partial(_open_tensorrt, "tensorrt"),
+        on_gpu=True,
+        refuses=partial(_without_engine, "tensorrt"),
+    ),
+    Backend(
+        name="tensorrt-rtx",
+        distributions=("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
+        extra="rtx",
+        variants=_both_variants,
+        open=partial(_open_tensorrt, "tensorrt_rtx"),
+        on_gpu=True,
+        refuses=partial(_without_engine, "tensorrt_rtx"),
+    ),
+    Backend(
+        name="onnxruntime-cuda",
+        distributions=("onnxruntime-gpu",),
+        extra="gpu",
+        variants=_cuda_variants,
+        open=partial(_open_provider, "CUDAExecutionProvider"),
+        on_gpu=True,
+        refuses=_without_bf16,
+    ),
+    # These two compile when a graph first runs, for minutes: they are there for who asks for them.
+    Backend(
+        name="onnxruntime-tensorrt",
+        distributions=("onnxruntime-gpu",),
+        extra="gpu",
+        variants=lambda version: ("primitive",),
+        open=partial(_open_provider, "TensorrtExecutionProvider"),
+        on_gpu=True,
+        automatic=False,
+    ),
+    Backend(
+        name="onnxruntime-tensorrt-rtx",
+        distributions=("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
+        extra="rtx-provider",
+        variants=lambda version: ("primitive",),
+        open=partial(_open_provider, "NvTensorRTRTXExecutionProvider"),
+        on_gpu=True,
+        automatic=False,
+    ),
+    Backend(
+        name="onnxruntime",
+        distributions=("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
+        extra="cpu",
+        variants=_onnxruntime_variants,
+        open=_open_onnxruntime,
+    ),
+)
+"""In the order in which "auto" tries them: it takes the first that has all that it needs for every graph."""

@@ -1,0 +1,219 @@
+"""What every backend offers: a graph that takes and returns named arrays, and the KV cache that it updates.
+
+Knows nothing of tokens, of videos and of any backend. The checks of inputs are here, so that all backends refuse the
+same mistakes with the same words before an engine sees them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
+from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.errors import EngineError
+
+
+class KVCache(Protocol):
+    """The KV buffers of one batch, [batch, kv_heads, capacity, head_dim] each, where the backend wants them."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def copy_prefix(self, source: KVCache, length: int, rows: Sequence[int] | None = None) -> None:
+        """Copy the first `length` positions of `source` into `rows` (None: all).
+
+        `source` has one row, which goes into each, or as many rows as are written, which go one to one.
+
+        Raises:
+            EngineError: the sizes do not fit, or the cache is another backend's.
+        """
+        ...
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Return a copy of the whole cache by the names of the graph's inputs (past_key_0 …)."""
+        ...
+
+    def write(self, values: Mapping[str, np.ndarray]) -> None:
+        """Overwrite the whole cache with what `read` returned. Raises EngineError where shape or dtype differ."""
+        ...
+
+
+class Session(Protocol):
+    """One graph on one backend. Safe to call from several threads, each with a cache of its own.
+
+    Where a backend computes on a device, what passes between graphs (visual tokens, feature maps, taps) may come as
+    `DeviceArray`, and sessions of the same chain take it without a copy; `np.asarray` fetches it. All else is numpy's.
+    """
+
+    @property
+    def graph(self) -> GraphSpec: ...
+
+    def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
+        """Run the graph.
+
+        Args:
+            feeds: every input by name, of exactly the dtype and dims of `graph.inputs`. With `cache`, all but the
+                past_* inputs. A backend on a device also takes what speaks DLPack there.
+            cache: read and updated by this call: L new positions a row, from cache_position[row] on.
+
+        Returns:
+            Every output by name; with `cache`, all but those that belong to the cache.
+
+        Raises:
+            EngineError: an input is missing, unexpected or does not fit, or the backend failed.
+        """
+        ...
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
+        """Return a zero-filled cache. Raises EngineError if the graph has none, or if memory does not suffice."""
+        ...
+
+    def close(self) -> None:
+        """Free what the backend holds. Later calls of `infer` raise EngineError."""
+        ...
+
+
+def largest(session: Session, symbol: str) -> int:
+    """Return the largest size of a symbol that a session takes: an engine's profiles end somewhere."""
+    graph: GraphSpec | None = getattr(session, "graph", None)  # a session that only wraps another may have none
+    most = None if graph is None else graph.ranges.get(symbol, (0, None))[1]
+    return sys.maxsize if most is None else most
+
+
+def smallest(session: Session, symbol: str) -> int:
+    """Return the smallest size of a symbol that a session takes."""
+    graph: GraphSpec | None = getattr(session, "graph", None)
+    return 1 if graph is None else graph.ranges.get(symbol, (1, None))[0]
+
+
+def fixed_capacity(session: Session) -> int | None:
+    """Return the most positions that a cache of this session can have; None where there is no such bound."""
+    most = largest(session, "S")
+    return None if most == sys.maxsize else most
+
+
+def rows_to_fill(cache: KVCache, source: KVCache, length: int, rows: Sequence[int] | None) -> list[int]:
+    """Return the rows of `cache` that `copy_prefix` writes.
+
+    Raises:
+        EngineError: the sizes do not fit.
+    """
+    chosen = list(range(cache.batch)) if rows is None else list(rows)
+    if source.batch not in (1, len(chosen)) or any(not 0 <= row < cache.batch for row in chosen):
+        raise EngineError(f"{source.batch} rows of a KV cache cannot go into rows {chosen} of {cache.batch}")
+    if not 0 <= length <= min(cache.capacity, source.capacity):
+        raise EngineError(
+            f"{length} positions cannot be copied from a KV cache of {source.capacity} into one of {cache.capacity}"
+        )
+    return chosen
+
+
+def check_feeds(graph: GraphSpec, feeds: Mapping[str, Any], cache: KVCache | None = None) -> dict[str, int]:
+    """Check inputs against the manifest: names, dtypes, ranks, dims, one value a symbol, the cache's room.
+
+    Returns:
+        The value of every symbol of the inputs, such as {"B": 1, "L": 7, "S": 256}.
+
+    Raises:
+        EngineError: the message names the tensor, what was found and what is expected.
+    """
+    if cache is not None and graph.cache is None:
+        raise EngineError(f"{graph}: was given a KV cache, but this graph keeps none.")
+    by_cache = set(graph.cache.past_names) if graph.cache is not None and cache is not None else set()
+    expected = {tensor.name: tensor for tensor in graph.inputs if tensor.name not in by_cache}
+    _check_names(graph, feeds, expected, by_cache)
+    symbols: dict[str, int] = {}
+    bound_by: dict[str, str] = {}
+    if cache is not None and graph.cache is not None:
+        _bind_cache(graph, cache, symbols, bound_by)
+    for name, tensor in expected.items():
+        _check_tensor(graph, tensor, feeds[name])
+        for dim, size in zip(tensor.dims, feeds[name].shape, strict=True):
+            _bind(graph, tensor, dim, size, feeds[name].shape, symbols, bound_by)
+    if graph.cache is not None:
+        _check_room(graph, feeds, symbols)
+    return symbols
+
+
+def _check_names(
+    graph: GraphSpec, feeds: Mapping[str, Any], expected: Mapping[str, TensorSpec], by_cache: set[str]
+) -> None:
+    for name, tensor in expected.items():
+        if name not in feeds:
+            raise EngineError(f"{graph}: input {name!r} is missing; expected {tensor}.")
+    for name in feeds:
+        if name in by_cache:
+            raise EngineError(f"{graph}: input {name!r} was given, but comes from the cache in this call.")
+        if name not in expected:
+            raise EngineError(f"{graph}: has no input {name!r}; its inputs: {', '.join(expected)}.")
+
+
+def _check_tensor(graph: GraphSpec, tensor: TensorSpec, array: Any) -> None:
+    if not isinstance(array, (np.ndarray, DeviceArray)):
+        raise EngineError(
+            f"{graph}: input {tensor.name!r} is a {type(array).__name__}, expected a numpy array {tensor}."
+        )
+    if str(array.dtype) != tensor.dtype:
+        raise EngineError(f"{graph}: input {tensor.name!r} is {array.dtype}, expected {tensor}.")
+    if array.ndim != len(tensor.dims):
+        raise EngineError(f"{graph}: input {tensor.name!r} has shape {list(array.shape)}, expected {tensor}.")
+
+
+def _bind(
+    graph: GraphSpec,
+    tensor: TensorSpec,
+    dim: int | str,
+    size: int,
+    shape: tuple[int, ...],
+    symbols: dict[str, int],
+    bound_by: dict[str, str],
+) -> None:
+    if isinstance(dim, int):
+        if size != dim:
+            raise EngineError(f"{graph}: input {tensor.name!r} has shape {list(shape)}, expected {tensor}.")
+        return
+    if symbols.setdefault(dim, size) != size:
+        raise EngineError(
+            f"{graph}: input {tensor.name!r} has shape {list(shape)}, so {dim} = {size}, but {dim} = {symbols[dim]} "
+            f"in {bound_by[dim]}; expected {tensor}."
+        )
+    bound_by.setdefault(dim, f"input {tensor.name!r}")
+    least, most = graph.ranges.get(dim, (0, None))
+    if size < least or (most is not None and size > most):
+        upto = f"{least} to {most}" if most is not None else f"at least {least}"
+        raise EngineError(f"{graph}: input {tensor.name!r} has {dim} = {size}; this graph takes {upto}.")
+
+
+def _bind_cache(graph: GraphSpec, cache: KVCache, symbols: dict[str, int], bound_by: dict[str, str]) -> None:
+    """The cache fixes the symbols of past_key_0's first and third dim (B and S)."""
+    assert graph.cache is not None
+    past = next(tensor for tensor in graph.inputs if tensor.name == graph.cache.past_names[0])
+    shape = (cache.batch, graph.cache.kv_heads, cache.capacity, graph.cache.head_dim)
+    for dim, size in zip(past.dims, shape, strict=True):
+        _bind(graph, past, dim, size, shape, symbols, bound_by)
+        if isinstance(dim, str):
+            bound_by[dim] = "the cache"
+
+
+def _check_room(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str, int]) -> None:
+    """S ≥ cache_position + L in every row: some backends write past the end of a buffer otherwise."""
+    if "L" not in symbols or "S" not in symbols:
+        return
+    positions, new, capacity = np.asarray(feeds["cache_position"]), symbols["L"], symbols["S"]
+    bad = np.flatnonzero((positions < 0) | (positions + new > capacity))
+    if bad.size:
+        row = int(bad[0])
+        raise EngineError(
+            f"{graph}: cache_position of row {row} is {int(positions[row])}; with {new} new positions that does not "
+            f"fit the cache's {capacity} positions."
+        )

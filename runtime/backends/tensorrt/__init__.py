@@ -1,0 +1,1 @@
+"""The TensorRT backend: engines, their caches, CUDA graphs."""

@@ -1,0 +1,235 @@
+"""A graph on native TensorRT or TensorRT-RTX, with everything that passes between the graphs left on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.backends.device_kv_cache import DeviceKVCache
+from bridge_stg.runtime.backends.session import KVCache, check_feeds
+from bridge_stg.runtime.backends.tensorrt.cuda_graphs import Scales, StepGraphs
+from bridge_stg.runtime.backends.tensorrt.engine import TensorRTEngine, tensor_shape, with_ranges
+from bridge_stg.runtime.backends.tensorrt.library import TensorRT
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.device.array import DeviceArray, download
+from bridge_stg.runtime.device.array_ops import Array, accept
+from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.device.memory import ALIGNMENT
+from bridge_stg.runtime.device.staging import Staging
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.usage import UseCount
+
+
+class TensorRTSession:
+    """A TensorRT engine behind `session.Session`.
+
+    Inputs may be numpy arrays, arrays of the same chain's other sessions, or whatever speaks DLPack on this device:
+    the latter two are read where they lie. The ranges of `graph` are those of the engine's profiles.
+
+    Args:
+        plan: the serialized engine.
+        graph: the manifest entry that it was built from.
+        device: the chain's device.
+        library: the TensorRT package.
+        on_device: outputs that are returned as `DeviceArray`; the others come as numpy arrays.
+        cuda_graphs: whether steps with a cache that repeat are captured as CUDA graphs.
+        kernels: a file in which TensorRT-RTX keeps what it compiled on this device; written when the session is closed.
+
+    Raises:
+        EngineError: TensorRT refuses the engine, or it does not fit the manifest.
+    """
+
+    def __init__(
+        self,
+        plan: bytes,
+        graph: GraphSpec,
+        device: DeviceContext,
+        library: TensorRT,
+        *,
+        on_device: Collection[str] = (),
+        cuda_graphs: bool = True,
+        kernels: Path | None = None,
+    ) -> None:
+        known = kernels.read_bytes() if library.is_rtx and kernels is not None and kernels.is_file() else None
+        keeps_cache = graph.cache is not None
+        self.device = device.open()
+        try:
+            self._engine = TensorRTEngine(
+                library, device, plan, graph, cuda_graphs=cuda_graphs and keeps_cache, kernels=known
+            )
+            self._swaps_buffers = self._check_cache(graph)
+        except BaseException:
+            device.close()
+            raise
+        self.graph = with_ranges(graph, self._engine.ranges)
+        self._on_device = frozenset(on_device)
+        self._kernels, self._known_kernels = kernels, known
+        self._staging = Staging(device, beside=not keeps_cache)
+        # RTX captures by itself what repeats.
+        self.graphs = StepGraphs(device) if keeps_cache and cuda_graphs and not library.is_rtx else None
+        closed = EngineError(f"{self.graph}: this session is closed.")
+        self._usage = UseCount(self._free, closed_error=closed)
+
+    def __enter__(self) -> TensorRTSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See `Session.close`. A call that is running in another thread ends well."""
+        self._usage.close()
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> DeviceKVCache:
+        """See `Session.allocate_cache`. The capacity is at least the one asked for: an engine's may be fixed."""
+        if self.graph.cache is None:
+            raise EngineError(f"{self.graph}: keeps no KV cache, so none can be allocated.")
+        least, most = self.graph.ranges.get("S", (1, None))
+        if most is not None and capacity > most:
+            raise EngineError(
+                f"{self.graph}: a KV cache of {capacity} positions was asked for, and this engine takes {most}. Build "
+                "it with a larger capacity, or use a shorter video (--max-visual-tokens)"
+            )
+        with self._usage.call():
+            return DeviceKVCache(self.device, self.graph.cache, batch=batch, capacity=max(capacity, least))
+
+    def infer(self, feeds: Mapping[str, Array], *, cache: KVCache | None = None) -> dict[str, Array]:
+        """See `Session.infer`."""
+        with self._usage.call():
+            contract = self.graph.cache
+            if cache is not None and not (isinstance(cache, DeviceKVCache) and cache.context is self.device):
+                raise EngineError(f"{self.graph}: a KV cache of type {type(cache).__name__} is another backend's.")
+            feeds = {name: accept(value, self.device) for name, value in feeds.items()}
+            if cache is None and contract is not None and contract.update == "in_place":
+                return self._infer_with_past(feeds)
+            sizes = check_feeds(self.graph, feeds, cache)
+            try:
+                with self.device.lock:
+                    outputs = self._run(feeds, sizes, cache)
+                host = [name for name in outputs if name not in self._on_device]
+                landed = dict(zip(host, download([outputs[name] for name in host]), strict=True))
+            except EngineError as error:
+                raise EngineError(self._failure(feeds, sizes, error)) from error
+            return {name: landed.get(name, array) for name, array in outputs.items()}
+
+    def _run(
+        self, feeds: Mapping[str, Array], sizes: Mapping[str, int], cache: DeviceKVCache | None
+    ) -> dict[str, DeviceArray]:
+        """Put a call on the stream; return its outputs, which are there in the stream's order."""
+        contract, profile = self.graph.cache, self._engine.profile_for(sizes)
+        shapes = {tensor.name: tensor_shape(tensor, sizes) for tensor in self.graph.inputs}
+        addresses = self._staging.send({n: array for n, array in feeds.items() if isinstance(array, np.ndarray)})
+        resident = {n: _bindable(array) for n, array in feeds.items() if isinstance(array, DeviceArray)}
+        addresses |= {name: array.address for name, array in resident.items()}
+        written: dict[str, str] = {}  # what the graph returns of the cache → the buffer that it belongs to
+        if cache is not None and contract is not None:
+            written = dict(zip(contract.written_names, contract.past_names, strict=True))
+            addresses |= {past: buffer.address for past, buffer in cache.buffers.items()}
+            if contract.update == "in_place" and not self._swaps_buffers:
+                addresses |= {present: addresses[past] for present, past in written.items()}
+        repeats = cache is not None and not self._swaps_buffers
+        outputs = self._execute(profile, shapes, addresses, repeats=repeats)
+        self._staging.sent_is_used()
+        if resident:
+            self.device.hold(*resident.values())  # memory of other libraries knows nothing of this stream
+        if cache is not None and contract is not None and contract.update == "append":
+            cache.append({past: outputs[new] for new, past in written.items()}, np.asarray(feeds["cache_position"]))
+        elif cache is not None and self._swaps_buffers:
+            cache.buffers.update({past: outputs[present] for present, past in written.items()})
+        return {name: array for name, array in outputs.items() if name not in written}
+
+    def _execute(
+        self, profile: int, shapes: Mapping[str, tuple[int, ...]], addresses: dict[str, int], *, repeats: bool
+    ) -> dict[str, DeviceArray]:
+        """Run the engine, as a captured step where it repeats; return the outputs that have no address yet."""
+        graphs = self.graphs if repeats else None
+        if graphs is None:
+            return dict(self._prepare(self._engine.context(profile), shapes, addresses, execute=True).outputs)
+        scratch = self._engine.scratch(profile).address
+        key = (profile, scratch, tuple(shapes.items()), tuple(sorted(addresses.items())))
+        outputs = graphs.launch(key)
+        if outputs is None:
+            if not graphs.repeats(key):
+                return dict(self._prepare(self._engine.context(profile), shapes, addresses, execute=True).outputs)
+            prepared = self._prepare(self._engine.new_context(profile), shapes, addresses, execute=False)
+            outputs = graphs.run_and_capture(key, prepared)
+        # The graph writes to the same place again when the step comes back, which the caller knows nothing of.
+        return {name: array.copy() for name, array in outputs.items()}
+
+    def _prepare(
+        self, context: Any, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], *, execute: bool
+    ) -> Scales:
+        dtypes = {tensor.name: tensor.dtype for tensor in self.graph.outputs}
+        found = context.output_shapes(shapes)
+        outputs = {n: self.device.empty(shape, dtypes[n]) for n, shape in found.items() if n not in addresses}
+        context.bind({**addresses, **{name: array.address for name, array in outputs.items()}})
+        if execute:
+            context.execute(self.device.stream)
+        return Scales(context.execute, context.capturable, outputs, holds=context.scratch)
+
+    def _infer_with_past(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph that updates its cache in place on buffers that are fed, and return what they became."""
+        contract = self.graph.cache
+        assert contract is not None
+        check_feeds(self.graph, feeds)
+        past = {name: np.asarray(feeds[name]) for name in contract.past_names}
+        batch, _, capacity, _ = past[contract.past_names[0]].shape
+        cache = self.allocate_cache(batch=batch, capacity=capacity)
+        cache.write(past)
+        outputs = self.infer({n: array for n, array in feeds.items() if n not in past}, cache=cache)
+        kept = cache.read()
+        return outputs | {new: kept[old] for new, old in zip(contract.written_names, contract.past_names, strict=True)}
+
+    def _check_cache(self, graph: GraphSpec) -> bool:
+        """Compare which outputs the engine writes over inputs with the cache's contract.
+
+        Returns:
+            Whether it writes none over its input though it might: then new buffers take the place of the old ones.
+        """
+        if not self._engine.tells_aliases:
+            return False
+        contract, expected = graph.cache, {}
+        if contract is not None and contract.update == "in_place":
+            expected = dict(zip(contract.written_names, contract.past_names, strict=True))
+        found = self._engine.aliases()
+        if found and found != expected:
+            name = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+            raise EngineError(
+                f"{graph}: the engine writes {name!r} over {found.get(name, 'no input')!r}, and the manifest says "
+                f"{expected.get(name, 'no input')!r}. Build the engine again from this bundle"
+            )
+        return bool(expected) and not found
+
+    def _failure(self, feeds: Mapping[str, Array], sizes: Mapping[str, int], error: Exception) -> str:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        dims = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
+        return f"{self.graph}: failed on {self.device.device.name} with {shapes} ({dims}): {error}"
+
+    def _free(self) -> None:
+        with self.device.lock:
+            self.device.cuda("cudaDeviceSynchronize")
+            if self.graphs is not None:
+                self.graphs.close()
+            self._staging.close()
+            made = self._engine.kernel_cache()
+            self._engine.close()
+        try:
+            if self._kernels is not None and made and made != self._known_kernels:
+                with replacing(self._kernels) as temporary:
+                    temporary.write_bytes(made)
+        except OSError:
+            pass  # a read-only folder: the next process compiles them again
+        finally:
+            self.device.close()
+
+
+def _bindable(array: DeviceArray) -> DeviceArray:
+    """Return the array, or a copy where TensorRT cannot take it as it lies."""
+    return array if array.contiguous and not array.address % ALIGNMENT else array.copy()

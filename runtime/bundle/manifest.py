@@ -1,0 +1,186 @@
+"""What a bundle's manifest.json says, as frozen dataclasses that refuse contradictions.
+
+Knows nothing of folders: that the listed files are there and whole is checked in `bundle`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.bundle.typed_json import from_json
+
+SCHEMA_VERSION = 1
+
+DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+CACHE_UPDATES = ("in_place", "append")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle: its POSIX path below the bundle's folder, bytes and SHA-256 (hex)."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph. A dim is a number, a symbol such as `B`, or (outputs only) an expression."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"tensor {self.name!r} has dtype {self.dtype!r}; known dtypes: {', '.join(DTYPES)}")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """How a graph keeps its KV cache, [B, kv_heads, S, head_dim] a buffer, two buffers a layer.
+
+    `update` is `in_place` (the graph returns present_*, which share the buffers of past_*) or `append`
+    (past_* are read only, the graph returns new_* [B, kv_heads, L, head_dim], and the session writes those rows).
+    """
+
+    update: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.update not in CACHE_UPDATES:
+            raise ValueError(f"the cache's update is {self.update!r}; known: {', '.join(CACHE_UPDATES)}")
+
+    @property
+    def past_names(self) -> tuple[str, ...]:
+        """Inputs that are the cache: past_key_0, past_value_0, past_key_1, …"""
+        return self._names("past")
+
+    @property
+    def written_names(self) -> tuple[str, ...]:
+        """Outputs that belong to `past_names`, in the same order: present_* (`in_place`) or new_* (`append`)."""
+        return self._names("present" if self.update == "in_place" else "new")
+
+    def _names(self, prefix: str) -> tuple[str, ...]:
+        return tuple(f"{prefix}_{part}_{i}" for i in range(self.layers) for part in ("key", "value"))
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One variant of one graph: what goes in, what comes out, and the files that hold it.
+
+    `ranges` gives (least, largest or None) of a symbol; `derived_from` the variant that a pass or quantization started
+    from. `file`, `size`, `sha256` and `data` (external data files) are filled in by the bundle's writer.
+    """
+
+    name: str
+    variant: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    opset: int
+    precision: str = "fp32"
+    ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    cache: CacheSpec | None = None
+    derived_from: str | None = None
+    file: str = ""
+    size: int = 0
+    sha256: str = ""
+    data: tuple[FileEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.cache is None:
+            return
+        tensors = {t.name: t for t in self.inputs + self.outputs}
+        for name in ("cache_position", *self.cache.past_names, *self.cache.written_names):
+            if name not in tensors:
+                raise ValueError(f"the cache contract {self.cache.update!r} needs a tensor {name!r}")
+        for name in self.cache.past_names:
+            tensor = tensors[name]
+            expected = (self.cache.kv_heads, self.cache.head_dim)
+            if len(tensor.dims) != 4 or tensor.dims[1::2] != expected or tensor.dtype != self.cache.dtype:
+                shape = f"{self.cache.dtype} [B, {self.cache.kv_heads}, S, {self.cache.head_dim}]"
+                raise ValueError(f"tensor {tensor} is not the cache's {shape}")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.variant})"
+
+    @property
+    def made_by_pass(self) -> bool:
+        """Whether a pass made it of another variant of its bundle: it may have melted what others name apart."""
+        return self.derived_from not in (None, self.variant)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest.
+
+    `graphs` maps name → variant → GraphSpec; `files` are all other files under the fingerprint (tokenizer, golden
+    cases). `model` and `tools` are free-form (name, parameters; package → version), `calibration` tells which samples
+    quantized the graphs (None: not quantized), `verified` whether parity with the torch reference was measured and
+    held. `io_dtype` is the dtype of visual_tokens, feature_map and taps.
+    """
+
+    spec: ModelSpec
+    model: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, Any] = field(default_factory=dict)
+    graphs: Mapping[str, Mapping[str, GraphSpec]] = field(default_factory=dict)
+    files: tuple[FileEntry, ...] = ()
+    io_dtype: str = "float32"
+    calibration: Mapping[str, Any] | None = None
+    verified: bool = False
+    schema_version: int = SCHEMA_VERSION
+    fingerprint: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Manifest:
+        """Read what `to_dict` returned.
+
+        Raises:
+            ValueError: a field is missing, unknown, of a wrong type, or contradicts another; the message names it.
+        """
+        manifest: Manifest = from_json(cls, values, "")
+        for name, variants in manifest.graphs.items():
+            for variant, graph in variants.items():
+                if (graph.name, graph.variant) != (name, variant):
+                    raise ValueError(f"graphs.{name}.{variant} calls itself {graph}")
+        return manifest
+
+    def entries(self) -> dict[str, FileEntry]:
+        """Return every file under the fingerprint, by path.
+
+        Raises:
+            ValueError: one path is listed with two sizes or hashes.
+        """
+        found: dict[str, FileEntry] = {}
+        of_graphs = [e for g in self.all_graphs() for e in (FileEntry(g.file, g.size, g.sha256), *g.data)]
+        for entry in (*of_graphs, *self.files):
+            if found.setdefault(entry.path, entry) != entry:
+                raise ValueError(f"{entry.path} is listed twice, with different sizes or hashes")
+        return found
+
+    def all_graphs(self) -> list[GraphSpec]:
+        """Return every variant of every graph."""
+        return [graph for variants in self.graphs.values() for graph in variants.values()]
+
+
+def canonical_sha256(values: Mapping[str, Any], *, without: str) -> str:
+    """Hash JSON values independently of key order and layout, leaving out the key that is to hold the hash."""
+    rest = {key: value for key, value in values.items() if key != without}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,75 @@
+"""Build dataclasses from JSON values, with every field's type checked against its annotation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+def from_json(kind: Any, value: Any, where: str) -> Any:
+    """Build a value of an annotated type (dataclass, tuple, mapping, union, scalar) from JSON values.
+
+    Raises:
+        ValueError: the message names the field by its path, such as `graphs.vision_encoder.standard.opset`.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _read_union(args, value, where)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        parts = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(parts) == len(value):
+            return tuple(from_json(p, v, f"{where}[{i}]") for i, (p, v) in enumerate(zip(parts, value, strict=True)))
+    elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {key: from_json(args[1], v, f"{where}.{key}") for key, v in value.items()}
+    elif type(value) is kind or (kind is float and type(value) is int):  # exact: to isinstance, a bool is an int
+        return value
+    raise ValueError(f"{where or 'the file'} is {_brief(value)}, expected {_kind_name(kind)}")
+
+
+def _read_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    if len(options) == 1:  # the only option's own message says more than "expected one of"
+        return from_json(options[0], value, where)
+    for option in options:
+        if type(value) is option:
+            return value
+    raise ValueError(f"{where} is {_brief(value)}, expected {' or '.join(map(_kind_name, options))}")
+
+
+def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'the file'} is {_brief(value)}, expected an object")
+    prefix = f"{where}." if where else ""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for name in value:
+        if name not in fields:
+            raise ValueError(f"unknown field {prefix}{name}")
+    for name, f in fields.items():
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"field {prefix}{name} is missing")
+    hints = typing.get_type_hints(kind)
+    parts = {name: from_json(hints[name], part, f"{prefix}{name}") for name, part in value.items()}
+    try:
+        return kind(**parts)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _kind_name(kind: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(kind) or ("a list" if typing.get_origin(kind) is tuple else "an object")

@@ -1,0 +1,1 @@
+"""Device memory: CUDA contexts, arrays, copies, resizing."""

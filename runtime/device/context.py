@@ -1,0 +1,124 @@
+"""The device's side of one chain: a stream for its work, a stream for uploads beside it, and their memory.
+
+All graphs of a chain share one context, so what one computes is read by the next where it lies, in the order of the
+one stream and without waiting for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.cuda import Cuda
+from bridge_stg.runtime.device.memory import Block, device_pool, host_view, pinned_pool
+from bridge_stg.runtime.device.resize import DeviceResizer
+from bridge_stg.runtime.errors import EngineError
+
+
+class DeviceContext:
+    """Shared by the sessions of a chain; freed when the last of them is closed. Safe to use from many threads.
+
+    Attributes:
+        stream: handle of the stream on which all work is put.
+        uploads: handle of the stream on which inputs are uploaded while the former works.
+        lock: held by whoever puts work on the streams.
+        device: what the device is.
+    """
+
+    def __init__(self, cuda: Cuda | None = None) -> None:
+        self.cuda = cuda or Cuda()
+        self.device = self.cuda.facts()
+        self.stream, self.uploads = self.cuda.stream(), self.cuda.stream()
+        self.lock = threading.RLock()
+        self.memory, self.pinned = device_pool(self.cuda), pinned_pool(self.cuda)
+        self.scratch: Block | None = None
+        self._resizer: DeviceResizer | None = None
+        self._held: deque[tuple[Any, object]] = deque()
+        self._users = 0
+        self.closed = False
+
+    def open(self) -> DeviceContext:
+        """Count one more user."""
+        self._check_open()
+        self._users += 1
+        return self
+
+    def close(self) -> None:
+        """Count one user less; the last one frees everything, after the work under way."""
+        with self.lock:
+            self._users -= 1
+            if self._users > 0 or self.closed:
+                return
+            self.closed = True
+            self.cuda("cudaDeviceSynchronize")
+            while self._held:
+                self.cuda("cudaEventDestroy", self._held.popleft()[0])
+            self.scratch = self._resizer = None
+            self.memory.close()
+            self.pinned.close()
+            for stream in (self.stream, self.uploads):
+                self.cuda("cudaStreamDestroy", stream)
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype | type | str) -> DeviceArray:
+        """Return an array whose content is whatever was there."""
+        self._check_open()
+        shape, dtype = tuple(int(size) for size in shape), np.dtype(dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return DeviceArray(self, self.memory.take(size), shape, dtype)
+
+    def zeros(self, shape: Sequence[int], dtype: np.dtype | type | str) -> DeviceArray:
+        """Return an array of zeros."""
+        array = self.empty(shape, dtype)
+        if array.nbytes:
+            with self.lock:
+                self.cuda("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
+        return array
+
+    def upload(self, array: np.ndarray) -> DeviceArray:
+        """Return a copy of a host array on the device."""
+        made = self.empty(array.shape, array.dtype)
+        made.write(array)
+        return made
+
+    def pin(self, array: np.ndarray) -> Block:
+        """Return a copy of a host array in pinned memory, to be held until it has been uploaded."""
+        block = self.pinned.take(array.nbytes)
+        np.copyto(host_view(block, array.nbytes).view(array.dtype).reshape(array.shape), array)
+        return block
+
+    @property
+    def resizer(self) -> DeviceResizer:
+        """Resizes pictures that lie on the device."""
+        with self.lock:
+            self._resizer = self._resizer or DeviceResizer(self)
+            return self._resizer
+
+    def hold(self, *objects: object) -> None:
+        """Keep objects alive until the work that is on the stream now is done."""
+        with self.lock:
+            while self._held and self.cuda.api.cudaEventQuery(self._held[0][0])[0] == self.cuda.success:
+                self.cuda("cudaEventDestroy", self._held.popleft()[0])
+            event = self.cuda.event()
+            self.cuda("cudaEventRecord", event, self.stream)
+            self._held.append((event, objects))
+
+    def reserve_scratch(self, size: int) -> Block:
+        """Return memory of at least `size` bytes that all engines of the chain use in turn for what lies in between.
+
+        Only one of them runs at a time, since there is one stream. Growing waits for the work under way.
+        """
+        with self.lock:
+            if self.scratch is None or self.scratch.size < size:
+                self.cuda("cudaStreamSynchronize", self.stream)
+                self.scratch = None
+                self.scratch = self.memory.take(size)
+            return self.scratch
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise EngineError("this device context is closed, with the sessions that shared it; load the bundle again")

@@ -1,0 +1,145 @@
+"""Blocks of device memory and of pinned host memory that are allocated once and used again.
+
+A block that nobody holds any more may still be in use by work that was put on the chain's stream before; it is used
+again by later work on the same stream only, so the order of the stream keeps both apart without waiting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from bridge_stg.runtime.device.cuda import Cuda, OutOfDeviceMemory
+
+ALIGNMENT = 256
+"""Bytes to which TensorRT wants every tensor's address aligned."""
+
+
+def aligned(size: int) -> int:
+    """Return a size rounded up to the alignment."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Block:
+    """Memory from a pool, given back when the last array that uses it goes.
+
+    `wait_before_reuse` is set for memory that was lent to other libraries, whose streams the pool does not know.
+    """
+
+    def __init__(self, pool: MemoryPool, address: int, size: int) -> None:
+        self._pool, self.address, self.size = pool, address, size
+        self.wait_before_reuse = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the memory is still there: the chain that it belongs to has not been closed."""
+        return not self._pool.closed
+
+    def __del__(self) -> None:
+        # May run at any time in any thread, so that it must not call CUDA.
+        self._pool.give(self.address, self.size, self.wait_before_reuse)
+
+
+class MemoryPool:
+    """Blocks of one kind of memory; safe to use from many threads.
+
+    Args:
+        allocate: returns the address of so many bytes.
+        free: frees what an address points at.
+        wait: waits for all work on the device.
+    """
+
+    def __init__(self, allocate: Callable[[int], int], free: Callable[[int], object], wait: Callable[[], object]):
+        self._allocate, self._free, self._wait = allocate, free, wait
+        self._lock = threading.Lock()
+        self._unused: dict[int, list[tuple[int, bool]]] = {}
+        self._returned: deque[tuple[int, int, bool]] = deque()
+        self._sizes: dict[int, int] = {}
+        self.closed = False
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the pool has taken, in use or not."""
+        with self._lock:
+            return sum(self._sizes.values())
+
+    def take(self, size: int) -> Block:
+        """Return a block of at least `size` bytes. Its content is whatever was there.
+
+        Raises:
+            OutOfDeviceMemory: there is no room, even without the unused blocks.
+        """
+        size = size_class(size)
+        with self._lock:
+            self._sort_in()
+            unused = self._unused.get(size)
+            address, lent = unused.pop() if unused else (0, False)
+        if lent:
+            self._wait()
+        return Block(self, address or self._fresh(size), size)
+
+    def give(self, address: int, size: int, lent: bool) -> None:
+        """Take a block back. Called by finalizers, which may run while this thread holds the lock: it takes none."""
+        self._returned.append((address, size, lent))
+
+    def close(self) -> None:
+        """Free all memory, that of blocks in use too. The device must have finished."""
+        with self._lock:
+            addresses, self._sizes = list(self._sizes), {}
+            self._unused.clear()
+            self._returned.clear()
+            self.closed = True
+        for address in addresses:
+            self._free(address)
+
+    def _fresh(self, size: int) -> int:
+        try:
+            address = self._allocate(size)
+        except OutOfDeviceMemory:
+            self._free_unused()
+            address = self._allocate(size)
+        with self._lock:
+            self._sizes[address] = size
+        return address
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            address, size, lent = self._returned.popleft()
+            if address in self._sizes:
+                self._unused.setdefault(size, []).append((address, lent))
+
+    def _free_unused(self) -> None:
+        self._wait()
+        with self._lock:
+            self._sort_in()
+            addresses = [address for blocks in self._unused.values() for address, _ in blocks]
+            self._unused.clear()
+            for address in addresses:
+                del self._sizes[address]
+        for address in addresses:
+            self._free(address)
+
+
+def size_class(size: int) -> int:
+    """Round a size up, by an eighth at most (and to 4 KiB at least), so that blocks of like sizes serve each other."""
+    step = max(4096, 1 << max(0, size.bit_length() - 4))
+    return max(step, -(-size // step) * step)
+
+
+def device_pool(cuda: Cuda) -> MemoryPool:
+    """Return a pool of device memory."""
+    return MemoryPool(cuda.malloc, lambda a: cuda("cudaFree", a), lambda: cuda("cudaDeviceSynchronize"))
+
+
+def pinned_pool(cuda: Cuda) -> MemoryPool:
+    """Return a pool of pinned host memory."""
+    return MemoryPool(cuda.malloc_host, lambda a: cuda("cudaFreeHost", a), lambda: cuda("cudaDeviceSynchronize"))
+
+
+def host_view(block: Block, size: int, offset: int = 0) -> np.ndarray:
+    """Return bytes of a pinned block as an array uint8 [size]; it must not outlive the block."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(block.address + offset))

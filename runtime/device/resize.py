@@ -1,0 +1,163 @@
+"""Resizing pictures that lie on the device, to the same bytes as Pillow's bicubic filter gives on the host.
+
+One small kernel, compiled on the device's machine by NVRTC (part of CUDA, reached through cuda-python). Pillow
+resamples along one axis at a time, in integers (libImaging/Resample.c, 8 bits a channel): weights in 22 bits, the
+result rounded to a byte between the axes. Where NVRTC is missing, pictures take the way over the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.cuda import DEVICE
+from bridge_stg.runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from bridge_stg.runtime.device.context import DeviceContext
+
+_log = logging.getLogger(__name__)
+
+PRECISION_BITS = 22
+SUPPORT = 2.0  # of the bicubic filter, whose a is −0.5
+THREADS = 256
+
+SOURCE = b"""
+extern "C" __global__ void resample(
+    const unsigned char* from, unsigned char* to, const int* first, const int* count, const int* weights,
+    int taps, long long outer, int sizeTo, int sizeFrom, int inner)
+{
+    long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= outer * sizeTo * inner) return;
+    int rest = (int)(index % inner);
+    int place = (int)(index / inner % sizeTo);
+    long long row = index / inner / sizeTo;
+    int sum = 1 << 21;
+    for (int i = 0; i < count[place]; ++i)
+        sum += weights[place * taps + i] * from[(row * sizeFrom + first[place] + i) * inner + rest];
+    sum >>= 22;
+    to[index] = (unsigned char)(sum < 0 ? 0 : sum > 255 ? 255 : sum);
+}
+"""
+
+
+def weights_of(size_from: int, size_to: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return Pillow's bicubic weights along one axis.
+
+    Returns:
+        int32 [size_to] the first source place of each target place, int32 [size_to] how many there are, and int32
+        [size_to, taps] their weights times 2²².
+    """
+    scale = size_from / size_to
+    filter_scale = max(scale, 1.0)
+    support = SUPPORT * filter_scale
+    taps = math.ceil(support) * 2 + 1
+    first, count = np.zeros(size_to, np.int32), np.zeros(size_to, np.int32)
+    weights = np.zeros((size_to, taps), np.int32)
+    for place in range(size_to):
+        center = (place + 0.5) * scale
+        start = max(int(center - support + 0.5), 0)
+        stop = min(int(center + support + 0.5), size_from)
+        values = [_bicubic((x - center + 0.5) / filter_scale) for x in range(start, stop)]
+        total = sum(values)
+        first[place], count[place] = start, stop - start
+        for i, value in enumerate(values):
+            exact = value / total * (1 << PRECISION_BITS)
+            weights[place, i] = int(exact - 0.5) if exact < 0 else int(exact + 0.5)
+    return first, count, weights
+
+
+def _bicubic(x: float, a: float = -0.5) -> float:
+    x = abs(x)
+    if x < 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+
+class DeviceResizer:
+    """Resizes pictures of one chain's device.
+
+    Args:
+        bindings: modules with the names of `cuda.bindings.nvrtc` and `cuda.bindings.driver`; None: these.
+    """
+
+    def __init__(self, context: DeviceContext, bindings: tuple[Any, Any] | None = None) -> None:
+        self._context = context
+        self._tables: dict[tuple[int, int], tuple[DeviceArray, ...]] = {}
+        try:
+            nvrtc, self._driver = bindings or _bindings()
+            self._kernel: Any = self._compile(nvrtc)
+        except (EngineError, ImportError, RuntimeError) as error:
+            self._kernel = None
+            _log.warning("frames on the GPU are resized on the host: %s", error)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether pictures stay on the device."""
+        return self._kernel is not None
+
+    def resize(self, picture: DeviceArray, size: tuple[int, int]) -> DeviceArray:
+        """Return a picture uint8 [H, W, 3] at (height, width) `size`, in memory of its own."""
+        if picture.shape[:2] == size:
+            return picture.copy()
+        if self._kernel is None:
+            from bridge_stg.runtime.video.sizes import resize
+
+            return self._context.upload(resize(picture.numpy(), size))
+        height, width, channels = picture.shape
+        whole = picture.as_contiguous()
+        if width != size[1]:  # along the rows first, as Pillow does
+            shape = (height, size[1], channels)
+            whole = self._along(whole, shape, outer=height, sizes=(width, size[1]), inner=channels)
+        if height != size[0]:
+            inner = size[1] * channels
+            whole = self._along(whole, (*size, channels), outer=1, sizes=(height, size[0]), inner=inner)
+        return whole
+
+    def _along(
+        self, picture: DeviceArray, shape: tuple[int, ...], *, outer: int, sizes: tuple[int, int], inner: int
+    ) -> DeviceArray:
+        context = self._context
+        if sizes not in self._tables:
+            self._tables[sizes] = tuple(context.upload(table) for table in weights_of(*sizes))
+        first, count, weights = self._tables[sizes]
+        made = context.empty(shape, np.uint8)
+        addresses = (picture.address, made.address, first.address, count.address, weights.address)
+        numbers = (weights.shape[1], outer, sizes[1], sizes[0], inner)
+        kinds = (ctypes.c_void_p,) * 5 + (ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int, ctypes.c_int)
+        blocks = -(-made.size // THREADS)
+        with context.lock:
+            context.cuda("cudaSetDevice", DEVICE)  # the driver's calls want it told in every thread
+            launched = self._driver.cuLaunchKernel(
+                self._kernel, blocks, 1, 1, THREADS, 1, 1, 0, context.stream, ((*addresses, *numbers), kinds), 0
+            )
+        _checked("cuLaunchKernel", launched)
+        return made
+
+    def _compile(self, nvrtc: Any) -> Any:
+        program = _checked("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(SOURCE, b"resample.cu", 0, [], []))
+        option = f"--gpu-architecture=compute_{self._context.device.sm}".encode()
+        _checked("nvrtcCompileProgram", nvrtc.nvrtcCompileProgram(program, 1, [option]))
+        code = b" " * _checked("nvrtcGetPTXSize", nvrtc.nvrtcGetPTXSize(program))
+        _checked("nvrtcGetPTX", nvrtc.nvrtcGetPTX(program, code))
+        _checked("nvrtcDestroyProgram", nvrtc.nvrtcDestroyProgram(program))
+        module = _checked("cuModuleLoadData", self._driver.cuModuleLoadData(code))
+        return _checked("cuModuleGetFunction", self._driver.cuModuleGetFunction(module, b"resample"))
+
+
+def _checked(name: str, result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if int(status) != 0:
+        raise EngineError(f"{name} failed: {getattr(status, 'name', status)}")
+    return values[0] if values else None
+
+
+def _bindings() -> tuple[Any, Any]:
+    from cuda.bindings import driver, nvrtc
+
+    return nvrtc, driver

@@ -1,0 +1,1 @@
+"""Heads: what turns the hidden states and tokens of the LLM into an answer."""

@@ -1,0 +1,1 @@
+"""Watch a live stream: read, sample, window, answer, report events."""

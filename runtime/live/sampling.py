@@ -1,0 +1,155 @@
+"""From the frames of a stream to groups of samples, one after the other, without end and without a history.
+
+What is sampled is what a video of the same frames gives: each place of a grid shows the last frame at or before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.live.plan import LivePlan
+from bridge_stg.runtime.video.sizes import resize
+
+TOLERANCE_S = 1e-6
+"""How much later than a place of a grid a frame may be shown: that of `FrameStream`."""
+
+
+@dataclass(frozen=True, eq=False)
+class FineSample:
+    """A frame kept for the spatial pass.
+
+    Attributes:
+        place: on the stream's fine grid.
+        time_s: of the frame itself, in seconds from the first frame of the stream.
+        picture: uint8 [h, w, 3], RGB.
+    """
+
+    place: int
+    time_s: float
+    picture: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class LiveGroup:
+    """P consecutive coarse samples, and the fine frames of their time.
+
+    Attributes:
+        place: of the first sample on the stream's coarse grid, a multiple of P.
+        frames: uint8 [P, h, w, 3], RGB.
+        fine: the fine frames, in order.
+    """
+
+    place: int
+    frames: np.ndarray
+    fine: tuple[FineSample, ...]
+
+
+class _Shown:
+    """A frame that is on the screen until the next one comes; converted and resized once, and only if it is sampled."""
+
+    def __init__(self, time_s: float, picture: Callable[[], np.ndarray], plan: LivePlan) -> None:
+        self.time_s, self._picture, self._plan = time_s, picture, plan
+        self._rgb: np.ndarray | None = None
+        self._sizes: dict[tuple[int, int], np.ndarray] = {}
+
+    def at(self, size: tuple[int, int]) -> np.ndarray:
+        if size not in self._sizes:
+            if self._rgb is None:
+                self._rgb = self._picture()
+                height, width = self._rgb.shape[:2]
+                if (width, height) != (self._plan.width, self._plan.height):
+                    raise VideoError(
+                        f"the stream's frames changed from {self._plan.width} × {self._plan.height} to "
+                        f"{width} × {height} pixels; expected one size, so watch it again from here"
+                    )
+            self._sizes[size] = resize(self._rgb, size)
+        return self._sizes[size]
+
+
+class LiveSampler:
+    """Turns frames into groups.
+
+    Args:
+        plan: rates and sizes.
+        hold_s: how long a frame stands for what comes after it. Beyond that the stream has a gap, in which nothing is
+            sampled: a frozen picture is not asked about.
+
+    Attributes:
+        origin_s: the first frame's own time, None before it.
+        gaps: how many gaps there were.
+    """
+
+    def __init__(self, plan: LivePlan, *, hold_s: float) -> None:
+        self.origin_s: float | None = None
+        self.gaps = 0
+        self._plan, self._hold_s = plan, hold_s
+        self._shown: _Shown | None = None
+        self._frame_s = plan.interval_s
+        self._coarse = self._fine = 0
+        self._samples: list[np.ndarray] = []
+        self._fine_samples: list[FineSample] = []
+
+    def add(self, time_s: float, picture: Callable[[], np.ndarray]) -> Iterator[LiveGroup]:
+        """Take the next frame, and yield the groups that are complete by that.
+
+        Args:
+            time_s: the frame's own time in seconds, later than that of the frame before.
+            picture: returns it as uint8 [H, W, 3] in RGB; called if it is sampled, within the next two calls.
+        """
+        if self.origin_s is None:
+            self.origin_s = time_s
+        time = time_s - self.origin_s
+        if self._shown is not None:
+            until, limit = time - TOLERANCE_S, self._shown.time_s + self._hold_s
+            yield from self._fill(min(until, limit))
+            if limit < until:
+                self._skip(until)
+            self._frame_s = time - self._shown.time_s
+        self._shown = _Shown(time, picture, self._plan)
+
+    def finish(self) -> Iterator[LiveGroup]:
+        """Yield the groups that the last frame completes: it is shown as long as the one before it."""
+        if self._shown is not None:
+            yield from self._fill(self._shown.time_s + max(min(self._frame_s, self._hold_s) - TOLERANCE_S, TOLERANCE_S))
+            self._shown = None
+
+    def _fill(self, until: float) -> Iterator[LiveGroup]:
+        """Put the frame that is shown on every free place before `until`."""
+        plan, shown = self._plan, self._shown
+        assert shown is not None
+        while True:
+            end = self._end_of_group()
+            # Places are numbers and times are rounded: half a millisecond is less than any two places lie apart.
+            if len(self._samples) == plan.group and self._fine / plan.fine_fps > end - TOLERANCE_S:
+                yield LiveGroup(self._coarse - plan.group, np.stack(self._samples), tuple(self._fine_samples))
+                self._samples, self._fine_samples = [], []
+                end = self._end_of_group()
+            coarse = self._coarse * plan.interval_s if len(self._samples) < plan.group else math.inf
+            fine = self._fine / plan.fine_fps
+            if min(coarse, fine) >= until:
+                return
+            if coarse <= fine + TOLERANCE_S:
+                self._samples.append(shown.at(plan.coarse_size))
+                self._coarse += 1
+            else:
+                self._fine_samples.append(FineSample(self._fine, shown.time_s, shown.at(plan.fine_size)))
+                self._fine += 1
+
+    def _end_of_group(self) -> float:
+        first = self._coarse - len(self._samples)
+        return (first + self._plan.group) * self._plan.interval_s
+
+    def _skip(self, until: float) -> None:
+        """Leave the places before `until` empty, and begin anew with the next whole group."""
+        plan = self._plan
+        if self._coarse * plan.interval_s >= until and self._fine / plan.fine_fps >= until:
+            return
+        self.gaps += 1
+        self._coarse = plan.group * math.ceil(until / plan.interval_s / plan.group)
+        self._fine = math.ceil(self._coarse * plan.interval_s * plan.fine_fps - TOLERANCE_S)
+        self._samples, self._fine_samples = [], []

@@ -1,0 +1,227 @@
+"""Where live frames come from: a file, a network stream, a camera, or the caller's own iterator.
+
+A source yields (time in seconds, function that returns the RGB picture): most frames of a camera are never sampled,
+and are not converted then. Knows nothing of sampling.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.video.decoder import Decoder, check_path, shown_rgb
+from bridge_stg.runtime.video.stream import checked_frames
+
+Frames: TypeAlias = Iterator[tuple[float, Callable[[], np.ndarray]]]
+PROTOCOLS = ("rtsp", "rtsps", "http", "https", "rtp", "udp", "srt", "tcp")
+DISCONTINUITY_S = 10.0
+"""A clock that jumps by more than this was set anew: the time that passed here counts."""
+
+
+class LiveSource:
+    """Frames that are read once. `open_live` makes one; nothing is opened before `frames` is asked for its first.
+
+    Attributes:
+        name: what messages call it; without the password of an address.
+        keeps_pace: whether frames come when they come, so that a slow reader must drop some; else the source waits.
+    """
+
+    def __init__(self, name: str, *, keeps_pace: bool, read: Callable[[threading.Event], Frames]) -> None:
+        self.name, self.keeps_pace = name, keeps_pace
+        self._read = read
+
+    def frames(self, stop: threading.Event) -> Frames:
+        """Yield the frames until the source ends, or until `stop` is set; closes what it has opened.
+
+        Raises:
+            VideoError: the source cannot be opened or read, breaks off, or falls silent.
+        """
+        return self._read(stop)
+
+
+def open_live(
+    source: str | int | os.PathLike[str] | Iterable[tuple[float, np.ndarray]] | LiveSource,
+    *,
+    realtime: bool = False,
+    latest_wins: bool | None = None,
+    timeout_s: float = 10.0,
+) -> LiveSource:
+    """Tell what a source is.
+
+    Args:
+        source: the path of a video file; an address such as rtsp://camera/stream; a camera: its number or device file,
+            such as 0 or /dev/video0; or an iterable of (time in seconds, RGB uint8 [H, W, 3]); a `LiveSource` stays
+            what it is.
+        realtime: give the frames of a file at their own pace instead of as fast as they are taken.
+        latest_wins: see `LiveSource.keeps_pace`; None: False for files and iterables, True for all else.
+        timeout_s: how long a network stream may take to connect, and may be silent.
+
+    Raises:
+        VideoError: it is none of these, or the file does not exist.
+    """
+    if isinstance(source, LiveSource):
+        return source
+    if isinstance(source, (str, os.PathLike, int)) and not isinstance(source, bool):
+        text = os.fspath(source) if not isinstance(source, int) else str(source)
+        scheme = re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
+        if scheme:
+            if scheme[1].lower() not in PROTOCOLS:
+                raise VideoError(
+                    f"{_shown(text)}: cannot watch {scheme[1]}://; expected one of: {', '.join(PROTOCOLS)}"
+                )
+            return LiveSource(
+                _shown(text), keeps_pace=latest_wins is not False, read=partial(_network, text, timeout_s)
+            )
+        if text.isdecimal() or text.startswith("/dev/"):
+            return LiveSource(text, keeps_pace=latest_wins is not False, read=partial(_camera, text, timeout_s))
+        path = check_path(text)
+        keeps_pace = realtime if latest_wins is None else latest_wins
+        return LiveSource(path, keeps_pace=keeps_pace, read=partial(_file, path, realtime))
+    if isinstance(source, Iterable) and not isinstance(source, (bytes, dict, np.ndarray)):
+        name = "the stream of frames"
+        return LiveSource(name, keeps_pace=bool(latest_wins), read=partial(_iterable, source, name))
+    raise VideoError(
+        f"cannot watch a {type(source).__name__}: expected a path, an address, a camera's number, or an iterator of "
+        "(time in seconds, uint8 array [height, width, 3])"
+    )
+
+
+def _iterable(frames: Iterable[tuple[float, np.ndarray]], name: str, stop: threading.Event) -> Frames:
+    iterator = iter(frames)
+    try:
+        for time_s, picture in checked_frames(iterator, name):
+            if stop.is_set():
+                return
+            yield time_s, partial(_itself, picture)
+    finally:
+        close = getattr(iterator, "close", None)
+        if callable(close):
+            close()
+
+
+def _itself(picture: np.ndarray) -> np.ndarray:
+    return picture
+
+
+def _file(path: str, realtime: bool, stop: threading.Event) -> Frames:
+    decoder = Decoder(path)
+    clock, began = _Clock(float(decoder.time_base), float(decoder.frame_s or 0) or None), time.monotonic()
+    try:
+        empty = True
+        for frame in decoder.frames():
+            empty = False
+            time_s = clock.add(frame.pts)
+            if realtime and stop.wait(max(0.0, began + time_s - time.monotonic())):
+                return
+            if stop.is_set():
+                return
+            yield time_s, partial(shown_rgb, frame)
+        if empty:
+            raise decoder.no_frames()
+    finally:
+        decoder.close()
+
+
+def _network(address: str, timeout_s: float, stop: threading.Event) -> Frames:
+    options = {"rtsp_transport": "tcp"} if address.lower().startswith("rtsp") else {}
+    return _captured(address, None, options, timeout_s, stop)
+
+
+def _camera(device: str, timeout_s: float, stop: threading.Event) -> Frames:
+    if sys.platform == "darwin":
+        return _captured(device, "avfoundation", {"framerate": "30"}, timeout_s, stop)
+    if sys.platform != "linux":
+        raise VideoError(
+            f"{device}: cameras are opened by number on Linux and macOS; elsewhere pass an iterator of frames"
+        )
+    path = f"/dev/video{device}" if device.isdecimal() else device
+    if not os.path.exists(path):
+        raise VideoError(f"{path}: no such camera; is it plugged in, and visible inside this container?")
+    if not os.access(path, os.R_OK):
+        raise VideoError(f"{path}: no permission to read this camera; add your user to the group `video`")
+    return _captured(path, "v4l2", {}, timeout_s, stop)
+
+
+def _captured(
+    address: str, form: str | None, options: dict[str, str], timeout_s: float, stop: threading.Event
+) -> Frames:
+    """Yield the frames of what FFmpeg captures; what cannot be decoded on the way is passed over."""
+    av, name = load_package("av", "av"), _shown(address)
+    try:
+        container = av.open(address, format=form, options=options, timeout=timeout_s)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(
+            f"{name} cannot be opened ({_reason(error, timeout_s)}); is it running, and reachable?"
+        ) from None
+    try:
+        if not container.streams.video:
+            raise VideoError(f"{name} has no video stream; expected a camera or a video")
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate
+        clock = _Clock(float(stream.time_base or 0.001), None if not rate else float(1 / rate), live=True)
+        for packet in container.demux(stream):
+            if stop.is_set():
+                return
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                continue  # a torn packet; the next key frame mends the picture
+            for frame in frames:
+                yield clock.add(frame.pts), partial(shown_rgb, frame)
+    except av.FFmpegError as error:
+        raise VideoError(f"{name} broke off ({_reason(error, timeout_s)}); watch it again when it is back") from None
+    finally:
+        container.close()
+
+
+class _Clock:
+    """Strictly increasing seconds from the first frame, whatever the time stamps are; keeps no history."""
+
+    def __init__(self, tick_s: float, frame_s: float | None, *, live: bool = False) -> None:
+        self._tick_s, self._frame_s, self._live = tick_s, frame_s or 0.04, live
+        self._origin: float | None = None
+        self._before = -1.0
+        self._arrived = 0.0
+
+    def add(self, pts: int | None) -> float:
+        """Return the time of the next frame."""
+        now = time.monotonic()
+        stamp = None if pts is None else pts * self._tick_s
+        if self._before < 0:
+            seconds, self._origin = 0.0, stamp
+        else:
+            passed = max(now - self._arrived, 1e-3) if self._live else self._frame_s
+            seconds = self._before + passed
+            if stamp is not None and self._origin is not None:
+                step = stamp - self._origin - self._before
+                if 0 < step < (DISCONTINUITY_S + passed if self._live else float("inf")):
+                    seconds = self._before + step
+            self._origin = self._origin if stamp is None else stamp - seconds
+        self._before, self._arrived = seconds, now
+        return seconds
+
+
+def _shown(address: str) -> str:
+    """Return an address without the name and password that it may hold."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return address.partition("://")[0] + "://…"
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.scheme and parts.netloc else address
+
+
+def _reason(error: Exception, timeout_s: float) -> str:
+    if type(error).__name__ == "ExitError":  # FFmpeg's word for a call that PyAV's timeout has stopped
+        return f"nothing came for {timeout_s:g} s"
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

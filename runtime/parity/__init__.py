@@ -1,0 +1,1 @@
+"""Compare the graphs of a bundle with recorded golden cases, boundary by boundary."""

@@ -1,0 +1,294 @@
+"""Compare arrays at the chain's boundaries with a reference, and replay a bundle's golden cases on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy, box_iou
+from bridge_stg.runtime.errors import BundleError, EngineError
+from bridge_stg.runtime.parity.golden import GoldenCall, GoldenCase, Tolerance, read_case
+
+TOLERANCES: Mapping[str, Tolerance] = {
+    "float32": Tolerance(max_abs=1e-3, rel_l2=1e-4),
+    "float16": Tolerance(max_abs=2e-2, rel_l2=1e-2),
+}
+"""By the dtype of the compared tensor; integers and booleans must be equal."""
+
+PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
+    "fp16": Tolerance(max_abs=5e-2, rel_l2=2e-2),
+    "bf16": Tolerance(max_abs=0.25, rel_l2=8e-2),
+    "int8": Tolerance(max_abs=0.5, rel_l2=0.25),
+    "int4": Tolerance(max_abs=1.0, rel_l2=0.5),
+}
+"""By a graph's precision, for every tensor that it gives: errors of a product pass through fp32 tensors too."""
+
+LEAST_IOU: Mapping[str, float] = {"fp16": 0.99, "bf16": 0.9, "int8": 0.7, "int4": 0.5}
+"""By a graph's precision, for its boxes."""
+
+IOU_SIDE = 0.1
+"""Boxes with a side below this share of the frame are held to their coordinates alone: in their IoU a rounding that
+nobody sees would count as a miss."""
+
+BOX_SHARE = 0.1
+"""What boxes are allowed of the largest difference that other tensors are."""
+
+_EXACT = Tolerance(max_abs=0.0, rel_l2=0.0)
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """How far one tensor is from its reference.
+
+    `max_abs` is the largest difference, `rel_l2` the norm of the difference over the reference's norm, `cosine` that of
+    the angle between both, `scale` the reference's largest magnitude. Where `problem` is not empty the arrays cannot
+    be compared (other shape or dtype, NaN or infinity in other places), and the figures are infinite (cosine: 0).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    max_abs: float
+    rel_l2: float
+    cosine: float
+    scale: float
+    tolerance: Tolerance
+    problem: str = ""
+    iou: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the tensor is within its tolerance; `max_abs` is allowed per unit of max(1, scale)."""
+        if self.problem or (self.iou is not None and self.iou < self.tolerance.least_iou):
+            return False
+        allowed = self.tolerance.max_abs * max(1.0, self.scale)
+        return self.max_abs <= allowed and self.rel_l2 <= self.tolerance.rel_l2
+
+
+def tolerance_of(precision: str, tensor: str) -> Tolerance | None:
+    """Return the tolerance of one tensor of a graph of lowered precision; None: by the tensor's dtype, as in fp32.
+
+    Args:
+        precision: its first word counts, so that a twin is held to the same.
+        tensor: its name.
+    """
+    precision = precision.split()[0]
+    if precision not in PRECISION_TOLERANCES:
+        return None
+    tolerance = PRECISION_TOLERANCES[precision]
+    if tensor != "boxes":
+        return tolerance
+    return replace(tolerance, max_abs=BOX_SHARE * tolerance.max_abs, least_iou=LEAST_IOU[precision])
+
+
+def compare(
+    name: str,
+    reference: np.ndarray,
+    actual: np.ndarray,
+    *,
+    tolerance: Tolerance | None = None,
+    boxes: bool = False,
+) -> Boundary:
+    """Compare one tensor with its reference, in float64.
+
+    Args:
+        tolerance: None: the table's entry for the dtype of `actual`.
+        boxes: whether the tensor holds boxes [..., 4] cxcywh, whose smallest IoU is measured too.
+    """
+    dtype = str(actual.dtype)
+    tolerance = tolerance or TOLERANCES.get(dtype, _EXACT)
+    x, y = reference.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
+    if problem := _problem(reference, actual):
+        inf = float("inf")
+        return Boundary(name, dtype, actual.shape, inf, inf, 0.0, 0.0, tolerance, problem)
+    finite = np.isfinite(x)
+    x, y = x[finite], y[finite]
+    norm_x, norm_y, apart = (float(np.linalg.norm(v)) for v in (x, y, x - y))
+    return Boundary(
+        name=name,
+        dtype=dtype,
+        shape=actual.shape,
+        max_abs=float(np.abs(x - y).max(initial=0.0)),
+        rel_l2=apart / norm_x if norm_x else (0.0 if apart == 0 else float("inf")),
+        cosine=float(x @ y) / (norm_x * norm_y) if norm_x and norm_y else float(norm_x == norm_y),
+        scale=float(np.abs(x).max(initial=0.0)),
+        tolerance=tolerance,
+        iou=_least_iou(reference, actual) if boxes and finite.all() else None,
+    )
+
+
+def _least_iou(reference: np.ndarray, actual: np.ndarray) -> float | None:
+    first, second = (boxes.astype(np.float64).reshape(-1, 4) for boxes in (reference, actual))
+    seen = first[:, 2:].min(-1) >= IOU_SIDE
+    if not seen.any():
+        return None
+    return float(box_iou(box_cxcywh_to_xyxy(first[seen]), box_cxcywh_to_xyxy(second[seen])).min())
+
+
+def as_contract(graph: GraphSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return inputs in the dtypes of a graph's contract: a reference is recorded in fp32, a graph may take fp16."""
+    dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
+    return {
+        name: array.astype(dtypes[name]) if array.dtype.kind == "f" and name in dtypes else array
+        for name, array in arrays.items()
+    }
+
+
+def _problem(reference: np.ndarray, actual: np.ndarray) -> str:
+    """Why two arrays cannot be compared; empty where they can. Equal infinities may stand in both, NaN in neither."""
+    if reference.shape != actual.shape:
+        return f"shape {list(actual.shape)}, expected {list(reference.shape)}"
+    if (reference.dtype.kind == "f") != (actual.dtype.kind == "f"):
+        return f"dtype {actual.dtype}, expected {reference.dtype}"
+    if reference.dtype.kind != "f":
+        return ""
+    for side, values in (("reference", reference), ("result", actual)):
+        if count := int(np.isnan(values).sum()):
+            return f"{count} NaN in the {side}"
+    infinite = np.isinf(reference)
+    if not (np.array_equal(infinite, np.isinf(actual)) and np.array_equal(reference[infinite], actual[infinite])):
+        return "infinities on one side only"
+    return ""
+
+
+def format_table(boundaries: Sequence[Boundary]) -> str:
+    """Lay out boundaries as a text table, one line each, worst figures and verdict last."""
+    rows = [("boundary", "dtype", "shape", "max abs", "rel L2", "cosine", "")]
+    for b in boundaries:
+        verdict = "ok" if b.passed else f"FAILED {b.problem}".rstrip()
+        shape = "×".join(map(str, b.shape)) or "scalar"
+        rows.append((b.name, b.dtype, shape, f"{b.max_abs:.2e}", f"{b.rel_l2:.2e}", f"{b.cosine:.6f}", verdict))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[3:6], widths[3:6], strict=True)]
+        lines.append("  ".join([*left, *right, row[6]]).rstrip())
+    return "\n".join(lines)
+
+
+def replay(
+    bundle: Bundle,
+    sessions: Mapping[str, Session],
+    *,
+    graphs: Iterable[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Boundary]:
+    """Run every recorded call of the golden cases and compare each recorded output.
+
+    A recorded call that brings its past_* gets a cache filled with them. One that does not goes on with the cache that
+    the graph's earlier calls of the case filled, empty at first; where the number of rows changes, each row begins with
+    that cache's first positions, up to the least cache_position. Recorded present_* are compared with the cache
+    after the call.
+
+    Args:
+        graphs: only these graphs; None: all.
+        progress: called with `case/graph_i` before each call.
+
+    Returns:
+        One boundary an output, named `case/graph_i.tensor`.
+
+    Raises:
+        BundleError: a case cannot be read or does not fit its graph.
+        EngineError: no session was given for a graph, or a session failed.
+    """
+    return replay_cases(bundle.golden_cases(), sessions, graphs=graphs, progress=progress)
+
+
+def replay_cases(
+    folders: Iterable[Path],
+    sessions: Mapping[str, Session],
+    *,
+    graphs: Iterable[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Boundary]:
+    """Replay golden cases that lie in folders; see `replay`."""
+    wanted = None if graphs is None else set(graphs)
+    found: list[Boundary] = []
+    for folder in folders:
+        case = read_case(folder)
+        caches: dict[str, KVCache] = {}
+        for call in case.calls:
+            if wanted is not None and call.graph not in wanted:
+                continue
+            if call.graph not in sessions:
+                raise EngineError(
+                    f"golden case {case.name!r} needs graph {call.graph!r}, for which no session is open."
+                )
+            if progress is not None:
+                progress(f"{case.name}/{call.name}")
+            found += _replay_call(case, call, sessions[call.graph], caches)
+    return found
+
+
+def _replay_call(case: GoldenCase, call: GoldenCall, session: Session, caches: dict[str, KVCache]) -> list[Boundary]:
+    inputs, expected = call.load()
+    contract = session.graph.cache
+    past: dict[str, np.ndarray] = {}
+    cache: KVCache | None = None
+    if contract is not None:
+        past = {name: inputs.pop(name) for name in contract.past_names if name in inputs}
+        cache = caches[call.graph] = _cache_for(case, call, session, inputs, past, caches.get(call.graph))
+    outputs = session.infer(as_contract(session.graph, inputs), cache=cache)
+    if contract is not None and cache is not None:
+        kept = cache.read()
+        present = [name.replace("past_", "present_", 1) for name in contract.past_names]
+        outputs |= {
+            new: kept[old][:, :, : expected[new].shape[2]]  # an engine's buffers may be larger than the recorded ones
+            for new, old in zip(present, contract.past_names, strict=True)
+            if new in expected
+        }
+    missing = sorted(set(expected) - set(outputs))
+    if missing:
+        raise BundleError(f"{call.path}: holds the output {missing[0]!r}, which graph {session.graph} does not give.")
+    return [
+        compare(
+            f"{case.name}/{call.name}.{name}",
+            value,
+            np.asarray(outputs[name]),
+            tolerance=case.tolerance_of(call.graph, name),
+            boxes=name == "boxes",
+        )
+        for name, value in expected.items()
+    ]
+
+
+def _filled_up(past: Mapping[str, np.ndarray], capacity: int) -> dict[str, np.ndarray]:
+    """Return recorded buffers with zeros behind them, for an engine whose capacity is fixed."""
+    return {
+        name: np.concatenate([buffer, np.zeros_like(buffer, shape=(*buffer.shape[:2], missing, buffer.shape[3]))], 2)
+        if (missing := capacity - buffer.shape[2])
+        else buffer
+        for name, buffer in past.items()
+    }
+
+
+def _cache_for(
+    case: GoldenCase,
+    call: GoldenCall,
+    session: Session,
+    inputs: Mapping[str, np.ndarray],
+    past: Mapping[str, np.ndarray],
+    before: KVCache | None,
+) -> KVCache:
+    if past:
+        batch, _, capacity, _ = next(iter(past.values())).shape
+        cache = session.allocate_cache(batch=batch, capacity=capacity)
+        cache.write(as_contract(session.graph, _filled_up(past, cache.capacity)))
+        return cache
+    positions = inputs.get("cache_position")
+    if positions is None or (before is None and case.cache_capacity is None):
+        raise BundleError(f"{call.path}: needs in.cache_position, and either in.past_* or cache_capacity in case.json.")
+    if before is not None and before.batch == len(positions):
+        return before
+    capacity = before.capacity if before is not None else int(case.cache_capacity or 0)
+    cache = session.allocate_cache(batch=len(positions), capacity=capacity)
+    if before is not None:
+        cache.copy_prefix(before, int(positions.min()))
+    return cache

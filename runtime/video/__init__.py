@@ -1,0 +1,1 @@
+"""Videos, images and streams: decode, sample, resize, count tokens."""

@@ -1,0 +1,260 @@
+"""One open video file: its moving stream decoded frame by frame, each with a time and as it is shown.
+
+All that is PyAV's stands here. Knows nothing of sampling and sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zlib
+from array import array
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.video.image import over_white
+
+MAX_TOLERANCE_S = 1e-3
+DEFAULT_FRAME_S = Fraction(1, 25)
+FFMPEG_PIXELS = 2**31 - 1
+DISCONTINUITY_S = 1.0
+"""A time stamp that falls back by more than this starts a new clock (joined recordings); by less, it is a slip."""
+
+
+_most_pixels = FFMPEG_PIXELS
+
+
+def limit_frames(pixels: int | None) -> None:
+    """Let no decoder of this process that is opened from now on make frames of more pixels; None: FFmpeg's own limit.
+
+    For programs that read files of strangers: a frame may be larger than the file's header says. Such frames count as
+    damaged.
+    """
+    global _most_pixels
+    _most_pixels = FFMPEG_PIXELS if pixels is None else pixels
+
+
+def check_path(path: str | bytes) -> str:
+    """Return the path of a file that can be opened.
+
+    Raises:
+        VideoError: there is no such file, it is a directory or a device, it is empty, or may not be read.
+    """
+    path = os.fsdecode(path)
+    if not path:
+        raise VideoError("the path of the video is empty ('')")
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise VideoError(f"{path} is a directory; expected a video or image file, so name one inside it")
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError(f"{path} is not a regular file; pass its frames as an iterator of (time, RGB picture)")
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise VideoError(f"{path}: no such file; expected a video or image (looked from {os.getcwd()})") from None
+    except PermissionError:
+        raise VideoError(f"{path}: no permission to read this file; change its mode or owner, or copy it") from None
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{path!r} cannot be opened: {error}; expected the path of a video or image") from None
+    if status.st_size == 0:
+        raise VideoError(f"{path} is empty (0 bytes): expected a video or image, so copy or record it again")
+    return path
+
+
+class Decoder:
+    """A video file that is open for decoding.
+
+    Attributes:
+        time_base: seconds a tick of the stream's clock.
+        frame_s: nominal seconds a frame, None where the file does not say.
+        duration_s: what the file says of its length, None where it does not.
+        damaged: whether something could not be decoded so far.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._av = load_package("av", "av")
+        self._path = path
+        self.damaged = False
+        try:
+            # With the prefix a colon in the name is not taken for a protocol; and from a "file:", FFmpeg lets no
+            # playlist open a connection.
+            limits = {"max_pixels": str(_most_pixels)}
+            self._container = self._av.open(f"file:{path}", options=limits, metadata_errors="replace")
+        except (self._av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(
+                f"{path} is no video or image that can be read, or it is truncated "
+                f"({getattr(error, 'strerror', None) or error}): expected a whole file such as MP4, MKV, WebM, AVI or "
+                "JPEG, so copy or record it again, or convert it with ffmpeg"
+            ) from error
+        try:
+            self._stream = self._moving_stream()
+        except BaseException:
+            self._container.close()
+            raise
+        self._stream.thread_type = "AUTO"
+        self._stream.codec_context.options = limits
+        self.time_base: Fraction = self._stream.time_base or Fraction(1, 1000)
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        self.frame_s = 1 / rate if rate else None
+        length = self._container.duration
+        self.duration_s = length / self._av.time_base if length and length > 0 else None
+
+    def _moving_stream(self) -> Any:
+        disposition = self._av.stream.Disposition
+        # FFmpeg draws text files as a terminal's screen: the "tty" demuxer.
+        streams = [] if self._container.format.name == "tty" else list(self._container.streams)
+        videos = [stream for stream in streams if stream.type == "video"]
+        moving = [stream for stream in videos if not stream.disposition & disposition.attached_pic]
+        if not moving:
+            kinds = sorted({stream.type for stream in streams} - {"video"}) + (["cover picture"] if videos else [])
+            raise VideoError(
+                f"{self._path} has no video stream (found: {', '.join(kinds) or 'none of any kind'}); expected a video "
+                "or image file"
+            )
+        best = next((stream for stream in moving if stream.disposition & disposition.default), moving[0])
+        if best.codec_context is None:
+            raise VideoError(
+                f"{self._path}: this build of PyAV has no decoder for its video codec; convert it to H.264 with ffmpeg"
+            )
+        return best
+
+    def frames(self) -> Iterator[Any]:
+        """Yield the `av.VideoFrame`s from here on in the order of showing, past whatever cannot be decoded."""
+        try:
+            for packet in self._container.demux(self._stream):  # the last packet is empty and flushes the decoder
+                try:
+                    yield from packet.decode()
+                except self._av.FFmpegError:
+                    self.damaged = True
+            return
+        except self._av.FFmpegError:  # of the container: nothing behind this point can be found
+            self.damaged = True
+        try:
+            yield from self._stream.codec_context.decode(None)
+        except self._av.FFmpegError:
+            return
+
+    def frames_from(self, pts: int) -> Iterator[Any]:
+        """Seek to the key frame at `pts` ticks, and yield frames from where that led: maybe earlier, maybe later."""
+        try:
+            self._container.seek(pts, stream=self._stream)
+        except self._av.FFmpegError:
+            return
+        yield from self.frames()
+
+    def no_frames(self) -> VideoError:
+        """Return the error for a video of which not one frame could be decoded."""
+        codec = self._stream.codec_context.name
+        return VideoError(
+            f"{self._path}: its {codec} video stream holds no frame that can be decoded; it is truncated, damaged or "
+            "empty: expected at least one frame, so copy, record or export it again"
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+
+class Timeline:
+    """Turns the time stamps of one pass into strictly increasing seconds from the first frame, whatever they are.
+
+    Attributes:
+        times: seconds, one a frame.
+        pts: the frames' own time stamps in ticks, 0 where there is none.
+        prints: a fingerprint of each frame's pixels, to know it again.
+        regular: whether every frame has a time stamp and these increase, so that a frame is known by it.
+        tolerance_s: how far a time may be off by rounding: just under half a tick.
+    """
+
+    def __init__(self, time_base: Fraction, frame_s: Fraction | None) -> None:
+        self.times, self.pts, self.prints = array("d"), array("q"), array("I")
+        self.regular = True
+        self.tolerance_s = max(min(0.49 * float(time_base), MAX_TOLERANCE_S), 1e-6)
+        self._time_base, self._frame_s = time_base, frame_s
+        self._origin: Fraction | None = None
+
+    def add(self, frame: Any) -> float:
+        """Append a frame and return its time."""
+        stamp = None if frame.pts is None else frame.pts * self._time_base
+        time: float | None = None
+        if not self.times:
+            time, self._origin = 0.0, stamp
+        elif stamp is not None and self._origin is not None:
+            before, time = self.times[-1], float(stamp - self._origin)
+            if time <= before:
+                self.regular = False
+                time = None if time < before - DISCONTINUITY_S else before + 2 * self.tolerance_s
+        if time is None:
+            time = self.times[-1] + float(self._frame_s or DEFAULT_FRAME_S)
+            self._origin = self._origin if stamp is None else stamp - Fraction(time)
+        self.regular = self.regular and stamp is not None
+        self.times.append(time)
+        self.pts.append(frame.pts or 0)
+        self.prints.append(fingerprint(frame))
+        return time
+
+    def length_of_last(self, frame: Any) -> float:
+        """Return how long the last frame is shown: its own duration, else the nominal or usual one."""
+        duration = getattr(frame, "duration", None)  # PyAV before 15 does not have it
+        if duration and duration > 0:
+            return float(duration * self._time_base)
+        if self._frame_s is None and len(self.times) > 1:
+            return float(np.median(np.diff(np.frombuffer(self.times, np.float64))))
+        return float(self._frame_s or DEFAULT_FRAME_S)
+
+
+def shown_size(frame: Any) -> tuple[int, int]:
+    """Return (height, width) of a frame as it is shown, its rotation applied."""
+    turned = _display(frame)[0]
+    return (frame.width, frame.height) if turned else (frame.height, frame.width)
+
+
+def shown_rgb(frame: Any) -> np.ndarray:
+    """Return a frame as it is shown, uint8 [height, width, 3]: in RGB, turned and mirrored, over white.
+
+    Raises:
+        VideoError: its pixel format cannot be converted.
+    """
+    alpha = not frame.format.has_palette and any(component.is_alpha for component in frame.format.components)
+    try:
+        rgb = frame.to_ndarray(format="rgba" if alpha else "rgb24")
+    except (load_package("av", "av").FFmpegError, ValueError, OSError) as error:
+        raise VideoError(
+            f"a frame of pixel format {frame.format.name} cannot be converted to RGB ({error}); "
+            "convert the video to yuv420p with ffmpeg"
+        ) from error
+    rgb = over_white(rgb) if alpha else rgb
+    transposed, flip_rows, flip_columns = _display(frame)
+    rgb = rgb.transpose(1, 0, 2) if transposed else rgb
+    return rgb[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+
+
+def _display(frame: Any) -> tuple[bool, bool, bool]:
+    """Return (transpose, then flip rows, then flip columns) of a frame's display matrix, to the nearest right angle.
+
+    The matrix [[a, b, u], [c, d, v], [x, y, w]], 9 int32, takes a pixel (p, q) to (ap + cq + x, bp + dq + y): FFmpeg's
+    libavutil/display.h.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, d < 0, a < 0
+    return True, b < 0, c < 0
+
+
+def fingerprint(frame: Any) -> int:
+    """Return a checksum of some of a frame's pixels (some thousand bytes of its first plane), cheap enough for all."""
+    plane = frame.planes[0]
+    width = min(plane.width, plane.line_size)
+    if width <= 0:  # stored bottom up
+        return 0
+    rows = np.frombuffer(plane, np.uint8)[: plane.height * plane.line_size].reshape(plane.height, plane.line_size)
+    return zlib.crc32(rows[:: 1 + plane.height // 64, : width : 1 + width // 64].tobytes())

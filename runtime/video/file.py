@@ -1,0 +1,254 @@
+"""Video files: one pass over all frames for the coarse samples, and exact seeking back to some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.cpus import usable_cpus
+from bridge_stg.runtime.host.threads import for_each
+from bridge_stg.runtime.video.decoder import Decoder, Timeline, fingerprint, shown_rgb, shown_size
+from bridge_stg.runtime.video.sampling import CoarseSampler
+from bridge_stg.runtime.video.sizes import resize
+from bridge_stg.runtime.video.source import Check, Progress, Samples, VideoSource
+from bridge_stg.runtime.video.token_budget import Budget
+
+KEPT_BYTES = 64 * 2**20
+"""Decoded frames of one video that may be kept for the fine pass, which else decodes them a second time."""
+RESIZED_TOGETHER = 16
+"""Decoded frames that are held to be resized by several threads."""
+SEEK_GAIN_FRAMES = 16
+"""Frames that a seek must spare: finding a key frame and filling the decoder anew costs about as much."""
+
+
+class VideoFile(VideoSource):
+    """A video file. The coarse pass decodes all of it once.
+
+    Fine frames are those that were kept then; of a video whose frames at the fine rate do not fit `KEPT_BYTES`, they
+    are decoded again, by seeking.
+    """
+
+    read_ahead = True
+
+    def __init__(
+        self, path: str, spec: ModelSpec, *, progress: Progress, check: Check, budget: Budget | None = None
+    ) -> None:
+        self._path, self._progress = path, progress
+        self._decoder: Decoder | None = Decoder(path)
+        try:
+            self._frames: Iterator[Any] | None = self._decoder.frames()
+            first = next(self._frames, None)
+            if first is None:
+                raise self._decoder.no_frames()
+            height, width = shown_size(first)
+            super().__init__(spec, width=width, height=height, name=path, budget=budget, check=check)
+        except BaseException:
+            self._decoder.close()
+            raise
+        self._frames = chain([first], self._frames)
+        self._timeline = Timeline(self._decoder.time_base, self._decoder.frame_s)
+        self._keys = np.zeros(1, np.int64)
+        self._kept = _KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
+        self._seekable = self._closed = False
+
+    def close(self) -> None:
+        """Close the file; frames can no longer be read from it."""
+        self._closed, self._frames = True, None
+        self._kept.clear()
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+
+    def _scan(self) -> CoarseSampler:
+        sampler = self._read_all(None)
+        if sampler.undersized:  # the file promised to be longer than it is
+            sampler = self._read_all(self._duration_s)
+        return sampler
+
+    def _read_all(self, length_s: float | None) -> CoarseSampler:
+        """Decode the whole video once; its length, where it is not known, is what the file says."""
+        if self._decoder is None or self._frames is None:  # an earlier pass was interrupted
+            self._frames = self._reopen().frames()
+        decoder, frames = self._decoder, self._frames
+        assert decoder is not None
+        self._frames, held = None, None
+        self._kept = kept = _KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
+        timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler(length_s or decoder.duration_s)
+        self._tolerance_s = timeline.tolerance_s
+        keys = [0]
+
+        batch = _Batch(sampler)
+
+        def keep(index: int, until: float) -> None:
+            batch.offer(held, until - self._tolerance_s)
+            kept.offer(index, held, until - self._tolerance_s)
+
+        for index, frame in enumerate(frames):
+            self._check()
+            time = timeline.add(frame)
+            if index and frame.key_frame:
+                keys.append(index)
+            if held is not None:
+                keep(index - 1, time)
+            held = frame
+            self._progress(time, decoder.duration_s)
+        if held is None:
+            raise decoder.no_frames()
+        self._times = np.frombuffer(timeline.times, np.float64)
+        self._duration_s = timeline.times[-1] + timeline.length_of_last(held)
+        keep(len(timeline.times) - 1, max(self._duration_s, timeline.times[-1] + 2 * self._tolerance_s))
+        batch.fill()
+        self._timeline, self._keys = timeline, np.asarray(keys)
+        # Without errors and with true times a frame is known by its time; else only by counting from the start.
+        self._seekable = timeline.regular and not decoder.damaged and len(keys) > 1
+        return sampler
+
+    def _fetch(self, times: np.ndarray, check: Check) -> Samples:
+        indices = self._shown(times)
+        wanted, places = np.unique(indices, return_inverse=True)
+        frames = np.empty((len(wanted), *self._fine_size, 3), np.uint8)
+
+        def put(numbered: tuple[int, Any]) -> None:
+            place, frame = numbered
+            frames[place] = resize(shown_rgb(frame), self._fine_size)
+
+        numbered = enumerate(self._frames_at(wanted, check))
+        while some := list(islice(numbered, RESIZED_TOGETHER)):
+            for_each(put, some, threads=usable_cpus())
+        return Samples(frames=frames[places.reshape(-1)], times=self._times[indices])
+
+    def _frames_at(self, wanted: np.ndarray, check: Check) -> Iterator[Any]:
+        """Yield the decoded frames of these indices (increasing), each decoded from the nearest key frame before it."""
+        walk: Iterator[tuple[int, Any]] | None = None
+        at = -1
+        for index in wanted:
+            if (kept := self._kept.frames.get(int(index))) is not None:
+                check()
+                yield kept
+                continue
+            key = self._keys[np.searchsorted(self._keys, index, side="right") - 1]
+            if walk is None or (self._seekable and key > at + SEEK_GAIN_FRAMES):
+                walk = self._walk_to(int(index), check)
+            at, frame = self._advance(walk, int(index))
+            if self._seekable and (at != index or self._timeline.prints[at] != fingerprint(frame)):
+                # Seeking gives other frames than reading from the start does: never seek in this file again.
+                self._seekable = False
+                walk = self._walk_to(int(index), check)
+                at, frame = self._advance(walk, int(index))
+            if at != index:
+                raise VideoError(
+                    f"{self._path}: the frame at {self._times[index]:.3f} s cannot be decoded a second time; "
+                    "the file has changed since it was opened, so open it again"
+                )
+            yield frame
+
+    @staticmethod
+    def _advance(walk: Iterator[tuple[int, Any]], index: int) -> tuple[int, Any]:
+        return next(((at, frame) for at, frame in walk if at >= index), (-1, None))
+
+    def _walk_to(self, index: int, check: Check) -> Iterator[tuple[int, Any]]:
+        """Return (index, frame) pairs that begin at a key frame at or before `index`, or at the very start."""
+        place, step = int(np.searchsorted(self._keys, index, side="right")) - 1, 1
+        while self._seekable and place > 0:
+            decoder = self._decoder or self._reopen()
+            walk = self._numbered(decoder.frames_from(self._timeline.pts[self._keys[place]]), check, seek=True)
+            first = next(walk, None)
+            if first is not None and first[0] <= index:
+                return chain([first], walk)
+            place, step = place - step, 2 * step  # landed late, as in containers without an index
+        return self._numbered(self._reopen().frames(), check, seek=False)
+
+    def _numbered(self, frames: Iterator[Any], check: Check, *, seek: bool) -> Iterator[tuple[int, Any]]:
+        """Number frames as in the whole video. After a seek, what precedes the first key frame is not to be trusted."""
+        pts, trusted = np.frombuffer(self._timeline.pts, np.int64), not seek
+        for count, frame in enumerate(frames):
+            check()
+            index = count
+            if self._timeline.regular:
+                index = -1 if frame.pts is None else int(np.searchsorted(pts, frame.pts))
+                if not 0 <= index < len(pts) or pts[index] != frame.pts:
+                    continue
+            trusted = trusted or frame.key_frame
+            if trusted:
+                yield index, frame
+
+    def _reopen(self) -> Decoder:
+        if self._closed:
+            raise VideoError(f"{self._path} is closed; open it again to read frames from it")
+        if self._decoder is not None:
+            self._decoder.close()
+        self._decoder = None
+        self._decoder = Decoder(self._path)
+        return self._decoder
+
+
+class _Batch:
+    """Frames on their way into a sampler: those that it will take are resized several at a time, by several threads."""
+
+    def __init__(self, sampler: CoarseSampler) -> None:
+        self._sampler = sampler
+        self._waiting: list[tuple[Any, float]] = []
+        self._places = 0
+
+    def offer(self, frame: Any, until: float) -> None:
+        """Take a frame that is shown up to `until` seconds, if it stands on a place of the sampler's grid."""
+        sampler, before = self._sampler, self._places
+        while (len(sampler.items) + self._places) * sampler.stride / sampler.rate < until:
+            self._places += 1
+        if self._places > before:
+            self._waiting.append((frame, until))
+        if len(self._waiting) == RESIZED_TOGETHER:
+            self.fill()
+
+    def fill(self) -> None:
+        """Fill the sampler with what is waiting."""
+        sampler, size = self._sampler, self._sampler.size
+        made: dict[int, np.ndarray] = {}
+
+        def make(place: int) -> None:
+            made[place] = resize(shown_rgb(self._waiting[place][0]), size)
+
+        def made_at_size(place: int) -> np.ndarray:
+            # The size of what is sampled shrinks where the video turns out to be longer than expected.
+            return made[place] if sampler.size == size else resize(shown_rgb(self._waiting[place][0]), sampler.size)
+
+        for_each(make, range(len(self._waiting)), threads=usable_cpus())
+        for place, (_, until) in enumerate(self._waiting):
+            sampler.fill(until, partial(made_at_size, place))
+        self._waiting, self._places = [], 0
+
+
+class _KeptFrames:
+    """Decoded frames that the fine grid shows, as long as all of them fit; beyond that none.
+
+    Args:
+        rate: of the fine grid, in frames a second.
+        budget_bytes: what the frames may hold together.
+    """
+
+    def __init__(self, rate: float, budget_bytes: int) -> None:
+        self.frames: dict[int, Any] = {}
+        self._rate, self._left = rate, budget_bytes
+        self._next = 0
+
+    def offer(self, index: int, frame: Any, until: float) -> None:
+        """Keep a frame that is shown up to `until` seconds, if a place of the grid lies before that."""
+        if self._left < 0 or self._next / self._rate >= until:
+            return
+        while self._next / self._rate < until:
+            self._next += 1
+        self._left -= sum(plane.buffer_size for plane in frame.planes)
+        self.frames[index] = frame
+        if self._left < 0:
+            self.frames.clear()
+
+    def clear(self) -> None:
+        """Let go of all frames, and keep no more."""
+        self.frames.clear()
+        self._left = -1

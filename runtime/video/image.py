@@ -1,0 +1,145 @@
+"""Single pictures and animated ones, read by Pillow: any mode, EXIF orientation applied, RGB out."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.video.sampling import CoarseSampler
+from bridge_stg.runtime.video.sizes import resize
+from bridge_stg.runtime.video.source import Check, Samples, VideoSource
+from bridge_stg.runtime.video.token_budget import Budget
+
+# Named, since Pillow's other readers take some video files for pictures (TGA has no signature, MPEG no decoder).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "AVIF", "HEIF", "JPEG2000", "ICO")
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+MATROSKA = b"\x1a\x45\xdf\xa3"
+SHORTEST_FRAME_S = 0.011
+"""Animations that ask for 10 ms or less a frame are shown at 100 ms by browsers, and were drawn for that."""
+
+# What Pillow raises on damaged files, by plugin.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error)
+
+
+class StillImage(VideoSource):
+    """A single picture as a video: one frame at time 0 that lasts one coarse sample interval."""
+
+    is_image = True
+
+    def __init__(self, rgb: np.ndarray, spec: ModelSpec, *, name: str, budget: Budget | None = None) -> None:
+        super().__init__(spec, width=rgb.shape[1], height=rgb.shape[0], name=name, budget=budget)
+        self._picture = resize(rgb, self._plan.size_of(np.zeros(1)) or self._plan.smallest)
+        self._fine_picture = resize(rgb, self._fine_size)
+
+    def close(self) -> None:
+        """Do nothing: an image holds no file open."""
+
+    def _scan(self) -> CoarseSampler:
+        self._times, self._duration_s = np.zeros(1), 1 / self._spec.frames.coarse_fps
+        sampler = CoarseSampler(self._plan, self._spec.frames.coarse_fps, group=1)
+        sampler.items.append(self._picture)
+        return sampler
+
+    def _fetch(self, times: np.ndarray, check: Check) -> Samples:
+        return Samples(frames=np.repeat(self._fine_picture[None], len(times), axis=0), times=np.zeros(len(times)))
+
+
+def open_image(path: str) -> Any | None:
+    """Return the file as a lazily read `PIL.Image.Image`, or None if it is no picture."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    # Spares videos the loading of all of Pillow's readers.
+    is_picture = head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS
+    if not is_picture and (head[4:8] == b"ftyp" or head[:4] == MATROSKA or head[8:] == b"AVI "):
+        return None
+    image = load_package("PIL.Image", "pillow")
+    image.init()
+    try:
+        return image.open(path, formats=[name for name in FORMATS if name in image.OPEN])
+    except image.UnidentifiedImageError as error:
+        if is_picture:  # FFmpeg would take one tile of it for a video
+            raise VideoError(
+                f"{path} is a HEIF or AVIF image, which this build of Pillow cannot read; convert it to JPEG or PNG"
+            ) from error
+        return None
+    except (image.DecompressionBombError, *DAMAGE) as error:
+        raise _unreadable(path, error) from error
+
+
+def is_animation(picture: Any) -> bool:
+    """Whether a picture moves; the further pages of a TIFF or thumbnails of an MPO do not count."""
+    try:
+        return picture.format in ANIMATED and getattr(picture, "is_animated", False)
+    except DAMAGE:  # a GIF's further frames are looked for only now; its first one is whole
+        return False
+
+
+def read_rgb(picture: Any, path: str) -> np.ndarray:
+    """Return a picture as it is shown, uint8 [H, W, 3]; what is transparent lies over white.
+
+    Raises:
+        VideoError: the file is truncated or damaged, or has a colour mode that cannot be converted.
+    """
+    operations = load_package("PIL.ImageOps", "pillow")
+    try:
+        with picture:
+            picture.load()
+            with contextlib.suppress(*DAMAGE):  # a picture may be whole where its EXIF block is not
+                picture = operations.exif_transpose(picture)
+            return _rgb(picture)
+    except DAMAGE as error:
+        raise _unreadable(path, error) from error
+
+
+def animation_frames(picture: Any, path: str) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (time in seconds, RGB picture) for each frame of an animated image, up to the first damaged one."""
+    time, index = 0.0, 0
+    with picture:
+        while True:
+            try:
+                picture.seek(index)
+                picture.load()
+                rgb = _rgb(picture)
+            except EOFError:
+                return
+            except DAMAGE as error:
+                if index == 0:
+                    raise _unreadable(path, error) from error
+                return
+            yield time, rgb
+            shown_s = float(picture.info.get("duration") or 0) / 1000
+            time, index = time + (shown_s if shown_s >= SHORTEST_FRAME_S else 0.1), index + 1
+
+
+def _rgb(picture: Any) -> np.ndarray:
+    if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow's mode I holds 16-bit files too
+        values = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
+    elif picture.mode == "F":
+        values = np.nan_to_num(np.asarray(picture).astype(np.float64), nan=0.0, posinf=255.0, neginf=0.0)
+        values = (values * 255 if values.max() <= 1 else values).clip(0, 255)
+    elif picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+        return over_white(np.asarray(picture.convert("RGBA")))
+    else:
+        return np.array(picture.convert("RGB"))
+    return np.repeat(values.round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def over_white(rgba: np.ndarray) -> np.ndarray:
+    """Return a picture with transparency, uint8 [H, W, 4], over a white ground: uint8 [H, W, 3]."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _unreadable(path: str, error: Exception) -> VideoError:
+    return VideoError(
+        f"{path}: the image cannot be read ({error}); it is truncated, damaged or too large: "
+        "expected a whole JPEG, PNG, WebP, BMP, TIFF or GIF file, so fetch or save it again"
+    )

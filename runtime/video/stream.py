@@ -1,0 +1,149 @@
+"""Frames that come from an iterator: they cannot be read twice, so fine frames are kept as they pass."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.device import array_ops as arrays
+from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.array_ops import accept
+from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.device.dlpack import lies_on_gpu
+from bridge_stg.runtime.errors import EngineError, VideoError
+from bridge_stg.runtime.video.sampling import CoarseSampler, GridSampler
+from bridge_stg.runtime.video.sizes import resize
+from bridge_stg.runtime.video.source import Check, Progress, Samples, VideoSource
+from bridge_stg.runtime.video.token_budget import Budget
+
+DEFAULT_NAME = "the stream of frames"
+
+
+def check_picture(picture: Any, what: str, device: DeviceContext | None = None) -> Any:
+    """Return a picture as an array, uint8 [H, W, 3].
+
+    Args:
+        device: where it may lie; it stays there.
+
+    Raises:
+        VideoError: it has another type, dtype or shape, or lies elsewhere; the message begins with `what`.
+    """
+    expected = "expected a uint8 array [height, width, 3] in RGB"
+    if lies_on_gpu(picture):
+        if device is None:
+            raise VideoError(f"{what} lies on a GPU, and the graphs run on the CPU here; copy it to the host")
+        try:
+            picture = accept(picture, device)
+        except EngineError as error:
+            raise VideoError(f"{what}: {error}") from error
+    elif not hasattr(picture, "__array__"):
+        raise VideoError(f"{what} is a {type(picture).__name__}; {expected}")
+    else:
+        picture = np.asarray(picture)
+    if picture.dtype != np.uint8:
+        raise VideoError(f"{what} has dtype {picture.dtype}; {expected}, values 0 to 255")
+    if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+        hint = "; pass several pictures as an iterator of (time, picture)" if picture.ndim == 4 else ""
+        raise VideoError(f"{what} has shape {list(picture.shape)}; {expected}{hint}")
+    return picture
+
+
+class FrameStream(VideoSource):
+    """An iterator of (time in seconds, RGB picture), read in one pass.
+
+    Frames of the fine grid are kept at fine size. Beyond `buffer_frames` of them every second one is dropped, so a long
+    stream is kept as evenly as a short one, and `fine` answers with the nearest frame kept at or before a time.
+    """
+
+    def __init__(
+        self,
+        frames: Iterable[tuple[float, np.ndarray]],
+        spec: ModelSpec,
+        *,
+        buffer_frames: int,
+        progress: Progress,
+        check: Check,
+        budget: Budget | None = None,
+        name: str = DEFAULT_NAME,
+        device: DeviceContext | None = None,
+    ) -> None:
+        if isinstance(buffer_frames, bool) or not isinstance(buffer_frames, int) or buffer_frames < 1:
+            raise VideoError(f"buffer_frames={buffer_frames!r}: expected a whole number, 1 or more")
+        self._frames: Iterator[tuple[float, np.ndarray]] | None = checked_frames(frames, name, device)
+        self._first = next(self._frames, None)
+        if self._first is None:
+            raise VideoError(f"{name} holds no frames: expected at least one (time in seconds, RGB picture)")
+        height, width = self._first[1].shape[:2]
+        super().__init__(spec, width=width, height=height, name=name, budget=budget, check=check)
+        self._kept: GridSampler[tuple[float, np.ndarray]] = GridSampler(spec.frames.fine_fps, capacity=buffer_frames)
+        self._progress = progress
+
+    def close(self) -> None:
+        """Drop the frames kept and what is left of the stream."""
+        self._frames = self._first = None
+        self._kept.items = []
+
+    def _scan(self) -> CoarseSampler:
+        frames, first, sampler = self._frames, self._first, self._sampler()
+        if frames is None or first is None:
+            raise VideoError(f"{self._name} has been read or closed, and cannot be read again; open a new one")
+        self._frames = self._first = None
+        (origin, shown), times = first, [0.0]
+        del first  # one picture is held at full size, not two
+
+        def keep(until: float) -> None:
+            time, picture = times[-1], shown
+            sampler.fill(until, lambda: resize(picture, sampler.size))
+            self._kept.fill(until, lambda: (time, resize(picture, self._fine_size)))
+
+        self._check()
+        for time, picture in frames:
+            self._check()
+            keep(time - origin - self._tolerance_s)
+            times.append(time - origin)
+            shown = picture
+            self._progress(times[-1], None)
+        gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / self._spec.frames.coarse_fps
+        self._times, self._duration_s = np.asarray(times), times[-1] + gap
+        keep(max(self._duration_s - self._tolerance_s, self._tolerance_s))
+        return sampler
+
+    def _fetch(self, times: np.ndarray, check: Check) -> Samples:
+        if not self._kept.items:
+            raise VideoError(f"{self._name} is closed; open it again to read frames from it")
+        places = np.floor((times + self._tolerance_s) / self._kept.interval_s)
+        kept = [self._kept.items[int(place)] for place in places.clip(0, len(self._kept.items) - 1)]
+        return Samples(frames=arrays.stack([frame for _, frame in kept]), times=np.asarray([time for time, _ in kept]))
+
+
+def checked_frames(
+    frames: Iterable[tuple[float, Any]], name: str, device: DeviceContext | None = None
+) -> Iterator[tuple[float, Any]]:
+    """Yield what the caller's iterator yields, checked and copied: the caller may reuse its buffer."""
+    size: tuple[int, ...] = ()
+    before = -math.inf
+    for index, item in enumerate(frames):
+        what = f"{name}: frame {index}"
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise VideoError(f"{what} is a {type(item).__name__}; expected a pair (time in seconds, RGB picture)")
+        if isinstance(item[0], bool) or not isinstance(item[0], numbers.Real):
+            raise VideoError(f"{what} has a {type(item[0]).__name__} as its time; expected seconds as a number")
+        time = float(item[0])
+        if not math.isfinite(time) or time < 0:
+            raise VideoError(f"{what} has the time {time}; expected finite seconds, 0 or more")
+        if time <= before:
+            raise VideoError(f"{what} has the time {time} s after {before} s; expected strictly increasing times")
+        picture = check_picture(item[1], f"{what}, its picture", device)
+        size = size or picture.shape
+        if picture.shape != size:
+            raise VideoError(
+                f"{what} is {picture.shape[1]} × {picture.shape[0]} pixels, the frames before it are "
+                f"{size[1]} × {size[0]}; expected one size, so resize them or pass two streams"
+            )
+        before = time
+        yield time, picture.copy().wait() if isinstance(picture, DeviceArray) else picture.copy()

@@ -1,0 +1,184 @@
+"""Show a grounding: the video with box and query drawn on every frame. `sheet` draws the same on one page."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
+from bridge_stg.runtime.errors import BridgeError, VideoError
+from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.limits import Progress
+from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S
+from bridge_stg.runtime.video.playback import Playback, play
+from bridge_stg.runtime.visualize.canvas import TARGET, WHITE, draw_box, fit_text, font_for, shade
+from bridge_stg.runtime.visualize.contact_sheet import contact_sheet as contact_sheet
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+TIME_BASE = Fraction(1, 90000)
+"""Fine enough for every usual frame rate, so that variable frame times are kept."""
+SAME_FRAME_S = 1e-3
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class FramePainter:
+    """Draws box, query, time and a bar of the whole video on frames of one size.
+
+    Args:
+        grounding: what to draw.
+        size: width and height of the frames.
+        duration_s: length of the video; without it there is no bar, and for an image (0) no time either.
+    """
+
+    def __init__(self, grounding: Grounding, size: tuple[int, int], duration_s: float | None) -> None:
+        self.grounding, self.size, self.duration_s = grounding, size, duration_s
+        side = min(size)
+        text_size = max(11, round(side / 22))
+        self.font = font_for(grounding.query, text_size)
+        self.thickness = max(2, round(side / 90))
+        self.margin = max(3, text_size // 2)
+        self.bar = max(3, text_size // 4) if duration_s and size[0] > 2 * self.margin else 0
+        strip_height = round(1.2 * text_size) + (2 if self.bar else 1) * self.margin + self.bar
+        self.strip_top = max(0, size[1] - strip_height - self.margin // 2)
+        room = size[0] - 3 * self.margin - self.font.getlength("0000.00 s")
+        text = grounding.query if grounding.found else f"not in this video: {grounding.query}"
+        self.text = fit_text(text, self.font, room)
+
+    def paint(self, image: Image.Image, time_s: float) -> None:
+        """Draw on the frame shown at `time_s`, in place."""
+        from PIL import ImageDraw
+
+        shade(image, (0, self.strip_top, *self.size), 0.65)
+        draw = ImageDraw.Draw(image)
+        boxes = self.grounding.boxes
+        index = None if boxes is None else frame_index(boxes, time_s)
+        if boxes is not None and index is not None:
+            thinner = self.thickness // 3 if boxes.interpolated[index] else 0
+            dashed = not boxes.visible[index]
+            draw_box(draw, boxes.boxes[index], self.size, thickness=self.thickness - thinner, dashed=dashed)
+        baseline = self.strip_top + self.margin // 2
+        draw.text((self.margin, baseline), self.text, WHITE, self.font)
+        if self.duration_s != 0:
+            draw.text((self.size[0] - self.margin, baseline), f"{time_s:.2f} s", WHITE, self.font, anchor="ra")
+        if self.bar and self.duration_s:
+            self._paint_bar(draw, time_s, self.duration_s)
+
+    def _paint_bar(self, draw: ImageDraw.ImageDraw, time_s: float, duration_s: float) -> None:
+        left, right, bottom = self.margin, self.size[0] - self.margin, self.size[1] - self.margin
+        top = bottom - self.bar
+
+        def x(time_s: float) -> float:
+            return left + (right - left) * min(max(time_s / duration_s, 0.0), 1.0)
+
+        draw.rectangle((left, top, right, bottom), fill=(110, 114, 120))
+        if self.grounding.span is not None:
+            start, end = self.grounding.span
+            draw.rectangle((x(start), top, x(end), bottom), fill=TARGET)
+        half = max(1, self.bar // 3)
+        draw.rectangle((x(time_s) - half, top - self.bar // 2, x(time_s) + half, bottom + self.bar // 2), fill=WHITE)
+
+
+def frame_index(boxes: FrameBoxes, time_s: float) -> int | None:
+    """Return the index of the box that belongs to the frame shown at `time_s`, None if that frame has none."""
+    index = int(np.searchsorted(boxes.times, time_s - SAME_FRAME_S))
+    return index if index < len(boxes) and abs(boxes.times[index] - time_s) <= SAME_FRAME_S else None
+
+
+def annotate(
+    video: Any, grounding: Grounding, out: str | os.PathLike[str], *, progress: Progress | None = None
+) -> Path:
+    """Write the whole video, with box, query and time drawn, as H.264; an image becomes an image.
+
+    Frame times and size are those of the video as it is shown; an odd side gains one pixel, which H.264 needs. A
+    box is dashed where the model doubts it (`visible` is False), thinner where it is interpolated. Sound is left out.
+
+    Args:
+        video: what was grounded: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]).
+        out: a .mp4 file; .png or .jpg if the video is an image. Written whole or not at all.
+        progress: called as progress("annotate", seconds done, seconds in all).
+
+    Raises:
+        VideoError: the video cannot be read.
+        BridgeError: `out` cannot be written, or its suffix does not fit.
+    """
+    with play(video) as source, replacing(out) as temporary:
+        check_suffix(source, out)
+        painted = paint_frames(source, grounding, progress=progress)
+        if source.is_image:
+            next(painted)[1].save(temporary, quality=95)
+        else:
+            encode_h264(painted, temporary)
+    return Path(out)
+
+
+def check_suffix(source: Playback, out: str | os.PathLike[str]) -> None:
+    """Raise BridgeError if `out` is not named as `annotate` names a video or image."""
+    expected = IMAGE_SUFFIXES if source.is_image else (".mp4",)
+    if Path(out).suffix.lower() not in expected:
+        kind = "an image" if source.is_image else "a video"
+        raise BridgeError(f"{out}: what is grounded is {kind}; expected a file name in {' or '.join(expected)}")
+
+
+def paint_frames(
+    source: Playback, grounding: Grounding, *, progress: Progress | None = None
+) -> Iterator[tuple[float, Image.Image]]:
+    """Yield (time_s, image) for every frame, painted; all have the first one's size."""
+    from PIL import Image
+
+    painter: FramePainter | None = None
+    for time_s, frame in source.frames:
+        image = Image.fromarray(np.ascontiguousarray(frame))
+        painter = painter or FramePainter(grounding, image.size, source.duration_s)
+        if image.size != painter.size:
+            image = image.resize(painter.size)
+        painter.paint(image, time_s)
+        yield time_s, image
+        if progress is not None:
+            progress("annotate", time_s, source.duration_s)
+
+
+def encode_h264(frames: Iterable[tuple[float, Image.Image]], out: Path) -> None:
+    """Encode (time_s, image) pairs with strictly increasing times, keeping the times.
+
+    Raises:
+        BridgeError: this build of PyAV has no H.264 encoder.
+        VideoError: there are no frames.
+    """
+    import av
+
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise VideoError("the video holds no frames to draw on: expected at least one (time in seconds, RGB picture)")
+    with av.open(str(out), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        try:
+            stream: Any = container.add_stream("libx264", rate=30, options={"crf": "18", "preset": "veryfast"})
+        except av.error.FFmpegError as error:
+            raise BridgeError('this build of PyAV cannot write H.264: pip install "av>=14"') from error
+        stream.width, stream.height = (side + side % 2 for side in first[1].size)
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = TIME_BASE
+        previous, gap = -1, round(DEFAULT_FRAME_S / TIME_BASE)
+        for time_s, image in itertools.chain([first], frames):
+            frame = av.VideoFrame.from_ndarray(even_sides(np.asarray(image)), format="rgb24")
+            ticks = max(previous + 1, round(time_s / TIME_BASE))
+            frame.pts, frame.time_base = ticks, TIME_BASE
+            gap, previous = gap if previous < 0 else ticks - previous, ticks
+            container.mux(stream.encode(frame))
+        for packet in stream.encode(None):
+            packet.duration = gap  # the file's length includes the last frame, shown as long as the one before it
+            container.mux(packet)
+
+
+def even_sides(pixels: np.ndarray) -> np.ndarray:
+    """Repeat the last row and column of [H, W, 3] where a side is odd."""
+    height, width = pixels.shape[:2]
+    return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else pixels

@@ -1,0 +1,212 @@
+"""One page that shows a grounding: frames of the span with their boxes, and a timeline with the presence curve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, PromptSpec, VisionSpec
+from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
+from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.video.source import open_source
+from bridge_stg.runtime.visualize.canvas import INK, TARGET, WHITE, Colour, draw_box, fit_text, font, font_for
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+MAX_FRAMES = 12
+PAGE_WIDTH, MARGIN, GAP = 1056, 28, 12
+LABEL_HEIGHT = 28
+CURVE_HEIGHT, BAR_HEIGHT = 64, 14
+LARGEST_PICTURE = 640 * 480
+"""Pixels at which frames are read for the sheet, whatever the video's size."""
+GREY: Colour = (104, 110, 120)
+PALE: Colour = (226, 229, 234)
+TINT: Colour = (255, 216, 244)
+DOUBT: Colour = (176, 84, 0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One frame of the sheet: its time, its pixels at the cell's size, and the index of its box."""
+
+    time_s: float
+    image: Image.Image
+    index: int | None
+
+
+def contact_sheet(video: Any, grounding: Grounding, out: str | os.PathLike[str]) -> Path:
+    """Write a PNG with the query, up to 12 frames of the span with boxes and times, and a timeline of the whole video.
+
+    If nothing was found it shows frames of the whole video and says so.
+
+    Args:
+        video: what was grounded: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]).
+        out: the file to write, whole or not at all.
+
+    Raises:
+        VideoError: the video cannot be read.
+        BridgeError: `out` cannot be written.
+    """
+    with open_source(video, picture_spec(grounding.size)) as source:
+        boxes = grounding.boxes
+        times = boxes.times if boxes is not None else source.frame_times
+        picked = np.unique(np.linspace(0, len(times) - 1, min(MAX_FRAMES, len(times))).round().astype(int))
+        columns, cell_size = grid(len(picked), grounding.size)
+        cells = [
+            Cell(float(times[i]), thumbnail(frame, cell_size), int(i) if boxes is not None else None)
+            for i, frame in zip(picked, source.fine(times[picked]).frames, strict=True)
+        ]
+        page = compose(grounding, cells, columns, 0.0 if source.is_image else source.duration_s)
+    with replacing(out) as temporary:
+        page.save(temporary, format="PNG", optimize=True)
+    return Path(out)
+
+
+def picture_spec(size: tuple[int, int]) -> ModelSpec:
+    """Return rules for reading frames as pictures, no larger than the sheet needs and not in any model's patches."""
+    pixels = min(size[0] * size[1], LARGEST_PICTURE)
+    return ModelSpec(
+        vision=VisionSpec("pictures", patch_size=1, merge_size=1, temporal_patch_size=1, hidden_size=1, head_dim=1,
+                          deepstack_levels=0, position_grid=1),
+        language=LanguageSpec(hidden_size=1, num_layers=0, kv_heads=1, head_dim=1, vocab_size=1, max_positions=1,
+                              num_bridging_queries=0, tapped_layers=()),
+        frames=FramesSpec(coarse_min_pixels=1, coarse_max_pixels=1024, max_coarse_groups=2, fine_min_pixels=1,
+                          fine_max_pixels=pixels),
+        prompt=PromptSpec(),
+    )  # fmt: skip
+
+
+def thumbnail(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Return an RGB array [H, W, 3] as an image of `size` (width, height)."""
+    from PIL import Image
+
+    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
+
+
+def grid(count: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Return the number of columns and the (width, height) of a cell's picture."""
+    aspect = size[0] / size[1]
+    columns = min(count, 6 if aspect < 0.8 else 3 if aspect > 2.4 else 4)
+    inner = PAGE_WIDTH - 2 * MARGIN
+    width = (inner - (columns - 1) * GAP) // columns
+    height = min(width / aspect, 480)
+    return columns, (max(1, round(height * aspect)), max(1, round(height)))
+
+
+def compose(grounding: Grounding, cells: Sequence[Cell], columns: int, duration_s: float) -> Image.Image:
+    """Lay out the page. `duration_s` is 0 for an image, which gets no timeline."""
+    from PIL import Image, ImageDraw
+
+    width, height = cells[0].image.size
+    rows = -(-len(cells) // columns)
+    top = MARGIN + 78
+    grid_bottom = top + rows * (height + LABEL_HEIGHT + GAP)
+    curve_height = CURVE_HEIGHT if grounding.found else 0
+    page_height = grid_bottom + (curve_height + BAR_HEIGHT + 46 if duration_s else 0) + MARGIN - GAP
+    page = Image.new("RGB", (PAGE_WIDTH, page_height), WHITE)
+    draw = ImageDraw.Draw(page)
+    _title(draw, grounding, duration_s)
+    for i, cell in enumerate(cells):
+        row, column = divmod(i, columns)
+        corner = (MARGIN + column * (width + GAP), top + row * (height + LABEL_HEIGHT + GAP))
+        page.paste(_boxed(cell, grounding), corner)
+        _label(draw, cell, grounding.boxes, corner, (width, height), timed=bool(duration_s))
+    if duration_s:
+        _timeline(page, grounding, [cell.time_s for cell in cells], duration_s, grid_bottom)
+    return page
+
+
+def _title(draw: ImageDraw.ImageDraw, grounding: Grounding, duration_s: float) -> None:
+    inner = PAGE_WIDTH - 2 * MARGIN
+    large, small = font_for(grounding.query, 30), font(18)
+    draw.text((MARGIN, MARGIN - 6), fit_text(grounding.query, large, inner), INK, large)
+    scores = grounding.scores
+    if not grounding.found:
+        line, colour = f"not in this video (probability {scores.get('absent', 0):.2f})", DOUBT
+    elif grounding.span is None or not duration_s:
+        line, colour = f"found, presence {scores.get('presence', 0):.2f}", GREY
+    else:
+        start, end = grounding.span
+        line = f"from {start:.2f} s to {end:.2f} s of {duration_s:.2f} s, presence {scores.get('presence', 0):.2f}"
+        colour = GREY
+    draw.text((MARGIN, MARGIN + 36), line, colour, small)
+
+
+def _boxed(cell: Cell, grounding: Grounding) -> Image.Image:
+    from PIL import ImageDraw
+
+    boxes = grounding.boxes
+    if boxes is not None and cell.index is not None:
+        scale = np.divide(cell.image.size, grounding.size)
+        draw = ImageDraw.Draw(cell.image)
+        box = boxes.boxes[cell.index] * np.tile(scale, 2)
+        draw_box(draw, box, cell.image.size, thickness=3, dashed=not boxes.visible[cell.index])
+    return cell.image
+
+
+def _label(
+    draw: ImageDraw.ImageDraw,
+    cell: Cell,
+    boxes: FrameBoxes | None,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    timed: bool,
+) -> None:
+    small = font(15)
+    left, top = corner[0], corner[1] + size[1] + 5
+    if timed:
+        draw.text((left, top), f"{cell.time_s:.2f} s", INK, small)
+    if boxes is None or cell.index is None:
+        return
+    doubted = not boxes.visible[cell.index]
+    note = f"presence {boxes.presence[cell.index]:.2f}" if size[0] >= 150 else f"{boxes.presence[cell.index]:.2f}"
+    draw.text((left + size[0], top), note, DOUBT if doubted else GREY, small, anchor="ra")
+
+
+def _timeline(page: Image.Image, grounding: Grounding, shown: Sequence[float], duration_s: float, top: int) -> None:
+    """Draw presence as a filled curve, the span as a bar beneath it, a mark for each frame shown, and seconds."""
+    from PIL import ImageDraw
+
+    draw = ImageDraw.Draw(page)
+    small = font(14)
+    left, right = MARGIN + 4, PAGE_WIDTH - MARGIN - 4
+    floor = top + (8 + CURVE_HEIGHT if grounding.found else 0)
+    bar = (left, floor + 6, right, floor + 6 + BAR_HEIGHT)
+
+    def x(time_s: float) -> float:
+        return left + (right - left) * min(max(time_s / duration_s, 0.0), 1.0)
+
+    draw.rounded_rectangle(bar, radius=4, fill=PALE)
+    if grounding.span is not None and grounding.tube is not None and grounding.boxes is not None:
+        start, end = (x(t) for t in grounding.span)
+        for level in (floor, floor - CURVE_HEIGHT):
+            draw.line((left, level, right, level), fill=PALE, width=1)
+        tube = grounding.tube
+        curve = [(x(t), floor - CURVE_HEIGHT * float(p)) for t, p in zip(tube.times, tube.presence, strict=True)]
+        curve = [(start, curve[0][1]), *curve, (end, curve[-1][1])]
+        draw.polygon([(start, floor), *curve, (end, floor)], fill=TINT)
+        draw.line(curve, fill=TARGET, width=2, joint="curve")
+        draw.text((left, floor - CURVE_HEIGHT + 4), "presence 1", GREY, small)
+        draw.rounded_rectangle((start, bar[1], max(end, start + 4), bar[3]), radius=4, fill=TARGET)
+    for time_s in shown:
+        draw.ellipse(
+            (x(time_s) - 2.5, bar[1] + 4.5, x(time_s) + 2.5, bar[3] - 4.5), fill=WHITE if grounding.found else GREY
+        )
+    step = tick_step(duration_s, room=(right - left) / 70)
+    for tick in np.arange(0, duration_s + 1e-6, step):
+        draw.line((x(tick), bar[3] + 2, x(tick), bar[3] + 6), fill=GREY, width=1)
+        anchor = "la" if tick == 0 else "ra" if x(tick) > right - 20 else "ma"
+        draw.text((x(tick), bar[3] + 9), f"{tick:g} s", GREY, small, anchor=anchor)
+
+
+def tick_step(duration_s: float, *, room: float) -> float:
+    """Return a round number of seconds between ticks, so that at most `room` ticks fit in."""
+    steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+    return next((step for step in steps if duration_s / step <= room), duration_s)

@@ -1,0 +1,226 @@
+"""The tiny bundle in each recipe: whole, near its float graphs, fused by onnxruntime, taken by TensorRT."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from bridge_stg.calibration.quantize.bundle import quantize_bundle
+from bridge_stg.calibration.recipes import RECIPES, Recipe
+from bridge_stg.calibration.search.block_sizes import size_of_blocks
+from bridge_stg.export.engines.compile import PACKAGES, compile_in_tensorrt
+from bridge_stg.export.graph.blocks import find_products
+from bridge_stg.export.parity.golden_cases import scene
+from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.backends.choose import choose, open_sessions
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.errors import BridgeError, BundleError
+from bridge_stg.runtime.parity.compare import replay
+from bridge_stg.runtime.parity.verify import verify_bundle
+from tests.calibration.conftest import Ranges
+
+pytestmark = pytest.mark.slow
+
+RANDOM_HEADS = ("spatial_decoder.box_heads.0", "spatial_decoder.box_heads.1", "spatial_decoder.reference")
+"""What the tiny model's boxes hang on by large random weights, which no training has made robust."""
+
+ALL_INT8 = RECIPES["w8a8"].with_graph("spatial_decoder", "w8a8").with_float(*RANDOM_HEADS)
+MADE: dict[str, Recipe] = {
+    "w8a8": ALL_INT8,
+    "w8": RECIPES["w8"],
+    "w4": RECIPES["w4"],
+    "w8a8-kv8": ALL_INT8.with_int8_cache(),
+    "w4-kv8": RECIPES["w4"].with_int8_cache(),
+}
+
+
+@pytest.fixture(scope="module")
+def bundles(exported: Bundle, ranges: Ranges, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("quantized")
+    return {
+        name: Bundle.load(quantize_bundle(exported, folder / name, recipe=recipe, ranges=ranges), check="all")
+        for name, recipe in MADE.items()
+    }
+
+
+@pytest.fixture(params=list(MADE))
+def bundle(request: pytest.FixtureRequest, bundles: dict[str, Bundle]) -> Bundle:
+    return bundles[request.param]
+
+
+def optimised(path: Path, folder: Path) -> Counter[str]:
+    """Operators of the graph that onnxruntime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    proto = onnx.load(folder / "optimised.onnx", load_external_data=False)
+    return Counter(node.op_type for node in proto.graph.node)
+
+
+def test_every_variant_passes_its_golden_cases(bundle: Bundle) -> None:
+    """Against the torch reference; the int8 of onnxruntime is another one than that of the Q/DQ it replaces."""
+    replayed = verify_bundle(bundle.path, threads=1)
+    assert set(replayed) == {"ort-cpu", "standard", "primitive"}
+    for boundaries in replayed.values():
+        by_graph = {b.name.split("/")[1].rpartition("_")[0]: b for b in boundaries if "logits" in b.name}
+        assert by_graph["language_model"].rel_l2 > 1e-4  # it is not float in disguise
+
+
+def test_recipes_rank_as_they_should(bundles: dict[str, Bundle]) -> None:
+    """Weight-only int8 is nearest to float, int4 furthest."""
+    errors = {}
+    for name in ("w8", "w8a8", "w4"):
+        sessions = open_sessions(bundles[name], threads=1)
+        found = [b.rel_l2 for b in replay(bundles[name], sessions, graphs=["language_model"]) if "taps" in b.name]
+        errors[name] = float(np.mean(found))
+        for session in sessions.values():
+            session.close()
+    assert errors["w8"] < errors["w8a8"] < errors["w4"]
+
+
+def test_contracts(exported: Bundle, bundles: dict[str, Bundle]) -> None:
+    for name, found in bundles.items():
+        manifest, recipe = found.manifest, MADE[name]
+        assert manifest.calibration is not None and manifest.verified
+        assert Recipe.from_dict(manifest.calibration["recipe"]) == recipe
+        for graph in manifest.all_graphs():
+            before = exported.manifest.graphs[graph.name].get(graph.variant)
+            assert graph.precision == recipe.of(graph.name).precision("fp32")
+            if before is None:
+                assert (graph.variant, graph.derived_from) == ("ort-cpu", "standard")
+                continue
+            kv8 = graph.name == "language_model" and "kv8" in name
+            assert [t.name for t in graph.inputs] == [t.name for t in before.inputs]
+            assert {t.dtype for t in graph.inputs if t.name.startswith("past_")} == (
+                {"int8" if kv8 else "float32"} if graph.cache else set()
+            )
+            assert graph.cache is None or graph.cache.dtype == ("int8" if kv8 else "float32")
+            wanted = 21 if "w4" in name and graph.name == "language_model" else 0
+            assert graph.opset == max(before.opset, wanted)
+        proto = onnx.load(found.graph_path("language_model", "primitive"), load_external_data=False)
+        assert proto.opset_import[0].version == found.graph("language_model", "primitive").opset
+
+
+def test_float_graphs_are_copied(exported: Bundle, bundles: dict[str, Bundle]) -> None:
+    before, after = (b.manifest.graphs["spatial_decoder"] for b in (exported, bundles["w4"]))
+    assert before == after
+
+
+def test_weights_take_a_quarter(exported: Bundle, bundles: dict[str, Bundle]) -> None:
+    sizes = {name: size_of_blocks(found) for name, found in bundles.items()}
+    plain = size_of_blocks(exported)
+    assert plain.quantized_share() == 1 and set(plain.blocks) == set(sizes["w8a8"].blocks)
+    assert 0.25 < sizes["w8a8"].quantized_share() < 0.32  # channels of 32 values: a scale weighs more than in the demo
+    assert sizes["w4"].quantized_share("language_model") < 0.22
+    for name, found in sizes.items():
+        assert {n: b.fp32_bytes for n, b in found.blocks.items()} == {n: b.fp32_bytes for n, b in plain.blocks.items()}
+        tied = found.blocks["language_model.embed_tokens"]
+        assert "language_model.lm_head" not in found.blocks and tied.quantized  # the head's bytes are the table's
+        matrices = sum(b.stored_bytes for b in found.blocks.values() if b.graph == "language_model")
+        assert matrices <= found.graphs["language_model"] < 1.35 * matrices, name  # norms and the bridging queries
+
+
+def test_the_same_bytes_each_time(exported: Bundle, ranges: Ranges, bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    again = Bundle.load(quantize_bundle(exported, tmp_path / "again", recipe=MADE["w4-kv8"], ranges=ranges))
+    assert again.manifest.fingerprint == bundles["w4-kv8"].manifest.fingerprint
+
+
+def test_onnxruntime_fuses_every_product(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """In the variant that it picks first; the others keep what it is for."""
+    for graph in bundles["w8a8"].manifest.graphs:
+        assert choose(bundles["w8a8"].manifest).variants[graph] == "ort-cpu"
+        model = ir.load(bundles["w8a8"].graph_path(graph, "standard"))
+        count = Counter(product.form for product in find_products(model, graph))["int8"]
+        assert count >= 12
+        found = optimised(bundles["w8a8"].graph_path(graph, "ort-cpu"), tmp_path)
+        assert found["MatMulIntegerToFloat"] == count, graph
+    count = 3 * 7 + 1
+    for name in ("w8", "w4"):
+        found = optimised(bundles[name].graph_path("language_model", "ort-cpu"), tmp_path)
+        assert found["MatMulNBits"] == count and not found["MatMul"]
+        assert not found["DequantizeLinear"]
+        standard = optimised(bundles[name].graph_path("language_model", "standard"), tmp_path)
+        assert standard["MatMulNBits"] == count - 1
+        assert standard["DequantizeLinear"] == 2  # the whole table, and the head beside it: what ort-cpu is for
+    standard = optimised(bundles["w8a8"].graph_path("language_model", "standard"), tmp_path)
+    assert standard["MatMulIntegerToFloat"] == 3 * 2 + 1  # o_proj and down_proj: nobody shares their inputs; the head
+
+
+def test_the_chain_answers(exported: Bundle, bundle: Bundle) -> None:
+    """Prefill, decode, bridging and boxes, with int8 buffers too, near what the float bundle says."""
+    found = []
+    for one in (exported, bundle):
+        with Grounder.load(one.path, threads=1) as grounder:
+            found.append(grounder.ground(scene(), "the red square", allow_none=False))
+    assert found[1].boxes is not None and np.isfinite(found[1].boxes.boxes).all()
+
+
+@pytest.mark.parametrize("variant", ["standard", "primitive"])
+def test_tensorrt_takes_it(bundle: Bundle, variant: str) -> None:
+    pytest.importorskip(PACKAGES[-1], reason='no TensorRT-RTX here: pip install "bridge-stg[rtx]" to run this test')
+    vision = bundle.manifest.spec.vision
+    side = vision.patch_size * vision.merge_size
+    patches = [rows * columns * vision.merge_size**2 for rows, columns in ((1, 1), (2, 3), (4, 4))]
+    sizes = {
+        "G": (1, 2, 4), "height": (side, 2 * side, 4 * side), "width": (side, 3 * side, 4 * side), "N": tuple(patches),
+        "B": (1, 2, 4), "L": (1, 32, 128), "K": (1, 2, 8), "V": (2, 20, 64), "S": (16, 128, 256),
+        "F": (1, 8, 32), "h": (2, 8, 16), "w": (2, 8, 16),
+    }  # fmt: skip
+    for name, variants in bundle.manifest.graphs.items():
+        graph = variants[variant]
+        if graph.precision == "fp32" or (variant == "standard" and graph.cache and graph.cache.dtype == "int8"):
+            continue  # it refuses int8 buffers that are updated in place: `support` says so
+        assert len(compile_in_tensorrt(bundle.graph_path(name, variant), sizes, capacity=256)) > 1000
+
+
+def test_fp16(exported_fp16: Bundle, ranges: Ranges, tmp_path: Path) -> None:
+    """Scales are fp16 then, for which `primitive` takes a later opset."""
+    recipe = RECIPES["w8a8"].with_int8_cache()
+    path = quantize_bundle(exported_fp16, tmp_path / "b", recipe=recipe, ranges=ranges)
+    for name in ("vision_encoder", "language_model"):
+        for graph in Bundle.load(path).manifest.graphs[name].values():
+            assert graph.precision.endswith(" fp16") and graph.opset >= 19
+    assert set(verify_bundle(path, threads=1)) >= {"standard", "primitive"}
+
+
+def test_blocks_that_stay_float(exported: Bundle, ranges: Ranges, tmp_path: Path) -> None:
+    kept = ["language_model.layers.1.mlp", "vision_encoder.merger", "language_model.lm_head"]
+    path = quantize_bundle(exported, tmp_path / "b", recipe=RECIPES["w8a8"].with_float(*kept), ranges=ranges)
+    blocks = size_of_blocks(Bundle.load(path)).blocks
+    assert {name for name, block in blocks.items() if not block.quantized and block.graph != "spatial_decoder"} == {
+        "language_model.layers.1.mlp", "vision_encoder.merger", "language_model.embed_tokens",
+    }  # fmt: skip
+    verify_bundle(path, threads=1)
+    all_kept = RECIPES["w8a8"].with_float(*(name for name, block in blocks.items() if block.graph == "vision_encoder"))
+    path = quantize_bundle(exported, tmp_path / "c", recipe=all_kept, ranges=ranges)
+    assert Bundle.load(path).manifest.graphs["vision_encoder"] == exported.manifest.graphs["vision_encoder"]
+
+
+def test_what_is_refused(exported: Bundle, bundles: dict[str, Bundle], ranges: Ranges, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(BridgeError, match="block 'vision_encoder.blocks.9.mlp' is to stay float, but graph"):
+        quantize_bundle(exported, out, recipe=RECIPES["w8"].with_float("vision_encoder.blocks.9.mlp"), ranges=ranges)
+    with pytest.raises(BundleError, match="is int8 w8a8; calibrate a bundle that was exported with --dtype fp32"):
+        quantize_bundle(bundles["w8"], out, recipe=RECIPES["w8"], ranges=ranges)
+    with pytest.raises(BundleError, match="not every graph has a variant 'ort-cpu'; it has: "):
+        quantize_bundle(exported, out, recipe=RECIPES["w8"], ranges=ranges, variants=["ort-cpu"])
+    with pytest.raises(BridgeError, match="no range was found"):
+        quantize_bundle(exported, out, recipe=RECIPES["w8a8"], ranges={})
+    with pytest.raises(BridgeError, match="past_key_0 of language_model .*no range was found"):
+        bare = {g: {n: r for n, r in of.items() if "past" not in n} for g, of in ranges.items()}
+        quantize_bundle(exported, out, recipe=RECIPES["w8"].with_int8_cache(), ranges=bare)
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_one_variant(exported: Bundle, ranges: Ranges, tmp_path: Path) -> None:
+    path = quantize_bundle(exported, tmp_path / "b", recipe=RECIPES["w8"], ranges=ranges, variants=["primitive"])
+    bundle = Bundle.load(path)
+    assert {graph.variant for graph in bundle.manifest.all_graphs()} == {"primitive"}
+    assert choose(bundle.manifest).variants["language_model"] == "primitive"

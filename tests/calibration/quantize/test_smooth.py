@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from bridge_stg.calibration.collect.statistics import Statistics
+from bridge_stg.calibration.quantize.rounding import rounded_weight
+from bridge_stg.calibration.quantize.smooth import choose_smoothing, smoothing_vector
+from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
+from bridge_stg.calibration.recipes import RECIPES, GraphRecipe, Overrides
+from bridge_stg.calibration.search.matmul_errors import product_errors
+from bridge_stg.export.graph.blocks import Product, find_products
+from bridge_stg.runtime.bundle.bundle import Bundle
+
+RECIPE = RECIPES["w8a8"]
+GATE = "model.language_model.layers.0.mlp.gate_proj/MatMul"
+UP = "model.language_model.layers.0.mlp.up_proj/MatMul"
+
+
+@pytest.fixture(scope="module")
+def products(exported: Bundle) -> list[Product]:
+    return find_products(ir.load(exported.graph_path("language_model", "standard")), "language_model")
+
+
+@pytest.fixture(scope="module")
+def outliers(statistics: Statistics, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    """The same, but that two channels of one activation are 100 times as large, as in large language models."""
+    folder = tmp_path_factory.mktemp("outliers") / "s"
+    shutil.copytree(statistics.folder, folder)
+    tensor = statistics.tensors["language_model"][GATE]
+    for name in (tensor.rows, tensor.absmax):
+        values = np.load(folder / name)
+        values[..., [3, 17]] *= 100
+        np.save(folder / name, values)
+    return dataclasses.replace(statistics, folder=folder)
+
+
+def test_the_vector_moves_what_it_is_asked_to() -> None:
+    activation, weight = np.array([100, 1, 4, 0], np.float32), np.array([1, 1, 1, 2], np.float32)
+    half = smoothing_vector(activation, weight, 0.5)
+    assert half / half[1] == pytest.approx([10, 1, 2, 1 / half[1]])
+    assert half[3] == 1 and np.median(half[:3]) == pytest.approx(1)
+    whole = activation / smoothing_vector(activation, weight, 1.0)
+    assert whole[:3] == pytest.approx(whole[0])  # nothing is left that stands out
+
+
+def test_outliers_are_found_and_moved(outliers: Statistics, products: list[Product]) -> None:
+    found = choose_smoothing(outliers, RECIPE)
+    vector = found.vectors["language_model"][GATE]
+    assert found.vectors["language_model"][UP] is vector
+    assert set(np.argsort(-vector)[:2]) == {3, 17} and vector[[3, 17]].min() > 5
+    before, after = found.errors["language_model"][GATE]
+    assert after < before / 2
+    plain = product_errors(outliers, products, RECIPE)["language_model"]
+    smooth = product_errors(outliers, products, RECIPE, smoothing=found.vectors)["language_model"]
+    assert smooth[GATE] < plain[GATE] / 2
+
+
+def test_only_what_can_be_folded_is_smoothed(exported: Bundle, statistics: Statistics) -> None:
+    found = choose_smoothing(statistics, RECIPE)
+    for graph in ("vision_encoder", "language_model"):
+        model = ir.load(exported.graph_path(graph, "primitive"))  # names agree between variants
+        possible = {node for group in smoothing_groups(model, graph) for node in group.nodes}
+        assert set(found.vectors[graph]) <= possible
+        for node, (before, after) in found.errors[graph].items():
+            assert after < before and found.strengths[graph][node] > 0
+    assert not found.vectors["spatial_decoder"]
+    again = choose_smoothing(statistics, RECIPE)
+    assert again.strengths == found.strengths
+
+
+def test_recipes_and_people_leave_groups_alone(outliers: Statistics) -> None:
+    block = "language_model.layers.0.mlp"
+    assert GATE not in choose_smoothing(outliers, RECIPE.with_float(block)).vectors["language_model"]
+    zero = choose_smoothing(outliers, RECIPE, overrides=Overrides(smoothing={block: 0.0}))
+    assert GATE not in zero.vectors["language_model"]
+    asked = choose_smoothing(outliers, RECIPE, overrides=Overrides(smoothing={GATE: 0.35}))
+    assert asked.strengths["language_model"][UP] == 0.35
+    for recipe in (RECIPES["w8"], RECIPE.replace("language_model", smooth=False)):
+        assert not choose_smoothing(outliers, recipe).vectors["language_model"]
+
+
+def test_errors_by_hand(statistics: Statistics, exported: Bundle, products: list[Product]) -> None:
+    errors = product_errors(statistics, products, RECIPES["w8"])["language_model"]
+    product = next(p for p in products if p.node == GATE)
+    model = ir.load(exported.graph_path("language_model", "standard"))
+    tensor = model.graph.initializers[product.weight].const_value
+    assert tensor is not None
+    weight = tensor.numpy()
+    scale = np.abs(weight).max(1, keepdims=True) / 127
+    rows = np.array(statistics.rows("language_model", GATE))
+    exact = rows @ weight.T
+    wrong = rows @ (np.rint(weight / scale) * scale).T - exact
+    assert errors[GATE] == pytest.approx(np.linalg.norm(wrong) / np.linalg.norm(exact), rel=1e-3)
+
+
+def test_errors_follow_the_recipe(statistics: Statistics, products: list[Product]) -> None:
+    means = {}
+    for name in ("w8", "w8a8", "w4"):
+        errors = product_errors(statistics, products, RECIPES[name])["language_model"]
+        assert set(errors) == {product.node for product in products}
+        means[name] = float(np.mean(list(errors.values())))
+    assert 0 < means["w8"] < means["w8a8"] < means["w4"] < 0.3
+    kept = product_errors(statistics, products, RECIPES["w8"].with_float("language_model.layers.0.mlp"))
+    assert kept["language_model"][GATE] == 0
+    reduced = product_errors(statistics, products, RECIPES["w8"].replace("language_model", reduced_range=True))
+    assert reduced["language_model"][GATE] > product_errors(statistics, products, RECIPES["w8"])["language_model"][GATE]
+
+
+def test_a_hostile_product_stands_out(statistics: Statistics, products: list[Product], tmp_path: Path) -> None:
+    """Alternating channels of very different size, of which the small ones count."""
+    shutil.copytree(statistics.folder, tmp_path / "s")
+    tensor = statistics.tensors["language_model"][GATE]
+    values = np.load(tmp_path / "s" / tensor.absmax)
+    np.save(tmp_path / "s" / tensor.absmax, np.where(np.arange(len(values)) == 5, 4096 * values.max(), values))
+    hostile = dataclasses.replace(statistics, folder=tmp_path / "s")
+    errors = product_errors(hostile, products, RECIPE)["language_model"]
+    assert max(errors, key=lambda node: errors[node]) in (GATE, UP) and errors[GATE] > 0.5
+
+
+def test_rounded_weights_lie_on_their_levels() -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    weight[2] = 0
+    recipe = GraphRecipe(weights="int4", block_size=32)
+    four = rounded_weight(weight, "int4", recipe).reshape(6, 2, 32)
+    assert max(len(np.unique(block)) for row in four for block in row) <= 16
+    eight = rounded_weight(weight, "int8", recipe)
+    assert np.abs(eight - weight).max() <= np.abs(weight).max() / 127 / 2 * 1.01
+    assert not eight[2].any() and rounded_weight(weight, "float", recipe) is weight
+    assert json.dumps(four.tolist())  # finite

@@ -1,0 +1,69 @@
+"""`init` and `train` from the shell: one after the other, and every fault of their user in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bridge_stg import cli
+from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from tests.model.published import publish
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    publish(tmp_path / "model", "qwen3_vl")
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "b.png")
+    line = {"image": "b.png", "query": "the car", "boxes": [{"box": [0, 0, 48, 32]}]}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+INIT = [
+    "init",
+    "--backbone",
+    "model",
+    "--out",
+    "new",
+    "--queries",
+    "2",
+    "--decoder-width",
+    "32",
+    "--decoder-layers",
+    "2",
+]
+TRAIN = ["train", "new", "--annotations", "clips.jsonl", "--media", ".", "--out", "trained", "--epochs", "2"]
+
+
+def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
+    assert cli.run([*INIT, "--taps", "0,2", "--dtype", "bf16"]) == 0
+    assert "new holds an untrained checkpoint" in capsys.readouterr().out
+    assert cli.run([*TRAIN, "--freeze-backbone", "--workers", "0", "--device", "cpu", "--precision", "fp32"]) == 0
+    assert "trained holds the checkpoint" in capsys.readouterr().out
+    model = load_checkpoint(folder / "trained")
+    assert model.spec.language.tapped_layers == (0, 2) and model.config.spatial_decoder.width == 32
+    options = json.loads((folder / "trained-training" / "run.json").read_text())
+    assert options["parts"] == ["bridging", "spatial"] and options["bf16"] is False
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([*INIT, "--taps", "2,1"], "'2,1' is not in order"),
+        ([*INIT, "--taps", "a"], "'a' is not a list of layers"),
+        ([*INIT, "--taps", "9"], "tapped_layers is [9], but the LLM has layers 0 to 2"),
+        ([*INIT, "--decoder-width", "30"], "--decoder-width 30 does not divide"),
+        (["init", "--backbone", "nowhere", "--out", "new"], "nowhere: no such folder"),
+        ([*TRAIN, "--freeze-backbone", "--train-vision"], "exclude each other"),
+        (TRAIN, "no such file"),
+    ],
+)
+def test_faults_are_one_line_and_exit_code_2(folder, capsys, arguments, message):
+    assert cli.run(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and not captured.out
+    assert {path.name for path in folder.iterdir()} == {"model", "b.png", "clips.jsonl"}

@@ -1,0 +1,104 @@
+"""The command `watch`: events as lines and JSON lines, and an orderly end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bridge_stg import cli
+from bridge_stg.runtime.grounder import Grounder
+from tests.fakes.clips import write
+from tests.fakes.live_chain import live_grounder
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Grounder, "load", lambda path, **options: live_grounder())
+
+
+def clip(path: Path, seconds: int = 20) -> str:
+    """Write a video that is white from second 4 to 8."""
+    frames = [np.full((48, 64, 3), 255 if 40 <= i < 80 else 0, np.uint8) for i in range(seconds * 10)]
+    return write(path, frames, rate=10)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def watch(*arguments: object) -> int:
+    return cli.run(["watch", *map(str, arguments), "--bundle", "bundle", "--window", "16"])
+
+
+def test_prints_events_and_writes_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "events.jsonl"
+    assert watch(clip(tmp_path / "a.mp4"), "the car", "--jsonl", out) == 0
+    told = capsys.readouterr()
+    appeared, left = told.out.splitlines()
+    assert appeared.startswith("00:00:04.00  appeared  the car  [")
+    assert left.startswith("00:00:08.00  left      the car  [")
+    assert "200 frames, 20 rounds; ended: source" in told.err and "rebuilds" in told.err
+    appeared, left, end = lines(out)
+    assert (appeared["event"], appeared["time_s"], left["event"], left["time_s"]) == ("appeared", 4, "left", 8)
+    assert appeared["tube"][0]["time_s"] == 4 and len(appeared["box"]) == 4
+    assert end["event"] == "end" and end["groups"] == 20 and end["dropped_groups"] == 0
+
+
+def test_answers_are_written_if_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "events.jsonl"
+    assert watch(clip(tmp_path / "a.mp4"), "the car", "the dog", "--jsonl", out, "--answers", "--duration", 6) == 0
+    answers = [line for line in lines(out) if line["event"] == "answers"]
+    assert [line["known_s"] for line in answers] == [1, 2, 3, 4, 5, 6]
+    assert [grounding["query"] for grounding in answers[0]["groundings"]] == ["the car", "the dog"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_order(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, source = tmp_path / "events.jsonl", clip(tmp_path / "a.mp4", 60)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    began, threads = time.monotonic(), threading.active_count()
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), number))
+    timer.start()
+    assert watch(source, "the car", "--realtime", "--jsonl", out) == 0
+    assert 1 < time.monotonic() - began < 20
+    timer.join()
+    assert lines(out)[-1]["event"] == "end" and lines(out)[-1]["ended"] == "stopped"
+    assert "ended: stopped" in capsys.readouterr().err
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert threading.active_count() == threads
+
+
+def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = clip(tmp_path / "a.mp4", 4), tmp_path / "events.jsonl"
+    out.write_text("what was there\n", encoding="utf-8")
+    for arguments, word in (
+        ([tmp_path / "none.mp4", "the car"], "no such file"),
+        (["/dev/video97", "the car"], "no such camera"),
+        ([source], "Missing argument"),
+        ([source, " "], "empty"),
+        ([source, "the car", "the car"], "the same"),
+        ([source, "the car", "--every", "0"], "--every"),
+        ([source, "the car", "--jsonl", out], "--overwrite"),
+        ([source, "the car", "--jsonl", source, "--overwrite"], "the source itself"),
+        ([source, "the car", "--jsonl", tmp_path / "none" / "a.jsonl"], "folder that exists"),
+        ([source, "the car", "--answers"], "--jsonl"),
+    ):
+        assert watch(*arguments) == 2
+        told = capsys.readouterr().err
+        assert word in told and "Traceback" not in told, told
+    assert out.read_text(encoding="utf-8") == "what was there\n"
+
+
+def test_an_error_while_it_runs_is_told_behind_what_was_written(tmp_path: Path) -> None:
+    out, source = tmp_path / "events.jsonl", tmp_path / "a.txt"
+    source.write_text("no video\n" * 1000, encoding="utf-8")
+    assert watch(source, "the car", "--jsonl", out) == 2
+    assert [line["ended"] for line in lines(out)] == ["error"]

@@ -1,0 +1,157 @@
+"""Profiles hold what the chain asks for, agree in themselves, and are changed by a person's YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge_stg.checkpoint.checkpoint import build_model
+from bridge_stg.demo.tiny_model import demo_config
+from bridge_stg.export.engines.profiles import default_capacity, profiles_of, read_overrides
+from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
+from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.chain.decode import PREFILL_CHUNK
+from bridge_stg.runtime.chain.positions import vision_tables
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.video.sizes import frame_sizes
+from tests.export.conftest import tiny_windowed_config
+
+
+@pytest.fixture(scope="module", params=["demo", "windowed"])
+def spec(request: pytest.FixtureRequest) -> ModelSpec:
+    config = demo_config() if request.param == "demo" else tiny_windowed_config()
+    with torch.device("meta"):
+        return build_model(config, where=Path(request.param)).spec
+
+
+def contract(spec: ModelSpec, name: str, update: str = "in_place") -> GraphSpec:
+    return graph_contract(name, spec, variant="standard", opset=24, cache_update=update)
+
+
+def holds(profiles: Any, **sizes: int) -> bool:
+    return any(all(r[s][0] <= size <= r[s][2] for s, size in sizes.items()) for r in profiles.values())
+
+
+@pytest.mark.parametrize("update", ["in_place", "append"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_free_dim_has_a_range_in_order(spec: ModelSpec, name: str, update: str) -> None:
+    graph = contract(spec, name, update)
+    made = profiles_of(graph, spec)
+    free = {dim for tensor in graph.inputs for dim in tensor.dims if isinstance(dim, str)}
+    if update == "in_place":
+        free.discard("S")
+    for ranges in made.profiles.values():
+        assert set(ranges) == free
+        assert all(1 <= least <= usual <= largest for least, usual, largest in ranges.values())
+    assert (made.capacity is not None) == (name == "language_model" and update == "in_place")
+
+
+def test_prefill_and_decode_are_two_profiles_of_one_engine(spec: ModelSpec) -> None:
+    made = profiles_of(contract(spec, "language_model"), spec)
+    assert list(made.profiles) == ["prefill", "decode"]
+    queries = spec.language.num_bridging_queries
+    assert made.profiles["prefill"]["L"][2] == PREFILL_CHUNK
+    assert holds(made.profiles, B=1, L=PREFILL_CHUNK, K=1, V=spec.frames.max_coarse_groups)
+    assert holds({"decode": made.profiles["decode"]}, B=8, L=1, K=1, V=2)
+    assert holds({"decode": made.profiles["decode"]}, B=8, L=6 + queries, K=queries, V=2)
+    assert made.capacity == default_capacity(spec) and made.capacity % 256 == 0
+
+
+def test_the_capacity_holds_the_longest_video(spec: ModelSpec) -> None:
+    tokens = spec.frames.max_coarse_groups * (spec.frames.coarse_max_pixels // 32**2)
+    assert tokens < default_capacity(spec) <= spec.language.max_positions
+    bounded = dataclasses.replace(spec, frames=dataclasses.replace(spec.frames, max_visual_tokens=100))
+    assert default_capacity(bounded) < default_capacity(spec)
+
+
+@pytest.mark.parametrize("size", [(1080, 1920), (1920, 1080), (480, 480), (300, 1000), (40, 50)])
+def test_any_usual_frame_fits_a_bucket(spec: ModelSpec, size: tuple[int, int]) -> None:
+    vision = profiles_of(contract(spec, "vision_encoder"), spec).profiles
+    spatial = profiles_of(contract(spec, "spatial_decoder"), spec).profiles
+    patch = spec.vision.patch_size
+    for frames, (height, width) in zip(("coarse", "fine"), frame_sizes(*size, spec), strict=True):
+        patches = len(vision_tables(spec.vision, height // patch, width // patch)["rotary_cos"])
+        groups = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // patches))
+        for count in (1, groups):
+            assert holds(vision, G=count, height=height, width=width, N=patches), frames
+    for count in (1, 16, 17, spec.frames.max_fine_frames):
+        assert holds(spatial, B=16, F=count, h=height // patch, w=width // patch)
+
+
+def test_patches_follow_from_height_and_width(spec: ModelSpec) -> None:
+    for ranges in profiles_of(contract(spec, "vision_encoder"), spec).profiles.values():
+        for place in range(3):
+            assert ranges["N"][place] == ranges["height"][place] * ranges["width"][place] // spec.vision.patch_size**2
+
+
+def test_a_person_changes_profiles(spec: ModelSpec, tmp_path: Path) -> None:
+    file = tmp_path / "profiles.yaml"
+    side = spec.vision.patch_size * spec.vision.merge_size
+    file.write_text(
+        "capacity: 1000\nlanguage_model:\n  decode: {B: 1}\nspatial_decoder:\n  frames_16_portrait: null\n"
+        "vision_encoder:\n"
+        f"  square: {{G: [1, 4, 8], height: {6 * side}, width: [{5 * side}, {6 * side}, {7 * side}]}}\n"
+    )
+    overrides = read_overrides(file)
+    before = profiles_of(contract(spec, "language_model"), spec)
+    language = profiles_of(contract(spec, "language_model"), spec, overrides=overrides)
+    assert language.capacity == 1000
+    assert language.profiles["decode"] == {**before.profiles["decode"], "B": (1, 1, 1)}
+    spatial = profiles_of(contract(spec, "spatial_decoder"), spec, overrides=overrides).profiles
+    assert "frames_16_portrait" not in spatial and "frames_16_landscape" in spatial
+    vision = profiles_of(contract(spec, "vision_encoder"), spec, overrides=overrides).profiles
+    assert vision["square"]["N"] == (120, 144, 168) and vision["square"]["height"] == (6 * side,) * 3
+
+
+@pytest.mark.parametrize("capacity", [1, 12, 600])
+def test_no_step_is_longer_than_the_cache(spec: ModelSpec, capacity: int) -> None:
+    made = profiles_of(contract(spec, "language_model"), spec, overrides={"capacity": capacity})
+    for ranges in made.profiles.values():
+        least, usual, largest = ranges["L"]
+        assert 1 == least <= usual <= largest <= capacity
+
+
+@pytest.mark.parametrize(
+    ("graph", "overrides", "message"),
+    [
+        ("language_model", {"capacity": 0}, "capacity is 0, expected 1 to"),
+        ("language_model", {"capacity": True}, "capacity is True"),
+        ("language_model", {"language_model": {"decode": {"B": [4, 1, 8]}}}, r"decode.B is \[4, 1, 8\], expected incr"),
+        ("language_model", {"language_model": {"decode": {"B": [0, 1, 8]}}}, "increasing sizes of 1 or more"),
+        ("language_model", {"language_model": {"decode": {"B": "many"}}}, "'many', expected .least, usual, largest"),
+        ("language_model", {"language_model": {"decode": {"X": 1}}}, "expected ranges of B, L, K, V"),
+        ("language_model", {"language_model": {"mine": {"B": 1}}}, "mine is a new .* no range of L, K, V; there are p"),
+        ("language_model", {"language_model": {"decod": None}}, "decod names no profile; there are prefill, decode"),
+        ("language_model", {"language_model": {1: {"B": 1}}}, "language_model.1 names no profile"),
+        ("language_model", {"capacity": 64, "language_model": {"decode": {"L": 65}}}, "L goes up to 65, .* holds 64 p"),
+        ("language_model", {"language_model": ["decode"]}, "expected profiles by name"),
+        ("language_model", {"language_model": {"prefill": None, "decode": None}}, "no profile of language_model is"),
+        ("vision_encoder", {"vision_encoder": {"fine_portrait": {"N": 4}}}, "expected ranges of G, height, width"),
+        ("vision_encoder", {"vision_encoder": {"fine_portrait": {"height": 100}}}, "100 pixels, expected multiples of"),
+    ],
+)  # fmt: skip
+def test_wrong_profiles_are_refused(spec: ModelSpec, graph: str, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=f"^p.yaml: .*{message}"):
+        profiles_of(contract(spec, graph), spec, overrides=overrides, where="p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "be read as YAML"),
+        ("- 1", r"found \[1\]"),
+        ("", "found nothing"),
+        ("vision: {}", "the key 'vision'"),
+    ],
+)
+def test_a_file_that_holds_no_profiles(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(EngineError, match=message):
+        read_overrides(tmp_path / "p.yaml")
+    with pytest.raises(EngineError, match=r"none\.yaml: cannot be read"):
+        read_overrides(tmp_path / "none.yaml")

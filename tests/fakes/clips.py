@@ -1,0 +1,92 @@
+"""Small videos to read, and the plain decode that they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, VisionSpec
+from bridge_stg.runtime.video.source import VideoSource
+
+VISION = VisionSpec("qwen3_vl", 8, 2, 2, 32, 16, 1, 8)
+LANGUAGE = LanguageSpec(32, 2, 1, 16, 100, 1000, 2, (1,))
+FRAMES = FramesSpec(
+    coarse_fps=2, coarse_max_pixels=32 * 32, coarse_min_pixels=256, max_coarse_groups=8, fine_fps=5,
+    fine_max_pixels=64 * 64, fine_min_pixels=256,
+)  # fmt: skip
+SPEC = ModelSpec(VISION, LANGUAGE, FRAMES)
+GOP = "keyint=20:min-keyint=20:scenecut=0:bframes=3"
+
+
+def pictures(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
+    """Pictures that all differ: smooth noise that drifts, with the number as a bar code."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(40, 200, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    noise = np.kron(noise, np.ones((8, 8, 1), np.uint8))[:height, :width]
+    made = []
+    for index in range(count):
+        picture = np.roll(noise, index * 3, axis=1).copy()
+        for bit in range(8):
+            picture[: height // 4, bit * width // 8 : (bit + 1) * width // 8] = 230 if index >> bit & 1 else 20
+        made.append(picture)
+    return made
+
+
+def write(
+    path: Path,
+    frames: Sequence[np.ndarray],
+    *,
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    rate: int = 25,
+    ticks: Sequence[int] | None = None,
+    time_base: Fraction | None = None,
+    options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
+) -> Path:
+    with av.open(str(path), "w", options=container_options or {}) as file:
+        stream = file.add_stream(codec, rate=rate, options=options or {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pixels
+        clock = time_base or Fraction(1, rate)
+        if time_base is not None:
+            stream.codec_context.time_base = time_base
+        for index, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = (index if ticks is None else ticks[index]), clock
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def decoded(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """The reference: every frame of the file in RGB, by one plain pass, and its time where the file gives one."""
+    with av.open(str(path)) as file:
+        frames = list(file.decode(video=0))
+        times = [(f.pts - frames[0].pts) * float(file.streams.video[0].time_base) for f in frames if f.pts is not None]
+        return [frame.to_ndarray(format="rgb24") for frame in frames], np.array(times)
+
+
+def scaled(rgb: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    return np.array(Image.fromarray(rgb).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def expect_fine(source: VideoSource, times: np.ndarray, reference: list[np.ndarray], frame_times: np.ndarray) -> None:
+    shown = np.array([max(np.flatnonzero(frame_times <= time + 4e-4), default=0) for time in times])
+    samples = source.fine(times)
+    np.testing.assert_allclose(samples.times, frame_times[shown], atol=1e-9)
+    expected = np.stack([scaled(reference[index], samples.frames.shape[1:3]) for index in shown])
+    np.testing.assert_array_equal(samples.frames, expected)

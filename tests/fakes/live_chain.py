@@ -1,0 +1,95 @@
+"""A chain for live tests: a language model that sees, sessions that count and keep nothing, and their streams."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.grounder import Grounder
+from tests.fakes.chain import (
+    VOCAB,
+    FakeCache,
+    FakeLanguageModel,
+    FakeSpatialDecoder,
+    FakeTokenizer,
+    FakeVisionEncoder,
+    fake_spec,
+)
+
+TIME = re.compile(r"<[0-9.]+ seconds>")
+
+
+class SeeingLanguageModel(FakeLanguageModel):
+    """Names the last run of groups that are bright, as a trained model names the target's."""
+
+    def scripted(self, visible: np.ndarray) -> np.ndarray:
+        wish = np.zeros(VOCAB, np.float32)
+        text = self.tokenizer.decode(visible[:, 0])
+        prompt, asked, written = text.rpartition("<|im_start|>assistant\n")
+        if asked:
+            bright = visible[visible[:, 1] > 0, 1].reshape(len(TIME.findall(prompt)), -1).mean(axis=1) > 70_000
+            answer = self.named(TIME.findall(prompt), bright)
+            if answer.startswith(written) and answer != written:
+                wish[self.tokenizer.encode(answer[len(written) :])[0]] = 50
+        return wish
+
+    @staticmethod
+    def named(times: list[str], bright: np.ndarray) -> str:
+        if not bright.any():
+            return "none"
+        last = first = int(np.flatnonzero(bright)[-1])
+        while first and bright[first - 1]:
+            first -= 1
+        return f"{times[first]} to {times[last]}"
+
+
+class Counting:
+    """A session that counts what it is fed and forgets it, so that it can run for an hour."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.calls = self.tokens = self.frames = 0
+        self.allocated = 0
+
+    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
+        self.calls += 1
+        self.tokens += feeds["input_ids"].size if "input_ids" in feeds else 0
+        self.frames += len(feeds["frames"]) if "frames" in feeds else 0
+        self.session.before(feeds)
+        outputs = self.session.run(feeds, cache)
+        getattr(self.session, "seen", []).clear()
+        return outputs
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> FakeCache:
+        self.allocated += 1
+        return FakeCache(batch, capacity)
+
+    def close(self) -> None:
+        self.session.closed = True
+
+
+def live_grounder(spec: ModelSpec | None = None, *, seeing: bool = True, **options: Any) -> Grounder:
+    """Return a Grounder over counting fakes; they are at `grounder._sessions`."""
+    spec = spec or fake_spec()
+    tokenizer: Any = FakeTokenizer()
+    language = (SeeingLanguageModel if seeing else FakeLanguageModel)(tokenizer)
+    sessions: dict[str, Any] = {
+        "vision_encoder": Counting(FakeVisionEncoder(spec)),
+        "language_model": Counting(language),
+        "spatial_decoder": Counting(FakeSpatialDecoder()),
+    }
+    return Grounder(sessions, spec, tokenizer, **options)
+
+
+def stream(
+    seconds: float, *, bright: tuple[tuple[float, float], ...] = (), fps: float = 8.0, start_s: float = 0.0
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (time, frame): white where the target is there, black elsewhere; made as they are taken."""
+    frames = {shown: np.full((48, 64, 3), 255 if shown else 0, np.uint8) for shown in (True, False)}
+    for i in range(int(seconds * fps)):
+        time = i / fps
+        yield start_s + time, frames[any(low <= time < high for low, high in bright)]

@@ -1,0 +1,98 @@
+"""Sessions that are opened in another thread: calls wait, errors surface at the call, closing leaves nothing open."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bridge_stg.runtime.backends.choose import open_sessions
+from bridge_stg.runtime.backends.pending import PendingSession, open_in_order
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.errors import EngineError
+
+GRAPH: Any = "language_model (standard)"
+
+
+class Opened:
+    def __init__(self) -> None:
+        self.closed = False
+
+    def infer(self, feeds: Any, *, cache: Any = None) -> Any:
+        return feeds, cache
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> Any:
+        return batch, capacity
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_call_waits_for_its_own_session_only() -> None:
+    go = threading.Event()
+    first, second = PendingSession(GRAPH, Opened), PendingSession(GRAPH, lambda: go.wait(5) and Opened())
+    open_in_order([first, second])
+    assert first.infer({"a": 1}, cache="kv") == ({"a": 1}, "kv")  # while the second is still being opened
+    assert not second._settled.is_set()
+    go.set()
+    assert second.allocate_cache(batch=2, capacity=9) == (2, 9)
+    assert second.graph == GRAPH
+
+
+def test_what_the_opening_raised_is_raised_by_every_call_and_not_by_closing() -> None:
+    def refuse() -> Any:
+        raise EngineError("refuses the graph")
+
+    broken, behind = PendingSession(GRAPH, refuse), PendingSession(GRAPH, Opened)
+    open_in_order([broken, behind])
+    for _ in range(2):
+        with pytest.raises(EngineError, match="refuses the graph"):
+            broken.infer({})
+    behind.wait()
+    broken.close()
+
+
+def test_closing_waits_for_the_one_being_opened_and_spares_the_rest() -> None:
+    go, opened = threading.Event(), Opened()
+    made: list[str] = []
+    first = PendingSession(GRAPH, lambda: go.wait(5) and opened)
+    second = PendingSession(GRAPH, lambda: made.append("second") or Opened())
+    open_in_order([first, second])
+    second._closed = True  # as a close in another thread does before it waits
+    threading.Timer(0.05, go.set).start()
+    first.close()
+    assert opened.closed
+    second.close()
+    assert made == []
+    with pytest.raises(EngineError, match="closed"):
+        second.infer({})
+
+
+def test_a_bundle_opened_in_the_background_answers_the_same(bundle_path: Any) -> None:
+    bundle = Bundle.load(bundle_path)
+    later, now = (open_sessions(bundle, backend="onnxruntime", threads=1, wait=wait) for wait in (False, True))
+    assert later.target == now.target and set(later) == set(now)
+    for name, session in later.items():
+        assert isinstance(session, PendingSession) and session.graph == now[name].graph
+        opened: Any = now[name]
+        assert (session.prefill_chunk, session.encoder_patches) == (opened.prefill_chunk, opened.encoder_patches)
+        graph = session.graph
+        sizes = {"B": 1, "L": 2, "K": 1, "S": 8}
+        caches = [each.allocate_cache(batch=1, capacity=8) for each in (session, now[name])]
+        feeds = {
+            tensor.name: np.ones(
+                [sizes.get(str(dim), dim if isinstance(dim, int) else 2) for dim in tensor.dims], tensor.dtype
+            )
+            for tensor in graph.inputs
+            if tensor.name not in graph.cache.past_names
+        }
+        feeds |= {name: np.zeros_like(feeds[name]) for name in ("cache_position", "output_index") if name in feeds}
+        found = [each.infer(feeds, cache=cache) for each, cache in zip((session, now[name]), caches, strict=True)]
+        for output in found[0]:
+            np.testing.assert_array_equal(found[0][output], found[1][output])
+        session.close()
+        with pytest.raises(EngineError, match="closed"):
+            session.infer(feeds)
+        now[name].close()

@@ -1,0 +1,154 @@
+"""A bundle is written whole or not at all, and replaces nothing that it should not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bridge_stg.runtime.bundle.bundle import Bundle, verify
+from bridge_stg.runtime.bundle.manifest import Manifest
+from bridge_stg.runtime.bundle.reports import write_report
+from bridge_stg.runtime.bundle.writer import BundleWriter
+from bridge_stg.runtime.errors import BundleError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(target: Path, spec, text: str = "{}", **options: bool) -> Path:
+    with BundleWriter(target, **options) as writer:
+        writer.add_file("tokenizer.json", text.encode())
+        return writer.finish(Manifest(spec=spec))
+
+
+def test_variants_share_equal_weights_and_the_manifest_lists_all(bundle_path):
+    assert names(bundle_path / "graphs/language_model") == ["primitive.onnx", "standard.onnx", "weights.data"]
+    manifest = Bundle.load(bundle_path).manifest
+    assert sorted(entry.path for entry in manifest.files) == [
+        "golden/first/case.json", "golden/first/language_model_0.npz", "tokenizer.json",
+    ]  # fmt: skip
+    standard, primitive = manifest.all_graphs()[::-1]
+    assert standard.data == primitive.data and standard.sha256 != primitive.sha256
+    assert names(bundle_path.parent) == ["bundle"]
+
+
+def test_weights_of_the_same_name_with_other_bytes_are_refused(tmp_path, language_models, model_spec):
+    other = tmp_path / "other"
+    other.mkdir()
+    graph = language_models["primitive"]
+    (other / "model.onnx").write_bytes(graph.path.read_bytes())
+    (other / "weights.data").write_bytes(bytes(graph.path.with_name("weights.data").stat().st_size))
+    with pytest.raises(BundleError, match="another data file named weights.data"):
+        with BundleWriter(tmp_path / "bundle") as writer:
+            writer.add_graph(language_models["standard"].spec, language_models["standard"].path)
+            writer.add_graph(graph.spec, other / "model.onnx")
+    assert names(tmp_path) == ["other"]
+
+
+def test_files_may_be_written_in_place(tmp_path, language_models, model_spec):
+    graph = language_models["standard"]
+    with BundleWriter(tmp_path / "bundle") as writer:
+        with pytest.raises(
+            BundleError, match=r"standard.onnx: graph language_model \(standard\) was added, but its file"
+        ):
+            writer.add_graph(graph.spec)
+        folder = writer.folder / "graphs/language_model"
+        folder.mkdir(parents=True)
+        (folder / "standard.onnx").write_bytes(graph.path.read_bytes())
+        (folder / "weights.data").write_bytes(graph.path.with_name("weights.data").read_bytes())
+        writer.add_graph(graph.spec)
+        write_report(writer.folder, "parity", {"passed": True})
+        writer.finish(Manifest(spec=model_spec, verified=True))
+    manifest = verify(tmp_path / "bundle").manifest
+    assert manifest.verified and manifest.files == () and manifest.spec == model_spec
+    assert names(tmp_path / "bundle/reports") == ["parity.json"]
+
+
+def test_leftovers_in_graphs_are_refused(tmp_path, model_spec):
+    with pytest.raises(BundleError, match="graphs/x/old.data belongs to no graph"):
+        with BundleWriter(tmp_path / "bundle") as writer:
+            writer.add_file("graphs/x/old.data", b"")
+            writer.finish(Manifest(spec=model_spec))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_interrupted_write_leaves_nothing(tmp_path, error):
+    with pytest.raises(error):
+        with BundleWriter(tmp_path / "bundle") as writer:
+            writer.add_file("tokenizer.json", b"{}")
+            assert names(tmp_path) == [writer.folder.name]
+            raise error
+    assert names(tmp_path) == []
+
+
+def test_a_block_without_finish_leaves_nothing(tmp_path):
+    with BundleWriter(tmp_path / "deep" / "bundle") as writer:
+        writer.add_file("tokenizer.json", b"{}")
+        with pytest.raises(ValueError, match="leaves the bundle"):
+            writer.add_file("../x", b"")
+    assert names(tmp_path / "deep") == []
+
+
+def test_the_bundle_may_be_read_by_whom_the_umask_allows(tmp_path, model_spec):
+    before = os.umask(0o022)
+    try:
+        assert write(tmp_path / "bundle", model_spec).stat().st_mode & 0o777 == 0o755
+    finally:
+        os.umask(before)
+
+
+def test_an_older_bundle_is_replaced_only_when_asked(tmp_path, model_spec):
+    target = write(tmp_path / "bundle", model_spec, "old")
+    with pytest.raises(BundleError, match="a bundle is there already. Ask for it to be overwritten"):
+        write(target, model_spec, "new")
+    assert (target / "tokenizer.json").read_text() == "old"
+    (tmp_path / "link").symlink_to(target)
+    write(tmp_path / "link", model_spec, "new", overwrite=True)
+    assert (target / "tokenizer.json").read_text() == "new"
+    assert names(tmp_path) == ["bundle", "link"]
+    verify(target)
+
+
+def test_a_failed_swap_brings_the_old_bundle_back(tmp_path, model_spec, monkeypatch):
+    target = write(tmp_path / "bundle", model_spec, "old")
+    rename = os.rename
+
+    def fail_on_the_new_one(source, destination):
+        if str(source).endswith(".partial"):
+            raise KeyboardInterrupt
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fail_on_the_new_one)
+    with pytest.raises(KeyboardInterrupt):
+        write(target, model_spec, "new", overwrite=True)
+    assert names(tmp_path) == ["bundle"] and (target / "tokenizer.json").read_text() == "old"
+
+
+def test_an_empty_folder_is_taken(tmp_path, model_spec):
+    (tmp_path / "bundle").mkdir()
+    verify(write(tmp_path / "bundle", model_spec))
+    assert names(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("manifest", [None, "{", '{"name": "extension"}'])
+def test_other_folders_and_files_are_never_replaced(tmp_path, model_spec, overwrite, manifest):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "me.jpg").write_bytes(b"x")
+    if manifest:
+        (folder / "manifest.json").write_text(manifest)
+    for target in (folder, folder / "me.jpg"):
+        with pytest.raises(BundleError, match="exists and is not a bundle, so it is not replaced"):
+            write(target, model_spec, overwrite=overwrite)
+    assert (folder / "me.jpg").read_bytes() == b"x" and names(tmp_path) == ["photos"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path, model_spec):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="no folder can be made there"):
+        write(tmp_path / "file" / "bundle", model_spec)

@@ -1,0 +1,192 @@
+"""Arrays on the device against numpy: views, copies, joining, lending and resizing, on a pretended device."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from bridge_stg.runtime.device import array_ops as arrays
+from bridge_stg.runtime.device import dlpack
+from bridge_stg.runtime.device import resize as device_resize
+from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.device.cuda import Cuda
+from bridge_stg.runtime.device.memory import size_class
+from bridge_stg.runtime.device.resize import DeviceResizer
+from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.video.sizes import resize
+from tests.fakes.cuda import FakeCuda
+from tests.fakes.kernels import FakeDriver, FakeNvrtc
+
+
+@pytest.fixture(params=[(), (0,), (1,)])
+def cuda(request) -> FakeCuda:
+    return FakeCuda(eager=request.param)
+
+
+@pytest.fixture
+def context(cuda):
+    opened = DeviceContext(Cuda(cuda)).open()
+    yield opened
+    opened.close()
+    assert not cuda.allocations and not cuda.pinned and not cuda.streams and not cuda.events
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)
+
+
+INDICES = [
+    np.s_[1], np.s_[-1], np.s_[1:3], np.s_[:, 1],
+    np.s_[:, 1:], np.s_[:, :, 0], np.s_[2:1], np.s_[:, :, 1:2], np.s_[0, 1:3, 2],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+def test_views_are_those_of_numpy(context, random, index):
+    whole = random.normal(size=(4, 3, 5)).astype(np.float32)
+    array = context.upload(whole)
+    assert array[index].shape == whole[index].shape and array[index].strides == whole[index].strides
+    np.testing.assert_array_equal(array[index].numpy(), whole[index])
+    new = random.normal(size=whole[index].shape).astype(np.float32)
+    for value in (new, context.upload(new)):
+        array[index] = value
+        expected = whole.copy()
+        expected[index] = new
+        np.testing.assert_array_equal(array.numpy(), expected)
+
+
+def test_views_of_views_are_copied_in_few_pieces(context, cuda, random):
+    whole = random.normal(size=(2, 6, 4, 3)).astype(np.float16)
+    array = context.upload(whole)
+    part = array[:, 1:5][:, :, 1:3]
+    assert not part.contiguous and array[1].contiguous and array[:, 2:2].contiguous
+    np.testing.assert_array_equal(np.asarray(part), whole[:, 1:5][:, :, 1:3])
+    assert len(list(array)) == 2 and array.reshape(12, 12).shape == (12, 12)
+    with pytest.raises(IndexError, match="steps of 1"):
+        array[::2]
+    with pytest.raises(IndexError, match="out of bounds for axis 1 of size 6"):
+        array[0, 6]
+    with pytest.raises(
+        EngineError, match=r"float16 \[1\] cannot be written into a device array float16 \[2, 6, 4, 3\]"
+    ):
+        array.write(np.zeros(1, np.float16))
+
+
+def test_joining_and_stacking_equal_numpy(context, random):
+    parts = [random.normal(size=(3, n, 4)).astype(np.float32) for n in (2, 1, 5)]
+    on_device = [context.upload(part) for part in parts]
+    for zeros in (0, 1):
+        np.testing.assert_array_equal(
+            arrays.join(on_device, axis=1, zeros_before=zeros).numpy(), arrays.join(parts, axis=1, zeros_before=zeros)
+        )
+    same, device_same = [parts[0], parts[0] + 1], [on_device[0], context.upload(parts[0] + 1)]
+    for axis in (0, 1, 2):
+        np.testing.assert_array_equal(arrays.stack(device_same, axis=axis).numpy(), np.stack(same, axis=axis))
+    repeated = arrays.repeat_new_axis(on_device[0], 2)
+    np.testing.assert_array_equal(repeated.numpy(), arrays.repeat_new_axis(parts[0], 2))
+
+
+def test_memory_is_used_again_and_no_value_is_lost(context, cuda, random):
+    values = [random.normal(size=(50, 50)).astype(np.float32) for _ in range(30)]
+    kept = []
+    for i, value in enumerate(values):
+        array = context.upload(value).copy()
+        if i % 3 == 0:
+            kept.append((array, value))
+    assert cuda.calls["cudaMalloc"] < 20
+    for array, value in kept:
+        np.testing.assert_array_equal(array.numpy(), value)
+
+
+def test_a_full_device_gives_up_what_nobody_uses():
+    cuda = FakeCuda(memory=2**20)
+    context = DeviceContext(Cuda(cuda)).open()
+    for size in (2**18, 2**19, 3 * 2**18, 2**19 + 2**18):
+        context.empty([size], np.uint8)
+    held = context.empty([2**19], np.uint8)
+    with pytest.raises(EngineError, match=r"the GPU has no memory for 1 MiB more \(0 MiB are free\)"):
+        context.empty([2**20], np.uint8)
+    assert held.nbytes == 2**19
+    assert size_class(5000) == 8192 and size_class(2**20 + 1) <= 2**20 * 9 / 8
+    context.close()
+
+
+def test_what_is_lent_is_not_used_again_before_the_other_lets_go(context, cuda):
+    array = context.zeros((2, 3), np.int64)
+    lent = dlpack.borrow(array, stream=context.uploads)
+    assert (lent.address, lent.shape, lent.strides, lent.dtype) == (array.address, (2, 3), (24, 8), np.dtype("int64"))
+    assert lent.device == array.__dlpack_device__() == (dlpack.CUDA, 0)
+    address = array.address
+    del array
+    gc.collect()
+    others = [context.empty((2, 3), np.int64) for _ in range(4)]
+    assert address not in {other.address for other in others}
+    del lent
+    gc.collect()
+    assert context.empty((2, 3), np.int64).address == address
+    unread = context.zeros((4,), bool).__dlpack__(stream=-1)
+    del unread  # a capsule that nobody took
+
+
+def test_arrays_of_other_libraries(context):
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.arange(6, dtype=np.float32).reshape(2, 3))  # on the CPU
+    np.testing.assert_array_equal(arrays.accept(value, context), value.numpy())
+    other = DeviceContext(Cuda(FakeCuda())).open()
+    array = other.upload(np.arange(3))
+    assert isinstance(arrays.accept(array, context), np.ndarray)  # another chain's takes the way over the host
+    assert arrays.accept("text", context) == "text"
+
+    class Elsewhere:
+        def __dlpack_device__(self):
+            return (dlpack.CUDA, 3)
+
+        def __dlpack__(self, **options):
+            raise AssertionError
+
+    with pytest.raises(EngineError, match=r"lies on DLPack device \(2, 3\), and this chain runs on CUDA device 0"):
+        arrays.accept(Elsewhere(), context)
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [((48, 64), (32, 32)), ((37, 53), (64, 96)), ((96, 160), (32, 64)), ((32, 64), (32, 96)), ((50, 64), (32, 64))],
+)
+def test_pictures_are_resized_to_the_bytes_of_pillow(context, cuda, random, size, target):
+    driver = FakeDriver(cuda)
+    resizer = DeviceResizer(context, (FakeNvrtc(), driver))
+    picture = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+    ours = resizer.resize(context.upload(picture), target)
+    assert isinstance(ours, DeviceArray) and driver.launches == sum(a != b for a, b in zip(size, target, strict=True))
+    np.testing.assert_array_equal(ours.numpy(), resize(picture, target))
+    same = resizer.resize(ours, target)
+    assert same.address != ours.address
+
+
+def test_without_the_compiler_pictures_are_resized_on_the_host(context, cuda, random, caplog, monkeypatch):
+    resizer = DeviceResizer(context, (FakeNvrtc(fails=True), FakeDriver(cuda)))
+    assert "frames on the GPU are resized on the host: nvrtcCompileProgram failed" in caplog.text
+    picture = random.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(resizer.resize(context.upload(picture), (32, 32)).numpy(), resize(picture, (32, 32)))
+
+    def missing():
+        raise ImportError("no cuda.bindings")
+
+    monkeypatch.setattr(device_resize, "_bindings", missing)
+    assert isinstance(resize(context.upload(picture), (32, 32)), DeviceArray)  # as the sources of frames call it
+
+
+def test_use_after_the_chain_was_closed_is_told(cuda):
+    context = DeviceContext(Cuda(cuda)).open()
+    array = context.zeros((3,), np.float32)
+    context.close()
+    with pytest.raises(EngineError, match="used after its sessions were closed"):
+        array.numpy()
+    with pytest.raises(EngineError, match="this device context is closed"):
+        context.zeros((3,), np.float32)
+    del array  # gives back to a pool that is gone

@@ -1,0 +1,51 @@
+"""Work in threads beside the caller's: results, errors, order."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from bridge_stg.runtime.host.threads import Background, for_each
+
+
+def test_a_result_is_waited_for_and_an_error_is_raised_by_who_asks() -> None:
+    go = threading.Event()
+    ahead = Background(lambda: go.wait(5) and threading.current_thread().name)
+    assert ahead._made == []
+    go.set()
+    assert ahead.result() == ahead.result() != threading.current_thread().name
+    failed = Background(lambda: 1 / 0)
+    failed.wait()
+    with pytest.raises(ZeroDivisionError):
+        failed.result()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_item_is_worked_on_once_at_the_same_time(threads: int) -> None:
+    meet = threading.Barrier(threads)
+    seen: list[int] = []
+
+    def work(item: int) -> None:
+        if item < threads:
+            meet.wait(5)  # breaks if fewer threads work
+        seen.append(item)
+
+    for_each(work, range(20), threads=threads)
+    assert sorted(seen) == list(range(20))
+    for_each(work, [], threads=threads)
+
+
+def test_the_first_error_in_the_order_of_items_is_raised() -> None:
+    meet = threading.Barrier(2)
+
+    def work(item: int) -> None:
+        meet.wait(5)
+        raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 0"):
+        for_each(work, range(2), threads=2)
+    done: list[int] = []
+    with pytest.raises(ZeroDivisionError):
+        for_each(lambda item: done.append(item) if item < 3 else 1 / 0, range(10), threads=1)
+    assert done == [0, 1, 2]

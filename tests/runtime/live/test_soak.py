@@ -1,0 +1,35 @@
+"""An hour of a stream, as fast as it is taken: memory stays where it was after the warm-up."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+from bridge_stg.runtime.host.peak import peak_bytes
+from tests.fakes.live_chain import live_grounder, stream
+
+HOUR_S, WARM_UP_S = 3600, 360
+STATM = Path("/proc/self/statm")
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    if not STATM.exists():  # not Linux
+        return peak_bytes()
+    return int(STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_an_hour_holds_memory_within_one_per_cent() -> None:
+    held: list[int] = []
+    grounder = live_grounder(seeing=False)
+    with grounder.watch(stream(HOUR_S, fps=4.0), ["the car", "a dog"], window=16) as watch:
+        for update in watch:
+            if update.known_s >= WARM_UP_S and update.known_s % 60 == 0:
+                held.append(resident_bytes())
+    stats = watch.stats
+    assert stats.answers == stats.groups == HOUR_S and stats.rebuilds == 719 and len(held) == 55
+    assert max(held) <= 1.01 * held[0]

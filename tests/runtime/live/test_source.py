@@ -1,0 +1,160 @@
+"""Sources: files as they are, at their own pace or not; addresses and cameras that are not there, silent or broken."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.live.source import _Clock, open_live
+from bridge_stg.runtime.video.source import open_source
+from tests.fakes.clips import GOP, SPEC, pictures, write
+from tests.fakes.live_chain import live_grounder
+from tests.fakes.rtsp_camera import camera
+
+
+def test_a_file_gives_its_frames_and_times(tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(40))
+    source = open_live(path)
+    frames = [(time_s, picture()) for time_s, picture in source.frames(threading.Event())]
+    with open_source(path, SPEC) as video:
+        np.testing.assert_allclose([time_s for time_s, _ in frames], video.frame_times, atol=1e-9)
+    assert frames[0][1].shape == (48, 64, 3) and not source.keeps_pace
+
+
+def test_a_file_at_its_own_pace(tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(11))
+    source, stop = open_live(path, realtime=True), threading.Event()
+    began = time.monotonic()
+    arrived = [(time_s, time.monotonic() - began) for time_s, _ in source.frames(stop)]
+    assert source.keeps_pace and all(at >= time_s - 1e-3 for time_s, at in arrived)
+    stop.set()
+    assert len(list(open_live(path, realtime=True).frames(stop))) <= 1
+
+
+def test_what_cannot_be_watched_is_told_before_it_is_opened(tmp_path: Path) -> None:
+    for source, word in (
+        ("nothing.mp4", "no such file"),
+        ("ftp://host/a.mp4", "expected one of: rtsp"),
+        (np.zeros((4, 4, 3), np.uint8), "cannot watch a ndarray"),
+        (3.5, "cannot watch a float"),
+        (True, "cannot watch a bool"),
+    ):
+        with pytest.raises(VideoError, match=word):
+            open_live(source)  # type: ignore[arg-type]
+
+
+def first(source: object, **options: float) -> object:
+    return next(open_live(source, **options).frames(threading.Event()))  # type: ignore[arg-type]
+
+
+def test_a_camera_that_is_not_there() -> None:
+    for source in (97, "97", "/dev/video97"):
+        with pytest.raises(VideoError, match="/dev/video97: no such camera"):
+            first(source)
+
+
+def test_an_address_that_nobody_answers_hides_its_password() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(VideoError, match="cannot be opened") as told:
+        first(f"rtsp://me:secret@127.0.0.1:{port}/stream", timeout_s=2.0)
+    assert "secret" not in str(told.value) and f"127.0.0.1:{port}/stream" in str(told.value)
+
+
+@contextmanager
+def serving(body: bytes, *, hang: bool, length: int | None = None) -> Iterator[str]:
+    """Serve one video over HTTP, once a connection; then close it, or fall silent."""
+    listener, done = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    listener.settimeout(0.1)
+
+    def serve() -> None:
+        while not done.is_set():
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            with connection:
+                connection.recv(65536)
+                size = f"Content-Length: {length}\r\n" if length else ""
+                head = f"HTTP/1.1 200 OK\r\nContent-Type: video/mp2t\r\n{size}Connection: close\r\n\r\n"
+                connection.sendall(head.encode() + body)
+                if hang:
+                    done.wait(20)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/clip.ts"
+    finally:
+        done.set()
+        thread.join(5)
+        listener.close()
+
+
+def test_a_stream_over_the_network(tmp_path: Path) -> None:
+    body = write(tmp_path / "clip.ts", pictures(60)).read_bytes()
+    with serving(body, hang=False, length=len(body)) as address:
+        frames = [(time_s, picture().shape) for time_s, picture in open_live(address).frames(threading.Event())]
+        assert len(frames) == 60 and {shape for _, shape in frames} == {(48, 64, 3)}
+        np.testing.assert_allclose([time_s for time_s, _ in frames], np.arange(60) / 25, atol=1e-3)
+        with live_grounder().watch(address, ["the car"], window=8, latest_wins=False) as watch:
+            assert [update.known_s for update in watch] == [1, 2] and watch.stats.ended == "source"
+
+
+def test_a_camera_over_rtsp(tmp_path: Path) -> None:
+    body = write(tmp_path / "clip.ts", pictures(200), options={"x264-params": GOP}).read_bytes()
+    with camera(body) as address:
+        with live_grounder().watch(address, ["the car"], window=8) as watch:
+            updates = list(watch)
+    stats = watch.stats
+    assert stats.ended == "source" and 190 < stats.frames <= 200  # 8 s; the stream's end cuts the last frames off
+    assert stats.groups + stats.dropped_groups == 8 == updates[-1].known_s
+
+
+def test_a_camera_over_rtsp_that_falls_silent(tmp_path: Path) -> None:
+    body = write(tmp_path / "clip.ts", pictures(200), options={"x264-params": GOP}).read_bytes()
+    with camera(body, hang=True) as address:
+        with live_grounder().watch(address, ["the car"], window=8, stall_s=1.0) as watch:
+            with pytest.raises(VideoError, match=r"(nothing|no frame) came for 1 s") as told:
+                list(watch)
+    assert watch.stats.groups > 1 and "secret" not in str(told.value)
+
+
+def test_a_stream_that_breaks_off(tmp_path: Path) -> None:
+    body = write(tmp_path / "clip.ts", pictures(60)).read_bytes()
+    with serving(body, hang=False, length=2 * len(body)) as address:
+        with live_grounder().watch(address, ["the car"], window=8, latest_wins=False) as watch:
+            with pytest.raises(VideoError, match="clip.ts broke off"):
+                list(watch)
+    assert watch.stats.answers == 2
+
+
+def test_a_stream_that_falls_silent(tmp_path: Path) -> None:
+    body = write(tmp_path / "clip.ts", pictures(300)).read_bytes()
+    with serving(body[: len(body) // 188 // 2 * 188], hang=True) as address:
+        with live_grounder().watch(address, ["the car"], window=8, latest_wins=False, stall_s=1.0) as watch:
+            with pytest.raises(VideoError, match=r"(nothing|no frame) came for 1 s"):
+                list(watch)
+        assert watch.stats.answers > 1 and watch.stats.ended == "error"
+
+
+def test_clocks() -> None:
+    def times(*stamps: int | None, live: bool = False) -> list[float]:
+        clock = _Clock(0.01, 0.1, live=live)
+        return [round(clock.add(stamp), 3) for stamp in stamps]
+
+    assert times(500, 510, 540) == [0, 0.1, 0.4]
+    assert times(None, None) == [0, 0.1]
+    assert times(500, 510, 3, 13) == [0, 0.1, 0.2, 0.3]  # a clock that was set back
+    assert times(500, 500, None, 530) == [0, 0.1, 0.2, 0.4]
+    live = times(500, 510, 999_999, 1_000_009, live=True)  # and one that was set forward
+    assert live[1] == 0.1 and 0.1 < live[2] < 1 and live[3] == pytest.approx(live[2] + 0.1, abs=1e-3)

@@ -1,0 +1,244 @@
+"""Video files: what is read is what a plain decode of the whole file gives, whatever the container does."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.video import decoder as container
+from bridge_stg.runtime.video import file as video
+from bridge_stg.runtime.video.file import VideoFile
+from bridge_stg.runtime.video.source import VideoSource, open_source
+from tests.fakes.clips import GOP, LANGUAGE, SPEC, VISION, Counter, decoded, expect_fine, pictures, scaled, write
+
+FILES: dict[str, tuple[str, dict]] = {
+    "long GOP, B-frames": ("mp4", {"options": {"x264-params": "keyint=200:scenecut=0:bframes=3"}}),
+    "closed GOP": ("mp4", {"options": {"x264-params": GOP}}),
+    "open GOP": ("mp4", {"options": {"x264-params": GOP + ":open-gop=1"}}),
+    "open GOP, transport stream": ("ts", {"options": {"x264-params": GOP + ":open-gop=1"}}),
+    "intra refresh": ("mkv", {"options": {"x264-params": "keyint=20:intra-refresh=1"}}),
+    "program stream": ("mpg", {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}}),
+    "avi, B-frames": ("avi", {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}}),
+    "elementary stream without times": ("h264", {"options": {"x264-params": GOP}}),
+    "HEVC": ("mp4", {"codec": "libx265", "options": {"x265-params": GOP + ":open-gop=1:log-level=none"}}),
+    "VP9": ("webm", {"codec": "libvpx-vp9", "options": {"g": "20", "deadline": "realtime", "cpu-used": "8"}}),
+    "lossless, all key frames": ("mkv", {"codec": "ffv1"}),
+    "variable rate": ("mp4", {"options": {"x264-params": GOP}, "rate": 30, "time_base": Fraction(1, 600)}),
+    "variable rate, mkv": ("mkv", {"options": {"x264-params": GOP}, "rate": 30, "time_base": Fraction(1, 1000)}),
+    "negative first time": ("mkv", {"options": {"x264-params": GOP}, "time_base": Fraction(1, 25)}),
+}
+
+
+READ_FROM_THE_START = ("long GOP, B-frames", "intra refresh", "elementary stream without times")  # one key, or no times
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_fine_frames_are_those_of_a_sequential_decode(kind: str, tmp_path: Path) -> None:
+    extension, options = FILES[kind]
+    count, options = 90, dict(options)
+    if kind.startswith("variable"):
+        gaps = np.random.default_rng(1).choice([10, 20, 40, 170], count)
+        options["ticks"] = [int(tick) for tick in np.cumsum(gaps) - gaps[0]]
+    if kind.startswith("negative"):
+        options["ticks"] = list(range(-7, count - 7))
+    path = write(tmp_path / f"clip.{extension}", pictures(count), **options)
+    reference, times = decoded(path)
+    if len(times) < len(reference):
+        times = np.arange(len(reference)) / 25
+    rng = np.random.default_rng(2)
+    with open_source(path, SPEC) as source:
+        picked = rng.permutation(len(reference))[:25]
+        expect_fine(source, times[picked], reference, times)  # before coarse()
+        np.testing.assert_allclose(source.frame_times, times, atol=1e-9)
+        assert set(source._shown(source.fine_grid())) == set(source._kept.frames)
+        expect_fine(source, source.fine_grid(), reference, times)
+        source._kept.clear()
+        expect_fine(source, source.fine_grid(), reference, times)  # decoded again
+        expect_fine(source, times[[70, 3]], reference, times)
+        assert source._seekable is (kind not in READ_FROM_THE_START)
+        coarse = source.coarse()
+        shown = [max(np.flatnonzero(times <= time + 4e-4)) for time in coarse.times.reshape(-1)]
+        expected = np.stack([scaled(reference[index], coarse.frames.shape[2:4]) for index in shown])
+        np.testing.assert_array_equal(coarse.frames.reshape(expected.shape), expected)
+
+
+def test_coarse_reads_every_frame_once_and_samples_evenly(tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(60))
+    check, told = Counter(), []
+    with open_source(path, SPEC, check=check, progress=lambda done, total: told.append((done, total))) as source:
+        coarse = source.coarse()
+        assert source.coarse() is coarse
+    assert check.count == 60
+    assert [done for done, _ in told] == pytest.approx(np.arange(60) / 25)
+    assert [total for _, total in told] == pytest.approx([2.4] * 60)
+    assert (source.width, source.height, source.duration_s) == (64, 48, pytest.approx(2.4))
+    assert not source.is_image
+    np.testing.assert_array_equal(coarse.times, [[0, 0.5], [1, 1.5], [2, 2]])
+    assert coarse.frames.shape == (3, 2, 16, 32, 3)
+    assert (coarse.interval_s, coarse.duration_s) == (0.5, pytest.approx(2.4))
+    np.testing.assert_array_equal(coarse.group_times, [0.25, 1.25, 2])
+    np.testing.assert_array_equal(coarse.frames[2, 0], coarse.frames[2, 1])
+    np.testing.assert_allclose(source.fine_grid(), np.arange(12) / 5)
+
+
+def test_long_videos_are_sampled_more_sparsely(tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mkv", pictures(100), rate=5)  # 20 s: 40 samples, 8 groups of 2 may be kept
+    with open_source(path, SPEC) as source:
+        coarse = source.coarse()
+    assert coarse.interval_s == 2
+    np.testing.assert_array_equal(coarse.times.reshape(-1), np.arange(10) * 2)
+    reference, _ = decoded(path)
+    np.testing.assert_array_equal(coarse.frames[1, 1], scaled(reference[30], (16, 32)))
+
+
+def test_fine_decodes_only_around_what_is_asked_for(tmp_path: Path) -> None:
+    for name in ("clip.mp4", "clip.ts"):
+        path = write(tmp_path / name, pictures(240), options={"x264-params": GOP})
+        check = Counter()
+        with open_source(path, SPEC) as source:
+            source.coarse()
+            source.fine([8.0, 8.2], check=check)
+            assert 0 < check.count < 60, name
+            check.count = 0
+            source.fine([0.2, 8.0], check=check)
+            assert 0 < check.count < 80, name
+            check.count = 0
+            source.fine(np.arange(8.0, 8.4, 0.04), check=check)
+            assert 0 < check.count < 60, name
+
+
+def test_late_seeks_fall_back_to_reading_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
+    reference, times = decoded(path)
+    seek = container.Decoder.frames_from
+    monkeypatch.setattr(container.Decoder, "frames_from", lambda self, pts: seek(self, pts + 45 * 512))
+    with open_source(path, SPEC) as source:
+        expect_fine(source, times[[30, 62, 85]], reference, times)
+
+
+def test_frames_before_the_first_key_frame_after_a_seek_are_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
+    reference, times = decoded(path)
+    torn = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 99, np.uint8), format="rgb24").reformat(format="yuv420p")
+    torn.pts = 62 * 512
+    seek = container.Decoder.frames_from
+    monkeypatch.setattr(container.Decoder, "frames_from", lambda self, pts: chain([torn], seek(self, pts)))
+    with open_source(path, SPEC) as source:
+        expect_fine(source, times[[62]], reference, times)
+        assert source._seekable
+
+
+def test_seeks_to_other_pixels_fall_back_to_reading_from_the_start(tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
+    with open_source(path, SPEC) as source:
+        source.coarse()
+        write(path, [255 - picture for picture in pictures(90)], options={"x264-params": GOP})
+        source.close()
+        source._closed = False  # as if the seek itself had gone elsewhere
+        source.fine([2.0])
+        assert not source._seekable
+    with open_source(write(path, pictures(90)), SPEC) as source:
+        source.coarse()
+        source.close()
+        write(path, pictures(20))
+        source._closed = False
+        with pytest.raises(VideoError, match="cannot be decoded a second time"):
+            source.fine([3.0])
+
+
+def test_one_frame_and_slow_videos(tmp_path: Path) -> None:
+    with open_source(write(tmp_path / "one.mp4", pictures(1)), SPEC) as source:
+        coarse = source.coarse()
+        assert coarse.frames.shape[:2] == (1, 2) and not coarse.times.any()
+        assert source.duration_s == pytest.approx(0.04)
+        np.testing.assert_array_equal(source.fine_grid(), [0])
+    with open_source(write(tmp_path / "slow.mp4", pictures(3), rate=1), SPEC) as source:
+        np.testing.assert_array_equal(source.coarse().times.reshape(-1), np.arange(6) / 2)
+        np.testing.assert_array_equal(source.fine([0.2, 0.9, 1.0, 2.5, 99, -1]).times, [0, 0, 1, 2, 2, 0])
+        assert source.fine([]).frames.shape == (0, 48, 64, 3)
+        with pytest.raises(VideoError, match="nan"):
+            source.fine([0.0, float("nan")])
+
+
+def test_groups_never_print_as_the_same_time(tmp_path: Path) -> None:
+    frames = FramesSpec(coarse_fps=16, coarse_max_pixels=1024, coarse_min_pixels=256, max_coarse_groups=64, fine_fps=4)
+    path = write(tmp_path / "clip.mkv", pictures(9), codec="ffv1", pixels="bgr0", rate=32)
+    with open_source(path, ModelSpec(VISION, LANGUAGE, frames)) as source:
+        coarse = source.coarse()
+    printed = [f"{time:.1f}" for time in coarse.group_times]
+    assert len(set(printed)) == len(printed)
+    assert coarse.interval_s == 0.125
+
+
+def test_an_interrupted_pass_can_be_repeated(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    path = write(tmp_path / "clip.mp4", pictures(30))
+    left = [10]
+
+    def check() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+
+    with open_source(path, SPEC, check=check) as source:
+        with pytest.raises(Stop):
+            source.coarse()
+        assert len(source.frame_times) == 30
+        left[0] = 3
+        with pytest.raises(Stop):
+            source.fine(source.fine_grid())
+        assert len(source.fine(source.fine_grid()).times) == 6
+    with pytest.raises(VideoError, match="closed"):
+        source.fine([0.0])
+
+
+def test_frames_of_the_fine_grid_are_decoded_once_while_they_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
+    opened: list[str] = []
+    decoder = container.Decoder.__init__
+    monkeypatch.setattr(container.Decoder, "__init__", lambda self, path: (opened.append(path), decoder(self, path))[1])
+    seeks: list[int] = []
+    seek = container.Decoder.frames_from
+    monkeypatch.setattr(container.Decoder, "frames_from", lambda self, pts: (seeks.append(pts), seek(self, pts))[1])
+    answers = []
+    a_frame = 64 * 48 * 3 // 2
+    for most in (2**26, 5 * a_frame):
+        monkeypatch.setattr(video, "KEPT_BYTES", most)
+        with open_source(path, SPEC) as source:
+            answers.append(source.fine(source.fine_grid()).frames)
+            kept = sum(plane.buffer_size for frame in source._kept.frames.values() for plane in frame.planes)
+        again = len(opened) + len(seeks) > 1
+        assert (kept > 0, again) == ((True, False) if most == 2**26 else (False, True))
+        assert source._kept.frames == {}
+    np.testing.assert_array_equal(*answers)
+
+
+def test_coarse_samples_are_the_same_however_many_are_resized_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(150, 120, 160), options={"x264-params": GOP})
+    # The file's promise of its length is what the first size follows from; without one it shrinks on the way.
+    monkeypatch.setattr(VideoFile, "_sampler", lambda self, length_s=None: VideoSource._sampler(self, None))
+    frames = FramesSpec(coarse_fps=25.0, max_coarse_groups=16, max_visual_tokens=150)
+    for spec in (SPEC, ModelSpec(VISION, LANGUAGE, frames)):
+        found = []
+        for together in (1, 3, 16):
+            monkeypatch.setattr(video, "RESIZED_TOGETHER", together)
+            with open_source(path, spec) as source:
+                found.append(source.coarse())
+        for other in found[1:]:
+            np.testing.assert_array_equal(other.frames, found[0].frames)
+            np.testing.assert_array_equal(other.times, found[0].times)
