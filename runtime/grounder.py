@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -21,7 +21,7 @@ from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, me
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import Limits, Progress
 from bridge_stg.runtime.host.usage import UseCount
-from bridge_stg.runtime.video.source import CoarseFrames, Samples, VideoSource, open_source
+from bridge_stg.runtime.video.source import CoarseFrames, open_source
 
 if TYPE_CHECKING:
     from bridge_stg.runtime.backends.choose import ChosenBackend
@@ -328,7 +328,7 @@ class Grounder:
             session.close()
 
     def _open(self, video: Video, limits: Limits, buffer_frames: int, max_visual_tokens: int | None) -> OpenedVideo:
-        chain, calls = self._chain, _CurrentCall(limits)
+        chain = self._chain
         with limits.stage("decode_video"):
             source = open_source(
                 video,
@@ -337,19 +337,17 @@ class Grounder:
                 budget=video_budget(
                     chain.tokenizer, chain.spec, max_visual_tokens, capacity=fixed_capacity(chain.language_model)
                 ),
-                progress=calls.report,
-                check=calls.check,
                 device=getattr(chain.vision_encoder, "device", None),
             )
         try:
             with limits.stage("decode_video"):
-                coarse = source.coarse()
+                coarse = source.coarse(limits)
                 grid = source.fine_grid()
             prefix = self._prefix(coarse, limits)
             features = FineFeatures(
                 chain.vision_encoder,
                 chain.spec,
-                read=calls.reading(source, grid),
+                read=lambda places, limits: source.fine(grid[places], limits),
                 budget_bytes=self._feature_budget_bytes,
                 read_ahead=source.fine_size if source.read_ahead else None,
             )
@@ -379,25 +377,3 @@ class Grounder:
         with limits.stage("prefill"):
             cache = chain.pool.take(batch=1, positions=len(segment))
             return prefill_video(chain.language_model, cache, segment, tokens, report=limits.report)
-
-
-class _CurrentCall:
-    """Lets one source, opened once, obey the limits of whichever call reads from it."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-
-    def check(self) -> None:
-        self._limits.check()
-
-    def report(self, done: float, total: float | None) -> None:
-        self._limits.report(done, total)
-
-    def reading(self, source: VideoSource, grid: np.ndarray) -> Callable[[np.ndarray, Limits], Samples]:
-        """Return a function that reads the frames at places of the fine grid [K] within the limits of its call."""
-
-        def read(places: np.ndarray, limits: Limits) -> Samples:
-            self._limits = limits
-            return source.fine(grid[places])
-
-        return read

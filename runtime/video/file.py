@@ -12,11 +12,12 @@ import numpy as np
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.cpus import usable_cpus
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.threads import for_each
 from bridge_stg.runtime.video.decoder import Decoder, Timeline, fingerprint, shown_rgb, shown_size
 from bridge_stg.runtime.video.sampling import CoarseSampler
 from bridge_stg.runtime.video.sizes import resize
-from bridge_stg.runtime.video.source import Check, Progress, Samples, VideoSource
+from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
 KEPT_BYTES = 64 * 2**20
@@ -36,10 +37,8 @@ class VideoFile(VideoSource):
 
     read_ahead = True
 
-    def __init__(
-        self, path: str, spec: ModelSpec, *, progress: Progress, check: Check, budget: Budget | None = None
-    ) -> None:
-        self._path, self._progress = path, progress
+    def __init__(self, path: str, spec: ModelSpec, *, budget: Budget | None = None) -> None:
+        self._path = path
         self._decoder: Decoder | None = Decoder(path)
         try:
             self._frames: Iterator[Any] | None = self._decoder.frames()
@@ -47,7 +46,7 @@ class VideoFile(VideoSource):
             if first is None:
                 raise self._decoder.no_frames()
             height, width = shown_size(first)
-            super().__init__(spec, width=width, height=height, name=path, budget=budget, check=check)
+            super().__init__(spec, width=width, height=height, name=path, budget=budget)
         except BaseException:
             self._decoder.close()
             raise
@@ -65,13 +64,13 @@ class VideoFile(VideoSource):
             self._decoder.close()
             self._decoder = None
 
-    def _scan(self) -> CoarseSampler:
-        sampler = self._read_all(None)
+    def _scan(self, limits: Limits) -> CoarseSampler:
+        sampler = self._read_all(None, limits)
         if sampler.undersized:  # the file promised to be longer than it is
-            sampler = self._read_all(self._duration_s)
+            sampler = self._read_all(self._duration_s, limits)
         return sampler
 
-    def _read_all(self, length_s: float | None) -> CoarseSampler:
+    def _read_all(self, length_s: float | None, limits: Limits) -> CoarseSampler:
         """Decode the whole video once; its length, where it is not known, is what the file says."""
         if self._decoder is None or self._frames is None:  # an earlier pass was interrupted
             self._frames = self._reopen().frames()
@@ -90,14 +89,13 @@ class VideoFile(VideoSource):
             kept.offer(index, held, until - self._tolerance_s)
 
         for index, frame in enumerate(frames):
-            self._check()
             time = timeline.add(frame)
             if index and frame.key_frame:
                 keys.append(index)
             if held is not None:
                 keep(index - 1, time)
             held = frame
-            self._progress(time, decoder.duration_s)
+            limits.report(time, decoder.duration_s)
         if held is None:
             raise decoder.no_frames()
         self._times = np.frombuffer(timeline.times, np.float64)
@@ -109,7 +107,7 @@ class VideoFile(VideoSource):
         self._seekable = timeline.regular and not decoder.damaged and len(keys) > 1
         return sampler
 
-    def _fetch(self, times: np.ndarray, check: Check) -> Samples:
+    def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
         indices = self._shown(times)
         wanted, places = np.unique(indices, return_inverse=True)
         frames = np.empty((len(wanted), *self._fine_size, 3), np.uint8)
@@ -118,28 +116,28 @@ class VideoFile(VideoSource):
             place, frame = numbered
             frames[place] = resize(shown_rgb(frame), self._fine_size)
 
-        numbered = enumerate(self._frames_at(wanted, check))
+        numbered = enumerate(self._frames_at(wanted, limits))
         while some := list(islice(numbered, RESIZED_TOGETHER)):
             for_each(put, some, threads=usable_cpus())
         return Samples(frames=frames[places.reshape(-1)], times=self._times[indices])
 
-    def _frames_at(self, wanted: np.ndarray, check: Check) -> Iterator[Any]:
+    def _frames_at(self, wanted: np.ndarray, limits: Limits) -> Iterator[Any]:
         """Yield the decoded frames of these indices (increasing), each decoded from the nearest key frame before it."""
         walk: Iterator[tuple[int, Any]] | None = None
         at = -1
         for index in wanted:
             if (kept := self._kept.frames.get(int(index))) is not None:
-                check()
+                limits.check()
                 yield kept
                 continue
             key = self._keys[np.searchsorted(self._keys, index, side="right") - 1]
             if walk is None or (self._seekable and key > at + SEEK_GAIN_FRAMES):
-                walk = self._walk_to(int(index), check)
+                walk = self._walk_to(int(index), limits)
             at, frame = self._advance(walk, int(index))
             if self._seekable and (at != index or self._timeline.prints[at] != fingerprint(frame)):
                 # Seeking gives other frames than reading from the start does: never seek in this file again.
                 self._seekable = False
-                walk = self._walk_to(int(index), check)
+                walk = self._walk_to(int(index), limits)
                 at, frame = self._advance(walk, int(index))
             if at != index:
                 raise VideoError(
@@ -152,23 +150,23 @@ class VideoFile(VideoSource):
     def _advance(walk: Iterator[tuple[int, Any]], index: int) -> tuple[int, Any]:
         return next(((at, frame) for at, frame in walk if at >= index), (-1, None))
 
-    def _walk_to(self, index: int, check: Check) -> Iterator[tuple[int, Any]]:
+    def _walk_to(self, index: int, limits: Limits) -> Iterator[tuple[int, Any]]:
         """Return (index, frame) pairs that begin at a key frame at or before `index`, or at the very start."""
         place, step = int(np.searchsorted(self._keys, index, side="right")) - 1, 1
         while self._seekable and place > 0:
             decoder = self._decoder or self._reopen()
-            walk = self._numbered(decoder.frames_from(self._timeline.pts[self._keys[place]]), check, seek=True)
+            walk = self._numbered(decoder.frames_from(self._timeline.pts[self._keys[place]]), limits, seek=True)
             first = next(walk, None)
             if first is not None and first[0] <= index:
                 return chain([first], walk)
             place, step = place - step, 2 * step  # landed late, as in containers without an index
-        return self._numbered(self._reopen().frames(), check, seek=False)
+        return self._numbered(self._reopen().frames(), limits, seek=False)
 
-    def _numbered(self, frames: Iterator[Any], check: Check, *, seek: bool) -> Iterator[tuple[int, Any]]:
+    def _numbered(self, frames: Iterator[Any], limits: Limits, *, seek: bool) -> Iterator[tuple[int, Any]]:
         """Number frames as in the whole video. After a seek, what precedes the first key frame is not to be trusted."""
         pts, trusted = np.frombuffer(self._timeline.pts, np.int64), not seek
         for count, frame in enumerate(frames):
-            check()
+            limits.check()
             index = count
             if self._timeline.regular:
                 index = -1 if frame.pts is None else int(np.searchsorted(pts, frame.pts))

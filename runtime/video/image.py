@@ -11,10 +11,11 @@ import numpy as np
 
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.video.sampling import CoarseSampler
 from bridge_stg.runtime.video.sizes import resize
-from bridge_stg.runtime.video.source import Check, Samples, VideoSource
+from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
 # Named, since Pillow's other readers take some video files for pictures (TGA has no signature, MPEG no decoder).
@@ -42,13 +43,13 @@ class StillImage(VideoSource):
     def close(self) -> None:
         """Do nothing: an image holds no file open."""
 
-    def _scan(self) -> CoarseSampler:
+    def _scan(self, limits: Limits) -> CoarseSampler:
         self._times, self._duration_s = np.zeros(1), 1 / self._spec.frames.coarse_fps
         sampler = CoarseSampler(self._plan, self._spec.frames.coarse_fps, group=1)
         sampler.items.append(self._picture)
         return sampler
 
-    def _fetch(self, times: np.ndarray, check: Check) -> Samples:
+    def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
         return Samples(frames=np.repeat(self._fine_picture[None], len(times), axis=0), times=np.zeros(len(times)))
 
 

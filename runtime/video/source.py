@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -20,15 +19,10 @@ from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video.sampling import CoarseSampler, resize_all
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import Budget, CoarseChoice, CoarsePlan
-
-Check = Callable[[], Any]
-"""Called for every decoded frame; stops the reading by raising."""
-Progress = Callable[[float, "float | None"], Any]
-"""Called as progress(seconds read, seconds in all), the latter None where it is not known."""
-
 
 MAX_FINE_PLACES = 2**26
 """Of the fine grid: some months. Times that are longer are in another unit than seconds, or damaged."""
@@ -91,11 +85,9 @@ class VideoSource(ABC):
         height: int,
         name: str,
         budget: Budget | None = None,
-        check: Check | None = None,
     ) -> None:
         self.width, self.height = width, height
         self._spec, self._name = spec, name
-        self._check: Check = check or ignore
         try:
             _, self._fine_size = frame_sizes(height, width, spec)
             self._plan = CoarsePlan(height, width, spec, budget or Budget(spec.frames.max_visual_tokens))
@@ -108,12 +100,15 @@ class VideoSource(ABC):
         """How much later than asked for a frame may be shown: times of files are rounded to their clock's ticks."""
 
     @abstractmethod
-    def _scan(self) -> CoarseSampler:
-        """Read everything once: return the coarse samples, set the times, the duration and the tolerance."""
+    def _scan(self, limits: Limits) -> CoarseSampler:
+        """Read everything once: return the coarse samples, set the times, the duration and the tolerance.
+
+        Reports each frame to `limits`: the seconds read so far, and the seconds in all (None where not known).
+        """
 
     @abstractmethod
-    def _fetch(self, times: np.ndarray, check: Check) -> Samples:
-        """Return the frames shown at these times [N ≥ 1], at fine size."""
+    def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
+        """Return the frames shown at these times [N ≥ 1], at fine size; check `limits` for every decoded frame."""
 
     @property
     def name(self) -> str:
@@ -137,30 +132,34 @@ class VideoSource(ABC):
         self.coarse()
         return self._duration_s
 
-    def coarse(self) -> CoarseFrames:
+    def coarse(self, limits: Limits | None = None) -> CoarseFrames:
         """Return the whole video at coarse rate and size: decoded once, kept for later calls.
 
         The samples lie at k / coarse_fps. Their interval doubles until there are at most `max_coarse_groups` groups,
-        until these fit the budget at the smallest size (see budget.py), and until no two print as the same time.
+        until these fit the budget at the smallest size (see token_budget.py), and until no two print as the same time.
+
+        Args:
+            limits: stops the reading, and reports the seconds read so far and the seconds in all (None: not known).
         """
         if self._coarse is None:
-            self._coarse = self._group(self._scan())
+            self._coarse = self._group(self._scan(limits or Limits()))
         return self._coarse
 
-    def fine(self, times: Sequence[float] | np.ndarray, *, check: Check | None = None) -> Samples:
+    def fine(self, times: Sequence[float] | np.ndarray, limits: Limits | None = None) -> Samples:
         """Return, in their order, the frames shown at `times` (seconds from the first frame), at fine size.
 
         Each is the last frame that starts at or before that time, give or take half a tick of the video's clock.
         `Samples.times` holds the frames' own times, so a slow video gives the same one several times. Times before the
-        first and behind the last frame give that frame. `check` stands in for the source's own during this call.
+        first and after the last frame give that frame. `limits` stops the reading between two frames.
         """
         asked = np.asarray(times, np.float64).reshape(-1)
         if not np.isfinite(asked).all():
             raise VideoError(f"{self._name}: cannot show the time {asked[~np.isfinite(asked)][0]}; expected seconds")
-        self.coarse()
+        limits = limits or Limits()
+        self.coarse(limits)
         if not asked.size:
             return Samples(frames=np.zeros((0, *self._fine_size, 3), np.uint8), times=np.zeros(0))
-        return self._fetch(asked, check or self._check)
+        return self._fetch(asked, limits)
 
     def fine_grid(self) -> np.ndarray:
         """Return the times of the fine grid, float64: all k / fine_fps inside the video; an image has one."""
@@ -224,8 +223,6 @@ def open_source(
     *,
     buffer_frames: int = 256,
     budget: Budget | None = None,
-    progress: Progress | None = None,
-    check: Check | None = None,
     device: DeviceContext | None = None,
 ) -> VideoSource:
     """Open a video, an image or a stream of frames.
@@ -236,8 +233,6 @@ def open_source(
         spec: rates, sizes and limits of the model.
         buffer_frames: how many frames of an iterable are kept, at fine size.
         budget: what the coarse frames may take of the prompt; None: the spec's `max_visual_tokens`.
-        progress: told the seconds read so far and the seconds in all (None: not known), for every frame.
-        check: called for every decoded frame; stops the reading by raising.
         device: where frames of an iterable may lie too, in arrays that speak DLPack; they stay there.
 
     Raises:
@@ -248,26 +243,20 @@ def open_source(
     from bridge_stg.runtime.video import image as images
     from bridge_stg.runtime.video import stream
 
-    progress, check = progress or ignore, check or ignore
-    options: Any = {"buffer_frames": buffer_frames, "budget": budget, "progress": progress, "check": check}
     if isinstance(video, (str, os.PathLike)):
         path = container.check_path(os.fspath(video))
         picture = images.open_image(path)
         if picture is None:
-            return files.VideoFile(path, spec, budget=budget, progress=progress, check=check)
+            return files.VideoFile(path, spec, budget=budget)
         if not images.is_animation(picture):
             return images.StillImage(images.read_rgb(picture, path), spec, budget=budget, name=path)
         frames = images.animation_frames(picture, path)
-        return stream.FrameStream(frames, spec, **options, name=path)
+        return stream.FrameStream(frames, spec, buffer_frames=buffer_frames, budget=budget, name=path)
     if isinstance(video, np.ndarray):
         return images.StillImage(stream.check_picture(video, "the image"), spec, budget=budget, name="the image")
     if isinstance(video, Iterable) and not isinstance(video, (bytes, dict)):
-        return stream.FrameStream(video, spec, **options, device=device)
+        return stream.FrameStream(video, spec, buffer_frames=buffer_frames, budget=budget, device=device)
     raise VideoError(
         f"cannot read a video from a {type(video).__name__}: expected a path, a uint8 array [height, width, 3], or an "
         "iterator of (time in seconds, such an array)"
     )
-
-
-def ignore(*values: object) -> None:
-    """The callback of a caller who gave none."""

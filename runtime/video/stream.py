@@ -16,9 +16,10 @@ from bridge_stg.runtime.device.array_ops import accept
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.dlpack import lies_on_gpu
 from bridge_stg.runtime.errors import EngineError, VideoError
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video.sampling import CoarseSampler, GridSampler
 from bridge_stg.runtime.video.sizes import resize
-from bridge_stg.runtime.video.source import Check, Progress, Samples, VideoSource
+from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
 DEFAULT_NAME = "the stream of frames"
@@ -66,8 +67,6 @@ class FrameStream(VideoSource):
         spec: ModelSpec,
         *,
         buffer_frames: int,
-        progress: Progress,
-        check: Check,
         budget: Budget | None = None,
         name: str = DEFAULT_NAME,
         device: DeviceContext | None = None,
@@ -79,16 +78,15 @@ class FrameStream(VideoSource):
         if self._first is None:
             raise VideoError(f"{name} holds no frames: expected at least one (time in seconds, RGB picture)")
         height, width = self._first[1].shape[:2]
-        super().__init__(spec, width=width, height=height, name=name, budget=budget, check=check)
+        super().__init__(spec, width=width, height=height, name=name, budget=budget)
         self._kept: GridSampler[tuple[float, np.ndarray]] = GridSampler(spec.frames.fine_fps, capacity=buffer_frames)
-        self._progress = progress
 
     def close(self) -> None:
         """Drop the frames kept and what is left of the stream."""
         self._frames = self._first = None
         self._kept.items = []
 
-    def _scan(self) -> CoarseSampler:
+    def _scan(self, limits: Limits) -> CoarseSampler:
         frames, first, sampler = self._frames, self._first, self._sampler()
         if frames is None or first is None:
             raise VideoError(f"{self._name} has been read or closed, and cannot be read again; open a new one")
@@ -101,19 +99,19 @@ class FrameStream(VideoSource):
             sampler.fill(until, lambda: resize(picture, sampler.size))
             self._kept.fill(until, lambda: (time, resize(picture, self._fine_size)))
 
-        self._check()
+        limits.check()
         for time, picture in frames:
-            self._check()
+            limits.check()
             keep(time - origin - self._tolerance_s)
             times.append(time - origin)
             shown = picture
-            self._progress(times[-1], None)
+            limits.report(times[-1], None)
         gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / self._spec.frames.coarse_fps
         self._times, self._duration_s = np.asarray(times), times[-1] + gap
         keep(max(self._duration_s - self._tolerance_s, self._tolerance_s))
         return sampler
 
-    def _fetch(self, times: np.ndarray, check: Check) -> Samples:
+    def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
         if not self._kept.items:
             raise VideoError(f"{self._name} is closed; open it again to read frames from it")
         places = np.floor((times + self._tolerance_s) / self._kept.interval_s)

@@ -77,11 +77,14 @@ def scaled(rgb: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 class Counter:
-    def __init__(self) -> None:
-        self.count = 0
+    """A cancel signal that counts how often it is checked, and cancels at the check number `stop_at`."""
 
-    def __call__(self) -> None:
+    def __init__(self, stop_at: int = 0) -> None:
+        self.count, self.stop_at = 0, stop_at
+
+    def __call__(self) -> bool:
         self.count += 1
+        return self.count == self.stop_at
 
 
 def expect_fine(source: VideoSource, times: np.ndarray, reference: list[np.ndarray], frame_times: np.ndarray) -> None:

@@ -23,7 +23,7 @@ from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.chain.decode import prefill_video
 from bridge_stg.runtime.chain.vision_pass import coarse_tokens, fine_maps
 from bridge_stg.runtime.errors import AnnotationError, BridgeError, CheckpointError
-from bridge_stg.runtime.video.source import ignore
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.training.annotated_clips import read_clips
 from bridge_stg.training.clip_batches import ClipBatch, ClipBatches, choose_fine
 from bridge_stg.training.clip_task import ClipTask
@@ -173,10 +173,10 @@ def test_the_forward_pass_is_that_of_the_chain(of_each_family, annotations, medi
         found = model.spatial_decoder.localize(feature_map[None], taps, batch.fine_times[None], batch.mask[None])
     sessions = {name: TorchSession(name, model) for name in GRAPHS}
     vision, language, decoder = (sessions[n] for n in ("vision_encoder", "language_model", "spatial_decoder"))
-    tokens = coarse_tokens(vision, model.spec, batch.frames.numpy(), report=ignore)
+    tokens = coarse_tokens(vision, model.spec, batch.frames.numpy(), report=Limits().report)
     cache = language.allocate_cache(batch=1, capacity=len(batch.prefix) + batch.input_ids.shape[1])
-    prefix = prefill_video(language, cache, batch.prefix, tokens, report=ignore)
-    maps = fine_maps(vision, model.spec, batch.fine.numpy(), report=ignore)
+    prefix = prefill_video(language, cache, batch.prefix, tokens, report=Limits().report)
+    maps = fine_maps(vision, model.spec, batch.fine.numpy(), report=Limits().report)
     for row, length in enumerate(batch.length.tolist()):
         places = np.arange(length)
         feeds = {

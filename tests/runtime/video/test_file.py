@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec
-from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.errors import Interrupted, VideoError
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video import decoder as container
 from bridge_stg.runtime.video import file as video
 from bridge_stg.runtime.video.file import VideoFile
@@ -72,8 +73,8 @@ def test_fine_frames_are_those_of_a_sequential_decode(kind: str, tmp_path: Path)
 def test_coarse_reads_every_frame_once_and_samples_evenly(tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4", pictures(60))
     check, told = Counter(), []
-    with open_source(path, SPEC, check=check, progress=lambda done, total: told.append((done, total))) as source:
-        coarse = source.coarse()
+    with open_source(path, SPEC) as source:
+        coarse = source.coarse(Limits(cancel=check, progress=lambda _, done, total: told.append((done, total))))
         assert source.coarse() is coarse
     assert check.count == 60
     assert [done for done, _ in told] == pytest.approx(np.arange(60) / 25)
@@ -104,13 +105,13 @@ def test_fine_decodes_only_around_what_is_asked_for(tmp_path: Path) -> None:
         check = Counter()
         with open_source(path, SPEC) as source:
             source.coarse()
-            source.fine([8.0, 8.2], check=check)
+            source.fine([8.0, 8.2], Limits(cancel=check))
             assert 0 < check.count < 60, name
             check.count = 0
-            source.fine([0.2, 8.0], check=check)
+            source.fine([0.2, 8.0], Limits(cancel=check))
             assert 0 < check.count < 80, name
             check.count = 0
-            source.fine(np.arange(8.0, 8.4, 0.04), check=check)
+            source.fine(np.arange(8.0, 8.4, 0.04), Limits(cancel=check))
             assert 0 < check.count < 60, name
 
 
@@ -180,24 +181,13 @@ def test_groups_never_print_as_the_same_time(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_pass_can_be_repeated(tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
     path = write(tmp_path / "clip.mp4", pictures(30))
-    left = [10]
-
-    def check() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stop
-
-    with open_source(path, SPEC, check=check) as source:
-        with pytest.raises(Stop):
-            source.coarse()
+    with open_source(path, SPEC) as source:
+        with pytest.raises(Interrupted):
+            source.coarse(Limits(cancel=Counter(stop_at=10)))
         assert len(source.frame_times) == 30
-        left[0] = 3
-        with pytest.raises(Stop):
-            source.fine(source.fine_grid())
+        with pytest.raises(Interrupted):
+            source.fine(source.fine_grid(), Limits(cancel=Counter(stop_at=3)))
         assert len(source.fine(source.fine_grid()).times) == 6
     with pytest.raises(VideoError, match="closed"):
         source.fine([0.0])

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from bridge_stg.runtime.errors import BridgeError, VideoError
+from bridge_stg.runtime.errors import BridgeError, Interrupted, VideoError
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.video.sampling import GridSampler
 from bridge_stg.runtime.video.sizes import resize
@@ -50,9 +51,10 @@ def test_the_grid_is_thinned_evenly_whatever_the_length() -> None:
 def test_a_stream_is_sampled_like_a_video() -> None:
     told: list[tuple[float, float | None]] = []
     frames = counted(24, start=7)
-    with open_source(frames, SPEC, progress=lambda done, total: told.append((done, total))) as source:
+    limits = Limits(progress=lambda _, done, total: told.append((done, total)))
+    with open_source(frames, SPEC) as source:
         assert (source.width, source.height, source.is_image) == (64, 48, False)
-        coarse = source.coarse()
+        coarse = source.coarse(limits)
         assert source.duration_s == pytest.approx(2.4)
         np.testing.assert_allclose(source.frame_times, np.arange(24) / 10)
         np.testing.assert_array_equal(coarse.times, [[0, 0.5], [1, 1.5], [2, 2]])
@@ -98,15 +100,9 @@ def test_a_stream_of_one_frame() -> None:
 
 
 def test_a_stream_is_read_once() -> None:
-    class Stop(Exception):
-        pass
-
-    def check() -> None:
-        raise Stop
-
-    with open_source(counted(5), SPEC, check=check) as source:
-        with pytest.raises(Stop):
-            source.coarse()
+    with open_source(counted(5), SPEC) as source:
+        with pytest.raises(Interrupted):
+            source.coarse(Limits(cancel=lambda: True))
         with pytest.raises(VideoError, match="cannot be read again"):
             source.coarse()
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video.sizes import frame_sizes, resize
 from bridge_stg.runtime.video.source import CoarseFrames, open_source
 from bridge_stg.runtime.video.token_budget import Budget, CoarsePlan
@@ -39,9 +40,11 @@ def stream(seconds: float, rate: float = 4, size: tuple[int, int] = (48, 64)) ->
         yield index / rate, frame.astype(np.uint8)
 
 
-def read(video: Any, tokens: int | None, spec: ModelSpec = SPEC, **options: Any) -> CoarseFrames:
-    with open_source(video, spec, budget=Budget(tokens), **options) as source:
-        return source.coarse()
+def read(
+    video: Any, tokens: int | None, spec: ModelSpec = SPEC, *, cancel: Any = None, buffer_frames: int = 256
+) -> CoarseFrames:
+    with open_source(video, spec, budget=Budget(tokens), buffer_frames=buffer_frames) as source:
+        return source.coarse(Limits(cancel=cancel))
 
 
 def expected(groups_at_full_rate: int, tokens: int, spec: ModelSpec = SPEC) -> tuple[int, int]:
@@ -154,7 +157,7 @@ def video(path: Path, seconds: int) -> Path:
 def test_a_file_is_chosen_like_its_frames(tokens: int | None, tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", 14)
     check = Counter()
-    from_file = read(path, tokens, check=check)
+    from_file = read(path, tokens, cancel=check)
     from_stream = read([(i / 5, picture) for i, picture in enumerate(pictures(70))], tokens)
     assert from_file.choice == from_stream.choice
     np.testing.assert_array_equal(from_file.times, from_stream.times)
@@ -169,7 +172,7 @@ def test_a_file_that_is_shorter_than_it_says_is_read_again(tmp_path: Path) -> No
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 8])  # its header still promises 40 s
     check = Counter()
-    coarse = read(path, 48, check=check)
+    coarse = read(path, 48, cancel=check)
     frames = check.count // 2
     assert 10 < frames < 50 and check.count == 2 * frames
     again = read([(i / 5, picture) for i, picture in enumerate(pictures(frames))], 48)
