@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.calibration.report.page import html_page
+from bridge_stg.evaluation.report.pictures import TRUE, colour_of
+from bridge_stg.evaluation.report.render import render
 from bridge_stg.runtime.bundle.reports import write_report
 
 NAME = "calibration"
-LISTED = 8
-"""Blocks that the table of the terminal shows."""
+LISTED, PLOTTED = 8, 40
+"""Blocks that the table of the terminal lists, and that the plot of the page shows."""
+
+DECADES = 4
+"""Range of the plot's logarithmic axis; the smallest errors need no bar."""
 
 
 def write_calibration_report(bundle_path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
@@ -29,7 +33,30 @@ def write_calibration_report(bundle_path: str | os.PathLike[str], values: Mappin
     Raises:
         BundleError: the folder cannot be written.
     """
-    return write_report(bundle_path, NAME, report_values(values), html_page(report_values(values), values["cases"]))
+    return write_report(bundle_path, NAME, report_values(values), html_page(values))
+
+
+def html_page(values: Mapping[str, Any]) -> str:
+    """Return the page of what `CalibrationResult.to_dict` returned."""
+    plain, cases = report_values(values), values["cases"]
+    labels = cases[0]["scores"] if cases else ()
+    colours = [("truth", TRUE), *((label, colour_of(place)) for place, label in enumerate(labels))]
+    return render(
+        "calibration/report/page.html.j2", values=plain, cases=cases,
+        plot=_sensitivity_plot(plain["sensitivity"][:PLOTTED]),
+        colours=[(label, f"rgb{colour}") for label, colour in colours],
+    )  # fmt: skip
+
+
+def _sensitivity_plot(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the labels of the axis, and the blocks with the lengths of `bar` (error) and `mark` (loss) in 0..1."""
+    top = math.ceil(math.log10(max([block["proxy"] for block in blocks if block["proxy"]], default=1.0)))
+    most = max([abs(block["drop"]) for block in blocks if block["drop"] is not None], default=0.0) or 1.0
+    rows = []
+    for block in blocks:
+        bar = (math.log10(block["proxy"]) - top + DECADES) / DECADES if block["proxy"] else 0.0
+        rows.append({**block, "bar": min(max(bar, 0.0), 1.0), "mark": max(block["drop"] or 0.0, 0.0) / most})
+    return {"ticks": [f"{100 * 10.0 ** (top - place):g} %" for place in range(DECADES, -1, -1)], "rows": rows}
 
 
 def report_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bridge_stg.calibration.report.report import report_values, table_text, write_calibration_report
-from bridge_stg.calibration.report.sensitivity_plot import sensitivity_svg
+from bridge_stg.calibration.report.report import html_page, report_values, table_text, write_calibration_report
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import BundleError
 
@@ -104,11 +104,11 @@ def test_the_report_lies_in_the_bundle_and_carries_its_hash(tmp_path: Path) -> N
 
 def test_the_page(tmp_path: Path) -> None:
     write_calibration_report(tmp_path, result())
-    page = (tmp_path / "reports" / "calibration.html").read_text(encoding="utf-8")
+    page = " ".join((tmp_path / "reports" / "calibration.html").read_text(encoding="utf-8").split())
     for text in (
         "1 sample is few", "vision_encoder.blocks.1.mlp", "+31.50 pts", "0.9500", "0.9850", "data:image/png;base64,",
         "No picture: gone", "&lt;b&gt;the cat&lt;/b&gt;", "A &amp; B", "avx2", "products are exact", "0.260",
-        "Judged on: nothing", "0.999100", "against annotations", "it stays in float by default", "400.00 MB",
+        "Evaluated on: nothing", "0.999100", "against annotations", "it stays in float by default", "400.00 MB",
     ):  # fmt: skip
         assert text in page, text
     assert "<b>the cat" not in page and "<script" not in page and "http" not in page
@@ -118,7 +118,7 @@ def test_without_labels_the_page_says_so(tmp_path: Path) -> None:
     part = {**result()["choice"], "labelled": False}
     write_calibration_report(tmp_path, result(choice=part, evaluation=part))
     page = (tmp_path / "reports" / "calibration.html").read_text(encoding="utf-8")
-    assert page.count("the float bundle&#x27;s own tubes (there were no labels)") == 2
+    assert page.count("the float bundle&#39;s own tubes (there were no labels)") == 2
 
 
 def test_what_was_not_measured_is_no_number(tmp_path: Path) -> None:
@@ -131,14 +131,16 @@ def test_what_was_not_measured_is_no_number(tmp_path: Path) -> None:
     assert "nan" not in (tmp_path / "reports" / "calibration.html").read_text(encoding="utf-8").lower()
 
 
-def test_the_plot_has_a_row_a_block_and_marks_what_stays_in_float() -> None:
-    root = ElementTree.fromstring(sensitivity_svg(result()["sensitivity"]))
+def test_the_plot_has_a_row_per_block_and_marks_what_stays_in_float() -> None:
+    drawn = re.search(r"<svg.*?</svg>", html_page(result()), re.DOTALL)
+    assert drawn is not None
+    root = ElementTree.fromstring(drawn.group())
     bars = root.findall("rect")
     assert len(bars) == 3 and len(root.findall("circle")) == 2
     widths = [float(bar.attrib["width"]) for bar in bars]
     assert widths[0] > widths[1] > widths[2] == 1
     assert bars[0].attrib["fill"] != bars[1].attrib["fill"] == bars[2].attrib["fill"]
-    ElementTree.fromstring(sensitivity_svg([]))
+    assert "<svg" not in html_page(result(sensitivity=[]))
 
 
 def test_the_table_of_the_terminal() -> None:
