@@ -13,7 +13,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3.10 pyth
 RUN python3.10 -m venv --system-site-packages /opt/bridge-stg
 
 # What the wheel is made of, and nothing else.
-COPY pyproject.toml README.md LICENSE /src/
+COPY pyproject.toml setup.py README.md LICENSE /src/
 COPY bridge_stg /src/bridge_stg
 COPY runtime /src/runtime
 COPY export /src/export

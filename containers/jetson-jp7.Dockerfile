@@ -13,7 +13,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3.12 pyth
 RUN python3.12 -m venv /opt/bridge-stg
 
 # What the wheel is made of, and nothing else.
-COPY pyproject.toml README.md LICENSE constraints.txt /src/
+COPY pyproject.toml setup.py README.md LICENSE constraints.txt /src/
 COPY bridge_stg /src/bridge_stg
 COPY runtime /src/runtime
 COPY export /src/export

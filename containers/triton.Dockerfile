@@ -6,7 +6,7 @@
 FROM nvcr.io/nvidia/tritonserver:25.12-py3
 
 # What the wheel is made of, and nothing else.
-COPY pyproject.toml README.md LICENSE constraints.txt /src/
+COPY pyproject.toml setup.py README.md LICENSE constraints.txt /src/
 COPY bridge_stg /src/bridge_stg
 COPY runtime /src/runtime
 COPY export /src/export
