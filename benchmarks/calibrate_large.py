@@ -27,7 +27,7 @@ from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.quantize.ranges import choose_ranges
 from bridge_stg.calibration.quantize.smooth import choose_smoothing
 from bridge_stg.calibration.recipes import RECIPES
-from bridge_stg.export.graph.blocks import Product, find_products
+from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.host.peak import peak_bytes
 
@@ -85,11 +85,11 @@ def run_step(step: str, bundle: Path, samples: Path, recipe: str, count: int, wo
     if step == "quantize":
         chosen = RECIPES[recipe]
         smoothing = choose_smoothing(statistics, chosen).vectors
-        products: list[Product] = []
+        products: list[Matmul] = []
         for graph, of_graph in chosen.graphs.items():
             if of_graph.activations == "int8":
                 variant = next(iter(source.manifest.graphs[graph]))
-                products += find_products(ir.load(source.graph_path(graph, variant)), graph)
+                products += find_matmuls(ir.load(source.graph_path(graph, variant)), graph)
         ranges = choose_ranges(statistics, products, smoothing=smoothing)
         quantize_bundle(source, out, recipe=chosen, ranges=ranges, smoothing=smoothing, overwrite=True)
     return {"seconds": round(time.monotonic() - began, 1), "peak_bytes": peak_bytes()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from bridge_stg.calibration.recipes import GRAPH_RECIPES, RECIPES, Overrides, Recipe
-from bridge_stg.export.graph.blocks import FLOAT, Product, Table, find_products, find_tables
+from bridge_stg.export.graph.blocks import FLOAT, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BridgeError
@@ -90,7 +90,7 @@ def _check_blocks(overrides: Overrides, bundle: Bundle) -> None:
     known: dict[str, None] = {}
     for name, variants in bundle.manifest.graphs.items():
         model = ir.load(bundle.graph_path(name, next(iter(variants))))
-        entries: list[Product | Table] = [*find_products(model, name), *find_tables(model, name)]
+        entries: list[Matmul | Table] = [*find_matmuls(model, name), *find_tables(model, name)]
         known |= dict.fromkeys(entry.block for entry in entries)
         known |= dict.fromkeys(entry.node for entry in entries)
         cache = next(iter(variants.values())).cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from bridge_stg.export.graph.blocks import FLOAT, HEAD, INT4, INT8, Product, Table, block_of
+from bridge_stg.export.graph.blocks import FLOAT, HEAD, INT4, INT8, Matmul, Table, block_of
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BridgeError
 
@@ -77,7 +77,7 @@ class GraphRecipe:
             return source
         return f"{INT4 if self.weights == INT4 else INT8} {self.name}" + (f" {source}" if source != "fp32" else "")
 
-    def form_of(self, product: Product) -> str:
+    def form_of(self, product: Matmul) -> str:
         """Return how the weight of a product is to be stored."""
         if self.weights == FLOAT or product.block in self.keep_float:
             return FLOAT

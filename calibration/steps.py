@@ -29,7 +29,7 @@ from bridge_stg.calibration.search.matmul_errors import product_errors
 from bridge_stg.calibration.search.trials import FLOAT, INTEGERS, RecipeTrials, on, peak_of
 from bridge_stg.calibration.work_folder import digest, read_json, write_json
 from bridge_stg.evaluation.samples import Sample
-from bridge_stg.export.graph.blocks import INT8, Product, Table, find_products, find_tables
+from bridge_stg.export.graph.blocks import INT8, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BridgeError
@@ -86,7 +86,7 @@ class Steps:
         with self._timed("float bundle"):
             reference = trials.reference()
         with self._timed("sensitivity"):
-            products = [entry for entry in entries.in_integers(recipe) if isinstance(entry, Product)]
+            products = [entry for entry in entries.in_integers(recipe) if isinstance(entry, Matmul)]
             errors = product_errors(
                 statistics, products, recipe, ranges=trials.prepared.ranges, smoothing=trials.prepared.smoothing,
                 progress=self.progress,
@@ -237,11 +237,11 @@ class Steps:
 
 def bundle_entries(bundle: Bundle, variants: Mapping[str, str]) -> Entries:
     """Return the products and tables of all graphs."""
-    products: list[Product] = []
+    products: list[Matmul] = []
     tables: list[Table] = []
     for name in bundle.manifest.graphs:
         model = ir.load(bundle.graph_path(name, variants[name]))
-        products += find_products(model, name)
+        products += find_matmuls(model, name)
         tables += find_tables(model, name)
     return Entries(products, tables)
 

@@ -90,7 +90,7 @@ def quantize(source: Path, out: Path, recipe: str, work: Path) -> None:
     from bridge_stg.calibration.quantize.ranges import choose_ranges
     from bridge_stg.calibration.quantize.smooth import choose_smoothing
     from bridge_stg.calibration.recipes import RECIPES as ALL
-    from bridge_stg.export.graph.blocks import Product, find_products
+    from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 
     bundle, chosen = Bundle.load(source), ALL[recipe]
     samples = read_samples(calibration_samples(work / "calibration", bundle.manifest.spec))
@@ -101,10 +101,10 @@ def quantize(source: Path, out: Path, recipe: str, work: Path) -> None:
     # Random weights have no outliers to move, and ranges that are searched for are no faster: that takes minutes.
     searched = source_is_trained(work)
     smoothing = choose_smoothing(statistics, chosen).vectors if searched else {}
-    products: list[Product] = []
+    products: list[Matmul] = []
     for graph, of_graph in chosen.graphs.items():
         if of_graph.activations == "int8":
-            products += find_products(ir.load(bundle.graph_path(graph, "standard")), graph)
+            products += find_matmuls(ir.load(bundle.graph_path(graph, "standard")), graph)
     ranges = choose_ranges(statistics, products, smoothing=smoothing, method=None if searched else "minmax")
     quantize_bundle(bundle, out, recipe=chosen, ranges=ranges, smoothing=smoothing, overwrite=True)
 

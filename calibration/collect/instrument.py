@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from bridge_stg.export.graph.blocks import find_products
+from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec, TensorSpec
@@ -76,7 +76,7 @@ def instrument(bundle: Bundle, name: str, variant: str, folder: Path) -> Instrum
     model = onnx.load(os.fspath(source), load_external_data=False)
     readers: dict[str, list[str]] = {}
     channels: dict[str, int] = {}
-    for product in find_products(ir.load(source), name):
+    for product in find_matmuls(ir.load(source), name):
         readers.setdefault(product.activation, []).append(product.node)
         channels[product.activation] = product.k
     found = [

@@ -16,7 +16,7 @@ from bridge_stg.calibration.quantize.graph import GraphQuantizer, Progress, Rang
 from bridge_stg.calibration.quantize.kv_cache import quantize_cache
 from bridge_stg.calibration.quantize.weight_file import WeightFile
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
-from bridge_stg.export.graph.blocks import FLOAT, INT8, Product, Table, find_products, find_tables
+from bridge_stg.export.graph.blocks import FLOAT, INT8, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.export.graph.graph_check import check_graph
 from bridge_stg.export.graph.ort_cpu import derive_ort_cpu
 from bridge_stg.runtime.bundle.bundle import GOLDEN, GRAPHS, Bundle
@@ -135,7 +135,7 @@ def _has_integers(source: Bundle, graph: GraphSpec, recipe: GraphRecipe) -> bool
     if recipe.cache == INT8 and graph.cache is not None:
         return True
     model = ir.load(source.graph_path(graph.name, graph.variant))
-    forms, table_form = forms_of(recipe, find_products(model, graph.name), find_tables(model, graph.name))
+    forms, table_form = forms_of(recipe, find_matmuls(model, graph.name), find_tables(model, graph.name))
     return table_form != FLOAT or any(form != FLOAT for form in forms.values())
 
 
@@ -156,10 +156,10 @@ def _write(
     )
 
 
-def _entries(source: Bundle, graph: str, variant: str) -> list[Product | Table]:
+def _entries(source: Bundle, graph: str, variant: str) -> list[Matmul | Table]:
     """Return the products and tables of a graph."""
     model = ir.load(source.graph_path(graph, variant))
-    return [*find_products(model, graph), *find_tables(model, graph)]
+    return [*find_matmuls(model, graph), *find_tables(model, graph)]
 
 
 def _precision(source: Bundle, graph: str) -> str:

@@ -18,7 +18,7 @@ from bridge_stg.calibration.quantize.ranges import TensorRange
 from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
 from bridge_stg.calibration.quantize.weight_file import WeightFile
 from bridge_stg.calibration.recipes import GraphRecipe
-from bridge_stg.export.graph.blocks import FLOAT, HEAD, INT4, INT8, Product, Table, find_products, find_tables
+from bridge_stg.export.graph.blocks import FLOAT, HEAD, INT4, INT8, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.export.graph.graph_edit import Edit
 from bridge_stg.runtime.errors import BridgeError
 
@@ -74,7 +74,7 @@ class GraphQuantizer:
         Raises:
             BridgeError: a product has no range, or a weight cannot be stored.
         """
-        products, tables = find_products(model, self._graph), find_tables(model, self._graph)
+        products, tables = find_matmuls(model, self._graph), find_tables(model, self._graph)
         forms, table_form = forms_of(self._recipe, products, tables)
         factors = self._factors(model)
         edit = Edit(model.graph)
@@ -133,7 +133,7 @@ class GraphQuantizer:
             raise BridgeError(f"smoothing of {min(left)}: nothing before it can be divided; leave it out.")
         return {name: Factors(columns.get(name), rows.get(name)) for name in {**columns, **rows}}
 
-    def _scale(self, product: Product) -> float:
+    def _scale(self, product: Matmul) -> float:
         if product.node not in self._ranges:
             raise BridgeError(
                 f"{product.node}: no range was found for what it multiplies; collect statistics of graph "
@@ -144,7 +144,7 @@ class GraphQuantizer:
             raise BridgeError(f"{product.node}: its range has the scale {scale}; expected a positive number.")
         return scale
 
-    def _weight(self, edit: Edit, product: Product, form: str, factors: Factors) -> ir.Value:
+    def _weight(self, edit: Edit, product: Matmul, form: str, factors: Factors) -> ir.Value:
         """Return a weight as [K, N] floats that come out of integers.
 
         The head stays [N, K] behind a transpose: it may be a table too, and is too large to be turned here.
@@ -157,7 +157,7 @@ class GraphQuantizer:
             axis=0 if form == INT4 or not turned else 1,
             block_size=self._recipe.block_size if form == INT4 else 0,
         )
-        return value if turned else edit.turned(value)
+        return value if turned else edit.transposed(value)
 
     def _pack(
         self, edit: Edit, name: str, form: str, factors: Factors, *, turned: bool
@@ -199,7 +199,7 @@ class GraphQuantizer:
             value.const_value = self._weights.at(name, tensor.dtype, source.shape, place)
 
 
-def forms_of(recipe: GraphRecipe, products: list[Product], tables: list[Table]) -> tuple[dict[str, str], str]:
+def forms_of(recipe: GraphRecipe, products: list[Matmul], tables: list[Table]) -> tuple[dict[str, str], str]:
     """Return how each product's weight is stored, by node, and how the table is.
 
     A head that is tied to the table is int8 where both may be, and float where one must: its bytes are there once.

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bridge_stg.calibration.quantize.packing import StoredSource
-from bridge_stg.export.graph.blocks import Product
+from bridge_stg.export.graph.blocks import Matmul
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BundleError
 
@@ -33,7 +33,7 @@ class ProductWeights:
             self._models[graph] = ir.load(self._bundle.graph_path(graph, self._variants[graph]))
         return self._models[graph]
 
-    def blocks(self, product: Product) -> Iterator[np.ndarray]:
+    def blocks(self, product: Matmul) -> Iterator[np.ndarray]:
         """Yield a product's weight as float32 [rows, K], a block of its N rows at a time.
 
         Raises:

@@ -16,7 +16,7 @@ from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.quantize.matmul_weights import ProductWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows
 from bridge_stg.calibration.recipes import Overrides
-from bridge_stg.export.graph.blocks import Product
+from bridge_stg.export.graph.blocks import Matmul
 from bridge_stg.runtime.errors import BridgeError
 
 PERCENTILE = 99.99
@@ -49,7 +49,7 @@ class TensorRange:
 
 def choose_ranges(
     statistics: Statistics,
-    products: Sequence[Product],
+    products: Sequence[Matmul],
     *,
     method: str | None = None,
     overrides: Overrides | None = None,
@@ -99,9 +99,9 @@ def choose_ranges(
     return found
 
 
-def shared_activations(products: Iterable[Product]) -> list[list[Product]]:
+def shared_activations(products: Iterable[Matmul]) -> list[list[Matmul]]:
     """Return the products in groups that read the same tensor, in their order."""
-    groups: dict[tuple[str, str], list[Product]] = {}
+    groups: dict[tuple[str, str], list[Matmul]] = {}
     for product in products:
         groups.setdefault((product.graph, product.activation), []).append(product)
     return list(groups.values())

@@ -15,7 +15,7 @@ from bridge_stg.calibration.quantize.ranges import TensorRange, choose_ranges
 from bridge_stg.calibration.quantize.smooth import choose_smoothing
 from bridge_stg.calibration.recipes import Overrides, Recipe
 from bridge_stg.calibration.work_folder import read_json, write_json
-from bridge_stg.export.graph.blocks import Product
+from bridge_stg.export.graph.blocks import Matmul
 from bridge_stg.runtime.host.files import replacing
 
 
@@ -36,7 +36,7 @@ class Scales:
 
 def prepare(
     statistics: Statistics,
-    products: Sequence[Product],
+    products: Sequence[Matmul],
     recipe: Recipe,
     *,
     folder: Path,

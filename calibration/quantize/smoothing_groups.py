@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from bridge_stg.export.graph.blocks import FLOAT, Product, find_products, find_tables, stored
+from bridge_stg.export.graph.blocks import FLOAT, Matmul, find_matmuls, find_tables, stored_weight
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SmoothingGroup:
         divided: initializers that are divided by s: a norm's scale and bias, or a weight's rows and its bias.
     """
 
-    products: tuple[Product, ...]
+    products: tuple[Matmul, ...]
     producer: str
     divided: tuple[str, ...]
 
@@ -35,13 +35,13 @@ class SmoothingGroup:
 
 def smoothing_groups(model: ir.Model, graph: str) -> list[SmoothingGroup]:
     """Return the groups of a float graph that can be smoothed, in its order; the same in every variant."""
-    products = find_products(model, graph)
+    products = find_matmuls(model, graph)
     tables = {table.weight for table in find_tables(model, graph)}
     readers: dict[str, set[str]] = {}
     for product in products:
         readers.setdefault(product.weight, set()).add(product.activation)
     own = {p.weight for p in products if len(readers[p.weight]) == 1 and p.weight not in tables and p.form == FLOAT}
-    by_activation: dict[str, list[Product]] = {}
+    by_activation: dict[str, list[Matmul]] = {}
     for product in products:
         by_activation.setdefault(product.activation, []).append(product)
     nodes = {str(node.name): node for node in model.graph}
@@ -100,7 +100,7 @@ def _linear(value: ir.Value) -> tuple[str, tuple[str, ...]] | None:
         if node is None:
             return None
         if node.op_type == "MatMul" and node.inputs[1] is not None:
-            weight, form, turned = stored(node.inputs[1])
+            weight, form, turned = stored_weight(node.inputs[1])
             return (str(node.name), _names([weight, *bias])) if weight is not None and turned else None
         if node.op_type == "Add" and not bias:
             bias = [part for part in node.inputs if part is not None and part.is_initializer()]

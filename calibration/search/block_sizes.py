@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from bridge_stg.export.graph.blocks import FLOAT, Product, Table, find_products, find_tables
+from bridge_stg.export.graph.blocks import FLOAT, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.export.graph.ort_cpu import VARIANT as ORT_CPU
 from bridge_stg.runtime.bundle.bundle import Bundle
 
@@ -56,7 +56,7 @@ def size_of_blocks(bundle: Bundle) -> BundleSizes:
         graphs[name] = sum({entry.path: entry.size for v in variants.values() for entry in v.data}.values())
         model = ir.load(bundle.graph_path(name, variant.variant))
         seen: set[str] = set()
-        entries: list[Table | Product] = [*find_tables(model, name), *find_products(model, name)]
+        entries: list[Table | Matmul] = [*find_tables(model, name), *find_matmuls(model, name)]
         for entry in entries:
             if entry.weight in seen:
                 continue

@@ -13,7 +13,7 @@ from bridge_stg.calibration.recipes import Recipe
 from bridge_stg.calibration.search.search import Choice, Kept, fewest_in_float
 from bridge_stg.calibration.search.sensitivity import Sensitivity, confirm, rank_blocks
 from bridge_stg.calibration.search.trials import RecipeTrials, subset
-from bridge_stg.export.graph.blocks import FLOAT, HEAD, TABLE, Product, Table
+from bridge_stg.export.graph.blocks import FLOAT, HEAD, TABLE, Matmul, Table
 from bridge_stg.runtime.errors import BridgeError
 
 CONFIRM_SAMPLES = 24
@@ -29,7 +29,7 @@ class Entries:
         tables: of all graphs.
     """
 
-    products: Sequence[Product]
+    products: Sequence[Matmul]
     tables: Sequence[Table]
 
     @property
@@ -37,7 +37,7 @@ class Entries:
         """Whether the head shares its bytes with the table: the two are one block then, named by the head."""
         return bool({table.weight for table in self.tables} & {product.weight for product in self.products})
 
-    def in_integers(self, recipe: Recipe) -> list[Product | Table]:
+    def in_integers(self, recipe: Recipe) -> list[Matmul | Table]:
         """Return what a recipe has in integers; of a tied pair the head alone."""
         products = [p for p in self.products if recipe.of(p.graph).form_of(p) != FLOAT]
         tables = [t for t in self.tables if recipe.of(t.graph).form_of_table(t) != FLOAT]
@@ -47,7 +47,7 @@ class Entries:
         """Return the recipe with one block in integers, everything else of every graph in float."""
         chosen = dataclasses.replace(recipe.of(graph), cache=FLOAT, keep_float=())
         partner = TABLE if self.tied and block == HEAD else None
-        entries: list[Product | Table] = [*self.products, *self.tables]
+        entries: list[Matmul | Table] = [*self.products, *self.tables]
         others = {entry.block for entry in entries if entry.graph == graph} - {block, partner}
         return Recipe(recipe.name, {graph: chosen}).with_float(*sorted(others))
 

@@ -13,12 +13,12 @@ from bridge_stg.calibration.quantize.matmul_weights import ProductWeights
 from bridge_stg.calibration.quantize.ranges import TensorRange
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows, rounded_weight
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
-from bridge_stg.export.graph.blocks import FLOAT, INT8, Product
+from bridge_stg.export.graph.blocks import FLOAT, INT8, Matmul
 
 
 def product_errors(
     statistics: Statistics,
-    products: Sequence[Product],
+    products: Sequence[Matmul],
     recipe: Recipe,
     *,
     ranges: Mapping[str, Mapping[str, TensorRange]] | None = None,

@@ -16,7 +16,7 @@ Progress = Callable[[str, int, int], object]
 
 
 class NamedProduct(Protocol):
-    """What is read of a `blocks.Product`."""
+    """What is read of a `blocks.Matmul`."""
 
     @property
     def node(self) -> str: ...

@@ -22,7 +22,7 @@ HEAD, TABLE = "language_model.lm_head", "language_model.embed_tokens"
 
 
 @dataclass(frozen=True)
-class Product:
+class Matmul:
     """One product by a stored weight.
 
     Attributes:
@@ -59,13 +59,13 @@ class Table:
     form: str = FLOAT
 
 
-def find_products(model: ir.Model, graph: str) -> list[Product]:
+def find_matmuls(model: ir.Model, graph: str) -> list[Matmul]:
     """Return the products of a graph in its order; of a quantized graph those in integers too."""
     found = []
     for node in model.graph:
         if node.op_type not in PRODUCTS or node.inputs[0] is None or node.inputs[1] is None:
             continue
-        weight, form, turned = stored(node.inputs[1])
+        weight, form, turned = stored_weight(node.inputs[1])
         if weight is None or weight.shape is None or len(weight.shape) != 2:
             continue
         gemm = node.attributes.get("transB")
@@ -74,7 +74,7 @@ def find_products(model: ir.Model, graph: str) -> list[Product]:
         n, k = sizes if turned else sizes[::-1]
         activation = _float_of(node.inputs[0])
         name = str(node.name)
-        found.append(Product(name, graph, block_of(name), str(weight.name), str(activation.name), k, n, form))
+        found.append(Matmul(name, graph, block_of(name), str(weight.name), str(activation.name), k, n, form))
     return found
 
 
@@ -84,7 +84,7 @@ def find_tables(model: ir.Model, graph: str) -> list[Table]:
     for node in model.graph:
         if node.op_type != "Gather" or node.inputs[0] is None or block_of(str(node.name)) != TABLE:
             continue
-        weight, form, turned = stored(node.inputs[0])
+        weight, form, turned = stored_weight(node.inputs[0])
         if weight is not None and weight.shape is not None and len(weight.shape) == 2 and not turned:
             rows, width = (int(size) for size in weight.shape)
             found.append(Table(str(node.name), graph, TABLE, str(weight.name), rows, width, form))
@@ -114,15 +114,15 @@ def public_name(module: str) -> str:
     return module
 
 
-def blocks_of(products: Iterable[Product | Table]) -> dict[str, list[Product | Table]]:
+def blocks_of(products: Iterable[Matmul | Table]) -> dict[str, list[Matmul | Table]]:
     """Group products and tables by block, both in their order."""
-    found: dict[str, list[Product | Table]] = {}
+    found: dict[str, list[Matmul | Table]] = {}
     for product in products:
         found.setdefault(product.block, []).append(product)
     return found
 
 
-def stored(value: ir.Value) -> tuple[ir.Value | None, str, bool]:
+def stored_weight(value: ir.Value) -> tuple[ir.Value | None, str, bool]:
     """Return the initializer that a value is a view of, its form, and whether it is transposed; (None, …) if none."""
     form, turned = FLOAT, False
     while not value.is_initializer():

@@ -16,7 +16,7 @@ class Edit:
         self.nodes = {str(node.name): node for node in graph}
         self._activations: dict[tuple[ir.Value, float, ir.DataType], ir.Value] = {}
         self._weights: dict[tuple[str, str], ir.Value] = {}
-        self._turned: dict[ir.Value, ir.Value] = {}
+        self._transposed: dict[ir.Value, ir.Value] = {}
         self._scales: dict[tuple[ir.Value, float], ir.Value] = {}
         self._names = {*graph.initializers, *(str(value.name) for node in graph for value in node.outputs)}
 
@@ -80,16 +80,16 @@ class Edit:
         self._weights[name, use] = node.outputs[0]
         return node.outputs[0]
 
-    def turned(self, value: ir.Value) -> ir.Value:
+    def transposed(self, value: ir.Value) -> ir.Value:
         """Return a weight [N, K] as [K, N]; engines turn the integers once, on load."""
-        if value not in self._turned:
+        if value not in self._transposed:
             node = ir.node("Transpose", [value], {"perm": [1, 0]}, name=f"{value.name}/Transpose")
             producer = value.producer()
             assert producer is not None
             self.graph.insert_after(producer, node)
             node.outputs[0].name, node.outputs[0].dtype = f"{value.name}_turned", value.dtype
-            self._turned[value] = node.outputs[0]
-        return self._turned[value]
+            self._transposed[value] = node.outputs[0]
+        return self._transposed[value]
 
     def multiply(self, node: ir.Node, data: ir.Value, weight: ir.Value) -> None:
         """Let a product multiply these. A Gemm becomes MatMul and Add: none fuses one whose bias is float."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from bridge_stg.export.graph.blocks import INT8, find_products, find_tables, stored
+from bridge_stg.export.graph.blocks import INT8, find_matmuls, find_tables, stored_weight
 from bridge_stg.export.graph.fold_key_projection import absorb_projections
 from bridge_stg.export.graph.fuse_attention import fuse_attention
 from bridge_stg.export.graph.graph_edit import Edit
@@ -59,7 +59,7 @@ def for_ort_cpu(model: ir.Model, graph: str) -> bool:
     fewer = spare_tokens(model) or fewer
     attention = fuse_attention(model)
     edit = Edit(model.graph)
-    fused = [_fuse(edit, edit.nodes[p.node]) for p in find_products(model, graph) if p.form == INT8]
+    fused = [_fuse(edit, edit.nodes[p.node]) for p in find_matmuls(model, graph) if p.form == INT8]
     tables = [table for table in find_tables(model, graph) if table.form == INT8]
     for table in tables:
         _look_up(edit, edit.nodes[table.node])
@@ -123,7 +123,7 @@ def _look_up(edit: Edit, gather: ir.Node) -> None:
     """Gather(int8) → Cast → Mul by each row's scale."""
     rows, ids = gather.inputs
     assert rows is not None and ids is not None
-    dequantize, integers = rows.producer(), stored(rows)[0]
+    dequantize, integers = rows.producer(), stored_weight(rows)[0]
     assert dequantize is not None and integers is not None
     shared = dequantize.inputs[1]
     assert shared is not None and shared.dtype is not None and shared.const_value is not None

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bridge_stg.calibration.quantize.ranges import TensorRange
-from bridge_stg.export.graph.blocks import find_products
+from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.backends.session import KVCache
 from bridge_stg.runtime.bundle.bundle import Bundle
@@ -53,7 +53,7 @@ def golden_ranges(bundle: Bundle, folder: Path) -> dict[str, dict[str, TensorRan
         copied = folder / name
         shutil.copytree(path.parent, copied)
         model = ir.load(copied / path.name)
-        products = find_products(model, name)
+        products = find_matmuls(model, name)
         values = {str(v.name): v for node in model.graph for v in node.outputs}
         values |= {str(v.name): v for v in model.graph.inputs}
         watched: dict[str, str] = {}

@@ -15,7 +15,7 @@ from bridge_stg.calibration.recipes import (
     read_overrides,
     write_overrides,
 )
-from bridge_stg.export.graph.blocks import Product
+from bridge_stg.export.graph.blocks import Matmul
 from bridge_stg.runtime.errors import BridgeError
 
 BLOCK = "language_model.layers.1.mlp"
@@ -39,7 +39,7 @@ def test_what_is_stored_how() -> None:
     recipe = GraphRecipe(weights="int4", block_size=32, keep_float=(BLOCK,))
 
     def form(node: str, block: str, k: int) -> str:
-        return recipe.form_of(Product(node, "language_model", block, "w", "x", k, 8))
+        return recipe.form_of(Matmul(node, "language_model", block, "w", "x", k, 8))
 
     assert form("a", "language_model.layers.0.mlp", 64) == "int4"
     assert form("a", BLOCK, 64) == "float"

@@ -22,7 +22,7 @@ from bridge_stg.calibration.search.search import fewest_in_float
 from bridge_stg.calibration.search.sensitivity import rank_blocks
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
 from bridge_stg.evaluation.run.bundle_model import bundle_model
-from bridge_stg.export.graph.blocks import Product, find_products
+from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
 from tests.calibration.hostile import hostile_bundle
@@ -76,10 +76,10 @@ def test_it_is_named_and_kept_in_float(hostile: tuple[Path, str], labelled: tupl
     path, block = hostile
     source, recipe = Bundle.load(path), RECIPES["w8a8"]
     statistics = collect(source, read_samples(labelled[0]), folder=tmp_path / "statistics", threads=1)
-    products: list[Product] = []
+    products: list[Matmul] = []
     for graph, chosen in recipe.graphs.items():
         if chosen.quantizes:
-            products += find_products(ir.load(source.graph_path(graph, "standard")), graph)
+            products += find_matmuls(ir.load(source.graph_path(graph, "standard")), graph)
     smoothing = choose_smoothing(statistics, recipe).vectors
     ranges = choose_ranges(statistics, products, smoothing=smoothing)
     errors = product_errors(statistics, products, recipe, ranges=ranges, smoothing=smoothing)

@@ -18,7 +18,7 @@ from bridge_stg.calibration.collect.instrument import PLACES, instrument
 from bridge_stg.calibration.collect.samples import CalibrationSet, read_samples
 from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.evaluation.run.evaluate import ask
-from bridge_stg.export.graph.blocks import find_products
+from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
@@ -28,7 +28,7 @@ from tests.calibration.chain_samples import write_samples
 
 
 def products_of(bundle: Bundle, graph: str, variant: str = "standard") -> list[str]:
-    return [product.node for product in find_products(ir.load(bundle.graph_path(graph, variant)), graph)]
+    return [product.node for product in find_matmuls(ir.load(bundle.graph_path(graph, variant)), graph)]
 
 
 def vision_feeds(bundle: Bundle) -> dict[str, np.ndarray]:
@@ -45,7 +45,7 @@ def test_taps_are_what_flows(exported: Bundle, tmp_path: Path) -> None:
     path = exported.graph_path("vision_encoder", "standard")
     shutil.copytree(path.parent, tmp_path / "plain")
     model = onnx.load(path, load_external_data=False)
-    activation = {p.node: p.activation for p in find_products(ir.load(path), "vision_encoder")}
+    activation = {p.node: p.activation for p in find_matmuls(ir.load(path), "vision_encoder")}
     whole = [activation[tap.names[0]] for tap in made.taps]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in whole)
     onnx.save(model, tmp_path / "plain" / "whole.onnx")

@@ -15,7 +15,7 @@ from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES, Recipe
 from bridge_stg.calibration.search.block_sizes import size_of_blocks
 from bridge_stg.export.engines.compile import PACKAGES, compile_in_tensorrt
-from bridge_stg.export.graph.blocks import find_products
+from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends.choose import choose, open_sessions
@@ -137,7 +137,7 @@ def test_onnxruntime_fuses_every_product(bundles: dict[str, Bundle], tmp_path: P
     for graph in bundles["w8a8"].manifest.graphs:
         assert choose(bundles["w8a8"].manifest).variants[graph] == "ort-cpu"
         model = ir.load(bundles["w8a8"].graph_path(graph, "standard"))
-        count = Counter(product.form for product in find_products(model, graph))["int8"]
+        count = Counter(product.form for product in find_matmuls(model, graph))["int8"]
         assert count >= 12
         found = optimised(bundles["w8a8"].graph_path(graph, "ort-cpu"), tmp_path)
         assert found["MatMulIntegerToFloat"] == count, graph

@@ -15,7 +15,7 @@ from bridge_stg.calibration.quantize.graph import GraphQuantizer
 from bridge_stg.calibration.quantize.ranges import TensorRange
 from bridge_stg.calibration.quantize.weight_file import WeightFile
 from bridge_stg.calibration.recipes import GRAPH_RECIPES, GraphRecipe
-from bridge_stg.export.graph.blocks import find_products, find_tables
+from bridge_stg.export.graph.blocks import find_matmuls, find_tables
 from bridge_stg.export.graph.ort_cpu import for_ort_cpu
 from bridge_stg.runtime.errors import BridgeError
 from tests.export.graph.test_blocks import LANGUAGE, numbers, small_model
@@ -30,7 +30,7 @@ FLOAT_SMOOTH = GraphRecipe(weights="int8", keep_float=(
 def activation_ranges(feeds: dict[str, np.ndarray]) -> dict[str, TensorRange]:
     """Min-max of what the products read in the float graph."""
     model = small_model()
-    products = find_products(model, "language_model")
+    products = find_matmuls(model, "language_model")
     proto = ir.serde.serialize_model(model)
     names = list(dict.fromkeys(p.activation for p in products if p.activation != "x"))
     proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
@@ -131,12 +131,12 @@ def test_ort_cpu_computes_the_same(tmp_path: Path, feeds: dict[str, np.ndarray])
 
 def test_int8_and_int4_graphs_are_read_again(tmp_path: Path) -> None:
     """Products keep names and sizes, so that they can be counted, and are found behind Q and DQ."""
-    plain = find_products(small_model(), "language_model")
+    plain = find_matmuls(small_model(), "language_model")
     for name in ("w8a8", "w8", "w4"):
         recipe = dataclasses.replace(GRAPH_RECIPES[name], block_size=16)
         for ort_cpu in (False, True):
             model = ir.load(quantized(tmp_path / f"{name}{ort_cpu}", recipe, ort_cpu=ort_cpu))
-            found = find_products(model, "language_model")
+            found = find_matmuls(model, "language_model")
             assert [(p.node, p.k, p.n, p.activation) for p in found] == [
                 (p.node, p.k, p.n, p.activation) for p in plain
             ]

@@ -9,7 +9,7 @@ from bridge_stg.calibration.quantize.matmul_weights import ProductWeights
 from bridge_stg.calibration.quantize.ranges import CUT_OFFS, choose_ranges, range_of, shared_activations
 from bridge_stg.calibration.quantize.rounding import Candidate, relative_errors, rounded_rows
 from bridge_stg.calibration.recipes import METHODS, Overrides
-from bridge_stg.export.graph.blocks import Product, find_products
+from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BridgeError
 
@@ -22,9 +22,9 @@ def rows_of(outlier: float = 0.0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def products(exported: Bundle) -> list[Product]:
+def products(exported: Bundle) -> list[Matmul]:
     graphs = ("vision_encoder", "language_model")
-    return [p for g in graphs for p in find_products(ir.load(exported.graph_path(g, "standard")), g)]
+    return [p for g in graphs for p in find_matmuls(ir.load(exported.graph_path(g, "standard")), g)]
 
 
 def test_the_methods_are_those_of_recipes() -> None:
@@ -82,7 +82,7 @@ def test_errors_add_up_over_blocks() -> None:
     assert whole[0] > 0.01 and whole[1] == 0
 
 
-def test_ranges_of_the_chain(statistics: Statistics, products: list[Product]) -> None:
+def test_ranges_of_the_chain(statistics: Statistics, products: list[Matmul]) -> None:
     found = choose_ranges(statistics, products)
     nodes = {product.node for product in products if product.graph == "language_model"}
     assert set(found["language_model"]) == nodes | set(statistics.caches("language_model"))
@@ -97,7 +97,7 @@ def test_ranges_of_the_chain(statistics: Statistics, products: list[Product]) ->
         assert all(ranges[name].error <= least[graph][name].error for name in ranges)
 
 
-def test_a_person_decides(statistics: Statistics, products: list[Product]) -> None:
+def test_a_person_decides(statistics: Statistics, products: list[Matmul]) -> None:
     block = "vision_encoder.blocks.0.mlp"
     (first, *_) = [p.node for p in products if p.block == block]
     overrides = Overrides(methods={block: "percentile", first: "entropy", "past_key_0": "mse"})
@@ -111,7 +111,7 @@ def test_a_person_decides(statistics: Statistics, products: list[Product]) -> No
         choose_ranges(statistics, products, method="max")
 
 
-def test_smoothed_activations_have_their_own_range(statistics: Statistics, products: list[Product]) -> None:
+def test_smoothed_activations_have_their_own_range(statistics: Statistics, products: list[Matmul]) -> None:
     product = products[0]
     rows = np.array(statistics.rows("vision_encoder", product.node))
     absmax = statistics.absmax("vision_encoder", product.node)

@@ -15,7 +15,7 @@ from bridge_stg.calibration.quantize.smooth import choose_smoothing, smoothing_v
 from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
 from bridge_stg.calibration.recipes import RECIPES, GraphRecipe, Overrides
 from bridge_stg.calibration.search.matmul_errors import product_errors
-from bridge_stg.export.graph.blocks import Product, find_products
+from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime.bundle.bundle import Bundle
 
 RECIPE = RECIPES["w8a8"]
@@ -24,8 +24,8 @@ UP = "model.language_model.layers.0.mlp.up_proj/MatMul"
 
 
 @pytest.fixture(scope="module")
-def products(exported: Bundle) -> list[Product]:
-    return find_products(ir.load(exported.graph_path("language_model", "standard")), "language_model")
+def products(exported: Bundle) -> list[Matmul]:
+    return find_matmuls(ir.load(exported.graph_path("language_model", "standard")), "language_model")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_vector_moves_what_it_is_asked_to() -> None:
     assert whole[:3] == pytest.approx(whole[0])  # nothing is left that stands out
 
 
-def test_outliers_are_found_and_moved(outliers: Statistics, products: list[Product]) -> None:
+def test_outliers_are_found_and_moved(outliers: Statistics, products: list[Matmul]) -> None:
     found = choose_smoothing(outliers, RECIPE)
     vector = found.vectors["language_model"][GATE]
     assert found.vectors["language_model"][UP] is vector
@@ -86,7 +86,7 @@ def test_recipes_and_people_leave_groups_alone(outliers: Statistics) -> None:
         assert not choose_smoothing(outliers, recipe).vectors["language_model"]
 
 
-def test_errors_by_hand(statistics: Statistics, exported: Bundle, products: list[Product]) -> None:
+def test_errors_by_hand(statistics: Statistics, exported: Bundle, products: list[Matmul]) -> None:
     errors = product_errors(statistics, products, RECIPES["w8"])["language_model"]
     product = next(p for p in products if p.node == GATE)
     model = ir.load(exported.graph_path("language_model", "standard"))
@@ -100,7 +100,7 @@ def test_errors_by_hand(statistics: Statistics, exported: Bundle, products: list
     assert errors[GATE] == pytest.approx(np.linalg.norm(wrong) / np.linalg.norm(exact), rel=1e-3)
 
 
-def test_errors_follow_the_recipe(statistics: Statistics, products: list[Product]) -> None:
+def test_errors_follow_the_recipe(statistics: Statistics, products: list[Matmul]) -> None:
     means = {}
     for name in ("w8", "w8a8", "w4"):
         errors = product_errors(statistics, products, RECIPES[name])["language_model"]
@@ -113,7 +113,7 @@ def test_errors_follow_the_recipe(statistics: Statistics, products: list[Product
     assert reduced["language_model"][GATE] > product_errors(statistics, products, RECIPES["w8"])["language_model"][GATE]
 
 
-def test_a_hostile_product_stands_out(statistics: Statistics, products: list[Product], tmp_path: Path) -> None:
+def test_a_hostile_product_stands_out(statistics: Statistics, products: list[Matmul], tmp_path: Path) -> None:
     """Alternating channels of very different size, of which the small ones count."""
     shutil.copytree(statistics.folder, tmp_path / "s")
     tensor = statistics.tensors["language_model"][GATE]

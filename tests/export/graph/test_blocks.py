@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
-from bridge_stg.export.graph.blocks import block_of, blocks_of, find_products, find_tables, public_name
+from bridge_stg.export.graph.blocks import block_of, blocks_of, find_matmuls, find_tables, public_name
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 24]>
@@ -61,7 +61,7 @@ def small_model(text: str = GRAPH) -> ir.Model:
 
 
 def test_products_are_those_by_stored_weights() -> None:
-    found = find_products(small_model(), "language_model")
+    found = find_matmuls(small_model(), "language_model")
     assert [(p.node.split(".")[-1], p.k, p.n, p.weight, p.activation) for p in found] == [
         ("up_proj/MatMul", 4, 6, "up", "normed"),
         ("gate_proj/MatMul", 4, 6, "gate", "normed"),

@@ -164,5 +164,5 @@ def test_both_variants_pair_their_borders(exported: Bundle) -> None:
 def test_blocks_are_those_of_calibration(exported: Bundle) -> None:
     for graph in exported.manifest.graphs:
         model = ir.load(exported.graph_path(graph, "standard"))
-        for product in blocks.find_products(model, graph):
+        for product in blocks.find_matmuls(model, graph):
             assert taps.block_of(product.node.rpartition("/")[0]) == product.block
