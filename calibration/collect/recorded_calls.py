@@ -11,53 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bridge_stg.evaluation.run.evaluate import ask
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.backends.choose import open_sessions
-from bridge_stg.runtime.backends.session import KVCache, Session
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.parity.golden import write_case
-
-Call = tuple[str, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
-
-
-class RecordingSession:
-    """A session that keeps copies of what went in and out, the cache apart."""
-
-    def __init__(self, inner: Session, calls: list[Call]) -> None:
-        self._inner, self._calls = inner, calls
-        self.capacity = 0
-
-    @property
-    def graph(self) -> GraphSpec:
-        """See `Session.graph`."""
-        return self._inner.graph
-
-    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
-        """See `Session.infer`."""
-        outputs = self._inner.infer(feeds, cache=cache)
-        if cache is not None:
-            self.capacity = max(self.capacity, cache.capacity)
-        self._calls.append((self.graph.name, _copied(feeds), _copied(outputs)))
-        return outputs
-
-    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
-        """See `Session.allocate_cache`."""
-        return self._inner.allocate_cache(batch=batch, capacity=capacity)
-
-    def close(self) -> None:
-        """See `Session.close`."""
-        self._inner.close()
-
-
-def _copied(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: array.copy() for name, array in arrays.items()}
+from bridge_stg.runtime.parity.recording import Call, RecordingSession
 
 
 def record(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,41 +10,13 @@ import numpy as np
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.backends.kv_pool import BUCKET_POSITIONS
-from bridge_stg.runtime.backends.session import KVCache
 from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
-from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.grounder import Grounder, Video
 from bridge_stg.runtime.parity.compare import tolerance_of
 from bridge_stg.runtime.parity.golden import write_case
-
-Call = tuple[str, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
+from bridge_stg.runtime.parity.recording import Call, RecordingSession
 
 HEIGHT, WIDTH, FRAMES, FPS = 96, 128, 12, 8.0
-
-
-class RecordingSession:
-    """A torch session that notes its calls. Cached keys and values are not noted: a replay fills its own cache."""
-
-    def __init__(self, session: TorchSession, calls: list[Call]) -> None:
-        self._session, self._calls = session, calls
-
-    @property
-    def graph(self) -> GraphSpec:
-        """The graph's contract."""
-        return self._session.graph
-
-    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
-        """Run the graph, and note inputs and outputs."""
-        outputs = self._session.infer(feeds, cache=cache)
-        self._calls.append((self.graph.name, dict(feeds), dict(outputs)))
-        return outputs
-
-    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
-        """Return zero-filled KV buffers."""
-        return self._session.allocate_cache(batch=batch, capacity=capacity)
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") -> list[Path]:
