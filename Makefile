@@ -41,7 +41,7 @@ GPU_VENV ?= build/gpu-venv
 GPU_EXTRAS ?= tensorrt
 OFFLINE := $(if $(WHEELS),--no-index --find-links "$(abspath $(WHEELS))")
 gpu-test:
-	@$(PYTHON) benchmarks/gpu_test.py $(if $(WHEELS),--wheels "$(WHEELS)")
+	@$(PYTHON) benchmarks/gpu/check.py $(if $(WHEELS),--wheels "$(WHEELS)")
 	$(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check $(OFFLINE) -c constraints.txt setuptools
 	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check $(OFFLINE) -c constraints.txt --no-build-isolation -e '.[dev,$(GPU_EXTRAS)]'
@@ -50,7 +50,7 @@ gpu-test:
 	$(GPU_VENV)/bin/python cli.py export assets/demo/checkpoint --out $(DEMO)/bundle --overwrite
 	$(if $(findstring tensorrt,$(GPU_EXTRAS))$(findstring rtx,$(GPU_EXTRAS)),$(GPU_VENV)/bin/python cli.py build $(DEMO)/bundle --target this)
 	$(GPU_VENV)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
-	$(GPU_VENV)/bin/python benchmarks/gpu_chain.py --bundle $(DEMO)/bundle --out build/gpu_chain.json
+	$(GPU_VENV)/bin/python benchmarks/gpu/stages.py --bundle $(DEMO)/bundle --out build/gpu_stages.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -21,12 +21,12 @@ from typing import Any
 import click
 import numpy as np
 from machine import describe
-from speed.bundles import Model, prepare
-from speed.growth import AXES, measure_growth
 from speed.measure import ROWS, Results, make_inputs, measure
-from speed.ratios import FRAMES, MODEL, Limits, best_fp32, main_ratios, met, peer_ratios, targets
-from speed.report import fill_in, flat_rows, markdown, plots
+from speed.results.growth import AXES, measure_growth
+from speed.results.ratios import FRAMES, MODEL, Limits, best_fp32, main_ratios, met, peer_ratios, targets
+from speed.results.report import fill_in, flat_rows, markdown, plots
 from speed.runners import CHAIN_ROWS, OURS, RunnerError, RunnerSpec, own_runners, peer_runners, start
+from speed.workload.bundles import Model, prepare
 from tqdm import tqdm
 
 from bridge_stg.runtime.chain.prompt import Tokenizer

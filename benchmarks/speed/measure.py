@@ -87,7 +87,7 @@ def make_inputs(checkpoint: Path, folder: Path, frames: int, size: tuple[int, in
     """Return the folder of the inputs of one number of frames, recorded if need be in a process of its own."""
     inputs = folder / "inputs" / f"{size[0]}x{size[1]}_{frames}"
     if not (inputs / "end_to_end.npz").is_file():
-        program = Path(__file__).with_name("inputs.py")
+        program = Path(__file__).with_name("workload") / "inputs.py"
         command = [sys.executable, program, checkpoint, inputs, frames, *size]
         subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
     with np.load(inputs / "end_to_end.npz", allow_pickle=False) as asked:

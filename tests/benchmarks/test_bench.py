@@ -11,9 +11,9 @@ import bench
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from speed.bundles import Model
 from speed.measure import REFERENCE
 from speed.runners import RunnerSpec
+from speed.workload.bundles import Model
 
 
 def spec(name: str, precision: str = "fp32") -> RunnerSpec:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from speed.bundles import prepare, quantize
-from speed.clips import QUERIES, clip
-from speed.growth import answer_ids, cases
-from speed.inputs import record
 from speed.parity import parity
 from speed.peers.protocol import Load, answer_requests
+from speed.results.growth import answer_ids, cases
 from speed.run_chain import load_ours, load_torch
+from speed.workload.bundles import prepare, quantize
+from speed.workload.clips import QUERIES, clip
+from speed.workload.inputs import record
 
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.video.source import open_source
@@ -120,7 +120,7 @@ def test_a_clip_has_the_frames_it_is_named_for(exported: Bundle, tmp_path: Path)
 
 
 def test_growth_varies_what_it_says(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speed.growth.clip", lambda folder, spec, frames, size: folder / f"{frames}_{size[0]}.mp4")
+    monkeypatch.setattr("speed.results.growth.clip", lambda folder, spec, frames, size: folder / f"{frames}_{size[0]}.mp4")
     tokenizer = Tokenizer.from_file(exported.tokenizer_path)
     found = list(cases(exported.manifest.spec, tokenizer, tmp_path, ("tube", "queries", "batch", "resolution")))
     tubes = [case["inputs"]["answer_ids"].tolist() for case in found if case["axis"] == "tube"]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from speed.flops import decode_bytes, prefill_work, vision_work
-from speed.growth import exponent, last_step, summary
 from speed.limits import bandwidth, gemm_peaks
 from speed.measure import REFERENCE
 from speed.parity import parity
-from speed.ratios import Limits, best_fp32, chain_overhead, main_ratios, met, peer_ratios, targets
-from speed.report import MARKS, fill_in, flat_rows, markdown, plots
+from speed.results.growth import exponent, last_step, summary
+from speed.results.ratios import Limits, best_fp32, chain_overhead, main_ratios, met, peer_ratios, targets
+from speed.results.report import MARKS, fill_in, flat_rows, markdown, plots
 
 TEXT = {
     "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -97,7 +97,7 @@ def test_what_a_runner_cannot_do_is_one_line_and_the_next_request_is_answered(tm
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qwen3_folder import write_qwen3_folder
+    from convert.qwen3_folder import write_qwen3_folder
 
     folder = tmp_path_factory.mktemp("peers") / "qwen3"
     return write_qwen3_folder(PEERS.parents[2] / "assets" / "demo" / "checkpoint", folder)
@@ -134,7 +134,7 @@ def text_logits(model: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def test_a_folder_is_written_once_and_named_only_when_whole(demo_folder: Path, tmp_path: Path) -> None:
-    from qwen3_folder import write_qwen3_folder
+    from convert.qwen3_folder import write_qwen3_folder
 
     before = (demo_folder / "model.safetensors").stat().st_mtime_ns
     write_qwen3_folder(PEERS.parents[2] / "assets" / "demo" / "checkpoint", demo_folder)
@@ -145,8 +145,8 @@ def test_a_folder_is_written_once_and_named_only_when_whole(demo_folder: Path, t
 
 
 def test_checkpoints_that_are_no_qwen3_are_refused(tmp_path: Path) -> None:
+    from convert.qwen3_folder import write_qwen3_folder
     from protocol import PeerError
-    from qwen3_folder import write_qwen3_folder
 
     (tmp_path / "config.json").write_text(json.dumps({"backbone": {"model_type": "qwen2_5_vl"}}), encoding="utf-8")
     with pytest.raises(PeerError, match="qwen2_5_vl"):
@@ -159,8 +159,8 @@ def test_checkpoints_that_are_no_qwen3_are_refused(tmp_path: Path) -> None:
 
 def test_stored_values_are_read_without_torch(tmp_path: Path) -> None:
     import torch
+    from convert.safetensors_file import tensors
     from safetensors.torch import save_file
-    from safetensors_file import tensors
 
     values = torch.linspace(-3, 3, 24).reshape(4, 6)
     kinds = {"a": torch.float32, "b": torch.float16, "c": torch.bfloat16}

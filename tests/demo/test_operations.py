@@ -60,7 +60,7 @@ def test_triton_answers_as_the_grounder_does(
 def test_benchmark_puts_parity_beside_times(demo_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "chain.json"
     path, _ = clip("1-named")
-    command = [sys.executable, "benchmarks/gpu_chain.py", "--bundle", demo_bundle, "--clip", path, "--runs", 1]
+    command = [sys.executable, "benchmarks/gpu/stages.py", "--bundle", demo_bundle, "--clip", path, "--runs", 1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     start = "import sys, runpy; sys.path.insert(0, {root!r}); sys.argv = sys.argv[1:]; "
     start += "sys.path.insert(0, 'benchmarks'); runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -12,8 +12,8 @@ import json
 import numpy as np
 import onnxruntime_genai as og
 from built import built
+from convert.qwen3_folder import write_qwen3_folder
 from protocol import Arrays, Loaded, Model, PeerError, Work, serve
-from qwen3_folder import write_qwen3_folder
 
 WORDS = {
     "fp32": "fp32",

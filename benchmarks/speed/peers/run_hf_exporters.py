@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from built import built
+from convert.qwen3_folder import write_qwen3_folder
 from protocol import Arrays, Loaded, Model, PeerError, Work, serve
-from qwen3_folder import write_qwen3_folder
 
 WORDS = {
     "fp32": "fp32, fused into onnxruntime's operators for CPU",
@@ -90,7 +90,7 @@ def load(model: Model, precision: str, threads: int) -> Loaded:
         raise PeerError(f"transformers' exporter makes {' and '.join(WORDS)} here, not {precision}")
     source = write_qwen3_folder(model.checkpoint, model.folder / "qwen3")
     target = model.folder / f"hf_exporters-{precision}"
-    build_s = built(target, lambda out: [str(HERE / "hf_export.py"), str(source), str(out), precision])
+    build_s = built(target, lambda out: [str(HERE / "convert/hf_export.py"), str(source), str(out), precision])
     language_model = LanguageModel(target, threads)
     rows = {"prefill_text": language_model.prefill, "decode": language_model.decode}
     return Loaded(rows, WORDS[precision], ("transformers", "onnxruntime"), build_s)

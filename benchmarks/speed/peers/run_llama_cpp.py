@@ -13,8 +13,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from built import built
+from convert.qwen3_folder import write_qwen3_folder
 from protocol import Arrays, Loaded, Model, PeerError, Work, serve
-from qwen3_folder import write_qwen3_folder
 
 KINDS = {"fp32": "f32", "int8": "q8_0", "int4": "q4_0"}
 WORDS = {
@@ -87,7 +87,7 @@ def load(model: Model, precision: str, threads: int) -> Loaded:
     source = write_qwen3_folder(model.checkpoint, model.folder / "qwen3")
     kind = KINDS[precision]
     target = model.folder / f"llama_cpp-{kind}"
-    build_s = built(target, lambda out: [str(HERE / "gguf_file.py"), str(source), str(out), kind])
+    build_s = built(target, lambda out: [str(HERE / "convert/gguf_file.py"), str(source), str(out), kind])
     llama_cpp.llama_backend_init()
     language_model = LanguageModel(target / "model.gguf", threads=threads, f32_cache=precision == "fp32")
     rows = {"prefill_text": language_model.prefill, "decode": language_model.decode}

@@ -14,10 +14,10 @@ import numpy as np
 import openvino as ov
 import openvino_genai
 from built import built
+from convert.qwen3_folder import write_qwen3_folder
 from openvino import opset13 as ops
 from openvino_settings import AUTO, settings, words
 from protocol import Arrays, Loaded, Model, PeerError, Work, serve
-from qwen3_folder import write_qwen3_folder
 
 FORMATS = {
     "fp32": ("fp32", ()),

@@ -1,6 +1,6 @@
 """Compare a bundle's chain with eager torch on held-out clips, every variant: answers, spans and boxes.
 
-Usage: python benchmarks/parity_demo.py [--bundle DIR] [--checkpoint DIR] [--clips 200] [--out FILE.json]
+Usage: python benchmarks/accuracy/parity.py [--bundle DIR] [--checkpoint DIR] [--clips 200] [--out FILE.json]
 """
 
 from __future__ import annotations

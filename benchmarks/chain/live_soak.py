@@ -1,7 +1,7 @@
 """Watch an hour of a stream, fed as fast as it is taken: memory and cost a frame over time, and the rebuild's spike.
 
 The stream is the sample clips, over and over, at eight frames a second. Usage:
-python benchmarks/live_soak.py [--bundle DIR] [--seconds 3600] [--out FILE.json]
+python benchmarks/chain/live_soak.py [--bundle DIR] [--seconds 3600] [--out FILE.json]
 """
 
 from __future__ import annotations

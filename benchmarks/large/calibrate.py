@@ -1,10 +1,10 @@
 """Calibrate a bundle of a real model's size, and measure: peak memory and time of each step, and size.
 
-The bundle is one of export_large.py --keep. Its weights are random, so that no metric is judged; what is shown is that
+The bundle is one of large/export.py --keep. Its weights are random, so that no metric is judged; what is shown is that
 the statistics, the ranges and the quantized weights stream. Each step runs in a process of its own. Results go to
 benchmarks/results/calibrate_<bundle>_<recipe>.json.
 
-Usage: python benchmarks/calibrate_large.py BUNDLE --samples build/calibration/calibration.jsonl [--recipe w4]
+Usage: python benchmarks/large/calibrate.py BUNDLE --samples build/calibration/calibration.jsonl [--recipe w4]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage times and parity of the whole chain, side by side for every backend that this machine has.
 
-Usage: python benchmarks/gpu_chain.py [--bundle DIR] [--clip FILE] [--runs 5] [--out FILE.json]. Native TensorRT needs
+Usage: python benchmarks/gpu/stages.py [--bundle DIR] [--clip FILE] [--runs 5] [--out FILE.json]. Native TensorRT needs
 engines: `python cli.py build BUNDLE --target this` first. A backend whose golden cases drift is listed, and the exit
 code is 1: its times do not count.
 """
@@ -30,7 +30,7 @@ from bridge_stg.runtime.host.machine import machine
 from bridge_stg.runtime.parity.compare import replay
 from bridge_stg.runtime.parity.verify import graph_of
 
-CLIPS = Path(__file__).resolve().parents[1] / "assets/demo/clips"
+CLIPS = Path(__file__).resolve().parents[2] / "assets/demo/clips"
 
 
 def boundaries(bundle: Bundle, backend: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def agreement(answers: list[Grounding], reference: list[Grounding]) -> dict[str,
 @click.option("--bundle", "path", type=click.Path(path_type=Path), help="Default: the demo bundle.")
 @click.option("--clip", "clips", multiple=True, type=click.Path(path_type=Path), help="Beside a .txt with its query.")
 @click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("build/gpu_chain.json"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build/gpu_stages.json"), show_default=True)
 def main(path: Path | None, clips: tuple[Path, ...], runs: int, out: Path) -> None:
     """Write the figures as JSON."""
     bundle = Bundle.load(path or demo_bundle())

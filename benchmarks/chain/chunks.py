@@ -3,7 +3,7 @@
 All settings take turns, and the least of `--runs` counts; what they give is compared with what the last one gives.
 Frames and ids are random: the time does not depend on what they show. Results go to benchmarks/results/chunks.json.
 
-Usage: python benchmarks/chunks.py --model NAME BUNDLE [--model …] [--tokens 1498] [--groups 16] [--size 384 224]
+Usage: python benchmarks/chain/chunks.py --model NAME BUNDLE [--model …] [--tokens 1498] [--groups 16] [--size 384 224]
 """
 
 from __future__ import annotations

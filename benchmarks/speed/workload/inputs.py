@@ -1,6 +1,6 @@
 """The inputs of every row, recorded once from a run of the torch reference, and shared by all runners.
 
-Usage: python benchmarks/speed/inputs.py CHECKPOINT FOLDER FRAMES WIDTH HEIGHT
+Usage: python benchmarks/speed/workload/inputs.py CHECKPOINT FOLDER FRAMES WIDTH HEIGHT
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from speed.clips import QUERIES, clip  # noqa: E402
 from speed.watching import Call, Watch, answer_marker  # noqa: E402
+from speed.workload.clips import QUERIES, clip  # noqa: E402
 
 # isort: split
 from bridge_stg.runtime.bundle.spec import ModelSpec  # noqa: E402

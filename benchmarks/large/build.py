@@ -1,9 +1,9 @@
 """Compile the language model of a large bundle ahead of time, and measure it: peak memory, time, size of the engine.
 
-Make the bundle first: python benchmarks/export_large.py qwen3_vl_2b --keep. The compilation runs in a process of its
+Make the bundle first: python benchmarks/large/export.py qwen3_vl_2b --keep. The compilation runs in a process of its
 own, as `bridge-stg build` does. The result goes to benchmarks/results/build_<bundle>.json; it tells no speed on a GPU.
 
-Usage: python benchmarks/build_large.py build/large/qwen3_vl_2b_fp16 [--target rtx-ampere] [--graph language_model]
+Usage: python benchmarks/large/build.py build/large/qwen3_vl_2b_fp16 [--target rtx-ampere] [--graph language_model]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import click
 from machine import describe
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 from bridge_stg.export.engines.layers import plan_summary  # noqa: E402

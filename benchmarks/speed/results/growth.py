@@ -12,8 +12,8 @@ import numpy as np
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.grammar import AnswerGrammar
 from bridge_stg.runtime.chain.prompt import Tokenizer, time_strings
-from speed.clips import QUERIES, clip
 from speed.runners import Runner
+from speed.workload.clips import QUERIES, clip
 
 AXES: Mapping[str, Sequence[int]] = {
     "frames": (8, 16, 32, 64, 128),

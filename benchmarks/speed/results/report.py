@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from speed.flops import WEIGHT_BYTES, decode_bytes, prefill_work, vision_work
-from speed.growth import AXES, UNITS, summary
 from speed.measure import median
-from speed.ratios import Limits, chain_overhead, met
+from speed.results.growth import AXES, UNITS, summary
+from speed.results.ratios import Limits, chain_overhead, met
 
 STAGES_PLOT, GROWTH_PLOT = "speed_stages.svg", "speed_growth.svg"
 MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")

@@ -4,7 +4,7 @@ The checkpoint has the shapes of a published model and random bf16 weights, writ
 a process of its own, as `bridge-stg export` does, and so does the query. Results go to
 benchmarks/results/export_<shape>_<dtype>.json, and all of them into the table of docs/performance.md.
 
-Usage: python benchmarks/export_large.py SHAPE [--dtype fp16] [--variant standard] [--folder /tmp/large] [--keep]
+Usage: python benchmarks/large/export.py SHAPE [--dtype fp16] [--variant standard] [--folder /tmp/large] [--keep]
 """
 
 from __future__ import annotations

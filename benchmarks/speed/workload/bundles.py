@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from speed.clips import calibration_samples  # noqa: E402
+from speed.workload.clips import calibration_samples  # noqa: E402
 
 # isort: split
 from bridge_stg.runtime.bundle.bundle import Bundle  # noqa: E402
@@ -59,7 +59,7 @@ def prepare(name: str, folder: Path, precisions: tuple[str, ...], given: dict[st
     work, given = folder / name, given or {}
     checkpoint = given.get("checkpoint", DEMO if name == "demo" else work / "checkpoint")
     if not (checkpoint / "config.json").is_file():
-        from shapes import write_checkpoint
+        from large.shapes import write_checkpoint
 
         write_checkpoint(name, checkpoint)
     bundles = {precision: given.get(precision, work / precision) for precision in ("fp32", *RECIPES)}

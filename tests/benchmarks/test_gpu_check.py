@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def planned(*arguments: str, python: tuple[str, ...] = ("-S",)) -> subprocess.CompletedProcess[str]:
     """Run it without any installed package, as on a machine that was just set up."""
-    command = [sys.executable, *python, str(ROOT / "benchmarks/gpu_test.py"), *arguments]
+    command = [sys.executable, *python, str(ROOT / "benchmarks/gpu/check.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -35,7 +35,7 @@ def test_it_lists_every_gpu_test_and_says_what_is_missing(has_gpu: bool) -> None
     )  # fmt: skip
     collected = {line.rpartition("::")[2].partition("[")[0] for line in marked.stdout.splitlines() if "::" in line}
     assert collected and all(f"test_gpu.py::{name}" in done.stdout for name in collected)
-    assert "benchmarks/gpu_chain.py" in done.stdout
+    assert "benchmarks/gpu/stages.py" in done.stdout
     assert done.returncode == (0 if has_gpu else 2)
     assert has_gpu or ("missing: an NVIDIA GPU" in done.stderr and "Nothing was checked" in done.stderr)
 
@@ -53,8 +53,8 @@ def test_marks_are_found_on_modules_classes_and_functions(tmp_path: Path) -> Non
         "@pytest.mark.gpu\nclass TestFour:\n    def test_five(self): pass\n"
     )
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import gpu_test, pathlib; "
-        f"print(dict(gpu_test.gpu_tests(pathlib.Path({str(tmp_path)!r}))))"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks/gpu')!r}); import check, pathlib; "
+        f"print(dict(check.gpu_tests(pathlib.Path({str(tmp_path)!r}))))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     found = {"test_a.py::test_one": "one", "test_b.py::test_two": "Two is right.", "test_b.py::test_five": "five"}

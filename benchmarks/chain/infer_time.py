@@ -4,7 +4,7 @@ Commands are run in turn, so that what else the machine does falls on all alike;
 noted. Bytecode is cached, as it is of an installed package. `--before DIR` names another checkout to compare with;
 its printed results must be the same. `--realtime` (Linux, as root) lets the commands run before other work.
 
-Usage: python benchmarks/infer_time.py [--bundle NAME=DIR]… [--before DIR] [--runs 7] [--realtime] [--out FILE.json]
+Usage: python benchmarks/chain/infer_time.py [--bundle NAME=DIR]… [--before DIR] [--runs 7] [--realtime] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import click
 from machine import describe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAUSE_S = 0.3
 """Between two commands: real-time work is held back by Linux where it takes more than 0.95 s of each second."""
 Timed = tuple[float, float, str]

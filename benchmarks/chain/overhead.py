@@ -3,7 +3,7 @@
 Seconds of wall and of CPU (all threads; steadier where other work shares the machine) of one query and of several on
 one video, least of `--runs`, of each graph, and of reading the video. Results go to benchmarks/results/chain.json.
 
-Usage: python benchmarks/chain.py --model NAME BUNDLE CLIP [--model …] [--queries 8] [--runs 3]
+Usage: python benchmarks/chain/overhead.py --model NAME BUNDLE CLIP [--model …] [--queries 8] [--runs 3]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The fp16 bundle is exported, the others calibrated where they are not there yet.
 precision in a process of its own, which also tells its memory; times are taken in one process, the precisions in turn.
 Results go to benchmarks/results/precision_demo.json.
 
-Usage: python benchmarks/precision_demo.py --bundle build/demo/bundle --samples build/calibration/calibration.jsonl
+Usage: python benchmarks/accuracy/precision.py --bundle build/demo/bundle --samples build/calibration/calibration.jsonl
     --select build/calibration/select.jsonl --evaluate build/tasks/tube.jsonl [--folder build/precision]
 """
 

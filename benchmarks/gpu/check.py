@@ -1,6 +1,6 @@
 """What `make gpu-test` checks, and whether this machine can: needs nothing but Python.
 
-Usage: python benchmarks/gpu_test.py [--wheels DIR]. Lists every test with the marker `gpu` and the benchmark; exits
+Usage: python benchmarks/gpu/check.py [--wheels DIR]. Lists every test with the marker `gpu` and the benchmark; exits
 with 0 if the machine has a GPU, else with 2 and what is missing.
 """
 
@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 
 from bridge_stg.runtime.host.machine import Machine, machine  # noqa: E402
 
-BENCHMARK = "benchmarks/gpu_chain.py: seconds a stage and parity at every boundary, side by side for every backend here"
+BENCHMARK = "benchmarks/gpu/stages.py: seconds a stage and parity at every boundary, side by side for every backend here"
 
 
 def gpu_tests(folder: Path) -> Iterator[tuple[str, str]]:

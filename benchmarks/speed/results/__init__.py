@@ -1,0 +1,1 @@
+"""From measured times to tables, ratios and plots."""

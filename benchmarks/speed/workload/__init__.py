@@ -1,0 +1,1 @@
+"""Inputs of the speed benchmark: bundles, clips and recorded calls."""
