@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.model.backbones import backbone
-from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec, PromptSpec, SpanSpec, from_dict
+from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec, PromptSpec, SpanSpec
+from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
 
 MODEL_TYPE = "bridge_stg"
@@ -142,15 +143,8 @@ class BridgeSTGConfig:
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:
             raise CheckpointError(f"{where}: model_type is {model_type!r}, expected {MODEL_TYPE!r}")
-        sections = {
-            "bridging": BridgingConfig, "spatial_decoder": SpatialDecoderConfig, "frames": FramesSpec,
-            "prompt": PromptSpec, "span": SpanSpec, "losses": LossConfig,
-        }  # fmt: skip
         try:
-            for name, kind in sections.items():
-                if name in values:
-                    values[name] = from_dict(kind, values[name], f"{where}: {name}")
-            config = from_dict(cls, values, where)
+            config = from_json(cls, values)
             config.model_spec()
         except (CheckpointError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -1,8 +1,8 @@
 """The three graphs' contracts: names, dtypes and symbolic dims of every input and output.
 
-B = requests, G = groups of P frames, L = new tokens, K = positions asked for, S = KV capacity, V = visual tokens + 1,
-F = fine frames, N = patches of a frame, W = attention windows of a frame. The exporter writes these into the manifest,
-the eager reference and every backend obey them.
+B = requests, G = groups of P frames, L = new tokens, K = requested positions, S = KV capacity, V = visual tokens + 1,
+F = fine frames, N = patches per frame, W = attention windows per frame. The exporter writes these into the manifest;
+the eager reference and every backend follow them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from bridge_stg.runtime.bundle.spec import ModelSpec, VisionSpec
 GRAPHS = ("vision_encoder", "language_model", "spatial_decoder")
 
 TOKEN_GROUPS = "token_groups"
-"""int64 [1], of how many groups `visual_tokens` are wanted: an input with a default, all of them, that a vision encoder
-may have beyond its contract. With 0, `visual_tokens` has no rows, and the mergers cost nothing."""
+"""int64 [1], number of groups to compute `visual_tokens` for: an optional input of vision encoders beyond the contract
+(default: all groups). With 0, `visual_tokens` has no rows and the mergers cost nothing."""
 
 
 def graph_contract(
@@ -38,7 +38,7 @@ def graph_contract(
         io_dtype: dtype of visual_tokens, feature_map and taps.
         cache_update: `in_place` or `append`, for the language model.
         cache_dtype: dtype of the KV buffers.
-        precision: a word for people.
+        precision: name of the precision, such as `fp16`.
     """
     inputs, outputs, ranges = {
         "vision_encoder": _vision_encoder, "language_model": _language_model, "spatial_decoder": _spatial_decoder,
@@ -74,7 +74,7 @@ def _vision_encoder(spec: ModelSpec, io: str) -> Parts:
 
 
 def _vision_tables(vision: VisionSpec) -> list[TensorSpec]:
-    """What `bridge_stg.runtime.chain.positions.vision_tables` returns for the family, in its order."""
+    """Return the inputs that `bridge_stg.runtime.chain.positions.vision_tables` computes, in the same order."""
     tables = []
     if vision.position_grid:
         tables += [TensorSpec("pos_index", "int64", ("N", 4)), TensorSpec("pos_weight", "float32", ("N", 4))]

@@ -1,11 +1,10 @@
-"""What a bundle's manifest.json says, as frozen dataclasses that refuse contradictions.
+"""The content of a bundle's manifest.json, as frozen dataclasses that reject contradictions with a ValueError.
 
-Knows nothing of folders: that the listed files are there and whole is checked in `bundle`.
+Knows nothing of folders: `bundle` checks that the listed files exist and are unchanged.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -48,10 +47,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """How a graph keeps its KV cache, [B, kv_heads, S, head_dim] a buffer, two buffers a layer.
+    """How a graph keeps its KV cache: two buffers per layer, each [B, kv_heads, S, head_dim].
 
-    `update` is `in_place` (the graph returns present_*, which share the buffers of past_*) or `append`
-    (past_* are read only, the graph returns new_* [B, kv_heads, L, head_dim], and the session writes those rows).
+    `update` is `in_place` (the graph returns present_*, which share the buffers of past_*) or `append` (past_* are
+    only read, the graph returns new_* [B, kv_heads, L, head_dim], and the session writes those rows).
     """
 
     update: str
@@ -66,12 +65,12 @@ class CacheSpec:
 
     @property
     def past_names(self) -> tuple[str, ...]:
-        """Inputs that are the cache: past_key_0, past_value_0, past_key_1, …"""
+        """Names of the cache inputs: past_key_0, past_value_0, past_key_1 and so on."""
         return self._names("past")
 
     @property
     def written_names(self) -> tuple[str, ...]:
-        """Outputs that belong to `past_names`, in the same order: present_* (`in_place`) or new_* (`append`)."""
+        """Names of the outputs for `past_names`, in the same order: present_* (`in_place`) or new_* (`append`)."""
         return self._names("present" if self.update == "in_place" else "new")
 
     def _names(self, prefix: str) -> tuple[str, ...]:
@@ -80,10 +79,10 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One variant of one graph: what goes in, what comes out, and the files that hold it.
+    """One variant of one graph: its inputs, outputs and files.
 
-    `ranges` gives (least, largest or None) of a symbol; `derived_from` the variant that a pass or quantization started
-    from. `file`, `size`, `sha256` and `data` (external data files) are filled in by the bundle's writer.
+    `ranges` maps a symbol to (least, largest or None); `derived_from` names the variant that a pass or quantization
+    started from. The bundle's writer fills in `file`, `size`, `sha256` and `data` (external data files).
     """
 
     name: str
@@ -119,7 +118,7 @@ class GraphSpec:
 
     @property
     def made_by_pass(self) -> bool:
-        """Whether a pass made it of another variant of its bundle: it may have melted what others name apart."""
+        """Whether a graph pass made it from another variant of its bundle, and so may have fused named nodes."""
         return self.derived_from not in (None, self.variant)
 
 
@@ -127,10 +126,10 @@ class GraphSpec:
 class Manifest:
     """The whole manifest.
 
-    `graphs` maps name → variant → GraphSpec; `files` are all other files under the fingerprint (tokenizer, golden
-    cases). `model` and `tools` are free-form (name, parameters; package → version), `calibration` tells which samples
-    quantized the graphs (None: not quantized), `verified` whether parity with the torch reference was measured and
-    held. `io_dtype` is the dtype of visual_tokens, feature_map and taps.
+    `graphs` maps name → variant → GraphSpec; `files` lists all other files under the fingerprint (tokenizer, golden
+    cases). `model` and `tools` are free-form (name, parameters; package → version), `calibration` describes the samples
+    that quantized the graphs (None: not quantized), `verified` says whether parity with the torch reference was
+    measured and passed. `io_dtype` is the dtype of visual_tokens, feature_map and taps.
     """
 
     spec: ModelSpec
@@ -144,22 +143,18 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     fingerprint: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:
-        """Read what `to_dict` returned.
+        """Build a manifest from JSON values.
 
         Raises:
             ValueError: a field is missing, unknown, of a wrong type, or contradicts another; the message names it.
         """
-        manifest: Manifest = from_json(cls, values, "")
+        manifest = from_json(cls, values)
         for name, variants in manifest.graphs.items():
             for variant, graph in variants.items():
                 if (graph.name, graph.variant) != (name, variant):
-                    raise ValueError(f"graphs.{name}.{variant} calls itself {graph}")
+                    raise ValueError(f"graphs.{name}.{variant} has name and variant {graph}")
         return manifest
 
     def entries(self) -> dict[str, FileEntry]:
@@ -181,6 +176,6 @@ class Manifest:
 
 
 def canonical_sha256(values: Mapping[str, Any], *, without: str) -> str:
-    """Hash JSON values independently of key order and layout, leaving out the key that is to hold the hash."""
+    """Return the SHA-256 of JSON values, independent of key order and layout, leaving out the key for the hash."""
     rest = {key: value for key, value in values.items() if key != without}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

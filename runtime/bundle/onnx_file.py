@@ -1,7 +1,7 @@
-"""Which external data files an .onnx file points at, read from its protobuf bytes without the onnx package.
+"""Find the external data files of an .onnx file in its protobuf bytes, without the onnx package.
 
-A model's `external_data` entries name files that a backend opens by itself, so a bundle is only safe to load if these
-names are known first. Field numbers are those of onnx.proto (ModelProto, GraphProto, TensorProto …).
+A backend opens the files that a model's `external_data` entries name, so these names must be checked before it loads
+the model. Field numbers are those of onnx.proto (ModelProto, GraphProto, TensorProto …).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-# message -> field number -> message of that field; every path on which a TensorProto can hang in a ModelProto
+from bridge_stg.runtime.errors import BundleError
+
+# message -> field number -> message of that field, for every path from a ModelProto to a TensorProto
 _CHILDREN = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -26,31 +28,29 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def external_locations(path: Path) -> set[str]:
-    """Return the `location` of every tensor whose data lie outside the .onnx file, as written there.
+    """Return the `location` of every tensor whose data is stored outside the .onnx file.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not an ONNX model (not protobuf, or without a graph).
+        BundleError: the file cannot be read, or is not an ONNX model (not protobuf, or without a graph).
     """
     found: set[str] = set()
-    with open(path, "rb") as file:
-        try:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise ValueError("the file is empty") from None
-    with content:
-        if not any(number == 7 for number, _, _ in _fields(content, 0, len(content))):
-            raise ValueError("it holds no graph")
-        _collect(content, 0, len(content), "model", found)
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if not any(number == 7 for number, _, _ in _fields(content, 0, len(content))):
+                raise ValueError("it contains no graph")
+            _collect(content, 0, len(content), "model", found)
+    except (OSError, ValueError, RecursionError) as error:  # mmap raises ValueError for an empty file
+        text = f"{path}: is not an ONNX graph ({error}). Copy the file again from its source, or export it again."
+        raise BundleError("bundle.not_onnx", text) from error
     return found
 
 
 def _collect(content: mmap.mmap, start: int, end: int, kind: str, found: set[str]) -> None:
-    """Add the locations named in the message at bytes start … end − 1, which is of a kind."""
+    """Add the locations named in the message of type `kind` at bytes start … end − 1."""
     children = _CHILDREN[kind]
     for number, first, last in _fields(content, start, end):
         child = children.get(number)
-        if child is None or content.find(_LOCATION, first, last) < 0:  # a key is spelt out: most nodes have none
+        if child is None or content.find(_LOCATION, first, last) < 0:  # most nodes have no external data
             continue
         if child == "entry":
             entry = {n: content[at:stop] for n, at, stop in _fields(content, first, last)}
@@ -61,7 +61,7 @@ def _collect(content: mmap.mmap, start: int, end: int, kind: str, found: set[str
 
 
 def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (field number, first byte, byte behind it) of length-delimited fields; other fields are stepped over."""
+    """Yield (field number, start, end) of each length-delimited field; skip other fields."""
     while at < end:
         key, at = _varint(content, at, end)
         wire = key & 7

@@ -1,6 +1,6 @@
-"""Reports inside a bundle: JSON that carries its own hash, with an HTML page for people beside it.
+"""Reports in a bundle: JSON with its own hash, and optionally an HTML page.
 
-They are outside the bundle's fingerprint, so that a report may be added to a bundle that is already in use.
+They are not part of the bundle's fingerprint, so that a report can be added to a bundle that is already in use.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.runtime.bundle.bundle import REPORTS
+from bridge_stg.runtime.bundle.bundle import REPORTS, check_relative
 from bridge_stg.runtime.bundle.manifest import canonical_sha256
 from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.host.files import replacing
@@ -22,17 +21,15 @@ from bridge_stg.runtime.host.files import replacing
 def write_report(
     bundle_path: str | os.PathLike[str], name: str, values: Mapping[str, Any], html: str | None = None
 ) -> Path:
-    """Write reports/<name>.json (and .html), each renamed into place. Return the JSON file's path.
+    """Write reports/<name>.json (and .html), each atomically. Return the JSON file's path.
 
     The JSON object gains `sha256` over all its other keys, and `html_sha256` if there is a page.
 
     Raises:
-        ValueError: the name is not plain (letters, digits, `-`, `_`, `.`).
-        BundleError: the folder cannot be written.
+        BundleError: the name leaves the folder, or the folder cannot be written.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"a report's name is letters, digits, '-', '_' and '.', not {name!r}")
     folder = Path(bundle_path) / REPORTS
+    check_relative(name, where=folder)
     record = json.loads(json.dumps(values))
     try:
         folder.mkdir(exist_ok=True)
@@ -42,9 +39,8 @@ def write_report(
         record["sha256"] = canonical_sha256(record, without="sha256")
         _replace(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
-        raise BundleError(
-            f"{folder}: the report {name!r} cannot be written ({error}). Is the bundle read-only?"
-        ) from error
+        text = f"{folder}: the report {name!r} cannot be written ({error}). Is the bundle read-only?"
+        raise BundleError("output.not_writable", text) from error
     return folder / f"{name}.json"
 
 
@@ -52,15 +48,18 @@ def read_report(bundle_path: str | os.PathLike[str], name: str) -> dict[str, Any
     """Read reports/<name>.json and check its hash.
 
     Raises:
-        BundleError: it is missing, not JSON, or was changed.
+        BundleError: the file is missing, is not JSON, or was changed.
     """
     file = Path(bundle_path) / REPORTS / f"{name}.json"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{file}: this report cannot be read ({error}). Make it again.") from error
+        raise BundleError(
+            "bundle.unreadable", f"{file}: this report cannot be read ({error}). Make it again."
+        ) from error
     if not isinstance(record, dict) or record.get("sha256") != canonical_sha256(record, without="sha256"):
-        raise BundleError(f"{file}: this report was changed after it was written. Make it again.")
+        text = f"{file}: this report was changed after it was written. Make it again."
+        raise BundleError("bundle.hash_mismatch", text)
     return record
 
 

@@ -1,42 +1,17 @@
-"""What the chain must know about a model besides its weights: preprocessing, prompt, answer and span rules.
+"""Everything about a model that the chain needs besides its weights: preprocessing, prompt, answer and span rules.
 
-These dataclasses are the checkpoint's config sections and the manifest's sections alike, so that training,
-export and the runtime read the same numbers. They know nothing of torch and nothing of files.
+These dataclasses are sections of both the checkpoint's config and the manifest, so that training, export and the
+runtime read the same numbers. They know nothing of torch and of files.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-T = TypeVar("T")
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a frozen dataclass from JSON values; lists become tuples.
-
-    Raises:
-        ValueError: a field is unknown or missing; the message names it and `where`.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known fields: {', '.join(fields)}")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{where}: field {missing[0]!r} is missing")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 @dataclass(frozen=True)
 class FramesSpec:
-    """Which frames are read, and at which size. Rates are in frames a second, sizes in pixels (height · width)."""
+    """Which frames are read, and at which size. Rates are in frames per second, sizes in pixels (height · width)."""
 
     coarse_fps: float = 2.0
     coarse_max_pixels: int = 128 * 128
@@ -47,16 +22,16 @@ class FramesSpec:
     fine_min_pixels: int = 32 * 32
     max_fine_frames: int = 64
     encoder_chunk_groups: int = 16
-    """Groups that one call of the vision encoder may hold; bounds its memory on long videos."""
+    """Most groups per call of the vision encoder; limits its memory on long videos."""
     encoder_chunk_patches: int = 8192
-    """Patches that one call may hold, at least one group: bounds its memory at high resolutions."""
+    """Most patches per call (but at least one group); limits its memory at high resolutions."""
     max_visual_tokens: int | None = None
-    """Visual tokens that the coarse frames of one video may take together; None: as many as the fields above allow."""
+    """Most visual tokens for all coarse frames of one video; None: as many as the fields above allow."""
 
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """The vision encoder's geometry, as far as the host must know it."""
+    """The parts of the vision encoder's geometry that the host needs."""
 
     family: str
     patch_size: int
@@ -73,12 +48,12 @@ class VisionSpec:
     window_patches: int = 0
     """Side of an attention window in patches; 0: every block attends to the whole group."""
     tokens_per_second: float | None = None
-    """Steps of the time position a second in a stock prompt; None: a stock prompt prints each group's time."""
+    """Time positions per second in a stock prompt; None: a stock prompt prints each group's time."""
 
 
 @dataclass(frozen=True)
 class LanguageSpec:
-    """The language model's sizes that shape its KV cache and its ids."""
+    """The language model's sizes, from which its KV cache and token ids follow."""
 
     hidden_size: int
     num_layers: int
@@ -117,7 +92,7 @@ class SpanSpec:
     """How a named span becomes a tube."""
 
     margin_s: float | None = None
-    """Seconds looked at on each side of the named span; None: one coarse group interval."""
+    """Seconds searched on each side of the named span; None: one coarse group interval."""
     presence_threshold: float = 0.5
 
 
@@ -130,26 +105,3 @@ class ModelSpec:
     frames: FramesSpec = field(default_factory=FramesSpec)
     prompt: PromptSpec = field(default_factory=PromptSpec)
     span: SpanSpec = field(default_factory=SpanSpec)
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return JSON values, one object a section."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Mapping[str, Any]], where: str = "spec") -> ModelSpec:
-        """Read the sections that `to_dict` wrote.
-
-        Raises:
-            ValueError: a section or field is unknown or missing.
-        """
-        sections: dict[str, Any] = {
-            "vision": VisionSpec,
-            "language": LanguageSpec,
-            "frames": FramesSpec,
-            "prompt": PromptSpec,
-            "span": SpanSpec,
-        }
-        built: dict[str, Any] = {
-            name: from_dict(kind, values.get(name, {}), f"{where}.{name}") for name, kind in sections.items()
-        }
-        return cls(**built)

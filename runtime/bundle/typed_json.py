@@ -1,4 +1,4 @@
-"""Build dataclasses from JSON values, with every field's type checked against its annotation."""
+"""Build dataclasses from JSON values, checking every field's type against its annotation. Knows nothing of files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
-def from_json(kind: Any, value: Any, where: str) -> Any:
-    """Build a value of an annotated type (dataclass, tuple, mapping, union, scalar) from JSON values.
+def from_json(kind: type[T], value: Any, where: str = "") -> T:
+    """Build a dataclass from JSON values; a field may be a dataclass, tuple, mapping, union or scalar.
+
+    Args:
+        kind: the dataclass.
+        value: the values that `json.loads` returned.
+        where: path of the values, with which messages begin.
 
     Raises:
-        ValueError: the message names the field by its path, such as `graphs.vision_encoder.standard.opset`.
+        ValueError: a field is unknown, missing, of a wrong type or rejected by the dataclass itself; the message names
+            the field by its path, such as `graphs.vision_encoder.standard.opset`.
     """
+    return typing.cast(T, _read(kind, value, where))
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -26,10 +38,10 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         parts = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(parts) == len(value):
-            return tuple(from_json(p, v, f"{where}[{i}]") for i, (p, v) in enumerate(zip(parts, value, strict=True)))
+            return tuple(_read(p, v, f"{where}[{i}]") for i, (p, v) in enumerate(zip(parts, value, strict=True)))
     elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {key: from_json(args[1], v, f"{where}.{key}") for key, v in value.items()}
-    elif type(value) is kind or (kind is float and type(value) is int):  # exact: to isinstance, a bool is an int
+        return {key: _read(args[1], v, f"{where}.{key}") for key, v in value.items()}
+    elif type(value) is kind or (kind is float and type(value) is int):  # not isinstance: a bool is an int too
         return value
     raise ValueError(f"{where or 'the file'} is {_brief(value)}, expected {_kind_name(kind)}")
 
@@ -38,8 +50,8 @@ def _read_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
     options = tuple(option for option in options if option is not type(None))
-    if len(options) == 1:  # the only option's own message says more than "expected one of"
-        return from_json(options[0], value, where)
+    if len(options) == 1:
+        return _read(options[0], value, where)
     for option in options:
         if type(value) is option:
             return value
@@ -58,11 +70,11 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
         if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"field {prefix}{name} is missing")
     hints = typing.get_type_hints(kind)
-    parts = {name: from_json(hints[name], part, f"{prefix}{name}") for name, part in value.items()}
+    parts = {name: _read(hints[name], part, f"{prefix}{name}") for name, part in value.items()}
     try:
         return kind(**parts)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
 def _brief(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Write a bundle so that it is never half there: everything goes to a temporary sibling, renamed when complete."""
+"""Write a bundle atomically: all files go to a temporary sibling folder, which is renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 import uuid
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any
 
 from bridge_stg.runtime.bundle.bundle import (
@@ -28,14 +27,14 @@ from bridge_stg.runtime.host.files import replace_folder
 
 
 class BundleWriter:
-    """Collect a bundle's files in `folder`, then `finish` puts it in place. Without `finish`, nothing is left.
+    """Collect a bundle's files in `folder`; `finish` moves it into place. Without `finish`, nothing is left.
 
-    Files may be written straight into `folder` (large weights need no second copy) or copied there by `add_graph` and
-    `add_file`; `finish` hashes all that is there. `reports.write_report` works on `folder` too.
+    Files may be written directly into `folder` (which avoids a second copy of large weights) or copied by `add_graph`
+    and `add_file`; `finish` hashes every file in it. `reports.write_report` works on `folder` too.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        self.path = Path(path).resolve()  # through a link: the folder itself is swapped, not the link
+        self.path = Path(path).resolve()  # a link stays; the folder that it points to is replaced
         self.folder = self.path.parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
         self._overwrite = overwrite
         self._graphs: dict[str, dict[str, GraphSpec]] = {}
@@ -50,33 +49,32 @@ class BundleWriter:
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
-            raise BundleError(f"{self.path}: no folder can be made there ({error}). Choose another place.") from error
+            text = f"{self.path}: the folder cannot be made ({error}). Choose another place."
+            raise BundleError("output.not_writable", text) from error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove what is unfinished, whatever ended the block."""
+    def __exit__(self, *exception: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add_graph(self, graph: GraphSpec, source: str | os.PathLike[str] | None = None) -> Path:
-        """Add one variant: graphs/<name>/<variant>.onnx. Return its path in the temporary folder.
+        """Add one variant as graphs/<name>/<variant>.onnx. Return its path in the temporary folder.
 
         Args:
-            source: an .onnx file to copy, with the external data files that it names; None: it lies in place already.
+            graph: the variant's contract.
+            source: .onnx file to copy together with its external data files; None: the files are already in place.
 
         Raises:
-            BundleError: the file is missing or no ONNX graph, or a data file of the same name has other bytes.
+            BundleError: the file is missing or not ONNX, or a data file of the same name has other content.
         """
         folder = self.folder / GRAPHS / graph.name
         file = folder / f"{graph.variant}.onnx"
         if source is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for location in sorted(_locations(Path(source))):
-                self._share(Path(source).parent / location, folder / location)
+            for location in _data_files(Path(source)):
+                _share(Path(source).parent / location, folder / location)
             shutil.copyfile(source, file)
         if not file.is_file():
-            raise BundleError(f"{file}: graph {graph} was added, but its file is not there.")
+            raise BundleError("bundle.missing_file", f"{file}: graph {graph} was added, but its file does not exist.")
         self._graphs.setdefault(graph.name, {})[graph.variant] = graph
         return file
 
@@ -84,9 +82,9 @@ class BundleWriter:
         """Copy a file, or write bytes, to a path below the bundle. Return its path in the temporary folder.
 
         Raises:
-            ValueError: the path leaves the bundle.
+            BundleError: the path leaves the bundle.
         """
-        check_relative(relative)
+        check_relative(relative, where=self.path)
         file = self.folder / relative
         file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
@@ -98,63 +96,51 @@ class BundleWriter:
     def finish(self, manifest: Manifest) -> Path:
         """Write the manifest and rename the bundle into place. Return its path.
 
-        The writer fills in `graphs` (those added), `files`, hashes, sizes and the fingerprint. An older bundle at the
-        path is replaced with its engines and reports, when `overwrite` was given.
+        The writer fills in `graphs` (those added), `files`, hashes, sizes and the fingerprint. With `overwrite`, an
+        older bundle at the path is replaced, including its engines and reports.
 
         Raises:
-            BundleError: graphs/ holds files of no graph, or the target cannot be replaced.
+            BundleError: graphs/ contains files of no graph, or the target cannot be replaced.
         """
         graphs = {n: {v: self._with_hashes(g) for v, g in sorted(vs.items())} for n, vs in self._graphs.items()}
-        manifest = dataclasses.replace(manifest, graphs=graphs, files=self._other_files())
-        entries = manifest.entries()
-        if extra := unlisted_files(self.folder, entries):
-            raise BundleError(f"{self.path}: {', '.join(extra)} belongs to no graph that was added.")
-        values = json.loads(json.dumps(manifest.to_dict()))  # tuples become lists, as when it is read again
+        paths = sorted(f.relative_to(self.folder).as_posix() for f in self.folder.rglob("*") if f.is_file())
+        excluded = (GRAPHS, ENGINES, REPORTS, MANIFEST)
+        files = tuple(self._entry(path) for path in paths if PurePosixPath(path).parts[0] not in excluded)
+        manifest = dataclasses.replace(manifest, graphs=graphs, files=files)
+        if extra := unlisted_files(self.folder, manifest.entries()):
+            text = f"{self.path}: {', '.join(extra)} belongs to no graph that was added."
+            raise BundleError("bundle.unlisted_file", text)
+        values = json.loads(json.dumps(dataclasses.asdict(manifest)))  # as a reader gets them: tuples become lists
         values["fingerprint"] = canonical_sha256(values, without="fingerprint")
         (self.folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        self._swap()
+        self._check_target()
+        replace_folder(self.folder, self.path, aside=self.folder.with_suffix(".old"))
         return self.path
 
     def _check_target(self) -> None:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not is_bundle(self.path):
-            raise BundleError(f"{self.path}: exists and is not a bundle, so it is not replaced. Choose another folder.")
+            text = f"{self.path}: exists and is not a bundle, so it is not replaced. Choose another folder."
+            raise BundleError("output.exists", text)
         if not self._overwrite:
-            raise BundleError(
-                f"{self.path}: a bundle is there already. Ask for it to be overwritten, or choose another folder."
-            )
-
-    def _share(self, source: Path, target: Path) -> None:
-        if not target.exists():
-            shutil.copyfile(source, target)
-        elif file_sha256(source) != file_sha256(target):
-            raise BundleError(f"{source}: another data file named {target.name} is in this graph's folder already.")
+            text = f"{self.path}: the bundle already exists. Allow overwriting it, or choose another folder."
+            raise BundleError("output.exists", text)
 
     def _with_hashes(self, graph: GraphSpec) -> GraphSpec:
         file = self._entry(f"{GRAPHS}/{graph.name}/{graph.variant}.onnx")
-        locations = _locations(self.folder / file.path)
-        data = tuple(self._entry(f"{GRAPHS}/{graph.name}/{location}") for location in sorted(locations))
+        data = tuple(self._entry(f"{GRAPHS}/{graph.name}/{name}") for name in _data_files(self.folder / file.path))
         graph = dataclasses.replace(graph, file=file.path, size=file.size, sha256=file.sha256, data=data)
         check_external_data(self.folder, graph)
         return graph
-
-    def _other_files(self) -> tuple[FileEntry, ...]:
-        paths = sorted(f.relative_to(self.folder).as_posix() for f in self.folder.rglob("*") if f.is_file())
-        apart = (GRAPHS, ENGINES, REPORTS, MANIFEST)
-        return tuple(self._entry(path) for path in paths if PurePosixPath(path).parts[0] not in apart)
 
     def _entry(self, relative: str) -> FileEntry:
         file = self.folder / relative
         return FileEntry(relative, file.stat().st_size, file_sha256(file))
 
-    def _swap(self) -> None:
-        self._check_target()
-        replace_folder(self.folder, self.path, aside=self.folder.with_suffix(".old"))
-
 
 def is_bundle(path: Path) -> bool:
-    """Tell whether a folder holds a manifest with a schema version and a fingerprint, of whatever version."""
+    """Return whether a folder contains a manifest with a schema version and a fingerprint, of any version."""
     try:
         values: Any = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -162,12 +148,19 @@ def is_bundle(path: Path) -> bool:
     return isinstance(values, dict) and {"schema_version", "fingerprint"} <= set(values)
 
 
-def _locations(file: Path) -> set[str]:
-    try:
-        locations = external_locations(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: is not an ONNX graph ({error}).") from error
+def _share(source: Path, target: Path) -> None:
+    if not target.exists():
+        shutil.copyfile(source, target)
+    elif file_sha256(source) != file_sha256(target):
+        text = f"{source}: another data file named {target.name} is already in this graph's folder."
+        raise BundleError("bundle.data_conflict", text)
+
+
+def _data_files(file: Path) -> list[str]:
+    """Return the names of a graph's external data files, which must be in the same folder, sorted."""
+    locations = sorted(external_locations(file))
     for location in locations:
         if "/" in location or "\\" in location or location in ("", ".", ".."):
-            raise BundleError(f"{file}: its external data {location!r} must be a plain file name beside it.")
+            text = f"{file}: its external data {location!r} must be a plain name of a file in the same folder."
+            raise BundleError("bundle.outside_path", text)
     return locations

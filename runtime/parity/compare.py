@@ -19,7 +19,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "float32": Tolerance(max_abs=1e-3, rel_l2=1e-4),
     "float16": Tolerance(max_abs=2e-2, rel_l2=1e-2),
 }
-"""By the dtype of the compared tensor; integers and booleans must be equal."""
+"""Tolerance by the dtype of the compared tensor; integers and booleans must be equal."""
 
 PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
     "fp16": Tolerance(max_abs=5e-2, rel_l2=2e-2),
@@ -27,28 +27,28 @@ PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
     "int8": Tolerance(max_abs=0.5, rel_l2=0.25),
     "int4": Tolerance(max_abs=1.0, rel_l2=0.5),
 }
-"""By a graph's precision, for every tensor that it gives: errors of a product pass through fp32 tensors too."""
+"""Tolerance by a graph's precision, for every output: fp32 outputs also carry the errors of earlier matmuls."""
 
 LEAST_IOU: Mapping[str, float] = {"fp16": 0.99, "bf16": 0.9, "int8": 0.7, "int4": 0.5}
-"""By a graph's precision, for its boxes."""
+"""Smallest IoU of a graph's boxes with the reference's, by the graph's precision."""
 
 IOU_SIDE = 0.1
-"""Boxes with a side below this share of the frame are held to their coordinates alone: in their IoU a rounding that
-nobody sees would count as a miss."""
+"""Boxes with a side below this share of the frame are compared by coordinates only: tiny rounding would lower their IoU
+too far."""
 
 BOX_SHARE = 0.1
-"""What boxes are allowed of the largest difference that other tensors are."""
+"""Share of the tolerance of other tensors that box coordinates get."""
 
 _EXACT = Tolerance(max_abs=0.0, rel_l2=0.0)
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """How far one tensor is from its reference.
+    """Difference of one tensor from its reference.
 
     `max_abs` is the largest difference, `rel_l2` the norm of the difference over the reference's norm, `cosine` that of
-    the angle between both, `scale` the reference's largest magnitude. Where `problem` is not empty the arrays cannot
-    be compared (other shape or dtype, NaN or infinity in other places), and the figures are infinite (cosine: 0).
+    the angle between both, `scale` the reference's largest magnitude. If `problem` is not empty, the arrays cannot be
+    compared (another shape or dtype, NaN or infinity in other places), and the figures are infinite (cosine: 0).
     """
 
     name: str
@@ -64,7 +64,7 @@ class Boundary:
 
     @property
     def passed(self) -> bool:
-        """Whether the tensor is within its tolerance; `max_abs` is allowed per unit of max(1, scale)."""
+        """Whether the tensor is within its tolerance; `max_abs` counts per unit of max(1, scale)."""
         if self.problem or (self.iou is not None and self.iou < self.tolerance.least_iou):
             return False
         allowed = self.tolerance.max_abs * max(1.0, self.scale)
@@ -72,17 +72,15 @@ class Boundary:
 
 
 def tolerance_of(precision: str, tensor: str) -> Tolerance | None:
-    """Return the tolerance of one tensor of a graph of lowered precision; None: by the tensor's dtype, as in fp32.
+    """Return the tolerance of one tensor of a graph with lowered precision; None: use the tensor's dtype, as in fp32.
 
     Args:
-        precision: its first word counts, so that a twin is held to the same.
-        tensor: its name.
+        precision: precision of the graph; only the first word counts (`bf16 twin` → `bf16`).
+        tensor: name of the tensor.
     """
-    precision = precision.split()[0]
-    if precision not in PRECISION_TOLERANCES:
-        return None
-    tolerance = PRECISION_TOLERANCES[precision]
-    if tensor != "boxes":
+    precision = precision.split(maxsplit=1)[0]
+    tolerance = PRECISION_TOLERANCES.get(precision)
+    if tolerance is None or tensor != "boxes":
         return tolerance
     return replace(tolerance, max_abs=BOX_SHARE * tolerance.max_abs, least_iou=LEAST_IOU[precision])
 
@@ -98,8 +96,11 @@ def compare(
     """Compare one tensor with its reference, in float64.
 
     Args:
-        tolerance: None: the table's entry for the dtype of `actual`.
-        boxes: whether the tensor holds boxes [..., 4] cxcywh, whose smallest IoU is measured too.
+        name: name of the tensor.
+        reference: expected values.
+        actual: values to compare, of the same shape.
+        tolerance: allowed difference; None: the entry of `TOLERANCES` for the dtype of `actual`.
+        boxes: whether the tensor contains boxes [..., 4] cxcywh, whose smallest IoU is computed too.
     """
     dtype = str(actual.dtype)
     tolerance = tolerance or TOLERANCES.get(dtype, _EXACT)
@@ -109,13 +110,13 @@ def compare(
         return Boundary(name, dtype, actual.shape, inf, inf, 0.0, 0.0, tolerance, problem)
     finite = np.isfinite(x)
     x, y = x[finite], y[finite]
-    norm_x, norm_y, apart = (float(np.linalg.norm(v)) for v in (x, y, x - y))
+    norm_x, norm_y, difference = (float(np.linalg.norm(v)) for v in (x, y, x - y))
     return Boundary(
         name=name,
         dtype=dtype,
         shape=actual.shape,
         max_abs=float(np.abs(x - y).max(initial=0.0)),
-        rel_l2=apart / norm_x if norm_x else (0.0 if apart == 0 else float("inf")),
+        rel_l2=difference / norm_x if norm_x else (0.0 if difference == 0 else float("inf")),
         cosine=float(x @ y) / (norm_x * norm_y) if norm_x and norm_y else float(norm_x == norm_y),
         scale=float(np.abs(x).max(initial=0.0)),
         tolerance=tolerance,
@@ -125,14 +126,14 @@ def compare(
 
 def _least_iou(reference: np.ndarray, actual: np.ndarray) -> float | None:
     first, second = (boxes.astype(np.float64).reshape(-1, 4) for boxes in (reference, actual))
-    seen = first[:, 2:].min(-1) >= IOU_SIDE
-    if not seen.any():
+    large = first[:, 2:].min(-1) >= IOU_SIDE
+    if not large.any():
         return None
-    return float(box_iou(box_cxcywh_to_xyxy(first[seen]), box_cxcywh_to_xyxy(second[seen])).min())
+    return float(box_iou(box_cxcywh_to_xyxy(first[large]), box_cxcywh_to_xyxy(second[large])).min())
 
 
 def as_contract(graph: GraphSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return inputs in the dtypes of a graph's contract: a reference is recorded in fp32, a graph may take fp16."""
+    """Cast fp32 reference inputs to the dtypes of a graph's contract, which may be fp16."""
     dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
     return {
         name: array.astype(dtypes[name]) if array.dtype.kind == "f" and name in dtypes else array
@@ -141,7 +142,7 @@ def as_contract(graph: GraphSpec, arrays: Mapping[str, np.ndarray]) -> dict[str,
 
 
 def _problem(reference: np.ndarray, actual: np.ndarray) -> str:
-    """Why two arrays cannot be compared; empty where they can. Equal infinities may stand in both, NaN in neither."""
+    """Return why two arrays cannot be compared, or "". Infinities must be equal; NaN is allowed in neither array."""
     if reference.shape != actual.shape:
         return f"shape {list(actual.shape)}, expected {list(reference.shape)}"
     if (reference.dtype.kind == "f") != (actual.dtype.kind == "f"):
@@ -158,7 +159,7 @@ def _problem(reference: np.ndarray, actual: np.ndarray) -> str:
 
 
 def format_table(boundaries: Sequence[Boundary]) -> str:
-    """Lay out boundaries as a text table, one line each, worst figures and verdict last."""
+    """Format boundaries as a text table: one line each, with the figures and the verdict."""
     rows = [("boundary", "dtype", "shape", "max abs", "rel L2", "cosine", "")]
     for b in boundaries:
         verdict = "ok" if b.passed else f"FAILED {b.problem}".rstrip()
@@ -178,27 +179,9 @@ def replay(
     sessions: Mapping[str, Session],
     *,
     graphs: Iterable[str] | None = None,
-    progress: Callable[[str], None] | None = None,
 ) -> list[Boundary]:
-    """Run every recorded call of the golden cases and compare each recorded output.
-
-    A recorded call that brings its past_* gets a cache filled with them. One that does not goes on with the cache that
-    the graph's earlier calls of the case filled, empty at first; where the number of rows changes, each row begins with
-    that cache's first positions, up to the least cache_position. Recorded present_* are compared with the cache
-    after the call.
-
-    Args:
-        graphs: only these graphs; None: all.
-        progress: called with `case/graph_i` before each call.
-
-    Returns:
-        One boundary an output, named `case/graph_i.tensor`.
-
-    Raises:
-        BundleError: a case cannot be read or does not fit its graph.
-        EngineError: no session was given for a graph, or a session failed.
-    """
-    return replay_cases(bundle.golden_cases(), sessions, graphs=graphs, progress=progress)
+    """Run every recorded call of a bundle's golden cases; see `replay_cases`."""
+    return replay_cases(bundle.golden_cases(), sessions, graphs=graphs)
 
 
 def replay_cases(
@@ -208,7 +191,25 @@ def replay_cases(
     graphs: Iterable[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Boundary]:
-    """Replay golden cases that lie in folders; see `replay`."""
+    """Run every recorded call of golden cases and compare each recorded output.
+
+    A recorded call with past_* gets a cache filled with them. Without past_* it continues with the cache of the graph's
+    earlier calls of the case, empty at first; if the number of rows changes, each row begins with that cache's first
+    positions, up to the smallest cache_position. Recorded present_* are compared with the cache after the call.
+
+    Args:
+        folders: folders of the cases.
+        sessions: open session per graph.
+        graphs: graphs to replay; None: all.
+        progress: called with `case/graph_i` before each call.
+
+    Returns:
+        One boundary per output, named `case/graph_i.tensor`.
+
+    Raises:
+        BundleError: a case cannot be read or does not fit its graph.
+        EngineError: a graph has no session, or a session failed.
+    """
     wanted = None if graphs is None else set(graphs)
     found: list[Boundary] = []
     for folder in folders:
@@ -218,9 +219,8 @@ def replay_cases(
             if wanted is not None and call.graph not in wanted:
                 continue
             if call.graph not in sessions:
-                raise EngineError(
-                    f"golden case {case.name!r} needs graph {call.graph!r}, for which no session is open."
-                )
+                text = f"golden case {case.name!r} needs graph {call.graph!r}, for which no session is open."
+                raise EngineError("engine.no_session", text)
             if progress is not None:
                 progress(f"{case.name}/{call.name}")
             found += _replay_call(case, call, sessions[call.graph], caches)
@@ -229,24 +229,21 @@ def replay_cases(
 
 def _replay_call(case: GoldenCase, call: GoldenCall, session: Session, caches: dict[str, KVCache]) -> list[Boundary]:
     inputs, expected = call.load()
-    contract = session.graph.cache
-    past: dict[str, np.ndarray] = {}
+    past_names = session.graph.cache.past_names if session.graph.cache is not None else ()
+    past = {name: inputs.pop(name) for name in past_names if name in inputs}
     cache: KVCache | None = None
-    if contract is not None:
-        past = {name: inputs.pop(name) for name in contract.past_names if name in inputs}
-        cache = caches[call.graph] = _cache_for(case, call, session, inputs, past, caches.get(call.graph))
+    if past_names:
+        cache = caches[call.graph] = _cache_for(case, call, session, inputs, past=past, before=caches.get(call.graph))
     outputs = session.infer(as_contract(session.graph, inputs), cache=cache)
-    if contract is not None and cache is not None:
-        kept = cache.read()
-        present = [name.replace("past_", "present_", 1) for name in contract.past_names]
-        outputs |= {
-            new: kept[old][:, :, : expected[new].shape[2]]  # an engine's buffers may be larger than the recorded ones
-            for new, old in zip(present, contract.past_names, strict=True)
-            if new in expected
-        }
+    if cache is not None:
+        buffers = cache.read()
+        for old in past_names:
+            if (new := old.replace("past_", "present_", 1)) in expected:
+                outputs[new] = buffers[old][:, :, : expected[new].shape[2]]  # an engine's buffers may be larger
     missing = sorted(set(expected) - set(outputs))
     if missing:
-        raise BundleError(f"{call.path}: holds the output {missing[0]!r}, which graph {session.graph} does not give.")
+        text = f"{call.path}: contains the output {missing[0]!r}, which graph {session.graph} does not have."
+        raise BundleError("bundle.bad_golden_case", text)
     return [
         compare(
             f"{case.name}/{call.name}.{name}",
@@ -259,35 +256,29 @@ def _replay_call(case: GoldenCase, call: GoldenCall, session: Session, caches: d
     ]
 
 
-def _filled_up(past: Mapping[str, np.ndarray], capacity: int) -> dict[str, np.ndarray]:
-    """Return recorded buffers with zeros behind them, for an engine whose capacity is fixed."""
-    return {
-        name: np.concatenate([buffer, np.zeros_like(buffer, shape=(*buffer.shape[:2], missing, buffer.shape[3]))], 2)
-        if (missing := capacity - buffer.shape[2])
-        else buffer
-        for name, buffer in past.items()
-    }
-
-
 def _cache_for(
     case: GoldenCase,
     call: GoldenCall,
     session: Session,
     inputs: Mapping[str, np.ndarray],
+    *,
     past: Mapping[str, np.ndarray],
     before: KVCache | None,
 ) -> KVCache:
     if past:
         batch, _, capacity, _ = next(iter(past.values())).shape
         cache = session.allocate_cache(batch=batch, capacity=capacity)
-        cache.write(as_contract(session.graph, _filled_up(past, cache.capacity)))
+        missing = cache.capacity - capacity  # an engine's capacity may be fixed
+        padded = {name: np.pad(buffer, ((0, 0), (0, 0), (0, missing), (0, 0))) for name, buffer in past.items()}
+        cache.write(as_contract(session.graph, padded))
         return cache
     positions = inputs.get("cache_position")
-    if positions is None or (before is None and case.cache_capacity is None):
-        raise BundleError(f"{call.path}: needs in.cache_position, and either in.past_* or cache_capacity in case.json.")
+    if positions is None or (before is None and case.about.cache_capacity is None):
+        text = f"{call.path}: needs in.cache_position, and either in.past_* or cache_capacity in case.json."
+        raise BundleError("bundle.bad_golden_case", text)
     if before is not None and before.batch == len(positions):
         return before
-    capacity = before.capacity if before is not None else int(case.cache_capacity or 0)
+    capacity = before.capacity if before is not None else int(case.about.cache_capacity or 0)
     cache = session.allocate_cache(batch=len(positions), capacity=capacity)
     if before is not None:
         cache.copy_prefix(before, int(positions.min()))

@@ -1,4 +1,4 @@
-"""Verify a bundle on this machine: hash every file, then replay the golden cases with every variant that runs here."""
+"""Verify a bundle on this machine: hash every file, then replay the golden cases with every variant that can run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge_stg.runtime.backends.choose import open_sessions
-from bridge_stg.runtime.bundle import bundle as bundles
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BundleError, EngineError
@@ -18,35 +17,24 @@ class DriftError(BundleError):
     """Outputs of golden cases that differ from the recorded ones by more than their tolerance.
 
     Attributes:
-        bundle: the bundle, whose files are whole.
-        replayed: every boundary that was compared, by variant.
-        variant: of the first output that drifts, in the chain's order.
+        bundle: the bundle, whose files are unchanged.
+        replayed: every boundary that was compared, by variant; at least one failed.
+        variant: variant of the first failed output in chain order.
         boundary: this output.
+        graph: the graph of this output.
     """
 
-    bundle: Bundle
-    replayed: dict[str, list[Boundary]]
-    variant: str
-    boundary: Boundary
-
-    @classmethod
-    def of(cls, bundle: Bundle, replayed: dict[str, list[Boundary]]) -> DriftError:
-        """Return the error of what was replayed, in which at least one boundary has not passed."""
+    def __init__(self, bundle: Bundle, replayed: dict[str, list[Boundary]]) -> None:
         failed = [(name, boundary) for name, found in replayed.items() for boundary in found if not boundary.passed]
-        variant, first = min(failed, key=lambda pair: _place_in_chain(pair[1]))
-        error = cls(
+        self.variant, self.boundary = min(failed, key=lambda pair: _place_in_chain(pair[1]))
+        self.bundle, self.replayed, self.graph = bundle, replayed, graph_of(self.boundary)
+        super().__init__(
+            "bundle.drift",
             f"{bundle.path}: {len(failed)} outputs of the golden cases differ from the recorded ones by more than "
-            f"their tolerance, first {first.name} of variant {variant} (relative error {first.rel_l2:.2e}). This "
-            "machine's engine computes something else: try another --variant, or another version of the engine; "
-            "--bisect names the block in which it begins."
+            f"their tolerance, first {self.boundary.name} of variant {self.variant} (relative error "
+            f"{self.boundary.rel_l2:.2e}). The backend on this machine computes different values: try another "
+            "--variant, or another version of the backend; --bisect names the block where the difference starts.",
         )
-        error.bundle, error.replayed, error.variant, error.boundary = bundle, replayed, variant, first
-        return error
-
-    @property
-    def graph(self) -> str:
-        """The graph that gives the first output that drifts."""
-        return graph_of(self.boundary)
 
 
 def graph_of(boundary: Boundary) -> str:
@@ -67,32 +55,32 @@ def verify_bundle(
     threads: int | None = None,
     report: Callable[[str], Any] | None = None,
 ) -> dict[str, list[Boundary]]:
-    """Return the boundaries of each variant that was replayed, by variant; all have passed.
+    """Hash a bundle's files and replay its golden cases. Return the compared boundaries by variant; all have passed.
 
     Args:
         path: the bundle's folder.
-        backend: "auto", or the name of an engine.
-        variant: only this variant; None for every variant of the bundle that runs here.
-        threads: CPU threads of an engine; None for its own default.
-        report: is told in lines and tables what was done.
+        backend: "auto", or the name of a backend.
+        variant: variant to replay; None: every variant of the bundle that runs on this machine.
+        threads: CPU threads of a backend; None: the backend's default.
+        report: called with lines and tables of the progress.
 
     Raises:
         BundleError: a hash differs; the message names the file.
-        DriftError: an output leaves its tolerance; the message names the first one in the chain's order.
-        EngineError: no variant runs here, or the one asked for does not.
+        DriftError: an output exceeds its tolerance; the message names the first one in chain order.
+        EngineError: no variant, or not the requested one, runs on this machine.
     """
     report = report or (lambda text: None)
-    bundle = bundles.verify(path)
+    bundle = Bundle.load(path, check="all")
     entries = bundle.manifest.entries()
-    report(f"{len(entries)} files are whole ({sum(entry.size for entry in entries.values()) / 1e6:.1f} MB hashed)")
+    report(f"{len(entries)} files are unchanged ({sum(entry.size for entry in entries.values()) / 1e6:.1f} MB hashed)")
     known = list(dict.fromkeys(graph.variant for graph in bundle.manifest.all_graphs()))
     replayed: dict[str, list[Boundary]] = {}
-    refusals: dict[str, EngineError] = {}
+    failures: dict[str, EngineError] = {}
     for name in [variant] if variant else known:
         try:
             sessions = open_sessions(bundle, backend=backend, variant=name, threads=threads)
         except EngineError as error:
-            refusals[name] = error
+            failures[name] = error
             continue
         try:
             replayed[name] = replay(bundle, sessions)
@@ -102,10 +90,10 @@ def verify_bundle(
         report(f"variant {name}: {len(replayed[name])} outputs of the golden cases replayed")
         if replayed[name]:
             report(format_table(replayed[name]))
-    if refusals and not replayed:
-        raise next(iter(refusals.values()))
-    for name, refusal in refusals.items():
-        report(f"variant {name} was not replayed: {refusal}")
+    if failures and not replayed:
+        raise next(iter(failures.values()))
+    for name, failure in failures.items():
+        report(f"variant {name} was not replayed: {failure}")
     if any(not boundary.passed for found in replayed.values() for boundary in found):
-        raise DriftError.of(bundle, replayed)
+        raise DriftError(bundle, replayed)
     return replayed

@@ -1,4 +1,4 @@
-"""A bundle is written whole or not at all, and replaces nothing that it should not."""
+"""A bundle is written completely or not at all, and replaces only other bundles."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bridge_stg.runtime.bundle.bundle import Bundle, verify
+from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import Manifest
 from bridge_stg.runtime.bundle.reports import write_report
 from bridge_stg.runtime.bundle.writer import BundleWriter
-from bridge_stg.runtime.errors import BundleError
+from tests.errors import raises
 
 
 def names(folder: Path) -> list[str]:
@@ -35,13 +35,13 @@ def test_variants_share_equal_weights_and_the_manifest_lists_all(bundle_path):
     assert names(bundle_path.parent) == ["bundle"]
 
 
-def test_weights_of_the_same_name_with_other_bytes_are_refused(tmp_path, language_models, model_spec):
+def test_weights_of_the_same_name_with_other_content_are_an_error(tmp_path, language_models, model_spec):
     other = tmp_path / "other"
     other.mkdir()
     graph = language_models["primitive"]
     (other / "model.onnx").write_bytes(graph.path.read_bytes())
     (other / "weights.data").write_bytes(bytes(graph.path.with_name("weights.data").stat().st_size))
-    with pytest.raises(BundleError, match="another data file named weights.data"):
+    with raises("bundle.data_conflict", "weights.data"):
         with BundleWriter(tmp_path / "bundle") as writer:
             writer.add_graph(language_models["standard"].spec, language_models["standard"].path)
             writer.add_graph(graph.spec, other / "model.onnx")
@@ -51,9 +51,7 @@ def test_weights_of_the_same_name_with_other_bytes_are_refused(tmp_path, languag
 def test_files_may_be_written_in_place(tmp_path, language_models, model_spec):
     graph = language_models["standard"]
     with BundleWriter(tmp_path / "bundle") as writer:
-        with pytest.raises(
-            BundleError, match=r"standard.onnx: graph language_model \(standard\) was added, but its file"
-        ):
+        with raises("bundle.missing_file", "standard.onnx", "language_model (standard)"):
             writer.add_graph(graph.spec)
         folder = writer.folder / "graphs/language_model"
         folder.mkdir(parents=True)
@@ -62,13 +60,13 @@ def test_files_may_be_written_in_place(tmp_path, language_models, model_spec):
         writer.add_graph(graph.spec)
         write_report(writer.folder, "parity", {"passed": True})
         writer.finish(Manifest(spec=model_spec, verified=True))
-    manifest = verify(tmp_path / "bundle").manifest
+    manifest = Bundle.load(tmp_path / "bundle", check="all").manifest
     assert manifest.verified and manifest.files == () and manifest.spec == model_spec
     assert names(tmp_path / "bundle/reports") == ["parity.json"]
 
 
-def test_leftovers_in_graphs_are_refused(tmp_path, model_spec):
-    with pytest.raises(BundleError, match="graphs/x/old.data belongs to no graph"):
+def test_files_of_no_graph_in_graphs_are_an_error(tmp_path, model_spec):
+    with raises("bundle.unlisted_file", "graphs/x/old.data"):
         with BundleWriter(tmp_path / "bundle") as writer:
             writer.add_file("graphs/x/old.data", b"")
             writer.finish(Manifest(spec=model_spec))
@@ -88,12 +86,12 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, error):
 def test_a_block_without_finish_leaves_nothing(tmp_path):
     with BundleWriter(tmp_path / "deep" / "bundle") as writer:
         writer.add_file("tokenizer.json", b"{}")
-        with pytest.raises(ValueError, match="leaves the bundle"):
+        with raises("bundle.outside_path", "'../x'"):
             writer.add_file("../x", b"")
     assert names(tmp_path / "deep") == []
 
 
-def test_the_bundle_may_be_read_by_whom_the_umask_allows(tmp_path, model_spec):
+def test_permissions_of_the_bundle_follow_the_umask(tmp_path, model_spec):
     before = os.umask(0o022)
     try:
         assert write(tmp_path / "bundle", model_spec).stat().st_mode & 0o777 == 0o755
@@ -101,19 +99,19 @@ def test_the_bundle_may_be_read_by_whom_the_umask_allows(tmp_path, model_spec):
         os.umask(before)
 
 
-def test_an_older_bundle_is_replaced_only_when_asked(tmp_path, model_spec):
+def test_an_older_bundle_is_replaced_only_on_request(tmp_path, model_spec):
     target = write(tmp_path / "bundle", model_spec, "old")
-    with pytest.raises(BundleError, match="a bundle is there already. Ask for it to be overwritten"):
+    with raises("output.exists", target):
         write(target, model_spec, "new")
     assert (target / "tokenizer.json").read_text() == "old"
     (tmp_path / "link").symlink_to(target)
     write(tmp_path / "link", model_spec, "new", overwrite=True)
     assert (target / "tokenizer.json").read_text() == "new"
     assert names(tmp_path) == ["bundle", "link"]
-    verify(target)
+    Bundle.load(target, check="all")
 
 
-def test_a_failed_swap_brings_the_old_bundle_back(tmp_path, model_spec, monkeypatch):
+def test_a_failed_rename_restores_the_old_bundle(tmp_path, model_spec, monkeypatch):
     target = write(tmp_path / "bundle", model_spec, "old")
     rename = os.rename
 
@@ -128,9 +126,9 @@ def test_a_failed_swap_brings_the_old_bundle_back(tmp_path, model_spec, monkeypa
     assert names(tmp_path) == ["bundle"] and (target / "tokenizer.json").read_text() == "old"
 
 
-def test_an_empty_folder_is_taken(tmp_path, model_spec):
+def test_an_empty_folder_is_replaced(tmp_path, model_spec):
     (tmp_path / "bundle").mkdir()
-    verify(write(tmp_path / "bundle", model_spec))
+    Bundle.load(write(tmp_path / "bundle", model_spec), check="all")
     assert names(tmp_path) == ["bundle"]
 
 
@@ -143,12 +141,12 @@ def test_other_folders_and_files_are_never_replaced(tmp_path, model_spec, overwr
     if manifest:
         (folder / "manifest.json").write_text(manifest)
     for target in (folder, folder / "me.jpg"):
-        with pytest.raises(BundleError, match="exists and is not a bundle, so it is not replaced"):
+        with raises("output.exists", target, "not a bundle"):
             write(target, model_spec, overwrite=overwrite)
     assert (folder / "me.jpg").read_bytes() == b"x" and names(tmp_path) == ["photos"]
 
 
-def test_a_place_that_cannot_be_written(tmp_path, model_spec):
+def test_a_folder_that_cannot_be_made(tmp_path, model_spec):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="no folder can be made there"):
+    with raises("output.not_writable"):
         write(tmp_path / "file" / "bundle", model_spec)

@@ -9,9 +9,9 @@ from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
 from bridge_stg.runtime.bundle.writer import BundleWriter
-from bridge_stg.runtime.errors import BundleError, EngineError
-from bridge_stg.runtime.parity.compare import as_contract, compare, format_table, replay, tolerance_of
+from bridge_stg.runtime.parity.compare import as_contract, compare, format_table, replay, replay_cases, tolerance_of
 from bridge_stg.runtime.parity.golden import Tolerance, read_case, write_case
+from tests.errors import raises
 
 
 def test_the_figures_of_a_boundary():
@@ -24,9 +24,9 @@ def test_the_figures_of_a_boundary():
     assert not compare("taps", np.array([3.0, 4.0]), np.array([3.0, 4.5]), tolerance=Tolerance(1.0, 0.09)).passed
 
 
-def test_boxes_are_held_to_their_overlap():
+def test_boxes_are_compared_by_their_overlap():
     reference = np.array([[0.5, 0.5, 0.2, 0.4], [0.5, 0.5, 0.01, 0.01]])
-    near = reference + [0.0, 0.0, 0.004, 0.0]
+    near = reference + np.array([0.0, 0.0, 0.004, 0.0])
     boundary = compare("boxes", reference, near, tolerance=Tolerance(1e-2, 1.0, least_iou=0.99), boxes=True)
     assert boundary.iou == pytest.approx(0.2 / 0.204) and not boundary.passed  # the tiny box is not counted
     assert compare("boxes", reference, near, tolerance=Tolerance(1e-2, 1.0, least_iou=0.98), boxes=True).passed
@@ -34,7 +34,7 @@ def test_boxes_are_held_to_their_overlap():
     assert compare("boxes", reference[1:], near[1:], tolerance=Tolerance(1e-2, 1.0, 0.99), boxes=True).passed
 
 
-def test_lowered_precision_has_tolerances_of_its_own():
+def test_each_precision_has_its_own_tolerances():
     assert tolerance_of("fp32", "boxes") is None
     taps, boxes = tolerance_of("fp16", "taps"), tolerance_of("fp16", "boxes")
     assert taps is not None and boxes is not None
@@ -86,7 +86,7 @@ def test_zeros_empty_arrays_and_equal_infinities_compare():
     assert compare("x", masked, masked).passed
 
 
-def test_the_table_says_which_boundary_failed():
+def test_the_table_names_the_failed_boundary():
     good, bad = compare("taps", np.ones(2), np.ones(2)), compare("logits", np.ones((1, 2)), np.ones((2, 1)))
     header, first, second = format_table([good, bad]).splitlines()
     assert header.split()[0] == "boundary" and first.endswith("ok")
@@ -116,7 +116,7 @@ def session(request, language_models):
 
 
 def run_of_two_rows(language_models):
-    """Calls of a prefix (one row), then of two rows behind it, as the other lowering computes them."""
+    """Calls of a prefix (one row), then of two rows after it, as the other lowering computes them."""
     graph = language_models["standard"]
     calls, pasts = [], []
     with OnnxRuntimeSession(graph.path, graph.spec, threads=1) as reference:
@@ -134,11 +134,11 @@ def run_of_two_rows(language_models):
     return calls
 
 
-def test_recorded_calls_go_on_with_the_cache_of_the_calls_before(recorded, session, language_models):
+def test_recorded_calls_continue_with_the_cache_of_earlier_calls(recorded, session, language_models):
     calls = [(graph, feeds, outputs) for graph, feeds, outputs, _, _ in run_of_two_rows(language_models)]
     bundle = recorded(calls, cache_capacity=8)
     seen = []
-    boundaries = replay(bundle, {"language_model": session}, progress=seen.append)
+    boundaries = replay_cases(bundle.golden_cases(), {"language_model": session}, progress=seen.append)
     assert [b.name for b in boundaries] == [f"case/language_model_{i}.logits" for i in range(3)]
     assert all(b.passed for b in boundaries), format_table(boundaries)
     assert seen == [f"case/language_model_{i}" for i in range(3)]
@@ -171,22 +171,20 @@ def test_tolerances_of_the_case_count(recorded, session, language_models, key):
 def test_cases_that_cannot_be_replayed(recorded, session, language_models, tmp_path):
     graph, feeds, outputs, _, _ = run_of_two_rows(language_models)[0]
     bundle = recorded([(graph, feeds, outputs | {"taps": outputs["logits"]})])
-    with pytest.raises(EngineError, match="'case' needs graph 'language_model', for which no session is open"):
+    with raises("engine.no_session", "'case'", "'language_model'"):
         replay(bundle, {})
-    with pytest.raises(BundleError, match=r"language_model_0.npz: needs in.cache_position, and either in.past_"):
+    with raises("bundle.bad_golden_case", "language_model_0.npz", "in.past_"):
         replay(bundle, {"language_model": session})
     case = bundle.golden_cases()[0]
     (case / "case.json").write_text('{"kind": "demo", "cache_capacity": 8}')
-    with pytest.raises(BundleError, match=r"holds the output 'taps', which graph language_model \("):
+    with raises("bundle.bad_golden_case", "'taps'", "language_model ("):
         replay(bundle, {"language_model": session})
     (case / "language_model_0.npz").write_bytes(b"PK no zip")
-    with pytest.raises(BundleError, match="language_model_0.npz: this recorded call cannot be read"):
+    with raises("bundle.bad_golden_case", "language_model_0.npz"):
         replay(bundle, {"language_model": session})
     np.savez(case / "language_model_0.npz", other=np.zeros(1))
-    with pytest.raises(BundleError, match="array 'other' begins with neither"):
+    with raises("bundle.bad_golden_case", "'other'"):
         replay(bundle, {"language_model": session})
     (case / "case.json").write_text('{"kind": 1}')
-    with pytest.raises(
-        BundleError, match="case.json: this golden case cannot be read .*case.kind is 1, expected a string"
-    ):
+    with raises("bundle.bad_golden_case", "case.json", "case.kind is 1"):
         read_case(case)

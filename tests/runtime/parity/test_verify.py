@@ -22,7 +22,7 @@ from bridge_stg.runtime.parity.verify import verify_bundle
 
 @pytest.fixture
 def recorded(tmp_path: Path, language_models: dict[str, Any], model_spec: ModelSpec) -> Path:
-    """A bundle whose golden case holds what its `standard` graph really gives."""
+    """A bundle whose golden case contains the real outputs of its `standard` graph."""
     inputs = {"input_ids": np.array([[1, 2]]), "cache_position": np.array([0])}
     standard = language_models["standard"]
     with OnnxRuntimeSession(standard.path, standard.spec, threads=1) as session:
@@ -39,24 +39,24 @@ def recorded(tmp_path: Path, language_models: dict[str, Any], model_spec: ModelS
 
 
 def test_both_variants_are_replayed(recorded: Path) -> None:
-    told: list[str] = []
-    replayed = verify_bundle(recorded, threads=1, report=told.append)
+    lines: list[str] = []
+    replayed = verify_bundle(recorded, threads=1, report=lines.append)
     assert set(replayed) == {"standard", "primitive"}
     assert all(boundaries and all(b.passed for b in boundaries) for boundaries in replayed.values())
-    assert "files are whole" in told[0]
+    assert "MB hashed" in lines[0]
     assert set(verify_bundle(recorded, variant="primitive")) == {"primitive"}
 
 
 def test_unknown_variant_and_backend(bundle_path: Path) -> None:
     with pytest.raises(EngineError, match="nonsense"):
         verify_bundle(bundle_path, variant="nonsense")
-    told: list[str] = []
+    lines: list[str] = []
     with pytest.raises(EngineError, match="nonsense"):
-        verify_bundle(bundle_path, backend="nonsense", report=told.append)
-    assert not any("nonsense" in line for line in told)  # the error says it, once
+        verify_bundle(bundle_path, backend="nonsense", report=lines.append)
+    assert not any("nonsense" in line for line in lines)  # only the error names it
 
 
-def test_output_that_leaves_its_tolerance_is_named(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_exceeds_its_tolerance_is_named(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(bundle_path), "--variant", "standard"]) == 2  # its case expects zeros
     output = capsys.readouterr()
     assert "FAILED" in output.out
