@@ -5,12 +5,13 @@ The same object measures how long each stage took, since a stage is also what an
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 
@@ -20,7 +21,27 @@ LOCK_POLL_S = 0.05
 class Progress(Protocol):
     """Called as progress(stage, done, total); total is None where it is not known yet."""
 
-    def __call__(self, stage: str, done: float, total: float | None) -> Any: ...
+    def __call__(self, stage: str, done: float, total: float | None) -> Any:
+        """Report how much of a stage is done."""
+
+
+class Signal(Protocol):
+    """A cancel signal such as `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Return whether to stop."""
+
+
+Cancel: TypeAlias = "Signal | Callable[[], bool]"
+"""A signal that is set, or a callable that returns True, to stop a call."""
+
+
+class CallKeywords(TypedDict, total=False):
+    """The keyword arguments that every call takes; see `Limits`."""
+
+    deadline_s: float | None
+    cancel: Cancel | None
+    progress: Progress | None
 
 
 class Limits:
@@ -39,10 +60,10 @@ class Limits:
         self,
         *,
         deadline_s: float | None = None,
-        cancel: Any = None,
+        cancel: Cancel | None = None,
         progress: Progress | None = None,
     ) -> None:
-        if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s == deadline_s):
+        if deadline_s is not None and not (isinstance(deadline_s, Real) and not math.isnan(deadline_s)):
             raise BridgeError(f"deadline_s={deadline_s!r}: expected seconds from now, or None for no deadline.")
         self.started = time.perf_counter()
         self.deadline_s = deadline_s
@@ -89,6 +110,10 @@ class Limits:
             self._progress(self._stage, done, total)
         self.check()
 
+    def report_from(self, start: float, total: float | None) -> Callable[[float, float | None], None]:
+        """Return a `report` for one part of a stage: its counts begin at `start`, and `total` is the stage's."""
+        return lambda done, _: self.report(start + done, total)
+
     @contextmanager
     def hold(self, lock: threading.Lock) -> Iterator[None]:
         """Hold `lock` inside the block; waiting for it stops at the deadline like everything else."""
@@ -105,11 +130,10 @@ class Limits:
         return time.perf_counter() - self.started
 
 
-def _signal(cancel: Any) -> Callable[[], bool]:
+def _signal(cancel: Cancel | None) -> Callable[[], bool]:
     if cancel is None:
         return lambda: False
-    if callable(getattr(cancel, "is_set", None)):
-        return cancel.is_set
-    if callable(cancel):
-        return cancel
-    raise TypeError(f"cancel must be a threading.Event or a callable, not {type(cancel).__name__}")
+    if not callable(is_set := getattr(cancel, "is_set", cancel)):
+        raise TypeError(f"cancel must be a threading.Event or a callable, not {type(cancel).__name__}")
+    signal: Callable[[], bool] = is_set
+    return signal
