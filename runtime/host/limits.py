@@ -64,7 +64,8 @@ class Limits:
         progress: Progress | None = None,
     ) -> None:
         if deadline_s is not None and not (isinstance(deadline_s, Real) and not math.isnan(deadline_s)):
-            raise BridgeError(f"deadline_s={deadline_s!r}: expected seconds from now, or None for no deadline.")
+            message = f"deadline_s={deadline_s!r}: expected seconds from now, or None for no deadline"
+            raise BridgeError("options.out_of_range", message)
         self.started = time.perf_counter()
         self.deadline_s = deadline_s
         self.timings: dict[str, float] = {}
@@ -97,11 +98,13 @@ class Limits:
             Interrupted: the deadline has passed or the cancel signal is set; the message names the stage.
         """
         if self.cancelled():
-            raise Interrupted(f"the call was cancelled during {self._stage}, {self.elapsed_s:.2f} s after it began")
+            message = f"the call was cancelled during {self._stage}, {self.elapsed_s:.2f} s after it began"
+            raise Interrupted("call.cancelled", message)
         if self.deadline_s is not None and self.elapsed_s >= self.deadline_s:
             raise Interrupted(
+                "call.deadline",
                 f"deadline_s={self.deadline_s:g} passed during {self._stage}; "
-                "give the call more time, a shorter video or fewer queries"
+                "give the call more time, a shorter video or fewer queries",
             )
 
     def report(self, done: float, total: float | None) -> None:

@@ -30,7 +30,7 @@ def test_a_cancelled_call_names_the_stage(stage: str, tmp_path: Path) -> None:
         if name == stage:
             event.set()
 
-    with pytest.raises(Interrupted, match=stage):
+    with raises("call.cancelled", stage, kind=Interrupted):
         grounder.ground(path, "the car", cancel=event, progress=progress)
     assert reached[-1] == stage
     event.clear()
@@ -55,10 +55,10 @@ def test_an_opened_video_survives_a_cancelled_call(tmp_path: Path) -> None:
 def test_deadlines_on_every_call() -> None:
     grounder = fake_grounder(script=SCRIPT)
     for call in (lambda: grounder.ground(clip(), "the car", deadline_s=0), lambda: grounder.open(clip(), deadline_s=0)):
-        with pytest.raises(Interrupted, match="decode_video"):
+        with raises("call.deadline", "decode_video", kind=Interrupted):
             call()
     with grounder.open(clip()) as video:
-        with pytest.raises(Interrupted, match="answer"):
+        with raises("call.deadline", "answer", kind=Interrupted):
             video.ground_many(["the car"], deadline_s=0)
 
 
