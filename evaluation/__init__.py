@@ -1,0 +1,1 @@
+"""Evaluate bundles and checkpoints on annotated datasets, and run them over many videos."""

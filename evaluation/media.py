@@ -1,4 +1,4 @@
-"""Where a sample's medium lies, and how it is shown to a model: a path, a part of a video, or a folder of frames."""
+"""Find the medium of a sample, and open it as the runtime takes it: a path, a part of a video, a folder of frames."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,28 +14,29 @@ import numpy as np
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.errors import AnnotationError, VideoError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TEXTS = (".json", ".jsonl", ".txt", ".csv", ".md", ".label", ".ini")
 """Annotations are often named like the medium that they describe."""
 
 
 class MediaFolder:
-    """A folder in which media are found by path, by name, or by name without suffix, however deep they lie.
+    """A folder in which media are found by path, by name, or by name without suffix, at any depth.
 
-    Publishers' packages unfold into numbered sub-folders, and containers are converted: the name is what stays. The
-    folder is read once, when the first medium does not lie at the path asked for.
+    Publishers' packages unpack into numbered sub-folders, and containers are converted; only the name stays. The
+    folder is listed once, when the first medium is not at its path.
     """
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
-            raise AnnotationError(f"{root} {found}; expected the folder that holds the videos or images. Give --media.")
+            raise AnnotationError(
+                "annotation.no_media_folder",
+                f"{root} {found}; expected the folder that holds the videos or images. Give --media.",
+            )
         self.root = root
-        self._names: dict[str, Path] | None = None
-        self._stems: dict[str, Path] = {}
 
     def at(self, path: str) -> Path | None:
-        """Return the file at a path in the folder, None if there is none."""
+        """Return the file at a path in the folder, None if it does not exist."""
         return self.root / path if (self.root / path).is_file() else None
 
     def find(self, *candidates: str) -> Path | None:
@@ -43,36 +45,36 @@ class MediaFolder:
             path = self.at(candidate)
             if path is not None:
                 return path
-        self._index()
-        assert self._names is not None
+        names, stems = self._index
         for candidate in candidates:
             name = Path(candidate).name
-            found = self._names.get(name) or self._stems.get(Path(name).stem)
+            found = names.get(name) or stems.get(Path(name).stem)
             if found is not None:
                 return found
         return None
 
-    def _index(self) -> None:
-        if self._names is None:
-            self._names = {}
-            for folder, below, files in os.walk(self.root):
-                below.sort()
-                for name in sorted(files):
-                    path = Path(folder) / name
-                    if path.suffix.lower() in TEXTS:
-                        continue
-                    self._names.setdefault(name, path)
-                    self._stems.setdefault(path.stem, path)
+    @cached_property
+    def _index(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Return the files by name, and by name without suffix."""
+        names: dict[str, Path] = {}
+        stems: dict[str, Path] = {}
+        for folder, subfolders, files in os.walk(self.root):
+            subfolders.sort()
+            for path in (Path(folder) / name for name in sorted(files)):
+                if path.suffix.lower() not in TEXTS:
+                    names.setdefault(path.name, path)
+                    stems.setdefault(path.stem, path)
+        return names, stems
 
 
-def shown(sample: Sample) -> str | Iterator[tuple[float, np.ndarray]]:
-    """Return what a Grounder takes for a sample: a path, or (time in seconds, RGB frame) from the clip's start on.
+def video_input(sample: Sample) -> str | Iterator[tuple[float, np.ndarray]]:
+    """Return a sample's medium as `Grounder` takes it: a path, or (seconds from the clip's start, RGB frame) in turn.
 
     Raises:
         VideoError: the medium is missing, or cannot be read.
     """
     if sample.media is None:
-        raise VideoError(f"{sample.sought}: was not found in the folder of media")
+        raise VideoError("video.not_found", f"{sample.media_name}: was not found in the folder of media")
     if sample.frame_rate is not None:
         return folder_frames(sample.media, sample.frame_rate)
     if sample.clip is not None:
@@ -86,33 +88,34 @@ def clip_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[floa
 
     with closing(Decoder(check_path(os.fspath(path)))) as decoder:
         timeline = Timeline(decoder.time_base, decoder.frame_s)
-        some = False
+        empty = True
         for frame in decoder.frames():
             time = timeline.add(frame)
             if time >= end_s - timeline.tolerance_s:
                 break
             if time >= start_s - timeline.tolerance_s:
-                some = True
+                empty = False
                 yield max(0.0, time - start_s), shown_rgb(frame)
-        if not some:
+        if empty:
             raise VideoError(
-                f"{path}: has no frame between {start_s:.2f} s and {end_s:.2f} s, the part that the annotation asks "
-                "for; it is shorter than the published video, so fetch it again"
+                "video.too_short",
+                f"{path}: has no frame between {start_s:.2f} s and {end_s:.2f} s, the part that the annotation names; "
+                "it is shorter than the published video, so fetch it again",
             )
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """Return a folder's pictures in the order of their numbers: 2.jpg before 10.jpg."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    """Return a folder's images in the order of their numbers: 2.jpg before 10.jpg."""
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES]
     return sorted(files, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
 
 
 def folder_frames(folder: Path, frame_rate: float) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield the pictures of a folder as frames of a video."""
+    """Yield the images of a folder as frames of a video."""
     from bridge_stg.runtime.video.image import open_image, read_rgb
 
     for index, path in enumerate(frame_files(folder)):
-        picture = open_image(os.fspath(path))
-        if picture is None:
-            raise VideoError(f"{path}: is no picture that can be read; fetch the sequence again")
-        yield index / frame_rate, read_rgb(picture, os.fspath(path))
+        image = open_image(os.fspath(path))
+        if image is None:
+            raise VideoError("video.unreadable", f"{path}: is not an image that can be read; fetch the sequence again")
+        yield index / frame_rate, read_rgb(image, os.fspath(path))

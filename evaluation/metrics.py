@@ -1,8 +1,7 @@
-"""The field's metrics. Numbers only: frames, boxes and spans in, scores out.
+"""The field's metrics: frames, boxes and spans in, scores out. Knows nothing of models and files.
 
-Where published code compares with a threshold, `>` or `>=` is taken from it, and named.
-
-A tube is judged on the video's own frames: S_i are the frames that truth and prediction share, S_u those of either.
+Comparisons with a threshold use `>` or `>=` as the published code does. A tube is scored on the video's own frames:
+S_i are the frames that truth and prediction share, S_u those of either.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from bridge_stg.runtime.chain.boxes import box_iou
 
 
 def temporal_iou(first: tuple[float, float], second: tuple[float, float]) -> float:
-    """Return the IoU of two spans in seconds (Gao et al., Charades-STA, arXiv 1705.02101); 0 where both are empty."""
+    """Return the IoU of two spans in seconds (Gao et al., Charades-STA, arXiv 1705.02101); 0 if both are empty."""
     shared = max(0.0, min(first[1], second[1]) - max(first[0], second[0]))
     union = (first[1] - first[0]) + (second[1] - second[0]) - shared
     return shared / union if union > 0 else 0.0
@@ -59,7 +58,7 @@ def tube_scores(t_ious: Sequence[float], v_ious: Sequence[float]) -> Mapping[str
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Return the area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+    """Return the area under the ROC curve: the chance that a positive scores above a negative, where ties count half.
 
     (Hanley & McNeil, Radiology 143, 1982.)
     """
@@ -71,7 +70,7 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 
 def recall_at(ious: Sequence[float], threshold: float) -> float:
-    """Return R1@m: the share of queries whose one predicted span has an IoU of `threshold` or more.
+    """Return R1@m: the share of queries whose one predicted span has an IoU of at least `threshold`.
 
     (Gao et al., TALL, arXiv 1705.02101: "R@1, IoU=m"; the comparison is `>=` in compute_IoU_recall_top_n_forreg of
     their code, github.com/jiyanggao/TALL.)
@@ -85,19 +84,18 @@ def span_scores(ious: Sequence[float]) -> Mapping[str, float]:
 
 
 def accuracy_at(ious: Sequence[float], threshold: float = 0.5) -> float:
-    """Return Acc@0.5: the share of expressions whose one predicted box has an IoU of `threshold` or more.
+    """Return Acc@0.5: the share of expressions whose one predicted box has an IoU of at least `threshold`.
 
-    (Mao et al., arXiv 1511.02283: right if the IoU passes 0.5. RefCOCO's authors compare with `>=` in the code of their
-    comprehension results, and so do we.)
+    (Mao et al., arXiv 1511.02283; `>=` as in the code of the comprehension results of RefCOCO's authors.)
     """
     return float((np.asarray(ious, np.float64) >= threshold).mean())
 
 
 def bounded(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Clip boxes [N, 4] xyxy to a picture as GOT-10k's toolkit does (rect_iou in got10k/utils/metrics.py).
+    """Clip boxes [N, 4] xyxy to an image as GOT-10k's toolkit does (rect_iou in got10k/utils/metrics.py).
 
-    Left and top are clipped, then width and height to what is left of the picture: a box that begins outside is moved
-    in at its full width.
+    Left and top are clipped, then width and height to the rest of the image: a box that begins outside is moved inside
+    at its full width.
     """
     boxes = np.asarray(boxes, np.float64)
     bound = np.asarray(size, np.float64)
@@ -106,19 +104,20 @@ def bounded(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def overlaps(truth: np.ndarray, predicted: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """Return IoU [N] of a target's boxes and a tracker's, xyxy in pixels, both bounded by the picture if known."""
+    """Return IoU [N] of a target's boxes and a tracker's, xyxy in pixels, both clipped to an image of known size."""
     if size is not None:
         truth, predicted = bounded(truth, size), bounded(predicted, size)
-    return np.clip(box_iou(np.asarray(truth, np.float64), np.asarray(predicted, np.float64)), 0, 1)
+    iou: np.ndarray = np.clip(box_iou(np.asarray(truth, np.float64), np.asarray(predicted, np.float64)), 0, 1)
+    return iou
 
 
 def track_scores(overlaps_by_sequence: Sequence[np.ndarray]) -> Mapping[str, float]:
     """Return AO, SR@0.5 and SR@0.75 over all frames of all sequences, and AO as a mean over sequences.
 
     AO is the mean overlap, SR@t the share of frames whose overlap is above t (`>`). The frames of all sequences are
-    pooled, so long ones weigh more: that is what `report` of GOT-10k's toolkit computes
-    (github.com/got-10k/toolkit, experiments/got10k.py). The caller leaves out each sequence's first frame and those in
-    which the target is hidden (cover 0). Other toolkits take the mean of the sequences' AO, given here as AO/sequence.
+    pooled, so long ones weigh more, as in `report` of GOT-10k's toolkit (github.com/got-10k/toolkit,
+    experiments/got10k.py). The caller omits each sequence's first frame and those in which the target is hidden
+    (cover 0). Other toolkits use the mean of the sequences' AO, here AO/sequence.
     """
     frames = np.concatenate([np.asarray(o, np.float64) for o in overlaps_by_sequence])
     sequences = [float(np.mean(o)) for o in overlaps_by_sequence if len(o)]

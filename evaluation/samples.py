@@ -1,4 +1,4 @@
-"""What a benchmark is to the runner: samples, each with a task, a medium, a query and what is true of it."""
+"""The samples of a dataset: each has a task, a medium, a query and the annotated truth."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bridge_stg.runtime.errors import AnnotationError
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What the annotators say of one sample. Times are seconds from the first frame that the model is shown.
+    """The annotation of one sample. Times are seconds from the first frame that the model gets.
 
     Attributes:
-        present: whether the target is there at all.
-        span: start and end, half-open; None for images and for what is not there.
+        present: whether the target is in the video.
+        span: start and end, half-open; None for images and absent targets.
         times: float64 [N], the annotation's own frames: all of the clip, unless `interval_s` is given.
         inside: bool [N], the frames of the true tube.
         boxes: float32 [N, 4], left, top, right, bottom in pixels; read where `inside`.
-        counted: bool [N], the frames that count (tracking: the target is visible, and it is not the first frame).
-        size: width and height that the boxes refer to, None if it is that of the medium.
-        interval_s: where the annotation does not say how long the clip is: its frames go on at this distance on both
-            sides.
+        counted: bool [N], the frames that are scored (tracking: the target is visible, and it is not the first frame).
+        size: width and height that the boxes refer to, None if they are those of the medium.
+        interval_s: seconds between frames of a clip whose length is unknown: scoring adds frames at this distance on
+            both sides.
     """
 
     present: bool
@@ -39,24 +39,24 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One question of a benchmark.
+    """One query of a dataset.
 
     Attributes:
         id: unique in the dataset, the same on every machine.
         task: one of `bridge_stg.runtime.chain.tasks.TASKS`.
-        media: the video, image, or folder of frames; None where it was not found.
-        sought: the name under which the medium was sought.
-        query: what to find; of a tracking sample without words, the neutral "the object".
+        media: the video, image, or folder of frames; None if it was not found.
+        media_name: the name by which the medium was searched for.
+        query: what to find; "the object" for a tracking sample without words.
         read_truth: reads the truth when it is needed; raises AnnotationError.
-        group: a part of the benchmark that has figures of its own, such as "declarative".
-        clip: start and end in seconds of the part of the video that is shown; None for all of it.
-        frame_rate: frames a second of a folder of frames.
+        group: a part of the dataset that has separate metrics, such as "declarative".
+        clip: start and end in seconds of the part of the video to use; None for all of it.
+        frame_rate: frames per second of a folder of frames.
     """
 
     id: str
     task: str
     media: Path | None
-    sought: str
+    media_name: str
     query: str
     read_truth: Callable[[], Truth]
     group: str = ""
@@ -66,14 +66,14 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A benchmark's samples in the order of its files.
+    """The samples of a dataset in the order of its files.
 
     Attributes:
-        name: of the benchmark.
-        split: which part of it.
-        samples: all of them, those without a medium included.
-        annotations: a SHA-256 of what was read.
-        allow_none: whether "not there" is a possible answer; official benchmarks guarantee presence.
+        name: name of the dataset.
+        split: name of the part of it.
+        samples: all samples, including those without a medium.
+        annotations: SHA-256 of what was read.
+        allow_none: whether "not there" is a possible answer; published datasets guarantee presence.
     """
 
     name: str
@@ -87,8 +87,9 @@ class Dataset:
         for sample in self.samples:
             if sample.id in seen:
                 raise AnnotationError(
+                    "annotation.duplicate_id",
                     f"{self.name}: two samples have the id {sample.id!r}; expected each once. The annotation file may "
-                    "hold a line twice: remove one, or give them ids of their own."
+                    "hold a line twice: remove one, or give them different ids.",
                 )
             seen.add(sample.id)
 
@@ -98,7 +99,7 @@ class Dataset:
         return list(self.samples[:limit])[index - 1 :: count]
 
     def only(self, ids: Sequence[str] | None) -> Dataset:
-        """Return the samples with these ids alone, in their order; None: all."""
+        """Return the dataset with only the samples of these ids, in their order; None: all."""
         if ids is None:
             return self
         wanted = set(ids)
@@ -128,7 +129,7 @@ def tube_truth(
 
 
 def span_truth(span: tuple[float, float] | None) -> Truth:
-    """Return the truth of a span without boxes, or of a target that is not there."""
+    """Return the truth of a span without boxes, or of an absent target."""
     nothing = np.zeros(0)
     return Truth(span is not None, span, nothing, nothing.astype(bool), np.zeros((0, 4), np.float32), nothing > 0)
 

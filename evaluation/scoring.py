@@ -1,11 +1,12 @@
-"""From a sample's truth and a model's answer to numbers: those of one sample, and the figures of many.
+"""Score answers against the truth: the scores of one sample, and the metrics of many.
 
-Time and place are judged on the annotation's own frames; boxes between the model's frames come from `Tube.at`.
+Tubes are scored on the annotation's own frames; boxes between the model's frames come from `Tube.at`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,17 +33,20 @@ DECIMALS = 3
 
 
 def score(sample: Sample, truth: Truth, result: Grounding) -> dict[str, Any]:
-    """Return what a result row holds of a sample's answer, as plain values.
+    """Return the part of a result row that describes the answer, as plain values.
 
-    `scores`, by name; `prediction` with `found`, `span` in seconds, and `times`, `boxes` (xyxy in pixels of the
-    annotation): the computed boxes of a tube, one box of an image, one a frame of a tracked target; for the latter
-    also `overlaps`, the IoU in every frame that counts.
+    Returns:
+        `scores` by name; `prediction` with `found`, `span` in seconds, and `times`, `boxes` (xyxy in pixels of the
+        annotation): the computed boxes of a tube, the one box of an image, one per frame of a tracked target; for the
+        latter also `overlaps`, the IoU in every counted frame.
     """
     prediction: dict[str, Any] = {"found": result.found}
     if result.found and result.span is not None and sample.task != "image":
         prediction["span"] = [round(float(side), 6) for side in result.span]
     if sample.task == "span":
-        return {"scores": {"IoU": _span_iou(truth.span, result)}, "prediction": prediction}
+        span = result.span if result.found else None
+        iou = 0.0 if truth.span is None or span is None else temporal_iou(truth.span, span)
+        return {"scores": {"IoU": iou}, "prediction": prediction}
     tube = _tube(result, truth.size)
     if sample.task == "track":
         boxes = tracked(truth, tube)
@@ -57,7 +61,10 @@ def score(sample: Sample, truth: Truth, result: Grounding) -> dict[str, Any]:
         right = float(not result.found)
         return {"scores": {"tIoU": right, "vIoU": right}, "prediction": prediction}
     truth = covering(truth, result.span if result.found else None)
-    covered, boxes = _on_frames(truth.times, result.span, tube)
+    covered, boxes = np.zeros(len(truth.times), bool), np.zeros((len(truth.times), 4))
+    if result.span is not None and tube is not None and len(truth.times):
+        covered = in_span(truth.times, result.span)
+        boxes[covered] = tube.at(truth.times[covered]).boxes
     scores = {
         "tIoU": frame_iou(truth.inside, covered),
         "vIoU": tube_iou(truth.inside, truth.boxes.astype(np.float64), covered, boxes),
@@ -66,7 +73,7 @@ def score(sample: Sample, truth: Truth, result: Grounding) -> dict[str, Any]:
 
 
 def score_nothing(sample: Sample, truth: Truth) -> dict[str, Any]:
-    """Return what a result row holds of a sample that failed: no answer, which scores 0."""
+    """Return the scores of a sample that failed: no answer, which scores 0."""
     if sample.task == "track":
         return _track_row(truth, np.zeros((len(truth.times), 4)))
     return {"scores": {"tIoU": 0.0, "vIoU": 0.0} if sample.task == "tube" else {"IoU": 0.0}}
@@ -80,39 +87,37 @@ def tracked(truth: Truth, tube: Tube | None) -> np.ndarray:
 
 
 def covering(truth: Truth, span: tuple[float, float] | None) -> Truth:
-    """Return a truth whose frames reach over a predicted span, where the annotation does not say where they end."""
+    """Return a truth whose frames extend over a predicted span, if the length of the clip is unknown."""
     if truth.interval_s is None or span is None or not len(truth.times):
         return truth
     step = truth.interval_s
     before = np.arange(truth.times[0] - step, max(span[0], 0.0) - 1e-6, -step)[::-1]
     after = np.arange(truth.times[-1] + step, span[1] - 1e-6, step)
     added = (len(before), len(after))
-    return Truth(
-        present=truth.present,
-        span=truth.span,
+    return replace(
+        truth,
         times=np.concatenate([before, truth.times, after]),
         inside=np.pad(truth.inside, added),
         boxes=np.pad(truth.boxes, (added, (0, 0))),
         counted=np.pad(truth.counted, added, constant_values=True),
-        size=truth.size,
     )
 
 
-def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the metrics of finished samples, by task, and by group where a benchmark has groups.
+def metrics_by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the metrics of finished samples, by task, and by group if a dataset has groups.
 
-    A sample that failed has given no answer, which scores 0 as in HC-STVG's own evaluation; `failed` counts them.
-    Absent targets count in AUROC and in the share that was recognized, not in the means over tubes.
+    A sample that failed scores 0, as in HC-STVG's own evaluation; `failed` counts them. Absent targets count in AUROC
+    and in the share that was recognized, not in the means over tubes.
     """
     parts: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["index"]):  # sums of floats depend on their order
         parts.setdefault(row["task"], []).append(row)
         if row.get("group"):
             parts.setdefault(f"{row['task']} / {row['group']}", []).append(row)
-    return {name: _figures(part) for name, part in parts.items()}
+    return {name: _metrics(part) for name, part in parts.items()}
 
 
-def _figures(rows: list[Mapping[str, Any]]) -> dict[str, float]:
+def _metrics(rows: list[Mapping[str, Any]]) -> dict[str, float]:
     task = rows[0]["task"]
     counts: dict[str, float] = {"samples": len(rows), "failed": sum("error" in row for row in rows)}
     if task == "track":
@@ -134,12 +139,6 @@ def _figures(rows: list[Mapping[str, Any]]) -> dict[str, float]:
     return counts | found
 
 
-def _span_iou(truth: tuple[float, float] | None, result: Grounding) -> float:
-    if truth is None or not result.found or result.span is None:
-        return 0.0
-    return temporal_iou(truth, result.span)
-
-
 def _track_row(truth: Truth, boxes: np.ndarray) -> dict[str, Any]:
     ious = overlaps(truth.boxes, boxes, truth.size)[truth.counted]
     scores = {"AO": float(ious.mean())} if len(ious) else {}
@@ -154,15 +153,6 @@ def _tube(result: Grounding, size: tuple[int, int] | None) -> Tube | None:
     scale = np.tile(np.divide(size, result.size), 2) if size is not None else np.ones(4)
     boxes = (source.boxes * scale).astype(np.float32)
     return Tube(times=source.times, boxes=boxes, presence=source.presence, visible=source.visible)
-
-
-def _on_frames(times: np.ndarray, span: tuple[float, float] | None, tube: Tube | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return which frames [N] a prediction covers, and its boxes [N, 4] there."""
-    covered, boxes = np.zeros(len(times), bool), np.zeros((len(times), 4))
-    if span is not None and tube is not None and len(times):
-        covered = in_span(times, span)
-        boxes[covered] = tube.at(times[covered]).boxes
-    return covered, boxes
 
 
 def _boxes(times: np.ndarray, boxes: np.ndarray) -> dict[str, Any]:

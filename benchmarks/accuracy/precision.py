@@ -23,7 +23,7 @@ from machine import describe
 
 from bridge_stg.calibration.judge.judge import judge
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
-from bridge_stg.evaluation.run.bundle_model import bundle_model
+from bridge_stg.evaluation.run.evaluate import bundle_model
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle

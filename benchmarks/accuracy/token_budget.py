@@ -24,8 +24,7 @@ from machine import describe
 
 from bridge_stg.calibration.judge.judge import Judgement, judge
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
-from bridge_stg.evaluation.run.bundle_model import bundle_model
-from bridge_stg.evaluation.run.evaluate import Model
+from bridge_stg.evaluation.run.evaluate import Model, bundle_model
 from bridge_stg.evaluation.samples import Dataset
 from bridge_stg.runtime import Grounder, Grounding
 

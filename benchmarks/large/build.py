@@ -37,7 +37,7 @@ RESULTS = Path("benchmarks/results")
 @click.option("--keep/--no-keep", default=False, help="Whether to keep the engine.")
 def main(bundle: Path, target: str, graph: str, variant: str, keep: bool) -> None:
     """Compile GRAPH of BUNDLE, and write what was measured."""
-    options = ["--target", target, "--graph", graph, "--variant", variant, "--again", "--no-check-memory"]
+    options = ["--target", target, "--graph", graph, "--variant", variant, "--overwrite", "--no-check-memory"]
     began = time.monotonic()
     subprocess.run([sys.executable, "cli.py", "build", str(bundle), *options], check=True)
     seconds = time.monotonic() - began

@@ -1,4 +1,4 @@
-"""The command `build`: engines of TensorRT for named targets."""
+"""The command `build`: TensorRT engines for named targets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from bridge_stg.commands.options import PATH, bundle_argument, variant_option
+from bridge_stg.commands.progress import ProgressBar, stage_line
 
 
 def _show_targets(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -17,37 +20,31 @@ def _show_targets(context: click.Context, parameter: click.Parameter, value: boo
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.option("--target", "targets", multiple=True, required=True, metavar="NAME", help="See --targets; repeatable.")
 @click.option(
-    "--targets",
-    "list_targets",
-    is_flag=True,
-    is_eager=True,
-    callback=_show_targets,
-    expose_value=False,
-    help="List them.",
-)
+    "--targets", "list_targets", is_flag=True, is_eager=True, callback=_show_targets, expose_value=False,
+    help="List the names of --target.",
+)  # fmt: skip
 @click.option("--graph", "graphs", multiple=True, help="Only this graph; repeatable.")
-@click.option("--variant", help="The graphs' dialect; by default the target's.")
-@click.option("--precision", help="Refuse a bundle in another one; none is converted here.")
-@click.option("--profiles", type=click.Path(path_type=Path), help="YAML: sizes to compile for (docs/engines.md).")
-@click.option("--again", is_flag=True, help="Compile engines that are there already.")
+@variant_option("the one that fits the target")
+@click.option("--precision", help="Precision that BUNDLE must have; nothing is converted here.")
+@click.option("--profiles", type=PATH, help="YAML: sizes to compile for (docs/engines.md).")
+@click.option("--overwrite", "--again", "again", is_flag=True, help="Compile engines that already exist again.")
 @click.option("--check-memory/--no-check-memory", default=True, help="Whether to stop where the estimate does not fit.")
 @click.option("--layers", is_flag=True, help="Show, by block, what was fused and in which precision.")
 def build(bundle: Path, targets: tuple[str, ...], profiles: Path | None, layers: bool, **options: Any) -> None:
     """Compile the graphs of a BUNDLE with TensorRT: on the device, or ahead of time for RTX GPUs."""
-    from bridge_stg.cli import StageProgress
     from bridge_stg.export.engines.build import build_engines, engine_line
     from bridge_stg.export.engines.layers import plan_table
     from bridge_stg.export.engines.profiles import read_overrides
     from bridge_stg.runtime.bundle.bundle import Bundle
 
     overrides = None if profiles is None else read_overrides(profiles)
-    with StageProgress() as progress:
+    with ProgressBar(delay_s=1) as progress:
         entries = build_engines(
-            Bundle.load(bundle), targets, overrides=overrides, where=str(profiles), report=progress,
-            say=lambda line: click.echo(f"  {line}", err=True), **options,
+            Bundle.load(bundle), targets, overrides=overrides, where=str(profiles), report=progress, say=stage_line,
+            **options,
         )  # fmt: skip
     for entry in entries:
         click.echo(engine_line(entry))

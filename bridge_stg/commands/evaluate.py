@@ -1,110 +1,96 @@
-"""The commands `evaluate` and `convert-refs`. Bundles are evaluated without torch, checkpoints in eager torch."""
+"""The commands that run a model over many samples: `evaluate`, `infer-many`, `convert-refs`, `evaluate-demo`.
+
+Bundles run without torch, checkpoints in eager torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bridge_stg.commands.options import THREADS
-from bridge_stg.evaluation.datasets.registry import BENCHMARKS
-from bridge_stg.evaluation.run.executor import ENGINES
+from bridge_stg.commands.options import (
+    COUNT,
+    PATH,
+    backend_options,
+    bundle_option,
+    many_options,
+    output_file,
+    query_options,
+    shard,
+    variant_option,
+)
+from bridge_stg.commands.progress import ProgressBar, stage_line
+from bridge_stg.evaluation.datasets.registry import DATASETS
 from bridge_stg.runtime.errors import BridgeError
 
 if TYPE_CHECKING:
     from bridge_stg.evaluation.run.evaluate import Model
 
-
-class Shard(click.ParamType):
-    """`i/n`: the i-th of n parts, counted from 1."""
-
-    name = "i/n"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        first, _, second = str(value).partition("/")
-        if not (first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
-            self.fail(f"{value!r} is no shard; expected i/n with 1 ≤ i ≤ n, such as 2/8.", param, ctx)
-        return int(first), int(second)
+WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
 
 
 @click.command()
-@click.argument("benchmark", type=click.Choice(list(BENCHMARKS)))
+@click.argument("dataset", type=click.Choice(list(DATASETS)))
 @click.option(
-    "--annotations",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="The published file or folder; repeatable where a benchmark has two.",
+    "--annotations", type=PATH, multiple=True, required=True, help="The published file or folder; repeatable."
 )
-@click.option("--media", type=click.Path(path_type=Path), help="Videos or images; default: beside the annotations.")
+@click.option("--media", type=PATH, help="Folder of the videos or images; default: that of the annotations.")
 @click.option(
     "--model",
     "models",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     required=True,
-    help="A checkpoint or bundle; repeatable. The first is what the others are compared with.",
+    help="A checkpoint or bundle; repeatable. Later ones are compared with the first.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder for results and report.")
-@click.option("--split", help="Where the files hold several, such as val or testA.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many samples.")
-@click.option("--shard", type=Shard(), default="1/1", show_default=True, help="Only the i-th of n parts of them.")
-@click.option("--overwrite", is_flag=True, help="Start again instead of keeping finished samples.")
-@click.option("--retry-failed", is_flag=True, help="Ask again what failed in an earlier run.")
-@click.option("--backend", default="auto", show_default=True, help="The engine that runs bundles.")
-@click.option("--variant", help="The bundles' dialect; by default the one that fits this machine.")
-@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
-@click.option("--engine", type=click.Choice(ENGINES), default="local", show_default=True, help="Who asks the models.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes of --engine ray; by default one, or one a GPU.")
+@click.option("--out", type=PATH, required=True, help="The folder for results and report.")
+@click.option("--split", help="Split to read from files with several, such as val or testA.")
+@click.option("--limit", type=COUNT, help="Only this many samples, from the first.")
+@click.option(
+    "--shard", type=shard, default="1/1", metavar="I/N", show_default=True, help="Only the i-th of n parts of them."
+)
+@many_options
+@backend_options()
 def evaluate(
-    benchmark: str,
+    *,
+    dataset: str,
     annotations: tuple[Path, ...],
     media: Path | None,
     models: tuple[Path, ...],
     out: Path,
     split: str | None,
-    limit: int | None,
-    shard: tuple[int, int],
-    overwrite: bool,
-    retry_failed: bool,
+    executor: str,
+    workers: int | None,
     backend: str,
     variant: str | None,
     threads: int | None,
-    engine: str,
-    workers: int | None,
+    **options: Any,
 ) -> None:
-    """Score models side by side on a BENCHMARK's own files, in the field's metrics.
+    """Score models side by side on the published files of a DATASET, in the field's metrics.
 
-    Nothing is downloaded. Finished samples are kept: after a kill, the same command goes on.
+    Nothing is downloaded. Finished samples are kept: the same command resumes a run that was stopped.
     """
-    from bridge_stg.evaluation.datasets.registry import read_benchmark
+    from bridge_stg.evaluation.datasets.registry import read_dataset
     from bridge_stg.evaluation.report.report import table_text, write_report
     from bridge_stg.evaluation.run.evaluate import evaluate as run
     from bridge_stg.evaluation.run.evaluate import result_path
-    from bridge_stg.evaluation.run.executor import open_engine
+    from bridge_stg.evaluation.run.executor import open_executor
 
-    dataset = read_benchmark(benchmark, annotations, media, split=split)
-    with SampleProgress() as progress, open_engine(engine, workers=workers, threads=threads) as asker:
-        described = named_models(models, backend=backend, variant=variant, threads=asker.threads)
-        evaluation = run(
-            dataset,
-            described,
-            out,
-            limit=limit,
-            shard=shard,
-            overwrite=overwrite,
-            retry_failed=retry_failed,
-            engine=asker,
-            progress=progress,
-        )
+    samples = read_dataset(dataset, annotations, media, split=split)
+    with (
+        ProgressBar(unit="sample") as progress,
+        open_executor(executor, workers=workers, threads=threads) as opened,
+    ):
+        described = named_models(models, backend=backend, variant=variant, threads=opened.threads)
+        evaluation = run(samples, described, out, executor=opened, progress=progress, **options)
     values = write_report(evaluation, out)
     click.echo(table_text(values))
-    if benchmark == "got-10k":
+    if dataset == "got-10k":
         from bridge_stg.evaluation.datasets.got10k import write_results
 
         for model in described:
@@ -115,80 +101,120 @@ def evaluate(
     for label, failures in values["failed"].items():
         if failures and len(failures) == values["finished"][label]:
             raise BridgeError(
-                f"every sample of {label} failed, the first with {failures[0]['error']}. Mend that, and ask again with "
-                "--retry-failed."
+                "evaluation.all_failed",
+                f"every sample of {label} failed, the first with {failures[0]['error']}. Fix that, and run the command "
+                "again with --retry-failed.",
             )
 
 
+@click.command("infer-many")
+@click.argument("table", type=PATH)
+@click.option("--media", type=PATH, help="Folder of the videos or images; default: that of TABLE.")
+@click.option("--query", "queries", multiple=True, help="If TABLE is a folder: what to find in each file; repeatable.")
+@bundle_option
+@click.option("--out", type=output_file(".jsonl", ".parquet"), required=True, help="The file for the rows.")
+@query_options
+@many_options
+@backend_options()
+def infer_many(
+    *,
+    table: Path,
+    media: Path | None,
+    queries: tuple[str, ...],
+    bundle: Path | None,
+    out: Path,
+    task: str,
+    executor: str,
+    workers: int | None,
+    backend: str,
+    variant: str | None,
+    threads: int | None,
+    **options: Any,
+) -> int:
+    """Answer every (video, query) of TABLE, and write a row for each.
+
+    TABLE is JSON lines or CSV with `video` and `query`, or a folder of videos with --query. A failure is a row with
+    its error, and the exit code is 1. Finished rows are kept: the same command resumes a run that was stopped.
+    """
+    from bridge_stg.demo.bundle import demo_bundle
+    from bridge_stg.evaluation.run.evaluate import bundle_model
+    from bridge_stg.evaluation.run.executor import open_executor
+    from bridge_stg.evaluation.run.infer_many import infer_many as run
+    from bridge_stg.evaluation.run.queries import read_queries
+
+    if out.exists() and table.exists() and out.samefile(table):
+        raise BridgeError("output.is_input", f"{out} is the table itself; give another name for --out.")
+    asked = read_queries(table, media, texts=queries, images=task == "image")
+    path = bundle or demo_bundle(progress=stage_line)
+    with (
+        ProgressBar(unit="sample") as progress,
+        open_executor(executor, workers=workers, threads=threads) as opened,
+    ):
+        model = bundle_model(path, path.resolve().name, backend=backend, variant=variant, threads=opened.threads)
+        done = run(asked, model, out, task=task, executor=opened, progress=progress, **options)
+    click.echo(f"{done.answered} answered, {done.failed} failed; the rows are in {out}")
+    if done.first_error is not None:
+        click.echo(f"The first that failed is {done.first_error}", err=True)
+        click.echo("Fix that, and run the failed ones again with --retry-failed.", err=True)
+    return 1 if done.failed else 0
+
+
 @click.command("convert-refs")
-@click.argument("refs", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("refs", type=PATH)
+@click.argument("out", type=PATH)
 def convert_refs(refs: Path, out: Path) -> None:
     """Turn RefCOCO's REFS pickle, such as refs(unc).p, into the JSON file OUT, executing nothing."""
-    from bridge_stg.evaluation.datasets.refcoco_pickle import convert_refs as convert
+    from bridge_stg.evaluation.datasets.refcoco import convert_refs as convert
 
     click.echo(f"{convert(refs, out)} refs are in {out}")
 
 
-class SampleProgress:
-    """A progress bar on stderr with samples and time left, one a model; nothing where stderr is not a terminal."""
+@click.command("evaluate-demo")
+@click.option("--out", type=output_file(".json"), default=Path("assets/demo/figures.json"), show_default=True)
+@click.option("--clips", type=COUNT, default=200, show_default=True, help="Number of held-out clips.")
+@bundle_option
+@click.option("--checkpoint", type=PATH, help="Measure this checkpoint in eager torch instead.")
+@variant_option()
+def evaluate_demo(out: Path, **options: Any) -> None:
+    """Measure the demo model on held-out clips, with controls."""
+    from bridge_stg.demo.held_out import evaluate_demo as measure
 
-    def __init__(self) -> None:
-        self.label: str | None = None
-        self.bar: Any = None
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if label != self.label:
-            self.close()
-            # Samples finished in an earlier run took no time of this one: `initial` keeps them out of the estimate.
-            self.label, self.bar = label, tqdm(desc=label, total=total, initial=done, unit="sample", disable=None)
-        self.bar.update(done - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __enter__(self) -> SampleProgress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    click.echo(measure(out, **options))
 
 
 def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, threads: int | None) -> list[Model]:
-    """Return models with labels of their own: the folder's name, or as much of its path as tells them apart.
+    """Return models with unique labels: the folder's name, or as much of its path as makes it unique.
 
     Raises:
         BridgeError: a path is neither a bundle nor a checkpoint, or is given twice.
     """
-    from bridge_stg.evaluation.run.bundle_model import bundle_model
+    from bridge_stg.evaluation.run.evaluate import bundle_model
 
     resolved = [path.resolve() for path in paths]
-    for place, path in enumerate(resolved):
-        if path in resolved[:place]:
-            raise BridgeError(f"{paths[place]} is given twice with --model; expected each model once.")
-    made = []
+    for place, path in enumerate(paths):
+        if resolved[place] in resolved[:place]:
+            raise BridgeError("options.conflict", f"{path} is given twice with --model; expected each model once.")
+    models = []
     for path, whole in zip(paths, resolved):
-        parts = 1
-        while sum(other.parts[-parts:] == whole.parts[-parts:] for other in resolved) > 1:
-            parts += 1
-        label = "/".join(whole.parts[-parts:])
+        count = 1
+        while sum(other.parts[-count:] == whole.parts[-count:] for other in resolved) > 1:
+            count += 1
+        label = "/".join(whole.parts[-count:])
         if (path / "manifest.json").is_file():
-            made.append(bundle_model(path, label, backend=backend, variant=variant, threads=threads))
+            models.append(bundle_model(path, label, backend=backend, variant=variant, threads=threads))
         elif (path / "config.json").is_file():
-            made.append(checkpoint_model(path, label))
+            models.append(checkpoint_model(path, label))
         else:
             found = "does not exist" if not path.exists() else "is a file" if path.is_file() else "has neither"
             raise BridgeError(
-                f"{path} {found}; expected the folder of a bundle (manifest.json) or of a checkpoint (config.json)."
+                "evaluation.no_model",
+                f"{path} {found}; expected the folder of a bundle (manifest.json) or of a checkpoint (config.json).",
             )
-    return made
+    return models
 
 
 def checkpoint_model(path: Path, label: str) -> Model:
-    """Return a checkpoint as a model in eager torch: it is the same while its files and torch are."""
+    """Return a checkpoint as a model in eager torch, identified by the contents of its files and torch's version."""
     import torch
 
     from bridge_stg.checkpoint.checkpoint import load_checkpoint
@@ -203,25 +229,20 @@ def checkpoint_model(path: Path, label: str) -> Model:
     return Model(label, identity, lambda: contextlib.nullcontext(load_checkpoint(path).grounder()))
 
 
-WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
-
-
 def contents_digest(files: Sequence[Path], root: Path) -> str:
-    """Return a SHA-256 over files: names, sizes, and their bytes; of files over 64 MiB, 64 blocks spread over them.
+    """Return a SHA-256 over names, sizes and bytes of files; of files over 64 MiB, over 64 blocks spread over them.
 
     Two trainings of one model differ in nearly every block, and hashing tens of gigabytes would take minutes.
     """
-    import hashlib
-
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
-        whole.update(f"{file.relative_to(root).as_posix()} {size}\n".encode())
+        digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode())
         with file.open("rb") as stream:
             if size <= WHOLE_BYTES:
-                whole.update(stream.read())
+                digest.update(stream.read())
                 continue
             for block in range(BLOCKS):
                 stream.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
-                whole.update(stream.read(BLOCK_BYTES))
-    return whole.hexdigest()
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()

@@ -1,22 +1,31 @@
-"""Types of options that several commands share."""
+"""Options, arguments and value types that several commands share, so that they are the same everywhere."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from bridge_stg.runtime.host.cpus import MAX_THREADS
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+
+DTYPES = ("fp32", "fp16", "bf16")
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
 THREADS = click.IntRange(min=1, max=MAX_THREADS)
-"""CPU threads of an engine."""
 
 
 class Number(click.FloatRange):
-    """A number in a range. NaN, which click finds in every range, is refused."""
+    """A number in a range. NaN, which click accepts in every range, is rejected."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
         number: float = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f"{value!r} is not a number.", param, ctx)
@@ -24,3 +33,117 @@ class Number(click.FloatRange):
 
 
 SECONDS = Number(min=0, min_open=True)
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """Return the type of a file to write: its suffix and folder are checked before any work is done."""
+
+    def file(value: str) -> Path:
+        path = Path(value)
+        if path.suffix.lower() not in suffixes:
+            raise click.BadParameter(f"{str(path)!r} should end in {' or '.join(suffixes)}.")
+        if path.is_dir():
+            raise click.BadParameter(f"{str(path)!r} is a folder; expected the name of a file.")
+        if not path.parent.is_dir():
+            raise click.BadParameter(f"{str(path)!r}: the folder {str(path.parent)!r} does not exist. Make it first.")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise click.BadParameter(f"{str(path)!r}: the folder {str(path.parent)!r} is not writable.")
+        return path
+
+    return file
+
+
+def box(value: str) -> tuple[float, ...]:
+    """Return left, top, right and bottom in pixels."""
+    try:
+        sides = tuple(float(side) for side in value.split(","))
+    except ValueError:
+        sides = ()
+    if len(sides) != 4:
+        what = "expected left,top,right,bottom in pixels, as in 10,20,60,80"
+        raise click.BadParameter(f"{value!r} is not a box; {what}.")
+    return sides
+
+
+def shard(value: str) -> tuple[int, int]:
+    """Return i and n of `i/n`: the i-th of n parts, counted from 1."""
+    first, _, second = value.partition("/")
+    if not (first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
+        raise click.BadParameter(f"{value!r} is not a shard; expected i/n with 1 ≤ i ≤ n, such as 2/8.")
+    return int(first), int(second)
+
+
+def combine(*options: Decorator[Any]) -> Decorator[Any]:
+    """Return a decorator that adds several options to a command."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+bundle_argument = click.argument("bundle", type=PATH)
+bundle_option = click.option("--bundle", type=PATH, help="Default: the demo bundle, exported if it does not exist.")
+backend_option = click.option("--backend", default="auto", show_default=True, help="What runs the graphs; see doctor.")
+threads_option = click.option("--threads", type=THREADS, help="CPU threads; default: the backend decides.")
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random choices.")
+query_options = combine(
+    click.option(
+        "--task",
+        type=click.Choice(["tube", "span", "image"]),
+        default="tube",
+        show_default=True,
+        help="When and where; only when; or the one box in an image that surely shows the target.",
+    ),
+    click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this video` is an answer."),
+    click.option(
+        "--max-visual-tokens",
+        type=COUNT,
+        help="Most tokens of a video in the prompt; a long one is read in smaller frames, then at a lower rate.",
+    ),
+)
+many_options = combine(
+    click.option(
+        "--executor",
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Run the model in this process, or in many on Ray.",
+    ),
+    click.option("--workers", type=COUNT, help="Processes of --executor ray; default: one, or one per GPU."),
+    click.option("--overwrite", is_flag=True, help="Start again instead of keeping finished results."),
+    click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier run."),
+)
+
+
+def variant_option(default: str = "the one that fits this machine") -> Decorator[Any]:
+    """Return the option `--variant`, whose help names the default."""
+    return click.option("--variant", help=f"Variant of the graphs; default: {default}.")
+
+
+def backend_options(*, variant: str = "the one that fits this machine") -> Decorator[Any]:
+    """Return the options of commands that run graphs; `variant` is the default of `--variant` in words."""
+    return combine(backend_option, variant_option(variant), threads_option)
+
+
+def out_option(what: str) -> Decorator[Any]:
+    """Return the option `--out` for a new folder."""
+    return click.option("--out", type=PATH, required=True, help=f"{what}: a new folder.")
+
+
+def overwrite_option(what: str) -> Decorator[Any]:
+    """Return the option `--overwrite` for files that a command makes."""
+    return click.option("--overwrite", is_flag=True, help=f"Replace {what} that already exists.")
+
+
+def sample_options(*, required: bool) -> Decorator[Any]:
+    """Return the options that name the samples of a calibration."""
+    return combine(
+        click.option("--samples", type=PATH, required=required, help="JSON lines to collect statistics on."),
+        click.option("--media", type=PATH, help="Folder of their videos and images; default: that of each file."),
+        click.option("--select", type=PATH, help="Labelled JSON lines that decide which blocks stay in float."),
+        click.option("--evaluate", "judged", type=PATH, help="Labelled JSON lines that score the final bundle."),
+    )

@@ -1,4 +1,4 @@
-"""The command `serve`: a bundle behind HTTP."""
+"""The commands that put a bundle behind a server: `serve` over HTTP, and `triton`, a model repository."""
 
 from __future__ import annotations
 
@@ -8,58 +8,60 @@ from typing import Any
 
 import click
 
-from bridge_stg.commands.options import SECONDS, THREADS
+from bridge_stg.commands.options import (
+    COUNT,
+    PATH,
+    SECONDS,
+    Number,
+    backend_option,
+    backend_options,
+    bundle_argument,
+    overwrite_option,
+    variant_option,
+)
+from bridge_stg.runtime.errors import BridgeError
 
 MIB = 2**20
-COUNT = click.IntRange(min=1)
 
 
-class LiveSourceOption(click.ParamType):
-    """name=SOURCE."""
-
-    name = "name=source"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        if isinstance(value, tuple):
-            return value
-        name, _, source = str(value).partition("=")
-        if not name or not source:
-            self.fail(f"{value!r}: expected a name and a source, as in gate=rtsp://camera/1.", param, ctx)
-        return name, source
+def live_source(value: str) -> tuple[str, str]:
+    """Return the name and the source of `name=source`."""
+    name, _, source = value.partition("=")
+    if not name or not source:
+        raise click.BadParameter(f"{value!r}: expected a name and a source, as in gate=rtsp://camera/1.")
+    return name, source
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Where to listen; beyond this machine, with a key."
-)
+@bundle_argument
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need an API key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--api-key", help="What every call must bring. Others may see it among the processes: see --api-key-env.")
+@click.option("--api-key", help="Key that every call must send. Other users may see it in `ps`: see --api-key-env.")
 @click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the API key.")
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
 @click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="Another Host name; for proxies.")
-@click.option("--media", type=click.Path(path_type=Path), help="A folder whose videos clients may name.")
-@click.option("--live", "live", multiple=True, type=LiveSourceOption(), help="A source that clients may watch.")
+@click.option("--media", type=PATH, help="A folder whose videos clients may name.")
+@click.option("--live", multiple=True, type=live_source, metavar="NAME=SOURCE", help="A source that clients may watch.")
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between live rounds.")
-@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames looked back at live.")
+@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames of a live round.")
 @click.option("--max-upload-mb", type=COUNT, default=256, show_default=True, help="MiB of a file.")
 @click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="MiB of all uploads.")
-@click.option("--max-duration-s", type=SECONDS, default=600.0, show_default=True, help="Of a video.")
-@click.option("--max-pixels", type=COUNT, default=4096 * 2304, show_default=True, help="Of a frame.")
+@click.option("--max-duration-s", type=SECONDS, default=600.0, show_default=True, help="Seconds of a video.")
+@click.option("--max-pixels", type=COUNT, default=4096 * 2304, show_default=True, help="Pixels of a frame.")
 @click.option("--max-queue", type=COUNT, default=64, show_default=True, help="Jobs that may wait.")
-@click.option("--max-seconds", type=SECONDS, default=300.0, show_default=True, help="Of a job, waiting included.")
-@click.option("--max-queries", type=COUNT, default=16, show_default=True, help="Of a job.")
-@click.option("--keep-s", type=SECONDS, default=3600.0, show_default=True, help="How long uploads and answers stay.")
-@click.option("--workers", type=COUNT, default=2, show_default=True, help="Videos worked on at a time.")
+@click.option(
+    "--deadline", "--max-seconds", "max_seconds", type=SECONDS, default=300.0, show_default=True, metavar="SECONDS",
+    help="Give up a job after this time, waiting included.",
+)  # fmt: skip
+@click.option("--max-queries", type=COUNT, default=16, show_default=True, help="Queries of a job.")
+@click.option("--keep-s", type=SECONDS, default=3600.0, show_default=True, help="Seconds to keep uploads and answers.")
+@click.option("--workers", type=COUNT, default=2, show_default=True, help="Videos processed at a time.")
 @click.option("--open-videos", type=COUNT, default=8, show_default=True, help="Videos kept ready for the next query.")
 @click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="MiB of memory for them.")
-@click.option(
-    "--drain-s", type=click.FloatRange(min=0), default=10.0, show_default=True, help="For running jobs at the end."
-)
-@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
-@click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
-@click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
+@click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to end running jobs.")
+@backend_options()
 def serve(
+    *,
     bundle: Path,
     api_key: str | None,
     api_key_env: str | None,
@@ -79,7 +81,7 @@ def serve(
     Ctrl-C or SIGTERM ends it in order.
     """
     if len(dict(live)) < len(live):
-        raise click.UsageError("--live names two sources the same; give each a name of its own.")
+        raise BridgeError("options.conflict", "--live gives two sources the same name; give each its own.")
     from bridge_stg.runtime.host.allocator import return_freed_memory
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
@@ -92,7 +94,7 @@ def serve(
         open_bytes=open_mb * MIB,
         **limits,
     )
-    return_freed_memory()  # a server runs for days, and its memory should lie still
+    return_freed_memory()  # a server runs for days, and its memory should not grow
     run(
         bundle,
         settings,
@@ -108,9 +110,34 @@ def _key(key: str | None, variable: str | None) -> str | None:
     if variable is None:
         return key
     if key is not None:
-        raise click.UsageError("--api-key and --api-key-env are two ways to say one thing; give one.")
+        raise BridgeError("options.conflict", "--api-key and --api-key-env both give the key; leave one out.")
     if not os.environ.get(variable):
-        raise click.UsageError(
-            f"--api-key-env {variable}: there is no such variable in the environment, or it is empty."
-        )
+        raise BridgeError("options.invalid", f"--api-key-env {variable}: this environment variable is unset or empty.")
     return os.environ[variable]
+
+
+@click.command()
+@bundle_argument
+@click.option("--out", type=PATH, required=True, help="The model repository: a folder.")
+@click.option("--name", default="bridge_stg", show_default=True, help="Name of the model.")
+@backend_option
+@variant_option("the one that fits the server")
+@click.option("--media", help="Folder on the server that VIDEO names files in; without it, only VIDEO_BYTES is taken.")
+@click.option("--max-batch", type=COUNT, default=16, show_default=True, help="Queries in one batch.")
+@click.option(
+    "--queue-delay-us", type=click.IntRange(min=0), default=5000, show_default=True,
+    help="Microseconds to wait for other queries.",
+)  # fmt: skip
+@click.option("--instances", type=COUNT, default=1, show_default=True, help="Processes with the model.")
+@click.option("--kind", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
+@click.option(
+    "--open-videos", type=click.IntRange(min=0), default=4, show_default=True, help="Videos kept ready between batches."
+)
+@click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Give up a query after this time.")
+@overwrite_option("a model of this name")
+def triton(bundle: Path, out: Path, overwrite: bool, **serving: Any) -> None:
+    """Write a model repository for Triton Inference Server that serves BUNDLE."""
+    from bridge_stg.triton.repository import Serving, write_repository
+
+    made = write_repository(bundle, out, Serving(**serving), overwrite=overwrite)
+    click.echo(f"{made} is complete. Start it with: tritonserver --model-repository={out}")

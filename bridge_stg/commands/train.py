@@ -1,4 +1,4 @@
-"""The commands that make checkpoints: `init` from a plain model, `train` on a person's own clips."""
+"""The commands that make checkpoints: `init` from a plain model, `train` on your own clips, `train-demo`."""
 
 from __future__ import annotations
 
@@ -7,44 +7,51 @@ from typing import Any
 
 import click
 
-from bridge_stg.commands.options import Number
+from bridge_stg.commands.options import COUNT, DTYPES, PATH, Number, out_option, seed_option
+from bridge_stg.commands.progress import stage_line
+from bridge_stg.runtime.errors import BridgeError
 
-DTYPES = ("fp32", "fp16", "bf16")
-PRECISIONS = ("bf16", "fp32")
+HEADS = 8
 
 
-class Layers(click.ParamType):
-    """Indices of layers, separated by commas."""
-
-    name = "layers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        try:
-            layers = tuple(int(index) for index in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of layers; expected indices from 0, as in 8,17,26.", param, ctx)
-        if list(layers) != sorted(set(layers)):
-            self.fail(f"{value!r} is not in order; expected increasing indices, each once.", param, ctx)
-        return layers
+def layers(value: str) -> tuple[int, ...]:
+    """Return indices of layers, separated by commas in `value`."""
+    try:
+        indices = tuple(int(index) for index in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not a list of layers; expected indices from 0, as in 8,17,26."
+        ) from None
+    if list(indices) != sorted(set(indices)):
+        raise click.BadParameter(f"{value!r} is not in order; expected increasing indices, each once.")
+    return indices
 
 
 def torch_dtype(name: str | None) -> Any:
-    """Return torch's dtype of one of `DTYPES`, None for None."""
+    """Return torch's dtype for one of `DTYPES`, None for None."""
     import torch
 
-    return None if name is None else dict(zip(DTYPES, (torch.float32, torch.float16, torch.bfloat16)))[name]
+    return {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+resume_option = click.option(
+    "--resume/--no-resume", default=True, help="Whether to resume from the state beside --out."
+)
 
 
 @click.command()
-@click.option("--backbone", type=click.Path(path_type=Path), required=True, help="Folder of a Hugging Face model.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The checkpoint: a folder to be made.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the new parts' weights.")
-@click.option("--queries", type=click.IntRange(min=1), default=8, show_default=True, help="Bridging queries.")
-@click.option("--taps", type=Layers(), default=None, help="Read at these LLM layers; default: last of each third.")
+@click.option("--backbone", type=PATH, required=True, help="Folder of a Hugging Face model.")
+@out_option("The checkpoint")
+@seed_option
+@click.option("--queries", type=COUNT, default=8, show_default=True, help="Number of bridging queries.")
+@click.option("--taps", type=layers, help="LLM layers to tap; default: the last of each third.")
 @click.option("--decoder-width", type=click.IntRange(min=8), default=256, show_default=True)
-@click.option("--decoder-layers", type=click.IntRange(min=1), default=6, show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), help="Store the backbone in this; by default as it is, by links.")
+@click.option("--decoder-layers", type=COUNT, default=6, show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Precision to store the backbone in; default: its own, by links."
+)
 def init(
+    *,
     backbone: Path,
     out: Path,
     seed: int,
@@ -61,45 +68,49 @@ def init(
     from bridge_stg.checkpoint.init_checkpoint import init_checkpoint
     from bridge_stg.model.config import BridgingConfig, SpatialDecoderConfig
 
-    if decoder_width % (heads := 8):
-        raise click.UsageError(f"--decoder-width {decoder_width} does not divide by the decoder's {heads} heads.")
+    if decoder_width % HEADS:
+        raise BridgeError("options.invalid", f"--decoder-width {decoder_width}: expected a multiple of {HEADS}.")
     made = init_checkpoint(
         backbone, out, seed=seed, dtype=torch_dtype(dtype),
         bridging=BridgingConfig(num_queries=queries, tapped_layers=taps or ()),
         spatial_decoder=SpatialDecoderConfig(
-            width=decoder_width, num_layers=decoder_layers, num_heads=heads, ffn_width=8 * decoder_width
+            width=decoder_width, num_layers=decoder_layers, num_heads=HEADS, ffn_width=8 * decoder_width
         ),
-        progress=lambda stage: click.echo(f"  {stage}", err=True),
+        progress=stage_line,
     )  # fmt: skip
     click.echo(f"{made} holds an untrained checkpoint. Next: train {made} --annotations … --media … --out …")
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--annotations", type=click.Path(path_type=Path), required=True, help="JSON lines: docs/annotations.md.")
-@click.option("--media", type=click.Path(path_type=Path), required=True, help="The folder that their paths start from.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new checkpoint: a folder to be made.")
-@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="Times each clip is seen.")
-@click.option("--clips", type=click.IntRange(min=1), default=1, show_default=True, help="Clips of a step.")
-@click.option("--questions", type=click.IntRange(min=1), default=4, show_default=True, help="Of a clip, at most.")
-@click.option("--fine-frames", type=click.IntRange(min=1), default=16, show_default=True, help="Of a clip.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--annotations", type=PATH, required=True, help="JSON lines: docs/annotations.md.")
+@click.option("--media", type=PATH, required=True, help="Folder of their videos and images.")
+@out_option("The new checkpoint")
+@click.option("--epochs", type=COUNT, default=10, show_default=True, help="How often each clip is seen.")
+@click.option("--clips", type=COUNT, default=1, show_default=True, help="Clips per step.")
+@click.option(
+    "--queries", "--questions", "questions", type=COUNT, default=4, show_default=True, help="Most queries per clip."
+)
+@click.option("--fine-frames", type=COUNT, default=16, show_default=True, help="Fine frames per clip.")
 @click.option("--learning-rate", type=Number(min=0, min_open=True), default=1e-4, show_default=True)
 @click.option(
-    "--backbone-scale", type=Number(min=0), default=0.1, show_default=True,
-    help="Factor on the rate for the backbone.",
-)  # fmt: skip
-@click.option("--freeze-backbone", is_flag=True, help="Train the bridging and spatial parts alone.")
-@click.option("--train-vision", is_flag=True, help="Train the vision blocks too, not their mergers alone.")
-@click.option("--max-visual-tokens", type=click.IntRange(min=1), help="What a video may take of the prompt.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto: CUDA where there is one.")
-@click.option(
-    "--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of products."
+    "--backbone-scale", type=Number(min=0), default=0.1, show_default=True, help="Factor on the rate of the backbone."
 )
-@click.option("--dtype", type=click.Choice(DTYPES), help="Store the backbone in this; by default as in CHECKPOINT.")
+@click.option("--freeze-backbone", is_flag=True, help="Train only the bridging and spatial parts.")
+@click.option("--train-vision", is_flag=True, help="Train the vision blocks too, not only their mergers.")
+@click.option("--max-visual-tokens", type=COUNT, help="Most tokens of a video in the prompt.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto: CUDA if it is available.")
+@click.option(
+    "--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of the matmuls."
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Precision to store the backbone in; default: as in CHECKPOINT."
+)
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--resume/--no-resume", default=True, help="Whether to go on from the last state beside --out.")
+@seed_option
+@resume_option
 def train(
+    *,
     checkpoint: Path,
     annotations: Path,
     media: Path,
@@ -113,9 +124,9 @@ def train(
     resume: bool,
     **options: Any,
 ) -> None:
-    """Train a CHECKPOINT on annotated clips: all but the vision blocks, unless told otherwise."""
+    """Train a CHECKPOINT on annotated clips: by default everything except the vision blocks."""
     if freeze_backbone and train_vision:
-        raise click.UsageError("--freeze-backbone and --train-vision exclude each other; give one of them.")
+        raise BridgeError("options.conflict", "--freeze-backbone and --train-vision exclude each other; give one.")
     from bridge_stg.training.train_clips import NEW_PARTS, PARTS, TrainingOptions, train_clips
 
     parts = NEW_PARTS if freeze_backbone else PARTS if train_vision else PARTS[:-1]
@@ -125,3 +136,18 @@ def train(
         workers=workers,
     )  # fmt: skip
     click.echo(f"{made} holds the checkpoint. Next: export {made} --out …")
+
+
+@click.command("train-demo")
+@click.option("--out", type=PATH, default=Path("build/demo/checkpoint"), show_default=True, help="The checkpoint.")
+@click.option("--vision-steps", type=COUNT, help="Steps of the first stage; default: the recipe's.")
+@click.option("--grounding-steps", type=COUNT, help="Steps of the second stage; default: the recipe's.")
+@seed_option
+@resume_option
+def train_demo(out: Path, vision_steps: int | None, grounding_steps: int | None, seed: int, resume: bool) -> None:
+    """Train the demo checkpoint from scratch on synthetic clips."""
+    from bridge_stg.demo.train import train_demo as train_checkpoint
+
+    given = {"vision_steps": vision_steps, "grounding_steps": grounding_steps}
+    steps: dict[str, Any] = {name: count for name, count in given.items() if count is not None}
+    click.echo(f"{train_checkpoint(out, seed=seed, resume=resume, **steps)} holds the checkpoint.")

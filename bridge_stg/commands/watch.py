@@ -8,11 +8,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bridge_stg.commands.options import SECONDS, THREADS
+from bridge_stg.commands.options import COUNT, PATH, SECONDS, Number, backend_options, bundle_option, overwrite_option
+from bridge_stg.commands.progress import stage_line
+from bridge_stg.runtime.errors import BridgeError
+
+if TYPE_CHECKING:
+    from bridge_stg.runtime.live.stats import LiveStats
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -20,26 +25,28 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @click.command()
 @click.argument("source")
 @click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
-@click.option("--bundle", type=click.Path(path_type=Path), help="Default: the demo bundle, exported if need be.")
+@bundle_option
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between two rounds.")
-@click.option("--window", type=click.IntRange(min=1), default=32, show_default=True, help="Coarse frames looked back.")
-@click.option("--jsonl", type=click.Path(path_type=Path), help="Write the events, one JSON object a line.")
-@click.option("--answers", is_flag=True, help="Write every round's answers to --jsonl too.")
-@click.option("--overwrite", is_flag=True, help="Replace what is in --jsonl.")
+@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames of a round.")
+@click.option("--json", "--jsonl", "json_file", type=PATH, help="Write the events, one JSON object per line.")
+@click.option("--answers", is_flag=True, help="Write every round's answers to --json too.")
+@overwrite_option("a --json file")
 @click.option("--realtime", is_flag=True, help="Play a file at its own pace instead of as fast as possible.")
-@click.option("--duration", "duration_s", type=SECONDS, metavar="SECONDS", help="Of the stream, after which to end.")
-@click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Give up a round after that.")
-@click.option("--stall", "stall_s", type=SECONDS, default=10.0, show_default=True, help="Give up a silent source.")
-@click.option("--moved-iou", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Overlap of `moved`.")
-@click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this window` is a possible answer.")
-@click.option("--threads", type=THREADS, help="CPU threads; by default the engine decides.")
-@click.option("--backend", default="auto", show_default=True, help="The engine that runs the graphs.")
-@click.option("--variant", help="The graphs' dialect; by default the one that fits this machine.")
+@click.option("--duration", "duration_s", type=SECONDS, metavar="SECONDS", help="End after this time of the stream.")
+@click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Give up a round after this time.")
+@click.option(
+    "--stall", "stall_s", type=SECONDS, default=10.0, show_default=True, metavar="SECONDS",
+    help="Give up a source that sends nothing for this time.",
+)  # fmt: skip
+@click.option("--moved-iou", type=Number(0, 1), default=0.5, show_default=True, help="A smaller IoU means `moved`.")
+@click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this window` is an answer.")
+@backend_options()
 def watch(
+    *,
     source: str,
     queries: tuple[str, ...],
     bundle: Path | None,
-    jsonl: Path | None,
+    json_file: Path | None,
     answers: bool,
     overwrite: bool,
     realtime: bool,
@@ -53,20 +60,20 @@ def watch(
     SOURCE is a video file, an address such as rtsp://camera/stream, or a camera such as /dev/video0 or 0. Ctrl-C or
     SIGTERM ends the watch in order.
     """
-    if answers and jsonl is None:
-        raise click.UsageError("--answers are written to --jsonl; name a file with it.")
-    _check_output(jsonl, source, overwrite)
+    if answers and json_file is None:
+        raise BridgeError("options.conflict", "--answers are written to the file of --json; give both.")
+    _check_output(json_file, source, overwrite)
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
     from bridge_stg.runtime.host.allocator import return_freed_memory
 
-    return_freed_memory()  # a watch runs for days, and its memory should lie still
-    path = bundle if bundle is not None else demo_bundle(progress=lambda stage, *_: click.echo(f"  {stage}", err=True))
+    return_freed_memory()  # a watch runs for days, and its memory should not grow
+    path = bundle or demo_bundle(progress=stage_line)
     with (
         stopped_by_signals() as stop,
         Grounder.load(path, backend=backend, variant=variant, threads=threads) as grounder,
         grounder.watch(source, queries, realtime=realtime, cancel=stop, **options) as watch,
-        Log(jsonl) as log,
+        Log(json_file) as log,
     ):
         try:
             for update in watch:
@@ -83,25 +90,28 @@ def watch(
                 click.echo(summary(stats), err=True)
 
 
-def _check_output(jsonl: Path | None, source: str, overwrite: bool) -> None:
-    if jsonl is None:
+def _check_output(json_file: Path | None, source: str, overwrite: bool) -> None:
+    if json_file is None:
         return
-    if jsonl.is_dir() or not jsonl.parent.is_dir():
-        raise click.UsageError(f"--jsonl is {str(jsonl)!r}; expected a file name in a folder that exists.")
-    if jsonl.exists():
-        if Path(source).exists() and jsonl.samefile(source):
-            raise click.UsageError(f"{jsonl} is the source itself; give another name for --jsonl.")
-        if not overwrite and jsonl.stat().st_size:
-            raise click.UsageError(f"{jsonl} is there already. Give --overwrite to replace it, or another --jsonl.")
+    if json_file.is_dir() or not json_file.parent.is_dir():
+        raise BridgeError("output.no_folder", f"--json {json_file}: expected a file name in a folder that exists.")
+    if json_file.exists():
+        if Path(source).exists() and json_file.samefile(source):
+            raise BridgeError("output.is_input", f"{json_file} is the source itself; give another name for --json.")
+        if not overwrite and json_file.stat().st_size:
+            raise BridgeError(
+                "output.exists", f"{json_file} already exists. Give --overwrite to replace it, or another --json."
+            )
 
 
 class Log:
-    """Lines of JSON, each written whole as soon as it is known; nothing without a path."""
+    """Lines of JSON, each written as soon as it is known; without a path, nothing is written."""
 
     def __init__(self, path: Path | None) -> None:
         self._file: IO[str] | None = None if path is None else path.open("w", encoding="utf-8", buffering=1)
 
     def write(self, value: dict[str, Any]) -> None:
+        """Write a value as one line."""
         if self._file is not None:
             self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -115,7 +125,7 @@ class Log:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
-    """Give an event that SIGINT and SIGTERM set; a second signal does what it always does."""
+    """Yield an event that SIGINT and SIGTERM set; a second signal has its usual effect."""
     stop = threading.Event()
     before: dict[int, Any] = {}
 
@@ -142,7 +152,7 @@ def clock(seconds: float) -> str:
     return f"{int(minutes) // 60:02}:{int(minutes) % 60:02}:{rest:05.2f}"
 
 
-def summary(stats: Any) -> str:
+def summary(stats: LiveStats) -> str:
     """Return what a watch did, in two lines."""
     return (
         f"{stats.frames} frames, {stats.answers} rounds; ended: {stats.ended}. Dropped: {stats.dropped_coarse_frames} "

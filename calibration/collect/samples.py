@@ -113,7 +113,7 @@ def read_samples(path: Path, media: Path | None = None, *, limit: int | None = N
         gone = truth is not None and not truth.present
         absent |= gone or truth is None
         samples.append(sample)
-        entries.append(Entry(sample.id, "absent" if gone else sample.task, sample.sought, hashes[sample.media]))
+        entries.append(Entry(sample.id, "absent" if gone else sample.task, sample.media_name, hashes[sample.media]))
     if not samples:
         raise AnnotationError(
             f"{path}: none of the media of its {len(missing)} samples was found in {folder.root}"

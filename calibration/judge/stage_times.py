@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.evaluation.media import shown
+from bridge_stg.evaluation.media import video_input
 from bridge_stg.evaluation.run.evaluate import BUFFER_FRAMES
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.errors import BridgeError
@@ -48,6 +48,6 @@ def stage_seconds(
 
 
 def _timings(grounder: Grounder, sample: Sample) -> Mapping[str, float]:
-    video = shown(sample)
+    video = video_input(sample)
     options: dict[str, Any] = {} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}
     return grounder.ground(video, sample.query, allow_none=False, **options).timings

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.calibration.collect.samples import read_samples
-from bridge_stg.evaluation.run.bundle_model import bundle_model
-from bridge_stg.evaluation.run.evaluate import evaluate
+from bridge_stg.evaluation.run.evaluate import bundle_model, evaluate
 from bridge_stg.runtime.errors import BridgeError, EngineError
 from bridge_stg.runtime.host.peak import peak_bytes
 

@@ -190,5 +190,5 @@ def _cases(pair: Pair, samples: CalibrationSet) -> list[dict[str, Any]]:
             picture, problem = case_picture(sample, rows), ""
         except Exception as error:  # a medium that cannot be read failed both bundles too
             picture, problem = None, str(error)
-        cases.append({**case, "query": sample.query, "media": sample.sought, "picture": picture, "problem": problem})
+        cases.append({**case, "query": sample.query, "media": sample.media_name, "picture": picture, "problem": problem})
     return cases

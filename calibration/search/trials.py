@@ -19,8 +19,7 @@ from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.quantize.scales import Scales
 from bridge_stg.calibration.recipes import Recipe
 from bridge_stg.calibration.work_folder import digest, read_json, write_json
-from bridge_stg.evaluation.run.bundle_model import bundle_model
-from bridge_stg.evaluation.run.evaluate import Model
+from bridge_stg.evaluation.run.evaluate import Model, bundle_model
 from bridge_stg.runtime.bundle.bundle import Bundle
 
 Progress = Callable[[str, int, int], Any]

@@ -2,7 +2,7 @@
 
 File: charades_sta_test.txt, linked from github.com/jiyanggao/TALL, whose README gives the format of a line:
 `[video name] [start time] [end time]##[sentence]`, as in `AO8RW 0.0 6.9##a person is putting a book on a shelf.`
-The videos are those of Charades (`AO8RW.mp4`). Times are seconds. Some ends lie behind the end of the video, some at or
+The videos are those of Charades (`AO8RW.mp4`). Times are seconds. Some ends are after the end of the video, some at or
 before their start (2D-TAN's loader drops such lines); all are kept as published, as TALL's own code does, and no answer
 can score on an empty span.
 """
@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bridge_stg.evaluation.datasets.fields import ADVICE, digest, numbered_lines
+from bridge_stg.evaluation.datasets.fields import digest, fault, numbered_lines
 from bridge_stg.evaluation.media import MediaFolder
 from bridge_stg.evaluation.samples import Dataset, Sample, span_truth
-from bridge_stg.runtime.errors import AnnotationError
 
 
 def read_charades_sta(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
-    """Return the sentences of an annotation file; the target is always there.
+    """Return the sentences of an annotation file; the target is always present.
 
     Raises:
         AnnotationError: a line is not as published; the message names it.
@@ -35,23 +34,22 @@ def read_charades_sta(annotations: Sequence[Path], media: Path, *, split: str | 
                 id=where.rpartition(":")[2],
                 task="span",
                 media=folder.find(f"{video}.mp4"),
-                sought=f"{video}.mp4",
+                media_name=f"{video}.mp4",
                 query=sentence,
                 read_truth=partial(span_truth, span),
             )
         )
     if not samples:
-        raise AnnotationError(f"{path} holds no line. {ADVICE}.")
+        raise fault(path, "has no lines", code="annotation.empty")
     return Dataset("charades-sta", path.stem, tuple(samples), digest(path))
 
 
 def _parse(where: str, line: str) -> tuple[str, tuple[float, float], str]:
-    head, separator, sentence = line.strip().partition("##")
+    head, _, sentence = line.strip().partition("##")
     parts = head.split()
-    if not separator or len(parts) != 3:
-        raise AnnotationError(f"{where}: is {line[:60]!r}; expected `VIDEO start end##sentence`. {ADVICE}.")
-    if not sentence.strip():
-        raise AnnotationError(f"{where}: the sentence behind ## is empty. {ADVICE}.")
+    if len(parts) != 3 or not sentence.strip():
+        what = f"is {line[:60]!r}; expected `VIDEO start end##sentence`"
+        raise fault(where, what, code="annotation.bad_line")
     times = []
     for name, text in (("start", parts[1]), ("end", parts[2])):
         try:
@@ -59,5 +57,5 @@ def _parse(where: str, line: str) -> tuple[str, tuple[float, float], str]:
         except ValueError:
             times.append(math.nan)
         if not math.isfinite(times[-1]):
-            raise AnnotationError(f"{where}: the {name} time is {text!r}; expected seconds. {ADVICE}.")
+            raise fault(where, f"the {name} time is {text!r}; expected seconds", code="annotation.bad_line")
     return parts[0], (times[0], times[1]), sentence.strip()

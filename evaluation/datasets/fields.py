@@ -1,7 +1,4 @@
-"""Read annotation files: every fault is named by file, line or place, and field.
-
-Knows nothing of benchmarks; they say what a field is called and what it must hold.
-"""
+"""Read annotation files, and name every fault by file, line or place, and field. Knows nothing of the datasets."""
 
 from __future__ import annotations
 
@@ -15,20 +12,25 @@ from typing import Any, TypeGuard
 
 from bridge_stg.runtime.errors import AnnotationError
 
-ADVICE = "Mend it, or fetch the file again from its publisher"
+BOX = "[x, y, width, height]"
+
+
+def fault(where: object, what: str, *, code: str = "annotation.bad_file") -> AnnotationError:
+    """Return the error for a file or place that is not as its publisher describes."""
+    return AnnotationError(code, f"{where}: {what}. Fix it, or fetch the file again from its publisher.")
 
 
 @dataclass(frozen=True)
 class Record:
-    """An object of an annotation file, and where it stands: `file:line`, or `file: [3].captions[0]`."""
+    """An object of an annotation file, and its place: `file:line`, or `file: [3].captions[0]`."""
 
     where: str
     values: Mapping[str, Any]
 
     def fault(self, field: str, expected: str) -> AnnotationError:
-        """Return the error for a field that is missing or holds something else than `expected`."""
+        """Return the error for a field that is missing or does not hold what is `expected`."""
         found = f"is {brief(self.values[field])}" if field in self.values else "is missing"
-        return AnnotationError(f"{self.where}: the field {field!r} {found}; expected {expected}. {ADVICE}.")
+        return fault(self.where, f"the field {field!r} {found}; expected {expected}", code="annotation.bad_field")
 
     def text(self, field: str) -> str:
         """Return a string that is not blank."""
@@ -41,7 +43,7 @@ class Record:
         """Return a finite number."""
         value = self.values.get(field)
         if not is_number(value) or value <= above or value < least:
-            bound = f" above {above:g}" if above > -math.inf else f", {least:g} or more" if least > -math.inf else ""
+            bound = f" above {above:g}" if above > -math.inf else f", at least {least:g}" if least > -math.inf else ""
             raise self.fault(field, f"a number{bound}")
         return float(value)
 
@@ -49,7 +51,7 @@ class Record:
         """Return a whole number; 5.0 counts as one."""
         value = self.values.get(field)
         if not is_number(value) or value != int(value) or value < least:
-            raise self.fault(field, f"a whole number, {least} or more")
+            raise self.fault(field, f"a whole number, at least {least}")
         return int(value)
 
     def name(self, field: str) -> str:
@@ -60,11 +62,15 @@ class Record:
         return str(value)
 
     def numbers(self, field: str, count: int, what: str) -> tuple[float, ...]:
-        """Return a list of `count` finite numbers."""
+        """Return a list of `count` finite numbers; `what` describes them in the error."""
         value = self.values.get(field)
         if not isinstance(value, (list, tuple)) or len(value) != count or not all(map(is_number, value)):
             raise self.fault(field, what)
         return tuple(map(float, value))
+
+    def size(self) -> tuple[int, int]:
+        """Return the fields `width` and `height` in pixels."""
+        return self.whole("width", least=1), self.whole("height", least=1)
 
     def items(self, field: str) -> Sequence[Any]:
         """Return a list."""
@@ -86,11 +92,11 @@ class Record:
 
 
 def records(where: str, values: Iterable[Any]) -> list[Record]:
-    """Return the objects of a list that stands at `where`."""
+    """Return the objects of the list at `where`."""
     made = []
     for i, value in enumerate(values):
         if not isinstance(value, dict):
-            raise AnnotationError(f"{where}[{i}] is {brief(value)}; expected an object. {ADVICE}.")
+            raise fault(f"{where}[{i}]", f"is {brief(value)}; expected an object")
         made.append(Record(f"{where}[{i}]", value))
     return made
 
@@ -100,34 +106,44 @@ def join(where: str, field: str) -> str:
     return f"{where}.{field}" if where.endswith(("]", "}")) or ": " in where else f"{where}: {field}"
 
 
-def read_json_file(path: Path) -> Any:
-    """Return the JSON document in a file.
+def read_json_file(path: Path, kind: type, what: str) -> Any:
+    """Return the JSON document in a file, a list or dict.
+
+    Args:
+        path: the file.
+        kind: `list` or `dict`.
+        what: what the file should hold, for the error.
 
     Raises:
-        AnnotationError: there is no such file, or it is no JSON; the message names the line.
+        AnnotationError: the file does not exist, is not JSON, or holds something else; the message names the line.
     """
     try:
-        return json.loads(read_text(path))
+        values = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise AnnotationError(f"{path}:{error.lineno}: is no JSON ({error.msg}). {ADVICE}.") from None
+        raise fault(f"{path}:{error.lineno}", f"is not JSON ({error.msg})") from None
     except RecursionError:
-        raise AnnotationError(f"{path}: is nested too deeply to be an annotation file. {ADVICE}.") from None
+        raise fault(path, "is nested too deeply for an annotation file") from None
+    if not isinstance(values, kind) or (kind is dict and not values):
+        raise fault(path, f"is not {'a list' if kind is list else 'an object with fields'}; expected {what}")
+    return values
 
 
 def read_text(path: Path) -> str:
     """Return the text of a file, UTF-8 with or without a byte order mark.
 
     Raises:
-        AnnotationError: there is no such file, or it is no text.
+        AnnotationError: the file does not exist, or is not text.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise AnnotationError(f"{path}: no such file; expected an annotation file. Give its path.") from None
+        message = f"{path}: no such file; expected an annotation file. Give its path."
+        raise AnnotationError("annotation.not_found", message) from None
     except IsADirectoryError:
-        raise AnnotationError(f"{path} is a folder; expected an annotation file. Name the file inside it.") from None
+        message = f"{path} is a folder; expected an annotation file. Name the file inside it."
+        raise AnnotationError("annotation.not_found", message) from None
     except UnicodeDecodeError as error:
-        raise AnnotationError(f"{path}: is no UTF-8 text (byte {error.start}). {ADVICE}.") from None
+        raise fault(path, f"is not UTF-8 text (byte {error.start})") from None
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -143,9 +159,11 @@ def json_lines(path: Path) -> Iterator[Record]:
         try:
             values = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise AnnotationError(f"{where}: is no JSON ({error}); expected one object a line. {ADVICE}.") from None
+            what = f"is not JSON ({error}); expected one object per line"
+            raise fault(where, what, code="annotation.bad_line") from None
         if not isinstance(values, dict):
-            raise AnnotationError(f"{where}: is no object; expected one like {{'video': …, 'query': …}}. {ADVICE}.")
+            what = "is not an object; expected one like {'video': …, 'query': …}"
+            raise fault(where, what, code="annotation.bad_line")
         yield Record(where, values)
 
 
@@ -165,7 +183,7 @@ def digest(*parts: Path | str) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a finite number; true and false are none."""
+    """Return whether a JSON value is a finite number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,11 +1,11 @@
 """GOT-10k: tracking of any object, given its first box (Huang et al., arXiv 1810.11981).
 
 Layout and protocol: github.com/got-10k/toolkit (datasets/got10k.py, experiments/got10k.py). `<root>/val/list.txt` names
-the sequences; each is a folder of frames 00000001.jpg … with `groundtruth.txt` (x,y,width,height a line),
+the sequences; each is a folder of frames 00000001.jpg … with `groundtruth.txt` (x,y,width,height per line),
 `cover.label` (0 to 8, eighths of the target that are visible), `absence.label`, and `meta_info.ini`. The test split has
-the first box only: results are written in the layout of its server, and nothing can be scored here.
+only the first box: results are written in the layout of its server, and nothing can be scored here.
 
-The toolkit's figures leave out the first frame and frames whose cover is 0, and clip both boxes to the picture.
+The toolkit's metrics omit the first frame and frames whose cover is 0, and clip both boxes to the image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.evaluation.datasets.fields import ADVICE, digest, numbered_lines, read_text
+from bridge_stg.evaluation.datasets.fields import digest, fault, numbered_lines, read_text
 from bridge_stg.evaluation.media import frame_files
 from bridge_stg.evaluation.samples import Dataset, Sample, Truth, xyxy_from_xywh
 from bridge_stg.runtime.chain.tasks import TRACKED
@@ -29,7 +29,7 @@ from bridge_stg.runtime.host.files import replacing
 
 SPLITS = ("train", "val", "test")
 FRAME_RATE = 10.0
-"""All sequences were annotated at 10 frames a second (`anno_fps: 10Hz`)."""
+"""All sequences were annotated at 10 frames per second (`anno_fps: 10Hz`)."""
 
 
 def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
@@ -40,12 +40,14 @@ def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None =
     """
     root, split = annotations[0], split or "val"
     if split not in SPLITS:
-        raise AnnotationError(f"got-10k has no split {split!r}; it has: {', '.join(SPLITS)}.")
-    names = [(where, line.strip()) for where, line in numbered_lines(root / split / "list.txt")]
+        raise AnnotationError(
+            "annotation.unknown_split", f"got-10k has no split {split!r}; it has: {', '.join(SPLITS)}."
+        )
     samples, files = [], [root / split / "list.txt"]
-    for where, name in names:
+    for where, line in numbered_lines(root / split / "list.txt"):
+        name = line.strip()
         if Path(name).name != name:
-            raise AnnotationError(f"{where}: {name!r} is no name of a folder. {ADVICE}.")
+            raise fault(where, f"{name!r} is not the name of a folder", code="annotation.bad_line")
         folder = root / split / name
         truth_file = folder / "groundtruth.txt"
         if truth_file.is_file():
@@ -55,7 +57,7 @@ def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None =
                 id=name,
                 task="track",
                 media=folder if truth_file.is_file() and (media / split / name).is_dir() else None,
-                sought=f"{split}/{name}",
+                media_name=f"{split}/{name}",
                 query=TRACKED,
                 read_truth=partial(_truth, folder, media / split / name, split),
                 frame_rate=_frame_rate(folder),
@@ -69,18 +71,16 @@ def _truth(folder: Path, frames_folder: Path, split: str) -> Truth:
     rows = [_row(where, line) for where, line in numbered_lines(path)]
     frames = len(frame_files(frames_folder))
     if not rows or (len(rows) != frames and not (split == "test" and len(rows) == 1)):
-        raise AnnotationError(
-            f"{path}: holds {len(rows)} boxes, {frames_folder} {frames} frames; expected one a frame. {ADVICE}."
-        )
+        raise fault(path, f"has {len(rows)} boxes for the {frames} frames of {frames_folder}; expected one per frame")
     boxes = np.zeros((frames, 4))
     boxes[: len(rows)] = xyxy_from_xywh(rows)
     counted = np.arange(frames) < len(rows)
-    counted[0] = False  # this box was given
+    counted[0] = False  # the model is given this box
     cover = folder / "cover.label"
     if cover.is_file():
         values = [_number(where, line) for where, line in numbered_lines(cover)]
         if len(values) != frames:
-            raise AnnotationError(f"{cover}: holds {len(values)} lines for {frames} frames; expected one a frame.")
+            raise fault(cover, f"has {len(values)} lines for {frames} frames; expected one per frame")
         counted &= np.asarray(values) > 0
     times = np.arange(frames) / _frame_rate(folder)
     return Truth(
@@ -97,7 +97,7 @@ def _truth(folder: Path, frames_folder: Path, split: str) -> Truth:
 def _row(where: str, line: str) -> list[float]:
     sides = [_number(where, part) for part in line.split(",")]
     if len(sides) != 4:
-        raise AnnotationError(f"{where}: holds {len(sides)} numbers; expected x,y,width,height. {ADVICE}.")
+        raise fault(where, f"has {len(sides)} numbers; expected x,y,width,height", code="annotation.bad_line")
     return sides
 
 
@@ -107,7 +107,7 @@ def _number(where: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise AnnotationError(f"{where}: {text.strip()!r} is no number; expected one. {ADVICE}.")
+        raise fault(where, f"{text.strip()!r} is not a finite number", code="annotation.bad_line")
     return value
 
 
@@ -124,19 +124,19 @@ def _frame_rate(folder: Path) -> float:
 
 
 def _resolution(folder: Path) -> tuple[int, int] | None:
-    """Return (width, height) from `resolution: (1920, 1080)`, None if it is not said."""
+    """Return (width, height) from `resolution: (1920, 1080)`, None if it is missing."""
     found = re.fullmatch(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", _meta(folder).get("resolution", ""))
     return (int(found[1]), int(found[2])) if found else None
 
 
 def write_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> int:
-    """Write a tracker's boxes as the server takes them: `NAME/NAME_001.txt` and `NAME/NAME_time.txt`.
+    """Write a tracker's boxes in the server's layout: `NAME/NAME_001.txt` and `NAME/NAME_time.txt`.
 
-    A line is x,y,width,height with three decimals; the times file has seconds a frame with eight. Zip the folder's
-    contents to hand them in. Rows without boxes (failed samples) are left out.
+    A line is x,y,width,height with three decimals; the times file has seconds per frame with eight. Zip the folder's
+    contents to submit them. Rows without boxes (failed samples) are omitted.
 
     Returns:
-        How many sequences were written.
+        The number of sequences that were written.
     """
     written = 0
     for row in rows:

@@ -6,9 +6,9 @@ Format: github.com/tzhhhh123/HC-STVG, whose README shows an entry, and the prepr
 - Version 1 calls the sentence `caption` and the size `width`, `height`; version 2 calls them `English` and `img_size`,
   which is [height, width].
 - All clips last 20 s: the frame rate is img_num / 20.
-- `st_frame` counts from 1; `bbox` holds one [x, y, width, height] a frame from there on, and is the tube's length.
-  `st_time` and `ed_time` say the same in seconds, less exactly, and are not read.
-- Names end in .mp4 or .mkv, the videos lie in numbered packages, and were converted by some mirrors.
+- `st_frame` counts from 1; `bbox` holds one [x, y, width, height] per frame from that one on, and is the tube's length.
+  `st_time` and `ed_time` say the same in seconds, less exactly, and are ignored.
+- Names end in .mp4 or .mkv, the videos come in numbered packages, and some mirrors converted them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge_stg.evaluation.datasets.fields import ADVICE, Record, digest, is_number, read_json_file
+from bridge_stg.evaluation.datasets.fields import BOX, Record, digest, read_json_file
 from bridge_stg.evaluation.media import MediaFolder
 from bridge_stg.evaluation.samples import Dataset, Sample, Truth, tube_truth, xyxy_from_xywh
 from bridge_stg.runtime.errors import AnnotationError
@@ -29,7 +29,7 @@ DURATION_S = 20.0
 
 def read_hc_stvg_v1(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
     """Return the clips of a file of version 1, such as test.json."""
-    return _read("hc-stvg-v1", annotations[0], media, sentence="caption", size_of=_width_and_height)
+    return _read("hc-stvg-v1", annotations[0], media, sentence="caption", size_of=Record.size)
 
 
 def read_hc_stvg_v2(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
@@ -40,21 +40,18 @@ def read_hc_stvg_v2(annotations: Sequence[Path], media: Path, *, split: str | No
 def _read(
     name: str, path: Path, media: Path, *, sentence: str, size_of: Callable[[Record], tuple[int, int]]
 ) -> Dataset:
-    folder, values = MediaFolder(media), read_json_file(path)
-    if not isinstance(values, dict) or not values:
-        raise AnnotationError(f"{path}: is no object of video names; expected the annotations of {name}. {ADVICE}.")
+    folder = MediaFolder(media)
+    values = read_json_file(path, dict, f"video names and the annotations of {name}")
     samples = []
-    for video, value in values.items():
-        if not isinstance(value, dict):
-            raise AnnotationError(f"{path}: {video!r} is no object; expected its annotation. {ADVICE}.")
-        record = Record(f"{path}: [{video!r}]", value)
+    for video in values:
+        record = Record(str(path), values).child(video)
         _check(record, name)
         samples.append(
             Sample(
                 id=video,
                 task="tube",
                 media=folder.find(video),
-                sought=video,
+                media_name=video,
                 query=record.text(sentence),
                 read_truth=partial(_truth, record, size_of(record)),
             )
@@ -63,18 +60,17 @@ def _read(
 
 
 def _check(record: Record, name: str) -> None:
-    other = {"hc-stvg-v1": "English", "hc-stvg-v2": "caption"}[name]
-    mine = {"hc-stvg-v1": "caption", "hc-stvg-v2": "English"}[name]
+    mine, other, rest = ("caption", "English", "hc-stvg-v2") if name == "hc-stvg-v1" else (
+        "English", "caption", "hc-stvg-v1")  # fmt: skip
     if mine not in record.values and other in record.values:
-        rest = {"hc-stvg-v1": "hc-stvg-v2", "hc-stvg-v2": "hc-stvg-v1"}[name]
         raise AnnotationError(
-            f"{record.where}: has {other!r} where {name} has {mine!r}: this is the other version. Evaluate {rest}."
+            "annotation.wrong_version",
+            f"{record.where}: has {other!r} where {name} has {mine!r}: this is the other version. Evaluate {rest}.",
         )
     record.whole("img_num", least=1)
     record.whole("st_frame", least=1)
     for i, box in enumerate(record.items("bbox")):
-        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            raise Record(f"{record.where}.bbox[{i}]", {"bbox": box}).fault("bbox", "[x, y, width, height]")
+        Record(f"{record.where}.bbox[{i}]", {"bbox": box}).numbers("bbox", 4, BOX)
     if not record.values["bbox"]:
         raise record.fault("bbox", "a box for every frame of the tube")
 
@@ -87,10 +83,6 @@ def _truth(record: Record, size: tuple[int, int]) -> Truth:
     placed = np.zeros((len(frames), 4))
     placed[inside] = boxes
     return tube_truth(frames / fps, inside, placed, span=(first / fps, (first + len(boxes)) / fps), size=size)
-
-
-def _width_and_height(record: Record) -> tuple[int, int]:
-    return record.whole("width", least=1), record.whole("height", least=1)
 
 
 def _img_size(record: Record) -> tuple[int, int]:

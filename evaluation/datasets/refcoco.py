@@ -1,49 +1,57 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: referring expressions in COCO images (Yu et al., arXiv 1608.00272; Mao et al.).
 
 Files of github.com/lichengunc/refer: `refs(unc).p` (RefCOCOg: `refs(umd).p` or `refs(google).p`) and `instances.json`.
-The former is a pickle, which is never loaded here: convert it to JSON first, see refcoco_pickle.py. Quirks:
+The former is a pickle, which `convert_refs` turns into JSON once. Quirks:
 
-- A ref names its annotation (`ann_id`); the box, [x, y, width, height], stands in instances.json only.
+- A ref names its annotation (`ann_id`); the box, [x, y, width, height], is in instances.json only.
 - Every ref has several `sentences`; each is a sample. `sent` is the cleaned text, as published results use it.
-- A ref's `file_name` (COCO_train2014_000000581857_16.jpg) is no file of COCO: the name stands in instances.json.
+- A ref's `file_name` (COCO_train2014_000000581857_16.jpg) is not a file of COCO: the name is in instances.json.
 - Splits are train, val, testA, testB (RefCOCO, RefCOCO+), test (RefCOCOg, umd); google's RefCOCOg has train and val.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
+import pickle
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.evaluation.datasets.fields import ADVICE, Record, digest, read_json_file, records
+from bridge_stg.evaluation.datasets.fields import BOX, Record, digest, read_json_file, records
 from bridge_stg.evaluation.media import MediaFolder
-from bridge_stg.evaluation.samples import Dataset, Sample, image_truth, xyxy_from_xywh
+from bridge_stg.evaluation.samples import Dataset, Sample, Truth, image_truth, xyxy_from_xywh
 from bridge_stg.runtime.errors import AnnotationError
+from bridge_stg.runtime.host.files import replacing
 
-PICKLE = "is a pickle, which can run code when it is loaded and is never read. Convert it: python cli.py convert-refs"
+GROWTH = 16
+"""Most characters of JSON per byte of a pickle: shared values could make a small file fill the disk."""
 
 
 def read_refcoco(
     annotations: Sequence[Path], media: Path, *, split: str | None = None, name: str = "refcoco"
 ) -> Dataset:
-    """Return the sentences of one split; `annotations` are the refs as JSON and instances.json, in any order.
+    """Return the sentences of one split.
 
     Args:
-        annotations: both files; or the folder that holds them, with one refs*.json.
+        annotations: the refs as JSON and instances.json, in any order; or the folder that holds them, with one
+            refs*.json.
         media: the folder of COCO's train2014 images.
-        split: val if not given.
-        name: of the benchmark: the three differ in their files, not in their format.
+        split: name of the split; val if None.
+        name: name of the dataset: the three differ in their files, not in their format.
 
     Raises:
-        AnnotationError: a file or field is not as published, or there is no such split.
+        AnnotationError: a file or field is not as published, or the split does not exist.
     """
     refs_path, instances_path = _files(annotations)
     split, folder = split or "val", MediaFolder(media)
-    values = read_json_file(refs_path)
-    if not isinstance(values, list):
-        raise AnnotationError(f"{refs_path}: is no list; expected the refs of {name} as JSON. {ADVICE}.")
-    images, boxes = _instances(instances_path)
+    values = read_json_file(refs_path, list, f"the refs of {name} as JSON")
+    instances = Record(f"{instances_path}", read_json_file(instances_path, dict, "COCO's instances"))
+    images, boxes = (
+        {record.whole("id"): record for record in instances.children(field)} for field in ("images", "annotations")
+    )
     samples: list[Sample] = []
     splits: set[str] = set()
     for record in records(f"{refs_path}: ", values):
@@ -52,69 +60,108 @@ def read_refcoco(
             continue
         image, box = _looked_up(record, "image_id", images), _looked_up(record, "ann_id", boxes)
         file_name = image.text("file_name")
-        size = (image.whole("width", least=1), image.whole("height", least=1))
-        truth = image_truth(xyxy_from_xywh(box.numbers("bbox", 4, "[x, y, width, height]")), size=size)
+        truth = image_truth(xyxy_from_xywh(box.numbers("bbox", 4, BOX)), size=image.size())
         samples += [
             Sample(
                 id=sentence.name("sent_id"),
                 task="image",
-                media=folder.find(file_name, f"{file_name.rpartition('_')[2]}"),  # COCO 2017 left the prefix out
-                sought=file_name,
+                media=folder.find(file_name, f"{file_name.rpartition('_')[2]}"),  # COCO 2017 omits the prefix
+                media_name=file_name,
                 query=sentence.text("sent" if str(sentence.values.get("sent", "")).strip() else "raw"),
-                read_truth=partial(_same, truth),
+                read_truth=partial(_identity, truth),
             )
             for sentence in record.children("sentences")
         ]
     if not samples:
         known = ", ".join(sorted(splits)) or "none"
-        raise AnnotationError(f"{refs_path}: has no split {split!r}; it has: {known}. Give one of them with --split.")
+        raise AnnotationError(
+            "annotation.unknown_split",
+            f"{refs_path}: has no split {split!r}; it has: {known}. Give one of them with --split.",
+        )
     return Dataset(name, split, tuple(samples), digest(refs_path, instances_path))
 
 
 def _files(annotations: Sequence[Path]) -> tuple[Path, Path]:
+    """Return the file of the refs and that of the instances."""
     if len(annotations) == 1 and annotations[0].is_dir():
         folder = annotations[0]
-        refs = sorted(folder.glob("refs*.json"))
-        if not refs and (pickles := sorted(folder.glob("refs*.p"))):
-            raise AnnotationError(f"{pickles[0]} {PICKLE} '{pickles[0]}' '{pickles[0].with_suffix('.json')}'")
-        if len(refs) != 1:
-            found = ", ".join(path.name for path in refs) or "none"
-            raise AnnotationError(
-                f"{folder}: expected one refs*.json beside instances.json, found {found}. Name the refs and "
-                "instances.json, each with --annotations."
-            )
-        return refs[0], folder / "instances.json"
-    if len(annotations) == 2:
-        first, second = annotations
-        refs_path, instances = (second, first) if first.name.startswith("instances") else (first, second)
-        if refs_path.suffix in (".p", ".pkl", ".pickle"):
-            raise AnnotationError(f"{refs_path} {PICKLE} '{refs_path}' '{refs_path.with_suffix('.json')}'")
-        return refs_path, instances
-    raise AnnotationError(
-        f"referring expressions take two --annotations, the refs as JSON and instances.json (or the folder of both); "
-        f"found {len(annotations)}."
-    )
+        refs = sorted(folder.glob("refs*.json")) or sorted(folder.glob("refs*.p"))[:1]
+        instances = folder / "instances.json"
+    else:
+        *refs, instances = sorted(annotations, key=lambda path: path.name.startswith("instances"))
+    if len(refs) != 1:
+        found = ", ".join(path.name for path in refs) or "none"
+        raise AnnotationError(
+            "annotation.wrong_files",
+            "referring expressions take two --annotations, the refs as JSON and instances.json, or the folder of both; "
+            f"found these refs: {found}.",
+        )
+    if refs[0].suffix in (".p", ".pkl", ".pickle"):
+        raise AnnotationError(
+            "annotation.unsafe_pickle",
+            f"{refs[0]} is a pickle, which is not read here. Convert it once: "
+            f"python cli.py convert-refs '{refs[0]}' '{refs[0].with_suffix('.json')}'",
+        )
+    return refs[0], instances
 
 
-def _instances(path: Path) -> tuple[dict[int, Record], dict[int, Record]]:
-    """Return COCO's images and annotations by their ids."""
-    values = read_json_file(path)
-    if not isinstance(values, dict):
-        raise AnnotationError(f"{path}: is no object; expected COCO's instances. {ADVICE}.")
-    whole = Record(f"{path}", values)
-    images = {record.whole("id"): record for record in whole.children("images")}
-    return images, {record.whole("id"): record for record in whole.children("annotations")}
+def _identity(truth: Truth) -> Truth:
+    return truth
 
 
 def _looked_up(record: Record, field: str, known: Mapping[int, Record]) -> Record:
     key = record.whole(field)
     if key not in known:
         raise AnnotationError(
-            f"{record.where}: the field {field!r} is {key}, which instances.json does not hold; expected both files of "
-            "the same dataset (RefCOCO, RefCOCO+ and RefCOCOg each have their own)."
+            "annotation.mismatch",
+            f"{record.where}: the field {field!r} is {key}, which is not in instances.json; expected both files of the "
+            "same dataset (RefCOCO, RefCOCO+ and RefCOCOg each have their own).",
         )
     return known[key]
 
 
-def _same(truth: Any) -> Any:
-    return truth
+def _read_latin_1(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return error.object[error.start : error.end].decode("latin-1"), error.end
+
+
+class _PlainUnpickler(pickle._Unpickler):  # noqa: SLF001 - in Python, its memo is a dict; C would allocate any index
+    """Load lists, dictionaries, texts and numbers; nothing is imported or called."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def convert_refs(pickle_file: Path, out: Path) -> int:
+    """Write the refs of a pickle as JSON and return their number.
+
+    Raises:
+        AnnotationError: the file is not a complete pickle, holds anything but plain values, or is not a list of refs.
+    """
+    # Texts of Python 2 are bytes: UTF-8, and Latin-1 where they are not.
+    codecs.register_error("latin-1", _read_latin_1)
+    try:
+        data = pickle_file.read_bytes()
+    except OSError as error:
+        message = f"{pickle_file}: cannot be read ({error.strerror}); expected a pickle of refs."
+        raise AnnotationError("annotation.not_found", message) from None
+    try:
+        refs = _PlainUnpickler(io.BytesIO(data), encoding="utf-8", errors="latin-1").load()
+        if not isinstance(refs, list) or not all(isinstance(ref, dict) and "sentences" in ref for ref in refs):
+            raise AnnotationError(
+                "annotation.bad_file", f"{pickle_file}: holds no list of refs; expected a file such as refs(unc).p."
+            )
+        with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
+            size = 0
+            for chunk in json.JSONEncoder(ensure_ascii=False).iterencode(refs):
+                size += file.write(chunk)
+                if size > GROWTH * len(data):
+                    raise ValueError("its values repeat each other without end")
+    except (pickle.UnpicklingError, ArithmeticError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
+            ValueError, AttributeError) as error:  # fmt: skip
+        raise AnnotationError(
+            "annotation.unsafe_pickle",
+            f"{pickle_file}: is not a complete pickle of lists, dictionaries, texts and numbers ({error}). Do not load "
+            "it; fetch it again from its publisher.",
+        ) from None
+    return len(refs)

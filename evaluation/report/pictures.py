@@ -1,4 +1,4 @@
-"""One sample as a picture: a few frames with the true box and each model's, and a timeline of their spans."""
+"""Draw one sample: a few frames with the true box and each model's, and a timeline of their spans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bridge_stg.evaluation.media import shown
+from bridge_stg.evaluation.media import video_input
 from bridge_stg.evaluation.samples import Sample, Truth
 from bridge_stg.runtime.chain.results import Tube
 from bridge_stg.runtime.video.source import open_source
@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 
 TRUE: Colour = (0, 170, 110)
 MODELS: tuple[Colour, ...] = ((255, 45, 190), (245, 150, 0), (40, 150, 240), (150, 90, 220), (120, 120, 20))
-"""Colours that differ in hue and brightness; a sixth model begins again."""
+"""Colours that differ in hue and brightness; a sixth model gets the first again."""
 FRAMES, COLUMNS, CELL_WIDTH, GAP, BAR = 4, 2, 300, 6, 12
 
 
 def colour_of(place: int) -> Colour:
-    """Return the colour of the model at a place in the order of the report."""
+    """Return the colour of a model, by its place in the report."""
     return MODELS[place % len(MODELS)]
 
 
 def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Return a PNG of a sample with the answers in `rows`, by model in the order of the report.
+    """Return a PNG of a sample and its answers.
+
+    Args:
+        sample: the sample.
+        rows: its result rows, by model in the order of the report.
 
     Raises:
         VideoError: the medium cannot be read.
@@ -41,7 +45,7 @@ def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes
     truth = sample.read_truth()
     predictions = [row.get("prediction") or {} for row in rows.values()]
     sizes = [tuple(row["size"]) for row in rows.values() if "size" in row]
-    with open_source(shown(sample), picture_spec(sizes[0] if sizes else (640, 480))) as source:
+    with open_source(video_input(sample), picture_spec(sizes[0] if sizes else (640, 480))) as source:
         times = picked_times(truth, predictions, source.duration_s, image=sample.task == "image")
         frames = source.fine(times).frames
         size, duration_s = (source.width, source.height), source.duration_s
@@ -59,12 +63,20 @@ def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes
         row, column = divmod(place, COLUMNS)
         page.paste(cell, (column * (CELL_WIDTH + GAP), row * (height + GAP)))
     if bars:
-        _timeline(ImageDraw.Draw(page), page.width, bottom, truth, predictions, times, duration_s)
+        _timeline(
+            ImageDraw.Draw(page),
+            width=page.width,
+            top=bottom,
+            truth=truth,
+            predictions=predictions,
+            times=times,
+            duration_s=duration_s,
+        )
     return _png(page)
 
 
 def picked_times(truth: Truth, predictions: list[Mapping[str, Any]], duration_s: float, *, image: bool) -> np.ndarray:
-    """Return the times of the frames to show: evenly over what is true or was answered, else over the whole video."""
+    """Return the times of the frames to show: evenly over all spans, or over the whole video if none is known."""
     if image:
         return np.zeros(1)
     spans = [span for span in (truth.span, *(p.get("span") for p in predictions)) if span]
@@ -106,6 +118,7 @@ def _outline(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: Colour) -> None
 
 def _timeline(
     draw: ImageDraw.ImageDraw,
+    *,
     width: int,
     top: int,
     truth: Truth,
@@ -133,7 +146,7 @@ def _timeline(
 
 
 def _png(page: Image.Image) -> bytes:
-    """Return a picture as PNG; a palette of 256 colours keeps a report of dozens small enough to mail."""
+    """Return a picture as PNG; a palette of 256 colours keeps a report with dozens of them small."""
     from PIL import Image
 
     file = io.BytesIO()

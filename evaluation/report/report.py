@@ -1,4 +1,4 @@
-"""What a run comes to: report.json, and report.html for people, made from the result rows alone."""
+"""Write report.json and report.html from the result rows of a run."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.evaluation.report.page import html_page
-from bridge_stg.evaluation.report.pictures import case_picture
+from bridge_stg.evaluation.report.pictures import TRUE, case_picture, colour_of
+from bridge_stg.evaluation.report.render import render
 from bridge_stg.evaluation.run.evaluate import Evaluation
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.evaluation.scoring import MAIN
 from bridge_stg.runtime.host.files import replacing
 
 SAME = 1e-3
-"""Samples whose scores differ by no more count as equal."""
+"""Samples whose scores differ by at most this count as equal."""
 BINS = 20
 WORST = 6
 
 
 def write_report(evaluation: Evaluation, out: Path, *, worst: int = WORST) -> dict[str, Any]:
-    """Write `out`/report.json and report.html, each whole or not at all, and return what the former holds.
+    """Write `out`/report.json and report.html, each completely or not at all, and return the content of the former.
 
     Args:
-        evaluation: what `evaluate` returned.
+        evaluation: the result of `evaluate`.
         out: an existing folder.
-        worst: how many of the worst cases are shown for each model.
+        worst: number of the worst cases to show for each model.
     """
     values = report_values(evaluation, worst=worst)
     cases = [_case(evaluation, case) for case in values["worst"]]
-    texts = {"report.json": json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}
-    texts["report.html"] = html_page(values, cases)
+    colours = {label: f"rgb{colour_of(place)}" for place, label in enumerate(values["figures"])}
+    texts = {
+        "report.json": json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.html": render(
+            "evaluation/report/page.html.j2", values=values, cases=cases, colours=colours, truth_colour=f"rgb{TRUE}"
+        ),
+    }
     for name, text in texts.items():
         with replacing(out / name) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -42,18 +47,18 @@ def write_report(evaluation: Evaluation, out: Path, *, worst: int = WORST) -> di
 
 
 def report_values(evaluation: Evaluation, *, worst: int = WORST) -> dict[str, Any]:
-    """Return the report as plain values; a figure that is not defined (no absent targets, say) is null."""
+    """Return the report as plain values; a metric without samples, such as AUROC without absent targets, is None."""
     rows = evaluation.rows
-    values = {
+    values: dict[str, Any] = {
         "benchmark": evaluation.dataset.name,
         "split": evaluation.dataset.split,
         "annotations": evaluation.dataset.annotations,
         "models": evaluation.models,
-        "samples": len(evaluation.asked) + len(evaluation.missing),
-        "missing": sorted({sample.sought for sample in evaluation.missing}),
+        "samples": len(evaluation.found) + len(evaluation.missing),
+        "missing": sorted({sample.media_name for sample in evaluation.missing}),
         "missing_samples": len(evaluation.missing),
         "finished": {label: len(found) for label, found in rows.items()},
-        "figures": evaluation.figures,
+        "figures": evaluation.metrics,
         "differences": {label: _differences(rows, label) for label in list(rows)[1:]},
         "scores": {label: _histogram(_main_scores(found), 0.0, 1.0) for label, found in rows.items()},
         "failed": {label: _failed(found) for label, found in rows.items()},
@@ -63,11 +68,11 @@ def report_values(evaluation: Evaluation, *, worst: int = WORST) -> dict[str, An
         },
         "worst": _worst(rows, worst),
     }
-    return _plain(values)
+    return {name: _plain(value) for name, value in values.items()}
 
 
 def table_text(values: Mapping[str, Any]) -> str:
-    """Return the figures as plain text: one block a part, a line a metric, a column a model."""
+    """Return the metrics as plain text: one block per part, one line per metric, one column per model."""
     lines: list[str] = []
     labels = list(values["figures"])
     parts = list(dict.fromkeys(part for label in labels for part in values["figures"][label]))
@@ -84,12 +89,12 @@ def table_text(values: Mapping[str, Any]) -> str:
 
 
 def written(value: float | None) -> str:
-    """Return a figure as it stands in tables: counts whole, shares with four decimals."""
+    """Return a metric as text: counts as they are, shares with four decimals."""
     return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _main_scores(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the score by which samples are compared, by id; a sample without truth has none."""
+    """Return the score by which samples are compared, by id; samples without a truth are omitted."""
     found = {name: row["scores"].get(MAIN[row["task"]]) for name, row in rows.items()}
     return {name: score for name, score in found.items() if score is not None}
 
@@ -113,7 +118,7 @@ def _differences(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], label: str
 
 
 def _histogram(scores: Mapping[str, float], low: float, high: float) -> dict[str, Any]:
-    bins = BINS if low == 0 else 2 * BINS + 1  # an odd number, so that "no difference" is a bin of its own
+    bins = BINS if low == 0 else 2 * BINS + 1  # an odd number, so that "no difference" is one bin
     counts, edges = np.histogram(np.clip(list(scores.values()), low, high), bins=bins, range=(low, high))
     return {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()}
 
@@ -123,7 +128,7 @@ def _failed(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _worst(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], count: int) -> list[dict[str, Any]]:
-    """Choose cases: the lowest scores of the first model, then each other model's largest losses against it."""
+    """Choose the lowest scores of the first model, then each other model's largest losses against it."""
     labels = list(rows)
     scores = {label: _main_scores(found) for label, found in rows.items()}
     first = scores[labels[0]] if labels else {}
@@ -142,20 +147,20 @@ def _worst(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], count: int) -> l
 
 
 def _case(evaluation: Evaluation, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a case with its picture as PNG bytes, or with the reason why there is none."""
-    sample: Sample = next(sample for sample in evaluation.asked if sample.id == case["id"])
+    """Return a case with its picture as PNG bytes, or with the error of drawing it."""
+    sample: Sample = next(sample for sample in evaluation.found if sample.id == case["id"])
     found = {label: rows[sample.id] for label, rows in evaluation.rows.items() if sample.id in rows}
     try:
         picture, problem = case_picture(sample, found), ""
-    except Exception as error:  # a medium that cannot be read failed the models too, and the report says so
+    except Exception as error:  # noqa: BLE001 - what cannot be read failed the models too, and the report shows it
         picture, problem = None, str(error)
     errors = {label: row["error"] for label, row in found.items() if "error" in row}
-    return {**case, "query": sample.query, "media": sample.sought, "group": sample.group, "task": sample.task,
+    return {**case, "query": sample.query, "media": sample.media_name, "group": sample.group, "task": sample.task,
             "picture": picture, "problem": problem, "errors": errors}  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without NaN, which JSON does not have."""
+    """Return a value with None for NaN, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

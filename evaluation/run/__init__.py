@@ -1,1 +1,1 @@
-"""Run a bundle over many samples, on one or many devices, with resumable results."""
+"""Run models over many samples, in this process or on many devices, with results that a later run resumes."""

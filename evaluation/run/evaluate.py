@@ -1,31 +1,30 @@
-"""Evaluate models on a benchmark: ask, score, write a line a sample, and go on where a killed run stopped.
-
-A model is anything with `ground`, `span`, `locate` and `track`; knows nothing of how models are loaded.
-"""
+"""Evaluate models on a dataset: query, score, write a line per sample; a later run resumes one that was stopped."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.evaluation.media import shown
-from bridge_stg.evaluation.run.executor import Engine, LocalEngine, Lost
+from bridge_stg.evaluation.media import video_input
+from bridge_stg.evaluation.run.executor import Executor, LocalExecutor, Lost
 from bridge_stg.evaluation.run.results import ResultFile, read_results
 from bridge_stg.evaluation.samples import Dataset, Sample, Truth
-from bridge_stg.evaluation.scoring import figures, score, score_nothing
+from bridge_stg.evaluation.scoring import metrics_by_group, score, score_nothing
+from bridge_stg.runtime.backends.choose import choose
+from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import AnnotationError, BridgeError, EngineError
+from bridge_stg.runtime.grounder import Grounder
 
 BUFFER_FRAMES = 1024
-"""Frames kept of a stream, which parts of videos and folders of frames are: 128 s at 8 fine frames a second."""
+"""Frames kept of a stream, such as a part of a video or a folder of frames: 128 s at 8 fine frames per second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ class Model:
 
     Attributes:
         label: its name in tables; unique in a run.
-        identity: plain values that say which model it is, such as a bundle's fingerprint.
+        identity: plain values that identify the model, such as a bundle's fingerprint.
         open: returns a context manager whose value has `ground`, `span`, `locate` and `track`.
     """
 
@@ -45,23 +44,43 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What is known after a run.
+    """The result of a run.
 
     Attributes:
-        dataset: what was asked.
-        asked: the samples of this run's limit, over all shards, whose medium was found.
-        missing: those whose medium was not.
+        dataset: the dataset.
+        found: the samples within this run's limit, over all shards, whose medium was found.
+        missing: those whose medium was not found.
         rows: finished samples by model, then by sample id.
-        figures: metrics by model, then by task and group.
-        models: what each model is, by its label.
+        metrics: metrics by model, then by task and group.
+        models: identity of each model, by its label.
     """
 
     dataset: Dataset
-    asked: Sequence[Sample]
+    found: Sequence[Sample]
     missing: Sequence[Sample]
     rows: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    figures: Mapping[str, Mapping[str, Mapping[str, float]]]
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]]
     models: Mapping[str, Mapping[str, Any]]
+
+
+def bundle_model(
+    path: Path, label: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None
+) -> Model:
+    """Return a bundle as a model, identified by its fingerprint, backend and variants.
+
+    Raises:
+        BundleError: the folder is not a bundle, or is damaged.
+        EngineError: no backend here can run it.
+    """
+    bundle = Bundle.load(path)
+    chosen = choose(bundle, backend=backend, variant=variant)
+    identity = {
+        "kind": "bundle",
+        "fingerprint": bundle.manifest.fingerprint,
+        "engine": f"{chosen.backend} {chosen.version}",
+        "variants": dict(chosen.variants),
+    }
+    return Model(label, identity, lambda: Grounder.load(path, backend=backend, variant=variant, threads=threads))
 
 
 def evaluate(
@@ -73,70 +92,69 @@ def evaluate(
     shard: tuple[int, int] = (1, 1),
     overwrite: bool = False,
     retry_failed: bool = False,
-    engine: Engine | None = None,
+    executor: Executor | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Evaluation:
     """Evaluate models on a dataset, one after the other, into `out`/samples/LABEL.jsonl.
 
     Args:
-        dataset: what to ask.
-        models: their labels must differ.
-        out: a folder, made if need be. Finished samples in it are kept, and those of other shards count too.
-        limit: only the first so many samples.
-        shard: (i, n): of these every n-th, beginning with the i-th; each shard writes a file of its own.
+        dataset: the dataset.
+        models: models with different labels.
+        out: a folder, made if it does not exist. Finished samples in it are kept, those of other shards too.
+        limit: number of samples to use, from the first; None: all.
+        shard: (i, n): of these every n-th, beginning with the i-th; each shard writes a separate file.
         overwrite: start this run's files again.
-        retry_failed: ask again what failed in an earlier run; otherwise a failure is a finished sample.
-        engine: who asks; this process if not given.
+        retry_failed: run again what failed in an earlier run; otherwise a failure is a finished sample.
+        executor: where the models run; None: in this process.
         progress: called as progress(label, done, total) before the first and after each sample.
 
     Raises:
-        BridgeError: no medium was found, a file in `out` holds results of something else, or a model cannot be opened.
+        BridgeError: no medium was found, a file in `out` has results of something else, or a model cannot be opened.
         AnnotationError: the truth of a sample is not as published.
     """
     report = progress or (lambda label, done, total: None)
-    asker = engine or LocalEngine()
-    everything = dataset.chosen(limit=limit)
-    missing = [sample for sample in everything if sample.media is None]
-    if len(missing) == len(everything):
+    samples = dataset.chosen(limit=limit)
+    missing = [sample for sample in samples if sample.media is None]
+    if len(missing) == len(samples):
         raise BridgeError(
-            f"none of the {len(everything)} media of {dataset.name} was found; the first is {missing[0].sought!r}. "
-            "Give the folder that holds them with --media."
+            "evaluation.no_media",
+            f"none of the {len(samples)} media of {dataset.name} was found; the first is {missing[0].media_name!r}. "
+            "Give the folder that holds them with --media.",
         )
     todo = [sample for sample in dataset.chosen(limit=limit, shard=shard) if sample.media is not None]
     places = {sample.id: place for place, sample in enumerate(dataset.samples)}
+    answer_sample = partial(answer, allow_none=dataset.allow_none)
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for model in models:
         identity = identity_of(dataset, model)
         with ResultFile(result_path(out, model, shard), identity, overwrite=overwrite) as results:
-            known = {} if overwrite else _other_shards(out, model, identity, results.path)
-            finished = known | results.rows
+            finished = ({} if overwrite else _other_shards(out, model, identity, results.path)) | results.rows
             left = [
-                sample
+                (places[sample.id], sample)
                 for sample in todo
                 if sample.id not in finished or (retry_failed and "error" in finished[sample.id])
             ]
-            report(model.label, len(todo) - len(left), len(todo))
+            before, total = len(todo) - len(left), len(todo)
+            report(model.label, before, total)
             if left:
-                numbered = [(places[sample.id], sample) for sample in left]
-                asked = partial(answer, allow_none=dataset.allow_none)
-                with closing(asker.answers(model.open, asked, numbered)) as answers:
-                    for done, (place, row) in enumerate(answers, len(todo) - len(left) + 1):
-                        results.add(lost(*numbered[place], row.error) if isinstance(row, Lost) else row)
-                        report(model.label, done, len(todo))
+                with closing((executor or LocalExecutor()).answers(model.open, answer_sample, left)) as answers:
+                    for done, (place, row) in enumerate(answers, before + 1):
+                        results.add(lost(*left[place], row.error) if isinstance(row, Lost) else row)
+                        report(model.label, done, total)
             found = _other_shards(out, model, identity, results.path) | results.rows
-        rows[model.label] = {sample.id: found[sample.id] for sample in everything if sample.id in found}
+        rows[model.label] = {sample.id: found[sample.id] for sample in samples if sample.id in found}
     return Evaluation(
         dataset=dataset,
-        asked=[sample for sample in everything if sample.media is not None],
+        found=[sample for sample in samples if sample.media is not None],
         missing=missing,
         rows=rows,
-        figures={label: figures(list(found.values())) for label, found in rows.items()},
+        metrics={label: metrics_by_group(list(finished.values())) for label, finished in rows.items()},
         models={model.label: model.identity for model in models},
     )
 
 
 def answer(grounder: Any, numbered: tuple[int, Sample], *, allow_none: bool) -> dict[str, Any]:
-    """Ask one sample, given with its place in the dataset, and return its result row; a failure is part of it.
+    """Answer one sample, given with its place in the dataset, and return its result row; a failure is part of it.
 
     Raises:
         AnnotationError: the sample's truth is not as published.
@@ -154,7 +172,7 @@ def answer(grounder: Any, numbered: tuple[int, Sample], *, allow_none: bool) -> 
         check_finite(scored)
     except (AnnotationError, ImportError):
         raise
-    except Exception as error:  # whatever it is, the other samples go on
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is written down, and the other samples go on
         seconds = time.perf_counter() - began
         scored = score_nothing(sample, truth) | {"error": f"{type(error).__name__}: {error}"}
     else:
@@ -164,47 +182,49 @@ def answer(grounder: Any, numbered: tuple[int, Sample], *, allow_none: bool) -> 
 
 
 def lost(index: int, sample: Sample, error: str) -> dict[str, Any]:
-    """Return the result row of a sample whose answer an engine could not bring back."""
+    """Return the result row of a sample that the executor could not answer."""
     truth = sample.read_truth()
     return describe(index, sample, truth) | score_nothing(sample, truth) | {"error": error, "seconds": 0.0}
 
 
 def describe(index: int, sample: Sample, truth: Truth) -> dict[str, Any]:
-    """Return what a result row says of its sample."""
+    """Return the part of a result row that describes the sample."""
     return {
         "id": sample.id,
         "index": index,
         "task": sample.task,
         "group": sample.group,
         "query": sample.query,
-        "media": sample.sought,
+        "media": sample.media_name,
         "present": truth.present,
     }
 
 
 def check_finite(values: Mapping[str, Any]) -> None:
-    """Refuse an answer with NaN or infinity in it, as overflow in low precision makes: it is wrong, not unknown."""
+    """Raise EngineError if an answer has NaN or infinity in it, as after an overflow in low precision."""
     try:
         json.dumps(values, allow_nan=False)
     except ValueError:
-        raise EngineError("the answer holds numbers that are not finite") from None
+        raise EngineError("engine.not_finite", "the answer has numbers that are not finite") from None
 
 
 def ask(grounder: Any, sample: Sample, truth: Truth, *, allow_none: bool) -> Grounding:
-    """Call what answers a sample's task: `ground`, `span`, `locate` or `track`."""
-    video = shown(sample)
+    """Call the method of a sample's task: `ground`, `span`, `locate` or `track`."""
+    video = video_input(sample)
     options = {} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}
     if sample.task == "tube":
-        return grounder.ground(video, sample.query, allow_none=allow_none, **options)
-    if sample.task == "span":
-        return grounder.span(video, sample.query, allow_none=allow_none, **options)
-    if sample.task == "image":
-        return grounder.locate(video, sample.query)
-    return grounder.track(video, truth.boxes[0], query=sample.query, **options)
+        result: Grounding = grounder.ground(video, sample.query, allow_none=allow_none, **options)
+    elif sample.task == "span":
+        result = grounder.span(video, sample.query, allow_none=allow_none, **options)
+    elif sample.task == "image":
+        result = grounder.locate(video, sample.query)
+    else:
+        result = grounder.track(video, truth.boxes[0], query=sample.query, **options)
+    return result
 
 
 def identity_of(dataset: Dataset, model: Model) -> dict[str, Any]:
-    """Return what must agree for results to be of the same run."""
+    """Return the values that must agree for results to belong to the same run."""
     return {
         "benchmark": dataset.name,
         "split": dataset.split,
@@ -222,11 +242,9 @@ def result_path(out: Path, model: Model, shard: tuple[int, int] = (1, 1)) -> Pat
 
 def _other_shards(out: Path, model: Model, identity: Mapping[str, Any], mine: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a model's other files in the folder, whatever their shards were."""
-    stem = result_path(out, model).stem
-    pattern = re.compile(re.escape(stem) + r"(\.\d+of\d+)?\.jsonl")
-    files = [file for file in sorted(mine.parent.iterdir()) if pattern.fullmatch(file.name) and file != mine]
-    return dict(itertools.chain.from_iterable(_rows(file, identity) for file in files))
-
-
-def _rows(file: Path, identity: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from read_results(file, identity).items()
+    pattern = re.compile(re.escape(result_path(out, model).stem) + r"(\.\d+of\d+)?\.jsonl")
+    rows: dict[str, dict[str, Any]] = {}
+    for file in sorted(mine.parent.iterdir()):
+        if pattern.fullmatch(file.name) and file != mine:
+            rows |= read_results(file, identity)
+    return rows

@@ -1,82 +1,87 @@
-"""Who answers many questions: this process, or an engine that spreads them over devices.
-
-An engine is given a model to open, a function `ask(model, unit)`, and units of work; it returns what that function
-returns. Knows nothing of questions.
-"""
+"""Executors: run many units of work on a model, in this process or spread over devices. Knows nothing of samples."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+import importlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bridge_stg.runtime.errors import BridgeError
 
-ENGINES = ("local", "ray")
+EXECUTORS: Mapping[str, str] = {"local": "executor:local_executor", "ray": "ray_executor:ray_executor"}
+"""Name of an executor → its module in this folder and the function that opens it."""
 Opener = Callable[[], AbstractContextManager[Any]]
-"""Opens a model; the value of the context is what `ask` is given."""
+"""Opens a model; the value of the context is the first argument of the function that answers units."""
+Answers = Generator[tuple[int, Any], None, None]
+"""Pairs of (index of the unit, its result or `Lost`) in the order in which units are finished."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Stands in for the answer to a unit that could not be brought back, such as one that kills its process."""
+    """Takes the place of a result that could not be computed, such as that of a unit which kills its process."""
 
     error: str
 
 
-class Engine(Protocol):
-    """Answers units of work."""
+class Executor(Protocol):
+    """Runs units of work."""
 
     @property
     def threads(self) -> int | None:
         """CPU threads that each model should use; None for its own default."""
         ...
 
-    def answers(
-        self, open_model: Opener, ask: Callable[[Any, Any], Any], units: Sequence[Any]
-    ) -> Generator[tuple[int, Any], None, None]:
-        """Yield (place in `units`, what `ask` returned or `Lost`) in the order in which units are finished.
+    def answers(self, open_model: Opener, answer: Callable[[Any, Any], Any], units: Sequence[Any]) -> Answers:
+        """Yield the index and `answer(model, unit)` of each unit.
 
-        What `ask` or the opening of the model raises ends the whole, so `ask` must return failures of single units.
+        An exception of `answer`, or from opening the model, ends the run, so `answer` must return failures of units.
         """
         ...
 
 
 @dataclass(frozen=True)
-class LocalEngine:
-    """Answers one unit after the other in this process."""
+class LocalExecutor:
+    """Runs one unit after the other in this process."""
 
     threads: int | None = None
 
-    def answers(
-        self, open_model: Opener, ask: Callable[[Any, Any], Any], units: Sequence[Any]
-    ) -> Generator[tuple[int, Any], None, None]:
-        """See `Engine.answers`; units are answered in their order."""
+    def answers(self, open_model: Opener, answer: Callable[[Any, Any], Any], units: Sequence[Any]) -> Answers:
+        """Yield the results in the order of the units; see `Executor.answers`."""
         with open_model() as model:
             for place, unit in enumerate(units):
-                yield place, ask(model, unit)
+                yield place, answer(model, unit)
 
 
-def open_engine(name: str, *, workers: int | None = None, threads: int | None = None) -> AbstractContextManager[Engine]:
-    """Return a context manager of an engine; leaving it ends the engine's processes.
+def local_executor(*, workers: int | None, threads: int | None) -> AbstractContextManager[Executor]:
+    """Return the executor that runs units in this process."""
+    if workers is not None:
+        raise BridgeError(
+            "options.conflict", "--workers was given, but the executor 'local' has one; add --executor ray."
+        )
+    return contextlib.nullcontext(LocalExecutor(threads))
+
+
+def open_executor(
+    name: str, *, workers: int | None = None, threads: int | None = None
+) -> AbstractContextManager[Executor]:
+    """Return a context manager of an executor; leaving it ends the executor's processes.
 
     Args:
-        name: one of `ENGINES`.
-        workers: how many models the engine loads; see `ray_engine`. The local engine has one.
-        threads: CPU threads of each; None: the engine shares out the machine's.
+        name: one of `EXECUTORS`.
+        workers: number of models that `ray` loads; the local executor has one.
+        threads: CPU threads of each model; None: the executor divides those of the machine.
 
     Raises:
-        BridgeError: the engine is unknown, or `workers` was given to one that has one only.
-        ImportError: the engine's package is missing.
+        BridgeError: the executor is unknown, or `workers` was given to `local`.
+        ImportError: the executor's package is missing.
     """
-    if name not in ENGINES:
-        raise BridgeError(f"the engine {name!r} is unknown; known: {', '.join(ENGINES)}.")
-    if name == "local":
-        if workers is not None:
-            raise BridgeError("--workers was given, but the engine 'local' has one; add --engine ray.")
-        return contextlib.nullcontext(LocalEngine(threads))
-    from bridge_stg.evaluation.run.ray_executor import ray_engine
-
-    return ray_engine(workers=workers, threads=threads)
+    if name not in EXECUTORS:
+        raise BridgeError("options.invalid", f"the executor {name!r} is unknown; known: {', '.join(EXECUTORS)}.")
+    module, _, function = EXECUTORS[name].partition(":")
+    opener: Callable[..., AbstractContextManager[Executor]] = getattr(
+        importlib.import_module(f"bridge_stg.evaluation.run.{module}"), function
+    )
+    return opener(workers=workers, threads=threads)

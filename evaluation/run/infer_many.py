@@ -1,6 +1,6 @@
-"""Plain inference over many (video, query): a row for each, in JSON lines that survive a kill, or in Parquet.
+"""Inference over many (video, query): a row for each, in JSON lines that a later run resumes, or in Parquet.
 
-The questions about one video are one unit of work, so that they share its decoding and the prompt's video part.
+The queries of one video are one unit of work, so that they share its decoding and the video part of the prompt.
 """
 
 from __future__ import annotations
@@ -9,29 +9,28 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from bridge_stg.evaluation.run.evaluate import Model, check_finite
-from bridge_stg.evaluation.run.executor import Engine, LocalEngine, Lost
-from bridge_stg.evaluation.run.queries import Question
-from bridge_stg.evaluation.run.results import ResultFile
+from bridge_stg.evaluation.run.executor import Executor, LocalExecutor, Lost
+from bridge_stg.evaluation.run.queries import Query
+from bridge_stg.evaluation.run.results import START_AGAIN, ResultFile
 from bridge_stg.runtime.errors import BridgeError, VideoError
 
 UNIT = 16
-"""Questions of one unit: a video with hundreds is spread over workers, and a kill loses few answers."""
+"""Queries of one unit: a video with hundreds is spread over workers, and a stopped run loses few answers."""
 KEPT = ("id", "video", "query", "error")
 
 
 @dataclass(frozen=True)
 class Inferred:
-    """What came of it.
+    """Counts of a run.
 
     Attributes:
-        answered: how many questions have an answer.
-        failed: how many have an error instead.
-        first_error: one of them, with the question's id.
+        answered: number of queries with an answer.
+        failed: number of queries with an error instead.
+        first_error: the first error, with the query's id.
     """
 
     answered: int
@@ -40,138 +39,134 @@ class Inferred:
 
 
 def infer_many(
-    questions: Sequence[Question],
+    queries: Sequence[Query],
     model: Model,
     out: Path,
     *,
     task: str = "tube",
     allow_none: bool = True,
     max_visual_tokens: int | None = None,
-    engine: Engine | None = None,
+    executor: Executor | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Inferred:
-    """Ask every question and write a row for each, in the order in which they are finished; failures are rows too.
+    """Answer every query and write a row for each, in the order in which they are finished; failures are rows too.
 
-    A row has the question's `id`, `index` and `video`, and either what `Grounding.to_json` gives or `error`.
+    A row has the query's `id`, `index` and `video`, and either what `Grounding.to_json` gives or `error`.
 
     Args:
-        questions: what to ask; ids must differ.
-        model: who is asked.
-        out: a `.jsonl` file, whose finished rows are kept and whose first line says what was asked of which model; or a
-            `.parquet` file, which is written when all is finished, from such a file beside it.
+        queries: queries with different ids.
+        model: the model.
+        out: a `.jsonl` file, whose finished rows are kept and whose first line holds the options and the model; or a
+            `.parquet` file, which is written when everything is finished, from such a file beside it.
         task: `tube`, `span`, or `image`.
-        allow_none: whether "not there" is a possible answer; never of an image.
+        allow_none: whether "not there" is a possible answer; never for an image.
         max_visual_tokens: see `Grounder.open`.
-        engine: who asks; this process if not given.
+        executor: where the model runs; None: in this process.
         overwrite: start again.
-        retry_failed: ask again what failed in an earlier run. Of rows with one id the last counts.
+        retry_failed: run again what failed in an earlier run. If two rows have one id, the last counts.
         progress: called as progress(label, done, total) before the first and after each unit.
 
     Raises:
-        BridgeError: `out` holds results of something else, or the model cannot be opened.
+        BridgeError: `out` has results of something else, or the model cannot be opened.
         ImportError: a package is missing.
     """
     parquet = out.suffix.lower() == ".parquet"
     if parquet:
-        import pyarrow.parquet  # noqa: F401 - missing packages are named before the work
+        import pyarrow.parquet  # noqa: F401 - a missing package fails now, not after the work
 
         if out.exists() and not overwrite:
-            raise BridgeError(f"{out} is there already. Give --overwrite to replace it, or another --out.")
+            message = f"{out} already exists. Give --overwrite to replace it, or another --out."
+            raise BridgeError("output.exists", message)
     lines = out.with_name(f"{out.name}.partial.jsonl") if parquet else out
     options: dict[str, Any] = {"task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens}
     report = progress or (lambda label, done, total: None)
     with ResultFile(lines, {**options, "model": dict(model.identity)}, overwrite=overwrite, kept=KEPT) as results:
-        left = [question for question in questions if _is_left(question, results, retry_failed)]
-        done = len(questions) - len(left)
-        report(model.label, done, len(questions))
+        left = [query for query in queries if _is_left(query, results, retry_failed)]
+        done = len(queries) - len(left)
+        report(model.label, done, len(queries))
         if left:
             units = units_of(left)
-            ask = partial(answer_unit, **options)
-            with closing((engine or LocalEngine()).answers(model.open, ask, units)) as answers:
-                for place, rows in answers:
-                    if isinstance(rows, Lost):
-                        rows = [_described(question, task) | {"error": rows.error} for question in units[place]]
+            answer = partial(answer_unit, **options)
+            with closing((executor or LocalExecutor()).answers(model.open, answer, units)) as answers:
+                for place, answered in answers:
+                    rows = answered
+                    if isinstance(answered, Lost):
+                        rows = [_described(query, task) | {"error": answered.error} for query in units[place]]
                     for row in rows:
                         results.add(row)
                     done += len(rows)
-                    report(model.label, done, len(questions))
-        found = [results.rows[question.id] for question in questions]
+                    report(model.label, done, len(queries))
+        found = [results.rows[query.id] for query in queries]
         if parquet:
             from bridge_stg.evaluation.run.parquet import write_parquet
 
-            write_parquet(lines, [question.id for question in questions], out)
+            write_parquet(lines, [query.id for query in queries], out)
     if parquet:
         lines.unlink()
     errors = [f"{row['id']}: {row['error']}" for row in found if "error" in row]
     return Inferred(len(found) - len(errors), len(errors), errors[0] if errors else None)
 
 
-def units_of(questions: Iterable[Question]) -> list[list[Question]]:
-    """Return the questions by video, `UNIT` at most in a unit, videos in the order of their first question."""
-    first: dict[str, int] = {}
-    for question in questions:
-        first.setdefault(question.video, len(first))
-    made = []
-    for _, group in groupby(sorted(questions, key=lambda q: (first[q.video], q.index)), lambda q: q.video):
-        asked = list(group)
-        made += [asked[start : start + UNIT] for start in range(0, len(asked), UNIT)]
-    return made
+def units_of(queries: Iterable[Query]) -> list[list[Query]]:
+    """Return the queries by video, at most `UNIT` in a unit, videos in the order of their first query."""
+    by_video: dict[str, list[Query]] = {}
+    for query in sorted(queries, key=lambda query: query.index):
+        by_video.setdefault(query.video, []).append(query)
+    return [group[start : start + UNIT] for group in by_video.values() for start in range(0, len(group), UNIT)]
 
 
 def answer_unit(
-    grounder: Any, questions: Sequence[Question], *, task: str, allow_none: bool, max_visual_tokens: int | None
+    grounder: Any, queries: Sequence[Query], *, task: str, allow_none: bool, max_visual_tokens: int | None
 ) -> list[dict[str, Any]]:
-    """Ask what is to be known of one video and return a row a question.
+    """Answer the queries of one video and return a row per query.
 
     Raises:
-        ImportError: a package is missing, which would fail every question.
+        ImportError: a package is missing, which would fail every query.
     """
     try:
-        if questions[0].media is None:
-            raise VideoError(f"{questions[0].video}: was not found in the folder of media")
-        with grounder.open(questions[0].media, max_visual_tokens=max_visual_tokens) as video:
-            return [_answer(video, question, task, allow_none) for question in questions]
+        if queries[0].media is None:
+            raise VideoError("video.not_found", f"{queries[0].video}: was not found in the folder of media")
+        with grounder.open(queries[0].media, max_visual_tokens=max_visual_tokens) as video:
+            return [_answer(video, query, task, allow_none) for query in queries]
     except ImportError:
         raise
-    except Exception as error:  # the video: whatever it is, the others go on
-        return [_failed(question, task, error) for question in questions]
+    except Exception as error:  # noqa: BLE001 - whatever the video has, it is written down, and the others go on
+        return [_failed(query, task, error) for query in queries]
 
 
-def _answer(video: Any, question: Question, task: str, allow_none: bool) -> dict[str, Any]:
+def _answer(video: Any, query: Query, task: str, allow_none: bool) -> dict[str, Any]:
     try:
         if task == "image":
-            result = video.locate(question.query)
+            result = video.locate(query.text)
         else:
-            result = (video.span if task == "span" else video.ground)(question.query, allow_none=allow_none)
-        row = _described(question, task) | result.to_json()
+            result = (video.span if task == "span" else video.ground)(query.text, allow_none=allow_none)
+        row: dict[str, Any] = _described(query, task) | result.to_json()
         check_finite(row)
         return row
     except ImportError:
         raise
-    except Exception as error:  # whatever it is, the other questions go on
-        return _failed(question, task, error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is written down, and the other queries go on
+        return _failed(query, task, error)
 
 
-def _failed(question: Question, task: str, error: Exception) -> dict[str, Any]:
-    return _described(question, task) | {"error": f"{type(error).__name__}: {error}"}
+def _failed(query: Query, task: str, error: Exception) -> dict[str, Any]:
+    return _described(query, task) | {"error": f"{type(error).__name__}: {error}"}
 
 
-def _described(question: Question, task: str) -> dict[str, Any]:
-    return {
-        "id": question.id, "index": question.index, "video": question.video, "task": task, "query": question.query
-    }  # fmt: skip
+def _described(query: Query, task: str) -> dict[str, Any]:
+    return {"id": query.id, "index": query.index, "video": query.video, "task": task, "query": query.text}
 
 
-def _is_left(question: Question, results: ResultFile, retry_failed: bool) -> bool:
-    row = results.rows.get(question.id)
+def _is_left(query: Query, results: ResultFile, retry_failed: bool) -> bool:
+    row = results.rows.get(query.id)
     if row is None:
         return True
-    if (row["video"], row["query"]) != (question.video, question.query):
+    if (row["video"], row["query"]) != (query.video, query.text):
         raise BridgeError(
-            f"{results.path} holds another question under the id {question.id!r}: {row['query']!r} about "
-            f"{row['video']}, now it is {question.query!r} about {question.video}. Give --overwrite to start again, or "
-            "another --out."
+            "evaluation.other_results",
+            f"{results.path} has another query with the id {query.id!r}: {row['query']!r} in {row['video']}, now it is "
+            f"{query.text!r} in {query.video}. {START_AGAIN}",
         )
     return retry_failed and "error" in row

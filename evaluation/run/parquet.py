@@ -1,4 +1,4 @@
-"""Answers as a table in Parquet, from the JSON lines that a run leaves. Needs pyarrow, of the extra `ray`."""
+"""Write the rows of a run as a Parquet table, from its JSON lines. Needs pyarrow, of the extra `ray`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from bridge_stg.runtime.host.files import replacing
 
 ROWS = 256
-"""Rows of a group: a row may hold hundreds of boxes."""
+"""Rows per row group: a row may have hundreds of boxes."""
 
 
 def answer_schema() -> Any:
@@ -40,11 +40,11 @@ def answer_schema() -> Any:
 
 
 def write_parquet(lines: Path, ids: Sequence[str], out: Path) -> None:
-    """Write the rows with these ids, in this order, whole or not at all.
+    """Write the rows with these ids, in this order, as a complete file or not at all.
 
     Args:
-        lines: JSON lines, the first of which is no row; of rows with one id the last counts.
-        ids: all are in it.
+        lines: JSON lines after a first line with other content; if two rows have one id, the last counts.
+        ids: ids of rows in it.
         out: the file to write.
     """
     import pyarrow as pa
@@ -69,5 +69,5 @@ def write_parquet(lines: Path, ids: Sequence[str], out: Path) -> None:
 
 
 def _unicode(value: Any) -> Any:
-    """Return a text without what stands for bytes that are not Unicode, which Parquet refuses; other values as is."""
+    """Return a text without surrogates, which Parquet does not accept; other values as they are."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else value

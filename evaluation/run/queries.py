@@ -1,4 +1,4 @@
-"""Questions without a truth: a table of (video, query) in JSON lines or CSV, or a folder and queries for all in it."""
+"""Queries without a truth: a table of (video, query) in JSON lines or CSV, or a folder and queries for its files."""
 
 from __future__ import annotations
 
@@ -8,95 +8,100 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from bridge_stg.evaluation.datasets.fields import ADVICE, Record, json_lines, read_text
-from bridge_stg.evaluation.media import PICTURES, MediaFolder
-from bridge_stg.runtime.errors import AnnotationError
+from bridge_stg.evaluation.datasets.fields import Record, fault, json_lines, read_text
+from bridge_stg.evaluation.media import IMAGES, MediaFolder
+from bridge_stg.runtime.errors import AnnotationError, BridgeError
 
 VIDEOS = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif")
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """One line of a table.
 
     Attributes:
         id: the line's `id`, else its number; in a folder, the file's path and the query's number.
-        index: its place among the questions.
-        media: the video or image; None where it was not found.
-        video: the name under which it was sought.
-        query: what to find.
+        index: its place among the queries.
+        media: the video or image; None if it was not found.
+        video: the name by which the medium was searched for.
+        text: what to find.
     """
 
     id: str
     index: int
     media: Path | None
     video: str
-    query: str
+    text: str
 
 
-def read_questions(
-    table: Path, media: Path | None = None, *, queries: Sequence[str] = (), pictures: bool = False
-) -> list[Question]:
+def read_queries(
+    table: Path, media: Path | None = None, *, texts: Sequence[str] = (), images: bool = False
+) -> list[Query]:
     """Read a table, or list a folder.
 
     Args:
-        table: a `.jsonl` or `.csv` file with `video` (or `image`), `query` and, if wanted, `id`; other fields are left
-            alone. Or a folder.
-        media: the folder that the table's paths start from; that of the table if not given.
-        queries: what to find in each medium of a folder; a table has its own.
-        pictures: list the pictures of a folder instead of its videos.
+        table: a folder, or a `.jsonl` or `.csv` file with `video` (or `image`), `query` and optionally `id`; other
+            fields are ignored.
+        media: the folder that the table's paths start from; that of the table if None.
+        texts: what to find in each file of a folder; a table has its own queries.
+        images: list the images of a folder instead of its videos.
 
     Raises:
-        AnnotationError: there is no such file, a line or field is not as above, or nothing is in it.
+        AnnotationError: the file does not exist, a line or field is not as above, or it is empty.
+        BridgeError: an option does not fit a table, or a folder.
     """
     if table.is_dir():
-        questions = _of_folder(table, media, queries, PICTURES if pictures else VIDEOS)
+        queries = _folder_queries(table, media, texts, IMAGES if images else VIDEOS)
     else:
-        questions = _of_table(table, media, queries)
+        queries = _table_queries(table, media, texts)
     seen: set[str] = set()
-    for question in questions:
-        if question.id in seen:
-            raise AnnotationError(f"{table}: the id {question.id!r} stands there twice; expected each once. {ADVICE}.")
-        seen.add(question.id)
-    return questions
+    for query in queries:
+        if query.id in seen:
+            raise fault(table, f"has the id {query.id!r} twice; expected each once", code="annotation.duplicate_id")
+        seen.add(query.id)
+    return queries
 
 
-def _of_folder(folder: Path, media: Path | None, queries: Sequence[str], suffixes: tuple[str, ...]) -> list[Question]:
+def _folder_queries(folder: Path, media: Path | None, texts: Sequence[str], suffixes: tuple[str, ...]) -> list[Query]:
     if media is not None:
-        raise AnnotationError(f"{folder} is a folder, which holds its media itself; leave out --media.")
-    if not queries or not all(query.strip() for query in queries):
-        raise AnnotationError(f"{folder} is a folder; say what to find in its files with --query.")
+        raise BridgeError("options.conflict", f"{folder} is a folder, which holds its media itself; leave out --media.")
+    if not texts or not all(text.strip() for text in texts):
+        raise BridgeError("options.missing", f"{folder} is a folder; give what to find in its files with --query.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not files:
-        raise AnnotationError(f"{folder} holds none of the files asked about; expected {', '.join(suffixes)}.")
-    names = [path.relative_to(folder).as_posix() for path in files]
-    pairs = [(path, name, number, query) for path, name in zip(files, names) for number, query in enumerate(queries, 1)]
+        raise AnnotationError("annotation.empty", f"{folder} has no files to query; expected {', '.join(suffixes)}.")
+    pairs = [(path, path.relative_to(folder).as_posix(), number) for path in files for number in range(len(texts))]
     return [
-        Question(f"{name}#{number}", index, path, name, query)
-        for index, (path, name, number, query) in enumerate(pairs)
+        Query(f"{name}#{number + 1}", index, path, name, texts[number])
+        for index, (path, name, number) in enumerate(pairs)
     ]
 
 
-def _of_table(table: Path, media: Path | None, queries: Sequence[str]) -> list[Question]:
+def _table_queries(table: Path, media: Path | None, texts: Sequence[str]) -> list[Query]:
     readers = {".jsonl": json_lines, ".csv": _csv_lines}
     if not table.exists():
         raise AnnotationError(
-            f"{table}: no such file or folder; expected a table (.jsonl, .csv) or a folder of videos."
+            "annotation.not_found",
+            f"{table}: no such file or folder; expected a table (.jsonl, .csv) or a folder of videos.",
         )
     if table.suffix.lower() not in readers:
-        raise AnnotationError(f"{table} is no table that is known; expected {' or '.join(readers)}, or a folder.")
-    if queries:
-        raise AnnotationError(f"{table} has a query in every line; leave out --query, which is for a folder of videos.")
+        raise AnnotationError(
+            "annotation.bad_file", f"{table} is not a table; expected {' or '.join(readers)}, or a folder."
+        )
+    if texts:
+        raise BridgeError(
+            "options.conflict", f"{table} has a query in every line; leave out --query, which is for folders of videos."
+        )
     folder = MediaFolder(media or table.parent)
-    questions = []
+    queries = []
     for index, record in enumerate(readers[table.suffix.lower()](table)):
         video = record.text("image" if record.values.get("image") and not record.values.get("video") else "video")
         number = record.where.rpartition(":")[2]
         name = record.name("id") if record.values.get("id") not in (None, "") else number
-        questions.append(Question(name, index, folder.at(video), video, record.text("query")))
-    if not questions:
-        raise AnnotationError(f"{table} holds no question; expected one (video, query) a line.")
-    return questions
+        queries.append(Query(name, index, folder.at(video), video, record.text("query")))
+    if not queries:
+        raise AnnotationError("annotation.empty", f"{table} has no queries; expected one (video, query) per line.")
+    return queries
 
 
 def _csv_lines(table: Path) -> Iterator[Record]:
@@ -104,8 +109,9 @@ def _csv_lines(table: Path) -> Iterator[Record]:
     try:
         if not {"video", "query"} <= set(reader.fieldnames or ()):
             found = ", ".join(reader.fieldnames or ()) or "nothing"
-            raise AnnotationError(f"{table}:1: the header names {found}; expected the columns video and query.")
+            what = f"the header names {found}; expected the columns video and query"
+            raise fault(f"{table}:1", what, code="annotation.bad_line")
         for values in reader:
             yield Record(f"{table}:{reader.line_num}", values)
     except csv.Error as error:
-        raise AnnotationError(f"{table}:{reader.line_num}: is no CSV ({error}). {ADVICE}.") from None
+        raise fault(f"{table}:{reader.line_num}", f"is not CSV ({error})", code="annotation.bad_line") from None

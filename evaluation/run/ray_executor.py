@@ -1,7 +1,7 @@
-"""The engine `ray`: Ray Data spreads units of work over actors, one a device, each with a model of its own.
+"""The executor `ray`: Ray Data spreads units of work over actors, one per device, each with its own model.
 
-Ray asks a unit again whose process died. A ledger counts how often each was begun, so that one that kills every process
-is given up instead of being asked for ever. Knows nothing of the units. Ray is imported when an engine is opened.
+Ray runs a unit again if its process died. A ledger counts how often each was started, so that a unit that kills every
+process is given up. Knows nothing of the units. Ray is imported when an executor is opened.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bridge_stg.evaluation.run.executor import Lost, Opener
+from bridge_stg.evaluation.run.executor import Answers, Lost, Opener
 from bridge_stg.runtime.errors import EngineError
 
 ATTEMPTS = 2
-"""How often a unit is begun before it is given up: a process may also die for a reason that is not the unit's."""
+"""How often a unit is started before it is given up: a process may also die for other reasons than the unit."""
 OBJECT_STORE_BYTES = 2**28
-"""Units and answers are small; Ray's default, 30 % of the memory, is better left to the models."""
+"""Units and answers are small; Ray's default is 30 % of the memory, which the models need."""
 LONGEST_TEMPORARY = 24
-"""Characters of the folder for temporary files beyond which the paths of Ray's sockets in it are too long (103)."""
+"""Most characters of the folder for temporary files: the paths of Ray's sockets in it may have at most 103."""
 
 
 @dataclass(frozen=True)
-class RayEngine:
-    """Answers units on Ray.
+class RayExecutor:
+    """Runs units on Ray.
 
     Attributes:
-        workers: how many actors there are; each opens the model once.
+        workers: number of actors; each opens the model once.
         threads: CPU threads that each model should use.
         resources: what Ray reserves for each: `num_gpus`, or `num_cpus`.
     """
@@ -41,10 +41,8 @@ class RayEngine:
     threads: int
     resources: dict[str, float]
 
-    def answers(
-        self, open_model: Opener, ask: Callable[[Any, Any], Any], units: Sequence[Any]
-    ) -> Generator[tuple[int, Any], None, None]:
-        """See `bridge_stg.evaluation.run.executor.Engine.answers`.
+    def answers(self, open_model: Opener, answer: Callable[[Any, Any], Any], units: Sequence[Any]) -> Answers:
+        """Yield the results; see `bridge_stg.evaluation.run.executor.Executor.answers`.
 
         Raises:
             EngineError: the processes that load the model die, or Ray fails.
@@ -56,11 +54,11 @@ class RayEngine:
 
         if not units:
             return
-        worker, ledger_class = _travelling_classes()
+        worker, ledger_class = _actor_classes()
         ledger = ray.remote(num_cpus=0)(ledger_class).remote()
         stored = ray.put([cloudpickle.dumps(unit) for unit in units])
-        job = cloudpickle.dumps(Job(open_model, ask, self.workers, self.threads))
-        # A block a unit: what is finished comes back at once, and a process that dies takes no other unit with it.
+        job = cloudpickle.dumps(Job(open_model, answer, self.workers, self.threads))
+        # One block per unit: its result comes back at once, and a process that dies loses no other unit.
         places = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
         answered = places.map(
             worker,
@@ -78,24 +76,24 @@ class RayEngine:
                     left.discard(row["place"])
                     yield row["place"], value
         except RayError as error:
-            raise EngineError(f"Ray failed: {type(error).__name__}: {_first_line(error)}") from error
+            message = f"Ray failed: {type(error).__name__}: {_first_line(error)}"
+            raise EngineError("evaluation.executor_failed", message) from error
         finally:
-            if ray.is_initialized():  # else it is gone, and the call would start a Ray
+            if ray.is_initialized():  # otherwise this call would start a new Ray
                 ray.kill(ledger)
         for place in sorted(left):
             yield place, Lost("EngineError: Ray returned no answer")
 
 
 @contextmanager
-def ray_engine(*, workers: int | None = None, threads: int | None = None) -> Iterator[RayEngine]:
-    """Open an engine: on a Ray that this program started, on the cluster at RAY_ADDRESS, else on a local one.
+def ray_executor(*, workers: int | None = None, threads: int | None = None) -> Iterator[RayExecutor]:
+    """Open an executor: on a Ray that this program started, on the cluster at RAY_ADDRESS, else on a local one.
 
-    The local one lives as long as the context; it has no dashboard, sends no statistics, and keeps its files in a
-    temporary folder. On a cluster, this package, the model and the media must lie on every node, at the same
-    absolute paths.
+    The local one ends with the context; it has no dashboard, sends no statistics, and keeps its files in a temporary
+    folder. On a cluster, this package, the model and the media must be on every node, at the same absolute paths.
 
     Args:
-        workers: how many actors; 1 by default. Where there are GPUs there is one a GPU, and this is the most.
+        workers: number of actors, by default 1; with GPUs, the most actors, by default one per GPU.
         threads: CPU threads of each; by default they share the CPUs.
 
     Raises:
@@ -103,7 +101,7 @@ def ray_engine(*, workers: int | None = None, threads: int | None = None) -> Ite
         ImportError: Ray or pyarrow is missing.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import pyarrow  # noqa: F401 - Ray Data needs it; without this line its error would not name it
+    import pyarrow  # noqa: F401 - Ray Data needs it, but its own error would not name it
     import ray
     import ray.data
 
@@ -114,11 +112,11 @@ def ray_engine(*, workers: int | None = None, threads: int | None = None) -> Ite
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             _start(stack, workers)
-        yield _engine(workers, threads)
+        yield _executor(workers, threads)
 
 
 def _start(stack: contextlib.ExitStack, workers: int | None) -> None:
-    """Connect to the cluster at RAY_ADDRESS or start a local Ray; the stack ends what was begun."""
+    """Connect to the cluster at RAY_ADDRESS or start a local Ray; the stack ends it."""
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -136,11 +134,12 @@ def _start(stack: contextlib.ExitStack, workers: int | None) -> None:
     try:
         ray.init(**options)
     except (OSError, RuntimeError, ValueError) as error:
-        raise EngineError(f"Ray could not be started: {_first_line(error)}. --engine local needs none.") from error
+        message = f"Ray could not be started: {_first_line(error)}. --executor local does not need it."
+        raise EngineError("evaluation.executor_failed", message) from error
 
 
-def _engine(workers: int | None, threads: int | None) -> RayEngine:
-    """Share out what Ray has: an actor a GPU, or `workers` actors; no share is larger than the smallest node."""
+def _executor(workers: int | None, threads: int | None) -> RayExecutor:
+    """Divide Ray's resources: one actor per GPU, or `workers` actors; no share is larger than the smallest node."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
@@ -149,11 +148,11 @@ def _engine(workers: int | None, threads: int | None) -> RayEngine:
     count = min(gpus, workers or gpus) if gpus else workers or 1
     share = min([cpus / count, *(node["CPU"] for node in nodes)])
     whole = max(1, int(share))
-    return RayEngine(count, threads or whole, {"num_gpus": 1} if gpus else {"num_cpus": min(share, whole)})
+    return RayExecutor(count, threads or whole, {"num_gpus": 1} if gpus else {"num_cpus": min(share, whole)})
 
 
 def _cpus() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -163,19 +162,19 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What every actor does: open a model and ask it. `workers` and `threads` are those of the engine."""
+    """The work of every actor; `workers` and `threads` are those of the executor."""
 
     open_model: Opener
-    ask: Callable[[Any, Any], Any]
+    answer: Callable[[Any, Any], Any]
     workers: int
     threads: int
 
 
 class Answering:
-    """The inside of an actor. It opens its model at its first unit, where a failure can be reported.
+    """The content of an actor. It opens its model at its first unit, where a failure can be reported.
 
     Args:
-        job: what to do, pickled.
+        job: the pickled `Job`.
         units: a list of one reference to the pickled units.
         ledger: the actor that counts.
     """
@@ -197,7 +196,7 @@ class Answering:
 
         try:
             return {"place": place, "raised": False, "value": cloudpickle.dumps(self._answer(place))}
-        except Exception as error:  # Ray would wrap it in a text; the caller is to see it as it was raised
+        except Exception as error:  # noqa: BLE001 - Ray would wrap it; the caller raises it as it is
             return {"place": place, "raised": True, "value": _pickled_error(error)}
 
     def _answer(self, place: int) -> Any:
@@ -205,46 +204,41 @@ class Answering:
         from ray import cloudpickle
 
         if self._model is None:
-            begun, opened = ray.get(self._ledger.opening.remote())
-            if not opened and begun > ATTEMPTS * self._job.workers:
+            started, opened = ray.get(self._ledger.opening.remote())
+            if not opened and started > ATTEMPTS * self._job.workers:
                 raise EngineError(
-                    f"{begun - 1} worker processes died while they loaded the model, perhaps for want of memory. Give "
-                    "fewer --workers, or try --engine local."
+                    "evaluation.worker_died",
+                    f"{started - 1} worker processes died while they loaded the model, perhaps for lack of memory. "
+                    "Give fewer --workers, or try --executor local.",
                 )
             self._model = self._open.enter_context(self._job.open_model())
             ray.get(self._ledger.opened.remote())
-        if ray.get(self._ledger.begin.remote(place)) > ATTEMPTS:
-            return Lost(
-                f"EngineError: the worker process died {ATTEMPTS} times while it answered this, perhaps for want of "
-                "memory"
-            )
-        return self._job.ask(self._model, cloudpickle.loads(self._units[place]))
+        if ray.get(self._ledger.start.remote(place)) > ATTEMPTS:
+            return Lost(f"EngineError: the worker process died {ATTEMPTS} times at this, perhaps for lack of memory")
+        return self._job.answer(self._model, cloudpickle.loads(self._units[place]))
 
 
 def _pickled_error(error: Exception) -> bytes:
     from ray import cloudpickle
 
     try:
-        data = cloudpickle.dumps(error)
+        data: bytes = cloudpickle.dumps(error)
         cloudpickle.loads(data)
-    except Exception:  # some exceptions cannot be made again from their arguments
-        data = cloudpickle.dumps(EngineError(f"{type(error).__name__}: {error}"))
+    except Exception:  # noqa: BLE001 - an exception that cannot be unpickled may raise anything
+        data = cloudpickle.dumps(EngineError("evaluation.executor_failed", f"{type(error).__name__}: {error}"))
     return data
 
 
 def _import_paths() -> dict[str, list[str]]:
-    """Return where this process finds modules; from a checkout, no other process would find this package."""
-    return {
-        "modules": [path or os.getcwd() for path in sys.path],
-        "cwd": [os.getcwd()],
-    }
+    """Return the paths of modules of this process; in a checkout, no other process would find this package."""
+    return {"modules": [path or os.getcwd() for path in sys.path], "cwd": [os.getcwd()]}
 
 
-def _travelling_classes() -> tuple[type, type]:
-    """Return the classes that actors are made of.
+def _actor_classes() -> tuple[type, type]:
+    """Return the classes of the actors.
 
-    They are made in a function, since such classes travel by value: until `Worker` has set up its process, nothing of
-    this package can be imported there.
+    Classes of a function are pickled by value: until `Worker` has set up its process, this package cannot be imported
+    there.
     """
 
     class Worker:
@@ -257,19 +251,19 @@ def _travelling_classes() -> tuple[type, type]:
             sys.path += [path for path in paths["modules"] if path not in sys.path]
             from bridge_stg.evaluation.run.ray_executor import Answering
 
-            self.inside = Answering(job, units, ledger)
+            self.answering = Answering(job, units, ledger)
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            return self.inside.answer(int(row["item"]))
+            return self.answering.answer(int(row["item"]))
 
     class Ledger:
         def __init__(self) -> None:
-            self.begun: dict[int, int] = {}
+            self.started: dict[int, int] = {}
             self.models = [0, 0]
 
-        def begin(self, place: int) -> int:
-            self.begun[place] = self.begun.get(place, 0) + 1
-            return self.begun[place]
+        def start(self, place: int) -> int:
+            self.started[place] = self.started.get(place, 0) + 1
+            return self.started[place]
 
         def opening(self) -> tuple[int, int]:
             self.models[0] += 1

@@ -1,7 +1,7 @@
-"""A model's results on a benchmark: a file of JSON lines that grows by one line a finished sample.
+"""A model's results on a dataset: a file of JSON lines, to which each finished sample adds one.
 
-The first line says what was evaluated. A killed run goes on where it was: a line counts once it is whole, and a
-truncated last line is dropped. Results of another model, or of other annotations, never mix.
+The first line identifies the model and the dataset, so that results of others never mix. A run that was stopped is
+resumed: a line counts once it is complete, and a truncated last line is dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import hold
 
 SCHEMA = 1
-AGAIN = "Give --overwrite to start again, or another --out."
+START_AGAIN = "Give --overwrite to start again, or another --out."
 
 
 class ResultFile:
@@ -29,16 +29,16 @@ class ResultFile:
     def __init__(
         self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False, kept: tuple[str, ...] | None = None
     ) -> None:
-        """Open a file, or make it.
+        """Open a file, or create it.
 
         Args:
             path: the file.
-            identity: plain values that say what was evaluated; all must agree with those in the file.
-            overwrite: whether to drop what the file holds.
-            kept: the fields that `rows` keep in memory, where rows are large; None: all of them.
+            identity: plain values that identify the run; all must agree with those in the file.
+            overwrite: whether to drop the file's content.
+            kept: the fields of large rows to keep in memory; None: all.
 
         Raises:
-            BridgeError: the file holds results of something else, is damaged, or is being written by another process.
+            BridgeError: the file has results of something else, is damaged, or is being written by another process.
         """
         self.path = path
         self._kept = kept
@@ -48,7 +48,7 @@ class ResultFile:
         self._file = path.open("r+b")
         try:
             busy = f"{path} is being written by another evaluation. Wait for it, or give another --out or --shard."
-            hold(self._file.fileno(), otherwise=busy)  # two that append would write every sample twice
+            hold(self._file.fileno(), otherwise=busy)  # two writers would write every sample twice
             if overwrite:
                 self._file.truncate(0)
             header, rows, end = _parsed(self._file.read(), path)
@@ -82,7 +82,7 @@ class ResultFile:
         return {name: value for name, value in row.items() if self._kept is None or name in self._kept}
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        # Names of files need not be Unicode; what stands for their other bytes is escaped as JSON escapes it.
+        # Bytes of a file name that are not Unicode are escaped as JSON escapes them.
         line = (json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
         try:
             self._file.write(line)
@@ -97,7 +97,7 @@ def read_results(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str,
     """Return the rows of a file that another process may be writing.
 
     Raises:
-        BridgeError: it holds results of something else, or is damaged.
+        BridgeError: it has results of something else, or is damaged.
     """
     header, rows, _ = _parsed(path.read_bytes(), path)
     if header is not None:
@@ -106,7 +106,7 @@ def read_results(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Compare what a file says it holds with what is to be evaluated.
+    """Compare the first line of a file with the identity of this run.
 
     Raises:
         BridgeError: they differ; the message names the first difference.
@@ -116,7 +116,8 @@ def check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str,
         found = flat(header).get(name)
         if found != wanted:
             raise BridgeError(
-                f"{path} holds results of something else: its {name} is {found!r}, now it is {wanted!r}. {AGAIN}"
+                "evaluation.other_results",
+                f"{path} has results of something else: its {name} is {found!r}, now it is {wanted!r}. {START_AGAIN}",
             )
 
 
@@ -129,7 +130,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _parsed(data: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]], int]:
-    """Return the header, the rows by id, and the byte behind the last whole line."""
+    """Return the header, the rows by id, and the end of the last complete line in bytes."""
     header: dict[str, Any] | None = None
     rows: dict[str, dict[str, Any]] = {}
     end = 0
@@ -137,7 +138,7 @@ def _parsed(data: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, d
         if header is None:
             header = value
         elif "id" not in value:
-            raise BridgeError(f"{path}:{number}: has no id; expected a result. The file was changed. {AGAIN}")
+            raise _damaged(path, number, "has no id; expected a result")
         else:
             rows[value["id"]] = value
         end = after
@@ -152,10 +153,14 @@ def _lines(data: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any], int]]
         try:
             value = json.loads(data[start:stop])
             if not isinstance(value, dict):
-                raise ValueError("it is no object")
+                raise ValueError("it is not an object")
         except ValueError as error:
             if data.find(b"\n", stop + 1) < 0 and stop + 1 == len(data):
                 return  # the last line: a crash may leave its blocks empty
-            raise BridgeError(f"{path}:{number}: is no result ({error}). The file was changed. {AGAIN}") from None
+            raise _damaged(path, number, f"is not a result ({error})") from None
         yield number, value, stop + 1
         start = stop + 1
+
+
+def _damaged(path: Path, number: int, what: str) -> BridgeError:
+    return BridgeError("evaluation.bad_results", f"{path}:{number}: {what}. The file was changed. {START_AGAIN}")

@@ -1,15 +1,16 @@
-"""The command line: what it prints, and that every fault of its user is one line and exit code 2."""
+"""The command line: what it prints; every fault of its user is one line with a code, and exit code 2."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import numpy as np
@@ -20,7 +21,7 @@ from bridge_stg import cli
 from bridge_stg.demo import bundle as demo_bundle
 from bridge_stg.runtime.backends.choose import ChosenBackend
 from bridge_stg.runtime.chain.results import Grounding, Tube
-from bridge_stg.runtime.errors import BridgeError, Interrupted
+from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 from bridge_stg.runtime.visualize.annotate import encode_h264
@@ -31,7 +32,7 @@ TIMES = np.arange(20) / 10
 
 
 class FakeVideo:
-    """Answers every query with the same tube; `none` if the query is about a ghost."""
+    """Answers every query with the same tube; a ghost is not found."""
 
     def __enter__(self) -> FakeVideo:
         return self
@@ -68,7 +69,7 @@ class FakeVideo:
 class FakeGrounder(FakeVideo):
     """Records how it was loaded and opened."""
 
-    calls: list[tuple[Any, ...]] = []
+    calls: ClassVar[list[tuple[Any, ...]]] = []
     verified = True
     target = ChosenBackend("tensorrt", "10.15.1", {"language_model": "standard"}, "Orin (SM 87)", "asked for")
 
@@ -97,13 +98,15 @@ def clip(tmp_path: Path) -> Path:
     return tmp_path / "clip.mp4"
 
 
-def complaint(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command that must fail with exit code 2 and one line; return that line."""
+def complaint(arguments: Sequence[object], capsys: pytest.CaptureFixture[str], *, code: str) -> str:
+    """Run a command that must fail, check its exit code, its line on stderr and its JSON, and return the line."""
     assert cli.run([str(argument) for argument in arguments]) == 2
     output = capsys.readouterr()
-    assert output.out == ""
-    line = output.err.rstrip("\n").splitlines()[-1]  # click shows how the command is used before it
-    assert line.startswith("Error: ") and "Traceback" not in output.err
+    line = output.err.rstrip("\n").splitlines()[-1]  # after a usage error's usage
+    found = re.fullmatch(r"Error: (.*) \[([a-z_.]+)\]", line)
+    assert found and found[2] == (code or found[2]) and "Traceback" not in output.err
+    shown = [json.loads(text) for text in output.out.splitlines()]
+    assert shown == ([{"error": {"code": found[2], "message": found[1]}}] if "--json" in arguments else [])
     return line
 
 
@@ -134,7 +137,7 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
     assert sorted(path.name for path in clip.parent.iterdir()) == ["a.mp4", "clip.mp4", "r.json", "s.png"]
 
 
-def test_infer_says_that_a_bundle_is_unverified(
+def test_infer_reports_an_unverified_bundle(
     fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["infer", "v.mp4", "q", "--bundle", "b"]) == 0
@@ -152,7 +155,7 @@ def test_infer_takes_several_queries(fake: list[Any], clip: Path, capsys: pytest
     assert [result["found"] for result in results] == [True, False]
 
 
-def test_table_says_what_bound_the_coarse_frames() -> None:
+def test_table_names_the_limits_of_the_coarse_frames() -> None:
     from bridge_stg.commands.tables import grounding_table
 
     coarse = CoarseChoice(0.25, (48, 32), 1, 6, 6, ("max_visual_tokens", "max_positions"))
@@ -174,63 +177,82 @@ def test_table_shows_at_most_twelve_boxes(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part"),
+    ("arguments", "code", "value"),
     [
-        (["infer"], "Missing argument 'VIDEO'"),
-        (["infer", "CLIP"], "Missing argument 'QUERY...'"),
-        (["infer", "CLIP", "q", "--threads", "0"], "--threads"),
-        (["infer", "CLIP", "q", "--threads", "100000"], "--threads"),
-        (["infer", "CLIP", "q", "--deadline", "0"], "--deadline"),
-        (["infer", "CLIP", "q", "--deadline", "soon"], "--deadline"),
-        (["infer", "CLIP", "q", "--deadline", "nan"], "'nan' is not a number"),
-        (["infer", "CLIP", "q", "--json", "r.txt"], "should end in .json"),
-        (["infer", "CLIP", "q", "--annotate", "a.avi"], "should end in .mp4 or .png"),
-        (["infer", "CLIP", "q", "--sheet", "s.jpg"], "should end in .png"),
-        (["infer", "CLIP", "q", "--sheet", "nowhere/s.png"], "folder 'nowhere' does not exist"),
-        (["infer", "CLIP", "q", "--sheet", "folder.png"], "is a folder"),
-        (["infer", "CLIP", "q", "--annotate", "CLIP"], "is the video itself"),
-        (["infer", "CLIP", "q", "--annotate", "a.png"], "what is grounded is a video"),
-        (["infer", "CLIP", "q", "--annotate", "a.png", "--sheet", "./a.png"], "as --annotate and as --sheet"),
-        (["infer", "CLIP", "q", "p", "--annotate", "a.mp4"], "draw one query"),
-        (["infer", "CLIP", "q", "--nonsense"], "--nonsense"),
-        (["infer", "CLIP", "q", "--bundle", "nowhere"], "nowhere: does not exist"),
-        (["infer", "CLIP", "q", "--bundle", "CLIP"], "is a file, expected the folder of a bundle"),
-        (["infer", "CLIP", "q", "--bundle", "folder.png"], "no manifest.json"),
-        (["inspect", "nowhere"], "nowhere"),
-        (["verify", "folder.png"], "manifest.json"),
-        (["export", "nowhere"], "Missing option '--out'"),
-        (["export", "nowhere", "--out", "b", "--variant", "fp4"], "fp4"),
-        (["export", "nowhere", "--out", "folder.png"], "--overwrite"),
-        (["train-demo", "--vision-steps", "0"], "--vision-steps"),
-        (["evaluate-demo", "--out", "nowhere/f.json"], "nowhere"),
-        (["evaluate-demo", "--out", "f.json", "--clips", "0"], "--clips"),
-        (["nonsense"], "nonsense"),
+        (["infer"], "options.missing", "VIDEO"),
+        (["infer", "CLIP"], "options.missing", "QUERY"),
+        (["infer", "CLIP", "q", "--threads", "0"], "options.invalid", "--threads"),
+        (["infer", "CLIP", "q", "--threads", "100000"], "options.invalid", "--threads"),
+        (["infer", "CLIP", "q", "--deadline", "0"], "options.invalid", "--deadline"),
+        (["infer", "CLIP", "q", "--deadline", "soon"], "options.invalid", "--deadline"),
+        (["infer", "CLIP", "q", "--deadline", "nan"], "options.invalid", "'nan'"),
+        (["infer", "CLIP", "q", "--json", "r.txt"], "options.invalid", ".json"),
+        (["infer", "CLIP", "q", "--annotate", "a.avi"], "options.invalid", ".mp4 or .png"),
+        (["infer", "CLIP", "q", "--sheet", "s.jpg"], "options.invalid", ".png"),
+        (["infer", "CLIP", "q", "--sheet", "nowhere/s.png"], "options.invalid", "'nowhere'"),
+        (["infer", "CLIP", "q", "--sheet", "folder.png"], "options.invalid", "'folder.png'"),
+        (["infer", "CLIP", "q", "--track", "1,2,3"], "options.invalid", "'1,2,3'"),
+        (["infer", "CLIP", "q", "--track", "1,2,3,4", "--task", "span"], "options.conflict", "--track"),
+        (["infer", "CLIP", "q", "--task", "span", "--sheet", "s.png"], "options.conflict", "--sheet"),
+        (["infer", "CLIP", "q", "--annotate", "CLIP"], "output.is_input", "clip.mp4"),
+        (["infer", "CLIP", "q", "--annotate", "a.png"], "", "a.png"),
+        (["infer", "CLIP", "q", "--annotate", "a.png", "--sheet", "./a.png"], "options.conflict", "a.png"),
+        (["infer", "CLIP", "q", "p", "--annotate", "a.mp4", "--json", "r.json"], "options.conflict", "--annotate"),
+        (["infer", "CLIP", "q", "--nonsense"], "options.unknown", "--nonsense"),
+        (["infer", "CLIP", "q", "--nonsense", "--json", "r.json"], "options.unknown", "--nonsense"),
+        (["infer", "CLIP", "q", "--bundle", "nowhere", "--json", "r.json"], "", "nowhere"),
+        (["infer", "CLIP", "q", "--bundle", "CLIP"], "", "clip.mp4"),
+        (["infer", "CLIP", "q", "--bundle", "folder.png"], "", "manifest.json"),
+        (["inspect", "nowhere"], "", "nowhere"),
+        (["verify", "folder.png"], "", "manifest.json"),
+        (["verify", "b", "--against", "c"], "options.conflict", "--bisect"),
+        (["doctor", "--json", "more"], "options.usage", "more"),
+        (["export", "nowhere"], "options.missing", "--out"),
+        (["export", "nowhere", "--out", "b", "--variant", "fp4"], "options.invalid", "fp4"),
+        (["export", "nowhere", "--out", "folder.png"], "output.exists", "--overwrite"),
+        (["export", "nowhere", "--out", "b", "--samples", "s"], "options.conflict", "--int8"),
+        (["serve", "b", "--live", "a=0", "--live", "a=1"], "options.conflict", "--live"),
+        (["serve", "b", "--api-key-env", "UNSET_KEY"], "options.invalid", "UNSET_KEY"),
+        (["train-demo", "--vision-steps", "0"], "options.invalid", "--vision-steps"),
+        (["evaluate-demo", "--out", "nowhere/f.json"], "options.invalid", "nowhere"),
+        (["evaluate-demo", "--out", "f.json", "--clips", "0"], "options.invalid", "--clips"),
+        (["nonsense"], "options.usage", "nonsense"),
     ],
 )
 def test_faults_of_the_user(
+    *,
     arguments: list[str],
-    part: str,
+    code: str,
+    value: str,
     clip: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(clip.parent)
     Path("folder.png").mkdir()
-    assert part in complaint([str(clip) if a == "CLIP" else a for a in arguments], capsys)
+    assert value in complaint([str(clip) if a == "CLIP" else a for a in arguments], capsys, code=code)
     assert sorted(path.name for path in clip.parent.iterdir()) == ["clip.mp4", "folder.png"]
 
 
 def test_every_bridge_error_is_one_line(
     fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for error in (Interrupted("deadline_s=1 passed\n during answer"), *(kind("why") for kind in _kinds(BridgeError))):
+    for kind in _kinds(BridgeError):
 
-        def fail(*arguments: object, error: BridgeError = error, **options: object) -> None:
+        def fail(*arguments: object, kind: type[BridgeError] = kind, **options: object) -> None:
+            error = kind.__new__(kind)
+            BridgeError.__init__(error, "call.deadline", "deadline_s=1 passed\n during “answer”")
             raise error
 
         monkeypatch.setattr(FakeGrounder, "open", fail)
-        line = complaint(["infer", "v.mp4", "q", "--bundle", "b"], capsys)
-        assert line == f"Error: {' '.join(str(error).split())}"
+        for more in ([], ["--json", "r.json"]):
+            line = complaint(["infer", "v.mp4", "q", "--bundle", "b", *more], capsys, code="call.deadline")
+            assert line == "Error: deadline_s=1 passed during “answer” [call.deadline]"
+
+
+def test_a_query_may_look_like_an_option(fake: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["infer", "--bundle", "b", "--task", "span", "--sheet", "s.png", "--", "v.mp4", "--json"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 def _kinds(kind: type[BridgeError]) -> list[type[BridgeError]]:
@@ -254,11 +276,11 @@ def test_missing_package_is_named_with_its_extra(
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     monkeypatch.setattr(FakeGrounder, "open", fail)
-    line = complaint(["infer", "v.mp4", "q", "--bundle", "b"], capsys)
+    line = complaint(["infer", "v.mp4", "q", "--bundle", "b"], capsys, code="host.missing_package")
     assert f"package {module.partition('.')[0]}. " in line and f'pip install "bridge-stg{extra}"' in line
 
 
-def test_missing_module_of_our_own_is_not_hidden(fake: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_module_of_this_package_is_not_hidden(fake: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise ModuleNotFoundError("No module named 'bridge_stg.nonsense'", name="bridge_stg.nonsense")
 
@@ -282,7 +304,7 @@ def test_interruption_leaves_nothing(
     out = clip.parent / "a.mp4"
     assert cli.run(["infer", str(clip), "q", "--bundle", "b", "--annotate", str(out)]) == 130
     assert [path.name for path in clip.parent.iterdir()] == ["clip.mp4"]
-    assert "Interrupted" in capsys.readouterr().err
+    assert "[call.cancelled]" in capsys.readouterr().err
 
 
 def test_unwritable_file_is_one_line(
@@ -292,11 +314,11 @@ def test_unwritable_file_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    line = complaint(["infer", clip, "q", "--bundle", "b", "--json", clip.parent / "r.json"], capsys)
-    assert line == f"Error: {clip.parent / 'r.json'}: No space left on device"
+    line = complaint(["infer", clip, "q", "--bundle", "b", "--json", clip.parent / "r.json"], capsys, code="host.file")
+    assert line == f"Error: {clip.parent / 'r.json'}: No space left on device [host.file]"
     monkeypatch.setattr("PIL.Image.Image.save", fail)
-    line = complaint(["infer", clip, "q", "--bundle", "b", "--sheet", clip.parent / "s.png"], capsys)
-    assert line == f"Error: {clip.parent / 's.png'}: No space left on device"
+    line = complaint(["infer", clip, "q", "--bundle", "b", "--sheet", clip.parent / "s.png"], capsys, code="host.file")
+    assert line == f"Error: {clip.parent / 's.png'}: No space left on device [host.file]"
 
 
 def test_names_that_are_no_unicode(fake: list[Any], clip: Path) -> None:
@@ -306,7 +328,7 @@ def test_names_that_are_no_unicode(fake: list[Any], clip: Path) -> None:
 
 
 class TestDemoBundle:
-    """Which bundle `infer` takes when none is named."""
+    """The bundle of `infer` without --bundle."""
 
     @pytest.fixture(autouse=True)
     def empty(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,12 +349,13 @@ class TestDemoBundle:
         assert demo_bundle.demo_bundle() == Path("build/demo/bundle")
 
     def test_nothing_to_export_from(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "--bundle" in complaint(["infer", "v.mp4", "q"], capsys)
+        assert "--bundle" in complaint(["infer", "v.mp4", "q"], capsys, code="")
 
     def test_without_torch(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         Path("assets/demo/checkpoint").mkdir(parents=True)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        assert 'pip install "bridge-stg[cpu,export]"' in complaint(["infer", "v.mp4", "q"], capsys)
+        line = complaint(["infer", "v.mp4", "q"], capsys, code="")
+        assert 'pip install "bridge-stg[cpu,export]"' in line
 
 
 def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -350,8 +373,6 @@ def test_shim_runs_from_another_folder(tmp_path: Path) -> None:
 def test_closed_pipe_is_quiet(tmp_path: Path) -> None:
     script = tmp_path / "many.py"
     script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from bridge_stg import cli\n"
         "import click\n"
@@ -365,8 +386,40 @@ def test_closed_pipe_is_quiet(tmp_path: Path) -> None:
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in cli.app.commands:
+    assert cli.run(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"  {command} " in listed
         assert cli.run([command, "--help"]) == 0
-        assert "Usage: bridge-stg" in capsys.readouterr().out
+        assert f"Usage: bridge-stg {command} " in capsys.readouterr().out
     assert cli.run(["--version"]) == 0
     assert bridge_stg.__version__ in capsys.readouterr().out
+
+
+def test_commands_are_imported_on_first_use_only() -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from bridge_stg import cli\n"
+        "print(*sorted(sys.modules))\n"
+        "cli.run(['build', '--help'])\n"
+        "print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, after = (set(line.split()) for line in (done.stdout.splitlines()[0], done.stdout.splitlines()[-1]))
+    heavy = {"numpy", "av", "PIL", "onnxruntime", "tokenizers", "tqdm", "importlib.metadata", "torch", "onnx"}
+    assert not heavy & before and "bridge_stg.commands.build" not in before
+    assert not heavy & after and "bridge_stg.commands.build" in after and "bridge_stg.commands.evaluate" not in after
+
+
+def test_an_unknown_command_does_not_exist() -> None:
+    context = click.Context(cli.app)
+    assert cli.app.get_command(context, "nonsense") is None
+    assert cli.app.list_commands(context) == sorted(cli.COMMANDS)
+
+
+def test_old_names_of_options_are_accepted() -> None:
+    old = {"build": "--again", "evaluate": "--engine", "infer-many": "--engine", "watch": "--jsonl",
+           "serve": "--max-seconds", "train": "--questions"}  # fmt: skip
+    for name, option in old.items():
+        command = cli.app.get_command(click.Context(cli.app), name)
+        assert command is not None and any(option in parameter.opts for parameter in command.params)

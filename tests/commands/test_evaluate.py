@@ -1,4 +1,4 @@
-"""The commands, from arguments to files; models are bundles and checkpoints that are opened by others' code."""
+"""`evaluate` and `convert-refs`, from arguments to files, with fake models."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import pytest
 
 from bridge_stg import cli
 from bridge_stg.commands import evaluate as cli_evaluate
-from bridge_stg.evaluation.run import bundle_model as bundle_models
+from bridge_stg.evaluation.run import evaluate as evaluate_module
 from bridge_stg.evaluation.run.evaluate import Model
-from bridge_stg.runtime.errors import BridgeError
+from tests.errors import raises
 from tests.evaluation import official
 from tests.evaluation.fake_models import Oracle
 
 
 @pytest.fixture
 def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Two folders that look like bundles, in folders of their own; whoever opens them knows the truth."""
-    from bridge_stg.evaluation.datasets.registry import read_benchmark
+    """Two folders that look like bundles; their fake models know the truth."""
+    from bridge_stg.evaluation.datasets.registry import read_dataset
 
     def fake(path: Path, label: str, **options: Any) -> Model:
         delay = 0.5 if path.parent.name == "two" else 0.0
 
         def open_model() -> Any:
             files = [json.loads(line) for line in (tmp_path / "read.json").read_text().splitlines()]
-            dataset = read_benchmark(files[0], [Path(p) for p in files[1]], Path(files[2]), split=files[3])
+            dataset = read_dataset(files[0], [Path(p) for p in files[1]], Path(files[2]), split=files[3])
             return nullcontext(Oracle(dataset, delay=delay))
 
         return Model(label, {"fingerprint": str(path), **{k: v for k, v in options.items() if v}}, open_model)
 
-    monkeypatch.setattr(bundle_models, "bundle_model", fake)
+    monkeypatch.setattr(evaluate_module, "bundle_model", fake)
     paths = [tmp_path / "one/bundle", tmp_path / "two/bundle"]
     for path in paths:
         path.mkdir(parents=True)
@@ -43,7 +43,7 @@ def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def arguments(files: official.Files, models: list[Path], out: Path) -> list[str]:
-    """Return the command for a fixture, and leave beside `out` what the fake models need to know of it."""
+    """Return the command for a fixture, and write what the fake models need to know beside `out`."""
     values = [files.name, [str(p) for p in files.annotations], str(files.media), files.split]
     (out.parent / "read.json").write_text("\n".join(map(json.dumps, values)))
     made = ["evaluate", files.name, "--media", str(files.media), "--out", str(out)]
@@ -83,22 +83,29 @@ def test_convert_refs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("changed", "part"),
+    ("changed", "code", "value"),
     [
-        (["evaluate", "imagenet"], "'imagenet' is not one of 'vidstg'"),
-        (["--shard", "3/2"], "expected i/n with 1 ≤ i ≤ n"),
-        (["--shard", "0/2"], "expected i/n"),
-        (["--limit", "0"], "--limit"),
-        (["--split", "val"], "charades-sta has no split 'val'"),
-        (["--media", "nowhere"], "nowhere does not exist; expected the folder that holds the videos"),
-        (["--annotations", "nowhere"], "nowhere: no such file or folder"),
-        (["--model", "nowhere"], "nowhere does not exist; expected the folder of a bundle"),
-        (["--model", "SAME"], "is given twice with --model"),
-        (["--model", "EMPTY"], "has neither; expected the folder of a bundle (manifest.json) or of a checkpoint"),
+        (["evaluate", "imagenet"], "options.invalid", "'vidstg'"),
+        (["--shard", "3/2"], "options.invalid", "1 ≤ i ≤ n"),
+        (["--shard", "0/2"], "options.invalid", "'0/2'"),
+        (["--limit", "0"], "options.invalid", "--limit"),
+        (["--split", "val"], "annotation.unknown_split", "'val'"),
+        (["--media", "nowhere"], "annotation.no_media_folder", "nowhere"),
+        (["--annotations", "nowhere"], "annotation.not_found", "nowhere"),
+        (["--model", "nowhere"], "evaluation.no_model", "nowhere"),
+        (["--model", "SAME"], "options.conflict", "--model"),
+        (["--model", "EMPTY"], "evaluation.no_model", "manifest.json"),
+        (["--workers", "2"], "options.conflict", "--executor ray"),
     ],
 )
 def test_faults_of_the_user(
-    tmp_path: Path, bundles: list[Path], changed: list[str], part: str, capsys: pytest.CaptureFixture[str]
+    *,
+    tmp_path: Path,
+    bundles: list[Path],
+    changed: list[str],
+    code: str,
+    value: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     files = official.charades_sta(tmp_path / "data")
     (tmp_path / "empty").mkdir()
@@ -107,7 +114,8 @@ def test_faults_of_the_user(
     command = changed + command[2:] if changed[0] == "evaluate" else command + changed
     assert cli.run(command) == 2
     output = capsys.readouterr()
-    assert part in " ".join(output.err.split()) and output.out == "" and "Traceback" not in output.err
+    assert output.err.endswith(f" [{code}]\n") and value in output.err
+    assert output.out == "" and "Traceback" not in output.err
     assert not (tmp_path / "out").exists()
 
 
@@ -118,7 +126,8 @@ def test_a_broken_line_is_one_line_of_error(
     files.annotations[0].write_text("AO8RW 0 x##a\n")
     assert cli.run(arguments(files, bundles, tmp_path / "out")) == 2
     line = capsys.readouterr().err.rstrip("\n")
-    assert line.startswith(f"Error: {files.annotations[0]}:1: the end time is 'x'") and "\n" not in line
+    assert line.startswith(f"Error: {files.annotations[0]}:1:") and "'x'" in line and "\n" not in line
+    assert line.endswith(" [annotation.bad_line]")
 
 
 def test_a_model_that_always_fails_is_an_error(
@@ -127,12 +136,13 @@ def test_a_model_that_always_fails_is_an_error(
     files = official.charades_sta(tmp_path / "data")
     monkeypatch.setattr(Oracle, "span", lambda *arguments, **options: 1 / 0)
     assert cli.run(arguments(files, bundles[:1], tmp_path / "out")) == 2
-    assert "every sample of bundle failed, the first with ZeroDivisionError" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "[evaluation.all_failed]" in shown and "bundle" in shown and "ZeroDivisionError" in shown
     monkeypatch.undo()
     assert (tmp_path / "out/report.html").is_file()
 
 
-def test_labels_tell_models_apart(tmp_path: Path, bundles: list[Path]) -> None:
+def test_labels_are_unique(tmp_path: Path, bundles: list[Path]) -> None:
     other = tmp_path / "three/other"
     other.mkdir(parents=True)
     (other / "manifest.json").touch()
@@ -140,11 +150,11 @@ def test_labels_tell_models_apart(tmp_path: Path, bundles: list[Path]) -> None:
     assert [m.label for m in cli_evaluate.named_models([*bundles, other], **options)] == [
         "one/bundle", "two/bundle", "other"
     ]  # fmt: skip
-    with pytest.raises(BridgeError, match="given twice"):
+    with raises("options.conflict", "--model"):
         cli_evaluate.named_models([bundles[0], bundles[0] / ".." / "bundle"], **options)
 
 
-def test_a_checkpoint_is_known_by_its_contents(tmp_path: Path) -> None:
+def test_a_checkpoint_is_identified_by_its_contents(tmp_path: Path) -> None:
     first = tmp_path / "first"
     first.mkdir()
     (first / "config.json").write_text("{}")

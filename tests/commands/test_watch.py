@@ -1,4 +1,4 @@
-"""The command `watch`: events as lines and JSON lines, and an orderly end."""
+"""The command `watch`: events as text and JSON lines, and an orderly end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def watch(*arguments: object) -> int:
 
 def test_prints_events_and_writes_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "events.jsonl"
-    assert watch(clip(tmp_path / "a.mp4"), "the car", "--jsonl", out) == 0
+    assert watch(clip(tmp_path / "a.mp4"), "the car", "--json", out) == 0
     told = capsys.readouterr()
     appeared, left = told.out.splitlines()
     assert appeared.startswith("00:00:04.00  appeared  the car  [")
@@ -54,7 +54,7 @@ def test_prints_events_and_writes_json_lines(tmp_path: Path, capsys: pytest.Capt
 
 def test_answers_are_written_if_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "events.jsonl"
-    assert watch(clip(tmp_path / "a.mp4"), "the car", "the dog", "--jsonl", out, "--answers", "--duration", 6) == 0
+    assert watch(clip(tmp_path / "a.mp4"), "the car", "the dog", "--json", out, "--answers", "--duration", 6) == 0
     answers = [line for line in lines(out) if line["event"] == "answers"]
     assert [line["known_s"] for line in answers] == [1, 2, 3, 4, 5, 6]
     assert [grounding["query"] for grounding in answers[0]["groundings"]] == ["the car", "the dog"]
@@ -67,7 +67,7 @@ def test_a_signal_ends_it_in_order(number: int, tmp_path: Path, capsys: pytest.C
     began, threads = time.monotonic(), threading.active_count()
     timer = threading.Timer(1.5, os.kill, (os.getpid(), number))
     timer.start()
-    assert watch(source, "the car", "--realtime", "--jsonl", out) == 0
+    assert watch(source, "the car", "--realtime", "--json", out) == 0
     assert 1 < time.monotonic() - began < 20
     timer.join()
     assert lines(out)[-1]["event"] == "end" and lines(out)[-1]["ended"] == "stopped"
@@ -79,26 +79,31 @@ def test_a_signal_ends_it_in_order(number: int, tmp_path: Path, capsys: pytest.C
 def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = clip(tmp_path / "a.mp4", 4), tmp_path / "events.jsonl"
     out.write_text("what was there\n", encoding="utf-8")
-    for arguments, word in (
-        ([tmp_path / "none.mp4", "the car"], "no such file"),
-        (["/dev/video97", "the car"], "no such camera"),
-        ([source], "Missing argument"),
-        ([source, " "], "empty"),
-        ([source, "the car", "the car"], "the same"),
-        ([source, "the car", "--every", "0"], "--every"),
-        ([source, "the car", "--jsonl", out], "--overwrite"),
-        ([source, "the car", "--jsonl", source, "--overwrite"], "the source itself"),
-        ([source, "the car", "--jsonl", tmp_path / "none" / "a.jsonl"], "folder that exists"),
-        ([source, "the car", "--answers"], "--jsonl"),
+    for arguments, code, value in (
+        ([tmp_path / "none.mp4", "the car"], "", "none.mp4"),
+        (["/dev/video97", "the car"], "", "/dev/video97"),
+        ([source], "options.missing", "QUERY"),
+        ([source, " "], "", ""),
+        ([source, "the car", "the car"], "", ""),
+        ([source, "the car", "--every", "0"], "options.invalid", "--every"),
+        ([source, "the car", "--json", out], "output.exists", "--overwrite"),
+        ([source, "the car", "--jsonl", out], "output.exists", "--overwrite"),
+        ([source, "the car", "--json", source, "--overwrite"], "output.is_input", source),
+        ([source, "the car", "--json", tmp_path / "none" / "a.jsonl"], "output.no_folder", "a.jsonl"),
+        ([source, "the car", "--answers"], "options.conflict", "--json"),
     ):
         assert watch(*arguments) == 2
-        told = capsys.readouterr().err
-        assert word in told and "Traceback" not in told, told
+        shown = capsys.readouterr()
+        assert shown.err.endswith(f"{code}]\n") and str(value) in shown.err and "Traceback" not in shown.err, shown.err
+        if "--json" in arguments or "--jsonl" in arguments:
+            assert json.loads(shown.out)["error"]["code"].endswith(code)
+        else:
+            assert not shown.out
     assert out.read_text(encoding="utf-8") == "what was there\n"
 
 
-def test_an_error_while_it_runs_is_told_behind_what_was_written(tmp_path: Path) -> None:
+def test_an_error_while_it_runs_comes_after_the_events(tmp_path: Path) -> None:
     out, source = tmp_path / "events.jsonl", tmp_path / "a.txt"
     source.write_text("no video\n" * 1000, encoding="utf-8")
-    assert watch(source, "the car", "--jsonl", out) == 2
+    assert watch(source, "the car", "--json", out) == 2
     assert [line["ended"] for line in lines(out)] == ["error"]

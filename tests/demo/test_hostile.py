@@ -21,7 +21,7 @@ from bridge_stg.calibration.search.matmul_errors import product_errors
 from bridge_stg.calibration.search.search import fewest_in_float
 from bridge_stg.calibration.search.sensitivity import rank_blocks
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
-from bridge_stg.evaluation.run.bundle_model import bundle_model
+from bridge_stg.evaluation.run.evaluate import bundle_model
 from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle

@@ -41,7 +41,7 @@ def test_ray_answers_as_this_process_does(demo_bundle: Path, tmp_path: Path) -> 
             more = ["--workers", 2] if engine == "ray" else []
             # A relative path of media: workers have to find what this process finds.
             made = command(
-                "infer-many", table, "--media", ".", "--bundle", demo_bundle, "--engine", engine, *more,
+                "infer-many", table, "--media", ".", "--bundle", demo_bundle, "--executor", engine, *more,
                 "--out", tmp_path / f"{engine}.jsonl", temporary=Path(temporary),
             )  # fmt: skip
             assert made.returncode == 1 and f"{len(clips)} answered, 1 failed" in made.stdout, made.stderr
@@ -49,7 +49,7 @@ def test_ray_answers_as_this_process_does(demo_bundle: Path, tmp_path: Path) -> 
             rows[engine] = [json.loads(line) for line in (tmp_path / f"{engine}.jsonl").read_text().splitlines()[1:]]
             made = command(
                 "evaluate", "jsonl", "--annotations", annotations, "--media", ".", "--model", demo_bundle,
-                "--engine", engine, "--out", tmp_path / engine, temporary=Path(temporary),
+                "--executor", engine, "--out", tmp_path / engine, temporary=Path(temporary),
             )  # fmt: skip
             assert made.returncode == 0, made.stderr
         assert set(os.listdir(temporary)) <= {".ses"}  # onnxruntime's, with or without Ray

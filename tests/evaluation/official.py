@@ -1,4 +1,4 @@
-"""Small files in each benchmark's published layout, with its field names and quirks; all written by us.
+"""Small files in each dataset's published layout, with its field names and quirks; all written by us.
 
 The sources of the formats are named in the readers' docstrings and beside each function.
 """

@@ -1,16 +1,15 @@
-"""How media are found, and what of them a model is shown."""
+"""Media are found, and opened as the model takes them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from bridge_stg.evaluation.datasets.registry import read_benchmark
-from bridge_stg.evaluation.media import MediaFolder, clip_frames, folder_frames, shown
-from bridge_stg.runtime.errors import VideoError
+from bridge_stg.evaluation.datasets.registry import read_dataset
+from bridge_stg.evaluation.media import MediaFolder, clip_frames, folder_frames, video_input
+from tests.errors import raises
 from tests.evaluation import official
 
 
@@ -31,15 +30,15 @@ def test_a_part_of_a_video(tmp_path: Path) -> None:
     left = official.box_at(1.5)[0]
     red = frames[0][1][30, :, 0].astype(int) > 130
     assert abs(int(red.argmax()) - left) <= 2  # the first frame shown is that of 1.5 s
-    with pytest.raises(VideoError, match=r"has no frame between 9.00 s and 10.00 s"):
+    with raises("video.too_short", "9.00", "10.00"):
         list(clip_frames(tmp_path / "v.mp4", 9, 10))
 
 
 def test_a_segment_of_vidstg_is_what_the_model_sees(tmp_path: Path) -> None:
     files = official.vidstg(tmp_path, official.video)
-    whole, *_, cut = read_benchmark("vidstg", files.annotations, files.media).samples
-    assert shown(whole) == str(tmp_path / "video/0021/3557382625.mp4")
-    times = [time for time, _ in shown(cut)]
+    whole, *_, cut = read_dataset("vidstg", files.annotations, files.media).samples
+    assert video_input(whole) == str(tmp_path / "video/0021/3557382625.mp4")
+    times = [time for time, _ in video_input(cut)]
     np.testing.assert_allclose(times, cut.read_truth().times, atol=1e-6)
 
 
@@ -51,5 +50,5 @@ def test_a_folder_of_frames(tmp_path: Path) -> None:
     assert [time for time, _ in frames] == [0, 0.1, 0.2]
     assert [round(frame[0, 0, 0] / 10) for _, frame in frames] == [1, 2, 10]
     (tmp_path / "3.jpg").write_bytes(b"no picture")
-    with pytest.raises(VideoError, match=r"3\.jpg: is no picture"):
+    with raises("video.unreadable", "3.jpg"):
         list(folder_frames(tmp_path, 10))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -82,7 +84,7 @@ def test_auroc_against_the_area_under_the_curve():
         ((negative >= threshold).mean(), (positive >= threshold).mean())
         for threshold in [np.inf, *np.unique(np.concatenate([positive, negative]))[::-1]]
     ]
-    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(points, points[1:]))
+    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
     assert auroc(positive.tolist(), negative.tolist()) == pytest.approx(area)
 
 
@@ -127,8 +129,8 @@ def test_overlaps_against_counting_pixels():
     for _ in range(20):
         rects = np.concatenate([rng.integers(-8, 35, (2, 2)), rng.integers(1, 20, (2, 2))], 1)
         masks = []
-        for x, y, w, h in rects:
-            x, y = min(max(x, 0), width), min(max(y, 0), height)
+        for left, top, w, h in rects:
+            x, y = min(max(left, 0), width), min(max(top, 0), height)
             mask = np.zeros((height, width), bool)
             mask[y : y + h, x : x + w] = True
             masks.append(mask)

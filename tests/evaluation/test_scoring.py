@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bridge_stg.evaluation.samples import Sample, Truth, image_truth, span_truth, tube_truth
-from bridge_stg.evaluation.scoring import covering, figures, score, score_nothing
+from bridge_stg.evaluation.scoring import covering, metrics_by_group, score, score_nothing
 from bridge_stg.runtime.chain.results import Grounding
 from tests.evaluation.fake_models import grounding
 
@@ -18,7 +18,7 @@ BOX = np.array([10, 10, 30, 30], np.float32)
 
 
 def sample(task: str) -> Sample:
-    return Sample(id="1", task=task, media=Path("v"), sought="v", query="q", read_truth=lambda: span_truth(None))
+    return Sample(id="1", task=task, media=Path("v"), media_name="v", query="q", read_truth=lambda: span_truth(None))
 
 
 def ten_frames(start: int, stop: int, **options: Any) -> Truth:
@@ -44,7 +44,7 @@ def test_tube_by_hand() -> None:
     assert score_nothing(sample("tube"), truth)["scores"] == {"tIoU": 0, "vIoU": 0}
 
 
-def test_boxes_lie_between_the_models_frames() -> None:
+def test_boxes_are_interpolated_between_the_models_frames() -> None:
     """The model looked at 1 and 3 s only; the annotation's frames at 1, 1.5, 2, 2.5 get interpolated boxes."""
     boxes = np.array([[0, 0, 20, 20], [40, 0, 60, 20]], np.float32)
     moved = np.array([[10 * i, 0, 10 * i + 20, 20] for i in range(-2, 8)], np.float32)
@@ -100,7 +100,7 @@ def test_boxes_are_scaled_to_the_annotation() -> None:
     assert score(sample("tube"), truth, result)["scores"]["vIoU"] == pytest.approx(1)
 
 
-def test_frames_go_on_where_the_annotation_does_not_say_where_they_end() -> None:
+def test_frames_continue_if_the_length_of_the_clip_is_unknown() -> None:
     frames = np.arange(4)
     truth = tube_truth(1 + frames / 2, frames >= 0, np.tile(BOX, (4, 1)), span=(1.0, 3.0), interval_s=0.5)
     wide = covering(truth, (0.0, 4.0))
@@ -131,7 +131,7 @@ def test_tracks() -> None:
     truth = ten_frames(0, 10, size=SIZE)
     truth.counted[[0, 5]] = False
     off = np.tile(BOX + 10, (10, 1))
-    off[0] = 0  # the first box was given, and is never judged
+    off[0] = 0  # the model is given the first box, which is not scored
     found = score(sample("track"), truth, grounding(truth.times, off, span=(0, 5), size=SIZE))
     assert found["prediction"]["boxes"][0] == [10, 10, 30, 30]
     assert found["overlaps"] == [round(100 / 700, 6)] * 8
@@ -146,7 +146,7 @@ def row(index: int, task: str = "tube", *, present: bool = True, **more: Any) ->
     return {"id": str(index), "index": index, "task": task, "group": "", "present": present, "scores": {}} | more
 
 
-def test_figures() -> None:
+def test_metrics_by_group() -> None:
     rows = [
         row(0, scores={"tIoU": 1.0, "vIoU": 0.6}, absent=0.1, group="declarative"),
         row(1, scores={"tIoU": 0.5, "vIoU": 0.3}, absent=0.4, group="interrogative"),
@@ -158,7 +158,7 @@ def test_figures() -> None:
         row(7, "track", scores={"AO": 0.6}, overlaps=[0.4, 0.8]),
         row(8, "track", scores={}, overlaps=[]),
     ]
-    found = figures(rows)
+    found = metrics_by_group(rows)
     assert found["tube"] == pytest.approx(
         {"samples": 5, "failed": 1, "m_tIoU": 0.5, "m_vIoU": 0.3, "vIoU@0.3": 1 / 3, "vIoU@0.5": 1 / 3, "absent": 2,
          "AUROC": 0.25, "absent recognized": 0.5}
@@ -167,8 +167,8 @@ def test_figures() -> None:
     assert found["span"] == {"samples": 1, "failed": 0, "R1@0.3": 1, "R1@0.5": 1, "R1@0.7": 0, "mIoU": 0.5}
     assert found["image"] == {"samples": 1, "failed": 0, "Acc@0.5": 1}
     assert found["track"]["AO"] == pytest.approx(0.6) and found["track"]["samples"] == 2
-    assert figures(rows[::-1]) == found
-    assert figures([]) == {}
+    assert metrics_by_group(rows[::-1]) == found
+    assert metrics_by_group([]) == {}
 
 
 def test_figures_do_not_depend_on_the_order_of_rows() -> None:
@@ -179,4 +179,4 @@ def test_figures_do_not_depend_on_the_order_of_rows() -> None:
     assert float(np.mean([r["scores"]["vIoU"] for r in rows])) != float(
         np.mean([r["scores"]["vIoU"] for r in shuffled])
     )
-    assert figures(shuffled) == figures(rows)
+    assert metrics_by_group(shuffled) == metrics_by_group(rows)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bridge_stg.evaluation.datasets.refcoco_pickle import convert_refs, read_plain_pickle
-from bridge_stg.runtime.errors import AnnotationError
+from bridge_stg.evaluation.datasets.refcoco import convert_refs
+from tests.errors import raises
 from tests.evaluation.official import refs, refs_pickle
 
 # What Python 2's cPickle wrote: byte strings, memo by number; protocol 0 in text, protocol 2 in binary.
@@ -40,8 +40,15 @@ def test_every_protocol(tmp_path: Path, protocol: int) -> None:
 def test_files_of_python_2(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "refs.p"
     path.write_bytes(PYTHON_2[protocol])
-    assert pickle.loads(PYTHON_2[protocol], encoding="utf-8") is not None  # it is a pickle
-    assert read_plain_pickle(path) == WRITTEN
+    assert convert_refs(path, tmp_path / "refs.json") == 1
+    assert json.loads((tmp_path / "refs.json").read_text(encoding="utf-8")) == WRITTEN
+
+
+def test_texts_that_are_not_utf_8_are_latin_1(tmp_path: Path) -> None:
+    (tmp_path / "refs.p").write_bytes(PYTHON_2[2].replace(b"caf\xc3\xa9", b"caf\xe9s"))
+    convert_refs(tmp_path / "refs.p", tmp_path / "refs.json")
+    (ref,) = json.loads((tmp_path / "refs.json").read_text(encoding="utf-8"))
+    assert ref["sentences"][0]["sent"] == "cafés"
 
 
 class Harmful:
@@ -56,44 +63,63 @@ class Harmful:
 def test_nothing_is_executed(tmp_path: Path, protocol: int) -> None:
     path, target = tmp_path / "refs.p", tmp_path / "made"
     path.write_bytes(pickle.dumps([{"sentences": [Harmful(target)]}], protocol=protocol))
-    with pytest.raises(AnnotationError, match="holds the opcode (GLOBAL|STACK_GLOBAL) at byte"):
+    with raises("annotation.unsafe_pickle", path, "mkdir"):
         convert_refs(path, tmp_path / "refs.json")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["refs.p"]
 
 
-def test_what_unfolds_without_end_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "refs.p"
-    nested: list[Any] = []
+def refs_of(value: Any) -> bytes:
+    return pickle.dumps([{"sentences": value}])
+
+
+def nested() -> list[Any]:
+    """Return a small object that is huge as JSON."""
+    value: list[Any] = []
     for _ in range(60):
-        nested = [nested, nested]
-    path.write_bytes(pickle.dumps(nested))
-    with pytest.raises(AnnotationError, match="hold each other over and over"):
-        read_plain_pickle(path)
-    circle: list[Any] = []
-    circle.append(circle)
-    path.write_bytes(pickle.dumps(circle))
-    with pytest.raises(AnnotationError, match="hold each other over and over"):
-        read_plain_pickle(path)
+        value = [value, value]
+    return value
+
+
+def circle() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "code"),
     [
-        (b"", "is no whole pickle"),
-        (pickle.dumps(refs())[:-20], "is no whole pickle"),
-        (b"\x80\x02U", "is no whole pickle"),
-        (b"just text\n", "is no whole pickle|the opcode"),
-        (b"\x80\x02h\x05.", "is no whole pickle"),
-        (b"\x80\x02a.", "is no whole pickle"),
-        (b"\x80\x02K\x01K\x02.", "2 values where one is expected"),
-        (pickle.dumps({1: 2}, 2), "a dictionary's key that is a int"),
-        (pickle.dumps({"refs": []}), "holds no list of refs"),
-        (pickle.dumps([1, 2]), "holds no list of refs"),
+        (refs_of(nested()), "annotation.unsafe_pickle"),
+        (refs_of(circle()), "annotation.unsafe_pickle"),
+        (refs_of(b"bytes"), "annotation.unsafe_pickle"),
+        (refs_of({1, 2}), "annotation.unsafe_pickle"),
+        (b"", "annotation.unsafe_pickle"),
+        (pickle.dumps(refs())[:-20], "annotation.unsafe_pickle"),
+        (b"\x80\x02U", "annotation.unsafe_pickle"),
+        (b"just text\n", "annotation.unsafe_pickle"),
+        (b"\x80\x02h\x05.", "annotation.unsafe_pickle"),  # a value that was never stored
+        (b"\x80\x02a.", "annotation.unsafe_pickle"),  # the stack is empty
+        (b"\x80\x02]R.", "annotation.unsafe_pickle"),  # a call without a function
+        (b"\x80\x02]}U\x01aK\x01sb.", "annotation.unsafe_pickle"),  # the state of a list
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x00.", "annotation.unsafe_pickle"),  # 2**56 bytes
+        (b"\x80\x02\x82\x01.", "annotation.unsafe_pickle"),  # an entry of copyreg's table
+        (pickle.dumps({"refs": []}), "annotation.bad_file"),
+        (pickle.dumps([1, 2]), "annotation.bad_file"),
     ],
 )
-def test_what_is_no_pickle_of_refs(tmp_path: Path, data: bytes, message: str) -> None:
-    path = tmp_path / "refs.p"
+def test_files_that_are_not_a_pickle_of_refs(tmp_path: Path, data: bytes, code: str) -> None:
+    path, out = tmp_path / "refs.p", tmp_path / "refs.json"
     path.write_bytes(data)
-    with pytest.raises(AnnotationError, match=message):
-        convert_refs(path, tmp_path / "refs.json")
-    assert not (tmp_path / "refs.json").exists()
+    with raises(code, path):
+        convert_refs(path, out)
+    assert not out.exists()
+
+
+def test_a_large_index_of_the_memo_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "refs.p").write_bytes(b"\x80\x02]r\xff\xff\xff\xff.")
+    assert convert_refs(tmp_path / "refs.p", tmp_path / "refs.json") == 0
+
+
+def test_a_pickle_that_does_not_exist(tmp_path: Path) -> None:
+    with raises("annotation.not_found", tmp_path / "refs.p"):
+        convert_refs(tmp_path / "refs.p", tmp_path / "refs.json")

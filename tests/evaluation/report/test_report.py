@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridge_stg.evaluation.datasets.registry import read_benchmark
-from bridge_stg.evaluation.report.page import histogram_svg
+from bridge_stg.evaluation.datasets.registry import read_dataset
 from bridge_stg.evaluation.report.pictures import MODELS, TRUE
 from bridge_stg.evaluation.report.report import table_text, write_report
 from bridge_stg.evaluation.run.evaluate import evaluate
@@ -55,7 +54,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
         {"video": "a.mp4", "query": "<i>&", "span": [0, 1]},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    dataset = read_benchmark("jsonl", files.annotations, files.media)
+    dataset = read_dataset("jsonl", files.annotations, files.media)
     models = [model(Oracle(dataset), "exact"), model(Oracle(dataset, shift=6, delay=1, failing=["<i>&"]), "off")]
     (root / "out").mkdir()
     values = write_report(evaluate(dataset, models, root / "out"), root / "out")
@@ -82,7 +81,7 @@ def test_values(reported: tuple[dict[str, Any], str]) -> None:
 
 
 def test_page_is_whole_and_self_contained(reported: tuple[dict[str, Any], str]) -> None:
-    values, page = reported
+    _, page = reported
     reader = Reader()
     reader.feed(page)
     assert not reader.open
@@ -108,6 +107,9 @@ def test_pictures_show_truth_and_answers(reported: tuple[dict[str, Any], str]) -
     assert seen == {TRUE, *MODELS[:2]}
 
 
-def test_histogram_bars_are_as_many_as_filled_bins() -> None:
-    svg = histogram_svg({"edges": [0, 0.5, 1], "counts": [4, 0]}, (1, 2, 3), signed=False)
-    assert svg.count("<rect") == 1 and "highest bar: 4" in svg
+def test_histograms_have_a_bar_per_filled_bin(reported: tuple[dict[str, Any], str]) -> None:
+    values, page = reported
+    histograms = [difference["histogram"] for difference in values["differences"].values()]
+    histograms += values["scores"].values()
+    assert page.count("<rect") == sum(count > 0 for histogram in histograms for count in histogram["counts"])
+    assert f"highest bar: {max(histograms[0]['counts'])} samples" in page

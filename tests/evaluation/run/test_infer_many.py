@@ -1,4 +1,4 @@
-"""Plain inference over tables and folders: one row a question, failures kept, unfinished runs go on."""
+"""Inference over tables and folders: one row per query, failures kept, unfinished runs resumed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from bridge_stg import cli
-from bridge_stg.evaluation.run import bundle_model as bundle_models
+from bridge_stg.evaluation.run import evaluate as evaluate_module
 from bridge_stg.evaluation.run.evaluate import Model
-from bridge_stg.evaluation.run.executor import LocalEngine, Lost, open_engine
+from bridge_stg.evaluation.run.executor import LocalExecutor, Lost, open_executor
 from bridge_stg.evaluation.run.infer_many import UNIT, infer_many, units_of
-from bridge_stg.evaluation.run.queries import Question, read_questions
-from bridge_stg.runtime.errors import AnnotationError, BridgeError
+from bridge_stg.evaluation.run.queries import Query, read_queries
+from tests.errors import raises
 from tests.evaluation.official import video
 from tests.fakes.chain import fake_grounder
 
@@ -53,10 +53,10 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in lines[1:]}
 
 
-def test_a_row_for_every_question(table: Path, tmp_path: Path) -> None:
-    questions, out = read_questions(table, tmp_path / "media"), tmp_path / "out.jsonl"
+def test_a_row_for_every_query(table: Path, tmp_path: Path) -> None:
+    queries, out = read_queries(table, tmp_path / "media"), tmp_path / "out.jsonl"
     told: list[tuple[int, int]] = []
-    found = infer_many(questions, fake(), out, progress=lambda label, done, total: told.append((done, total)))
+    found = infer_many(queries, fake(), out, progress=lambda label, done, total: told.append((done, total)))
     assert (found.answered, found.failed) == (3, 3) and told == [(0, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
     rows = rows_of(out)
     assert [rows[str(i)]["index"] for i in range(1, 7)] == list(range(6))
@@ -69,42 +69,42 @@ def test_a_row_for_every_question(table: Path, tmp_path: Path) -> None:
     assert rows["6"]["error"].startswith("QueryError") and found.first_error == f"3: {rows['3']['error']}"
 
 
-def test_an_unfinished_run_goes_on_and_only_the_failed_are_asked_again(table: Path, tmp_path: Path) -> None:
-    questions, out, asked = read_questions(table, tmp_path / "media"), tmp_path / "out.jsonl", []
+def test_an_unfinished_run_is_resumed_and_only_failed_rows_are_run_again(table: Path, tmp_path: Path) -> None:
+    queries, out, asked = read_queries(table, tmp_path / "media"), tmp_path / "out.jsonl", []
 
-    class Counting(LocalEngine):
-        def answers(self, open_model: Any, ask: Callable[..., Any], units: Any) -> Any:
-            asked.extend(question.id for unit in units for question in unit)
-            return super().answers(open_model, ask, units)
+    class Counting(LocalExecutor):
+        def answers(self, open_model: Any, answer: Callable[..., Any], units: Any) -> Any:
+            asked.extend(query.id for unit in units for query in unit)
+            return super().answers(open_model, answer, units)
 
-    infer_many(questions, fake(), out, engine=Counting())
+    infer_many(queries, fake(), out, executor=Counting())
     data = out.read_bytes()
     out.write_bytes(b"".join(data.splitlines(keepends=True)[:3])[:-7])  # killed while the second row was written
     asked.clear()
-    infer_many(questions, fake(), out, engine=Counting())
+    infer_many(queries, fake(), out, executor=Counting())
     assert sorted(asked) == ["2", "3", "4", "5", "6"] and set(rows_of(out)) == {"1", "2", "3", "4", "5", "6"}
     video(tmp_path / "media/gone.mp4", 3, 8)
     asked.clear()
-    again = read_questions(table, tmp_path / "media")
-    found = infer_many(again, fake(), out, engine=Counting(), retry_failed=True)
+    again = read_queries(table, tmp_path / "media")
+    found = infer_many(again, fake(), out, executor=Counting(), retry_failed=True)
     assert sorted(asked) == ["3", "5", "6"] and found.answered == 4 and "error" not in rows_of(out)["5"]
     with table.open("a") as file:
         file.write('{"video": "a.mp4", "query": "the red square", "id": "later"}\n')  # a table may grow
     asked.clear()
-    infer_many(read_questions(table, tmp_path / "media"), fake(), out, engine=Counting())
+    infer_many(read_queries(table, tmp_path / "media"), fake(), out, executor=Counting())
     assert asked == ["later"]
-    with pytest.raises(BridgeError, match="model.fingerprint is 'a', now it is 'b'"):
-        infer_many(questions, fake(fingerprint="b"), out)
-    with pytest.raises(BridgeError, match="its task is 'tube', now it is 'span'"):
-        infer_many(questions, fake(), out, task="span")
-    changed = [Question("1", 0, None, "a.mp4", "something else")]
-    with pytest.raises(BridgeError, match="holds another question under the id '1': 'the red square' about a.mp4"):
+    with raises("evaluation.other_results", "model.fingerprint", "'a'", "'b'"):
+        infer_many(queries, fake(fingerprint="b"), out)
+    with raises("evaluation.other_results", "task", "'tube'", "'span'"):
+        infer_many(queries, fake(), out, task="span")
+    changed = [Query("1", 0, None, "a.mp4", "something else")]
+    with raises("evaluation.other_results", "'1'", "'the red square'", "a.mp4"):
         infer_many(changed, fake(), out)
 
 
 def test_names_that_are_no_unicode(table: Path, tmp_path: Path) -> None:
     name = os.fsdecode(b"a\xff.mp4")
-    asked = [Question("1", 0, tmp_path / "media/a.mp4", name, "the red square"), Question("2", 1, None, name, "\ud800")]
+    asked = [Query("1", 0, tmp_path / "media/a.mp4", name, "the red square"), Query("2", 1, None, name, "\ud800")]
     infer_many(asked, fake(), tmp_path / "out.jsonl")
     assert rows_of(tmp_path / "out.jsonl")["1"]["video"] == name
     infer_many(asked, fake(), tmp_path / "out.jsonl")  # and it goes on
@@ -118,35 +118,35 @@ def test_a_full_disk_names_the_file(table: Path, tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left on device: .*out.jsonl"):
-        infer_many(read_questions(table, tmp_path / "media"), fake(), tmp_path / "out.jsonl")
+    with pytest.raises(OSError, match=r"No space left on device: .*out\.jsonl"):
+        infer_many(read_queries(table, tmp_path / "media"), fake(), tmp_path / "out.jsonl")
 
 
 def test_units_that_are_lost_are_rows_too(table: Path, tmp_path: Path) -> None:
-    class Losing(LocalEngine):
-        def answers(self, open_model: Any, ask: Any, units: Any) -> Any:
-            for place, answer in super().answers(open_model, ask, units):
-                yield place, Lost("EngineError: gone") if place == 0 else answer
+    class Losing(LocalExecutor):
+        def answers(self, open_model: Any, answer: Any, units: Any) -> Any:
+            for place, row in super().answers(open_model, answer, units):
+                yield place, Lost("EngineError: gone") if place == 0 else row
 
-    found = infer_many(read_questions(table, tmp_path / "media"), fake(), tmp_path / "out.jsonl", engine=Losing())
+    found = infer_many(read_queries(table, tmp_path / "media"), fake(), tmp_path / "out.jsonl", executor=Losing())
     rows = rows_of(tmp_path / "out.jsonl")
     assert found.failed == 5 and [rows[i]["error"] for i in ("1", "4", "6")] == ["EngineError: gone"] * 3
     assert rows["1"]["query"] == "the red square" and "found" in rows["2"]
 
 
-def test_questions_of_one_video_are_one_unit() -> None:
-    questions = [Question(str(i), i, None, f"{i % 2}.mp4", "it") for i in range(2 * UNIT + 2)]
-    units = units_of(questions)
+def test_queries_of_one_video_are_one_unit() -> None:
+    queries = [Query(str(i), i, None, f"{i % 2}.mp4", "it") for i in range(2 * UNIT + 2)]
+    units = units_of(queries)
     assert [len(unit) for unit in units] == [UNIT, 1, UNIT, 1]
-    assert all(len({question.video for question in unit}) == 1 for unit in units)
-    assert sorted(question.index for unit in units for question in unit) == list(range(2 * UNIT + 2))
+    assert all(len({query.video for query in unit}) == 1 for unit in units)
+    assert sorted(query.index for unit in units for query in unit) == list(range(2 * UNIT + 2))
 
 
 def test_parquet_holds_what_the_lines_hold(table: Path, tmp_path: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
-    questions = read_questions(table, tmp_path / "media")
-    infer_many(questions, fake(), tmp_path / "out.jsonl")
-    infer_many(questions, fake(), tmp_path / "out.parquet")
+    queries = read_queries(table, tmp_path / "media")
+    infer_many(queries, fake(), tmp_path / "out.jsonl")
+    infer_many(queries, fake(), tmp_path / "out.parquet")
     assert {path.name for path in tmp_path.iterdir()} == {"media", "table.jsonl", "out.jsonl", "out.parquet"}
     read = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["id"] for row in read] == ["1", "2", "3", "4", "5", "6"]
@@ -160,19 +160,19 @@ def test_parquet_holds_what_the_lines_hold(table: Path, tmp_path: Path) -> None:
             assert ours["time_s"] == theirs["time_s"] and ours["visible"] == theirs["visible"]
             assert ours["box"] == pytest.approx(theirs["box"])
         assert len(row["boxes"] or []) == len(expected.get("boxes") or [])
-    with pytest.raises(BridgeError, match="out.parquet is there already. Give --overwrite"):
-        infer_many(questions, fake(), tmp_path / "out.parquet")
+    with raises("output.exists", "out.parquet", "--overwrite"):
+        infer_many(queries, fake(), tmp_path / "out.parquet")
 
 
 def test_tables_and_folders_are_read(table: Path, tmp_path: Path) -> None:
     media = tmp_path / "media"
     path = media / "t.csv"
     path.write_text('\ufeffquery,id,video\n"the man, who sits\ndown",first,a.mp4\r\nit,,sub/b.mp4\n', encoding="utf-8")
-    first, second = read_questions(path)
-    assert (first.id, first.query, first.media) == ("first", "the man, who sits\ndown", media / "a.mp4")
+    first, second = read_queries(path)
+    assert (first.id, first.text, first.media) == ("first", "the man, who sits\ndown", media / "a.mp4")
     assert (second.id, second.index, second.video, second.media) == ("4", 1, "sub/b.mp4", media / "sub/b.mp4")
-    found = read_questions(media, queries=["the dog", "it"])
-    assert [(q.id, q.query) for q in found][:3] == [
+    found = read_queries(media, texts=["the dog", "it"])
+    assert [(q.id, q.text) for q in found][:3] == [
         ("a.mp4#1", "the dog"),
         ("a.mp4#2", "it"),
         ("broken.mp4#1", "the dog"),
@@ -181,28 +181,40 @@ def test_tables_and_folders_are_read(table: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "part"),
+    ("name", "text", "code", "values"),
     [
-        ("a.jsonl", '{"video": "a.mp4"}\n', r"a\.jsonl:1: the field 'query' is missing; expected a text"),
-        ("a.jsonl", '\n{"query": "it"}\n', r"a\.jsonl:2: the field 'video' is missing"),
-        ("a.jsonl", "{\n", r"a\.jsonl:1: is no JSON"),
-        ("a.jsonl", "[]\n", r"a\.jsonl:1: is no object"),
-        ("a.jsonl", "\n", r"holds no question"),
-        ("a.jsonl", '{"video": "a", "query": "b", "id": 2}\n' * 2, "the id '2' stands there twice"),
-        ("a.csv", "video;query\n", "the header names video;query; expected the columns video and query"),
-        ("a.csv", "video,query\na.mp4\n", r"a\.csv:2: the field 'query' is null"),
-        ("a.txt", "", r"expected \.jsonl or \.csv, or a folder"),
+        ("a.jsonl", '{"video": "a.mp4"}\n', "annotation.bad_field", ("a.jsonl:1", "'query'")),
+        ("a.jsonl", '\n{"query": "it"}\n', "annotation.bad_field", ("a.jsonl:2", "'video'")),
+        ("a.jsonl", "{\n", "annotation.bad_line", ("a.jsonl:1",)),
+        ("a.jsonl", "[]\n", "annotation.bad_line", ("a.jsonl:1",)),
+        ("a.jsonl", "\n", "annotation.empty", ("a.jsonl",)),
+        ("a.jsonl", '{"video": "a", "query": "b", "id": 2}\n' * 2, "annotation.duplicate_id", ("a.jsonl", "'2'")),
+        ("a.csv", "video;query\n", "annotation.bad_line", ("a.csv:1", "video;query")),
+        ("a.csv", "video,query\na.mp4\n", "annotation.bad_field", ("a.csv:2", "'query'", "null")),
+        ("a.csv", 'video,query\na.mp4,"it\n', "annotation.bad_line", ("a.csv:",)),
+        ("a.txt", "", "annotation.bad_file", ("a.txt", ".jsonl", ".csv")),
     ],
 )
-def test_faults_of_tables(tmp_path: Path, name: str, text: str, part: str) -> None:
+def test_faults_of_tables(tmp_path: Path, name: str, text: str, code: str, values: tuple[str, ...]) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(AnnotationError, match=part):
-        read_questions(tmp_path / name)
+    with raises(code, *values):
+        read_queries(tmp_path / name)
+
+
+def test_faults_of_folders(tmp_path: Path) -> None:
+    with raises("options.conflict", "--media"):
+        read_queries(tmp_path, tmp_path, texts=["it"])
+    with raises("options.missing", "--query"):
+        read_queries(tmp_path)
+    with raises("annotation.empty", tmp_path, ".mp4"):
+        read_queries(tmp_path, texts=["it"])
+    with raises("annotation.not_found", "nowhere"):
+        read_queries(tmp_path / "nowhere")
 
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(bundle_models, "bundle_model", lambda path, label, **options: fake())
+    monkeypatch.setattr(evaluate_module, "bundle_model", lambda path, label, **options: fake())
     return tmp_path / "bundle"
 
 
@@ -217,26 +229,29 @@ def test_the_command(table: Path, bundle: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("changed", "part"),
+    ("changed", "code", "values"),
     [
-        (["--out", "out.txt"], "expected the name of a file in .jsonl or .parquet"),
-        (["--out", "nowhere/out.jsonl"], "no folder 'nowhere' to write into"),
-        (["--out", "TABLE"], "is the table itself"),
-        (["--query", "it"], "leave out --query"),
-        (["--media", "nowhere"], "nowhere does not exist"),
-        (["--engine", "spark"], "'spark' is not one of 'local', 'ray'"),
-        (["--workers", "2"], "add --engine ray"),
+        (["--out", "out.txt"], "options.invalid", (".jsonl", ".parquet")),
+        (["--out", "nowhere/out.jsonl"], "options.invalid", ("'nowhere'",)),
+        (["--out", "TABLE"], "output.is_input", ("table.jsonl",)),
+        (["--query", "it"], "options.conflict", ("--query",)),
+        (["--media", "nowhere"], "annotation.no_media_folder", ("nowhere",)),
+        (["--executor", "spark"], "options.invalid", ("'spark'", "'local', 'ray'")),
+        (["--engine", "spark"], "options.invalid", ("'spark'",)),
+        (["--workers", "2"], "options.conflict", ("--executor ray",)),
     ],
 )
 def test_faults_of_the_user(
-    table: Path, bundle: Path, tmp_path: Path, changed: list[str], part: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+    *, table: Path, bundle: Path, tmp_path: Path, changed: list[str], code: str, values: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     changed = [str(table) if value == "TABLE" else value for value in changed]
     before = table.read_bytes()
     command = ["infer-many", str(table), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "out.jsonl")]
     assert cli.run([*command, "--bundle", str(bundle), *changed]) == 2
     output = capsys.readouterr()
-    assert part in " ".join(output.err.split()) and output.out == "" and "Traceback" not in output.err
+    assert output.err.endswith(f" [{code}]\n") and all(value in output.err for value in values)
+    assert output.out == "" and "Traceback" not in output.err
     assert not (tmp_path / "out.jsonl").exists() and table.read_bytes() == before
 
 
@@ -247,17 +262,17 @@ def test_a_missing_package_is_named_with_its_extra(
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             command = ["infer-many", str(table), "--media", str(tmp_path / "media"), "--bundle", str(bundle)]
-            assert cli.run([*command, "--engine", "ray", "--out", str(tmp_path / "out.jsonl")]) == 2
+            assert cli.run([*command, "--executor", "ray", "--out", str(tmp_path / "out.jsonl")]) == 2
             assert 'pip install "bridge-stg[ray]"' in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_ray_gives_the_same_rows(table: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    questions = read_questions(table, tmp_path / "media")
-    infer_many(questions, fake(), tmp_path / "local.jsonl")
-    with open_engine("ray", workers=2, threads=1) as engine:
-        infer_many(questions, fake(), tmp_path / "ray.jsonl", engine=engine)
+    queries = read_queries(table, tmp_path / "media")
+    infer_many(queries, fake(), tmp_path / "local.jsonl")
+    with open_executor("ray", workers=2, threads=1) as executor:
+        infer_many(queries, fake(), tmp_path / "ray.jsonl", executor=executor)
     local, spread = rows_of(tmp_path / "local.jsonl"), rows_of(tmp_path / "ray.jsonl")
     for row in (*local.values(), *spread.values()):
         row.pop("timings_s", None)

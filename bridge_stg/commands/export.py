@@ -1,0 +1,112 @@
+"""The commands about one bundle: `export`, `inspect` and `verify`; and `doctor`, about the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bridge_stg.commands.calibrate import calibrate_bundle, check_int8, float_bundle
+from bridge_stg.commands.infer import UNVERIFIED
+from bridge_stg.commands.options import (
+    DTYPES,
+    PATH,
+    backend_options,
+    bundle_argument,
+    out_option,
+    overwrite_option,
+    sample_options,
+)
+from bridge_stg.commands.progress import ProgressBar, stage_line
+from bridge_stg.runtime.errors import BridgeError
+
+VARIANTS = ("standard", "primitive")
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@out_option("The bundle")
+@overwrite_option("a bundle")
+@click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), help="Default: both; repeatable.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of weights and matmuls.")
+@click.option("--verify/--no-verify", default=True, help="Whether to compare the graphs with torch.")
+@click.option("--int8", is_flag=True, help="Calibrate the bundle too, as `calibrate` does; needs --samples.")
+@sample_options(required=False)
+def export(
+    *,
+    checkpoint: Path,
+    out: Path,
+    overwrite: bool,
+    variants: tuple[str, ...],
+    dtype: str,
+    verify: bool,
+    int8: bool,
+    **given: Any,
+) -> None:
+    """Turn a CHECKPOINT folder into a verified bundle that runs without torch."""
+    check_int8(int8, dtype, given)
+    if out.exists() and not overwrite:
+        raise BridgeError("output.exists", f"{out} already exists. Give --overwrite to replace it, or another --out.")
+    from bridge_stg.export.export_bundle import export_bundle
+    from bridge_stg.export.parity.parity import parity_table
+
+    options: dict[str, Any] = {
+        "variants": variants or VARIANTS, "dtype": dtype, "verify": verify, "progress": stage_line,
+    }  # fmt: skip
+    if int8:
+        with float_bundle(out, given) as path:
+            made = export_bundle(checkpoint, path, overwrite=True, **options)  # an interrupted call may have left it
+            click.echo(parity_table(made) if verify else UNVERIFIED)
+            click.echo(calibrate_bundle(made, out, overwrite=overwrite, **given))
+        return
+    made = export_bundle(checkpoint, out, overwrite=overwrite, **options)
+    click.echo(f"{parity_table(made) if verify else UNVERIFIED}\n{made} is complete.")
+
+
+@click.command()
+@bundle_argument
+def inspect(bundle: Path) -> None:
+    """Show what is in a BUNDLE: model, graphs, variants, tensors."""
+    from bridge_stg.commands.tables import bundle_table
+    from bridge_stg.runtime.bundle.bundle import Bundle
+
+    click.echo(bundle_table(Bundle.load(bundle)))
+
+
+@click.command()
+@bundle_argument
+@backend_options(variant="every one that runs here")
+@click.option("--bisect", is_flag=True, help="Name the block in which the first deviation begins; needs onnx.")
+@click.option(
+    "--against", type=PATH, help="With --bisect: a correct bundle of this model; default: another variant of BUNDLE."
+)
+def verify(bundle: Path, bisect: bool, against: Path | None, **options: Any) -> None:
+    """Hash every file of a BUNDLE and replay its golden cases on this machine.
+
+    With --bisect, a TensorRT backend gets separate engines while the command runs.
+    """
+    options["report"] = click.echo
+    if bisect:
+        from bridge_stg.export.engines.bisect_engines import engine_maker
+        from bridge_stg.export.parity.bisect import verify_and_bisect
+
+        with ProgressBar(delay_s=1) as progress:
+            verify_and_bisect(bundle, against=against, prepare=engine_maker(report=progress, say=stage_line), **options)
+        return
+    if against is not None:
+        raise BridgeError("options.conflict", "--against is the reference of --bisect; give both.")
+    from bridge_stg.runtime.parity.verify import verify_bundle
+
+    verify_bundle(bundle, **options)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Show devices, drivers and memory of this machine, and what each backend still needs."""
+    from bridge_stg.runtime.backends.doctor import diagnose, format_diagnosis
+
+    diagnosis = diagnose()
+    click.echo(json.dumps(diagnosis.to_json(), indent=1) if as_json else format_diagnosis(diagnosis))

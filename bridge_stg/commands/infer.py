@@ -1,0 +1,187 @@
+"""The command `infer`: check the options, run the model, write the results."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bridge_stg.commands.options import SECONDS, backend_options, box, bundle_option, output_file, query_options
+from bridge_stg.commands.progress import ProgressBar, stage_line
+from bridge_stg.runtime.errors import BridgeError
+
+if TYPE_CHECKING:
+    from bridge_stg.runtime.backends.choose import ChosenBackend
+    from bridge_stg.runtime.chain.results import Grounding
+
+UNVERIFIED = (
+    "Note: this bundle is unverified: it was exported with --no-verify, so its graphs were never compared with torch."
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments and options of `infer`."""
+
+    video: str
+    queries: tuple[str, ...]
+    task: str
+    first_box: tuple[float, ...] | None
+    bundle: Path | None
+    json_file: Path | None
+    annotate: Path | None
+    sheet: Path | None
+    allow_none: bool
+    threads: int | None
+    backend: str
+    variant: str | None
+    max_visual_tokens: int | None
+    deadline: float | None
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Return the files to write."""
+        return [path for path in (self.json_file, self.annotate, self.sheet) if path is not None]
+
+
+@click.command()
+@click.argument("video")
+@click.argument("queries", metavar="QUERY...", nargs=-1)
+@query_options
+@click.option("--track", "first_box", type=box, metavar="L,T,R,B", help="Follow what is in this box of frame 1.")
+@bundle_option
+@click.option("--json", "json_file", type=output_file(".json"), help="Write the results, one box per video frame.")
+@click.option(
+    "--annotate",
+    type=output_file(".mp4", ".png", ".jpg"),
+    help="Write the video (H.264) or image with box and query drawn.",
+)
+@click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span, with a timeline.")
+@backend_options()
+@click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Give up after this time.")
+def infer(**given: Any) -> None:
+    """Find QUERY in VIDEO (or in an image): the time span, and a box in every frame of it.
+
+    Several queries share the work on the video. With --track, QUERY may be left out.
+    """
+    request = Request(**given)
+    check(request)
+    with ProgressBar(delay_s=1) as progress:
+        results, chosen = ground(request, progress)
+        write(request, results, chosen, progress)
+    from bridge_stg.commands.tables import grounding_table
+
+    click.echo("\n\n".join(grounding_table(result) for result in results))
+    if chosen is not None:
+        click.echo(f"  engine: {chosen.summary}")
+    for path in request.outputs:
+        click.echo(f"wrote {path}")
+
+
+def check(request: Request) -> None:
+    """Check what click does not: options that exclude each other, and files named twice.
+
+    Raises:
+        BridgeError: two options conflict, the query is missing, or a file has the wrong suffix.
+    """
+    drawn = request.annotate or request.sheet
+    if request.first_box is None and not request.queries:
+        raise BridgeError("options.missing", "Missing argument 'QUERY...': what to find, such as \"the red car\".")
+    if request.first_box is not None and (request.task != "tube" or len(request.queries) > 1):
+        raise BridgeError("options.conflict", "--track takes at most one QUERY and no --task; leave out the others.")
+    if request.task == "span" and drawn:
+        raise BridgeError("options.conflict", "--task span computes no boxes; leave out --annotate and --sheet.")
+    if drawn and len(request.queries) > 1:
+        raise BridgeError("options.conflict", "--annotate and --sheet draw one query; run infer once per query.")
+    for output in request.outputs:
+        if output.exists() and Path(request.video).exists() and output.samefile(request.video):
+            raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")
+    if request.annotate and request.sheet and request.annotate.resolve() == request.sheet.resolve():
+        raise BridgeError(
+            "options.conflict", f"{request.sheet} is given as --annotate and as --sheet; give two different names."
+        )
+
+
+def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding], ChosenBackend | None]:
+    """Run the model, and return the result of each query and the backend that computed it."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads of numpy would busily wait for work
+    from bridge_stg.demo.bundle import demo_bundle
+    from bridge_stg.runtime import Grounder
+    from bridge_stg.runtime.host.threads import Background
+
+    began = time.monotonic()
+    if request.annotate:
+        from bridge_stg.runtime.video.playback import play
+        from bridge_stg.runtime.visualize.annotate import check_suffix
+
+        with play(request.video) as source:  # a wrong suffix fails now, not after the work
+            check_suffix(source, request.annotate)
+    path = request.bundle or demo_bundle(progress=stage_line)
+    options: dict[str, Any] = {"backend": request.backend, "variant": request.variant, "threads": request.threads}
+    loading = Background(lambda: Grounder.load(path, wait=False, **options))
+    for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):  # a missing one is reported when it is used
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    from bridge_stg.runtime.chain.tasks import TRACKED
+
+    with loading.result() as grounder:
+        if not grounder.verified:
+            click.echo(UNVERIFIED, err=True)
+        with grounder.open(
+            request.video,
+            max_visual_tokens=request.max_visual_tokens,
+            deadline_s=request.deadline,
+            progress=progress,
+        ) as video:
+            left = None if request.deadline is None else max(0.0, request.deadline - (time.monotonic() - began))
+            limits: dict[str, Any] = {"deadline_s": left, "progress": progress}
+            queries = list(request.queries)
+            if request.first_box is not None:
+                results = [video.track(request.first_box, query=queries[0] if queries else TRACKED, **limits)]
+            elif request.task == "span":
+                results = [video.span(query, allow_none=request.allow_none, **limits) for query in queries]
+            elif request.task == "image":
+                results = [video.locate(query, **limits) for query in queries]
+            else:
+                results = video.ground_many(queries, allow_none=request.allow_none, **limits)
+        return results, grounder.target
+
+
+def write(request: Request, results: Sequence[Grounding], chosen: ChosenBackend | None, progress: ProgressBar) -> None:
+    """Write the files that were requested, each whole or not at all."""
+    if request.json_file:
+        from bridge_stg.runtime.host.files import replacing
+
+        engine = None if chosen is None else chosen.to_json()
+        document = {"video": request.video, "engine": engine, "results": [result.to_json() for result in results]}
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        with naming(request.json_file), replacing(request.json_file) as temporary:
+            # Bytes of a file name that are not Unicode are escaped as JSON escapes them.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    if request.annotate or request.sheet:
+        from bridge_stg.runtime.visualize import annotate as draw
+
+        if request.annotate:
+            with naming(request.annotate):
+                draw.annotate(request.video, results[0], request.annotate, progress=progress)
+        if request.sheet:
+            with naming(request.sheet):
+                draw.contact_sheet(request.video, results[0], request.sheet)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put this path into an error of the system, such as a full disk: writers name a temporary file, or none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
