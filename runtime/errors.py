@@ -1,4 +1,4 @@
-"""The exceptions of the project. Each has a stable code; the CLI prints one paragraph and exits with code 2."""
+"""The exceptions of the project, each with a stable code. The CLI prints message and code, and exits with status 2."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ class BridgeError(Exception):
 
 
 class BundleError(BridgeError):
-    """A bundle that is damaged, incomplete, of an unknown schema, or that points outside itself."""
+    """A bundle is damaged, incomplete, of an unknown schema, or names files outside its folder."""
 
 
 class CheckpointError(BridgeError):
-    """A checkpoint folder that cannot be read, or whose tensors do not fit its config."""
+    """A checkpoint folder cannot be read, or its tensors do not fit its config."""
 
 
 class VideoError(BridgeError):
-    """A video, image or stream that cannot be read."""
+    """A video, image or stream cannot be read, or does not fit the model."""
 
 
 class QueryError(BridgeError):
-    """A query that the model cannot be asked."""
+    """A query or a first box is not valid input for the model."""
 
 
 class AnnotationError(BridgeError):
-    """An annotation file that cannot be read, or a line or field of it that is not as its format says."""
+    """An annotation file cannot be read, or one of its lines or fields does not follow the format."""
 
 
 class EngineError(BridgeError):
-    """A backend that is missing, refuses a graph, or fails while running it."""
+    """A backend is missing, does not support a graph, or failed while running it."""
 
 
 class Interrupted(BridgeError):
-    """A call that was stopped by its deadline or by its `cancel` signal."""
+    """A call was stopped by its deadline or by its `cancel` signal."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -12,41 +14,82 @@ from bridge_stg.runtime.backends.kv_pool import KVPool
 from bridge_stg.runtime.backends.session import Session, fixed_capacity
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.decode import Prefix, prefill_video
+from bridge_stg.runtime.chain.decode import prefill_video
 from bridge_stg.runtime.chain.opened_video import Chain, OpenedVideo
-from bridge_stg.runtime.chain.prompt import Tokenizer, check_query, video_budget, video_segment
+from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, check_query, video_budget, video_segment
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid
 from bridge_stg.runtime.errors import EngineError, VideoError
-from bridge_stg.runtime.host.limits import Limits, Progress
+from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.usage import UseCount
-from bridge_stg.runtime.video.source import CoarseFrames, open_source
+from bridge_stg.runtime.video.source import CoarseFrames, VideoSource, open_source
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
+
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.live.watch import LiveWatch
 
 Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]"
 """A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image).
 
-Images of an iterable may be arrays of any library that speaks DLPack; where the graphs run on a GPU, they may lie
-there, and stay there."""
+Images of an iterable may be arrays of any library that implements DLPack; if the graphs run on a GPU, images on that
+GPU are not copied to the host."""
+
+
+class OptionKeywords(CallKeywords, total=False):
+    """The keyword arguments of calls that read a video; see `CallOptions`."""
+
+    buffer_frames: int
+    max_visual_tokens: int | None
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """The options of one call that reads a video.
+
+    Attributes:
+        deadline_s: seconds after which the call stops; None for no deadline.
+        cancel: a `threading.Event`, or a callable that returns True to stop.
+        progress: called as progress(stage, done, total); total is None where it is not known.
+        buffer_frames: most frames of an iterable to keep for the spatial pass; more are thinned evenly.
+        max_visual_tokens: most visual tokens of the coarse frames; a longer video is read in smaller frames, then at a
+            lower rate (see `Grounding.coarse`). None: the model's own limits.
+    """
+
+    deadline_s: float | None = None
+    cancel: Cancel | None = None
+    progress: Progress | None = None
+    buffer_frames: int = 256
+    max_visual_tokens: int | None = None
+
+    def limits(self) -> Limits:
+        """Start the clock of the call."""
+        return Limits(deadline_s=self.deadline_s, cancel=self.cancel, progress=self.progress)
 
 
 class Grounder:
     """A loaded model, safe to use from many threads. A context manager: closing frees its engines.
 
+    Calls that read a video take the fields of `CallOptions` as keyword arguments.
+
     Args:
-        sessions: the three graphs by name.
-        spec: what the chain must know about the model.
+        sessions: the sessions of the three graphs by name.
+        spec: the model's sizes, rates and rules.
         tokenizer: the model's tokenizer.
-        kv_budget_bytes: what the KV caches of one batch of queries may hold; more queries go in several batches.
-        feature_budget_bytes: what a video's fine feature maps may hold between calls.
-        unchanged_tolerance: how much a patch of the coarse frames may change, in levels of 0 to 255 on average, for a
-            group to count as the one before it and not be encoded again; 0: not at all (see `unchanged.deduplicate_frames`).
+        kv_budget_bytes: most bytes of the KV caches of one batch of queries; more queries run in several batches.
+        feature_budget_bytes: most bytes of a video's fine feature maps that are cached between calls.
+        unchanged_tolerance: largest mean change of any patch of the coarse frames, in levels of 0 to 255, at which a
+            group is not encoded again; 0: only equal groups (see `vision_pass.deduplicate_frames`).
         verified: whether the graphs were compared with the torch reference when they were exported.
-        target: which backend the sessions run on and why, to be told; None where that is not known.
+        target: the backend of the sessions and why it was chosen; None if unknown.
+
+    Attributes:
+        sessions: the sessions of the three graphs by name; closed together with this object.
+        tokenizer: the model's tokenizer.
+        verified: see Args.
+        target: see Args.
     """
 
     def __init__(
@@ -63,24 +106,25 @@ class Grounder:
     ) -> None:
         missing = [name for name in GRAPHS if name not in sessions]
         if missing:
-            raise EngineError(
-                f"the chain needs a session for {missing[0]!r}; it was given: {', '.join(sessions) or 'none'}"
-            )
+            message = f"no session for graph {missing[0]!r}; expected {', '.join(GRAPHS)}, found {', '.join(sessions)}"
+            raise EngineError("engine.missing_session", message)
         if not 0 <= unchanged_tolerance <= 255:
-            raise VideoError(f"unchanged_tolerance={unchanged_tolerance!r}: expected levels, from 0 to 255")
-        self.verified = verified
-        self.target = target
-        self._sessions = dict(sessions)
+            message = f"unchanged_tolerance={unchanged_tolerance!r}: expected levels from 0 to 255"
+            raise VideoError("options.out_of_range", message)
+        self.sessions: Mapping[str, Session] = MappingProxyType(dict(sessions))
+        self.tokenizer, self.verified, self.target = tokenizer, verified, target
+        self._pool = KVPool(sessions["language_model"], budget_bytes=kv_budget_bytes)
         self._feature_budget_bytes = feature_budget_bytes
         self._unchanged_tolerance = unchanged_tolerance
+        closed_error = EngineError("engine.closed", "this Grounder is closed; load the bundle again")
         self._chain = Chain(
             vision_encoder=sessions["vision_encoder"],
             language_model=sessions["language_model"],
             spatial_decoder=sessions["spatial_decoder"],
             spec=spec,
             tokenizer=tokenizer,
-            pool=KVPool(sessions["language_model"], budget_bytes=kv_budget_bytes),
-            usage=UseCount(self._free, closed_error=EngineError("this Grounder is closed; load the bundle again")),
+            pool=self._pool,
+            usage=UseCount(self._free, closed_error=closed_error),
         )
 
     @classmethod
@@ -98,16 +142,16 @@ class Grounder:
 
         Args:
             path: the bundle's folder.
-            backend: "auto", or the name of an engine; `Grounder.target` says which one runs, and why.
-            variant: the lowering to run, such as "standard"; None for the best that runs here.
-            threads: CPU threads of an engine; None for its own default.
-            wait: whether to return when all engines are open. Else those of a CPU are opened while the first video is
-                read, and one that refuses its graph says so at the first call that needs it.
+            backend: "auto", or the name of a backend; `Grounder.target` is the one that was chosen, and why.
+            variant: variant of the graphs to run, such as "standard"; None for the best that runs here.
+            threads: CPU threads of the backend; None for its own default.
+            wait: whether to return only when all sessions are open. Otherwise those of a CPU are opened while the first
+                video is read, and an unsupported graph raises at the first call that needs it.
             unchanged_tolerance: see `Grounder`.
 
         Raises:
             BundleError: the bundle is damaged, incomplete or of an unknown schema.
-            EngineError: the backend is unknown or missing, or refuses a graph.
+            EngineError: the backend is unknown or missing, or does not support a graph.
         """
         from bridge_stg.runtime.backends.choose import open_sessions
         from bridge_stg.runtime.bundle.bundle import Bundle
@@ -120,53 +164,38 @@ class Grounder:
             for session in sessions.values():
                 session.close()
             raise
-        target: ChosenBackend | None = getattr(sessions, "target", None)
         return cls(
             sessions,
             bundle.manifest.spec,
             tokenizer,
             unchanged_tolerance=unchanged_tolerance,
             verified=bundle.manifest.verified,
-            target=target,
+            target=sessions.target,
         )
 
     @property
     def spec(self) -> ModelSpec:
-        """What the chain knows about the model."""
+        """The model's sizes, rates and rules."""
         return self._chain.spec
 
     def check_query(self, query: str) -> None:
-        """Do nothing with a query that can be asked; no video is read for it.
+        """Check a query without reading a video.
 
         Raises:
-            QueryError: it is empty or too long for any video.
+            QueryError: the query is empty, or too long for any video.
         """
-        check_query(self._chain.tokenizer, self.spec.prompt, query)
+        check_query(self.spec.prompt, query)
 
     def ground(
-        self,
-        video: Video,
-        query: str,
-        *,
-        allow_none: bool = True,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
-        buffer_frames: int = 256,
-        max_visual_tokens: int | None = None,
+        self, video: Video, query: str, *, allow_none: bool = True, **options: Unpack[OptionKeywords]
     ) -> Grounding:
         """Find when and where the query's target is in a video, image or stream.
 
         Args:
             video: see `Video`; an iterable is read once, to its end.
             query: what to find, in words.
-            allow_none: whether the answer may be that the target is not there.
-            deadline_s: seconds after which the call stops.
-            cancel: a `threading.Event`, or a callable that returns True to stop.
-            progress: called as progress(stage, done, total); total is None where it is not known.
-            buffer_frames: frames of an iterable that are kept for the spatial pass; thinned evenly beyond.
-            max_visual_tokens: what the coarse frames may take of the prompt; a longer video is read in smaller frames,
-                then at a lower rate (see `Grounding.coarse`). None: what the model's own rules allow.
+            allow_none: whether the answer may be that the target is absent.
+            options: see `CallOptions`.
 
         Raises:
             VideoError: the video cannot be read, or `max_visual_tokens` is too small for one group of its frames.
@@ -174,46 +203,28 @@ class Grounder:
             Interrupted: the deadline passed, or `cancel` was set; the message names the stage.
             EngineError: a backend failed, or this Grounder is closed.
         """
-        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
-        return self._once(video, query, Task(allow_none=allow_none), limits, buffer_frames, max_visual_tokens)
+        return self._ground(video, query, Task(allow_none=allow_none), CallOptions(**options))
 
     def span(
-        self,
-        video: Video,
-        query: str,
-        *,
-        allow_none: bool = True,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
-        buffer_frames: int = 256,
-        max_visual_tokens: int | None = None,
+        self, video: Video, query: str, *, allow_none: bool = True, **options: Unpack[OptionKeywords]
     ) -> Grounding:
         """Find only when it happens (temporal grounding): the spatial decoder does not run, and there are no boxes.
 
-        Arguments and errors are those of `ground`.
+        Arguments and errors as for `ground`.
         """
-        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
-        return self._once(video, query, Task("span", allow_none=allow_none), limits, buffer_frames, max_visual_tokens)
+        return self._ground(video, query, Task("span", allow_none=allow_none), CallOptions(**options))
 
     def locate(
-        self,
-        image: str | os.PathLike[str] | np.ndarray,
-        query: str,
-        *,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
+        self, image: str | os.PathLike[str] | np.ndarray, query: str, **limits: Unpack[CallKeywords]
     ) -> Grounding:
-        """Find the one box of a target that is in an image for sure (referring expression): the answer is never none.
+        """Find the one box of a target that is certainly in an image (referring expression): the answer is never none.
 
-        Arguments and errors are those of `ground`.
+        Arguments and errors as for `ground`.
 
         Raises:
-            VideoError: it is a video; or as of `ground`.
+            VideoError: it is a video; or as for `ground`.
         """
-        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
-        return self._once(image, query, Task("image", allow_none=False), limits, 256, None)
+        return self._ground(image, query, Task("image", allow_none=False), CallOptions(**limits))
 
     def track(
         self,
@@ -221,44 +232,31 @@ class Grounder:
         first_box: Sequence[float] | np.ndarray,
         *,
         query: str = TRACKED,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
-        buffer_frames: int = 256,
-        max_visual_tokens: int | None = None,
+        **options: Unpack[OptionKeywords],
     ) -> Grounding:
-        """Follow what is in a box of the first frame (tracking): the answer is never none.
+        """Follow the target in a box of the first frame (tracking): the answer is never none.
 
         Args:
             video: see `Video`.
             first_box: left, top, right, bottom in pixels of the first frame.
             query: what it is, in words, if known.
-            deadline_s, cancel, progress, buffer_frames, max_visual_tokens: as of `ground`.
+            options: see `CallOptions`.
 
         Returns:
-            A box for every frame of the video, the first one as given. The span begins with the video; frames behind it
-            hold the last box, marked as not visible.
+            A box for every frame of the video, the first one as given. The span begins with the video; frames after it
+            repeat the last box, marked as not visible.
 
         Raises:
-            QueryError: the box is no box, or lies outside the frame; or as of `ground`.
+            QueryError: the box is invalid, or lies outside the frame; or as for `ground`.
         """
-        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
-        return self._once(video, query, track_from(first_box), limits, buffer_frames, max_visual_tokens)
+        return self._ground(video, query, track_from(first_box), CallOptions(**options))
 
-    def open(
-        self,
-        video: Video,
-        *,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
-        buffer_frames: int = 256,
-        max_visual_tokens: int | None = None,
-    ) -> OpenedVideo:
-        """Read a video and compute what does not depend on a query. Arguments and errors are those of `ground`."""
-        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
+    def open(self, video: Video, **options: Unpack[OptionKeywords]) -> OpenedVideo:
+        """Read a video and compute all that does not depend on a query. Arguments and errors as for `ground`."""
+        call = CallOptions(**options)
+        limits = call.limits()
         with self._chain.usage.call():
-            return self._open(video, limits, buffer_frames, max_visual_tokens)
+            return self._open(video, call, limits)
 
     def watch(
         self,
@@ -267,20 +265,20 @@ class Grounder:
         *,
         realtime: bool = False,
         latest_wins: bool | None = None,
-        cancel: Any = None,
+        cancel: Cancel | None = None,
         **options: Any,
     ) -> LiveWatch:
-        """Watch a live stream: ask standing queries about its last seconds again and again.
+        """Watch a live stream: ground standing queries in its last seconds again and again.
 
-        Iterate over what is returned, in a `with` block: each `LiveUpdate` holds a round's answers and events.
+        Iterate over the result in a `with` block: each `LiveUpdate` contains the answers and events of one round.
 
         Args:
             source: a video file; an address such as rtsp://camera/stream; a camera's number or device file; or an
                 iterable of (time in seconds, RGB uint8 [H, W, 3]) with strictly increasing times and one size.
             queries: what to find, in words.
-            realtime: give a file's frames at their own pace instead of as fast as they are taken.
-            latest_wins: whether frames that the machine is too slow for give way to later ones, and are counted; else
-                the source waits. None: it waits for files and iterables.
+            realtime: read a file's frames at their own pace instead of as fast as possible.
+            latest_wins: whether frames are dropped (and counted) when the machine is too slow for them; otherwise the
+                source waits. None: files and iterables wait, all other sources drop.
             cancel: a `threading.Event`, or a callable that returns True to end the watch, like `LiveWatch.stop`.
             options: the fields of `LiveOptions`.
 
@@ -304,14 +302,6 @@ class Grounder:
                 feature_budget_bytes=self._feature_budget_bytes,
             )
 
-    def _once(
-        self, video: Video, query: str, task: Task, limits: Limits, buffer_frames: int, max_visual_tokens: int | None
-    ) -> Grounding:
-        with self._chain.usage.call():
-            check_query(self._chain.tokenizer, self.spec.prompt, query)  # before a long video is read for it
-            with self._open(video, limits, buffer_frames, max_visual_tokens) as opened:
-                return opened.ground_within(limits, [query], task)[0]
-
     def close(self) -> None:
         """Close the engines. Calls under way finish; later ones raise EngineError. May be called again."""
         self._chain.usage.close()
@@ -323,57 +313,68 @@ class Grounder:
         self.close()
 
     def _free(self) -> None:
-        self._chain.pool.clear()
-        for session in self._sessions.values():
+        self._pool.clear()
+        for session in self.sessions.values():
             session.close()
 
-    def _open(self, video: Video, limits: Limits, buffer_frames: int, max_visual_tokens: int | None) -> OpenedVideo:
-        chain = self._chain
+    def _ground(self, video: Video, query: str, task: Task, options: CallOptions) -> Grounding:
+        limits = options.limits()
+        with self._chain.usage.call():
+            check_query(self.spec.prompt, query)  # before a long video is read for it
+            with self._open(video, options, limits) as opened:
+                return opened.ground_within(limits, [query], task)[0]
+
+    def _open(self, video: Video, options: CallOptions, limits: Limits) -> OpenedVideo:
+        """Sample the frames, encode them, and prefill the video's part of the prompt."""
+        chain, spec = self._chain, self.spec
         with limits.stage("decode_video"):
-            source = open_source(
-                video,
-                chain.spec,
-                buffer_frames=buffer_frames,
-                budget=video_budget(
-                    chain.tokenizer, chain.spec, max_visual_tokens, capacity=fixed_capacity(chain.language_model)
-                ),
-                device=getattr(chain.vision_encoder, "device", None),
-            )
+            source = self._source(video, options)
         try:
             with limits.stage("decode_video"):
-                coarse = source.coarse(limits)
-                grid = source.fine_grid()
-            prefix = self._prefix(coarse, limits)
+                coarse, grid = source.coarse(limits), source.fine_grid()
+            segment = self._segment(coarse)
+            with limits.stage("vision_coarse"):
+                tolerance = self._unchanged_tolerance
+                visual_tokens = coarse_tokens(
+                    chain.vision_encoder, spec, coarse.frames, report=limits.report, tolerance=tolerance
+                )
+            with limits.stage("prefill"):
+                cache = chain.pool.take(batch=1, positions=len(segment))
+                prefix = prefill_video(chain.language_model, cache, segment, visual_tokens, report=limits.report)
             features = FineFeatures(
                 chain.vision_encoder,
-                chain.spec,
+                spec,
                 read=lambda places, limits: source.fine(grid[places], limits),
                 budget_bytes=self._feature_budget_bytes,
                 read_ahead=source.fine_size if source.read_ahead else None,
             )
-            return OpenedVideo(chain, source, coarse, prefix, features, grid, dict(limits.timings))
+            return OpenedVideo(
+                chain, source, coarse, prefix=prefix, features=features, grid=grid, timings=limits.timings
+            )
         except BaseException:
             source.close()
             raise
 
-    def _prefix(self, coarse: CoarseFrames, limits: Limits) -> Prefix:
-        """Compute the visual tokens of the coarse frames, and the keys and values of the video's part of the prompt."""
-        chain, language = self._chain, self.spec.language
-        segment = video_segment(chain.tokenizer, chain.spec, coarse.group_times, merged_grid(coarse.frames, chain.spec))
-        if segment.next_position > language.max_positions:
+    def _source(self, video: Video, options: CallOptions) -> VideoSource:
+        chain = self._chain
+        capacity = fixed_capacity(chain.language_model)
+        return open_source(
+            video,
+            chain.spec,
+            buffer_frames=options.buffer_frames,
+            budget=video_budget(chain.tokenizer, chain.spec, options.max_visual_tokens, capacity=capacity),
+            device=getattr(chain.vision_encoder, "device", None),
+        )
+
+    def _segment(self, coarse: CoarseFrames) -> Segment:
+        """Return the video's part of the prompt. Raises VideoError if the model has too few positions for it."""
+        grid, most = merged_grid(coarse.frames, self.spec), self.spec.language.max_positions
+        segment = video_segment(self.tokenizer, self.spec, coarse.group_times, grid)
+        if segment.next_position > most:
             raise VideoError(
+                "video.exceeds_prompt",
                 f"even {len(coarse.frames)} group of the smallest frames takes {segment.next_position} positions of "
-                f"the prompt, more than the model's {language.max_positions}; use a model with more positions, or "
-                "one with a lower frames.coarse_min_pixels in its config"
+                f"the prompt, more than the model's {most}; use a model with more positions, or one with a lower "
+                "frames.coarse_min_pixels in its config",
             )
-        with limits.stage("vision_coarse"):
-            tokens = coarse_tokens(
-                chain.vision_encoder,
-                chain.spec,
-                coarse.frames,
-                report=limits.report,
-                tolerance=self._unchanged_tolerance,
-            )
-        with limits.stage("prefill"):
-            cache = chain.pool.take(batch=1, positions=len(segment))
-            return prefill_video(chain.language_model, cache, segment, tokens, report=limits.report)
+        return segment

@@ -44,7 +44,7 @@ def quiet(*_: Any) -> None:
 
 def prefilled(grounder: Grounder, length: int) -> Callable[[int], np.ndarray]:
     """Return what prefills so many tokens of text in chunks of a size, and returns the last layer's values."""
-    session: Any = grounder._sessions["language_model"]
+    session: Any = grounder.sessions["language_model"]
     spec = grounder.spec
     ids = np.random.default_rng(0).integers(0, min(300, spec.language.vocab_size), length)
     segment = text_segment(ids, 0)
@@ -61,7 +61,7 @@ def prefilled(grounder: Grounder, length: int) -> Callable[[int], np.ndarray]:
 
 def encoded(grounder: Grounder, groups: int, width: int, height: int) -> Callable[[int], np.ndarray]:
     """Return what encodes so many groups in calls of a number of patches."""
-    session: Any = grounder._sessions["vision_encoder"]
+    session: Any = grounder.sessions["vision_encoder"]
     spec = grounder.spec
     shape = (groups, spec.vision.temporal_patch_size, height, width, 3)
     frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

@@ -51,7 +51,7 @@ def timed_queries(grounder: Grounder, clip: str, count: int) -> dict[str, Any]:
     """Open a video and ask so many queries together; return seconds by graph and in all."""
     clock, fine = Clock(), []
     for name in GRAPHS:
-        session: Any = grounder._sessions[name]
+        session: Any = grounder.sessions[name]
 
         def infer(feeds: Mapping[str, Any], *, cache: Any = None, session: Any = session, name: str = name) -> Any:
             if name == "spatial_decoder":
@@ -65,7 +65,7 @@ def timed_queries(grounder: Grounder, clip: str, count: int) -> dict[str, Any]:
             found = video.ground_many(QUERIES[:count], allow_none=False)
     finally:
         for name in GRAPHS:
-            del grounder._sessions[name].infer  # type: ignore[attr-defined]
+            del grounder.sessions[name].infer  # type: ignore[attr-defined]
     seconds = {name: {"wall_s": round(wall, 4), "cpu_s": round(cpu, 4)} for name, (wall, cpu) in clock.seconds.items()}
     read_s = found[0].timings["decode_video"] + found[0].timings.get("decode_fine", 0.0)
     rest_s = clock.seconds["total"][0] - sum(clock.seconds[name][0] for name in GRAPHS) - read_s
@@ -123,7 +123,7 @@ def main(models: tuple[tuple[str, Path, Path], ...], queries: int, runs: int, ca
             one, many = (best[count]["seconds"]["total"] for count in (1, queries))
             steps = {
                 f"{rows} rows": step_by_capacity(
-                    grounder._sessions["language_model"], grounder.spec, cached=cached, rows=rows
+                    grounder.sessions["language_model"], grounder.spec, cached=cached, rows=rows
                 )
                 for rows in (1, queries)
             }

@@ -27,7 +27,7 @@ class ChainRows:
 
     def __init__(self, grounder: Grounder, sessions: dict[str, Any]) -> None:
         self.grounder, self.sessions, self.spec = grounder, sessions, grounder.spec
-        encode = grounder._chain.tokenizer.encode
+        encode = grounder.tokenizer.encode
         self.watch = Watch(sessions, marker=answer_marker(encode, self.spec.prompt.query))
         self._cache: Any = None
         self._cached: bytes | None = None

@@ -23,7 +23,7 @@ def load_ours(model: Model, precision: str, threads: int) -> Loaded:
     grounder = Grounder.load(model.bundles[precision], threads=threads)
     variants = {} if grounder.target is None else dict(grounder.target.variants)
     words = f"{precision}; variants {', '.join(f'{k} {v}' for k, v in variants.items())}"
-    return Loaded(ChainRows(grounder, grounder._sessions).rows(), words, ("onnxruntime", "numpy"))
+    return Loaded(ChainRows(grounder, grounder.sessions).rows(), words, ("onnxruntime", "numpy"))
 
 
 def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = False) -> Loaded:
@@ -43,7 +43,7 @@ def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = F
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(model.folder.resolve().parent / "inductor"))
         compile_parts(loaded)
     grounder = loaded.grounder()
-    return Loaded(ChainRows(grounder, grounder._sessions).rows(), words, ("torch", "transformers", "numpy"))
+    return Loaded(ChainRows(grounder, grounder.sessions).rows(), words, ("torch", "transformers", "numpy"))
 
 
 def compile_parts(model: object) -> None:

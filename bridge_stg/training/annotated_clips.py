@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bridge_stg.evaluation.datasets.jsonl import Annotation, read_annotations
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.prompt import Tokenizer, check_query
+from bridge_stg.runtime.chain.prompt import check_query
 from bridge_stg.runtime.errors import AnnotationError, QueryError
 from bridge_stg.runtime.video.source import open_source
 from bridge_stg.training.clip_batches import Clip, ClipQuestion
@@ -38,7 +38,7 @@ def question_of(annotation: Annotation) -> ClipQuestion:
     return ClipQuestion(a.where, a.query, span, a.times, a.boxes, track=a.task == "track")
 
 
-def check_clips(clips: Iterable[Clip], spec: ModelSpec, tokenizer: Tokenizer) -> None:
+def check_clips(clips: Iterable[Clip], spec: ModelSpec) -> None:
     """Open every medium and check what can be checked without reading all of it.
 
     Raises:
@@ -50,7 +50,7 @@ def check_clips(clips: Iterable[Clip], spec: ModelSpec, tokenizer: Tokenizer) ->
             width, height = source.width, source.height
         for question in clip.questions:
             try:
-                check_query(tokenizer, spec.prompt, question.query)
+                check_query(spec.prompt, question.query)
             except QueryError as error:
                 raise AnnotationError(f"{question.where}: the field 'query': {error}") from None
             boxes = question.boxes

@@ -106,7 +106,7 @@ def train_clips(
     store = open_weights(checkpoint, config)
     model = load_checkpoint(checkpoint, attention="sdpa" if place.type == "cuda" else None).to(place)
     assert model.tokenizer is not None
-    check_clips(clips, model.spec, model.tokenizer)
+    check_clips(clips, model.spec)
     folder = out.with_name(out.name + "-training")
     folder.mkdir(parents=True, exist_ok=True)
     documents = {"annotations": Path(annotations), "config": checkpoint / "config.json"}

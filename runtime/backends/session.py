@@ -102,6 +102,21 @@ def fixed_capacity(session: Session) -> int | None:
     return None if most == sys.maxsize else most
 
 
+def check_finite(graph: str, **outputs: Any) -> None:
+    """Check outputs of a graph for NaN and infinity, where they lie on the host; on a device it shows later.
+
+    Raises:
+        EngineError: an output is not finite; the message names graph and output.
+    """
+    for name, array in outputs.items():
+        if isinstance(array, np.ndarray) and not np.isfinite(array).all():
+            raise EngineError(
+                "engine.not_finite",
+                f"{graph} returned {name} with values that are not finite; its precision does not suit this model or "
+                "machine: choose another variant, and compare it with the bundle's golden cases",
+            )
+
+
 def rows_to_fill(cache: KVCache, source: KVCache, length: int, rows: Sequence[int] | None) -> list[int]:
     """Return the rows of `cache` that `copy_prefix` writes.
 

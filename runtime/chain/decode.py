@@ -1,7 +1,7 @@
 """The decode loop: prefill of a video, prefill of its queries, one token at a time, and the bridging step.
 
-It knows ids, positions and one language model session; nothing of videos, text or time. Letters: B rows (queries), L
-new tokens of this call, K positions asked for, V rows of visual tokens, T taps, Q bridging queries, H width.
+Knows ids, positions and one language model session; nothing of videos, text or time. Letters: B rows (queries), L new
+tokens per row, K output positions per row, V rows of visual tokens, T taps, Q bridging queries, H width.
 """
 
 from __future__ import annotations
@@ -12,25 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.session import KVCache, Session, largest
+from bridge_stg.runtime.backends.session import KVCache, Session, check_finite, largest
 from bridge_stg.runtime.chain.grammar import AnswerGrammar, AnswerState
 from bridge_stg.runtime.chain.prompt import Segment, text_segment
 from bridge_stg.runtime.device.array_ops import Array
-from bridge_stg.runtime.errors import EngineError
 
 PREFILL_CHUNK = 1024
-"""New tokens of one call at most while a video is prefilled; bounds the memory of its attention scores."""
+"""Most new tokens of one call while a video is prefilled; bounds the memory of its attention scores."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The part of the prompt that depends on the video alone, as it stands in a cache of one row.
+    """The part of the prompt that depends on the video alone, prefilled in a cache of one row.
 
     Attributes:
-        cache: holds the keys and values of the first `length` positions.
+        cache: contains the keys and values of the first `length` positions.
         length: tokens in the cache.
         next_position: rotary position of the token that follows.
-        no_visual_tokens: zeros [1+D, 2, H], what calls are fed whose tokens are all text.
+        no_visual_tokens: zeros [1+D, 2, H], the visual tokens of calls whose tokens are all text.
     """
 
     cache: KVCache
@@ -41,13 +40,13 @@ class Prefix:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What the language model answered to one query.
+    """The language model's answer to one query.
 
     Attributes:
         ids: the answer's tokens.
         groups: the named groups (first, last); None if the target is absent.
         absent: probability of the answer `none` under the grammar, at the first choice.
-        log_probability: log of the probability of the whole answer among all that the grammar allows.
+        log_probability: log probability of the whole answer among all that the grammar allows.
         taps: [T, Q, H], the bridging queries' hidden states; None if the target is absent.
     """
 
@@ -60,7 +59,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Row:
-    """One query on its way through the loop: what stands in its row of the cache, and what is still to be fed."""
+    """One query in the decode loop: the tokens in its row of the cache, and those to feed next."""
 
     grammar: AnswerGrammar
     state: AnswerState
@@ -71,7 +70,7 @@ class Row:
 
 
 def prefill_chunk(session: Session) -> int:
-    """Return how many new tokens a session is fed in one call while a video is prefilled."""
+    """Return how many new tokens a session is fed per call while a video is prefilled."""
     return min(getattr(session, "prefill_chunk", PREFILL_CHUNK), largest(session, "L"))
 
 
@@ -82,28 +81,29 @@ def prefill_video(
     visual_tokens: Array,
     *,
     report: Callable[[int, int], None],
-    behind: int = 0,
+    cached: int = 0,
 ) -> Prefix:
-    """Run the video's part of the prompt, or what it has grown by, through the language model, in chunks.
+    """Run the video's part of the prompt, or what was added to it, through the language model, in chunks.
 
     Args:
-        cache: of one row, with room for the segment.
-        segment: ids and positions of the video's part.
+        session: the language model.
+        cache: cache of one row, with room for the segment.
+        segment: ids and positions of the tokens to prefill.
         visual_tokens: [1+D, V, H], row 0 of V all zero.
-        report: called with the tokens done and their number; may raise to stop.
-        behind: how many tokens of the video's part stand in the cache already. What is behind them in the cache, such
-            as a query that was asked in it, is overwritten before any token sees it.
+        report: called with the tokens done and their total; may raise to stop.
+        cached: tokens of the video's part that are in the cache already. Whatever follows them in the cache, such as
+            an earlier query, is overwritten before any token attends to it.
     """
-    total = len(segment.input_ids)
+    total = len(segment)
     size = prefill_chunk(session)
     for start in range(0, total, size):
         report(start, total)
-        chunk = part(segment, start, start + size)
-        feed(session, cache, [chunk], [behind + start], outputs=1, visual_tokens=visual_tokens)
+        chunk = segment.part(start, start + size)
+        feed(session, cache, [chunk], [cached + start], outputs=1, visual_tokens=visual_tokens)
     report(total, total)
     # One zero row would do; but a dim of one is a special case to tracers and engine profiles.
-    nothing = np.zeros((visual_tokens.shape[0], 2, visual_tokens.shape[2]), visual_tokens.dtype)
-    return Prefix(cache=cache, length=behind + total, next_position=segment.next_position, no_visual_tokens=nothing)
+    no_visual_tokens = np.zeros((visual_tokens.shape[0], 2, visual_tokens.shape[2]), visual_tokens.dtype)
+    return Prefix(cache, cached + total, segment.next_position, no_visual_tokens)
 
 
 def answer_queries(
@@ -118,14 +118,18 @@ def answer_queries(
 ) -> list[Answer]:
     """Answer B queries on one video: copy its prefix, prefill the queries, decode, bridge.
 
-    Every row takes its own way through its grammar. Tokens without an alternative are never asked for: they are fed
-    with the next choice. A row that is done waits for the others.
+    Each row follows its own grammar. Tokens without an alternative are not decoded: they are fed together with the
+    next choice. A row that is done waits for the others.
 
     Args:
-        cache: of B rows, with room for `positions_needed` tokens. One query may be asked in the prefix's own cache:
-            its tokens go behind the prefix, which stays as it is.
+        session: the language model.
+        cache: cache of B rows, with room for `positions_needed` tokens. A single query may use the prefix's own cache:
+            its tokens follow the prefix, which stays unchanged.
+        prefix: the prefilled video.
         queries: the query segments: text only, their positions following the prefix.
-        report: called with the rows done and their number before each call of the model; may raise to stop.
+        grammars: the grammar of each query's answer.
+        bridging_ids: ids of the Q bridging queries, fed after the answer.
+        report: called with the rows done and their total before each call of the model; may raise to stop.
     """
     if cache is not prefix.cache:
         cache.copy_prefix(prefix.cache, prefix.length)
@@ -139,44 +143,39 @@ def answer_queries(
     report(len(rows), len(rows))
     taps = bridge(session, cache, prefix, rows, bridging_ids)
     return [
-        Answer(
-            ids=list(row.state.ids),
-            groups=row.state.span,
-            absent=row.absent,
-            log_probability=row.log_probability,
-            taps=row_taps,
-        )
+        Answer(list(row.state.ids), row.state.span, row.absent, row.log_probability, row_taps)
         for row, row_taps in zip(rows, taps, strict=True)
     ]
 
 
 def start_row(prefix: Prefix, query: Segment, grammar: AnswerGrammar) -> Row:
-    """Return a row whose query is still to be fed, with what the answer begins with in any case."""
-    row = Row(grammar=grammar, state=grammar.start(), length=prefix.length, pending=query)
-    row.pending = append_ids(row.pending, row.state.forced())
-    return row
+    """Return a row whose query, and the tokens with which every answer begins, are to be fed."""
+    state = grammar.start()
+    return Row(grammar, state, prefix.length, query.followed_by(state.forced()))
 
 
 def decode_step(session: Session, cache: KVCache, prefix: Prefix, rows: Sequence[Row]) -> np.ndarray:
-    """Feed every open row what it has pending and return the logits [B, vocab] behind it.
+    """Feed every open row its pending tokens and return the logits [B, vocab] after the last of them.
 
-    A row that is done is fed one spare token at its own position, to be overwritten by what it has pending itself.
+    A row that is done is fed one token at its own position, which its pending tokens overwrite later.
     """
-    fed = [part(row.pending, 0, 1) if row.state.done else row.pending for row in rows]
+    fed = [row.pending.part(0, 1) if row.state.done else row.pending for row in rows]
     lengths = [row.length for row in rows]
     outputs = feed(session, cache, fed, lengths, outputs=1, visual_tokens=prefix.no_visual_tokens)
     for row in rows:
         if not row.state.done:
-            row.length += len(row.pending.input_ids)
+            row.length += len(row.pending)
             row.pending = text_segment([], row.pending.next_position)
-    return outputs["logits"][:, 0]
+    logits: np.ndarray = outputs["logits"][:, 0]
+    return logits
 
 
 def choose(row: Row, logits: np.ndarray) -> None:
-    """Let a row take the likeliest of the tokens that its grammar allows, and what follows from it.
+    """Append the most probable of the tokens that the row's grammar allows, and what follows from it.
 
     Args:
-        logits: [vocab], behind the row's last token.
+        row: the row to advance.
+        logits: [vocab], after the row's last token.
 
     Raises:
         EngineError: a logit is not finite.
@@ -189,7 +188,7 @@ def choose(row: Row, logits: np.ndarray) -> None:
     row.log_probability += float(log_probabilities[best])
     chosen = int(choices[best])
     row.state.choose(chosen)
-    row.pending = append_ids(row.pending, [chosen, *row.state.forced()])
+    row.pending = row.pending.followed_by([chosen, *row.state.forced()])
 
 
 def bridge(
@@ -197,11 +196,11 @@ def bridge(
 ) -> list[Array | None]:
     """Feed the rest of each answer and the bridging queries in one call; return each row's taps [T, Q, H].
 
-    Rows that found nothing go along, and have no taps; if all did, nothing is fed.
+    The taps of rows whose target is absent are None; if all are, nothing is fed.
     """
     if all(row.state.span is None for row in rows):
         return [None] * len(rows)
-    fed = [append_ids(row.pending, bridging_ids) for row in rows]
+    fed = [row.pending.followed_by(bridging_ids) for row in rows]
     lengths = [row.length for row in rows]
     outputs = feed(session, cache, fed, lengths, outputs=len(bridging_ids), visual_tokens=prefix.no_visual_tokens)
     taps = outputs["taps"]  # [T, B, Q, H]
@@ -209,12 +208,11 @@ def bridge(
 
 
 def positions_needed(prefix_length: int, queries: Sequence[Segment], *, answer_tokens: int, bridging: int) -> int:
-    """Return the cache positions that `answer_queries` may touch in any row.
+    """Return how many cache positions `answer_queries` may write in any row.
 
     Rows are padded to the longest of a call, so a row near its end may be fed as many tokens as another has pending.
     """
-    longest = max(len(query.input_ids) for query in queries)
-    return prefix_length + longest + 2 * answer_tokens + bridging
+    return prefix_length + max(map(len, queries)) + 2 * answer_tokens + bridging
 
 
 def feed(
@@ -226,12 +224,12 @@ def feed(
     outputs: int,
     visual_tokens: Array,
 ) -> dict[str, Any]:
-    """Feed each row its segment behind `lengths[b]` cached tokens; ask for its last `outputs` positions.
+    """Feed each row its segment after `lengths[b]` cached tokens; return outputs of its last `outputs` positions.
 
-    Rows are padded on the right by their last token. Padding is written behind the row's end, where no later token
-    sees it before it is overwritten.
+    Rows are padded on the right by their last token. The padding lies past the row's end, where it is overwritten
+    before a later token attends to it.
     """
-    counts = np.array([len(segment.input_ids) for segment in segments])  # [B]
+    counts = np.array([len(segment) for segment in segments])  # [B]
     longest = int(counts.max())
     feeds = {
         "input_ids": np.stack([_padded(segment.input_ids, longest) for segment in segments]),  # [B, L]
@@ -249,37 +247,9 @@ def _padded(values: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([values, np.repeat(values[..., -1:], missing, axis=-1)], axis=-1) if missing else values
 
 
-def part(segment: Segment, start: int, stop: int) -> Segment:
-    """Return tokens start … stop − 1 of a segment."""
-    return Segment(
-        input_ids=segment.input_ids[start:stop],
-        visual_index=segment.visual_index[start:stop],
-        positions=segment.positions[:, start:stop],
-        next_position=segment.next_position,
-    )
-
-
-def append_ids(segment: Segment, ids: Sequence[int]) -> Segment:
-    """Return the segment with text tokens behind it, their positions counting on."""
-    tail = text_segment(ids, segment.next_position)
-    return Segment(
-        input_ids=np.concatenate([segment.input_ids, tail.input_ids]),
-        visual_index=np.concatenate([segment.visual_index, tail.visual_index]),
-        positions=np.concatenate([segment.positions, tail.positions], axis=1),
-        next_position=tail.next_position,
-    )
-
-
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return log probabilities in float64.
-
-    Raises:
-        EngineError: a logit is not finite.
-    """
-    if not np.isfinite(logits).all():
-        raise EngineError(
-            "language_model returned logits that are not finite; its precision does not suit this model or machine: "
-            "choose another variant, and compare it with the bundle's golden cases"
-        )
+    """Return log probabilities in float64. Raises EngineError if a logit is not finite."""
+    check_finite("language_model", logits=logits)
     shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    log_probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return log_probabilities

@@ -1,7 +1,7 @@
 """The grammar of answers: `{start} to {end}` or `none`, where both times are strings printed in the prompt.
 
-A token trie over those strings; the end is restricted to what is not before the start. Ids that follow without a
-choice are appended without asking the model. Knows nothing of logits and caches.
+A token trie over those strings; the end is restricted to times not before the start. Ids without an alternative are
+appended without running the model. Knows nothing of logits and caches.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from bridge_stg.runtime.errors import BundleError
 
 
 class AnswerGrammar:
-    """Which answers a prompt admits.
+    """The answers that a prompt allows.
 
     Args:
         tokenizer: the model's tokenizer.
         spec: rules of the answer.
         times: the time strings printed in the prompt, in order.
-        allow_none: whether `none` is an answer.
-        first_start: force the start to this string's index (tracking: 0).
+        allow_none: whether `none` is a valid answer.
+        first_start: index of the time string that the answer must start with (tracking: 0); None: any.
 
     Raises:
-        BundleError: the tokenizer spells one time string as a prefix of another, or `none` like a time.
+        BundleError: the ids of one time string are a prefix of another's, or `none` begins like a time.
     """
 
     def __init__(
@@ -46,26 +46,34 @@ class AnswerGrammar:
         spellings = set(self.time_ids)
         prefixes = {ids[:i] for ids in self.time_ids for i in range(1, len(ids))}
         if len(spellings) < len(times) or spellings & prefixes or self.none_ids[:1] in {i[:1] for i in spellings}:
-            raise BundleError("tokenizer.json: it spells one time as the beginning of another; times need a terminator")
+            raise BundleError(
+                "bundle.bad_tokenizer",
+                "tokenizer.json: the ids of one time are the beginning of another's; times need a terminator",
+            )
 
     @property
     def absent_id(self) -> int:
         """First id of `none`."""
         return self.none_ids[0]
 
+    @property
+    def longest_answer(self) -> int:
+        """Most tokens of an answer."""
+        return max(2 * max(map(len, self.time_ids)) + len(self.between), len(self.none_ids))
+
     def start(self) -> AnswerState:
         """Return the state before the first id."""
         return AnswerState(self)
 
     def answer_ids(self, span: tuple[int, int] | None) -> list[int]:
-        """Return the ids of a whole answer, as training writes it; None is `none`."""
+        """Return the ids of a whole answer, as a training target; the answer to None is `none`."""
         if span is None:
             return list(self.none_ids)
         return [*self.time_ids[span[0]], *self.between, *self.time_ids[span[1]]]
 
 
 class AnswerState:
-    """An answer as far as it is written."""
+    """An answer that is being written, token by token."""
 
     def __init__(self, grammar: AnswerGrammar) -> None:
         self.ids: list[int] = []
@@ -81,11 +89,11 @@ class AnswerState:
 
     @property
     def is_first_choice(self) -> bool:
-        """Whether nothing is written yet, so that the choice is between a time and `none`."""
+        """Whether nothing is written yet, so that the choice is between the times and `none`."""
         return not self.ids
 
     def forced(self) -> list[int]:
-        """Append the ids that follow without a choice, and return them."""
+        """Append the ids that have no alternative, and return them."""
         before = len(self.ids)
         while not self.done and len(choices := self._next_ids()) == 1:
             self._append(choices[0])
@@ -99,7 +107,7 @@ class AnswerState:
         """Append one of `choices`.
 
         Raises:
-            ValueError: the grammar does not admit the id here.
+            ValueError: the grammar does not allow the id here.
         """
         if token not in self.choices():
             raise ValueError(f"id {token} is not among the choices {self.choices().tolist()}")

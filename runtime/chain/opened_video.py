@@ -1,76 +1,122 @@
 """One opened video: its prefix is computed once, then queries are grounded in it, one or many at a time.
 
-A query's way, top to bottom: its segment, `_answer` (when), `_spatial_query` (which fine frames), the spatial pass
-(where), `_grounding` (the result).
+The steps of a query, in order, are the lines of `OpenedVideo.ground_within`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from bridge_stg.runtime.backends.kv_pool import KVPool
-from bridge_stg.runtime.backends.session import Session
+from bridge_stg.runtime.backends.session import KVCache, Session
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy, boxes_to_pixels
 from bridge_stg.runtime.chain.decode import Answer, Prefix, answer_queries, positions_needed
 from bridge_stg.runtime.chain.grammar import AnswerGrammar
 from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, query_segment, time_strings
-from bridge_stg.runtime.chain.results import Grounding, tube_in_span
+from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube, tube_in_span
 from bridge_stg.runtime.chain.spans import fine_frames, in_span, refine_span, span_of_groups
 from bridge_stg.runtime.chain.spatial_pass import Located, SpatialQuery, locate
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
-from bridge_stg.runtime.chain.vision_pass import FineFeatures
+from bridge_stg.runtime.chain.vision_pass import FeatureMaps
 from bridge_stg.runtime.device.array_ops import on_host
 from bridge_stg.runtime.errors import QueryError, VideoError
-from bridge_stg.runtime.host.limits import Limits, Progress
+from bridge_stg.runtime.host.limits import CallKeywords, Limits
 from bridge_stg.runtime.host.usage import UseCount
 from bridge_stg.runtime.video.sizes import frame_sizes
-from bridge_stg.runtime.video.source import CoarseFrames, VideoSource
+from bridge_stg.runtime.video.source import CoarseFrames
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
+
+Span = tuple[float, float]
+
+
+class CachePool(Protocol):
+    """Provides KV caches; see `bridge_stg.runtime.backends.kv_pool.KVPool`."""
+
+    def take(self, *, batch: int, positions: int) -> KVCache:
+        """Return a cache of `batch` rows with room for `positions` tokens each."""
+
+    def give(self, cache: KVCache) -> None:
+        """Take a cache back."""
+
+    def rows(self, like: KVCache, *, positions: int) -> int:
+        """Return how many rows of `positions` tokens fit the budget, at least one."""
+
+
+class FrameSource(Protocol):
+    """The video that is opened: a `VideoSource`, or the window of a live stream."""
+
+    width: int
+    height: int
+    is_image: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the video in messages."""
+
+    @property
+    def frame_times(self) -> np.ndarray:
+        """Times of all frames, float64, in seconds."""
+
+    def close(self) -> None:
+        """Close files and drop buffers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """What all videos of one Grounder share."""
+    """The sessions and rules that all videos of one Grounder share."""
 
     vision_encoder: Session
     language_model: Session
     spatial_decoder: Session
     spec: ModelSpec
     tokenizer: Tokenizer
-    pool: KVPool
+    pool: CachePool
     usage: UseCount
 
 
 class OpenedVideo:
     """A video whose prefix has been computed. Get one from `Grounder.open`; safe to use from many threads.
 
+    Every call takes the keyword arguments `deadline_s` (seconds after which the call stops), `cancel` (a
+    `threading.Event`, or a callable that returns True to stop) and `progress` (called as progress(stage, done, total);
+    total is None where it is not known).
+
+    Args:
+        chain: the model.
+        source: the video; closed together with this object.
+        coarse: the coarse frames; their pixels are not used.
+        prefix: the video's part of the prompt, prefilled.
+        features: the fine feature maps.
+        grid: float64 [K], the fine grid in seconds.
+        timings: seconds per stage of opening the video.
+
     Attributes:
         size: width and height of the video as it is shown, in pixels.
-        duration_s: its length in seconds; of an image, the one coarse interval that it stands for.
+        duration_s: length in seconds; of an image, one coarse sample interval.
+        features: the fine feature maps by their index on the fine grid.
     """
 
     def __init__(
         self,
         chain: Chain,
-        source: VideoSource,
+        source: FrameSource,
         coarse: CoarseFrames,
+        *,
         prefix: Prefix,
-        features: FineFeatures,
+        features: FeatureMaps,
         grid: np.ndarray,
         timings: Mapping[str, float],
     ) -> None:
-        self._chain = chain
-        self._source = source
-        self._prefix = prefix
-        self._features = features
-        self._grid = grid
-        self._timings = timings
+        self._chain, self._source = chain, source
+        self._prefix, self.features, self._grid = prefix, features, grid
+        self._timings = dict(timings)
         self._sample_times, self._interval_s = coarse.times, coarse.interval_s
         self._choice = coarse.choice
         times = time_strings(coarse.group_times, chain.spec.prompt)
@@ -80,32 +126,19 @@ class OpenedVideo:
             )
             for allow_none, first in ((True, None), (False, None), (False, 0))
         }
-        grammar = self._grammars[True, None]
-        longest = max(map(len, grammar.time_ids))
-        self._answer_tokens = max(2 * longest + len(grammar.between), len(grammar.none_ids))
-        self._usage = UseCount(
-            self._free, closed_error=VideoError("this video is closed; open it again to ground in it")
-        )
+        self._answer_tokens = self._grammars[True, None].longest_answer
+        closed_error = VideoError("video.closed", "this video is closed; open it again to ground in it")
+        self._usage = UseCount(self._free, closed_error=closed_error)
         self.size = (source.width, source.height)
         self.duration_s = coarse.duration_s
 
-    def ground(
-        self,
-        query: str,
-        *,
-        allow_none: bool = True,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
-    ) -> Grounding:
+    def ground(self, query: str, *, allow_none: bool = True, **limits: Unpack[CallKeywords]) -> Grounding:
         """Find when and where the query's target is in this video.
 
         Args:
             query: what to find, in words.
-            allow_none: whether the answer may be that the target is not there.
-            deadline_s: seconds after which the call stops.
-            cancel: a `threading.Event`, or a callable that returns True to stop.
-            progress: called as progress(stage, done, total).
+            allow_none: whether the answer may be that the target is absent.
+            limits: see `OpenedVideo`.
 
         Raises:
             QueryError: the query is empty or too long.
@@ -113,118 +146,233 @@ class OpenedVideo:
             EngineError: a backend failed.
             VideoError: the video is closed, or its frames cannot be read again.
         """
-        return self._call([query], Task(allow_none=allow_none), deadline_s, cancel, progress)[0]
+        return self._call([query], Task(allow_none=allow_none), Limits(**limits))[0]
 
-    def span(
-        self,
-        query: str,
-        *,
-        allow_none: bool = True,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
-    ) -> Grounding:
-        """Find only when it happens: no fine frame is read and no box computed. Arguments and errors as of `ground`."""
-        return self._call([query], Task("span", allow_none=allow_none), deadline_s, cancel, progress)[0]
+    def span(self, query: str, *, allow_none: bool = True, **limits: Unpack[CallKeywords]) -> Grounding:
+        """Find only when it happens, without fine frames and boxes. Arguments and errors as for `ground`."""
+        return self._call([query], Task("span", allow_none=allow_none), Limits(**limits))[0]
 
-    def locate(
-        self,
-        query: str,
-        *,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
-    ) -> Grounding:
-        """Find the one box of a target that is in this image for sure. Arguments and errors are those of `ground`.
+    def locate(self, query: str, **limits: Unpack[CallKeywords]) -> Grounding:
+        """Find the one box of a target that is certainly in this image. Arguments and errors as for `ground`.
 
         Raises:
-            VideoError: this is a video.
+            VideoError: this is a video; or as for `ground`.
         """
-        return self._call([query], Task("image", allow_none=False), deadline_s, cancel, progress)[0]
+        return self._call([query], Task("image", allow_none=False), Limits(**limits))[0]
 
     def track(
-        self,
-        first_box: Sequence[float] | np.ndarray,
-        *,
-        query: str = TRACKED,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
+        self, first_box: Sequence[float] | np.ndarray, *, query: str = TRACKED, **limits: Unpack[CallKeywords]
     ) -> Grounding:
-        """Follow what is in a box of the first frame: a box for every frame of the video.
+        """Follow the target in a box of the first frame: the result has a box for every frame of the video.
 
-        The span begins with the video and ends where the target leaves; behind it the last box is held.
+        The span begins with the video and ends where the target leaves; after it the last box is repeated.
 
         Args:
             first_box: left, top, right, bottom in pixels.
             query: what it is, in words, if known.
-            deadline_s, cancel, progress: as of `ground`.
+            limits: see `OpenedVideo`.
 
         Raises:
-            QueryError: the box is no box, or lies outside the frame; and as of `ground`.
+            QueryError: the box is invalid, or lies outside the frame; or as for `ground`.
         """
-        return self._call([query], track_from(first_box), deadline_s, cancel, progress)[0]
+        return self._call([query], track_from(first_box), Limits(**limits))[0]
 
     def ground_many(
-        self,
-        queries: Sequence[str],
-        *,
-        allow_none: bool = True,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Progress | None = None,
+        self, queries: Sequence[str], *, allow_none: bool = True, **limits: Unpack[CallKeywords]
     ) -> list[Grounding]:
-        """Ground several queries in batches; the results are those of `ground`, in the queries' order.
+        """Ground several queries in batches; the results are those of `ground`, in the order of the queries.
 
-        Arguments and errors are those of `ground`; a QueryError names the place of the query at fault.
+        Arguments and errors as for `ground`; a QueryError names the index of the query.
         """
         if isinstance(queries, str):
-            raise QueryError("ground_many takes a list of queries, but was given one string; ask `ground` one query")
-        return self._call(list(queries), Task(allow_none=allow_none), deadline_s, cancel, progress)
+            message = "ground_many takes a list of queries, but was given one string; pass one query to `ground`"
+            raise QueryError("query.not_a_list", message)
+        return self._call(list(queries), Task(allow_none=allow_none), Limits(**limits))
 
-    def _call(
-        self, queries: list[str], task: Task, deadline_s: float | None, cancel: Any, progress: Progress | None
-    ) -> list[Grounding]:
-        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
+    def _call(self, queries: list[str], task: Task, limits: Limits) -> list[Grounding]:
         with self._chain.usage.call():
             return self.ground_within(limits, queries, task)
 
     def ground_within(self, limits: Limits, queries: list[str], task: Task) -> list[Grounding]:
-        """Ground queries as part of a call that has begun already, and that holds the grounder open."""
+        """Ground queries as part of a call that is under way already, and that keeps the grounder open."""
         with self._usage.call():
-            if task.name == "image" and not self._source.is_image:
-                raise VideoError(
-                    f"{self._source.name} is a video, and a box is located in one image. Ask when and where instead "
-                    "(`Grounder.ground`; `infer` without --task image)"
-                )
-            segments = self._query_segments(queries, task)
+            self._check_task(task)
+            prompts = self._prompts(queries, task)
             with limits.stage("answer"):
-                answers = self._answer(segments, self._grammars[task.grammar_key], limits)
-            sought = {
-                i: self._spatial_query(answer)
-                for i, answer in enumerate(answers)
-                if answer.groups is not None and task.has_boxes
-            }
-            located = locate(
-                self._chain.spatial_decoder,
-                self._features,
-                self._grid,
-                list(sought.values()),
-                max_frames=self._chain.spec.frames.max_fine_frames,
-                limits=limits,
-            )
-            found = dict(zip(sought, located, strict=True))
-            groundings = [
-                self._grounding(query, task, answer, sought.get(i), found.get(i))
-                for i, (query, answer) in enumerate(zip(queries, answers, strict=True))
-            ]
+                answers = self._answer(prompts, self._grammars[task.grammar_key], limits)
+            spans = [self._named_span(answer) for answer in answers]
+            spatial_queries = self._spatial_queries(answers, spans) if task.has_boxes else {}
+            located = self._locate(spatial_queries, limits)
             timings = {**self._timings, **limits.timings, "total": limits.elapsed_s}
-            return [dataclasses.replace(grounding, timings=timings) for grounding in groundings]
+            return [
+                self._result(query, task, answer, named_span=span, located=located.get(i), timings=timings)
+                for i, (query, answer, span) in enumerate(zip(queries, answers, spans, strict=True))
+            ]
+
+    def _check_task(self, task: Task) -> None:
+        if task.name == "image" and not self._source.is_image:
+            raise VideoError(
+                "video.not_an_image",
+                f"{self._source.name} is a video, and `locate` takes one image. Find when and where instead "
+                "(`Grounder.ground`; `infer` without --task image)",
+            )
+
+    def _prompts(self, queries: list[str], task: Task) -> list[Segment]:
+        """Return the queries' part of the prompt; their positions follow the video's.
+
+        Raises:
+            QueryError: a query is empty, too long, or no string; of several, the message names its index.
+        """
+        prompts = []
+        for i, query in enumerate(queries):
+            try:
+                prompts.append(self._prompt(query, task))
+            except QueryError as error:
+                if len(queries) == 1:
+                    raise
+                raise QueryError(error.code, f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
+        return prompts
+
+    def _prompt(self, query: str, task: Task) -> Segment:
+        chain, start = self._chain, self._prefix.next_position
+        segment = query_segment(chain.tokenizer, chain.spec, query, start, first_box=task.relative_box(self.size))
+        language = chain.spec.language
+        last = segment.next_position + self._answer_tokens + language.num_bridging_queries
+        if last > language.max_positions:
+            raise QueryError(
+                "query.too_long",
+                f"the query's {len(segment)} tokens do not fit after this video: they would end at position {last} of "
+                f"{language.max_positions}; use a shorter query or a shorter video",
+            )
+        return segment
+
+    def _answer(self, prompts: list[Segment], grammar: AnswerGrammar, limits: Limits) -> list[Answer]:
+        """Run the language model, in batches whose caches fit the budget."""
+        pool, language = self._chain.pool, self._chain.spec.language
+        answers: list[Answer] = []
+        while len(answers) < len(prompts):
+            rest = prompts[len(answers) :]
+            positions = positions_needed(
+                self._prefix.length, rest, answer_tokens=self._answer_tokens, bridging=language.num_bridging_queries
+            )
+            batch = rest[: pool.rows(self._prefix.cache, positions=positions)]
+            cache = pool.take(batch=len(batch), positions=positions)
+            answers += answer_queries(
+                self._chain.language_model,
+                cache,
+                self._prefix,
+                batch,
+                [grammar] * len(batch),
+                bridging_ids=language.bridging_ids,
+                report=limits.report_from(len(answers), len(prompts)),
+            )
+            pool.give(cache)  # not after a failed call, which leaves the cache in an unknown state
+        return answers
+
+    def _named_span(self, answer: Answer) -> Span | None:
+        if answer.groups is None:
+            return None
+        return span_of_groups(
+            answer.groups, self._sample_times, interval_s=self._interval_s, duration_s=self.duration_s
+        )
+
+    def _spatial_queries(self, answers: Sequence[Answer], spans: Sequence[Span | None]) -> dict[int, SpatialQuery]:
+        """Choose the fine frames around the span of each answer that names one, by the answer's index."""
+        spec = self._chain.spec
+        margin_s = spec.span.margin_s
+        if margin_s is None:
+            margin_s = self._interval_s * spec.vision.temporal_patch_size
+        # An image's only fine frame lasts as long as the image.
+        fine_fps = 1 / self.duration_s if self._source.is_image else spec.frames.fine_fps
+        most = spec.frames.max_fine_frames
+        return {
+            i: SpatialQuery(
+                fine_frames(span, self._grid, fine_fps=fine_fps, margin_s=margin_s, max_frames=most), answer.taps
+            )
+            for i, (answer, span) in enumerate(zip(answers, spans, strict=True))
+            if span is not None and answer.taps is not None
+        }
+
+    def _locate(self, queries: Mapping[int, SpatialQuery], limits: Limits) -> dict[int, Located]:
+        """Run the spatial decoder on the fine frames of each query."""
+        session, most = self._chain.spatial_decoder, self._chain.spec.frames.max_fine_frames
+        return locate(session, self.features, self._grid, queries, max_frames=most, limits=limits)
+
+    def _result(
+        self,
+        query: str,
+        task: Task,
+        answer: Answer,
+        *,
+        named_span: Span | None,
+        located: Located | None,
+        timings: Mapping[str, float],
+    ) -> Grounding:
+        span, tube, boxes, presence, fine = named_span, None, None, 0.0, 0
+        if named_span is not None and located is not None:
+            span = self._refined_span(named_span, located, task)
+            tube = self._tube(span, located)
+            boxes = self._frame_boxes(tube, span, task)
+            presence, fine = float(tube.presence.mean()), len(located.frames.indices)
+        return Grounding(
+            query=query,
+            found=span is not None,
+            span=span,
+            tube=tube,
+            boxes=boxes,
+            size=self.size,
+            coarse=self._choice,
+            answer=self._chain.tokenizer.decode(answer.ids),
+            named_span=named_span,
+            scores={"absent": answer.absent, "answer": math.exp(answer.log_probability), "presence": presence},
+            tokens=self._token_counts(fine),
+            timings=dict(timings),
+            task=task.name,
+            taps=None if answer.taps is None else np.array(on_host(answer.taps)),
+        )
+
+    def _refined_span(self, named: Span, located: Located, task: Task) -> Span:
+        threshold = self._chain.spec.span.presence_threshold
+        start, end = refine_span(
+            named, located.frames, located.presence, threshold=threshold, duration_s=self.duration_s
+        )
+        return (start if task.first_box is None else named[0]), end
+
+    def _tube(self, span: Span, located: Located) -> Tube:
+        width, height = self.size
+        return tube_in_span(
+            span,
+            located.frames,
+            shown_times=located.shown_times,
+            boxes=boxes_to_pixels(box_cxcywh_to_xyxy(located.boxes), width=width, height=height),
+            presence=located.presence,
+            threshold=self._chain.spec.span.presence_threshold,
+        )
+
+    def _frame_boxes(self, tube: Tube, span: Span, task: Task) -> FrameBoxes:
+        """Return the boxes of the video's frames inside the span; of a track those of all frames."""
+        times = self._source.frame_times
+        inside = in_span(times, span)
+        if task.first_box is None:
+            return tube.at(times[inside])
+        boxes = tube.at(times)
+        boxes.boxes[0] = task.first_box
+        boxes.visible[~inside] = False
+        return boxes
+
+    def _token_counts(self, fine_frames_used: int) -> dict[str, float]:
+        """Count the visual tokens of a query's two passes, and those of the whole fine grid at fine size."""
+        vision, coarse = self._chain.spec.vision, self._choice.tokens
+        factor = vision.patch_size * vision.merge_size
+        _, (height, width) = frame_sizes(self.size[1], self.size[0], self._chain.spec)
+        per_frame = (height // factor) * (width // factor)
+        fine, dense = fine_frames_used * per_frame, len(self._grid) * per_frame
+        return {"coarse": coarse, "fine": fine, "dense": dense, "ratio": (coarse + fine) / dense}
 
     @property
     def nbytes(self) -> int:
-        """What it holds in memory now: the keys and values of its prefix, and the fine feature maps that are kept."""
-        return self._prefix.cache.nbytes + self._features.nbytes
+        """Bytes in memory: the keys and values of the prefix, and the cached fine feature maps."""
+        return self._prefix.cache.nbytes + self.features.nbytes
 
     def close(self) -> None:
         """Close the video. Calls under way finish; later ones raise VideoError. May be called again."""
@@ -238,157 +386,8 @@ class OpenedVideo:
 
     def _free(self) -> None:
         self._source.close()
-        self._features.clear()
+        self.features.clear()
         self._chain.pool.give(self._prefix.cache)
-
-    def _query_segments(self, queries: list[str], task: Task) -> list[Segment]:
-        """Return the queries' segments, their positions following the video's.
-
-        Raises:
-            QueryError: a query is empty, too long, or no string; of several, its place is named.
-        """
-        segments = []
-        for i, query in enumerate(queries):
-            try:
-                segments.append(self._query_segment(query, task))
-            except QueryError as error:
-                if len(queries) == 1:
-                    raise
-                raise QueryError(f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
-        return segments
-
-    def _query_segment(self, query: str, task: Task) -> Segment:
-        chain = self._chain
-        segment = query_segment(
-            chain.tokenizer, chain.spec, query, self._prefix.next_position, first_box=task.relative_box(self.size)
-        )
-        language = chain.spec.language
-        last = segment.next_position + self._answer_tokens + language.num_bridging_queries
-        if last > language.max_positions:
-            raise QueryError(
-                f"the query's {len(segment.input_ids)} tokens do not fit behind this video: they would end at position "
-                f"{last} of {language.max_positions}; use a shorter query or a shorter video"
-            )
-        return segment
-
-    def _answer(self, segments: list[Segment], grammar: AnswerGrammar, limits: Limits) -> list[Answer]:
-        """Ask the language model, in batches whose caches fit the budget."""
-        pool, language = self._chain.pool, self._chain.spec.language
-        answers: list[Answer] = []
-        while len(answers) < len(segments):
-            rest = segments[len(answers) :]
-            positions = positions_needed(
-                self._prefix.length, rest, answer_tokens=self._answer_tokens, bridging=language.num_bridging_queries
-            )
-            batch = rest[: pool.rows(self._prefix.cache, positions=positions)]
-            cache = pool.take(batch=len(batch), positions=positions)
-            answers += answer_queries(
-                self._chain.language_model,
-                cache,
-                self._prefix,
-                batch,
-                [grammar] * len(batch),
-                bridging_ids=language.bridging_ids,
-                report=_counting_on(limits, len(answers), len(segments)),
-            )
-            pool.give(cache)  # not where the call failed: what stands in the cache then is unknown
-        return answers
-
-    def _spatial_query(self, answer: Answer) -> SpatialQuery:
-        """Choose the fine frames around the span that an answer names."""
-        assert answer.groups is not None and answer.taps is not None
-        spec = self._chain.spec
-        margin_s = spec.span.margin_s
-        if margin_s is None:
-            margin_s = self._interval_s * spec.vision.temporal_patch_size
-        # An image's only fine frame lasts as long as the image.
-        fine_fps = 1 / self.duration_s if self._source.is_image else spec.frames.fine_fps
-        frames = fine_frames(
-            self._named_span(answer.groups),
-            self._grid,
-            fine_fps=fine_fps,
-            margin_s=margin_s,
-            max_frames=spec.frames.max_fine_frames,
-        )
-        return SpatialQuery(frames=frames, taps=answer.taps)
-
-    def _named_span(self, groups: tuple[int, int]) -> tuple[float, float]:
-        return span_of_groups(groups, self._sample_times, interval_s=self._interval_s, duration_s=self.duration_s)
-
-    def _grounding(
-        self, query: str, task: Task, answer: Answer, sought: SpatialQuery | None, located: Located | None
-    ) -> Grounding:
-        """Put a query's result together; its timings are filled in by the caller."""
-        scores = {"absent": answer.absent, "answer": math.exp(answer.log_probability), "presence": 0.0}
-        nothing = Grounding(
-            query=query,
-            found=False,
-            span=None,
-            tube=None,
-            boxes=None,
-            size=self.size,
-            coarse=self._choice,
-            answer=self._chain.tokenizer.decode(answer.ids),
-            named_span=None,
-            scores=scores,
-            tokens=self._token_counts(0 if sought is None else len(sought.frames.indices)),
-            timings={},
-            task=task.name,
-            taps=None if answer.taps is None else np.array(on_host(answer.taps)),
-        )
-        if answer.groups is None:
-            return nothing
-        if sought is None or located is None:
-            named = self._named_span(answer.groups)
-            return dataclasses.replace(nothing, found=True, span=named, named_span=named)
-        threshold = self._chain.spec.span.presence_threshold
-        named = self._named_span(answer.groups)
-        span = refine_span(named, sought.frames, located.presence, threshold=threshold, duration_s=self.duration_s)
-        if task.first_box is not None:
-            span = (named[0], span[1])
-        width, height = self.size
-        tube = tube_in_span(
-            span,
-            sought.frames,
-            shown_times=located.shown_times,
-            boxes=boxes_to_pixels(box_cxcywh_to_xyxy(located.boxes), width=width, height=height),
-            presence=located.presence,
-            threshold=threshold,
-        )
-        frame_times = self._source.frame_times
-        inside = in_span(frame_times, span)
-        boxes = tube.at(frame_times if task.first_box is not None else frame_times[inside])
-        if task.first_box is not None:
-            boxes.boxes[0] = task.first_box
-            boxes.visible[~inside] = False
-        return dataclasses.replace(
-            nothing,
-            found=True,
-            span=span,
-            named_span=named,
-            tube=tube,
-            boxes=boxes,
-            scores={**scores, "presence": float(tube.presence.mean())},
-        )
-
-    def _token_counts(self, fine_frames_used: int) -> dict[str, float]:
-        """Count visual tokens: of this query's two passes, and of the whole fine grid at fine size."""
-        vision = self._chain.spec.vision
-        factor = vision.patch_size * vision.merge_size
-        _, (height, width) = frame_sizes(self.size[1], self.size[0], self._chain.spec)
-        a_frame = (height // factor) * (width // factor)
-        fine, dense = fine_frames_used * a_frame, len(self._grid) * a_frame
-        return {
-            "coarse": self._choice.tokens,
-            "fine": fine,
-            "dense": dense,
-            "ratio": (self._choice.tokens + fine) / dense,
-        }
-
-
-def _counting_on(limits: Limits, done: int, total: int) -> Callable[[int, int], None]:
-    """Return a report of one batch's rows that counts on behind those of earlier batches."""
-    return lambda rows, _: limits.report(done + rows, total)
 
 
 GroundedVideo = OpenedVideo

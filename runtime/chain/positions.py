@@ -1,7 +1,7 @@
-"""Positions: the tables that a vision encoder is fed, and the three rotary positions of every token of a stock prompt.
+"""Position tables of the vision encoder, and the three rotary positions of every token of a stock prompt.
 
-Host arithmetic in numpy. The tables follow from the frame size alone and are inputs of the graph: integer paths inside
-a graph break in fp16, and baked constants would fix the resolution.
+The tables depend on the frame size alone. They are inputs of the graph, since integer paths inside a graph break in
+fp16, and baked constants would fix the resolution.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def vision_tables(spec: VisionSpec, rows: int, columns: int) -> dict[str, np.nda
     """Return the position inputs of `vision_encoder` for a grid of rows × columns patches, in the graph's order.
 
     Args:
-        spec: the encoder's geometry, which says what tables it needs.
+        spec: the encoder's geometry, which determines the tables.
         rows: patches along the height, a multiple of the merge size.
         columns: patches along the width, a multiple of the merge size.
 
     Returns:
         With N = rows · columns patches in merge order: `rotary_cos`, `rotary_sin` float32 [N, head_dim], axial rotary
-        angles, half of them from the row and half from the column. Before them, where the encoder has learned positions
-        (`position_grid`): `pos_index` int64 [N, 4] and `pos_weight` float32 [N, 4], bilinear taps (corners aligned)
-        into their grid. After them, where it attends in windows (`window_patches`): see `window_tables`.
+        angles, half of them from the row and half from the column. An encoder with learned positions
+        (`position_grid`) has before them `pos_index` int64 [N, 4] and `pos_weight` float32 [N, 4], bilinear taps
+        (corners aligned) into their grid; one with attention windows (`window_patches`) has after them those of
+        `window_tables`.
 
     Raises:
         ValueError: the grid does not divide into merge blocks.
@@ -54,10 +55,8 @@ def _learned_tables(
     spec: VisionSpec, row: np.ndarray, column: np.ndarray, rows: int, columns: int
 ) -> dict[str, np.ndarray]:
     """Return the taps into the learned positions (transformers, `get_vision_interpolation_indices_and_weights`)."""
-    (row_taps, row_weights), (column_taps, column_weights) = (
-        _axis_taps(row, rows, spec.position_grid),
-        _axis_taps(column, columns, spec.position_grid),
-    )
+    row_taps, row_weights = _axis_taps(row, rows, spec.position_grid)
+    column_taps, column_weights = _axis_taps(column, columns, spec.position_grid)
     index = row_taps[:, :, None] * spec.position_grid + column_taps[:, None, :]
     weight = row_weights[:, :, None] * column_weights[:, None, :]
     return {"pos_index": index.reshape(-1, 4), "pos_weight": weight.reshape(-1, 4).astype(np.float32)}
@@ -82,19 +81,19 @@ def _rotary_tables(spec: VisionSpec, row: np.ndarray, column: np.ndarray) -> dic
 
 
 def window_tables(row: np.ndarray, column: np.ndarray, side: int) -> dict[str, np.ndarray]:
-    """Return how patches are gathered into windows of side × side, counted from the top left, and back.
+    """Return the indices that gather patches into windows of side × side, from the top left, and back.
 
-    Patches keep their order everywhere else; in a window their order has no meaning, since attention there is without
-    one. (transformers reorders the patches themselves, `get_vision_window_index`.)
+    The order of patches within a window is arbitrary, since attention there has no positions. (transformers reorders
+    the patches themselves, `get_vision_window_index`.)
 
     Args:
-        row: int [N], of each patch.
-        column: int [N], of each patch.
-        side: of a window, in patches.
+        row: int [N], row of each patch.
+        column: int [N], column of each patch.
+        side: side of a window, in patches.
 
     Returns:
-        With W windows of M = side² places: `window_index` int64 [W, M], the patch in each place (0 where there is
-        none); `window_mask` bool [W, M], whether there is one; `window_place` int64 [N], where each patch lies in the
+        With W windows of M = side² places: `window_index` int64 [W, M], the patch in each place (0 if empty);
+        `window_mask` bool [W, M], False for empty places; `window_place` int64 [N], the place of each patch in the
         flattened windows.
     """
     across = int(column.max()) // side + 1
@@ -116,8 +115,8 @@ class VisualGrid:
 
     Attributes:
         groups: groups of frames; 1 for an image.
-        rows: of visual tokens in a group.
-        columns: of visual tokens in a group.
+        rows: rows of visual tokens per group.
+        columns: columns of visual tokens per group.
         interval_s: seconds from one group to the next; None for an image.
     """
 
@@ -130,21 +129,21 @@ class VisualGrid:
 def stock_positions(spec: VisionSpec, visual: np.ndarray, grids: Sequence[VisualGrid]) -> tuple[np.ndarray, int]:
     """Return the rotary positions of a prompt as the family's own processor writes it.
 
-    Text counts up in all three rows; the tokens of a group lie at (time, row, column) from where the text stopped, and
-    the text goes on past the larger side of the grid. Where times are printed (Qwen3-VL) every group stands alone, with
-    text between; where they are not (Qwen2.5-VL), a video is one stretch and its groups step in time by
-    `tokens_per_second` · seconds, cut to whole numbers. (transformers, `get_rope_index` of either family.)
+    Text counts up in all three rows; the tokens of a group have (time, row, column) offsets from the end of the text,
+    which continues past the larger side of the grid. With printed times (Qwen3-VL) there is text between the groups;
+    without (Qwen2.5-VL), the groups of a video are adjacent and step in time by `tokens_per_second` · seconds, as
+    truncated whole numbers. (transformers, `get_rope_index` of either family.)
 
     Args:
         spec: the family's geometry.
-        visual: bool [L], where the prompt holds visual tokens.
+        visual: bool [L], True for visual tokens.
         grids: images and videos in the order of the prompt.
 
     Returns:
         int64 [3, L] (time, row, column), and the position of the token that follows.
 
     Raises:
-        ValueError: the visual tokens are not those of the grids.
+        ValueError: the visual tokens do not match the grids.
     """
     if spec.tokens_per_second is None:
         grids = [VisualGrid(1, grid.rows, grid.columns) for grid in grids for _ in range(grid.groups)]
@@ -156,13 +155,13 @@ def stock_positions(spec: VisionSpec, visual: np.ndarray, grids: Sequence[Visual
         cursor, place = cursor + text, place + text
         tokens = grid.groups * grid.rows * grid.columns
         if place + tokens > len(visual) or not visual[place : place + tokens].all():
-            raise ValueError(f"the prompt holds no stretch of {tokens} visual tokens at {place}, as {grid} needs")
+            raise ValueError(f"the prompt has no {tokens} consecutive visual tokens at {place}, as {grid} needs")
         step = np.float32((spec.tokens_per_second or 0) * (grid.interval_s or 0))
         time = (np.arange(grid.groups, dtype=np.float32) * step).astype(np.int64)
         axes = np.meshgrid(time, np.arange(grid.rows), np.arange(grid.columns), indexing="ij")
         positions[:, place : place + tokens] = cursor + np.stack(axes).reshape(3, -1)
         cursor, place = cursor + max(grid.rows, grid.columns), place + tokens
     if visual[place:].any():
-        raise ValueError(f"the prompt holds visual tokens behind {place}, where the grids end")
+        raise ValueError(f"the prompt has visual tokens after {place}, where the grids end")
     positions[:, place:] = cursor + np.arange(len(visual) - place)
     return positions, int(positions.max()) + 1 if len(visual) else 0

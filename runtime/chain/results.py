@@ -1,4 +1,4 @@
-"""What a query's answer is: a tube of boxes, and the grounding that holds it. Knows nothing of sessions and videos."""
+"""The result of a query: a grounding with its tube of boxes. Knows nothing of sessions and videos."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bridge_stg.runtime.chain.spans import TIME_TOLERANCE_S, FineFrames, in_span
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 SCHEMA = 1
-"""Version of `Grounding.to_json`; it rises when a field is renamed, removed or changes its meaning."""
+"""Version of `Grounding.to_json`; increases when a field is renamed, removed or changes its meaning."""
 
 
 @dataclass(frozen=True, eq=False)
 class FrameBoxes:
-    """One box for each of N times, in their order.
+    """One box for each of N times.
 
     Attributes:
         times: float64 [N], seconds from the first frame of the video.
@@ -37,25 +37,17 @@ class FrameBoxes:
         return len(self.times)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return one object of plain values a box."""
-        return [
-            {
-                "time_s": round(float(self.times[i]), 6),
-                "box": _pixels(self.boxes[i]),
-                "presence": round(float(self.presence[i]), 6),
-                "visible": bool(self.visible[i]),
-                "interpolated": bool(self.interpolated[i]),
-            }
-            for i in range(len(self))
-        ]
+        """Return one object of plain values per box."""
+        rows = zip(_boxes_json(self), self.interpolated, strict=True)
+        return [{**row, "interpolated": bool(interpolated)} for row, interpolated in rows]
 
 
 @dataclass(frozen=True, eq=False)
 class Tube:
-    """The boxes that were computed: one for each fine frame inside the span.
+    """The computed boxes: one for each fine frame inside the span.
 
     Attributes:
-        times: float64 [F], strictly increasing: the time of the video's frame that each box was computed on.
+        times: float64 [F], strictly increasing: the time of the frame on which each box was computed.
         boxes: float32 [F, 4], left, top, right, bottom in pixels of the video as it is shown (rotation applied).
         presence: float32 [F] in 0..1, the probability that the target is in the frame.
         visible: bool [F], False where presence is below the model's threshold.
@@ -70,10 +62,10 @@ class Tube:
         return len(self.times)
 
     def at(self, times: np.ndarray) -> FrameBoxes:
-        """Return a box for each of the times [N]: between two fine frames by linear interpolation.
+        """Return a box for each of the times [N], by linear interpolation between two fine frames.
 
-        Before the first and behind the last fine frame the nearest box is held. `visible` is that of the nearest fine
-        frame; `interpolated` is False only where a fine frame was taken at that very time.
+        Before the first and after the last fine frame the nearest box is repeated. `visible` is that of the nearest
+        fine frame; `interpolated` is False only at the times of fine frames.
         """
         times = np.asarray(times, np.float64)
         boxes = np.stack([np.interp(times, self.times, self.boxes[:, side]) for side in range(4)], axis=-1)
@@ -88,16 +80,8 @@ class Tube:
         )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return one object of plain values a fine frame."""
-        return [
-            {
-                "time_s": round(float(self.times[i]), 6),
-                "box": _pixels(self.boxes[i]),
-                "presence": round(float(self.presence[i]), 6),
-                "visible": bool(self.visible[i]),
-            }
-            for i in range(len(self))
-        ]
+        """Return one object of plain values per fine frame."""
+        return _boxes_json(self)
 
 
 def tube_in_span(
@@ -109,20 +93,18 @@ def tube_in_span(
     presence: np.ndarray,
     threshold: float,
 ) -> Tube:
-    """Keep the fine frames that lie in the final span, or the one nearest to it if none does.
-
-    Frames of the margin that were found to be outside are left out, since they hold no target that a box could fit.
+    """Keep the fine frames in the final span, or the one nearest to it if there is none.
 
     Args:
         span: start and end in seconds, as refined.
-        frames: the fine frames that were looked at.
-        shown_times: float64 [F], the time of the video's frame that stood for each of them.
+        frames: the fine frames of the spatial pass.
+        shown_times: float64 [F], the time of the video's frame that was shown for each of them.
         boxes: float32 [F, 4], xyxy in pixels.
         presence: float32 [F] in 0..1.
-        threshold: presence from which a frame counts as visible.
+        threshold: least presence of a frame in which the target is visible.
     """
     inside = np.flatnonzero(in_span(frames.times, span))
-    # In a slow or stuttering video one frame may stand for several places of the grid: it gets one box.
+    # In a slow or stuttering video one frame may be shown at several grid times: it gets one box.
     times, first = np.unique(shown_times[inside], return_index=True)
     kept = inside[first]
     return Tube(times=times, boxes=boxes[kept], presence=presence[kept], visible=presence[kept] >= threshold)
@@ -130,29 +112,29 @@ def tube_in_span(
 
 @dataclass(frozen=True, eq=False)
 class Grounding:
-    """When and where a query's target is in a video, or that it is not there.
+    """When and where a query's target is in a video, or that it is absent.
 
     Attributes:
-        query: the query as it was asked.
+        query: the query as given by the caller.
         found: whether the target is in the video.
         span: start and end in seconds, half-open; None if not found.
-        tube: the boxes as computed, one a fine frame; None if not found.
-        boxes: one box for every frame of the video inside the span, of a track for every frame of the video; None if
-            not found, or if only the span was asked for. So is `tube`.
+        tube: the boxes as computed, one per fine frame; None if not found, or for the task `span`.
+        boxes: one box for every frame of the video inside the span (of a track: for every frame of the video); None
+            where `tube` is.
         size: width and height of the video as it is shown, in pixels.
-        coarse: rate and size at which the language model saw the video, and what limited them.
+        coarse: rate and size of the frames for the language model, and what limited them.
         answer: the language model's answer as text.
         named_span: the span that the answer names, before the presence scores moved its ends; None if not found.
-        scores: `absent`, probability of the answer that the target is not there; `answer`, probability of the
-            answer among all that the grammar allows; `presence`, mean over the tube (0 if not found).
-        tokens: visual tokens computed for this query, `coarse` and `fine`; `dense`, what the whole fine grid at fine
-            size would have been; `ratio`, (coarse + fine) / dense.
-        timings: seconds a stage: `decode_video`, `vision_coarse` and `prefill` are those of the video, which queries
-            share; `answer`, `decode_fine`, `vision_fine` and `spatial` those of the call, which the queries of a
-            `ground_many` share; `total` is the call's.
-        task: what was asked for, one of `bridge_stg.runtime.chain.tasks.TASKS`.
-        taps: [T, Q, H], what the tapped layers of the language model know of the target: the hidden states of the
-            bridging queries, from which the boxes are found, for heads of your own. None if not found. Not in the JSON.
+        scores: `absent`, probability of the answer that the target is absent; `answer`, probability of the answer among
+            all that the grammar allows; `presence`, mean over the tube (0 if not found).
+        tokens: visual tokens computed for this query, `coarse` and `fine`; `dense`, tokens of the whole fine grid at
+            fine size; `ratio`, (coarse + fine) / dense.
+        timings: seconds per stage. `decode_video`, `vision_coarse` and `prefill` belong to the video and are shared by
+            its queries; `answer`, `decode_fine`, `vision_fine` and `spatial` belong to the call and are shared by the
+            queries of a `ground_many`; `total` is the call's.
+        task: the task, one of `bridge_stg.runtime.chain.tasks.TASKS`.
+        taps: [T, Q, H], hidden states of the bridging queries in the tapped layers, from which the boxes are computed;
+            input for heads of your own. None if not found. Not in the JSON.
     """
 
     query: str
@@ -171,7 +153,7 @@ class Grounding:
     taps: np.ndarray | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for `json.dump`; `schema` is the version of their layout."""
+        """Return plain values for `json.dump`; `schema` is the version of the format."""
         return {
             "schema": SCHEMA,
             "task": self.task,
@@ -190,8 +172,16 @@ class Grounding:
         }
 
 
-def _pixels(box: np.ndarray) -> list[float]:
-    return [round(float(side), 2) for side in box]
+def _boxes_json(boxes: FrameBoxes | Tube) -> list[dict[str, Any]]:
+    return [
+        {
+            "time_s": round(float(boxes.times[i]), 6),
+            "box": [round(float(side), 2) for side in boxes.boxes[i]],
+            "presence": round(float(boxes.presence[i]), 6),
+            "visible": bool(boxes.visible[i]),
+        }
+        for i in range(len(boxes))
+    ]
 
 
 def _seconds(span: tuple[float, float] | None) -> dict[str, float] | None:

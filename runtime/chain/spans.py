@@ -1,7 +1,7 @@
-"""The rules between named groups, seconds and fine frames. Numbers only: no video, no model, no text.
+"""Conversion between named groups, seconds and fine frames. Numbers only: no video, no model, no text.
 
-Training makes its labels, and the runtime its spans, by these same functions. A span is half-open, [start, end), in
-seconds from the first frame of the video.
+The labels of training and the spans of the runtime come from the same functions. A span is half-open, [start, end),
+in seconds from the first frame of the video.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 
 TIME_TOLERANCE_S = 5e-4
-"""Times closer than this are the same: containers round frame times, often to a millisecond."""
+"""Times that differ by less are equal: containers round frame times, often to a millisecond."""
 
 
 @dataclass(frozen=True, eq=False)
 class FineFrames:
-    """The frames of one video's fine grid that the spatial pass looks at for one span.
+    """The frames of one video's fine grid that the spatial pass uses for one span.
 
     Attributes:
-        indices: int64 [F], places on the grid; queries on one video share frames by them.
+        indices: int64 [F], indices on the grid, by which the queries of one video share frames.
         times: float64 [F], seconds, increasing.
-        interval_s: seconds between two neighbours, of the grid as thinned for this span.
+        interval_s: seconds between two neighbours on the grid as thinned for this span.
     """
 
     indices: np.ndarray
@@ -32,9 +32,9 @@ class FineFrames:
 def span_of_groups(
     groups: tuple[int, int], sample_times: np.ndarray, *, interval_s: float, duration_s: float
 ) -> tuple[float, float]:
-    """Return the span that a named pair of groups stands for, clipped to the video.
+    """Return the span of a named pair of groups, clipped to the video.
 
-    It runs from the first sample of the first group to the last sample of the second, plus one sample interval.
+    It lasts from the first sample of the first group to the last sample of the second, plus one sample interval.
 
     Args:
         groups: indices (a, b) of the named groups, a <= b.
@@ -51,10 +51,12 @@ def span_of_groups(
 def groups_of_span(start_s: float, end_s: float, sample_times: np.ndarray) -> tuple[int, int]:
     """Return the groups (a, b) that name a true span: the inverse of `span_of_groups`, used for training labels.
 
-    It is the smallest range of groups that holds every sample lying in [start, end). A span that falls between two
-    samples is named by the group of the sample nearest to it.
+    The result is the smallest range of groups that contains every sample in [start, end), or the group of the nearest
+    sample if the span lies between two.
 
     Args:
+        start_s: start of the span in seconds.
+        end_s: end of the span in seconds.
         sample_times: float64 [G, P], the time of every sample of every group.
     """
     inside = (sample_times >= start_s - TIME_TOLERANCE_S) & (sample_times < end_s - TIME_TOLERANCE_S)
@@ -71,13 +73,15 @@ def fine_frames(
 ) -> FineFrames:
     """Choose the frames of the fine grid that lie in the span widened by a margin on both sides.
 
-    Where they are more than `max_frames`, every second, fourth, ... frame of the *video's* grid is taken, so that two
-    queries still share frames. Where none is left, the one nearest to the span's middle is.
+    If they are more than `max_frames`, only every second, fourth, ... frame of the *video's* grid is used, so that two
+    queries still share frames. If none is left, the result is the one nearest to the span's middle.
 
     Args:
         span: start and end in seconds.
         grid: float64 [K], the fine grid of the whole video: k / fine_fps.
-        margin_s: seconds looked at on each side.
+        fine_fps: rate of the grid in frames per second.
+        margin_s: seconds to add on each side.
+        max_frames: most frames to choose.
     """
     low, high = span[0] - margin_s - TIME_TOLERANCE_S, span[1] + margin_s - TIME_TOLERANCE_S
     inside = np.flatnonzero((grid >= low) & (grid < high))
@@ -100,13 +104,15 @@ def refine_span(
 ) -> tuple[float, float]:
     """Move each end of the span to the first and last fine frame in which the target is present.
 
-    The last such frame still shows it, so the half-open end lies one fine interval behind. If the target is present in
-    no frame, the span stays.
+    The last such frame still shows it, so the half-open end is one fine interval later. If the target is present in
+    no frame, the span is returned unchanged.
 
     Args:
+        span: start and end in seconds, as named by the answer.
+        frames: the fine frames around the span.
         presence: float [F] in 0..1, the probability that each frame lies in the tube.
-        threshold: presence from which a frame counts.
-        duration_s: length of the video, which the end never passes.
+        threshold: least presence of a frame that shows the target.
+        duration_s: length of the video, which bounds the end.
     """
     present = np.flatnonzero(presence >= threshold)
     if not present.size:
@@ -117,7 +123,7 @@ def refine_span(
 
 
 def in_span(times: np.ndarray, span: tuple[float, float]) -> np.ndarray:
-    """Return bool [N]: which of the times [N] lie in the half-open span; if none does, the last one at its start."""
+    """Return bool [N]: which of the times [N] lie in the half-open span; if none does, the last one up to its start."""
     inside = (times >= span[0] - TIME_TOLERANCE_S) & (times < span[1] - TIME_TOLERANCE_S)
     if not inside.any():
         inside[max(int(np.searchsorted(times, span[0] + TIME_TOLERANCE_S, side="right")) - 1, 0)] = True

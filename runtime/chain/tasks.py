@@ -1,7 +1,6 @@
-"""The tasks that one model and one chain serve: what may be answered, and whether boxes are computed.
+"""The tasks of the chain: which answers are allowed, and whether boxes are computed.
 
-A task changes the query's prompt, the grammar of its answer and the spatial pass; nothing else. Knows nothing of
-sessions.
+A task determines the query's prompt, the grammar of its answer and the spatial pass. Knows nothing of sessions.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from bridge_stg.runtime.errors import QueryError
 
 TASKS = ("tube", "span", "image", "track")
 TRACKED = "the object"
-"""What a tracked target is called where nobody says what it is."""
+"""The query of a track without one."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class Task:
     """One of `TASKS`.
 
     Attributes:
-        name: `tube` (when and where), `span` (only when), `image` (where, in a picture) or `track` (from a first box).
-        allow_none: whether the answer may be that the target is not there.
-        first_box: what to track: left, top, right, bottom in pixels; None for the other tasks.
+        name: `tube` (when and where), `span` (only when), `image` (where, in an image) or `track` (from a first box).
+        allow_none: whether the answer may be that the target is absent.
+        first_box: box to track: left, top, right, bottom in pixels; None for the other tasks.
     """
 
     name: str = "tube"
@@ -43,27 +42,32 @@ class Task:
         return self.allow_none, 0 if self.name == "track" else None
 
     def relative_box(self, size: tuple[int, int]) -> tuple[float, ...] | None:
-        """Return the first box in 0..1 of a frame of `size` (width, height) in pixels."""
+        """Return the first box in 0..1 of a frame of `size` (width, height) in pixels.
+
+        Raises:
+            QueryError: the box lies outside the frame.
+        """
         if self.first_box is None:
             return None
         width, height = size
         left, top, right, bottom = self.first_box
         if left >= width or top >= height or right <= 0 or bottom <= 0:
             raise QueryError(
+                "query.bad_box",
                 f"the first box {_text(self.first_box)} lies outside the video, whose frames are {width} × {height} "
-                "pixels; give left, top, right, bottom in pixels of the first frame"
+                "pixels; give left, top, right, bottom in pixels of the first frame",
             )
         return left / width, top / height, right / width, bottom / height
 
 
 def track_from(first_box: Sequence[float] | np.ndarray) -> Task:
-    """Return the task of tracking what is in a box.
+    """Return the task that tracks the target in a box.
 
     Args:
         first_box: left, top, right, bottom in pixels of the first frame.
 
     Raises:
-        QueryError: these are not four finite numbers of a box with an area.
+        QueryError: these are not four finite numbers, or the box has no area.
     """
     try:
         box = np.asarray(first_box, np.float64).reshape(-1)
@@ -72,7 +76,8 @@ def track_from(first_box: Sequence[float] | np.ndarray) -> Task:
     if len(box) != 4 or not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
         found = _text(box) if len(box) else repr(first_box)
         raise QueryError(
-            f"the first box is {found}; expected left, top, right, bottom in pixels, with left < right and top < bottom"
+            "query.bad_box",
+            f"the first box is {found}; expected left, top, right, bottom in pixels, left < right and top < bottom",
         )
     left, top, right, bottom = map(float, box)
     return Task("track", allow_none=False, first_box=(left, top, right, bottom))

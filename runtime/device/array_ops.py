@@ -62,11 +62,6 @@ def contiguous(array: Any) -> Any:
     return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array.as_contiguous()
 
 
-def known_not_finite(array: Any) -> bool:
-    """Whether an array holds NaN or infinity, as far as can be told without fetching it from a device."""
-    return isinstance(array, np.ndarray) and not np.isfinite(array).all()
-
-
 def accept(value: Any, context: DeviceContext) -> Any:
     """Return an input as an array that a session of this device can use, without a copy where it lies there.
 

@@ -1,7 +1,7 @@
-"""A backbone asked as the plain vision-language model that it was: stock prompts, greedy decoding without a grammar.
+"""Free decoding with a backbone's language model: stock prompts, greedy decoding without a grammar.
 
-Tells whether a checkpoint or a bundle still speaks as transformers' `generate` does. Knows ids and positions; grounding
-goes through `bridge_stg.runtime.chain.decode`.
+Equal to transformers' `generate` for the same weights. Knows ids and positions; grounding goes through
+`bridge_stg.runtime.chain.decode`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from bridge_stg.runtime.backends.session import KVCache, Session
 from bridge_stg.runtime.bundle.spec import VisionSpec
-from bridge_stg.runtime.chain.decode import PREFILL_CHUNK, append_ids, feed, part
+from bridge_stg.runtime.chain.decode import PREFILL_CHUNK, feed
 from bridge_stg.runtime.chain.positions import VisualGrid, stock_positions
 from bridge_stg.runtime.chain.prompt import Segment, text_segment
 
@@ -29,13 +29,13 @@ def stock_segment(
 
     Args:
         spec: the family's geometry.
-        input_ids: [L], as the family's processor makes them: one visual token a place.
+        input_ids: [L], from the family's processor, one id per visual token.
         visual_ids: ids of the visual tokens, of images and of videos.
         grids: images and videos in the order of the prompt.
-        first_row: row of visual_tokens that the prompt's first visual token takes; prompts of one batch share the rows.
+        first_row: row of visual_tokens for the prompt's first visual token; prompts of one batch share the rows.
 
     Raises:
-        ValueError: the visual tokens are not those of the grids.
+        ValueError: the visual tokens do not match the grids.
     """
     ids = np.asarray(input_ids, np.int64)
     visual = np.isin(ids, visual_ids)
@@ -51,21 +51,22 @@ def prefill(
     *,
     chunk: int = PREFILL_CHUNK,
 ) -> np.ndarray:
-    """Run B whole prompts of any lengths through the language model; return the logits [B, vocab] behind each.
+    """Run B whole prompts of any lengths through the language model; return the logits [B, vocab] after each.
 
-    A row whose prompt has ended is fed its last token again, in its own place: that writes what is there already.
+    A row whose prompt has ended is fed its last token again, at the same position.
 
     Args:
-        cache: of B rows, with room for the longest prompt.
-        prompts: one a row.
+        session: the language model.
+        cache: cache of B rows, with room for the longest prompt.
+        prompts: one prompt per row.
         visual_tokens: [1+D, V, H] of all prompts, row 0 of V all zero.
-        chunk: tokens of a row in one call.
+        chunk: most tokens per row in one call.
     """
     longest = max(map(len, prompts))
     outputs: dict[str, np.ndarray] = {}
     for start in range(0, longest, chunk):
         starts = [min(start, len(prompt) - 1) for prompt in prompts]
-        pieces = [part(prompt, begin, start + chunk) for prompt, begin in zip(prompts, starts, strict=True)]
+        pieces = [prompt.part(begin, start + chunk) for prompt, begin in zip(prompts, starts, strict=True)]
         outputs = feed(session, cache, pieces, starts, outputs=1, visual_tokens=visual_tokens)
     return outputs["logits"][:, 0]
 
@@ -79,37 +80,37 @@ def generate(
     stop_ids: Sequence[int] = (),
     chunk: int = PREFILL_CHUNK,
 ) -> list[list[int]]:
-    """Decode greedily behind B prompts.
+    """Decode greedily after B prompts.
 
     Args:
         session: the language model.
-        prompts: one a row, of at least one token.
+        prompts: one prompt per row, of at least one token.
         visual_tokens: [1+D, V, H] of all prompts, row 0 of V all zero.
-        max_new_tokens: of each row.
+        max_new_tokens: most new tokens per row.
         stop_ids: ids that end a row.
-        chunk: tokens of a row in one call of the prefill.
+        chunk: most tokens per row in one call of the prefill.
 
     Returns:
-        The new ids of each row, the one that ended it included.
+        The new ids of each row, including the one that ended it.
     """
     capacity = max(map(len, prompts)) + max_new_tokens
     cache = session.allocate_cache(batch=len(prompts), capacity=capacity)
     logits = prefill(session, cache, prompts, visual_tokens, chunk=chunk)
     no_visual_tokens = np.ascontiguousarray(visual_tokens[:, :2])  # new tokens are all text
     lengths = [len(prompt) for prompt in prompts]
-    # One token that a row is fed next; what it follows is in the cache.
+    # The one token that each row is fed next.
     tails = [text_segment([], prompt.next_position) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     for _ in range(max_new_tokens):
-        for row, best in enumerate(logits.argmax(-1)):
+        for row, best in enumerate(logits.argmax(-1).tolist()):
             if not done[row]:
-                answers[row].append(int(best))
+                answers[row].append(best)
                 lengths[row] += len(tails[row])
-                tails[row] = append_ids(text_segment([], tails[row].next_position), [int(best)])
-                done[row] = int(best) in stop_ids or len(answers[row]) == max_new_tokens
+                tails[row] = text_segment([best], tails[row].next_position)
+                done[row] = best in stop_ids or len(answers[row]) == max_new_tokens
         if all(done):
             break
-        # A row that is done is fed its last token until the others are, in the same place.
+        # A row that is done is fed its last token, at the same position, until the others are done.
         logits = feed(session, cache, tails, lengths, outputs=1, visual_tokens=no_visual_tokens)["logits"][:, 0]
     return answers

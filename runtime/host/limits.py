@@ -5,12 +5,13 @@ The same object measures how long each stage took, since a stage is also what an
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 
@@ -20,7 +21,27 @@ LOCK_POLL_S = 0.05
 class Progress(Protocol):
     """Called as progress(stage, done, total); total is None where it is not known yet."""
 
-    def __call__(self, stage: str, done: float, total: float | None) -> Any: ...
+    def __call__(self, stage: str, done: float, total: float | None) -> Any:
+        """Report how much of a stage is done."""
+
+
+class Signal(Protocol):
+    """A cancel signal such as `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Return whether to stop."""
+
+
+Cancel: TypeAlias = "Signal | Callable[[], bool]"
+"""A signal that is set, or a callable that returns True, to stop a call."""
+
+
+class CallKeywords(TypedDict, total=False):
+    """The keyword arguments that every call takes; see `Limits`."""
+
+    deadline_s: float | None
+    cancel: Cancel | None
+    progress: Progress | None
 
 
 class Limits:
@@ -39,11 +60,12 @@ class Limits:
         self,
         *,
         deadline_s: float | None = None,
-        cancel: Any = None,
+        cancel: Cancel | None = None,
         progress: Progress | None = None,
     ) -> None:
-        if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s == deadline_s):
-            raise BridgeError(f"deadline_s={deadline_s!r}: expected seconds from now, or None for no deadline.")
+        if deadline_s is not None and not (isinstance(deadline_s, Real) and not math.isnan(deadline_s)):
+            message = f"deadline_s={deadline_s!r}: expected seconds from now, or None for no deadline"
+            raise BridgeError("options.out_of_range", message)
         self.started = time.perf_counter()
         self.deadline_s = deadline_s
         self.timings: dict[str, float] = {}
@@ -76,11 +98,13 @@ class Limits:
             Interrupted: the deadline has passed or the cancel signal is set; the message names the stage.
         """
         if self.cancelled():
-            raise Interrupted(f"the call was cancelled during {self._stage}, {self.elapsed_s:.2f} s after it began")
+            message = f"the call was cancelled during {self._stage}, {self.elapsed_s:.2f} s after it began"
+            raise Interrupted("call.cancelled", message)
         if self.deadline_s is not None and self.elapsed_s >= self.deadline_s:
             raise Interrupted(
+                "call.deadline",
                 f"deadline_s={self.deadline_s:g} passed during {self._stage}; "
-                "give the call more time, a shorter video or fewer queries"
+                "give the call more time, a shorter video or fewer queries",
             )
 
     def report(self, done: float, total: float | None) -> None:
@@ -88,6 +112,10 @@ class Limits:
         if self._progress is not None:
             self._progress(self._stage, done, total)
         self.check()
+
+    def report_from(self, start: float, total: float | None) -> Callable[[float, float | None], None]:
+        """Return a `report` for one part of a stage: its counts begin at `start`, and `total` is the stage's."""
+        return lambda done, _: self.report(start + done, total)
 
     @contextmanager
     def hold(self, lock: threading.Lock) -> Iterator[None]:
@@ -105,11 +133,10 @@ class Limits:
         return time.perf_counter() - self.started
 
 
-def _signal(cancel: Any) -> Callable[[], bool]:
+def _signal(cancel: Cancel | None) -> Callable[[], bool]:
     if cancel is None:
         return lambda: False
-    if callable(getattr(cancel, "is_set", None)):
-        return cancel.is_set
-    if callable(cancel):
-        return cancel
-    raise TypeError(f"cancel must be a threading.Event or a callable, not {type(cancel).__name__}")
+    if not callable(is_set := getattr(cancel, "is_set", cancel)):
+        raise TypeError(f"cancel must be a threading.Event or a callable, not {type(cancel).__name__}")
+    signal: Callable[[], bool] = is_set
+    return signal

@@ -154,7 +154,7 @@ class LiveWatch:
             raise QueryError("watch takes a list of queries, but was given one string; put it into a list")
         for i, query in enumerate(queries):
             try:
-                check_query(self._chain.tokenizer, self._chain.spec.prompt, query)
+                check_query(self._chain.spec.prompt, query)
             except QueryError as error:
                 raise QueryError(f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
         if len(set(queries)) < len(queries):

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.kv_pool import KVPool
 from bridge_stg.runtime.backends.session import KVCache
-from bridge_stg.runtime.chain.decode import Prefix, part, prefill_video
-from bridge_stg.runtime.chain.opened_video import Chain, OpenedVideo
+from bridge_stg.runtime.chain.decode import Prefix, prefill_video
+from bridge_stg.runtime.chain.opened_video import CachePool, Chain, OpenedVideo
 from bridge_stg.runtime.chain.prompt import Segment, video_segment
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens
@@ -118,7 +117,7 @@ class LiveWindow:
         )
         features: Any = _WindowFeatures(self._features, fine, start)
         grid = np.round(fine / plan.fine_fps - start, 9)
-        return OpenedVideo(self._own, source, coarse, self._prefix, features, grid, {})
+        return OpenedVideo(self._own, source, coarse, prefix=self._prefix, features=features, grid=grid, timings={})
 
     def close(self) -> None:
         """Give the cache back, and let go of everything else."""
@@ -139,7 +138,7 @@ class LiveWindow:
         behind = 0 if first == 0 or self._prefix is None else self._prefix.length
         new = [held.tokens for held in self._held[first:]]
         rows = sum(held.tokens.shape[1] - 1 for held in self._held[:first])
-        rest = part(segment, behind, len(segment))
+        rest = segment.part(behind, len(segment))
         visual_index = np.where(rest.visual_index > 0, rest.visual_index - rows, 0)
         self._prefix = prefill_video(
             self._chain.language_model,
@@ -147,7 +146,7 @@ class LiveWindow:
             dataclasses.replace(rest, visual_index=visual_index),
             arrays.join([new[0], *(tokens[:, 1:] for tokens in new[1:])], axis=1),
             report=limits.report,
-            behind=behind,
+            cached=behind,
         )
         self.prefilled += len(rest)
 
@@ -200,7 +199,7 @@ class _WindowPool:
     Caches of the pool have one capacity, that of the window, whatever the prefix's length: memory stays flat.
     """
 
-    def __init__(self, cache: KVCache, pool: KVPool) -> None:
+    def __init__(self, cache: KVCache, pool: CachePool) -> None:
         self._cache, self._pool = cache, pool
 
     def take(self, *, batch: int, positions: int) -> KVCache:

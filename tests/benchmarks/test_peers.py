@@ -124,7 +124,7 @@ def text_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     from bridge_stg.runtime.chain.decode import feed
     from bridge_stg.runtime.chain.prompt import text_segment
 
-    session = model.grounder()._sessions["language_model"]
+    session = model.grounder().sessions["language_model"]
     dims = next(tensor.dims for tensor in session.graph.inputs if tensor.name == "visual_tokens")
     nothing = np.zeros((int(dims[0]), 2, int(dims[2])), np.float32)
     cache = session.allocate_cache(batch=1, capacity=ids.shape[1])

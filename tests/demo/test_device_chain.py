@@ -15,6 +15,7 @@ from bridge_stg.runtime.backends.tensorrt.engine_cache import read_engines
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.fakes.machine import CHAIN_PROFILES, FakeMachine
 
@@ -45,7 +46,7 @@ def test_the_chain_on_the_device_equals_the_chain_on_the_cpu(
         with grounder.open(path) as video:
             together = video.ground_many(texts)
             alone = [[video.ground(text) for text in texts] for _ in range(2)]
-            assert all(isinstance(array, DeviceArray) for array, _ in video._features._kept.values())
+            assert isinstance(video.features.at(np.arange(2), Limits())[0], DeviceArray)
     for results in (together, *alone):
         for ours, theirs in zip(results, expected, strict=True):
             assert (ours.answer, ours.found, ours.span) == (theirs.answer, theirs.found, theirs.span)
@@ -63,8 +64,7 @@ def test_only_small_things_cross_the_bus(demo_bundle, clip, tmp_path, monkeypatc
         assert machine.cuda.copied["cudaMemcpyDeviceToHost"] < 20_000  # the last token's logits of each chunk
         result = video.ground(texts[0])
         answered = machine.cuda.copied["cudaMemcpyDeviceToHost"]
-        maps = sum(array.nbytes for array, _ in video._features._kept.values())
-        assert result.found and answered < 100_000 < maps
+        assert result.found and answered < 100_000 < video.features.nbytes
 
 
 def test_golden_cases_replay_on_the_device(demo_bundle, tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_frames_on_the_device_stay_there(demo_bundle, clip, tmp_path, monkeypatc
     machine.build(Bundle.load(demo_bundle), "standard")
     with Grounder.load(demo_bundle) as grounder:
         expected = grounder.ground(decoded(path), texts[0])
-        device, buffers = grounder._sessions["vision_encoder"].device, []
+        device, buffers = grounder.sessions["vision_encoder"].device, []
 
         def lent():
             for time, picture in decoded(path):

@@ -24,6 +24,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.parity.verify import verify_bundle
 from bridge_stg.runtime.video.sizes import resize
 
@@ -100,8 +101,8 @@ def test_outputs_stay_on_the_device_and_steps_become_graphs(built_bundle, backen
     path = clip_path(clip, tmp_path)
     with Grounder.load(built_bundle, backend=backend) as grounder, grounder.open(path) as video:
         results = [video.ground(clip.named.text) for _ in range(4)]
-        assert all(isinstance(array, DeviceArray) for array, _ in video._features._kept.values())
-        graphs = grounder._sessions["language_model"].graphs
+        assert isinstance(video.features.at(np.arange(2), Limits())[0], DeviceArray)
+        graphs = grounder.sessions["language_model"].graphs
         assert graphs is None or graphs.refusal or len(graphs)
     assert len({result.answer for result in results}) == 1
     for result in results[1:]:

@@ -28,7 +28,7 @@ DESCRIBED = {
         spec.ModelSpec, spec.VisionSpec, spec.LanguageSpec, spec.FramesSpec, spec.PromptSpec, spec.SpanSpec,
         golden.Tolerance, engine_cache.EngineEntry, engine_cache.EngineKey,
     )
-} | {"case.json": golden._CaseFile}  # fmt: skip
+} | {"case.json": golden.CaseFile}  # fmt: skip
 Row = tuple[str, str, str]
 """Name, type and default of a field."""
 

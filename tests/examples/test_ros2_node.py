@@ -67,7 +67,7 @@ def test_detections_and_events(ros: SimpleNamespace) -> None:
 
 def test_the_callback_never_waits(ros: SimpleNamespace) -> None:
     grounder = live_grounder()
-    session: Any = grounder._sessions["vision_encoder"]
+    session: Any = grounder.sessions["vision_encoder"]
     session.session.before = lambda feeds: time.sleep(0.5)
     node = ros.node.GroundingNode(grounder)
     began = time.monotonic()

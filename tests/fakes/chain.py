@@ -64,7 +64,7 @@ class FakeSession:
 
     def infer(self, feeds: Mapping[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
         if self.closed:
-            raise EngineError("this session is closed")
+            raise EngineError("engine.closed", "this session is closed")
         self.before(feeds)
         self.calls.append(dict(feeds))
         return self.run(feeds, cache)
@@ -202,7 +202,7 @@ def fake_spec(**frames: Any) -> ModelSpec:
 
 
 def fake_grounder(spec: ModelSpec | None = None, script: Mapping[str, str] | None = None, **options: Any) -> Grounder:
-    """Return a Grounder over fake sessions; they are at `grounder._chain`."""
+    """Return a Grounder over fake sessions; see `Grounder.sessions`."""
     spec = spec or fake_spec()
     tokenizer: Any = FakeTokenizer()
     language = FakeLanguageModel(tokenizer)

@@ -73,7 +73,7 @@ class Counting:
 
 
 def live_grounder(spec: ModelSpec | None = None, *, seeing: bool = True, **options: Any) -> Grounder:
-    """Return a Grounder over counting fakes; they are at `grounder._sessions`."""
+    """Return a Grounder over counting fakes; they are at `grounder.sessions`."""
     spec = spec or fake_spec()
     tokenizer: Any = FakeTokenizer()
     language = (SeeingLanguageModel if seeing else FakeLanguageModel)(tokenizer)

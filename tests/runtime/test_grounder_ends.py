@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bridge_stg.runtime.errors import EngineError, Interrupted, VideoError
+from tests.errors import raises
 from tests.fakes.answers import QUERIES, SCRIPT, same, write_video
 from tests.fakes.chain import clip, fake_grounder
 
@@ -29,7 +30,7 @@ def test_a_cancelled_call_names_the_stage(stage: str, tmp_path: Path) -> None:
         if name == stage:
             event.set()
 
-    with pytest.raises(Interrupted, match=f"during {stage}"):
+    with raises("call.cancelled", stage, kind=Interrupted):
         grounder.ground(path, "the car", cancel=event, progress=progress)
     assert reached[-1] == stage
     event.clear()
@@ -54,10 +55,10 @@ def test_an_opened_video_survives_a_cancelled_call(tmp_path: Path) -> None:
 def test_deadlines_on_every_call() -> None:
     grounder = fake_grounder(script=SCRIPT)
     for call in (lambda: grounder.ground(clip(), "the car", deadline_s=0), lambda: grounder.open(clip(), deadline_s=0)):
-        with pytest.raises(Interrupted, match="decode_video"):
+        with raises("call.deadline", "decode_video", kind=Interrupted):
             call()
     with grounder.open(clip()) as video:
-        with pytest.raises(Interrupted, match="answer"):
+        with raises("call.deadline", "answer", kind=Interrupted):
             video.ground_many(["the car"], deadline_s=0)
 
 
@@ -66,7 +67,7 @@ def test_closed_things_say_so() -> None:
     video, other = grounder.open(clip()), grounder.open(clip())
     video.close()
     video.close()
-    with pytest.raises(VideoError, match="closed"):
+    with raises("video.closed", kind=VideoError):
         video.ground("the car")
     grounder.close()
     grounder.close()
@@ -75,15 +76,15 @@ def test_closed_things_say_so() -> None:
         lambda: grounder.open(clip()),
         lambda: other.ground("the car"),
     ):
-        with pytest.raises(EngineError, match="closed"):
+        with raises("engine.closed", kind=EngineError):
             call()
     other.close()
-    assert all(session.closed for session in grounder._sessions.values())  # type: ignore[attr-defined]
+    assert all(session.closed for session in grounder.sessions.values())  # type: ignore[attr-defined]
 
 
 def test_closing_waits_for_the_call_under_way() -> None:
     grounder = fake_grounder(script=SCRIPT)
-    spatial: Any = grounder._sessions["spatial_decoder"]
+    spatial: Any = grounder.sessions["spatial_decoder"]
     inside, go_on = threading.Event(), threading.Event()
 
     def wait(feeds: Any) -> None:
@@ -105,7 +106,7 @@ def test_many_threads_on_one_video_and_one_grounder(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", clip())
     alone = {query: fake_grounder(script=SCRIPT).ground(path, query) for query in QUERIES}
     grounder = fake_grounder(script=SCRIPT, feature_budget_bytes=4000)
-    encoder: Any = grounder._sessions["vision_encoder"]
+    encoder: Any = grounder.sessions["vision_encoder"]
     encoder.before = lambda feeds: time.sleep(0.001)
     with grounder.open(path) as video, ThreadPoolExecutor(6) as threads:
         tasks = [(query, threads.submit(video.ground, query)) for query in QUERIES * 3]

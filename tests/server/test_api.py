@@ -299,7 +299,7 @@ def test_one_query_that_cannot_be_asked_fails_no_other(served: Callable[..., Run
     spec = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=500))
     running = served(fake_grounder(spec), workers=1)
     hold = threading.Event()
-    running.grounder._chain.language_model.before = lambda feeds: hold.wait(20)  # type: ignore[attr-defined]
+    running.grounder.sessions["language_model"].before = lambda feeds: hold.wait(20)  # type: ignore[attr-defined]
     with running.client() as client:
         video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
         queries = (

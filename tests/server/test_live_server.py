@@ -61,7 +61,7 @@ def test_updates_and_events_come_until_the_source_ends(served: Callable[..., Run
 
 def test_clients_share_one_watch_and_the_last_one_ends_it(served: Callable[..., Running], source: str) -> None:
     running = live(served, gate=source)
-    encoder = running.grounder._sessions["vision_encoder"]
+    encoder = running.grounder.sessions["vision_encoder"]
 
     def read(told: Iterator[Any], count: int) -> list[Any]:
         updates = (value for name, value in told if name == "update")

@@ -44,7 +44,7 @@ class Gate:
 
 def gated(session: str = "language_model") -> tuple[Grounder, Gate]:
     grounder = fake_grounder()
-    return grounder, Gate(getattr(grounder._chain, session))
+    return grounder, Gate(grounder.sessions[session])
 
 
 @pytest.mark.parametrize("same_upload", [True, False])
@@ -260,7 +260,7 @@ def test_a_job_that_is_deleted_frees_its_work(when: str, served: Callable[..., R
         assert ended(client, jobs[when == "running"])["status"] == "done"
         until(lambda: metric(running, "running_batches") == 0)
     assert metric(running, "jobs_total", outcome="cancelled") == 1 and calls == 1
-    asked = [seen for batch in grounder._chain.language_model.seen for seen in batch]  # type: ignore[attr-defined]
+    asked = [seen for batch in grounder.sessions["language_model"].seen for seen in batch]  # type: ignore[attr-defined]
     assert not any("Find second" in text for text in asked) or when == "running"
     assert not any("Find first" in text for text in asked) or when == "queued"
 
@@ -317,12 +317,12 @@ def test_an_engine_that_fails_is_told_without_its_words(served: Callable[..., Ru
     def fail(feeds: Any) -> None:
         raise RuntimeError("/secret/path of the engine")
 
-    grounder._chain.language_model.before = fail  # type: ignore[attr-defined]
+    grounder.sessions["language_model"].before = fail  # type: ignore[attr-defined]
     with served(grounder).client() as client:
         video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
         value = ended(client, ask(client, video, ["the car"]).json()["id"])
         assert (value["status"], value["code"]) == ("failed", "internal") and "secret" not in value["error"]
-        grounder._chain.language_model.before = lambda feeds: None  # type: ignore[attr-defined]
+        grounder.sessions["language_model"].before = lambda feeds: None  # type: ignore[attr-defined]
         assert ended(client, ask(client, video, ["the car"]).json()["id"])["status"] == "done"
 
 

@@ -43,10 +43,10 @@ def record(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -
 
     model = load_checkpoint(checkpoint)
     grounder, spec = model.grounder(), model.spec
-    tokenizer = grounder._chain.tokenizer
+    tokenizer = grounder.tokenizer
     path = clip(folder.parent / "clips", spec, frames, size=size)
     answer = middle_quarter(spec, tokenizer, frames)
-    watch = Watch(grounder._sessions, marker=answer_marker(tokenizer.encode, spec.prompt.query), keep=True)
+    watch = Watch(grounder.sessions, marker=answer_marker(tokenizer.encode, spec.prompt.query), keep=True)
     watch.answer = answer
     grounder.ground(str(path), QUERIES[0], allow_none=False)
     folder.mkdir(parents=True, exist_ok=True)

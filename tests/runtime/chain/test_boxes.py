@@ -3,16 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bridge_stg.runtime.chain.boxes import (
-    box_area,
-    box_cxcywh_to_xyxy,
-    box_generalized_iou,
-    box_iou,
-    box_xyxy_to_cxcywh,
-    boxes_to_pixels,
-    boxes_to_unit,
-    clip_boxes,
-)
+from bridge_stg.runtime.chain.boxes import box_area, box_cxcywh_to_xyxy, box_iou, boxes_to_pixels
 
 
 def random_boxes(n: int, seed: int = 0) -> np.ndarray:
@@ -20,10 +11,9 @@ def random_boxes(n: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([corners.min(1), corners.max(1)], axis=-1)
 
 
-def test_formats_convert_both_ways() -> None:
+def test_centre_and_size_become_corners() -> None:
     assert box_cxcywh_to_xyxy(np.array([[5.0, 6.0, 2.0, 4.0]])).tolist() == [[4, 4, 6, 8]]
-    boxes = random_boxes(20).reshape(4, 5, 4)
-    np.testing.assert_allclose(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)), boxes, atol=1e-6)
+    assert box_cxcywh_to_xyxy(np.ones((4, 5, 4), np.float32)).shape == (4, 5, 4)
 
 
 def test_iou_of_known_boxes() -> None:
@@ -33,13 +23,6 @@ def test_iou_of_known_boxes() -> None:
     assert box_iou(a, np.array([2.0, 0.0, 4.0, 2.0])) == 0
     assert box_iou(np.zeros(4), np.zeros(4)) == 0
     assert box_area(np.array([2.0, 2.0, 1.0, 1.0])) == 0
-
-
-def test_generalized_iou_tells_near_misses_from_far_ones() -> None:
-    a, near, far = np.array([[0.0, 0, 1, 1], [2, 0, 3, 1], [8, 0, 9, 1]])
-    assert box_generalized_iou(a, a) == 1
-    assert box_generalized_iou(a, near) == pytest.approx(-1 / 3)
-    assert -1 < box_generalized_iou(a, far) < box_generalized_iou(a, near)
 
 
 def test_iou_agrees_with_counting_pixels() -> None:
@@ -61,5 +44,3 @@ def test_pixels_are_scaled_and_clipped() -> None:
     pixels = boxes_to_pixels(np.array([[-0.1, 0.5, 0.5, 1.2]]), width=100, height=50)
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, [[0, 25, 50, 50]])
-    np.testing.assert_allclose(boxes_to_unit(pixels, width=100, height=50), [[0, 0.5, 0.5, 1]])
-    assert clip_boxes(np.array([-5, 2, 300, 40]), width=100, height=50).tolist() == [0, 2, 100, 40]

@@ -11,6 +11,7 @@ from bridge_stg.runtime.chain.decode import Answer, Prefix, answer_queries, posi
 from bridge_stg.runtime.chain.grammar import AnswerGrammar
 from bridge_stg.runtime.chain.prompt import query_segment, time_strings, video_segment
 from bridge_stg.runtime.errors import EngineError, Interrupted
+from tests.errors import raises
 from tests.fakes.chain import BRIDGING, TAPS, VOCAB, WIDTH, FakeLanguageModel, FakeTokenizer, fake_spec
 
 SPEC = fake_spec()
@@ -186,7 +187,7 @@ def test_logits_that_are_not_finite_are_an_engine_error() -> None:
         return outputs
 
     loop.model.run = broken  # type: ignore[method-assign]
-    with pytest.raises(EngineError, match="not finite"):
+    with raises("engine.not_finite", "language_model", kind=EngineError):
         loop.answer(["the red car"])
 
 
@@ -197,7 +198,7 @@ def test_the_loop_can_be_stopped_at_every_step() -> None:
     def stop_at_third(done: int, total: int) -> None:
         reports.append((done, total))
         if len(reports) == 3:
-            raise Interrupted("stopped")
+            raise Interrupted("call.cancelled", "stopped")
 
     with pytest.raises(Interrupted):
         loop.answer(["the red car", "birds"], report=stop_at_third)

@@ -22,13 +22,13 @@ def test_the_spec_says_which_tables_there_are() -> None:
     assert list(vision_tables(plain, 4, 6)) == ["rotary_cos", "rotary_sin"]
 
 
-def test_a_grid_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="5 × 6 patches does not divide by the merge size 2"):
+def test_a_grid_that_does_not_divide_is_rejected() -> None:
+    with pytest.raises(ValueError, match="5 × 6 patches"):
         vision_tables(WINDOWED, 5, 6)
 
 
 @pytest.mark.parametrize("rows, columns", [(2, 2), (4, 4), (6, 10), (12, 8), (2, 14), (22, 2)])
-def test_windows_hold_every_patch_once_beside_its_neighbours(rows: int, columns: int) -> None:
+def test_windows_contain_every_patch_once_with_its_neighbours(rows: int, columns: int) -> None:
     tables = vision_tables(WINDOWED, rows, columns)
     index, mask, place = tables["window_index"], tables["window_mask"], tables["window_place"]
     patches = rows * columns
@@ -44,11 +44,11 @@ def test_windows_hold_every_patch_once_beside_its_neighbours(rows: int, columns:
 
 
 def visual(*runs: int) -> np.ndarray:
-    """Return a prompt: text and visual tokens in turn, so many of each."""
+    """Return a prompt of alternating runs of text and visual tokens."""
     return np.concatenate([np.full(count, bool(i % 2)) for i, count in enumerate(runs)])
 
 
-def test_text_goes_on_past_the_larger_side_of_a_picture() -> None:
+def test_text_continues_past_the_larger_side_of_an_image() -> None:
     positions, following = stock_positions(WINDOWED, visual(2, 6, 3), [VisualGrid(1, 2, 3)])
     time = [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7]
     row = [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7]
@@ -60,17 +60,17 @@ def test_a_videos_groups_step_in_time_where_no_times_are_printed() -> None:
     positions, following = stock_positions(WINDOWED, visual(1, 8, 1), [VisualGrid(4, 1, 2, interval_s=0.8)])
     assert positions[0].tolist() == [0, 1, 1, 2, 2, 4, 4, 5, 5, 3]  # 1.6 steps a group, cut
     assert positions[2].tolist() == [0, 1, 2, 1, 2, 1, 2, 1, 2, 3]
-    assert following == 6  # generated text goes on behind the latest time, not behind the text
+    assert following == 6  # generated text continues after the latest time, not after the text
 
 
-def test_groups_stand_alone_where_times_are_printed() -> None:
+def test_groups_are_separate_where_times_are_printed() -> None:
     positions, following = stock_positions(LEARNED, visual(2, 2, 2, 2, 1), [VisualGrid(2, 1, 2, interval_s=1.0)])
     assert positions[0].tolist() == [0, 1, 2, 2, 4, 5, 6, 6, 8] and following == 9
 
 
 @pytest.mark.parametrize("runs", [(2, 5, 1), (2, 6, 1, 6), (3,)])
-def test_visual_tokens_must_be_those_of_the_grids(runs: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="the prompt holds"):
+def test_visual_tokens_must_match_the_grids(runs: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="visual tokens"):
         stock_positions(WINDOWED, visual(*runs), [VisualGrid(1, 2, 3)])
 
 

@@ -1,14 +1,14 @@
-"""Frames that show the same are encoded once, and every place gets what belongs to it."""
+"""Equal frames are encoded once, and every place gets its own result."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from bridge_stg.runtime.chain.unchanged import deduplicate_frames
-from bridge_stg.runtime.chain.vision_pass import coarse_tokens, fine_maps
+from bridge_stg.runtime.chain.vision_pass import coarse_tokens, deduplicate_frames, fine_maps
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.grounder import Grounder
+from tests.errors import raises
 from tests.fakes.chain import fake_grounder
 
 
@@ -23,13 +23,13 @@ def test_equal_groups_share_one_wherever_they_stand() -> None:
     np.testing.assert_array_equal(groups[chosen][places], groups)
 
 
-def test_one_changed_pixel_is_a_change_where_the_candidates_are_alike() -> None:
+def test_one_changed_pixel_is_a_change_even_if_the_checksum_is_equal() -> None:
     groups = np.repeat(noise(1, 2, 16, 24, 3), 2, axis=0)
-    groups[1, 1, 5, 7, 2] ^= 1  # a row that the quick sum leaves out
+    groups[1, 1, 5, 7, 2] ^= 1  # a row that the checksum leaves out
     assert deduplicate_frames(groups, patch=8)[0].tolist() == [0, 1]
 
 
-def test_a_tolerance_looks_at_the_patch_that_changed_most_and_lets_nothing_drift_by() -> None:
+def test_a_tolerance_compares_the_patch_that_changed_most_and_slow_drifts_add_up() -> None:
     groups = np.full((6, 1, 16, 16, 3), 100, np.uint8)
     groups[1, 0, :8, :8] += 3  # one patch of four
     for g in range(2, 6):
@@ -44,7 +44,7 @@ def test_a_tolerance_looks_at_the_patch_that_changed_most_and_lets_nothing_drift
 
 def test_tokens_and_maps_are_those_of_encoding_every_frame() -> None:
     with fake_grounder() as grounder:
-        session, spec = grounder._chain.vision_encoder, grounder.spec
+        session, spec = grounder.sessions["vision_encoder"], grounder.spec
         side = spec.vision.patch_size * spec.vision.merge_size
         order = [0, 1, 1, 2, 0, 0, 1, 3]
         groups = noise(4, spec.vision.temporal_patch_size, 2 * side, 3 * side, 3)[order]
@@ -61,6 +61,6 @@ def test_tokens_and_maps_are_those_of_encoding_every_frame() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 256, float("nan")])
-def test_a_tolerance_out_of_range_is_refused(value: float) -> None:
-    with pytest.raises(VideoError, match="unchanged_tolerance"), fake_grounder() as made:
-        Grounder(made._sessions, made.spec, made._chain.tokenizer, unchanged_tolerance=value)
+def test_a_tolerance_out_of_range_is_rejected(value: float) -> None:
+    with raises("options.out_of_range", "unchanged_tolerance", value, kind=VideoError), fake_grounder() as made:
+        Grounder(made.sessions, made.spec, made.tokenizer, unchanged_tolerance=value)

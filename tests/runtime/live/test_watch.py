@@ -20,7 +20,7 @@ QUERIES = ["the car", "a dog that runs", "two men"]
 
 
 def counting(grounder: Grounder) -> tuple[Counting, Counting]:
-    sessions: Any = grounder._sessions
+    sessions: Any = grounder.sessions
     return sessions["vision_encoder"], sessions["language_model"]
 
 
@@ -150,7 +150,7 @@ def test_bad_arguments_are_refused_at_once() -> None:
 
 
 def slowed(grounder: Grounder, seconds: float) -> None:
-    session: Any = grounder._sessions["vision_encoder"]
+    session: Any = grounder.sessions["vision_encoder"]
     session.session.before = lambda feeds: time.sleep(seconds)
 
 
@@ -191,7 +191,7 @@ def test_a_source_that_can_wait_does() -> None:
 
 def test_a_round_that_is_too_late_is_given_up_and_counted() -> None:
     grounder = live_grounder()
-    language: Any = grounder._sessions["language_model"]
+    language: Any = grounder.sessions["language_model"]
     slow = {"left": 3}
 
     def before(feeds: Any) -> None:
@@ -304,7 +304,7 @@ def test_closing_the_grounder_ends_its_watches() -> None:
         grounder.close()
         with pytest.raises(EngineError, match="closed"):
             list(watch)
-    assert watch.stats.ended == "error" and grounder._sessions["vision_encoder"].session.closed  # type: ignore
+    assert watch.stats.ended == "error" and grounder.sessions["vision_encoder"].session.closed  # type: ignore
 
 
 def test_a_window_that_does_not_fit_the_prompt() -> None:

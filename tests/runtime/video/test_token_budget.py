@@ -206,7 +206,7 @@ def test_the_choice_is_in_the_result(tmp_path: Path) -> None:
         absent = opened.ground("the cat")
     assert not absent.found and absent.coarse == bound.coarse
     assert absent.to_json()["coarse"]["max_visual_tokens"] == 8
-    sent = grounder._sessions["vision_encoder"].calls  # type: ignore[attr-defined]
+    sent = grounder.sessions["vision_encoder"].calls  # type: ignore[attr-defined]
     assert sum(len(call["frames"]) for call in sent if call["frames"].shape[2] == 16) == 8 + 4 + 4
 
 
@@ -219,7 +219,7 @@ def test_positions_bind_instead_of_an_error(room: int) -> None:
         result = opened.ground("the car")
     assert ("max_positions" in result.coarse.limited_by) == (room < 400)
     assert room > 150 or result.coarse.fps < 2
-    last = grounder._sessions["language_model"].calls  # type: ignore[attr-defined]
+    last = grounder.sessions["language_model"].calls  # type: ignore[attr-defined]
     assert max(call["positions"].max() for call in last) < room
     assert result.coarse.max_visual_tokens is None
 
@@ -231,10 +231,10 @@ def test_a_chunk_of_the_encoder_holds_so_many_patches(patches: int, best: int | 
     spec = fake_spec(coarse_max_pixels=64 * 64, encoder_chunk_patches=patches)
     grounder = fake_grounder(spec, {"the car": "<2.2 seconds> to <4.2 seconds>"})
     if best is not None:  # what the session takes best
-        grounder._sessions["vision_encoder"].encoder_patches = best  # type: ignore[attr-defined]
+        grounder.sessions["vision_encoder"].encoder_patches = best  # type: ignore[attr-defined]
     reference = fake_grounder(fake_spec(coarse_max_pixels=64 * 64), {"the car": "<2.2 seconds> to <4.2 seconds>"})
     result, same = grounder.ground(clip(), "the car"), reference.ground(clip(), "the car")
-    calls = grounder._sessions["vision_encoder"].calls  # type: ignore[attr-defined]
+    calls = grounder.sessions["vision_encoder"].calls  # type: ignore[attr-defined]
     assert max(len(call["frames"]) for call in calls) == groups  # of 8 × 6 patches
     assert result.boxes is not None and same.boxes is not None
     np.testing.assert_allclose(result.boxes.boxes, same.boxes.boxes)
