@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from bridge_stg.runtime.backends.kv_pool import KVPool
+from bridge_stg.runtime.backends.kv_pool import DEFAULT_BUDGET_BYTES, KVPool
 from bridge_stg.runtime.backends.session import Session, fixed_capacity
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
@@ -98,7 +98,7 @@ class Grounder:
         spec: ModelSpec,
         tokenizer: Tokenizer,
         *,
-        kv_budget_bytes: int = 2**29,
+        kv_budget_bytes: int = DEFAULT_BUDGET_BYTES,
         feature_budget_bytes: int = 2**28,
         unchanged_tolerance: float = 0.0,
         verified: bool = True,
@@ -363,7 +363,7 @@ class Grounder:
             chain.spec,
             buffer_frames=options.buffer_frames,
             budget=video_budget(chain.tokenizer, chain.spec, options.max_visual_tokens, capacity=capacity),
-            device=getattr(chain.vision_encoder, "device", None),
+            device=chain.vision_encoder.device,
         )
 
     def _segment(self, coarse: CoarseFrames) -> Segment:

@@ -8,6 +8,7 @@ Usage: python benchmarks/chain/chunks.py --model NAME BUNDLE [--model …] [--to
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -52,7 +53,7 @@ def prefilled(grounder: Grounder, length: int) -> Callable[[int], np.ndarray]:
     nothing = np.zeros((1 + spec.vision.deepstack_levels, 2, spec.language.hidden_size), np.float32)
 
     def run(size: int) -> np.ndarray:
-        session.prefill_chunk = size
+        session.preferences = dataclasses.replace(session.preferences, prefill_chunk=size)
         prefill_video(session, cache, segment, nothing, report=quiet)
         return next(reversed(cache.buffers.values()))[:, :, :length]
 
@@ -67,7 +68,7 @@ def encoded(grounder: Grounder, groups: int, width: int, height: int) -> Callabl
     frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     def run(size: int) -> np.ndarray:
-        session.encoder_patches = size
+        session.preferences = dataclasses.replace(session.preferences, encoder_patches=size)
         return np.asarray(coarse_tokens(session, spec, frames, report=quiet))
 
     return run

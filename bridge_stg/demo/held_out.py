@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bridge_stg.demo.questions import Question, ask
 from bridge_stg.demo.synthetic import Scene, make_scene, write_clip
 from bridge_stg.evaluation.metrics import auroc, frame_iou, tube_iou, tube_scores
-from bridge_stg.runtime.backends.session import Session
+from bridge_stg.runtime.backends.session import Session, SessionWrapper
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.boxes import box_iou
@@ -136,14 +136,12 @@ def figures_of_scenes(grounder: Grounder, count: int) -> dict[str, float]:
     return figures
 
 
-class Remembered:
+class Remembered(SessionWrapper):
     """A session without a cache that does not compute again what it was asked before; `forget` between clips."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        super().__init__(session)
         self._known: dict[tuple, dict[str, np.ndarray]] = {}
-        self.graph, self.close = session.graph, session.close
-        self.allocate_cache = session.allocate_cache
 
     def forget(self) -> None:
         """Drop all that was computed."""
@@ -153,18 +151,17 @@ class Remembered:
         """Look the inputs up by their bytes, else run."""
         key = tuple((name, array.shape, hash(array.tobytes())) for name, array in feeds.items())
         if key not in self._known:
-            self._known[key] = self._session.infer(feeds, cache=cache)
+            self._known[key] = self.session.infer(feeds, cache=cache)
         return self._known[key]
 
 
-class ShuffledTimes:
+class ShuffledTimes(SessionWrapper):
     """A language model session that reads each group's tokens behind another group's time text."""
 
     def __init__(self, session: Session, tokens_per_group: Callable[[], int], seed: int) -> None:
-        self._session, self._tokens, self._rng = session, tokens_per_group, np.random.default_rng(seed)
+        super().__init__(session)
+        self._tokens, self._rng = tokens_per_group, np.random.default_rng(seed)
         self._order: np.ndarray | None = None
-        self.graph = session.graph
-        self.allocate_cache, self.close = session.allocate_cache, session.close
 
     def infer(self, feeds: Mapping[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
         """Permute the groups of visual_tokens, then run."""
@@ -178,7 +175,7 @@ class ShuffledTimes:
                 **feeds,
                 "visual_tokens": np.concatenate([tokens[:, :1], shuffled.reshape(tokens[:, 1:].shape)], 1),
             }
-        return self._session.infer(feeds, cache=cache)
+        return self.session.infer(feeds, cache=cache)
 
 
 def merged_tokens(spec: ModelSpec, scene: Scene) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bridge_stg.model.language_model import BufferCache, visible_keys
-from bridge_stg.runtime.backends.session import KVCache, check_feeds
+from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
 from bridge_stg.runtime.bundle.contracts import graph_contract
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.errors import EngineError
@@ -67,6 +67,9 @@ class TorchSession:
         name: `vision_encoder`, `language_model` or `spatial_decoder`.
         model: in eval mode.
     """
+
+    preferences = Preferences()
+    device = None
 
     def __init__(self, name: str, model: BridgeSTG) -> None:
         self.graph = graph_contract(name, model.spec, variant="eager", opset=0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bridge_stg.calibration.collect.instrument import PLACES, Tap
-from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 
 ROWS_A_CALL = 64
@@ -55,7 +55,7 @@ class Seen:
         return np.concatenate([self.kinds[kind].values for kind in sorted(self.kinds)])
 
 
-class RecordingSession:
+class RecordingSession(SessionWrapper):
     """Runs a graph with taps as if it had none. See `session.Session`.
 
     Args:
@@ -79,8 +79,8 @@ class RecordingSession:
         quota: int,
         seed: int,
     ) -> None:
+        super().__init__(session)
         self.graph = graph
-        self._session = session
         self._taps = taps
         self._number, self._kind, self._quota, self._seed = number, kind, quota, seed
         self.begin(0)
@@ -100,7 +100,7 @@ class RecordingSession:
         places = (np.arange(taken) + self._random.random(taken)) / taken
         ranks = self._random.random(taken)
         places = np.minimum(places, 1 - 1e-6).astype(np.float32)
-        outputs = self._session.infer({**feeds, PLACES: places}, cache=cache)
+        outputs = self.session.infer({**feeds, PLACES: places}, cache=cache)
         for tap in self._taps:
             absmax, rows, index, count = (
                 outputs.pop(f"{tap.stem}.{part}") for part in ("absmax", "rows", "index", "count")
@@ -133,14 +133,6 @@ class RecordingSession:
             ranks = np.concatenate([seen.kinds[kind].ranks, ranks])
         kept = np.argsort(ranks, kind="stable")[: self._quota]
         seen.kinds[kind] = Rows(values[kept], ranks[kept])
-
-    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
-        """See `Session.allocate_cache`."""
-        return self._session.allocate_cache(batch=batch, capacity=capacity)
-
-    def close(self) -> None:
-        """See `Session.close`."""
-        self._session.close()
 
 
 def _rows_worth(graph: GraphSpec, feeds: Mapping[str, np.ndarray]) -> int:

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.backends.choose import BACKENDS, choose
-from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.parity.compare import Boundary, replay_cases
 
 MARGIN = 0.03
@@ -74,32 +73,19 @@ class Gate:
         return f"{self.finding}; {'it was asked for all the same' if self.forced else 'the graph stays in float'}"
 
 
-class TimedSession:
+class TimedSession(SessionWrapper):
     """A session that adds up the seconds of its calls."""
 
-    def __init__(self, inner: Session) -> None:
-        self._inner = inner
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
         self.seconds = 0.0
-
-    @property
-    def graph(self) -> GraphSpec:
-        """See `Session.graph`."""
-        return self._inner.graph
 
     def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
         """See `Session.infer`."""
         began = time.perf_counter()
-        outputs = self._inner.infer(feeds, cache=cache)
+        outputs = self.session.infer(feeds, cache=cache)
         self.seconds += time.perf_counter() - began
         return outputs
-
-    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
-        """See `Session.allocate_cache`."""
-        return self._inner.allocate_cache(batch=batch, capacity=capacity)
-
-    def close(self) -> None:
-        """See `Session.close`."""
-        self._inner.close()
 
 
 def measure_gate(

@@ -20,7 +20,7 @@ import numpy as np
 
 from bridge_stg.export.parity.block_outputs import PREFIX, Border, borders, paired, require_onnx, write_tapped
 from bridge_stg.runtime.backends.choose import choose, open_sessions
-from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 from bridge_stg.runtime.backends.tensorrt.engine_cache import engine_folders
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BundleError, EngineError
@@ -323,28 +323,22 @@ def _tapped_session(
             shutil.rmtree(engine_folders(tapped)[1], ignore_errors=True)
 
 
-class _Recorder:
+class _Recorder(SessionWrapper):
     """A session that keeps its taps, call by call, and hands the other outputs on."""
 
     def __init__(self, session: Session, count: int) -> None:
-        self._session, self._count = session, count
+        super().__init__(session)
+        self._count = count
         self._call = ""
         self.calls: dict[str, list[np.ndarray]] = {}
-        self.graph = session.graph
 
     def begin(self, call: str) -> None:
         self._call = call
 
     def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
-        outputs = self._session.infer(feeds, cache=cache)
+        outputs = self.session.infer(feeds, cache=cache)
         self.calls[self._call] = [outputs.pop(f"{PREFIX}{place}") for place in range(self._count)]
         return outputs
-
-    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
-        return self._session.allocate_cache(batch=batch, capacity=capacity)
-
-    def close(self) -> None:
-        self._session.close()
 
 
 def _first(drifts: Sequence[_Drift]) -> _Drift | None:

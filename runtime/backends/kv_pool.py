@@ -7,19 +7,12 @@ What an earlier call left in one is harmless: a position is written before it be
 from __future__ import annotations
 
 import threading
-from typing import Protocol
 
-from bridge_stg.runtime.backends.session import KVCache
-from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.backends.session import KVCache, Session
 
+DEFAULT_BUDGET_BYTES = 2**29
 BUCKET_POSITIONS = 256
 """Capacities are multiples of this: an attention kernel that works over the whole cache stays close to its need."""
-
-
-class CacheAllocator(Protocol):
-    """The part of a language model's session that the pool needs."""
-
-    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache: ...
 
 
 class KVPool:
@@ -30,10 +23,9 @@ class KVPool:
         budget_bytes: what the rows of one batch may hold together; unused caches are kept up to the same size.
     """
 
-    def __init__(self, session: CacheAllocator, *, budget_bytes: int) -> None:
+    def __init__(self, session: Session, *, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
         self._session = session
-        graph: GraphSpec | None = getattr(session, "graph", None)
-        ranges = {} if graph is None else graph.ranges
+        ranges = session.graph.ranges
         self._least, self._most = ranges.get("S", (1, None))
         self._most_rows = ranges.get("B", (1, None))[1]
         self._budget_bytes = budget_bytes

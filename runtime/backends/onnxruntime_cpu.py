@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.session import KVCache, check_feeds, rows_to_fill
+from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds, rows_to_fill
 from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.errors import EngineError
@@ -90,16 +90,9 @@ class OnnxRuntimeSession:
 
     Raises:
         EngineError: onnxruntime is missing or refuses the file, or the file does not fit the manifest.
-
-    Attributes:
-        prefill_chunk: new tokens of one call while a video is prefilled. Of fewer, products are slower; of more, what
-            they give leaves the caches, and attention scores more keys that lie ahead of a token.
-        encoder_patches: patches of one call of a vision encoder, for the same reason.
-        optional_inputs: inputs beyond the contract that a call may give, such as `contracts.TOKEN_GROUPS`.
     """
 
-    prefill_chunk = 256
-    encoder_patches = 1024
+    device = None
 
     def __init__(
         self,
@@ -133,7 +126,10 @@ class OnnxRuntimeSession:
             providers=["CPUExecutionProvider"],
             disabled_optimizers=["ConstantFolding"] if lean else None,
         )
-        self.optional_inputs = frozenset(node.name for node in self._session.get_overridable_initializers())
+        optional = frozenset(node.name for node in self._session.get_overridable_initializers())
+        # With fewer tokens or patches matmuls are slower; with more, their results no longer fit the CPU's caches, and
+        # attention scores more keys that follow a token.
+        self.preferences = Preferences(prefill_chunk=256, encoder_patches=1024, optional_inputs=optional)
 
     def __enter__(self) -> OnnxRuntimeSession:
         return self
@@ -162,14 +158,15 @@ class OnnxRuntimeSession:
             raise EngineError(f"{self.graph}: a KV cache of type {type(cache).__name__} is another backend's.")
         # What another backend left on a device is fetched: a chain may run one of its graphs here.
         feeds = {n: array.numpy() if isinstance(array, DeviceArray) else array for n, array in feeds.items()}
-        contract_feeds = {n: array for n, array in feeds.items() if n not in self.optional_inputs}
+        optional = self.preferences.optional_inputs
+        contract_feeds = {n: array for n, array in feeds.items() if n not in optional}
         symbols = check_feeds(self.graph, contract_feeds, cache)
         in_place = self._in_place(cache)
         binding = session.io_binding()
         held = {name: array if array.flags.c_contiguous else array.copy() for name, array in feeds.items()}
         try:
             for name, array in held.items():
-                if name in self.optional_inputs:  # which `bind_cpu_input` does not know
+                if name in optional:  # which `bind_cpu_input` does not know
                     binding.bind_ortvalue_input(name, import_onnxruntime().OrtValue.ortvalue_from_numpy(array))
                 else:
                     binding.bind_cpu_input(name, array)  # no copy: `held` keeps the memory alive

@@ -15,7 +15,7 @@ import numpy as np
 
 from bridge_stg.runtime.backends.device_kv_cache import DeviceKVCache
 from bridge_stg.runtime.backends.onnxruntime_cpu import failure, import_onnxruntime, open_file, session_options
-from bridge_stg.runtime.backends.session import KVCache, check_feeds
+from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
 from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.array_ops import Array, accept
@@ -48,6 +48,8 @@ class OnnxRuntimeDeviceSession:
     Raises:
         EngineError: the provider is not there, or onnxruntime refuses the file.
     """
+
+    preferences = Preferences()
 
     def __init__(
         self,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.backends.session import KVCache, Preferences, Session
 from bridge_stg.runtime.bundle.manifest import GraphSpec
-from bridge_stg.runtime.chain.decode import prefill_chunk
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.threads import Background
 
@@ -21,6 +19,8 @@ class PendingSession:
         graph: what the session will run.
         open_it: opens it; called once, by `open_in_order`.
     """
+
+    device = None  # sessions on a device share its context, and are opened at once
 
     def __init__(self, graph: GraphSpec, open_it: Callable[[], Session]) -> None:
         self._graph, self._open_it = graph, open_it
@@ -34,19 +34,9 @@ class PendingSession:
         return self._graph
 
     @property
-    def prefill_chunk(self) -> int:
-        """See `OnnxRuntimeSession`."""
-        return prefill_chunk(self.wait())
-
-    @property
-    def encoder_patches(self) -> int:
-        """See `OnnxRuntimeSession`."""
-        return getattr(self.wait(), "encoder_patches", sys.maxsize)
-
-    @property
-    def optional_inputs(self) -> frozenset[str]:
-        """See `OnnxRuntimeSession`."""
-        return getattr(self.wait(), "optional_inputs", frozenset())
+    def preferences(self) -> Preferences:
+        """See `Session.preferences`."""
+        return self.wait().preferences
 
     def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
         """See `Session.infer`."""

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from bridge_stg.runtime.device.context import DeviceContext
 
 
 class KVCache(Protocol):
@@ -48,15 +52,41 @@ class KVCache(Protocol):
         ...
 
 
-class Session(Protocol):
-    """One graph on one backend. Safe to call from several threads, each with a cache of its own.
+@dataclass(frozen=True)
+class Preferences:
+    """How a session is called best.
 
-    Where a backend computes on a device, what passes between graphs (visual tokens, feature maps, taps) may come as
-    `DeviceArray`, and sessions of the same chain take it without a copy; `np.asarray` fetches it. All else is numpy's.
+    Attributes:
+        prefill_chunk: new tokens per call, at most, while a video is prefilled; bounds the memory of attention scores.
+        encoder_patches: patches per call of a vision encoder, at most.
+        optional_inputs: inputs beyond the contract that a call may give, such as `contracts.TOKEN_GROUPS`.
+    """
+
+    prefill_chunk: int = 1024
+    encoder_patches: int = sys.maxsize
+    optional_inputs: frozenset[str] = frozenset()
+
+
+class Session(Protocol):
+    """One graph on one backend. Safe to call from several threads, each with its own cache.
+
+    A backend that computes on a device returns the tensors that pass between graphs (visual tokens, feature maps, taps)
+    as `DeviceArray`. Sessions of the same chain take them without a copy, `np.asarray` downloads them. All other
+    tensors are numpy arrays.
     """
 
     @property
     def graph(self) -> GraphSpec: ...
+
+    @property
+    def preferences(self) -> Preferences:
+        """Sizes and inputs to call this session with. May wait until the session is open."""
+        ...
+
+    @property
+    def device(self) -> DeviceContext | None:
+        """The device on which the session takes frames without a copy; None: the host. Never waits."""
+        ...
 
     def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
         """Run the graph.
@@ -83,17 +113,41 @@ class Session(Protocol):
         ...
 
 
+class SessionWrapper:
+    """A session that passes every call on to another one: the base of those that record, count or change calls.
+
+    It has default preferences and no device, so that what a subclass records does not depend on the backend.
+    """
+
+    preferences = Preferences()
+    device: DeviceContext | None = None
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.graph: GraphSpec = session.graph
+
+    def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
+        """See `Session.infer`."""
+        return self.session.infer(feeds, cache=cache)
+
+    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
+        """See `Session.allocate_cache`."""
+        return self.session.allocate_cache(batch=batch, capacity=capacity)
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self.session.close()
+
+
 def largest(session: Session, symbol: str) -> int:
-    """Return the largest size of a symbol that a session takes: an engine's profiles end somewhere."""
-    graph: GraphSpec | None = getattr(session, "graph", None)  # a session that only wraps another may have none
-    most = None if graph is None else graph.ranges.get(symbol, (0, None))[1]
+    """Return the largest size of a symbol that a session takes; `sys.maxsize` if it has no limit."""
+    most = session.graph.ranges.get(symbol, (0, None))[1]
     return sys.maxsize if most is None else most
 
 
 def smallest(session: Session, symbol: str) -> int:
     """Return the smallest size of a symbol that a session takes."""
-    graph: GraphSpec | None = getattr(session, "graph", None)
-    return 1 if graph is None else graph.ranges.get(symbol, (1, None))[0]
+    return session.graph.ranges.get(symbol, (1, None))[0]
 
 
 def fixed_capacity(session: Session) -> int | None:

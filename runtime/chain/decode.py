@@ -17,9 +17,6 @@ from bridge_stg.runtime.chain.grammar import AnswerGrammar, AnswerState
 from bridge_stg.runtime.chain.prompt import Segment, text_segment
 from bridge_stg.runtime.device.array_ops import Array
 
-PREFILL_CHUNK = 1024
-"""Most new tokens of one call while a video is prefilled; bounds the memory of its attention scores."""
-
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
@@ -71,7 +68,7 @@ class Row:
 
 def prefill_chunk(session: Session) -> int:
     """Return how many new tokens a session is fed per call while a video is prefilled."""
-    return min(getattr(session, "prefill_chunk", PREFILL_CHUNK), largest(session, "L"))
+    return min(session.preferences.prefill_chunk, largest(session, "L"))
 
 
 def prefill_video(

@@ -6,7 +6,6 @@ Letters: G groups of P frames, h x w patches per frame, N visual tokens, D deeps
 
 from __future__ import annotations
 
-import sys
 import threading
 import zlib
 from collections import OrderedDict
@@ -121,7 +120,7 @@ def _largest_change(group: np.ndarray, other: np.ndarray, patch: int) -> float:
 def chunk_groups(session: Session, spec: ModelSpec, rows: int, columns: int) -> int:
     """Return how many groups of rows × columns patches to encode per call."""
     groups = min(spec.frames.encoder_chunk_groups, largest(session, "G"))
-    patches = min(spec.frames.encoder_chunk_patches, getattr(session, "encoder_patches", sys.maxsize))
+    patches = min(spec.frames.encoder_chunk_patches, session.preferences.encoder_patches)
     return max(1, min(groups, patches // (rows * columns)))
 
 
@@ -139,7 +138,7 @@ def _encode(
     patch = spec.vision.patch_size
     rows, columns = frames.shape[2] // patch, frames.shape[3] // patch
     fixed, size = dict(_tables(spec.vision, rows, columns)), chunk_groups(session, spec, rows, columns)
-    if not tokens and TOKEN_GROUPS in getattr(session, "optional_inputs", ()):
+    if not tokens and TOKEN_GROUPS in session.preferences.optional_inputs:
         fixed[TOKEN_GROUPS] = np.zeros(1, np.int64)
     for start in range(0, len(frames), size):
         report(start, len(frames))

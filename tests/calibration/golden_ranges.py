@@ -13,23 +13,23 @@ import onnx_ir as ir
 from bridge_stg.calibration.quantize.ranges import TensorRange
 from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from bridge_stg.runtime.backends.session import KVCache
+from bridge_stg.runtime.backends.session import KVCache, SessionWrapper
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
 from bridge_stg.runtime.parity.compare import replay
 
 
-class WatchedSession:
+class WatchedSession(SessionWrapper):
     """Keeps the largest value of each extra output, and of each buffer of the cache."""
 
     def __init__(self, path: Path, graph: GraphSpec, watched: Sequence[str]) -> None:
         extra = tuple(TensorSpec(name, "float32", ()) for name in watched)
+        super().__init__(OnnxRuntimeSession(path, dataclasses.replace(graph, outputs=graph.outputs + extra), threads=1))
         self.graph = graph
         self.largest = dict.fromkeys(watched, 0.0)
-        self._session = OnnxRuntimeSession(path, dataclasses.replace(graph, outputs=graph.outputs + extra), threads=1)
 
     def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
-        outputs = self._session.infer(feeds, cache=cache)
+        outputs = self.session.infer(feeds, cache=cache)
         kept = {} if cache is None else cache.read()
         for name in list(self.largest):
             if name in outputs:
@@ -37,12 +37,6 @@ class WatchedSession:
         for name, buffer in kept.items():
             self.largest[name] = max(self.largest.get(name, 0.0), float(np.abs(buffer).max()))
         return outputs
-
-    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
-        return self._session.allocate_cache(batch=batch, capacity=capacity)
-
-    def close(self) -> None:
-        self._session.close()
 
 
 def golden_ranges(bundle: Bundle, folder: Path) -> dict[str, dict[str, TensorRange]]:

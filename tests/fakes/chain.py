@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.backends.session import Preferences
+from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, VisionSpec
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.grounder import Grounder
@@ -57,7 +59,11 @@ class FakeCache:
 class FakeSession:
     """Counts its calls, and can be told to fail or to wait at one."""
 
+    device = None
+
     def __init__(self) -> None:
+        self.graph = GraphSpec("fake", "fake", inputs=(), outputs=(), opset=0)
+        self.preferences = Preferences()
         self.calls: list[dict[str, np.ndarray]] = []
         self.closed = False
         self.before: Any = lambda feeds: None

@@ -52,6 +52,7 @@ class Counting:
 
     def __init__(self, session: Any) -> None:
         self.session = session
+        self.graph, self.preferences, self.device = session.graph, session.preferences, None
         self.calls = self.tokens = self.frames = 0
         self.allocated = 0
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.backends.device_kv_cache import DeviceKVCache
-from bridge_stg.runtime.backends.session import KVCache, check_feeds
+from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
 from bridge_stg.runtime.backends.tensorrt.cuda_graphs import Scales, StepGraphs
 from bridge_stg.runtime.backends.tensorrt.engine import TensorRTEngine, tensor_shape, with_ranges
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
@@ -43,6 +43,8 @@ class TensorRTSession:
     Raises:
         EngineError: TensorRT refuses the engine, or it does not fit the manifest.
     """
+
+    preferences = Preferences()
 
     def __init__(
         self,

@@ -76,8 +76,7 @@ def test_a_bundle_opened_in_the_background_answers_the_same(bundle_path: Any) ->
     assert later.target == now.target and set(later) == set(now)
     for name, session in later.items():
         assert isinstance(session, PendingSession) and session.graph == now[name].graph
-        opened: Any = now[name]
-        assert (session.prefill_chunk, session.encoder_patches) == (opened.prefill_chunk, opened.encoder_patches)
+        assert session.preferences == now[name].preferences and session.preferences.prefill_chunk == 256
         graph = session.graph
         sizes = {"B": 1, "L": 2, "K": 1, "S": 8}
         caches = [each.allocate_cache(batch=1, capacity=8) for each in (session, now[name])]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bridge_stg.runtime.backends.kv_pool import BUCKET_POSITIONS, KVPool
-from bridge_stg.runtime.chain import decode
+from bridge_stg.runtime.backends.session import Preferences
 from bridge_stg.runtime.chain.decode import Answer, Prefix, answer_queries, positions_needed, prefill_video
 from bridge_stg.runtime.chain.grammar import AnswerGrammar
 from bridge_stg.runtime.chain.prompt import query_segment, time_strings, video_segment
@@ -115,10 +115,10 @@ def test_what_an_earlier_call_left_in_the_cache_does_not_matter() -> None:
     same(Loop().answer(["birds", "the red car"])[0], Loop().answer(["birds", "the red car"], stale=77)[0])
 
 
-def test_prefill_in_chunks_gives_the_same_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_in_chunks_gives_the_same_cache() -> None:
     whole, chunked = Loop(), Loop()
     whole.prefix()
-    monkeypatch.setattr(decode, "PREFILL_CHUNK", 7)
+    chunked.model.preferences = Preferences(prefill_chunk=7)
     reports: list[tuple[int, int]] = []
     cache = chunked.model.allocate_cache(batch=1, capacity=len(chunked.segment))
     prefill_video(
@@ -135,7 +135,7 @@ def test_prefill_in_chunks_gives_the_same_cache(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_session_says_how_many_tokens_it_takes_best() -> None:
     loop = Loop()
-    loop.model.prefill_chunk = 5  # type: ignore[attr-defined]
+    loop.model.preferences = Preferences(prefill_chunk=5)
     loop.prefix()
     assert len(loop.model.calls) == -(-len(loop.segment) // 5)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bridge_stg.runtime.backends.session import Preferences
 from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
@@ -231,7 +232,7 @@ def test_a_chunk_of_the_encoder_holds_so_many_patches(patches: int, best: int | 
     spec = fake_spec(coarse_max_pixels=64 * 64, encoder_chunk_patches=patches)
     grounder = fake_grounder(spec, {"the car": "<2.2 seconds> to <4.2 seconds>"})
     if best is not None:  # what the session takes best
-        grounder.sessions["vision_encoder"].encoder_patches = best  # type: ignore[attr-defined]
+        grounder.sessions["vision_encoder"].preferences = Preferences(encoder_patches=best)  # type: ignore[misc]
     reference = fake_grounder(fake_spec(coarse_max_pixels=64 * 64), {"the car": "<2.2 seconds> to <4.2 seconds>"})
     result, same = grounder.ground(clip(), "the car"), reference.ground(clip(), "the car")
     calls = grounder.sessions["vision_encoder"].calls  # type: ignore[attr-defined]
