@@ -28,6 +28,7 @@ from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.host.peak import peak_bytes
+from bridge_stg.runtime.host.subprocess import run_in_subprocess
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 RECIPES = {"int8": "w8a8", "int4": "w4"}
@@ -83,14 +84,16 @@ def make_missing(bundles: dict[str, Path], *, samples: Path, select: Path) -> No
 
 def measured_apart(bundles: dict[str, Path], name: str, judged: Path, folder: Path, threads: int) -> dict[str, Any]:
     """Judge one precision in a process of its own."""
-    arguments = ["--measure", name, bundles["fp32"], bundles[name], judged, folder / "answers", threads]
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], check=True, capture_output=True, text=True)
-    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    places = {"fp32": bundles["fp32"], "bundle": bundles[name], "samples": judged, "answers": folder / "answers"}
+    job = {"name": name, "threads": threads, "places": {place: str(path) for place, path in places.items()}}
+    values: dict[str, Any] = run_in_subprocess("precision_demo:measure", job, purpose=f"measures {name}")
     return values
 
 
-def measure(name: str, first: Path, path: Path, judged: Path, answers: Path, threads: int) -> dict[str, Any]:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Return metrics, agreement with fp32, bytes and peak memory of one bundle; answers are kept in `answers`."""
+    name, threads = job["name"], job["threads"]
+    first, path, judged, answers = (Path(job["places"][key]) for key in ("fp32", "bundle", "samples", "answers"))
     dataset = read_jsonl([judged], judged.parent)
     options: dict[str, Any] = {"backend": "auto", "variant": None, "threads": threads}
     memory = peak_of_asking(path, dataset.samples[:4], threads)
@@ -150,8 +153,4 @@ def stage_seconds(bundles: dict[str, Path], judged: Path, *, clips: int, threads
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        label, *paths, count = sys.argv[2:]
-        print(json.dumps(measure(label, *map(Path, paths), int(count))))
-    else:
-        main()
+    main()

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from bridge_stg.calibration.recipes import RECIPES
 from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.host.peak import peak_bytes
+from bridge_stg.runtime.host.subprocess import run_in_subprocess
 
 RESULTS = Path("benchmarks/results")
 STEPS = ("collect", "quantize")
@@ -48,9 +47,9 @@ def main(bundle: Path, samples: Path, recipe: str, count: int, folder: Path, kee
     work.mkdir(parents=True, exist_ok=True)
     steps = {}
     for step in STEPS:
-        command = [sys.executable, __file__, "--step", step, bundle, samples, recipe, count, work, out]
-        done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
-        steps[step] = json.loads(done.stdout.splitlines()[-1])
+        paths = {"bundle": str(bundle), "samples": str(samples), "work": str(work), "out": str(out)}
+        job = {"step": step, "recipe": recipe, "count": count, "paths": paths}
+        steps[step] = run_in_subprocess("calibrate_large:run_step", job, purpose=f"runs the step {step}")
     before, after = (Bundle.load(path).manifest for path in (bundle, out))
     result = {
         "bundle": bundle.name,
@@ -76,14 +75,15 @@ def main(bundle: Path, samples: Path, recipe: str, count: int, folder: Path, kee
         shutil.rmtree(work)
 
 
-def run_step(step: str, bundle: Path, samples: Path, recipe: str, count: int, work: Path, out: Path) -> dict[str, Any]:
+def run_step(job: dict[str, Any]) -> dict[str, Any]:
     """Run one step of a calibration in this process, and return its seconds and its peak memory."""
     began = time.monotonic()
-    source = Bundle.load(bundle)
-    taken = read_samples(samples, samples.parent, limit=count)
-    statistics = collect(source, taken, folder=work / "statistics", lean=True)
-    if step == "quantize":
-        chosen = RECIPES[recipe]
+    paths = {name: Path(path) for name, path in job["paths"].items()}
+    source = Bundle.load(paths["bundle"])
+    taken = read_samples(paths["samples"], paths["samples"].parent, limit=job["count"])
+    statistics = collect(source, taken, folder=paths["work"] / "statistics", lean=True)
+    if job["step"] == "quantize":
+        chosen = RECIPES[job["recipe"]]
         smoothing = choose_smoothing(statistics, chosen).vectors
         products: list[Matmul] = []
         for graph, of_graph in chosen.graphs.items():
@@ -91,7 +91,7 @@ def run_step(step: str, bundle: Path, samples: Path, recipe: str, count: int, wo
                 variant = next(iter(source.manifest.graphs[graph]))
                 products += find_matmuls(ir.load(source.graph_path(graph, variant)), graph)
         ranges = choose_ranges(statistics, products, smoothing=smoothing)
-        quantize_bundle(source, out, recipe=chosen, ranges=ranges, smoothing=smoothing, overwrite=True)
+        quantize_bundle(source, paths["out"], recipe=chosen, ranges=ranges, smoothing=smoothing, overwrite=True)
     return {"seconds": round(time.monotonic() - began, 1), "peak_bytes": peak_bytes()}
 
 
@@ -106,20 +106,4 @@ def total(bundle: Path) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--step"]:
-        name, source_path, samples_path, recipe_name, number, work_path, out_path = sys.argv[2:]
-        print(
-            json.dumps(
-                run_step(
-                    name,
-                    Path(source_path),
-                    Path(samples_path),
-                    recipe_name,
-                    int(number),
-                    Path(work_path),
-                    Path(out_path),
-                )  # fmt: skip
-            )
-        )
-    else:
-        main()
+    main()

@@ -22,6 +22,8 @@ import numpy as np
 from machine import describe
 from shapes import SHAPES, write_checkpoint
 
+from bridge_stg.runtime.host.subprocess import run_in_subprocess
+
 RESULTS, TABLE = Path("benchmarks/results"), Path("docs/performance.md")
 MARKS = ("<!-- export_large: begin -->", "<!-- export_large: end -->")
 QUERIES = ("the red square", "a blue ball that moves to the left")
@@ -66,7 +68,9 @@ def main(shape: str, dtype: str, variants: tuple[str, ...], folder: Path, keep: 
         "stages": report["seconds"],
         "replay_seconds": report["replay_seconds"],
         "parity": summary(parity),
-        "query": judge_in_subprocess(bundle) if query and dtype != "bf16" else None,
+        "query": run_in_subprocess("export_large:ask", str(bundle), purpose="queries the bundle")
+        if query and dtype != "bf16"
+        else None,
         "machine": describe("torch", "transformers", "onnx", "onnxruntime", "numpy"),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -89,13 +93,7 @@ def summary(parity: dict[str, Any]) -> dict[str, Any]:
     return {"rel_l2": worst, "least_iou": min(ious), "dependence": parity["dependence"], "passed": parity["passed"]}
 
 
-def judge_in_subprocess(bundle: Path) -> dict[str, Any]:
-    """Ask the bundle in a process of its own, and return what it wrote."""
-    command = [sys.executable, __file__, "--ask", str(bundle)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
-def ask(bundle: Path) -> dict[str, Any]:
+def ask(bundle: str) -> dict[str, Any]:
     """Load a bundle in onnxruntime, ask two queries on a clip and one on its mirror image, and say what it took."""
     from bridge_stg.runtime import Grounder
     from bridge_stg.runtime.host.peak import peak_bytes
@@ -170,7 +168,4 @@ def gigabytes(count: float) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--ask"]:
-        print(json.dumps(ask(Path(sys.argv[2]))))
-    else:
-        main()
+    main()

@@ -6,21 +6,14 @@ The second process writes the file of rows that the first one then reads, so tha
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bridge_stg.calibration.collect.samples import read_samples
 from bridge_stg.evaluation.run.evaluate import bundle_model, evaluate
-from bridge_stg.runtime.errors import BridgeError, EngineError
 from bridge_stg.runtime.host.peak import peak_bytes
-
-START = (
-    "import json, sys; paths, job = json.loads(sys.argv[1]); sys.path[:] = paths; "
-    "from bridge_stg.calibration.judge.subprocess_judge import main; sys.exit(main(job))"
-)
+from bridge_stg.runtime.host.subprocess import run_in_subprocess
 
 PEAK = "peak.json"
 
@@ -49,40 +42,25 @@ def judge_in_subprocess(
         options: `backend`, `variant` and `threads`.
 
     Raises:
-        EngineError: the process failed; the message holds its last line.
+        BridgeError: the evaluation failed.
+        EngineError: the process failed; see `run_in_subprocess`.
     """
     job = {
         "bundle": str(bundle), "label": label, "samples": str(samples), "media": None if media is None else str(media),
         "chosen": chosen, "folder": str(folder), "limit": limit, "options": dict(options),
     }  # fmt: skip
-    arguments = json.dumps([[path or "." for path in sys.path], job])
-    done = subprocess.run(
-        [sys.executable, "-c", START, arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    run_in_subprocess(
+        "bridge_stg.calibration.judge.subprocess_judge:evaluate_job",
+        job,
+        purpose=f"evaluates {label}",
+        advice="Close other programs and run the same command again: it continues at the sample",
     )
-    if done.returncode == 0:
-        return
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode == 2 and lines:
-        raise EngineError(lines[-1])
-    if done.returncode < 0:
-        why = "most likely it ran out of memory" if done.returncode == -9 else "its engine crashed"
-        raise EngineError(
-            f"the process that asks {label} was ended by signal {-done.returncode}: {why}. Close other programs and "
-            "give the same command again: it goes on at the sample"
-        )
-    raise EngineError(f"the process that asks {label} failed: {lines[-1] if lines else f'code {done.returncode}'}")
 
 
-def main(job: Mapping[str, Any]) -> int:
-    """Do what `judge_in_subprocess` asks. Return the exit code."""
+def evaluate_job(job: Mapping[str, Any]) -> None:
+    """Run a job of `judge_in_subprocess`."""
     folder = Path(job["folder"])
-    try:
-        dataset = read_samples(Path(job["samples"]), None if job["media"] is None else Path(job["media"])).dataset
-        dataset = dataset.only(job["chosen"])
-        model = bundle_model(Path(job["bundle"]), job["label"], **job["options"])
-        evaluate(dataset, [model], folder, limit=job["limit"])
-    except BridgeError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
+    dataset = read_samples(Path(job["samples"]), None if job["media"] is None else Path(job["media"])).dataset
+    model = bundle_model(Path(job["bundle"]), job["label"], **job["options"])
+    evaluate(dataset.only(job["chosen"]), [model], folder, limit=job["limit"])
     (folder / PEAK).write_text(json.dumps(peak_bytes()), encoding="utf-8")
-    return 0

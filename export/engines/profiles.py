@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.runtime.backends.kv_pool import bucketed
+from bridge_stg.runtime.backends.session import PREFILL_CHUNK
 from bridge_stg.runtime.backends.tensorrt.engine_cache import Profiles
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.decode import PREFILL_CHUNK
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.chain.spatial_pass import MAX_ROWS
 from bridge_stg.runtime.errors import EngineError

@@ -229,7 +229,8 @@ def open_file(
         with _scores_of_whole_rows():
             session = ort.InferenceSession(model, sess_options=options, **arguments)
     except Exception as error:  # onnxruntime's own exceptions share no base class
-        raise EngineError(f"{graph}: onnxruntime {ort.__version__} refuses {path}: {_one_line(error)}") from error
+        message = f"{graph}: onnxruntime {ort.__version__} rejects {path}: {_one_line(error)}"
+        raise EngineError("engine.rejected_graph", message) from error
     _check_contract(graph, session, str(path))
     return session
 

@@ -52,17 +52,21 @@ class KVCache(Protocol):
         ...
 
 
+PREFILL_CHUNK = 1024
+"""Default of `Preferences.prefill_chunk`; bounds the memory of attention scores."""
+
+
 @dataclass(frozen=True)
 class Preferences:
     """How a session is called best.
 
     Attributes:
-        prefill_chunk: new tokens per call, at most, while a video is prefilled; bounds the memory of attention scores.
+        prefill_chunk: new tokens per call, at most, while a video is prefilled.
         encoder_patches: patches per call of a vision encoder, at most.
         optional_inputs: inputs beyond the contract that a call may give, such as `contracts.TOKEN_GROUPS`.
     """
 
-    prefill_chunk: int = 1024
+    prefill_chunk: int = PREFILL_CHUNK
     encoder_patches: int = sys.maxsize
     optional_inputs: frozenset[str] = frozenset()
 

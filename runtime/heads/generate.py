@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.backends.session import PREFILL_CHUNK, KVCache, Session
 from bridge_stg.runtime.bundle.spec import VisionSpec
-from bridge_stg.runtime.chain.decode import PREFILL_CHUNK, feed
+from bridge_stg.runtime.chain.decode import feed
 from bridge_stg.runtime.chain.positions import VisualGrid, stock_positions
 from bridge_stg.runtime.chain.prompt import Segment, text_segment
 

@@ -12,10 +12,10 @@ import torch
 from bridge_stg.checkpoint.checkpoint import build_model
 from bridge_stg.demo.tiny_model import demo_config
 from bridge_stg.export.engines.profiles import default_capacity, profiles_of, read_overrides
+from bridge_stg.runtime.backends.session import PREFILL_CHUNK
 from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.decode import PREFILL_CHUNK
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.video.sizes import frame_sizes
