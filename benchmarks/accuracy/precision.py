@@ -86,7 +86,7 @@ def measured_apart(bundles: dict[str, Path], name: str, judged: Path, folder: Pa
     """Judge one precision in a process of its own."""
     places = {"fp32": bundles["fp32"], "bundle": bundles[name], "samples": judged, "answers": folder / "answers"}
     job = {"name": name, "threads": threads, "places": {place: str(path) for place, path in places.items()}}
-    values: dict[str, Any] = run_in_subprocess("precision_demo:measure", job, purpose=f"measures {name}")
+    values: dict[str, Any] = run_in_subprocess("precision:measure", job, purpose=f"measures {name}")
     return values
 
 

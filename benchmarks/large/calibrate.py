@@ -49,7 +49,7 @@ def main(bundle: Path, samples: Path, recipe: str, count: int, folder: Path, kee
     for step in STEPS:
         paths = {"bundle": str(bundle), "samples": str(samples), "work": str(work), "out": str(out)}
         job = {"step": step, "recipe": recipe, "count": count, "paths": paths}
-        steps[step] = run_in_subprocess("calibrate_large:run_step", job, purpose=f"runs the step {step}")
+        steps[step] = run_in_subprocess("calibrate:run_step", job, purpose=f"runs the step {step}")
     before, after = (Bundle.load(path).manifest for path in (bundle, out))
     result = {
         "bundle": bundle.name,

@@ -68,7 +68,7 @@ def main(shape: str, dtype: str, variants: tuple[str, ...], folder: Path, keep: 
         "stages": report["seconds"],
         "replay_seconds": report["replay_seconds"],
         "parity": summary(parity),
-        "query": run_in_subprocess("export_large:ask", str(bundle), purpose="queries the bundle")
+        "query": run_in_subprocess("export:ask", str(bundle), purpose="queries the bundle")
         if query and dtype != "bf16"
         else None,
         "machine": describe("torch", "transformers", "onnx", "onnxruntime", "numpy"),

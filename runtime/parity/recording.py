@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 
 Call = tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]
 """Graph name, inputs and outputs of one call, without the KV cache."""
 
 
-class RecordingSession:
+class RecordingSession(SessionWrapper):
     """Run a graph on another session and copy the inputs and outputs of every call to the host.
 
     The KV cache is not copied: a replay fills its own.
@@ -23,28 +23,19 @@ class RecordingSession:
         calls: list that every call is appended to; sessions of one chain share it.
 
     Attributes:
-        graph: the session's graph.
         capacity: positions of the largest KV cache that was used.
     """
 
     def __init__(self, session: Session, calls: list[Call]) -> None:
-        self.graph = session.graph
+        super().__init__(session)
+        self._calls = calls
         self.capacity = 0
-        self._session, self._calls = session, calls
 
     def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
         """Run the graph and record the call; see `Session.infer`."""
-        outputs = self._session.infer(feeds, cache=cache)
+        outputs = self.session.infer(feeds, cache=cache)
         if cache is not None:
             self.capacity = max(self.capacity, cache.capacity)
         copies = [{name: np.array(array) for name, array in arrays.items()} for arrays in (feeds, outputs)]
         self._calls.append((self.graph.name, copies[0], copies[1]))
         return outputs
-
-    def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
-        """Return zero-filled KV buffers of the session."""
-        return self._session.allocate_cache(batch=batch, capacity=capacity)
-
-    def close(self) -> None:
-        """Close the session."""
-        self._session.close()
