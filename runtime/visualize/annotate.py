@@ -1,4 +1,4 @@
-"""Show a grounding: the video with box and query drawn on every frame. `sheet` draws the same on one page."""
+"""Draw a grounding into its video: box, query and time on every frame."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 TIME_BASE = Fraction(1, 90000)
-"""Fine enough for every usual frame rate, so that variable frame times are kept."""
+"""Fine enough for all common frame rates, so that variable frame times are kept."""
 SAME_FRAME_S = 1e-3
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class FramePainter:
-    """Draws box, query, time and a bar of the whole video on frames of one size.
+    """Draws box, query, time and a progress bar on frames of one size.
 
     Args:
-        grounding: what to draw.
+        grounding: the result to draw.
         size: width and height of the frames.
-        duration_s: length of the video; without it there is no bar, and for an image (0) no time either.
+        duration_s: length of the video; None draws no bar, 0 (an image) no time either.
     """
 
     def __init__(self, grounding: Grounding, size: tuple[int, int], duration_s: float | None) -> None:
@@ -87,7 +87,7 @@ class FramePainter:
 
 
 def frame_index(boxes: FrameBoxes, time_s: float) -> int | None:
-    """Return the index of the box that belongs to the frame shown at `time_s`, None if that frame has none."""
+    """Return the index of the box of the frame shown at `time_s`; None if it has no box."""
     index = int(np.searchsorted(boxes.times, time_s - SAME_FRAME_S))
     return index if index < len(boxes) and abs(boxes.times[index] - time_s) <= SAME_FRAME_S else None
 
@@ -95,19 +95,20 @@ def frame_index(boxes: FrameBoxes, time_s: float) -> int | None:
 def annotate(
     video: Any, grounding: Grounding, out: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> Path:
-    """Write the whole video, with box, query and time drawn, as H.264; an image becomes an image.
+    """Write the whole video with box, query and time as H.264; an image is written as an image.
 
-    Frame times and size are those of the video as it is shown; an odd side gains one pixel, which H.264 needs. A
-    box is dashed where the model doubts it (`visible` is False), thinner where it is interpolated. Sound is left out.
+    Frame times and size are those of the video as it is shown; an odd side gains one pixel, as H.264 requires. A box is
+    dashed if the target is probably not visible, thinner if it is interpolated. Sound is left out.
 
     Args:
-        video: what was grounded: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]).
-        out: a .mp4 file; .png or .jpg if the video is an image. Written whole or not at all.
+        video: the grounded video: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]).
+        grounding: the result to draw.
+        out: a .mp4 file; .png or .jpg if the video is an image. Replaced only when complete.
         progress: called as progress("annotate", seconds done, seconds in all).
 
     Raises:
         VideoError: the video cannot be read.
-        BridgeError: `out` cannot be written, or its suffix does not fit.
+        BridgeError: `out` cannot be written, or has a wrong suffix.
     """
     with play(video) as source, replacing(out) as temporary:
         check_suffix(source, out)
@@ -120,17 +121,18 @@ def annotate(
 
 
 def check_suffix(source: Playback, out: str | os.PathLike[str]) -> None:
-    """Raise BridgeError if `out` is not named as `annotate` names a video or image."""
+    """Check the suffix of the output file. Raises BridgeError if it is not one for this video or image."""
     expected = IMAGE_SUFFIXES if source.is_image else (".mp4",)
     if Path(out).suffix.lower() not in expected:
         kind = "an image" if source.is_image else "a video"
-        raise BridgeError(f"{out}: what is grounded is {kind}; expected a file name in {' or '.join(expected)}")
+        message = f"{out}: the result of {kind} is written to a file with the suffix {' or '.join(expected)}"
+        raise BridgeError("output.bad_suffix", message)
 
 
 def paint_frames(
     source: Playback, grounding: Grounding, *, progress: Progress | None = None
 ) -> Iterator[tuple[float, Image.Image]]:
-    """Yield (time_s, image) for every frame, painted; all have the first one's size."""
+    """Yield (time_s, painted image) for every frame; all have the size of the first."""
     from PIL import Image
 
     painter: FramePainter | None = None
@@ -150,19 +152,21 @@ def encode_h264(frames: Iterable[tuple[float, Image.Image]], out: Path) -> None:
 
     Raises:
         BridgeError: this build of PyAV has no H.264 encoder.
-        VideoError: there are no frames.
+        VideoError: `frames` is empty.
     """
     import av
 
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
-        raise VideoError("the video holds no frames to draw on: expected at least one (time in seconds, RGB picture)")
+        message = "the video has no frames to draw on; expected at least one (time in seconds, RGB image)"
+        raise VideoError("video.no_frames", message)
     with av.open(str(out), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         try:
             stream: Any = container.add_stream("libx264", rate=30, options={"crf": "18", "preset": "veryfast"})
         except av.error.FFmpegError as error:
-            raise BridgeError('this build of PyAV cannot write H.264: pip install "av>=14"') from error
+            message = 'this build of PyAV cannot write H.264: pip install "av>=14"'
+            raise BridgeError("output.no_encoder", message) from error
         stream.width, stream.height = (side + side % 2 for side in first[1].size)
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = TIME_BASE

@@ -1,4 +1,4 @@
-"""Boxes and text on Pillow images: what annotated videos and contact sheets have in common."""
+"""Boxes and text on Pillow images, shared by annotated videos and contact sheets."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 
 TARGET: Colour = (255, 45, 190)
-"""A magenta that is rare in photographs; it stands out from foliage, sky, asphalt and skin."""
+"""A magenta that is rare in photographs and contrasts with foliage, sky, asphalt and skin."""
 INK: Colour = (28, 30, 34)
 WHITE: Colour = (255, 255, 255)
 SYSTEM_FONTS = (
     "DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc",
     "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "msyh.ttc", "malgun.ttf",
 )  # fmt: skip
-"""What Linux, Windows and macOS have for the letters that Pillow's own font lacks: all but English ones."""
+"""Fonts of Linux, Windows and macOS for letters that Pillow's own font lacks: all but English ones."""
 
 
 @functools.lru_cache
 def font(size: int) -> Font:
-    """Return Pillow's own font, so that pictures look the same everywhere."""
+    """Return Pillow's own font, which is the same on every system."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
 
 
 def font_for(text: str, size: int) -> Font:
-    """Return Pillow's own font, or the first of the system's that draws more of the text's characters."""
+    """Return Pillow's own font, or the first system font that has more of the text's characters."""
     from PIL import ImageFont
 
     if text.isascii():
@@ -47,7 +47,7 @@ def font_for(text: str, size: int) -> Font:
 
 
 def _missing(text: str, text_font: Font) -> int:
-    """Count the characters that a font draws as the box that stands for none."""
+    """Count the characters that a font lacks, and draws as a placeholder box."""
     box = list(text_font.getmask("\uffff"))
     return sum(list(text_font.getmask(character)) == box for character in set("".join(text.split())))
 
@@ -57,7 +57,7 @@ def fit_text(text: str, text_font: Font, width: float) -> str:
     text = " ".join(text.split())
     if text_font.getlength(text) <= width:
         return text
-    low, high = 0, len(text)  # the longest prefix that fits, by halving: queries may have thousands of characters
+    low, high = 0, len(text)  # the longest prefix that fits, by bisection: queries may have thousands of characters
     while low < high:
         middle = (low + high + 1) // 2
         if text_font.getlength(text[:middle].rstrip() + "…") <= width:
@@ -76,17 +76,17 @@ def draw_box(
     dashed: bool = False,
     colour: Colour = TARGET,
 ) -> None:
-    """Draw a box in a colour between dark lines, so that it is seen on any background.
+    """Draw a box in a colour between dark lines, which are visible on any background.
 
     Args:
-        draw: where to draw.
-        box: left, top, right, bottom in pixels; what lies outside the image is drawn along its border.
+        draw: the image to draw on.
+        box: left, top, right, bottom in pixels; sides outside the image are drawn along its border.
         size: width and height of the image.
-        thickness: of the coloured line in pixels.
-        dashed: for boxes that the model itself doubts.
-        colour: the target's; several targets have one each.
+        thickness: thickness of the coloured line in pixels.
+        dashed: whether to dash the line: the target is probably not visible.
+        colour: colour of the target.
     """
-    # The line runs around the box, so that it does not hide a small target.
+    # The line is drawn around the box, so that it does not hide a small target.
     left, top = (max(round(float(side)) - thickness, 0) for side in box[:2])
     right, bottom = (min(round(float(side)) + thickness, limit) - 1 for side, limit in zip(box[2:], size, strict=True))
     left, top = min(left, size[0] - 2 * thickness), min(top, size[1] - 2 * thickness)
@@ -106,7 +106,7 @@ def draw_box(
 
 
 def _dashes(start: int, end: int, *, length: int, gap: int) -> list[tuple[int, int]]:
-    """Cut the pixels start … end (inclusive) into dashes with one at each end, as near to `length` as that allows."""
+    """Divide the pixels start … end (inclusive) into dashes of about `length`, with one at each end."""
     distance = end - start + 1
     step = (distance + gap) / max(1, round((distance + gap) / (length + gap)))
     firsts = [start + round(i * step) for i in range(round((distance + gap) / step))]
@@ -114,7 +114,7 @@ def _dashes(start: int, end: int, *, length: int, gap: int) -> list[tuple[int, i
 
 
 def shade(image: Image.Image, area: tuple[int, int, int, int], strength: float) -> None:
-    """Darken an area of an image in place, so that white text on it can be read. `strength` is 0 … 1."""
+    """Darken an area of an image in place, so that white text on it is readable. `strength` is 0 … 1."""
     from PIL import Image
 
     part = image.crop(area)
