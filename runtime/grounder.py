@@ -15,7 +15,7 @@ from bridge_stg.runtime.backends.session import Session, fixed_capacity
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.decode import prefill_video
-from bridge_stg.runtime.chain.opened_video import Chain, OpenedVideo
+from bridge_stg.runtime.chain.opened_video import Chain, OpenedVideo, VideoFacts
 from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, check_query, video_budget, video_segment
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
@@ -348,9 +348,18 @@ class Grounder:
                 budget_bytes=self._feature_budget_bytes,
                 read_ahead=source.fine_size if source.read_ahead else None,
             )
-            return OpenedVideo(
-                chain, source, coarse, prefix=prefix, features=features, grid=grid, timings=limits.timings
+            facts = VideoFacts(
+                source.name,
+                (source.width, source.height),
+                source.is_image,
+                frame_times=source.frame_times,
+                fine_grid=grid,
+                sample_times=coarse.times,
+                interval_s=coarse.interval_s,
+                duration_s=coarse.duration_s,
+                choice=coarse.choice,
             )
+            return OpenedVideo(chain, facts, prefix, features, timings=limits.timings, close_source=source.close)
         except BaseException:
             source.close()
             raise

@@ -6,7 +6,7 @@ The steps of a query, in order, are the lines of `OpenedVideo.ground_within`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,7 +28,7 @@ from bridge_stg.runtime.errors import QueryError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Limits
 from bridge_stg.runtime.host.usage import UseCount
 from bridge_stg.runtime.video.sizes import frame_sizes
-from bridge_stg.runtime.video.source import CoarseFrames
+from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
@@ -49,25 +49,6 @@ class CachePool(Protocol):
         """Return how many rows of `positions` tokens fit the budget, at least one."""
 
 
-class FrameSource(Protocol):
-    """The video that is opened: a `VideoSource`, or the window of a live stream."""
-
-    width: int
-    height: int
-    is_image: bool
-
-    @property
-    def name(self) -> str:
-        """Name of the video in messages."""
-
-    @property
-    def frame_times(self) -> np.ndarray:
-        """Times of all frames, float64, in seconds."""
-
-    def close(self) -> None:
-        """Close files and drop buffers."""
-
-
 @dataclass(frozen=True, eq=False)
 class Chain:
     """The sessions and rules that all videos of one Grounder share."""
@@ -81,21 +62,39 @@ class Chain:
     usage: UseCount
 
 
+@dataclass(frozen=True, eq=False)
+class VideoFacts:
+    """Size and times of a video whose coarse frames have been read.
+
+    Attributes:
+        name: name of the video in messages.
+        size: width and height of the video as it is shown, in pixels.
+        is_image: whether it is a single image.
+        frame_times: float64 [N], times of all frames in seconds.
+        fine_grid: float64 [K], times of the fine grid in seconds.
+        sample_times: float64 [G, P], times of the coarse samples in seconds.
+        interval_s: seconds between two coarse samples.
+        duration_s: length in seconds; of an image, one coarse sample interval.
+        choice: rate and size of the coarse samples.
+    """
+
+    name: str
+    size: tuple[int, int]
+    is_image: bool
+    frame_times: np.ndarray
+    fine_grid: np.ndarray
+    sample_times: np.ndarray
+    interval_s: float
+    duration_s: float
+    choice: CoarseChoice
+
+
 class OpenedVideo:
     """A video whose prefix has been computed. Get one from `Grounder.open`; safe to use from many threads.
 
     Every call takes the keyword arguments `deadline_s` (seconds after which the call stops), `cancel` (a
     `threading.Event`, or a callable that returns True to stop) and `progress` (called as progress(stage, done, total);
     total is None where it is not known).
-
-    Args:
-        chain: the model.
-        source: the video; closed together with this object.
-        coarse: the coarse frames; their pixels are not used.
-        prefix: the video's part of the prompt, prefilled.
-        features: the fine feature maps.
-        grid: float64 [K], the fine grid in seconds.
-        timings: seconds per stage of opening the video.
 
     Attributes:
         size: width and height of the video as it is shown, in pixels.
@@ -106,20 +105,17 @@ class OpenedVideo:
     def __init__(
         self,
         chain: Chain,
-        source: FrameSource,
-        coarse: CoarseFrames,
-        *,
+        video: VideoFacts,
         prefix: Prefix,
         features: FeatureMaps,
-        grid: np.ndarray,
-        timings: Mapping[str, float],
+        *,
+        timings: Mapping[str, float] | None = None,
+        close_source: Callable[[], None] | None = None,
     ) -> None:
-        self._chain, self._source = chain, source
-        self._prefix, self.features, self._grid = prefix, features, grid
-        self._timings = dict(timings)
-        self._sample_times, self._interval_s = coarse.times, coarse.interval_s
-        self._choice = coarse.choice
-        times = time_strings(coarse.group_times, chain.spec.prompt)
+        self._chain, self._video, self._prefix = chain, video, prefix
+        self._timings, self._close_source = dict(timings or {}), close_source
+        self.size, self.duration_s, self.features = video.size, video.duration_s, features
+        times = time_strings(video.sample_times.mean(axis=1), chain.spec.prompt)
         self._grammars = {
             (allow_none, first): AnswerGrammar(
                 chain.tokenizer, chain.spec.prompt, times, allow_none=allow_none, first_start=first
@@ -129,8 +125,6 @@ class OpenedVideo:
         self._answer_tokens = self._grammars[True, None].longest_answer
         closed_error = VideoError("video.closed", "this video is closed; open it again to ground in it")
         self._usage = UseCount(self._free, closed_error=closed_error)
-        self.size = (source.width, source.height)
-        self.duration_s = coarse.duration_s
 
     def ground(self, query: str, *, allow_none: bool = True, **limits: Unpack[CallKeywords]) -> Grounding:
         """Find when and where the query's target is in this video.
@@ -195,27 +189,24 @@ class OpenedVideo:
 
     def ground_within(self, limits: Limits, queries: list[str], task: Task) -> list[Grounding]:
         """Ground queries as part of a call that is under way already, and that keeps the grounder open."""
+        chain, video = self._chain, self._video
         with self._usage.call():
-            self._check_task(task)
+            if task.name == "image" and not video.is_image:
+                raise _not_an_image(video.name)
             prompts = self._prompts(queries, task)
             with limits.stage("answer"):
                 answers = self._answer(prompts, self._grammars[task.grammar_key], limits)
             spans = [self._named_span(answer) for answer in answers]
-            spatial_queries = self._spatial_queries(answers, spans) if task.has_boxes else {}
-            located = self._locate(spatial_queries, limits)
+            searches = self._searches(answers, spans) if task.has_boxes else {}
+            most = chain.spec.frames.max_fine_frames
+            located = locate(
+                chain.spatial_decoder, self.features, video.fine_grid, searches, max_frames=most, limits=limits
+            )
             timings = {**self._timings, **limits.timings, "total": limits.elapsed_s}
             return [
                 self._result(query, task, answer, named_span=span, located=located.get(i), timings=timings)
                 for i, (query, answer, span) in enumerate(zip(queries, answers, spans, strict=True))
             ]
-
-    def _check_task(self, task: Task) -> None:
-        if task.name == "image" and not self._source.is_image:
-            raise VideoError(
-                "video.not_an_image",
-                f"{self._source.name} is a video, and `locate` takes one image. Find when and where instead "
-                "(`Grounder.ground`; `infer` without --task image)",
-            )
 
     def _prompts(self, queries: list[str], task: Task) -> list[Segment]:
         """Return the queries' part of the prompt; their positions follow the video's.
@@ -272,31 +263,26 @@ class OpenedVideo:
     def _named_span(self, answer: Answer) -> Span | None:
         if answer.groups is None:
             return None
+        video = self._video
         return span_of_groups(
-            answer.groups, self._sample_times, interval_s=self._interval_s, duration_s=self.duration_s
+            answer.groups, video.sample_times, interval_s=video.interval_s, duration_s=video.duration_s
         )
 
-    def _spatial_queries(self, answers: Sequence[Answer], spans: Sequence[Span | None]) -> dict[int, SpatialQuery]:
+    def _searches(self, answers: Sequence[Answer], spans: Sequence[Span | None]) -> dict[int, SpatialQuery]:
         """Choose the fine frames around the span of each answer that names one, by the answer's index."""
-        spec = self._chain.spec
+        spec, video = self._chain.spec, self._video
         margin_s = spec.span.margin_s
         if margin_s is None:
-            margin_s = self._interval_s * spec.vision.temporal_patch_size
+            margin_s = video.interval_s * spec.vision.temporal_patch_size
         # An image's only fine frame lasts as long as the image.
-        fine_fps = 1 / self.duration_s if self._source.is_image else spec.frames.fine_fps
+        fps = 1 / video.duration_s if video.is_image else spec.frames.fine_fps
         most = spec.frames.max_fine_frames
-        return {
-            i: SpatialQuery(
-                fine_frames(span, self._grid, fine_fps=fine_fps, margin_s=margin_s, max_frames=most), answer.taps
-            )
-            for i, (answer, span) in enumerate(zip(answers, spans, strict=True))
-            if span is not None and answer.taps is not None
-        }
-
-    def _locate(self, queries: Mapping[int, SpatialQuery], limits: Limits) -> dict[int, Located]:
-        """Run the spatial decoder on the fine frames of each query."""
-        session, most = self._chain.spatial_decoder, self._chain.spec.frames.max_fine_frames
-        return locate(session, self.features, self._grid, queries, max_frames=most, limits=limits)
+        searches = {}
+        for i, (answer, span) in enumerate(zip(answers, spans, strict=True)):
+            if span is not None and answer.taps is not None:
+                frames = fine_frames(span, video.fine_grid, fine_fps=fps, margin_s=margin_s, max_frames=most)
+                searches[i] = SpatialQuery(frames, answer.taps)
+        return searches
 
     def _result(
         self,
@@ -321,7 +307,7 @@ class OpenedVideo:
             tube=tube,
             boxes=boxes,
             size=self.size,
-            coarse=self._choice,
+            coarse=self._video.choice,
             answer=self._chain.tokenizer.decode(answer.ids),
             named_span=named_span,
             scores={"absent": answer.absent, "answer": math.exp(answer.log_probability), "presence": presence},
@@ -332,10 +318,8 @@ class OpenedVideo:
         )
 
     def _refined_span(self, named: Span, located: Located, task: Task) -> Span:
-        threshold = self._chain.spec.span.presence_threshold
-        start, end = refine_span(
-            named, located.frames, located.presence, threshold=threshold, duration_s=self.duration_s
-        )
+        threshold, duration_s = self._chain.spec.span.presence_threshold, self.duration_s
+        start, end = refine_span(named, located.frames, located.presence, threshold=threshold, duration_s=duration_s)
         return (start if task.first_box is None else named[0]), end
 
     def _tube(self, span: Span, located: Located) -> Tube:
@@ -351,7 +335,7 @@ class OpenedVideo:
 
     def _frame_boxes(self, tube: Tube, span: Span, task: Task) -> FrameBoxes:
         """Return the boxes of the video's frames inside the span; of a track those of all frames."""
-        times = self._source.frame_times
+        times = self._video.frame_times
         inside = in_span(times, span)
         if task.first_box is None:
             return tube.at(times[inside])
@@ -362,11 +346,11 @@ class OpenedVideo:
 
     def _token_counts(self, fine_frames_used: int) -> dict[str, float]:
         """Count the visual tokens of a query's two passes, and those of the whole fine grid at fine size."""
-        vision, coarse = self._chain.spec.vision, self._choice.tokens
+        vision, coarse = self._chain.spec.vision, self._video.choice.tokens
         factor = vision.patch_size * vision.merge_size
         _, (height, width) = frame_sizes(self.size[1], self.size[0], self._chain.spec)
         per_frame = (height // factor) * (width // factor)
-        fine, dense = fine_frames_used * per_frame, len(self._grid) * per_frame
+        fine, dense = fine_frames_used * per_frame, len(self._video.fine_grid) * per_frame
         return {"coarse": coarse, "fine": fine, "dense": dense, "ratio": (coarse + fine) / dense}
 
     @property
@@ -385,9 +369,18 @@ class OpenedVideo:
         self.close()
 
     def _free(self) -> None:
-        self._source.close()
+        if self._close_source is not None:
+            self._close_source()
         self.features.clear()
         self._chain.pool.give(self._prefix.cache)
+
+
+def _not_an_image(name: str) -> VideoError:
+    return VideoError(
+        "video.not_an_image",
+        f"{name} is a video, and `locate` takes one image. Find when and where instead (`Grounder.ground`; `infer` "
+        "without --task image)",
+    )
 
 
 GroundedVideo = OpenedVideo

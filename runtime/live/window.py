@@ -14,7 +14,7 @@ import numpy as np
 
 from bridge_stg.runtime.backends.session import KVCache
 from bridge_stg.runtime.chain.decode import Prefix, prefill_video
-from bridge_stg.runtime.chain.opened_video import CachePool, Chain, OpenedVideo
+from bridge_stg.runtime.chain.opened_video import CachePool, Chain, OpenedVideo, VideoFacts
 from bridge_stg.runtime.chain.prompt import Segment, video_segment
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens
@@ -24,7 +24,7 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.live.plan import LivePlan
 from bridge_stg.runtime.live.sampling import FineSample, LiveGroup
-from bridge_stg.runtime.video.source import CoarseFrames, Samples
+from bridge_stg.runtime.video.source import Samples
 
 QUERY_POSITIONS = 128
 """Room kept behind the longest prefix, so that one query can be asked in the window's own cache."""
@@ -57,8 +57,7 @@ class LiveWindow:
                 f"prompt, more than the model's {chain.spec.language.max_positions}; give a smaller window"
             )
         cache = chain.pool.take(batch=1, positions=len(full) + QUERY_POSITIONS)
-        pool: Any = _WindowPool(cache, chain.pool)
-        self._own = dataclasses.replace(chain, pool=pool)
+        self._own = dataclasses.replace(chain, pool=_WindowPool(cache, chain.pool))
         self._cache = cache
         self._features = FineFeatures(
             chain.vision_encoder, chain.spec, read=self._read_fine, budget_bytes=feature_budget_bytes
@@ -104,20 +103,19 @@ class LiveWindow:
         plan, start = self._plan, self.start_s
         places = np.array([held.place for held in self._held]) - self._held[0].place
         times = plan.times(places[:, None] + np.arange(plan.group))
-        coarse = CoarseFrames(
-            frames=np.zeros((len(places), plan.group, 0, 0, 3), np.uint8),  # a view never looks at them
-            times=times,
+        fine = np.array(list(self._fine), np.int64)
+        video = VideoFacts(
+            "the live stream",
+            (plan.width, plan.height),
+            is_image=False,
+            frame_times=np.unique([sample.time_s - start for sample in self._fine.values()]),
+            fine_grid=np.round(fine / plan.fine_fps - start, 9),
+            sample_times=times,
             interval_s=plan.interval_s,
             duration_s=self.end_s - start,
             choice=plan.choice(times.mean(axis=1)),
         )
-        fine = np.array(list(self._fine), np.int64)
-        source: Any = _WindowSource(
-            plan.width, plan.height, np.unique([sample.time_s - start for sample in self._fine.values()])
-        )
-        features: Any = _WindowFeatures(self._features, fine, start)
-        grid = np.round(fine / plan.fine_fps - start, 9)
-        return OpenedVideo(self._own, source, coarse, prefix=self._prefix, features=features, grid=grid, timings={})
+        return OpenedVideo(self._own, video, self._prefix, _WindowFeatures(self._features, fine, start))
 
     def close(self) -> None:
         """Give the cache back, and let go of everything else."""
@@ -166,19 +164,6 @@ class LiveWindow:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _WindowSource:
-    """What a grounded video asks of its source."""
-
-    width: int
-    height: int
-    frame_times: np.ndarray
-    is_image: bool = False
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 class _WindowFeatures:
     """The fine features by their place in the window; they are kept by their place in the stream."""
 
@@ -190,7 +175,12 @@ class _WindowFeatures:
         return maps, times - self._start_s
 
     def clear(self) -> None:
-        """They outlive the view."""
+        """Keep the maps, which outlive the view."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached maps."""
+        return self._features.nbytes
 
 
 class _WindowPool:

@@ -18,6 +18,7 @@ from bridge_stg.runtime.video.token_budget import CoarseChoice
 from bridge_stg.runtime.visualize.annotate import annotate, contact_sheet, encode_h264, frame_index
 from bridge_stg.runtime.visualize.canvas import SYSTEM_FONTS, TARGET, draw_box, fit_text, font, font_for
 from bridge_stg.runtime.visualize.contact_sheet import PAGE_WIDTH, grid, picture_spec, tick_step
+from tests.errors import raises
 from tests.fakes.clips import write
 
 SIZE = (96, 64)
