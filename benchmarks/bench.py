@@ -20,7 +20,6 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe
 from speed.measure import ROWS, Results, make_inputs, measure
 from speed.results.growth import AXES, measure_growth
 from speed.results.ratios import FRAMES, MODEL, Limits, best_fp32, main_ratios, met, peer_ratios, targets
@@ -31,7 +30,8 @@ from tqdm import tqdm
 
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.runtime.host.free_memory import available_bytes
+from bridge_stg.runtime.host.machine import describe
+from bridge_stg.runtime.host.memory import available_bytes
 
 MODELS = ("qwen3_vl_0_5b", "demo", "qwen3_vl_2b")
 """In the order of their turns: what the ratios are of comes first."""

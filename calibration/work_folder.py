@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.host.files import hold, replacing
+from bridge_stg.runtime.host.files import lock_file, replacing
 
 NOTE = "README"
 LEFT_BY_KILLED = ".*.partial*"
@@ -58,7 +58,7 @@ def working_in(folder: Path) -> Iterator[Path]:
         note.write_text("Work of `calibrate`. The same command goes on from here; delete the folder when done.\n")
         with note.open("r+") as held:
             busy = f"{folder}: another calibration works there. Wait for it, or give another --out."
-            hold(held.fileno(), otherwise=busy)
+            lock_file(held.fileno(), message=busy)
             for left in folder.rglob(LEFT_BY_KILLED):
                 shutil.rmtree(left, ignore_errors=True)
             yield folder

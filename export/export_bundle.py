@@ -34,8 +34,8 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec, Manifest
 from bridge_stg.runtime.bundle.reports import write_report
 from bridge_stg.runtime.bundle.writer import BundleWriter
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.memory import peak_bytes
 from bridge_stg.runtime.host.packages import installed_versions
-from bridge_stg.runtime.host.peak import peak_bytes
 
 VARIANTS = tuple(LOWERINGS)
 WEIGHTS = "weights.data"

@@ -13,10 +13,10 @@ from bridge_stg.export.tracing.precision import Precision
 from bridge_stg.export.tracing.streaming import RESIDENT_BYTES
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host import free_memory
-from bridge_stg.runtime.host.free_memory import gigabytes
+from bridge_stg.runtime.host import memory as host_memory
+from bridge_stg.runtime.host.memory import gigabytes
 
-CGROUP = free_memory.CGROUP
+CGROUP = host_memory.CGROUP
 BASE_BYTES = 10**9
 """What the export process takes whatever the model: torch, transformers, a traced graph (docs/performance.md)."""
 REPLAY_BASE_BYTES = 200 * 10**6
@@ -115,7 +115,7 @@ def require_room(needed: Estimate, out: Path) -> bool:
 
 def available_bytes() -> int | None:
     """Return the memory that a process may still take; None: not known."""
-    return free_memory.available_bytes(CGROUP)
+    return host_memory.available_bytes(CGROUP)
 
 
 def _of_graph(name: str, counts: Mapping[str, int]) -> int:

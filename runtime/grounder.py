@@ -22,7 +22,7 @@ from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
-from bridge_stg.runtime.host.usage import UseCount
+from bridge_stg.runtime.host.threads import UseCount
 from bridge_stg.runtime.video.source import CoarseFrames, VideoSource, open_source
 
 if TYPE_CHECKING:

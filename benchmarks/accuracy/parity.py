@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 
 import click
-from machine import describe
 
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.demo.held_out import compare_models
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.host.machine import describe
 
 
 @click.command()

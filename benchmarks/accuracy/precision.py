@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from machine import describe
 
 from bridge_stg.calibration.judge.judge import judge
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
@@ -27,7 +26,8 @@ from bridge_stg.evaluation.run.evaluate import bundle_model
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.host.peak import peak_bytes
+from bridge_stg.runtime.host.machine import describe
+from bridge_stg.runtime.host.memory import peak_bytes
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from machine import describe
 
 from bridge_stg.calibration.judge.judge import Judgement, judge
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
 from bridge_stg.evaluation.run.evaluate import Model, bundle_model
 from bridge_stg.evaluation.samples import Dataset
 from bridge_stg.runtime import Grounder, Grounding
+from bridge_stg.runtime.host.machine import describe
 
 BUDGETS = (None, 192, 128, 64, 32)
 TOLERANCES = (2.0, 8.0, 32.0)

@@ -18,12 +18,12 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe
 
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.chain.decode import prefill_video
 from bridge_stg.runtime.chain.prompt import text_segment
 from bridge_stg.runtime.chain.vision_pass import coarse_tokens
+from bridge_stg.runtime.host.machine import describe
 
 TOKENS, PATCHES = (64, 128, 256, 512, 1024), (384, 768, 1024, 2048, 8192)
 SWITCH = "ORT_GQA_DISABLE_FLASH_ATTENTION"

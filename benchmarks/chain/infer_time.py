@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from machine import describe
+
+from bridge_stg.runtime.host.machine import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAUSE_S = 0.3

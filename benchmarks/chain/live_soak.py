@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe
 
 from bridge_stg.runtime import Grounder, LiveStats
-from bridge_stg.runtime.host.allocator import return_freed_memory
+from bridge_stg.runtime.host.machine import describe
+from bridge_stg.runtime.host.memory import return_freed_memory
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.sizes import resize
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe
 
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends.session import Session
+from bridge_stg.runtime.host.machine import describe
 
 QUERIES = ("the red circle", "the blue square that moves", "the green triangle", "the yellow star", "the white ring",
            "the black cross", "the orange disc", "the one on the left")  # fmt: skip

@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe
 
 from bridge_stg.demo.bundle import demo_bundle
 from bridge_stg.runtime import Grounder
@@ -26,7 +25,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.chain.boxes import box_iou
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.machine import machine
+from bridge_stg.runtime.host.machine import describe, machine
 from bridge_stg.runtime.parity.compare import replay
 from bridge_stg.runtime.parity.verify import graph_of
 

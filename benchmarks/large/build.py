@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from machine import describe
+
+from bridge_stg.runtime.host.machine import describe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 

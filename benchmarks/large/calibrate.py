@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 import onnx_ir as ir
-from machine import describe
 
 from bridge_stg.calibration.collect.collect import collect
 from bridge_stg.calibration.collect.samples import read_samples
@@ -27,7 +26,8 @@ from bridge_stg.calibration.quantize.smooth import choose_smoothing
 from bridge_stg.calibration.recipes import RECIPES
 from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.host.peak import peak_bytes
+from bridge_stg.runtime.host.machine import describe
+from bridge_stg.runtime.host.memory import peak_bytes
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
 
 RESULTS = Path("benchmarks/results")

@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe
 from shapes import SHAPES, write_checkpoint
 
+from bridge_stg.runtime.host.machine import describe
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
 
 RESULTS, TABLE = Path("benchmarks/results"), Path("docs/performance.md")
@@ -96,7 +96,7 @@ def summary(parity: dict[str, Any]) -> dict[str, Any]:
 def ask(bundle: str) -> dict[str, Any]:
     """Load a bundle in onnxruntime, ask two queries on a clip and one on its mirror image, and say what it took."""
     from bridge_stg.runtime import Grounder
-    from bridge_stg.runtime.host.peak import peak_bytes
+    from bridge_stg.runtime.host.memory import peak_bytes
 
     began = time.monotonic()
     with Grounder.load(bundle) as grounder:

@@ -82,7 +82,7 @@ def serve(
     """
     if len(dict(live)) < len(live):
         raise BridgeError("options.conflict", "--live gives two sources the same name; give each its own.")
-    from bridge_stg.runtime.host.allocator import return_freed_memory
+    from bridge_stg.runtime.host.memory import return_freed_memory
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
 

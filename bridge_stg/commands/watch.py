@@ -65,7 +65,7 @@ def watch(
     _check_output(json_file, source, overwrite)
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
-    from bridge_stg.runtime.host.allocator import return_freed_memory
+    from bridge_stg.runtime.host.memory import return_freed_memory
 
     return_freed_memory()  # a watch runs for days, and its memory should not grow
     path = bundle or demo_bundle(progress=stage_line)

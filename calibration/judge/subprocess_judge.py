@@ -12,7 +12,7 @@ from typing import Any
 
 from bridge_stg.calibration.collect.samples import read_samples
 from bridge_stg.evaluation.run.evaluate import bundle_model, evaluate
-from bridge_stg.runtime.host.peak import peak_bytes
+from bridge_stg.runtime.host.memory import peak_bytes
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
 
 PEAK = "peak.json"

@@ -13,7 +13,6 @@ from bridge_stg.calibration.judge.judge import Judgement, worst_cases
 from bridge_stg.calibration.judge.saturation_test import SaturationTest
 from bridge_stg.calibration.judge.speed_gate import Gate, graph_bytes
 from bridge_stg.calibration.recipes import Recipe
-from bridge_stg.calibration.report.machine import machine_facts, tool_versions
 from bridge_stg.calibration.report.result import CalibrationResult
 from bridge_stg.calibration.search.block_sizes import size_of_blocks
 from bridge_stg.calibration.search.search import Choice
@@ -22,8 +21,10 @@ from bridge_stg.calibration.search.trials import FLOAT, INTEGERS
 from bridge_stg.evaluation.report.pictures import case_picture
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.host.machine import describe
 from bridge_stg.runtime.parity.compare import Boundary
 
+PACKAGES = ("bridge-stg", "numpy", "onnx", "onnx-ir", "onnxruntime")
 Pair = tuple[Judgement, Judgement]
 """In float and in INT8, on the same samples."""
 
@@ -79,6 +80,7 @@ def assemble(found: Findings) -> CalibrationResult:
     target = choose(found.bundle, backend=found.engine["backend"], variant=found.engine["variant"])
     kept = {name: list(found.recipe.of(name).keep_float) for name in found.recipe.graphs}
     judged_on = inputs.evaluate if inputs.evaluate is not None else inputs.chosen_on
+    machine = describe(*PACKAGES)
     return CalibrationResult(
         source={
             "name": source.path.resolve().name.lstrip("."),
@@ -102,8 +104,8 @@ def assemble(found: Findings) -> CalibrationResult:
             "evaluate": None if inputs.evaluate is None else inputs.evaluate.to_dict(),
         },
         warnings=list(dict.fromkeys(found.warnings)),
-        machine={**machine_facts(), "self_test": found.self_test.sentence},
-        tools=tool_versions(),
+        tools=machine.pop("packages"),
+        machine={"processor": machine.pop("cpu")} | machine | {"self_test": found.self_test.sentence},
         target={"backend": target.backend, "version": target.version, "variants": dict(target.variants)},
         graphs=[_graph(found, name) for name in found.bundle.manifest.graphs],
         stages=found.stages,
@@ -190,5 +192,7 @@ def _cases(pair: Pair, samples: CalibrationSet) -> list[dict[str, Any]]:
             picture, problem = case_picture(sample, rows), ""
         except Exception as error:  # a medium that cannot be read failed both bundles too
             picture, problem = None, str(error)
-        cases.append({**case, "query": sample.query, "media": sample.media_name, "picture": picture, "problem": problem})
+        cases.append(
+            {**case, "query": sample.query, "media": sample.media_name, "picture": picture, "problem": problem}
+        )
     return cases

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.host.files import hold
+from bridge_stg.runtime.host.files import lock_file
 
 SCHEMA = 1
 START_AGAIN = "Give --overwrite to start again, or another --out."
@@ -48,7 +48,7 @@ class ResultFile:
         self._file = path.open("r+b")
         try:
             busy = f"{path} is being written by another evaluation. Wait for it, or give another --out or --shard."
-            hold(self._file.fileno(), otherwise=busy)  # two writers would write every sample twice
+            lock_file(self._file.fileno(), message=busy)  # two writers would write every sample twice
             if overwrite:
                 self._file.truncate(0)
             header, rows, end = _parsed(self._file.read(), path)

@@ -21,8 +21,7 @@ from bridge_stg.runtime.backends.tensorrt.library import TensorRT
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.runtime.host.free_memory import gigabytes
-from bridge_stg.runtime.host.peak import peak_bytes, reset_peak
+from bridge_stg.runtime.host.memory import gigabytes, peak_bytes, reset_peak
 
 TIMING = "timing.cache"
 """What TensorRT learnt of kernels on this device, beside its engines."""

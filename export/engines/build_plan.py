@@ -32,8 +32,8 @@ from bridge_stg.runtime.backends.tensorrt.library import MODULES
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.free_memory import available_bytes, gigabytes
 from bridge_stg.runtime.host.machine import machine
+from bridge_stg.runtime.host.memory import available_bytes, gigabytes
 
 OPTIONS = {"attention": "decomposable", "network": "strongly typed", "tf32": "off"}
 """Settings of every engine, as they stand in its key."""

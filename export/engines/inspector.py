@@ -14,7 +14,7 @@ from typing import Any
 from bridge_stg.export.engines.layers import FUSED_ATTENTION, Kernel
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.free_memory import available_bytes, gigabytes
+from bridge_stg.runtime.host.memory import available_bytes, gigabytes
 
 TYPES = (
     (r"bfloat16|bf16", "bf16"), (r"float8|fp8", "fp8"), (r"half|float16|fp16", "fp16"), (r"float|fp32", "fp32"),

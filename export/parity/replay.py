@@ -18,7 +18,7 @@ from bridge_stg.export.parity.probes import load_probes
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.typed_json import from_json
-from bridge_stg.runtime.host.peak import peak_bytes
+from bridge_stg.runtime.host.memory import peak_bytes
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
 from bridge_stg.runtime.parity.compare import replay_cases
 

@@ -23,7 +23,7 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import DEVICE
 from bridge_stg.runtime.device.staging import Staging
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.usage import UseCount
+from bridge_stg.runtime.host.threads import UseCount
 
 CUDA, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"

@@ -26,7 +26,7 @@ from bridge_stg.runtime.chain.vision_pass import FeatureMaps
 from bridge_stg.runtime.device.array_ops import on_host
 from bridge_stg.runtime.errors import QueryError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Limits
-from bridge_stg.runtime.host.usage import UseCount
+from bridge_stg.runtime.host.threads import UseCount
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and hold one for this process alone."""
+"""Write files and folders completely or not at all, and lock files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from bridge_stg.runtime.errors import BridgeError
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the path of a temporary sibling; rename it to `path` when the block ends well, remove it otherwise.
+    """Give the path of a temporary sibling; rename it to `path` after the block, or remove it if the block fails.
 
-    The sibling keeps the suffix, from which writers of images and videos tell the format.
+    The sibling has the same suffix, from which writers of images and videos choose the format.
 
     Raises:
-        BridgeError: `path` is a folder, or the folder that it should lie in does not exist.
+        BridgeError: `path` is a folder, or its parent folder does not exist.
     """
     path = Path(path)
     if path.is_dir():
-        raise BridgeError(f"{path} is a folder; expected the name of a file to write.")
+        raise BridgeError("output.is_folder", f"{path} is a folder; expected the name of a file to write.")
     if not path.parent.is_dir():
-        raise BridgeError(f"{path} cannot be written: the folder {path.parent} does not exist. Make it first.")
+        message = f"{path} cannot be written: the folder {path.parent} does not exist. Create it first."
+        raise BridgeError("output.no_folder", message)
     stem = path.stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # a name holds 255 bytes
     temporary = path.with_name(f".{stem}.partial{os.getpid()}{path.suffix}")
     try:
@@ -35,10 +36,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def replace_folder(made: Path, place: Path, *, aside: Path) -> None:
-    """Rename a finished folder into its place; what was there goes when the new one is, and comes back if it cannot.
+    """Rename the finished folder `made` to `place`, and remove the folder that was there.
 
-    Args:
-        aside: where the old folder waits; on the same file system, and not there yet.
+    If it fails, the old folder stays. It is renamed to `aside` meanwhile: a new name on the same file system.
     """
     had_old = place.exists()
     if had_old:
@@ -52,19 +52,16 @@ def replace_folder(made: Path, place: Path, *, aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def hold(descriptor: int, *, otherwise: str) -> None:
-    """Hold an open file for this process until it is closed; where the system has no such locks, nothing happens.
-
-    Args:
-        otherwise: what to say if another process holds it.
+def lock_file(descriptor: int, *, message: str) -> None:
+    """Lock an open file for this process until it is closed; does nothing where the system lacks such locks.
 
     Raises:
-        BridgeError: another process does.
+        BridgeError: with `message`, if another process has locked it.
     """
-    with suppress(ImportError):  # on systems without it (Windows) nothing stops a second process
+    with suppress(ImportError):  # Windows has no fcntl
         import fcntl
 
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BridgeError(otherwise) from None
+            raise BridgeError("output.in_use", message) from None

@@ -108,7 +108,7 @@ class Limits:
             )
 
     def report(self, done: float, total: float | None) -> None:
-        """Tell the progress callback how far the stage is, then check."""
+        """Report progress to the callback, then check."""
         if self._progress is not None:
             self._progress(self._stage, done, total)
         self.check()

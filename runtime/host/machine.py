@@ -1,7 +1,7 @@
-"""What this machine is: processor, memory, NVIDIA devices and driver. Needs nothing but Python's own library.
+"""Facts about this machine: processor, memory, NVIDIA devices and driver. Needs the standard library only.
 
-Files are read below a root that tests can set; the driver is asked through its own library, libcuda, by ctypes, so that
-no package has to be there, and on a Jetson too, where nvidia-smi tells little.
+The NVIDIA driver is queried through its library libcuda by ctypes: that needs no package, and works on a Jetson, where
+nvidia-smi reports little. Files are read below a root folder, which tests can set.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge_stg.runtime.host.packages import installed_versions
+
 CPU_FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
     "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
-"""Those that decide how fast INT8 and 16-bit products are; the second line is Arm's."""
+"""Flags that decide how fast INT8 and 16-bit matmuls are; the second line is for Arm."""
 
 JETPACKS = {(36, 2): "6.0 DP", (36, 3): "6.0", (36, 4): "6.1 or 6.2", (36, 5): "6.2.2", (38, 2): "7.0"}
 """Jetson Linux (L4T) releases, major and minor, and the JetPack they belong to."""
@@ -29,10 +31,10 @@ _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 @dataclass(frozen=True)
 class Device:
-    """An NVIDIA device. Sizes are in bytes, None where the driver does not tell.
+    """An NVIDIA device. Sizes are in bytes, None if unknown.
 
     `sm` is the compute capability (87 is 8.7), `integrated` whether it shares the host's memory. `largest_block` is the
-    largest allocation that succeeds right now; it is tried on devices with memory of their own only.
+    largest allocation that succeeds now; it is only measured on devices with their own memory.
     """
 
     index: int
@@ -49,8 +51,8 @@ class Device:
 class Memory:
     """The host's memory in bytes.
 
-    `largest_block` is the largest piece of physically contiguous memory that the kernel's page allocator lists, and
-    `largest_blocks` how many there are of that size; a Jetson's GPU gets its memory from there. None: not told.
+    `largest_block` is the largest physically contiguous block in the kernel's page allocator, and `largest_blocks` the
+    number of blocks of that size; a Jetson's GPU takes its memory from there. None: unknown.
     """
 
     total: int | None
@@ -63,7 +65,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Machine:
-    """What `machine()` found. `driver` is the kernel module's version, `cuda` the newest CUDA that the driver runs."""
+    """Facts about a machine. `driver` is the kernel module's version, `cuda` the newest CUDA that the driver runs."""
 
     system: str
     architecture: str
@@ -82,10 +84,10 @@ class Machine:
 
 
 def machine(*, root: Path = Path("/"), libcuda: Any = None) -> Machine:
-    """Look at this machine.
+    """Return the facts about this machine.
 
     Args:
-        root: where proc/, sys/ and etc/ lie.
+        root: folder that contains proc/, sys/ and etc/.
         libcuda: the driver's library; None: load it.
     """
     info = _read(root / "proc/cpuinfo")
@@ -98,7 +100,7 @@ def machine(*, root: Path = Path("/"), libcuda: Any = None) -> Machine:
         board=_read(root / "proc/device-tree/model").strip("\0\n ") or None,
         l4t=None if l4t is None else ".".join(map(str, l4t)),
         jetpack=None if l4t is None else JETPACKS.get(l4t[:2]),
-        cpu=_field(info, "model name") or _field(info, "Hardware") or platform.processor() or platform.machine(),
+        cpu=_cpu(info),
         cores=os.cpu_count() or 1,
         cpu_flags=_flags(info),
         memory=_memory(_read(root / "proc/meminfo"), _read(root / "proc/buddyinfo")),
@@ -107,6 +109,19 @@ def machine(*, root: Path = Path("/"), libcuda: Any = None) -> Machine:
         devices=devices,
         device_problem=problem,
     )
+
+
+def describe(*packages: str) -> dict[str, Any]:
+    """Return the processor, system and Python, and the versions of installed `packages`, to record with a result."""
+    info = _read(Path("/proc/cpuinfo"))
+    return {
+        "cpu": _cpu(info),
+        "cores": os.cpu_count(),
+        "flags": list(_flags(info)),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": installed_versions(packages),
+    }
 
 
 def _read(path: Path) -> str:
@@ -130,6 +145,10 @@ def _l4t(text: str) -> tuple[int, int, int] | None:
     """`# R36 (release), REVISION: 4.3, …` → (36, 4, 3)."""
     found = re.search(r"R(\d+) \(release\), REVISION: (\d+)(?:\.(\d+))?", text)
     return None if found is None else (int(found[1]), int(found[2]), int(found[3] or 0))
+
+
+def _cpu(info: str) -> str:
+    return _field(info, "model name") or _field(info, "Hardware") or platform.processor() or platform.machine()
 
 
 def _flags(info: str) -> tuple[str, ...]:
@@ -160,12 +179,12 @@ def _memory(meminfo: str, buddyinfo: str) -> Memory:
 
 
 def _devices(library: Any) -> tuple[str | None, tuple[Device, ...], str | None]:
-    """Return the driver's CUDA version, its devices, and why there are none."""
+    """Return the driver's CUDA version, its devices, and why it has none."""
     if library is None:
         try:
             library = ctypes.CDLL("libcuda.so.1")
         except OSError:
-            return None, (), "the NVIDIA driver's library libcuda.so.1 is not there"
+            return None, (), "the NVIDIA driver's library libcuda.so.1 is not installed"
     number = ctypes.c_int()
     version = None
     if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
@@ -210,7 +229,7 @@ def _device(library: Any, index: int) -> Device:
 
 
 def _device_memory(library: Any, handle: Any, integrated: bool) -> tuple[int | None, int | None, int | None]:
-    """Return total, free and the largest allocation; asking takes a context, which itself takes some of the memory."""
+    """Return total, free and largest allocation in bytes; the context that this needs takes some memory itself."""
     context = ctypes.c_void_p()
     if library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle):
         return None, None, None
@@ -218,7 +237,7 @@ def _device_memory(library: Any, handle: Any, integrated: bool) -> tuple[int | N
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         if library.cuCtxSetCurrent(context) or library.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)):
             return None, None, None
-        # Where host and device share memory, trying may make the kernel end other programs.
+        # On shared memory, trying may make the kernel kill other programs.
         largest = None if integrated else _largest_allocation(library, free.value)
         return total.value, free.value, largest
     finally:
@@ -226,7 +245,7 @@ def _device_memory(library: Any, handle: Any, integrated: bool) -> tuple[int | N
 
 
 def _largest_allocation(library: Any, free: int) -> int:
-    """Search the largest allocation that succeeds, to a hundredth of what is free."""
+    """Find the largest allocation that succeeds, to 1 % of the free memory."""
     least, most, step = 0, free, max(1, free // 100)
     while most - least > step:
         size = most if least == 0 and most == free else (least + most) // 2

@@ -16,7 +16,7 @@ from bridge_stg.export.tracing.skeleton import open_skeleton
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.peak import peak_bytes
+from bridge_stg.runtime.host.memory import peak_bytes
 
 NEEDED = Estimate(weights=4 * 10**9, disk=5 * 10**9, export=2 * 10**9, replay=8 * 10**9, lean_replay=5 * 10**9)
 

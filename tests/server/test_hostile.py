@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridge_stg.runtime.host.peak import peak_bytes, reset_peak
+from bridge_stg.runtime.host.memory import peak_bytes, reset_peak
 from tests.fakes.clips import pictures, write
 from tests.server.conftest import Running, ask, ended, refusal, small_clip, until, upload
 

@@ -22,7 +22,7 @@ from bridge_stg.runtime.device.memory import ALIGNMENT
 from bridge_stg.runtime.device.staging import Staging
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.runtime.host.usage import UseCount
+from bridge_stg.runtime.host.threads import UseCount
 
 
 class TensorRTSession:

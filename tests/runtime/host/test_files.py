@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.host.files import hold, replacing
+from bridge_stg.runtime.host.files import lock_file, replacing
+from tests.errors import raises
 
 
 def test_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -36,19 +36,19 @@ def test_nothing_is_left_of_a_block_that_fails(tmp_path: Path, error: type[BaseE
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BridgeError, match="is a folder"), replacing(tmp_path):
+def test_a_folder_is_rejected(tmp_path: Path) -> None:
+    with raises("output.is_folder", tmp_path), replacing(tmp_path):
         pass
-    with pytest.raises(BridgeError, match="does not exist"), replacing(tmp_path / "nowhere" / "file"):
+    with raises("output.no_folder", tmp_path / "nowhere"), replacing(tmp_path / "nowhere" / "file"):
         pass
 
 
-def test_a_held_file_is_refused_until_it_is_closed(tmp_path: Path) -> None:
+def test_a_locked_file_is_rejected_until_it_is_closed(tmp_path: Path) -> None:
     pytest.importorskip("fcntl", reason="this system has no such locks")
     path = tmp_path / "held"
     with path.open("w") as first, path.open("r+") as second:
-        hold(first.fileno(), otherwise="first")
-        with pytest.raises(BridgeError, match="second is told"):
-            hold(second.fileno(), otherwise="second is told")
+        lock_file(first.fileno(), message="first")
+        with raises("output.in_use", "second"):
+            lock_file(second.fileno(), message="second")
         first.close()
-        hold(second.fileno(), otherwise="second")
+        lock_file(second.fileno(), message="second")

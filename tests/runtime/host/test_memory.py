@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import ctypes.util, os, sys
-from bridge_stg.runtime.host.allocator import return_freed_memory
+from bridge_stg.runtime.host.memory import return_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -6,15 +6,16 @@ import threading
 
 import pytest
 
-from bridge_stg.runtime.host.threads import Background, for_each
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.threads import Background, UseCount, for_each
+from tests.errors import raises
 
 
 def test_a_result_is_waited_for_and_an_error_is_raised_by_who_asks() -> None:
     go = threading.Event()
-    ahead = Background(lambda: go.wait(5) and threading.current_thread().name)
-    assert ahead._made == []
+    background = Background(lambda: go.wait(5) and threading.current_thread().name)
     go.set()
-    assert ahead.result() == ahead.result() != threading.current_thread().name
+    assert background.result() == background.result() != threading.current_thread().name
     failed = Background(lambda: 1 / 0)
     failed.wait()
     with pytest.raises(ZeroDivisionError):
@@ -49,3 +50,17 @@ def test_the_first_error_in_the_order_of_items_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         for_each(lambda item: done.append(item) if item < 3 else 1 / 0, range(10), threads=1)
     assert done == [0, 1, 2]
+
+
+def test_the_last_user_frees() -> None:
+    freed: list[int] = []
+    usage = UseCount(lambda: freed.append(1), closed_error=VideoError("video.closed", "this video is closed"))
+    with usage.call():
+        with usage.call():
+            usage.close()
+        assert not freed
+        with raises("video.closed", kind=VideoError):
+            with usage.call():
+                pass
+    usage.close()
+    assert freed == [1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge_stg.runtime.host.peak import peak_bytes
+from bridge_stg.runtime.host.memory import peak_bytes
 from tests.fakes.live_chain import live_grounder, stream
 
 HOUR_S, WARM_UP_S = 3600, 360

@@ -1,0 +1,72 @@
+"""The memory of this process: how much it may take, how much it has taken, and when it returns freed blocks."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import sys
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of `mallopt` (glibc, malloc.h)
+BLOCK_BYTES = 2**17
+"""glibc's first mmap threshold; setting it explicitly stops glibc from raising it."""
+
+
+def available_bytes(cgroup: Path = CGROUP) -> int | None:
+    """Return the memory that this process may still take, by the system and its control group; None: unknown."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    try:
+        limit, used = ((cgroup / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        if limit != "max":
+            found.append(int(limit) - int(used))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def gigabytes(count: float) -> str:
+    """Format a number of bytes for messages, such as "1.2 GB" or "35 MB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def peak_bytes() -> int:
+    """Return the peak resident memory of this process so far (on Linux, VmHWM)."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak() -> bool:
+    """Set the peak to the memory that this process has now. Returns False where the system (not Linux) cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def return_freed_memory() -> bool:
+    """Make the C library return blocks of 128 KiB or more to the system as soon as they are freed, in this process.
+
+    glibc raises the size from which a block is mapped separately, up to 32 MiB, each time such a block is freed.
+    Smaller blocks then fragment the heap, which never shrinks: a problem for processes that run for days.
+
+    Returns:
+        Whether the C library supports it (glibc does).
+    """
+    name = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, BLOCK_BYTES))
