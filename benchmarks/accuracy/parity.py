@@ -12,6 +12,7 @@ import click
 
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.demo.held_out import compare_models
+from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.host.machine import describe
@@ -28,7 +29,7 @@ def main(bundle: Path, checkpoint: Path, clips: int, out: Path) -> None:
     """Write the figures as JSON."""
     variants = list(Bundle.load(bundle).manifest.graphs["language_model"])
     grounders = {variant: Grounder.load(bundle, variant=variant) for variant in variants}
-    reference = load_checkpoint(checkpoint).grounder()
+    reference = torch_grounder(load_checkpoint(checkpoint))
     figures = compare_models(reference, grounders, clips=clips, folder=Path("build/held-out"))
     out.parent.mkdir(parents=True, exist_ok=True)
     machine = describe("torch", "onnxruntime", "numpy")

@@ -18,7 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 from bridge_stg.runtime.host.machine import Machine, machine  # noqa: E402
 
-BENCHMARK = "benchmarks/gpu/stages.py: seconds a stage and parity at every boundary, side by side for every backend here"
+BENCHMARK = (
+    "benchmarks/gpu/stages.py: seconds a stage and parity at every boundary, side by side for every backend here"
+)
 
 
 def gpu_tests(folder: Path) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,7 @@ def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = F
     import torch
 
     from bridge_stg.checkpoint.checkpoint import load_checkpoint
+    from bridge_stg.model.torch_session import torch_grounder
 
     torch.set_num_threads(threads)
     loaded = load_checkpoint(model.checkpoint)
@@ -42,7 +43,7 @@ def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = F
         # Compiled code is kept: of a model of 24 layers it takes minutes to make.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(model.folder.resolve().parent / "inductor"))
         compile_parts(loaded)
-    grounder = loaded.grounder()
+    grounder = torch_grounder(loaded)
     return Loaded(ChainRows(grounder, grounder.sessions).rows(), words, ("torch", "transformers", "numpy"))
 
 

@@ -58,7 +58,9 @@ def save_checkpoint(
         name = WEIGHTS if parts_dtype is None else PART_FILES.get(key.partition(".")[0], WEIGHTS)
         stored = value.detach().to(dtype if name == WEIGHTS else parts_dtype).contiguous()
         if not torch.isfinite(stored).all():
-            raise CheckpointError(f"{key} holds values that {stored.dtype} cannot; save in float32")
+            raise CheckpointError(
+                "checkpoint.not_finite", f"{key} holds values that {stored.dtype} cannot; save in float32"
+            )
         files.setdefault(name, {})[key] = stored
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,9 @@ def load_checkpoint(folder: Path | str, *, attention: str | None = None) -> Brid
         for key, target in targets.items():
             value = store.read(key)
             if not torch.isfinite(value).all():
-                raise CheckpointError(f"{store[key].path}: {key} holds values that are not finite numbers")
+                raise CheckpointError(
+                    "checkpoint.not_finite", f"{store[key].path}: {key} holds values that are not finite numbers"
+                )
             target.copy_(value)
     return model.eval()
 
@@ -111,7 +115,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
         raise CheckpointError(
-            f"{folder}: {found}; a checkpoint is a folder with config.json, {WEIGHTS} and {TOKENIZER}"
+            "checkpoint.not_found",
+            f"{folder}: {found}; a checkpoint is a folder with config.json, {WEIGHTS} and {TOKENIZER}",
         )
 
 
@@ -127,11 +132,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         CheckpointError: it is missing, or is not a tokenizer.
     """
     if not (folder / TOKENIZER).is_file():
-        raise CheckpointError(f"{folder / TOKENIZER}: no such file; the model cannot read a query without it")
+        raise CheckpointError(
+            "checkpoint.missing_file", f"{folder / TOKENIZER}: no such file; the model cannot read a query without it"
+        )
     try:
         return Tokenizer.from_file(folder / TOKENIZER)
     except Exception as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError("checkpoint.bad_tokenizer", str(error)) from error
 
 
 def build_model(
@@ -143,7 +150,9 @@ def build_model(
     except CheckpointError:
         raise
     except Exception as error:  # transformers validates configs with many exception types
-        raise CheckpointError(f"{where}: the backbone cannot be built from it ({error})") from error
+        raise CheckpointError(
+            "checkpoint.bad_config", f"{where}: the backbone cannot be built from it ({error})"
+        ) from error
 
 
 def checkpoint_tensors(model: BridgeSTG) -> dict[str, torch.Tensor]:
@@ -172,23 +181,29 @@ def check_weights(model: BridgeSTG, store: Mapping[str, StoredTensor], *, missin
     if model.tied and HEAD in held:
         check_tied_head(held.pop(HEAD), held.get(EMBEDDING))
     where = weights_path(store)
-    for verb, keys in (("misses", needed.keys() - held.keys()), ("holds, unexpectedly,", held.keys() - needed.keys())):
+    for code, verb, keys in (
+        ("checkpoint.missing_tensor", "misses", needed.keys() - held.keys()),
+        ("checkpoint.unexpected_tensor", "unexpectedly contains", held.keys() - needed.keys()),
+    ):
         if keys:
-            raise CheckpointError(f"{where}: {verb} {list_keys(sorted(keys))}; config.json describes another model")
+            message = f"{where}: {verb} {list_keys(sorted(keys))}; config.json describes another model"
+            raise CheckpointError(code, message)
     wrong = [key for key, shape in needed.items() if held[key].shape != shape]
     if wrong:
         first = wrong[0]
         also = f"; also of another shape: {list_keys(wrong[1:])}" if len(wrong) > 1 else ""
         raise CheckpointError(
+            "checkpoint.wrong_shape",
             f"{held[first].path}: {first} has shape {list(held[first].shape)}, but config.json asks for "
-            f"{list(needed[first])}{also}"
+            f"{list(needed[first])}{also}",
         )
     wrong = [key for key in needed if held[key].dtype not in READABLE]
     if wrong:
         kind = str(held[wrong[0]].dtype).removeprefix("torch.")
         raise CheckpointError(
+            "checkpoint.unsupported_dtype",
             f"{held[wrong[0]].path}: {list_keys(wrong)} hold {kind} values; expected float32, float16 or bfloat16: "
-            "quantized checkpoints are not read, use the one that it was made from"
+            "quantized checkpoints are not read, use the one that it was made from",
         )
 
 
@@ -200,8 +215,9 @@ def check_tied_head(head: StoredTensor, embedding: StoredTensor | None) -> None:
     same = embedding is not None and head.delta is None and same_bytes(head, embedding)
     if not same:
         raise CheckpointError(
+            "checkpoint.tied_head",
             f"{head.path}: {HEAD} is not the embedding table, but config.json ties the two; "
-            'set "tie_word_embeddings" to false in its "backbone", or remove the tensor'
+            'set "tie_word_embeddings" to false in its "backbone", or remove the tensor',
         )
 
 

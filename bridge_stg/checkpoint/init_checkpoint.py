@@ -64,7 +64,7 @@ def init_checkpoint(
     """
     backbone, out, tell = Path(backbone), Path(out), progress or (lambda stage: None)
     if out.exists():
-        raise CheckpointError(f"{out} is there already; give another --out, or remove it")
+        raise CheckpointError("output.exists", f"{out} is there already; give another --out, or remove it")
     config = new_config(
         backbone, bridging=bridging or BridgingConfig(), spatial_decoder=spatial_decoder or SpatialDecoderConfig()
     )
@@ -104,10 +104,15 @@ def new_config(folder: Path, *, bridging: BridgingConfig, spatial_decoder: Spati
         CheckpointError: there is no config.json, or not of a supported model.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; expected the downloaded folder of a vision-language model")
+        raise CheckpointError(
+            "checkpoint.not_found",
+            f"{folder}: no such folder; expected the downloaded folder of a vision-language model",
+        )
     values = read_json(folder / "config.json")
     if values.get("model_type") == MODEL_TYPE:
-        raise CheckpointError(f"{folder}: is a Bridge-STG checkpoint already; go on with `train` or `export`")
+        raise CheckpointError(
+            "checkpoint.not_a_backbone", f"{folder}: is a Bridge-STG checkpoint already; go on with `train` or `export`"
+        )
     family = adapter_of(values)
     mean, std = image_statistics(folder, family.image_mean, family.image_std)
     config = BridgeSTGConfig(
@@ -122,11 +127,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; download the model's whole folder") from None
+        raise CheckpointError(
+            "checkpoint.missing_file", f"{path}: no such file; download the model's whole folder"
+        ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+        raise CheckpointError("checkpoint.bad_config", f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+        raise CheckpointError(
+            "checkpoint.bad_config", f"{path}: holds a JSON {type(values).__name__}, expected an object"
+        )
     return values
 
 
@@ -139,7 +148,7 @@ def image_statistics(
     found = [values.get("image_mean", mean), values.get("image_std", std)]
     for name, numbers in zip(("image_mean", "image_std"), found):
         if not isinstance(numbers, (list, tuple)) or len(numbers) != 3:
-            raise CheckpointError(f"{path}: {name} is {numbers!r}, expected three numbers")
+            raise CheckpointError("checkpoint.bad_config", f"{path}: {name} is {numbers!r}, expected three numbers")
     return tuple(map(float, found[0])), tuple(map(float, found[1]))
 
 
@@ -151,11 +160,14 @@ def check_prompt(tokenizer: Tokenizer, config: BridgeSTGConfig, where: Path) -> 
         segment = video_segment(tokenizer, spec, times, (1, 1))
         AnswerGrammar(tokenizer, spec.prompt, time_strings(times, spec.prompt))
     except BridgeError as error:
-        raise CheckpointError(f"{where}: does not fit the prompt of a {spec.vision.family} ({error})") from error
+        raise CheckpointError(
+            "checkpoint.bad_tokenizer", f"{where}: does not fit the prompt of a {spec.vision.family} ({error})"
+        ) from error
     if (largest := int(segment.input_ids.max())) >= spec.language.vocab_size:
         raise CheckpointError(
+            "checkpoint.bad_tokenizer",
             f"{where}: spells the prompt with id {largest}, but the model has {spec.language.vocab_size:,} ids; "
-            "it is another model's tokenizer"
+            "it is another model's tokenizer",
         )
 
 
@@ -183,7 +195,10 @@ def write_weights(path: Path, store: WeightStore, *, dtype: torch.dtype | None, 
     def cast(key: str) -> torch.Tensor:
         value = store.read(key).to(layout[key][0])
         if not torch.isfinite(value).all():
-            raise CheckpointError(f"{store[key].path}: {key} holds values that {value.dtype} cannot; choose another")
+            raise CheckpointError(
+                "checkpoint.not_finite",
+                f"{store[key].path}: {key} holds values that {value.dtype} cannot; choose another",
+            )
         return value
 
     write_safetensors(path, layout, cast)
@@ -194,7 +209,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         raise CheckpointError(
-            f"{folder.parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; choose another --out"
+            "output.disk_full",
+            f"{folder.parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; choose another --out",
         )
 
 

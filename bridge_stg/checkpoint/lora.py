@@ -90,17 +90,21 @@ def adapter_folder(folder: Path) -> Adapter | None:
     if not places:
         return None
     if len(places) > 1:
-        raise CheckpointError(f"{folder}: holds an adapter, and so does {places[1]}; leave one of them")
+        raise CheckpointError(
+            "checkpoint.bad_adapter", f"{folder}: holds an adapter, and so does {places[1]}; leave one of them"
+        )
     path, weights = places[0] / CONFIG, places[0] / ADAPTER
     for file, why in ((path, "its scale is written there"), (weights, "pickled adapters are never read: save it anew "
                       "with peft's save_pretrained(…, safe_serialization=True)")):  # fmt: skip
         if not file.is_file():
-            raise CheckpointError(f"{file}: no such file, but the rest of a LoRA adapter lies there; {why}")
+            raise CheckpointError(
+                "checkpoint.missing_file", f"{file}: no such file, but the rest of a LoRA adapter lies there; {why}"
+            )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a JSON object ({error})") from error
+        raise CheckpointError("checkpoint.bad_adapter", f"{path}: cannot be read as a JSON object ({error})") from error
     more = [f"{name} {config[name]!r}" for name in CHANGES_MORE if config.get(name)]
     if kind != "LORA":
         more.append(f"peft_type {kind!r}")
@@ -108,8 +112,9 @@ def adapter_folder(folder: Path) -> Adapter | None:
         more.append(f"init_lora_weights {start!r}")
     if more:
         raise CheckpointError(
+            "checkpoint.unsupported_adapter",
             f"{path}: has {more[0]}, and only plain LoRA is merged here; merge it with peft's merge_and_unload() and "
-            "save the whole model"
+            "save the whole model",
         )
     return Adapter(path, config, weights)
 
@@ -142,7 +147,7 @@ def deltas_and_replacements(
         other, transposed = PAIRS[ending]
         partner = held.get(name.removesuffix(ending) + other)
         if partner is None:
-            raise CheckpointError(f"{adapter.weights}: holds {name} without its {other[1:]}")
+            raise CheckpointError("checkpoint.bad_adapter", f"{adapter.weights}: holds {name} without its {other[1:]}")
         key = key_of(f"{module}.weight")
         delta = LoraDelta(
             a=tensor, b=partner, scale=adapter.scale_of(module, tensor.shape[0]),
@@ -151,21 +156,24 @@ def deltas_and_replacements(
         check_target(adapter, name, key, base)
         if not delta.shape_for(base[key].shape):
             raise CheckpointError(
+                "checkpoint.bad_adapter",
                 f"{adapter.weights}: {name} {list(tensor.shape)} and its B {list(partner.shape)} do not fit {key} "
-                f"{list(base[key].shape)}; it belongs to another model"
+                f"{list(base[key].shape)}; it belongs to another model",
             )
         deltas[key] = delta
         used |= {name, name.removesuffix(ending) + other}
     for name in held.keys() - used:
         if ".lora_" in name:
             raise CheckpointError(
-                f"{adapter.weights}: {name} is more than plain LoRA; merge the adapter with peft's merge_and_unload()"
+                "checkpoint.unsupported_adapter",
+                f"{adapter.weights}: {name} is more than plain LoRA; merge the adapter with peft's merge_and_unload()",
             )
         key = key_of(name.replace(".base_layer.", ".").replace(".modules_to_save.", "."))
         check_target(adapter, name, key, base)
         if held[name].shape != base[key].shape:
             raise CheckpointError(
-                f"{adapter.weights}: {name} has shape {list(held[name].shape)}, the model's has {list(base[key].shape)}"
+                "checkpoint.bad_adapter",
+                f"{adapter.weights}: {name} has shape {list(held[name].shape)}, the model's has {list(base[key].shape)}",
             )
         replacements[key] = held[name]
     return deltas, replacements
@@ -176,6 +184,7 @@ def check_target(adapter: Adapter, name: str, key: str, base: Mapping[str, Store
     if key not in base:
         tied = " A tied head cannot have an adapter of its own." if key == "lm_head.weight" else ""
         raise CheckpointError(
+            "checkpoint.bad_adapter",
             f"{adapter.weights}: {name} would change {key}, which the model does not hold; it belongs to another model."
-            f"{tied}"
+            f"{tied}",
         )

@@ -1,7 +1,7 @@
-"""One tensor in a safetensors file: where it lies, and its plain reading.
+"""Read and write single tensors of safetensors files. Must not know models.
 
-Files are read, not mapped, so that memory holds what was asked for and nothing lasts. The format: the header's length
-in 8 bytes, a JSON header, the data. Knows nothing of models.
+Files are read, not mapped, since mapped pages count as memory of the process. The format: the header's length in
+8 bytes, a JSON header, the data.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from bridge_stg.runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from bridge_stg.checkpoint.lora import LoraDelta
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,18 +27,33 @@ LARGEST_HEADER = 100_000_000
 BLOCK_BYTES = 1 << 24
 
 
+class Delta(Protocol):
+    """What an adapter adds to a tensor; see `lora.LoraDelta`."""
+
+    @property
+    def a(self) -> StoredTensor:
+        """The stored factor A."""
+
+    @property
+    def b(self) -> StoredTensor:
+        """The stored factor B."""
+
+    def add_to(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add the delta to a weight in place, given the values of A and B."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies.
+    """Location of one tensor in a safetensors file.
 
     Attributes:
-        key: in this project's spelling.
-        shape: as stored.
-        dtype: as stored; also that of a merged tensor.
+        key: key in this project's spelling.
+        shape: stored shape.
+        dtype: stored dtype, also that of a merged tensor.
         path: the file.
         offset: first byte of the tensor in the file.
-        length: its bytes.
-        delta: what an adapter adds to it, or None.
+        length: size in bytes.
+        delta: what an adapter adds to the tensor, or None.
     """
 
     key: str
@@ -50,7 +62,7 @@ class StoredTensor:
     path: Path
     offset: int
     length: int
-    delta: LoraDelta | None = None
+    delta: Delta | None = None
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -71,7 +83,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = [stored_tensor(name, values, path, 8 + length, size)
                    for name, values in header.items() if name != "__metadata__"]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is not a whole safetensors file ({error})") from error
+        raise CheckpointError("checkpoint.damaged", f"{path}: is not a whole safetensors file ({error})") from error
     return {tensor.key: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
 
 
@@ -103,7 +115,7 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
                     raise OSError(f"ends {stored.length - done:,} bytes too early")
                 done += count
     except OSError as error:
-        raise CheckpointError(f"{stored.path}: {stored.key} cannot be read ({error})") from error
+        raise CheckpointError("checkpoint.damaged", f"{stored.path}: {stored.key} cannot be read ({error})") from error
     return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
 
 

@@ -51,7 +51,10 @@ class WeightStore(Mapping[str, StoredTensor]):
             for name, tensor in read_header(path).items():
                 key = our_key(name, key_prefixes)
                 if key in tensors:
-                    raise CheckpointError(f"{path} and {tensors[key].path} both hold {key}; remove it from one of them")
+                    raise CheckpointError(
+                        "checkpoint.duplicate_tensor",
+                        f"{path} and {tensors[key].path} both hold {key}; remove it from one of them",
+                    )
                 if not key.endswith(".inv_freq"):  # old exports store rotary frequencies, which follow from the config
                     tensors[key] = replace(tensor, key=key)
         adapter = adapter_folder(folder)
@@ -110,7 +113,9 @@ class WeightStore(Mapping[str, StoredTensor]):
         if stored.delta is not None:
             stored.delta.add_to(value, read_tensor(stored.delta.a), read_tensor(stored.delta.b))
             if not torch.isfinite(value).all():
-                raise CheckpointError(f"{stored.delta.a.path}: merged, {key} is not finite in {stored.dtype}")
+                raise CheckpointError(
+                    "checkpoint.not_finite", f"{stored.delta.a.path}: merged, {key} is not finite in {stored.dtype}"
+                )
         return value
 
 
@@ -130,13 +135,15 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
-        raise CheckpointError(f"{folder}: {found}; expected a folder with {WEIGHTS} or {INDEX}")
+        raise CheckpointError("checkpoint.not_found", f"{folder}: {found}; expected a folder with {WEIGHTS} or {INDEX}")
     parts = [folder / name for name in PARTS if (folder / name).is_file()]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS, *parts]
     if (folder / INDEX).is_file():
         return [*shards(folder / INDEX), *parts]
-    raise CheckpointError(f"{folder / WEIGHTS}: no such file, nor {INDEX}{pickle_hint(folder)}")
+    raise CheckpointError(
+        "checkpoint.missing_file", f"{folder / WEIGHTS}: no such file, nor {INDEX}{pickle_hint(folder)}"
+    )
 
 
 def shards(index: Path) -> list[Path]:
@@ -147,16 +154,22 @@ def shards(index: Path) -> list[Path]:
         for key, name in places.items():
             by_file.setdefault(str(name), set()).add(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: expected a JSON object with a 'weight_map' of key to file ({error})") from None
+        raise CheckpointError(
+            "checkpoint.bad_index", f"{index}: expected a JSON object with a 'weight_map' of key to file ({error})"
+        ) from None
     paths = []
     for name, keys in sorted(by_file.items()):
         path = index.parent / name
         if Path(name).name != name or not path.is_file():
             problem = "is not in this folder" if Path(name).name == name else "is not a plain file name"
-            raise CheckpointError(f"{index}: names {name!r}, which {problem}; download the whole checkpoint")
+            raise CheckpointError(
+                "checkpoint.missing_file", f"{index}: names {name!r}, which {problem}; download the whole checkpoint"
+            )
         missing = sorted(keys - set(read_header(path)))
         if missing:
-            raise CheckpointError(f"{path}: misses {list_keys(missing)}, which {index.name} says it holds")
+            raise CheckpointError(
+                "checkpoint.missing_tensor", f"{path}: misses {list_keys(missing)}, which {index.name} says it holds"
+            )
         paths.append(path)
     return paths
 

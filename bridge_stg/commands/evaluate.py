@@ -219,6 +219,7 @@ def checkpoint_model(path: Path, label: str) -> Model:
 
     from bridge_stg.checkpoint.checkpoint import load_checkpoint
     from bridge_stg.evaluation.run.evaluate import Model
+    from bridge_stg.model.torch_session import torch_grounder
 
     files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors"))
     identity = {
@@ -226,7 +227,7 @@ def checkpoint_model(path: Path, label: str) -> Model:
         "fingerprint": contents_digest(files, path),
         "engine": f"torch {torch.__version__}",
     }
-    return Model(label, identity, lambda: contextlib.nullcontext(load_checkpoint(path).grounder()))
+    return Model(label, identity, lambda: contextlib.nullcontext(torch_grounder(load_checkpoint(path))))
 
 
 def contents_digest(files: Sequence[Path], root: Path) -> str:

@@ -35,13 +35,15 @@ def demo_bundle(*, progress: Callable[..., Any] | None = None) -> Path:
     checkpoints = [root / CHECKPOINT for root in (Path(), SOURCE_TREE) if (root / CHECKPOINT).is_dir()]
     if not checkpoints:
         raise BundleError(
+            "bundle.not_given",
             f"No bundle was given, and there is no demo bundle in {BUILT} or {cached}. Name one with --bundle, "
-            "or run `make demo` in a checkout of the project and use its build/demo/bundle."
+            "or run `make demo` in a checkout of the project and use its build/demo/bundle.",
         )
     if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers", "onnx", "onnxscript")):
         raise BundleError(
+            "bundle.not_given",
             f"No bundle was given, and there is no demo bundle in {BUILT} or {cached}. Exporting it from "
-            f'{checkpoints[0]} needs torch: pip install "bridge-stg[cpu,export]", or name a bundle with --bundle.'
+            f'{checkpoints[0]} needs torch: pip install "bridge-stg[cpu,export]", or name a bundle with --bundle.',
         )
     from bridge_stg.export.export_bundle import export_bundle
 

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bridge_stg.model.model import BridgeSTG
 
 VISION_STEPS, GROUNDING_STEPS = 3000, 3500
 EVALUATION_CLIPS = 10
@@ -61,12 +65,13 @@ def train_demo(
     return out
 
 
-def quick_figures(model: object) -> dict[str, float]:
-    """Return m_tIoU and m_vIoU of the eager chain on a few held-out clips, to follow a training."""
+def quick_figures(model: BridgeSTG) -> dict[str, float]:
+    """Return m_tIoU and m_vIoU of the torch chain on a few held-out clips, to follow the training."""
     from bridge_stg.demo.held_out import figures_of_scenes
+    from bridge_stg.model.torch_session import torch_grounder
 
-    model.eval()  # type: ignore[attr-defined]
+    model.eval()
     try:
-        return figures_of_scenes(model.grounder(), EVALUATION_CLIPS)  # type: ignore[attr-defined]
+        return figures_of_scenes(torch_grounder(model), EVALUATION_CLIPS)
     finally:
-        model.train()  # type: ignore[attr-defined]
+        model.train()

@@ -101,7 +101,10 @@ class BridgeSTGConfig:
         depth = values.text_config.num_hidden_layers
         layers = tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
         if any(not 0 <= layer < depth for layer in layers):
-            raise CheckpointError(f"bridging.tapped_layers is {list(layers)}, but the LLM has layers 0 to {depth - 1}")
+            raise CheckpointError(
+                "checkpoint.bad_config",
+                f"bridging.tapped_layers is {list(layers)}, but the LLM has layers 0 to {depth - 1}",
+            )
         return layers
 
     def model_spec(self) -> ModelSpec:
@@ -142,13 +145,17 @@ class BridgeSTGConfig:
         values = dict(values)
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:
-            raise CheckpointError(f"{where}: model_type is {model_type!r}, expected {MODEL_TYPE!r}")
+            raise CheckpointError(
+                "checkpoint.wrong_model_type", f"{where}: model_type is {model_type!r}, expected {MODEL_TYPE!r}"
+            )
         try:
             config = from_json(cls, values)
             config.model_spec()
         except (CheckpointError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{detail if where in detail else f'{where}: {detail}'}") from error
+            raise CheckpointError(
+                "checkpoint.bad_config", f"{detail if where in detail else f'{where}: {detail}'}"
+            ) from error
         return config
 
     @classmethod
@@ -162,9 +169,13 @@ class BridgeSTGConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; a checkpoint is a folder with a config.json") from None
+            raise CheckpointError(
+                "checkpoint.missing_file", f"{path}: no such file; a checkpoint is a folder with a config.json"
+            ) from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+            raise CheckpointError("checkpoint.bad_config", f"{path}: cannot be read as JSON ({error})") from error
         if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+            raise CheckpointError(
+                "checkpoint.bad_config", f"{path}: holds a JSON {type(values).__name__}, expected an object"
+            )
         return cls.from_dict(values, str(path))

@@ -1,11 +1,7 @@
-"""Bridge-STG in torch: vision encoder, language model and spatial decoder, and the eager reference of the chain."""
+"""The Bridge-STG model in torch: vision encoder, language model and spatial decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from bridge_stg.model.attention import MATMUL
@@ -14,13 +10,9 @@ from bridge_stg.model.bridging import BridgingQueries
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.language_model import LanguageModel
 from bridge_stg.model.spatial_decoder import SpatialDecoder
-from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.model.vision import normalization
-from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.chain.prompt import Tokenizer
-from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import CheckpointError
-from bridge_stg.runtime.grounder import Grounder
 
 KEY_PREFIXES = {
     "vision_encoder.model.": "model.visual.",
@@ -37,7 +29,7 @@ class BridgeSTG(nn.Module):
 
     Args:
         config: all sizes.
-        tokenizer: needed by `ground`.
+        tokenizer: needed by `torch_session.torch_grounder`.
         attention: name in transformers' attention registry.
     """
 
@@ -57,8 +49,9 @@ class BridgeSTG(nn.Module):
         axes = family.rotary_axes(text)
         if len(axes) != self.spec.language.head_dim // 2:
             raise CheckpointError(
+                "checkpoint.bad_config",
                 f"the backbone's mrope_section covers {len(axes)} rotary frequencies, but a head of "
-                f"{self.spec.language.head_dim} channels has {self.spec.language.head_dim // 2}"
+                f"{self.spec.language.head_dim} channels has {self.spec.language.head_dim // 2}",
             )
         self.language_model = LanguageModel(language, lm_head, queries, self.spec.language, axes)
         self.spatial_decoder = SpatialDecoder(
@@ -87,49 +80,3 @@ class BridgeSTG(nn.Module):
                 fresh = type(module)(module.config)
                 found |= {f"{name}.{buffer}": value for buffer, value in fresh.named_buffers(recurse=False)}
         return found
-
-    def grounder(self) -> Grounder:
-        """Return the runtime's chain over this model's eager graphs: the reference that exports are compared to."""
-        if self.tokenizer is None:
-            raise ValueError("BridgeSTG(config, tokenizer): a tokenizer is needed to ask a query")
-        sessions = {name: TorchSession(name, self) for name in GRAPHS}
-        return Grounder(sessions, self.spec, self.tokenizer)
-
-    @torch.no_grad()
-    def ground(
-        self,
-        video: Any,
-        query: str,
-        *,
-        allow_none: bool = True,
-        deadline_s: float | None = None,
-        cancel: Any = None,
-        progress: Callable[..., None] | None = None,
-        max_visual_tokens: int | None = None,
-    ) -> Grounding:
-        """Ground a query in a video, eagerly: same frames, prompt, grammar and span rules as the runtime.
-
-        Args:
-            video: path of a video or image, uint8 [H, W, 3] array, or an iterator of (seconds, uint8 [H, W, 3]).
-            query: the sentence.
-            allow_none: whether `none` is an answer.
-            deadline_s: seconds after which the call raises `Interrupted`.
-            cancel: object with `is_set()`, or a callable; stops the call when true.
-            progress: called with (stage, done, total).
-            max_visual_tokens: what the video may take of the prompt; see `Grounder.ground`.
-        """
-        was_training = self.training
-        self.eval()
-        try:
-            with self.grounder() as grounder:
-                return grounder.ground(
-                    video,
-                    query,
-                    allow_none=allow_none,
-                    deadline_s=deadline_s,
-                    cancel=cancel,
-                    progress=progress,
-                    max_visual_tokens=max_visual_tokens,
-                )
-        finally:
-            self.train(was_training)

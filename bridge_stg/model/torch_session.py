@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from bridge_stg.model.language_model import BufferCache, visible_keys
+from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
-from bridge_stg.runtime.bundle.contracts import graph_contract
+from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.errors import EngineError
-
-if TYPE_CHECKING:
-    from bridge_stg.model.model import BridgeSTG
+from bridge_stg.runtime.grounder import Grounder
 
 
 class TorchCache:
@@ -45,7 +43,9 @@ class TorchCache:
     def copy_prefix(self, source: KVCache, length: int, rows: Sequence[int] | None = None) -> None:
         """Copy the first `length` positions of `source` into `rows` (None: all); see `KVCache`."""
         if not isinstance(source, TorchCache):
-            raise EngineError(f"a cache of {type(source).__name__} cannot be copied into a torch cache")
+            raise EngineError(
+                "engine.wrong_cache", f"a cache of {type(source).__name__} cannot be copied into a torch cache"
+            )
         into = list(range(self.batch)) if rows is None else list(rows)
         for mine, theirs in zip(self.buffers, source.buffers):
             mine[into, :, :length] = theirs[:, :, :length]
@@ -92,7 +92,7 @@ class TorchSession:
             past = [tensors.pop(name) for name in names]
         else:
             if not isinstance(cache, TorchCache):
-                raise EngineError(f"{self.graph}: was given a cache of {type(cache).__name__}")
+                raise EngineError("engine.wrong_cache", f"{self.graph}: was given a cache of {type(cache).__name__}")
             past = cache.buffers
         position = tensors["cache_position"]
         buffers = BufferCache(past, position)
@@ -107,8 +107,19 @@ class TorchSession:
     def allocate_cache(self, *, batch: int, capacity: int) -> TorchCache:
         """Return zero-filled KV buffers."""
         if self.graph.cache is None:
-            raise EngineError(f"{self.graph}: this graph keeps no cache")
+            raise EngineError("engine.wrong_cache", f"{self.graph}: this graph keeps no cache")
         return TorchCache(self.graph, batch, capacity)
 
     def close(self) -> None:
         """Nothing to free: the model owns its weights."""
+
+
+def torch_grounder(model: BridgeSTG) -> Grounder:
+    """Return the runtime's chain over a model's torch graphs: the reference that exports are compared with.
+
+    Raises:
+        ValueError: the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ValueError("BridgeSTG(config, tokenizer): a tokenizer is needed to ground a query")
+    return Grounder({name: TorchSession(name, model) for name in GRAPHS}, model.spec, model.tokenizer)

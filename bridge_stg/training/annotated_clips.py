@@ -20,14 +20,20 @@ def read_clips(annotations: Path, media: Path) -> list[Clip]:
         AnnotationError: the annotations cannot be read, or media are missing.
     """
     if not media.is_dir():
-        raise AnnotationError(f"{media}: no such folder; expected the folder that the annotations' paths start from")
+        raise AnnotationError(
+            "annotation.no_media_folder",
+            f"{media}: no such folder; expected the folder that the annotations' paths start from",
+        )
     by_media: dict[str, list[Annotation]] = {}
     for annotation in read_annotations(annotations):
         by_media.setdefault(annotation.media, []).append(annotation)
     missing = [found[0] for name, found in by_media.items() if not (media / name).is_file()]
     if missing:
         more = f", and {len(missing) - 1} more media are missing" if len(missing) > 1 else ""
-        raise AnnotationError(f"{missing[0].where}: {media / missing[0].media} is no file{more}; give another --media")
+        raise AnnotationError(
+            "annotation.missing_media",
+            f"{missing[0].where}: {media / missing[0].media} is no file{more}; give another --media",
+        )
     return [Clip(media / name, tuple(map(question_of, found))) for name, found in by_media.items()]
 
 
@@ -52,12 +58,13 @@ def check_clips(clips: Iterable[Clip], spec: ModelSpec) -> None:
             try:
                 check_query(spec.prompt, question.query)
             except QueryError as error:
-                raise AnnotationError(f"{question.where}: the field 'query': {error}") from None
+                raise AnnotationError("annotation.bad_field", f"{question.where}: the field 'query': {error}") from None
             boxes = question.boxes
             outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
             if outside.any():
                 box = [round(float(side), 1) for side in boxes[outside.argmax()]]
                 raise AnnotationError(
+                    "annotation.bad_field",
                     f"{question.where}: the field 'boxes' holds {box}, which lies outside of {clip.path} of {width} × "
-                    f"{height} pixels; expected left, top, right, bottom in pixels"
+                    f"{height} pixels; expected left, top, right, bottom in pixels",
                 )

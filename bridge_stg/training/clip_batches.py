@@ -173,8 +173,9 @@ def check_span(question: ClipQuestion, duration_s: float, *, is_image: bool) -> 
     """Raise AnnotationError if a question's span begins behind the end of its video."""
     if question.span is not None and not is_image and question.span[0] >= duration_s:
         raise AnnotationError(
+            "annotation.bad_field",
             f"{question.where}: the field 'span' begins at {question.span[0]:g} s, but the video is {duration_s:.2f} s "
-            "long; expected seconds from its first frame"
+            "long; expected seconds from its first frame",
         )
 
 

@@ -99,7 +99,7 @@ def train_clips(
 
     checkpoint, out, options = Path(checkpoint), Path(out), options or TrainingOptions()
     if out.exists():
-        raise CheckpointError(f"{out} is there already; give another --out, or remove it")
+        raise CheckpointError("output.exists", f"{out} is there already; give another --out, or remove it")
     place = chosen_device(device)
     config = BridgeSTGConfig.load(checkpoint)
     clips = read_clips(Path(annotations), Path(media))
@@ -149,9 +149,11 @@ def chosen_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise BridgeError(f"--device {name}: cannot be used here ({reason}); expected auto, cpu or cuda") from None
+        raise BridgeError(
+            "training.no_device", f"--device {name}: cannot be used here ({reason}); expected auto, cpu or cuda"
+        ) from None
     if device.type not in ("cpu", "cuda"):
-        raise BridgeError(f"--device {name}: expected auto, cpu or cuda")
+        raise BridgeError("training.no_device", f"--device {name}: expected auto, cpu or cuda")
     return device
 
 
@@ -168,7 +170,7 @@ def trained_parameters(model: BridgeSTG, parts: Collection[str]) -> dict[str, An
     """Return the parameters of some parts by name; all others are frozen."""
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:
-        raise BridgeError(f"parts: found {unknown or 'none'}; expected some of {', '.join(PARTS)}")
+        raise BridgeError("options.invalid", f"parts: found {unknown or 'none'}; expected some of {', '.join(PARTS)}")
     found = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
@@ -206,8 +208,9 @@ def same_run(path: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
             if begun.get(name) != value:
                 found = f"{begun.get(name)!r}, and is now {value!r}" if name in asdict(TrainingOptions()) else "another"
                 raise CheckpointError(
+                    "training.other_options",
                     f"{path}: this training was begun with {name} {found}; go on with the same, begin anew with "
-                    "--no-resume, or give another --out"
+                    "--no-resume, or give another --out",
                 )
         return
     path.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")

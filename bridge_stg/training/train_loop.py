@@ -90,7 +90,8 @@ def run_stage(
         value, figures = loss(batch, step)
         if not torch.isfinite(value):
             raise CheckpointError(
-                f"stage {name}: the loss is {value.item()} at step {step}; {path} holds an earlier state"
+                "training.diverged",
+                f"stage {name}: the loss is {value.item()} at step {step}; {path} holds an earlier state",
             )
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -140,7 +141,10 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {k for k in missing if k.endswith("lm_head.weight")}
     if set(missing) - tied or unexpected:
-        raise CheckpointError(f"{path}: does not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]})")
+        raise CheckpointError(
+            "training.wrong_state",
+            f"{path}: does not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]})",
+        )
     if optimizer is not None:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(meta["step"]), float(meta["seconds"])

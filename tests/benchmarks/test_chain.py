@@ -120,7 +120,9 @@ def test_a_clip_has_the_frames_it_is_named_for(exported: Bundle, tmp_path: Path)
 
 
 def test_growth_varies_what_it_says(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speed.results.growth.clip", lambda folder, spec, frames, size: folder / f"{frames}_{size[0]}.mp4")
+    monkeypatch.setattr(
+        "speed.results.growth.clip", lambda folder, spec, frames, size: folder / f"{frames}_{size[0]}.mp4"
+    )
     tokenizer = Tokenizer.from_file(exported.tokenizer_path)
     found = list(cases(exported.manifest.spec, tokenizer, tmp_path, ("tube", "queries", "batch", "resolution")))
     tubes = [case["inputs"]["answer_ids"].tolist() for case in found if case["axis"] == "tube"]

@@ -121,10 +121,11 @@ def test_the_text_part_alone_computes_what_the_whole_model_computes(demo_folder:
 
 def text_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     """Return the logits [vocab] behind text ids [1, L], by the runtime's own calls of the torch model."""
+    from bridge_stg.model.torch_session import torch_grounder
     from bridge_stg.runtime.chain.decode import feed
     from bridge_stg.runtime.chain.prompt import text_segment
 
-    session = model.grounder().sessions["language_model"]
+    session = torch_grounder(model).sessions["language_model"]
     dims = next(tensor.dims for tensor in session.graph.inputs if tensor.name == "visual_tokens")
     nothing = np.zeros((int(dims[0]), 2, int(dims[2])), np.float32)
     cache = session.allocate_cache(batch=1, capacity=ids.shape[1])

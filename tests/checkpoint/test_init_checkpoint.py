@@ -17,6 +17,7 @@ from bridge_stg.checkpoint.init_checkpoint import init_checkpoint
 from bridge_stg.checkpoint.safetensors_file import read_header
 from bridge_stg.model.backbones import FAMILIES
 from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
+from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.errors import CheckpointError
 from tests.model.published import publish
 
@@ -49,7 +50,9 @@ def test_the_backbone_stays_as_it_is_and_answers(tmp_path, family, tied):
         assert torch.equal(value, expected[f"model.language_model.{key}"]), key
     assert torch.equal(model.language_model.lm_head.weight, expected["lm_head.weight"])
     frames = np.random.default_rng(0).integers(0, 255, (8, 64, 96, 3), np.uint8)
-    result = model.ground(((i / 4, frame) for i, frame in enumerate(frames)), "the red car", allow_none=False)
+    result = torch_grounder(model.eval()).ground(
+        ((i / 4, frame) for i, frame in enumerate(frames)), "the red car", allow_none=False
+    )
     assert result.found and result.size == (96, 64)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bridge_stg.demo.held_out import clip_path, compare_models, held_out_clips, measure, score
+from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends.choose import open_sessions
 from bridge_stg.runtime.bundle.bundle import Bundle
@@ -26,7 +27,7 @@ REAL = Path(os.environ.get("BRIDGE_STG_REAL_VIDEO", "/usr/share/doc/opencv-doc/e
 
 def test_both_variants_equal_eager_torch_on_held_out_clips(demo_bundle, demo_model, tmp_path):
     grounders = {name: Grounder.load(demo_bundle, variant=name) for name in ("standard", "primitive")}
-    figures = compare_models(demo_model.grounder(), grounders, clips=4, folder=tmp_path)
+    figures = compare_models(torch_grounder(demo_model), grounders, clips=4, folder=tmp_path)
     for name in grounders:
         assert figures[name]["identical_answers"] == 1
         assert figures[name]["box_iou_mean"] >= 0.999

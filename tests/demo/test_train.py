@@ -12,6 +12,7 @@ import torch
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.demo.batches import QUERIES_PER_CLIP, BatchMaker
 from bridge_stg.demo.train import train_demo
+from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.training.train_loop import learning_rate, run_stage
@@ -128,7 +129,9 @@ def test_train_demo_in_miniature(tmp_path):
     out = train_demo(tmp_path / "demo", vision_steps=1, grounding_steps=1, tiny=True)
     model = load_checkpoint(out)
     frames = np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8)
-    result = model.ground(((i / 4, frame) for i, frame in enumerate(frames)), "the red car", allow_none=False)
+    result = torch_grounder(model.eval()).ground(
+        ((i / 4, frame) for i, frame in enumerate(frames)), "the red car", allow_none=False
+    )
     assert result.found and result.boxes is not None and result.size == (128, 96)
     assert (tmp_path / "demo-training" / "log.jsonl").read_text().count('"step"') == 2
     before = (out / "model.safetensors").read_bytes()

@@ -40,9 +40,10 @@ def middle_quarter(spec: ModelSpec, encode: Any, frames: int) -> list[int]:
 def record(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -> None:
     """Run the reference once, and write vision, prefill, prefill_text, decode, bridge, spatial and end_to_end."""
     from bridge_stg.checkpoint.checkpoint import load_checkpoint
+    from bridge_stg.model.torch_session import torch_grounder
 
     model = load_checkpoint(checkpoint)
-    grounder, spec = model.grounder(), model.spec
+    grounder, spec = torch_grounder(model), model.spec
     tokenizer = grounder.tokenizer
     path = clip(folder.parent / "clips", spec, frames, size=size)
     answer = middle_quarter(spec, tokenizer, frames)

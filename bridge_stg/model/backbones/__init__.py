@@ -28,8 +28,9 @@ def backbone(values: Mapping[str, Any]) -> Backbone:
     if family not in FAMILIES:
         named = f" ({', '.join(map(str, values['architectures']))})" if values.get("architectures") else ""
         raise CheckpointError(
+            "checkpoint.unsupported_backbone",
             f"the backbone's model_type is {family!r}{named}; supported: {', '.join(FAMILIES)}. "
-            "docs/adapters.md shows how another architecture is added"
+            "docs/adapters.md shows how another architecture is added",
         )
     adapter: Backbone = importlib.import_module(f"{__name__}.{family}").BACKBONE
     return adapter

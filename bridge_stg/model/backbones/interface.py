@@ -89,17 +89,22 @@ class Backbone(ABC):
         if values.get("quantization_config"):
             method = dict(values["quantization_config"]).get("quant_method", "an unnamed method")
             raise CheckpointError(
-                f"the backbone's weights are quantized ({method}); start from the model that they were made from"
+                "checkpoint.unsupported_dtype",
+                f"the backbone's weights are quantized ({method}); start from the model that they were made from",
             )
         for part, named in (("vision_config", ()), ("text_config", ("num_hidden_layers", "hidden_size"))):
             if not values.get(part) and not (named and all(name in values for name in named)):
-                raise CheckpointError(f"the backbone's config has no {part}; a {self.family} model has one")
+                raise CheckpointError(
+                    "checkpoint.bad_config", f"the backbone's config has no {part}; a {self.family} model has one"
+                )
         for part in ("vision_config", "text_config"):
             check_counts(values.get(part) or values, f"the backbone's {part if values.get(part) else 'config'}")
         try:
             config = self.build_config(values)
         except Exception as error:  # transformers validates configs with many exception types
-            raise CheckpointError(f"the backbone's config is refused by transformers ({error})") from error
+            raise CheckpointError(
+                "checkpoint.bad_config", f"the backbone's config is refused by transformers ({error})"
+            ) from error
         check_text(config.text_config)
         return config
 
@@ -139,7 +144,9 @@ def check_counts(section: Mapping[str, Any], where: str) -> None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise CheckpointError(f"{where} has {name} {value!r}; expected a whole number from 1 to {most}")
+            raise CheckpointError(
+                "checkpoint.bad_config", f"{where} has {name} {value!r}; expected a whole number from 1 to {most}"
+            )
 
 
 def check_text(text: Any) -> None:
@@ -150,14 +157,16 @@ def check_text(text: Any) -> None:
     """
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise CheckpointError(
+            "checkpoint.unsupported_backbone",
             "the backbone's text_config asks for sliding-window attention (use_sliding_window), but the graphs attend "
-            "to their whole KV cache; set use_sliding_window to false if the model was not trained with it"
+            "to their whole KV cache; set use_sliding_window to false if the model was not trained with it",
         )
     kind = (text.rope_parameters or {}).get("rope_type", "default")
     if kind not in FIXED_ROTARY:
         raise CheckpointError(
+            "checkpoint.unsupported_backbone",
             f"the backbone's text_config has rope_type {kind!r}, whose frequencies follow the input's length; "
-            f"supported: {', '.join(FIXED_ROTARY)}"
+            f"supported: {', '.join(FIXED_ROTARY)}",
         )
 
 
