@@ -5,7 +5,8 @@ that hardly change and are not encoded again (`unchanged_tolerance`). Every sett
 taken clip by clip against no saving, with the interval that holds the mean with 95 % confidence (bootstrap).
 Results go to benchmarks/results/token_budget.json.
 
-Usage: python benchmarks/accuracy/token_budget.py --tasks build/tasks/tube.jsonl [--bundle build/demo/bundle] [--clips 40]
+Usage:
+python benchmarks/accuracy/token_budget.py --tasks build/tasks/tube.jsonl [--bundle build/demo/bundle] [--clips 40]
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Commands are run in turn, so that what else the machine does falls on all alike;
 noted. Bytecode is cached, as it is of an installed package. `--before DIR` names another checkout to compare with;
 its printed results must be the same. `--realtime` (Linux, as root) lets the commands run before other work.
 
-Usage: python benchmarks/chain/infer_time.py [--bundle NAME=DIR]… [--before DIR] [--runs 7] [--realtime] [--out FILE.json]
+Usage:
+python benchmarks/chain/infer_time.py [--bundle NAME=DIR]… [--before DIR] [--runs 7] [--realtime] [--out FILE.json]
 """
 
 from __future__ import annotations
