@@ -1,33 +1,44 @@
-"""What a calibration is given, checked before anything is computed."""
+"""Read and check the inputs of a calibration, before anything is computed."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
+
 from bridge_stg.calibration.collect.samples import CalibrationSet, overlap, read_samples, warnings_of
+from bridge_stg.calibration.options import Options, require_packages
+from bridge_stg.calibration.overrides import Overrides, read_overrides
+from bridge_stg.calibration.quantize.bundle import check_precision
+from bridge_stg.calibration.recipes import RECIPES, Recipe
 from bridge_stg.export.engines.support import REFUSED, require, support
+from bridge_stg.export.graph.blocks import Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.writer import is_bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
 
-SPARE_BYTES = 2**28
+RESERVED_BYTES = 2**28
+"""Disk space for statistics and reports, beside the bundles."""
+
+LISTED = 40
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Bundle and samples.
+    """Checked inputs of a calibration.
 
     Attributes:
-        bundle: in float.
-        calibration: what flows through the chain.
-        select: what the choice of blocks goes by; None: the calibration samples.
-        evaluate: what judges the result; None: nothing does.
-        own_tubes: whether the bundle's own tubes are the truth, not annotations.
-        warnings: what a person should know of the samples.
+        bundle: the float bundle.
+        calibration: samples whose activations are collected.
+        select: samples that decide which blocks stay in float; None: the calibration samples.
+        evaluate: samples on which the result is scored; None: it is not.
+        own_tubes: whether the float bundle's own tubes are the truth, instead of annotations.
+        overrides: manual decisions.
+        recipe: requested recipe, with `overrides` applied.
+        warnings: sentences for the user.
     """
 
     bundle: Bundle
@@ -35,16 +46,18 @@ class Inputs:
     select: CalibrationSet | None
     evaluate: CalibrationSet | None
     own_tubes: bool
+    overrides: Overrides
+    recipe: Recipe
     warnings: tuple[str, ...]
 
     @property
-    def chosen_on(self) -> CalibrationSet:
-        """The samples that the choice goes by."""
+    def selection(self) -> CalibrationSet:
+        """The samples that decide which blocks stay in float."""
         return self.select if self.select is not None else self.calibration
 
     @property
-    def choice_labelled(self) -> bool:
-        """Whether annotations decide the choice."""
+    def selection_labelled(self) -> bool:
+        """Whether the annotations of the selection samples are the truth."""
         return self.select is not None and not self.own_tubes
 
 
@@ -53,31 +66,38 @@ def read_inputs(
     out: Path,
     *,
     samples: Path,
+    options: Options,
     media: Path | None = None,
     select: Path | None = None,
     evaluate: Path | None = None,
     own_tubes: bool = False,
     overwrite: bool = False,
 ) -> Inputs:
-    """Read and check everything; see `calibrate`.
+    """Read and check all inputs; see `calibrate` for the arguments.
 
     Raises:
-        BridgeError: something is missing, does not fit, or would spoil the figures.
+        BridgeError: an input is missing, does not fit the others, or would make the scores meaningless.
     """
     require_packages()
     source = Bundle.load(bundle)
     _check_source(source)
     _check_out(source, out, overwrite=overwrite)
     sets = read_sets(samples, media=media, select=select, evaluate=evaluate, own_tubes=own_tubes)
-    found = warnings_of(sets["calibration"], {name: one for name, one in sets.items() if name != "calibration"})
+    warnings = warnings_of(sets["calibration"], {name: one for name, one in sets.items() if name != "calibration"})
     if select is None:
-        found.append(
-            "no --select was given: the choice of blocks went by the calibration samples, against the float bundle's "
-            "own tubes"
+        warnings.append(
+            "no --select was given: blocks were selected on the calibration samples, against the float bundle's own "
+            "tubes"
         )
     elif own_tubes:
-        found.append("nobody's annotations were used: the float bundle's own tubes are the truth")
-    return Inputs(source, sets["calibration"], sets.get("select"), sets.get("evaluation"), own_tubes, tuple(found))
+        warnings.append("no annotations were used: the float bundle's own tubes are the truth")
+    overrides = Overrides() if options.overrides is None else read_overrides(options.overrides)
+    recipe = requested_recipe(options, overrides, source)
+    warnings += check_backends(source, recipe.parts, options.backends)
+    return Inputs(
+        bundle=source, calibration=sets["calibration"], select=sets.get("select"), evaluate=sets.get("evaluation"),
+        own_tubes=own_tubes, overrides=overrides, recipe=recipe, warnings=tuple(warnings),
+    )  # fmt: skip
 
 
 def read_sets(
@@ -88,106 +108,136 @@ def read_sets(
     evaluate: Path | None = None,
     own_tubes: bool = False,
 ) -> dict[str, CalibrationSet]:
-    """Read the files of samples that are given, as `calibration`, `select` and `evaluation`.
+    """Read the given files of samples, as `calibration`, `select` and `evaluation`.
 
     Raises:
-        BridgeError: a file is missing, has no labels where they are needed, or two share what they must not.
+        BridgeError: a file is missing, required labels are missing, or selection and evaluation share media.
     """
     sets = {"calibration": _read(samples, media, "--samples")}
-    for name, file in (("select", select), ("evaluation", evaluate)):
+    for name, option, file in (("select", "--select", select), ("evaluation", "--evaluate", evaluate)):
         if file is not None:
-            sets[name] = _read(file, media, "--select" if name == "select" else "--evaluate")
+            sets[name] = _read(file, media, option)
             if not sets[name].labelled and not own_tubes:
                 raise BridgeError(
-                    f"{file}: not every line has labels (span, boxes), and without them nobody knows what is right. "
-                    "Add them, or give --own-tubes to judge against the float bundle's own answers"
+                    "calibration.no_labels",
+                    f"{file}: not every line has labels (span, boxes). Add them, or give --own-tubes to score against "
+                    "the float bundle's own answers",
                 )
     both = [sets[name].entries for name in ("select", "evaluation") if name in sets]
     if len(both) == 2 and (shared := overlap(*both)):
         raise BridgeError(
-            f"{select} and {evaluate} share {len(shared)} samples or their media, the first {shared[0]!r}: what the "
-            "choice was made on cannot judge it. Give other clips to one of them"
+            "calibration.shared_samples",
+            f"{select} and {evaluate} share {len(shared)} samples or their media, the first {shared[0]!r}. Scores are "
+            "only valid on samples that were not used for the selection: give other clips to one of them",
         )
     return sets
 
 
-def require_packages() -> None:
-    """Raise BridgeError with how to install it if a package is missing; imports none of them."""
-    if missing := [package for package in ("onnx", "onnx_ir", "onnxruntime", "yaml") if not _installed(package)]:
-        extra = "calibrate,cpu" if "onnxruntime" in missing else "calibrate"
-        raise BridgeError(
-            f'calibrate needs the package {missing[0]}, which is not installed: pip install "bridge-stg[{extra}]"'
-        )
-
-
-def check_targets(bundle: Bundle, recipes: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """Return what to tell of targets on which a recipe falls back, or that take some variants only.
-
-    Args:
-        bundle: that is quantized.
-        recipes: `w8a8`, `w8`, `w4`, `kv8`.
-        targets: names of `support.TARGETS`.
+def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> Recipe:
+    """Return the recipe of the options and overrides, with all other blocks quantized.
 
     Raises:
-        EngineError: a target refuses a recipe in every variant of the bundle.
+        BridgeError: a name is unknown, or a limit is not positive.
     """
-    told: dict[str, None] = {}
+    if options.recipe not in RECIPES:
+        raise BridgeError(
+            "calibration.bad_recipe", f"recipe {options.recipe!r} is unknown; expected one of: {', '.join(RECIPES)}."
+        )
+    if not (options.max_drop > 0 and options.max_changed > 0):
+        limits = f"max_drop {options.max_drop:g} and max_changed {options.max_changed:g}"
+        raise BridgeError("options.invalid", f"the limits are {limits}; expected more than 0.")
+    recipe = RECIPES[options.recipe]
+    for graph, name in options.graphs.items():
+        recipe = recipe.with_graph(graph, name)
+    for name in options.force_int8:
+        if not recipe.of(name).quantizes:
+            raise BridgeError(
+                "options.conflict",
+                f"--force-int8 {name}: the recipe keeps this graph in float; choose a recipe for it first.",
+            )
+    if options.int8_cache:
+        recipe = recipe.with_int8_cache()
+    _check_names(overrides, bundle)
+    return recipe.with_float(*overrides.keep_float)
+
+
+def check_backends(bundle: Bundle, recipes: Sequence[str], backends: Sequence[str]) -> list[str]:
+    """Return warnings for backends that support one of the recipes (of `support.RECIPES`) only partly.
+
+    Raises:
+        EngineError: a backend supports a recipe in no variant of the bundle.
+    """
+    warnings: dict[str, None] = {}
     graphs = bundle.manifest.all_graphs()
     dtype = "fp16" if graphs[0].precision == "fp16" else "fp32"
-    for target in targets:
+    variants = list(dict.fromkeys(graph.variant for graph in graphs))
+    for backend in backends:
         for recipe in recipes:
-            variants = list(dict.fromkeys(graph.variant for graph in graphs))
-            able = [name for name in variants if support(target, recipe, name, dtype).verdict != REFUSED]
-            if not able:
-                require(target, recipe, variants[0], dtype)
-            told |= {sentence: None for name in able if (sentence := require(target, recipe, name, dtype))}
-            if able and len(able) < len(variants):
-                told[f"{target} takes {recipe} in the variant {' or '.join(able)} only."] = None
-    return list(told)
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
+            able = [name for name in variants if support(backend, recipe, name, dtype).verdict != REFUSED]
+            sentences = [require(backend, recipe, name, dtype) for name in able or variants[:1]]
+            warnings |= dict.fromkeys(sentence for sentence in sentences if sentence)
+            if len(able) < len(variants):
+                warnings[f"{backend} supports {recipe} only in the variant {' or '.join(able)}."] = None
+    return list(warnings)
 
 
 def _read(file: Path, media: Path | None, option: str) -> CalibrationSet:
     if not file.is_file():
         found = "is a folder" if file.is_dir() else "does not exist"
-        raise BridgeError(f"{option} {file} {found}; expected a file of JSON lines (docs/annotations.md).")
+        raise BridgeError(
+            "annotation.not_found", f"{option} {file} {found}; expected a file of JSON lines (docs/annotations.md)."
+        )
     return read_samples(file, media)
+
+
+def _check_names(overrides: Overrides, bundle: Bundle) -> None:
+    """Raise BridgeError for a name in the overrides that the bundle does not have."""
+    if not overrides.names:
+        return
+    blocks: dict[str, None] = {}
+    nodes: set[str] = set()
+    for graph, variants in bundle.manifest.graphs.items():
+        spec = next(iter(variants.values()))
+        model = ir.load(bundle.graph_path(graph, spec.variant))
+        entries: list[Matmul | Table] = [*find_matmuls(model, graph), *find_tables(model, graph)]
+        blocks |= dict.fromkeys(entry.block for entry in entries)
+        nodes.update((entry.node for entry in entries), spec.cache.past_names if spec.cache is not None else ())
+    for name in overrides.names:
+        if name not in blocks and (name not in nodes or name in overrides.keep_float):
+            near = [block for block in blocks if block.partition(".")[0] == name.partition(".")[0]] or list(blocks)
+            more = f" and {len(near) - LISTED} more." if len(near) > LISTED else "."
+            raise BridgeError(
+                "calibration.unknown_block",
+                f"overrides: {name!r} is not a block of this bundle; its blocks: {', '.join(near[:LISTED])}{more}",
+            )
 
 
 def _check_source(source: Bundle) -> None:
     quantized = [graph for graph in source.manifest.all_graphs() if graph.precision.split()[0] in ("int8", "int4")]
     if quantized or source.manifest.calibration is not None:
-        what = f"graph {quantized[0]} is {quantized[0].precision}" if quantized else "its manifest names a calibration"
+        what = f"graph {quantized[0]} is {quantized[0].precision}" if quantized else "its manifest has a calibration"
         raise BundleError(
-            f"{source.path}: is quantized already ({what}); give the bundle in fp32 or fp16 it was made of."
+            "bundle.quantized", f"{source.path}: is already quantized ({what}); give the float bundle it was made from."
         )
-    for graph in source.manifest.all_graphs():
-        if graph.precision not in ("fp32", "fp16"):
-            raise BundleError(
-                f"{source.path}: graph {graph} is {graph.precision}; calibrate takes fp32 and fp16. Export the "
-                "checkpoint with --dtype fp32 or fp16"
-            )
+    check_precision(source)
 
 
 def _check_out(source: Bundle, out: Path, *, overwrite: bool) -> None:
     if out.resolve() == source.path.resolve():
-        raise BundleError(f"{out}: is the bundle itself; give another --out.")
+        raise BundleError("output.is_input", f"{out}: is the input bundle; give another --out.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not is_bundle(out):
-            raise BundleError(f"{out}: exists and is not a bundle, so it is not replaced. Give another --out.")
+            raise BundleError(
+                "output.exists", f"{out}: exists and is not a bundle, so it is not replaced. Give another --out."
+            )
         if not overwrite:
-            raise BundleError(f"{out} is there already. Give --overwrite to replace it, or another --out.")
+            raise BundleError("output.exists", f"{out} exists. Give --overwrite to replace it, or another --out.")
     folder = next(path for path in (out, *out.resolve().parents) if path.exists())
     weights = sum(entry.size for entry in source.manifest.entries().values())
-    needed, free = 2 * weights + SPARE_BYTES, shutil.disk_usage(folder).free
+    needed, free = 2 * weights + RESERVED_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         raise EngineError(
-            f"{out}: the calibration needs {needed / 1e9:.1f} GB of disk there, and {free / 1e9:.1f} GB are free; make "
-            "room, or give another --out"
+            "output.disk_full",
+            f"{out}: the calibration needs {needed / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB are free; make room, "
+            "or give another --out",
         )

@@ -1,6 +1,6 @@
-"""The folder of a calibration's work, beside the bundle that it makes: a killed calibration goes on from what is there.
+"""The folder for intermediate results of a calibration, from which the same command resumes after a kill.
 
-What lies in it is named by a digest of all that it was made from, so that nothing of another calibration is ever used.
+Its content is named by digests of everything that it was made from, so that results of another calibration never match.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def digest(*parts: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a file holds, None if it is not there or not whole."""
+    """Return the content of a JSON file; None if it does not exist or is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -35,7 +35,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a file whole or not at all."""
+    """Write a JSON file atomically, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -43,21 +43,22 @@ def write_json(path: Path, values: Any) -> None:
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[Path]:
-    """Hold a work folder for this process, and say in a sentence if its disk is full.
+    """Lock a work folder for this process.
 
     Raises:
-        BridgeError: another process holds it, it is no folder of work, or its disk is full.
+        BridgeError: another process has locked it, it is not a work folder, or its disk is full.
     """
     note = folder / NOTE
     if folder.exists() and not note.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise BridgeError(
-            f"{folder}: is there already and holds no calibration's work. Move it away, or give another --out."
+            "calibration.not_a_work_folder",
+            f"{folder}: exists and is not the work folder of a calibration. Move it away, or give another --out.",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        note.write_text("Work of `calibrate`. The same command goes on from here; delete the folder when done.\n")
+        note.write_text("Work of `calibrate`. The same command resumes from here; delete the folder when done.\n")
         with note.open("r+") as held:
-            busy = f"{folder}: another calibration works there. Wait for it, or give another --out."
+            busy = f"{folder}: another calibration is running there. Wait for it, or give another --out."
             lock_file(held.fileno(), message=busy)
             for left in folder.rglob(LEFT_BY_KILLED):
                 shutil.rmtree(left, ignore_errors=True)
@@ -66,6 +67,7 @@ def working_in(folder: Path) -> Iterator[Path]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise BridgeError(
-            f"{folder}: the disk is full ({error.strerror}), and no bundle was written. Make room, and give the same "
-            "command again: it goes on where it was"
+            "output.disk_full",
+            f"{folder}: the disk is full ({error.strerror}), and no bundle was written. Make room, and run the same "
+            "command again: it resumes",
         ) from error

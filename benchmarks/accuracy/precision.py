@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from bridge_stg.calibration.judge.judge import judge
+from bridge_stg.calibration.judge.judge import score_model
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
 from bridge_stg.evaluation.run.evaluate import bundle_model
 from bridge_stg.evaluation.samples import Sample
@@ -97,10 +97,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     dataset = read_jsonl([judged], judged.parent)
     options: dict[str, Any] = {"backend": "auto", "variant": None, "threads": threads}
     memory = peak_of_asking(path, dataset.samples[:4], threads)
-    found = judge(bundle_model(path, name, **options), dataset, folder=answers)
+    found = score_model(bundle_model(path, name, **options), dataset, folder=answers)
     if name != "fp32":
-        reference = judge(bundle_model(first, "fp32", **options), dataset, folder=answers)
-        found = judge(bundle_model(path, name, **options), dataset, folder=answers, reference=reference)
+        reference = score_model(bundle_model(first, "fp32", **options), dataset, folder=answers)
+        found = score_model(bundle_model(path, name, **options), dataset, folder=answers, reference=reference)
     manifest = Bundle.load(path).manifest
     return {
         "samples": found.samples,

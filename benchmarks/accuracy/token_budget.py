@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from bridge_stg.calibration.judge.judge import Judgement, judge
+from bridge_stg.calibration.judge.judge import Scores, score_model
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
 from bridge_stg.evaluation.run.evaluate import Model, bundle_model
 from bridge_stg.evaluation.samples import Dataset
@@ -110,13 +110,13 @@ def main(bundle: Path, tasks: Path, clips: int, folder: Path, threads: int, out:
     dataset = read_jsonl([tasks], tasks.parent)
     dataset = Dataset(**{**vars(dataset), "samples": dataset.samples[:clips]})
     rows: list[dict[str, Any]] = []
-    reference: Judgement | None = None
+    reference: Scores | None = None
     settings = [(budget, 0.0) for budget in BUDGETS] + [(None, tolerance) for tolerance in TOLERANCES]
     for budget, tolerance in settings:
         spent = Spent()
         label = f"{budget or 'all'}-{tolerance:g}"
         model = setting(bundle, label, spent, budget=budget, tolerance=tolerance, threads=threads)
-        found = judge(model, dataset, folder=folder, reference=reference)
+        found = score_model(model, dataset, folder=folder, reference=reference)
         reference = reference or found
         given = {"max_visual_tokens": budget, "unchanged_tolerance": tolerance}
         rows.append({**given, **described(found), **spent.to_json()})
@@ -126,7 +126,7 @@ def main(bundle: Path, tasks: Path, clips: int, folder: Path, threads: int, out:
     out.write_text(json.dumps({**result, "machine": describe("onnxruntime", "numpy")}, indent=2) + "\n", "utf-8")
 
 
-def described(found: Judgement) -> dict[str, Any]:
+def described(found: Scores) -> dict[str, Any]:
     """Return metrics, and what is lost against the reference, in points with its interval."""
     return {
         "failed": found.failed,

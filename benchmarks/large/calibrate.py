@@ -81,7 +81,7 @@ def run_step(job: dict[str, Any]) -> dict[str, Any]:
     paths = {name: Path(path) for name, path in job["paths"].items()}
     source = Bundle.load(paths["bundle"])
     taken = read_samples(paths["samples"], paths["samples"].parent, limit=job["count"])
-    statistics = collect(source, taken, folder=paths["work"] / "statistics", lean=True)
+    statistics = collect(source, taken, folder=paths["work"] / "statistics", low_memory=True)
     if job["step"] == "quantize":
         chosen = RECIPES[job["recipe"]]
         smoothing = choose_smoothing(statistics, chosen).vectors

@@ -9,6 +9,15 @@ from typing import Any
 
 import click
 
+from bridge_stg.calibration.options import (
+    BACKENDS,
+    GRAPH_OPTIONS,
+    GRAPH_RECIPE_NAMES,
+    METHODS,
+    RECIPE_NAMES,
+    Options,
+    require_packages,
+)
 from bridge_stg.commands.options import (
     PATH,
     Number,
@@ -20,16 +29,9 @@ from bridge_stg.commands.options import (
     threads_option,
 )
 from bridge_stg.commands.progress import ProgressBar
-from bridge_stg.export.engines.support import TARGETS
 from bridge_stg.runtime.errors import BridgeError
 
-# As in bridge_stg.calibration.recipes, which is not imported here: it needs onnx.
-RECIPES = ("w8a8", "w8", "w4")
-METHODS = ("minmax", "percentile", "entropy", "mse")
-GRAPHS = {"vision": "vision_encoder", "language": "language_model", "spatial": "spatial_decoder"}
-"""Option → graph."""
-
-recipe_type = click.Choice(("float", *RECIPES))
+recipe_type = click.Choice(GRAPH_RECIPE_NAMES)
 
 
 def check_int8(int8: bool, dtype: str, given: Mapping[str, Path | None]) -> None:
@@ -56,9 +58,9 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
     """
     import shutil
 
-    from bridge_stg.calibration.inputs import read_sets, require_packages
-
     require_packages()
+    from bridge_stg.calibration.inputs import read_sets
+
     read_sets(given["samples"], media=given["media"], select=given["select"], evaluate=given["judged"])
     path = out.with_name(f".{out.name}.float")
     try:
@@ -71,7 +73,9 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 @bundle_argument
 @sample_options(required=True)
 @out_option("The new bundle")
-@click.option("--recipe", type=click.Choice(RECIPES), default="w8a8", show_default=True, help="For the language model.")
+@click.option(
+    "--recipe", type=click.Choice(RECIPE_NAMES), default="w8a8", show_default=True, help="For the language model."
+)
 @click.option("--vision", type=recipe_type, help="For the vision encoder; default: as the recipe says.")
 @click.option("--language", type=recipe_type, help="For the language model; default: --recipe.")
 @click.option("--spatial", type=recipe_type, help="For the spatial decoder; default: float.")
@@ -88,11 +92,11 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 )  # fmt: skip
 @click.option("--own-tubes", is_flag=True, help="Compare with the float bundle's own tubes, not with annotations.")
 @click.option(
-    "--force-int8", multiple=True, type=click.Choice(list(GRAPHS.values())), metavar="GRAPH",
+    "--force-int8", multiple=True, type=click.Choice(list(GRAPH_OPTIONS.values())), metavar="GRAPH",
     help="Quantize this graph even if that makes nothing faster here; repeatable.",
 )  # fmt: skip
 @click.option(
-    "--target", "targets", multiple=True, type=click.Choice(TARGETS),
+    "--target", "targets", multiple=True, type=click.Choice(BACKENDS),
     help="Backend that the bundle is for; default: onnxruntime-cpu; repeatable.",
 )  # fmt: skip
 @click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks scored one by one.")
@@ -118,17 +122,15 @@ def calibrate_bundle(
     **given: Any,
 ) -> str:
     """Calibrate with the options of the command, and return the text that it prints at the end."""
-    from bridge_stg.calibration.inputs import require_packages
-
     require_packages()
-    from bridge_stg.calibration.calibrate import Options, calibrate
+    from bridge_stg.calibration.calibrate import calibrate
     from bridge_stg.calibration.report.report import table_text
 
-    graphs = {graph: name for option, graph in GRAPHS.items() if (name := given.pop(option, None)) is not None}
+    graphs = {graph: name for option, graph in GRAPH_OPTIONS.items() if (name := given.pop(option, None)) is not None}
     files = {
         name: given.pop(name) for name in ("samples", "media", "select", "own_tubes", "overwrite") if name in given
     }
-    options = Options(graphs=graphs, int8_cache=kv8, targets=targets or TARGETS[:1], **given)
+    options = Options(graphs=graphs, int8_cache=kv8, backends=targets or BACKENDS[:1], **given)
     with ProgressBar(lines=True) as progress:
         report = calibrate(bundle, out, evaluate=judged, options=options, progress=progress, **files)
     work = out.with_name(f"{out.name}.calibration")

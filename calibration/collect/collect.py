@@ -1,7 +1,7 @@
-"""Run samples through the whole chain and collect what flows into its products, in bounded memory.
+"""Run samples through the whole chain and collect statistics of the matmuls' inputs, in bounded memory.
 
-What a sample showed goes into one file when the sample is done; a killed run goes on with the next one. At the end the
-samples' files become one file a tensor, which `Statistics` reads.
+The statistics of each sample go into one file, a shard; a killed run resumes at the next sample. At the end, the
+shards become one file per tensor, which `Statistics` reads.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.calibration.collect.activation_recorder import Kind, RecordingSession
-from bridge_stg.calibration.collect.instrument import Tap, instrument
+from bridge_stg.calibration.collect.activation_recorder import ActivationRecorder, Kind
+from bridge_stg.calibration.collect.instrument import Activation, instrument
 from bridge_stg.calibration.collect.samples import CalibrationSet
 from bridge_stg.calibration.collect.statistics import FILE, SCHEMA, Statistics
+from bridge_stg.calibration.work_folder import read_json, write_json
 from bridge_stg.evaluation.run.evaluate import ask
 from bridge_stg.evaluation.run.results import check_identity
 from bridge_stg.evaluation.samples import Sample
@@ -35,12 +36,15 @@ from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.host.files import replacing
 
 ROWS = 512
-"""Rows a tensor that are kept in the end."""
+"""Rows per tensor in the finished statistics."""
 
 PEAKS = 1 / 8
 """Share of them that are the rows of largest magnitude of single samples."""
 
 IDENTITY, SHARDS, INSTRUMENTED, TENSORS = "collection.json", "samples", "graphs", "tensors"
+
+KINDS = {"vision_encoder": 2, "language_model": 3, "spatial_decoder": 1}
+"""Number of kinds of calls per graph, see `call_kind`."""
 
 
 def collect(
@@ -52,57 +56,62 @@ def collect(
     rows: int = ROWS,
     variant: str | None = None,
     threads: int | None = None,
-    lean: bool = False,
+    low_memory: bool = False,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Statistics:
-    """Collect statistics of the activations of a bundle's products on samples.
+    """Collect activation statistics of a bundle on samples.
 
     Args:
-        bundle: in float; its graphs run in onnxruntime on the CPU.
-        samples: what flows; they are taken in their order.
-        folder: where the statistics go; made if need be. A collection that was killed in it goes on, a finished one is
-            returned at once.
-        seed: of the choice of rows.
-        rows: rows a tensor to keep.
-        variant: the variant to run; None: the best that runs here. Of one that a pass made, what it was made of is run:
-            passes melt products that are to be quantized.
+        bundle: float bundle; its graphs run in onnxruntime on the CPU.
+        samples: samples to run, in their order.
+        folder: folder of the statistics. A killed collection is resumed, a finished one is returned at once.
+        seed: seed of the random row choice.
+        rows: rows per tensor to keep.
+        variant: variant to run; None: the best available one. In place of a variant that a graph pass made, its source
+            runs, since passes fuse matmuls that are to be quantized.
         threads: CPU threads of each graph.
-        lean: keep no second copy of weights in memory; slower.
+        low_memory: whether to keep no second copy of weights in memory, which is slower.
         progress: called as progress("collect", samples done, samples).
 
     Raises:
-        BridgeError: the folder holds a collection of something else, or no sample could be used.
-        EngineError: onnxruntime is missing or refuses a graph.
+        BridgeError: the folder has another collection, or all samples failed.
+        EngineError: onnxruntime is missing or rejects a graph.
     """
-    variants = _traced(bundle, choose(bundle.manifest, backend="onnxruntime", variant=variant).variants)
+    chosen = choose(bundle.manifest, backend="onnxruntime", variant=variant).variants
+    variants = {name: _traced(bundle, name, one) for name, one in chosen.items()}
     identity = {
         "schema": SCHEMA,
         "fingerprint": bundle.manifest.fingerprint,
-        "variants": dict(variants),
+        "variants": variants,
         "samples": samples.digest,
         "seed": seed,
         "rows": rows,
     }
-    _claim(folder, identity)
+    if (folder / IDENTITY).exists():
+        known = read_json(folder / IDENTITY)
+        check_identity(folder / IDENTITY, known if isinstance(known, dict) else {}, identity)
+    else:
+        write_json(folder / IDENTITY, identity)
     report = progress or (lambda stage, done, total: None)
-    todo, shards = samples.dataset.samples, folder / SHARDS
+    count, shards = len(samples.entries), folder / SHARDS
     if not (folder / FILE).exists():
         shards.mkdir(exist_ok=True)
-        left = [place for place in range(len(todo)) if not _shard(shards, place).exists()]
-        report("collect", len(todo) - len(left), len(todo))
-        quota = math.ceil(2 * rows / len(todo))
-        with _chain(bundle, variants, folder / INSTRUMENTED, quota, seed, threads, lean) as (grounder, recorders, taps):
-            for done, place in enumerate(left, len(todo) - len(left) + 1):
+        left = [place for place in range(count) if not _shard(shards, place).exists()]
+        report("collect", count - len(left), count)
+        chain = _Chain(bundle, variants, folder / INSTRUMENTED, math.ceil(2 * rows / count), seed)
+        with chain.open(threads=threads, low_memory=low_memory) as (grounder, recorders):
+            for done, place in enumerate(left, count - len(left) + 1):
                 _record(grounder, recorders, samples, place, shards)
-                report("collect", done, len(todo))
-        _finish(folder, identity, taps, len(todo))
+                report("collect", done, count)
+            activations = {name: recorder.activations for name, recorder in recorders.items()}
+        _finish(folder, identity, activations, count)
     for spent in (shards, folder / INSTRUMENTED):
         shutil.rmtree(spent, ignore_errors=True)
     return Statistics.load(folder, bundle.path)
 
 
 def call_kind(graph: str, spec: ModelSpec) -> Kind:
-    """Return what tells the kinds of calls of a graph apart, so that rare ones are not lost among the many."""
+    """Return the function that tells the kinds of a graph's calls apart, so that rare kinds get their share of rows."""
     if graph == "language_model":
         bridging = min(spec.language.bridging_ids)
         return lambda feeds: (
@@ -117,64 +126,52 @@ def call_kind(graph: str, spec: ModelSpec) -> Kind:
     return lambda feeds: "boxes"
 
 
-KINDS = {"vision_encoder": 2, "language_model": 3, "spatial_decoder": 1}
+def _traced(bundle: Bundle, name: str, variant: str) -> str:
+    """Return the variant of a graph that a pass made this one of, or else the variant itself."""
+    graph = bundle.graph(name, variant)
+    return str(graph.derived_from) if graph.made_by_pass else graph.variant
 
 
-def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder this collection's, or find that it is."""
-    file = folder / IDENTITY
-    if file.exists():
-        try:
-            header = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            header = {}
-        check_identity(file, header if isinstance(header, dict) else {}, identity)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """The instrumented graphs of a bundle.
 
+    Attributes:
+        bundle: the float bundle.
+        variants: graph → variant to run.
+        folder: folder of the instrumented graphs.
+        quota: rows per tensor and sample to keep.
+        seed: seed of the random row choice.
+    """
 
-def _traced(bundle: Bundle, variants: Mapping[str, str]) -> dict[str, str]:
-    """Return, of each graph, the variant that was traced, where a pass made the one that was chosen of it."""
-    chosen = {name: bundle.graph(name, variant) for name, variant in variants.items()}
-    return {name: str(graph.derived_from) if graph.made_by_pass else graph.variant for name, graph in chosen.items()}
+    bundle: Bundle
+    variants: Mapping[str, str]
+    folder: Path
+    quota: int
+    seed: int
 
-
-@contextmanager
-def _chain(
-    bundle: Bundle,
-    variants: Mapping[str, str],
-    folder: Path,
-    quota: int,
-    seed: int,
-    threads: int | None,
-    lean: bool,
-) -> Iterator[tuple[Grounder, dict[str, RecordingSession], dict[str, tuple[Tap, ...]]]]:
-    """Open the chain with taps in all of its graphs."""
-    spec, recorders, taps = bundle.manifest.spec, {}, {}
-    with ExitStack() as stack:
-        for number, name in enumerate(GRAPHS):
-            graph = instrument(bundle, name, variants[name], folder / name)
-            session = stack.enter_context(graph.open(threads=threads, lean=lean))
-            taps[name] = graph.taps
-            recorders[name] = RecordingSession(
-                session,
-                bundle.graph(name, variants[name]),
-                graph.taps,
-                number=number,
-                kind=call_kind(name, spec),
-                quota=math.ceil(quota / KINDS[name]),
-                seed=seed,
-            )
-        grounder = stack.enter_context(Grounder(recorders, spec, Tokenizer.from_file(bundle.tokenizer_path)))
-        yield grounder, recorders, taps
+    @contextmanager
+    def open(
+        self, *, threads: int | None, low_memory: bool
+    ) -> Iterator[tuple[Grounder, dict[str, ActivationRecorder]]]:
+        """Open a grounder on the instrumented graphs; yield it and the recorders."""
+        spec, recorders = self.bundle.manifest.spec, {}
+        with ExitStack() as stack:
+            for number, name in enumerate(GRAPHS):
+                graph = instrument(self.bundle, name, self.variants[name], self.folder / name)
+                session = stack.enter_context(graph.open(threads=threads, low_memory=low_memory))
+                recorders[name] = ActivationRecorder(
+                    session, self.bundle.graph(name, self.variants[name]), graph.activations, number=number,
+                    kind=call_kind(name, spec), quota=math.ceil(self.quota / KINDS[name]), seed=self.seed,
+                )  # fmt: skip
+            tokenizer = Tokenizer.from_file(self.bundle.tokenizer_path)
+            yield stack.enter_context(Grounder(recorders, spec, tokenizer)), recorders
 
 
 def _record(
-    grounder: Grounder, recorders: Mapping[str, RecordingSession], samples: CalibrationSet, place: int, shards: Path
+    grounder: Grounder, recorders: Mapping[str, ActivationRecorder], samples: CalibrationSet, place: int, shards: Path
 ) -> None:
-    """Run one sample and write what it showed. One that cannot be used leaves the reason."""
+    """Run one sample and write its shard; that of a failed sample has only the reason."""
     sample = samples.dataset.samples[place]
     for recorder in recorders.values():
         recorder.begin(place)
@@ -191,15 +188,14 @@ def _record(
                 arrays[f"{name}/{stem}.absmax"], arrays[f"{name}/{stem}.peak"] = seen.absmax, seen.peak
                 arrays[f"{name}/{stem}.rows"] = seen.rows()
                 arrays[f"{name}/{stem}.count"] = np.array(seen.count)
-    with replacing(_shard(shards, place)) as temporary:
-        with temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, info=np.array(json.dumps(info, ensure_ascii=False)), **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with replacing(_shard(shards, place)) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, info=np.array(json.dumps(info, ensure_ascii=False)), **arrays)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _answer(grounder: Grounder, sample: Sample, *, allow_none: bool) -> dict[str, Any]:
-    """Ask a sample. One that asks for a span alone is asked for its tube, so that the spatial decoder runs."""
+    """Run a sample; for a span its tube is computed too, so that the spatial decoder runs."""
     truth = sample.read_truth()
     asked = dataclasses.replace(sample, task="tube") if sample.task == "span" else sample
     result = ask(grounder, asked, truth, allow_none=allow_none)
@@ -210,37 +206,34 @@ def _shard(folder: Path, place: int) -> Path:
     return folder / f"{place:06d}.npz"
 
 
-def _info(shard: Path) -> dict[str, Any]:
-    """Return what a sample's file says of it."""
-    with np.load(shard, allow_pickle=False) as values:
-        info: dict[str, Any] = json.loads(str(values["info"]))
-        return info
-
-
-def _finish(folder: Path, identity: Mapping[str, Any], taps: Mapping[str, tuple[Tap, ...]], count: int) -> None:
-    """Turn the samples' files into one file a tensor, then write the file that says that all is there."""
-    shards = [_shard(folder / SHARDS, place) for place in range(count)]
-    infos = [_info(shard) for shard in shards]
-    if all("skipped" in info for info in infos):
-        raise BridgeError(f"none of the {count} calibration samples could be used; the first: {infos[0]['skipped']}")
-    tensors: dict[str, dict[str, Any]] = {name: {} for name in taps}
+def _finish(
+    folder: Path, identity: Mapping[str, Any], activations: Mapping[str, tuple[Activation, ...]], count: int
+) -> None:
+    """Turn the shards into one file per tensor, then write the file that marks the collection as finished."""
+    tensors: dict[str, dict[str, Any]] = {name: {} for name in activations}
     with ExitStack() as stack:
-        opened = [stack.enter_context(np.load(shard, allow_pickle=False)) for shard in shards]
-        for name, looked_at in taps.items():
+        opened = [
+            stack.enter_context(np.load(_shard(folder / SHARDS, place), allow_pickle=False)) for place in range(count)
+        ]
+        infos = [json.loads(str(shard["info"])) for shard in opened]
+        if all("skipped" in info for info in infos):
+            raise BridgeError(
+                "calibration.all_samples_failed",
+                f"all {count} calibration samples failed, the first with: {infos[0]['skipped']}",
+            )
+        for name, observed in activations.items():
             (folder / TENSORS / name).mkdir(parents=True, exist_ok=True)
-            for tap in looked_at:
-                prefix = f"{name}/{tap.stem}"
+            for activation in observed:
+                prefix = f"{name}/{activation.stem}"
                 seen = [shard for shard in opened if f"{prefix}.count" in shard]
-                rows, absmax = _merged(prefix, seen, tap.k, identity["rows"])
+                rows, absmax = _merged(prefix, seen, activation.k, identity["rows"])
                 stem = f"{TENSORS}/{prefix}"
                 np.save(folder / f"{stem}.rows.npy", rows)
                 np.save(folder / f"{stem}.absmax.npy", absmax)
                 total = sum(int(shard[f"{prefix}.count"]) for shard in seen)
                 collected = {"rows": f"{stem}.rows.npy", "absmax": f"{stem}.absmax.npy", "seen": total}
-                tensors[name] |= dict.fromkeys(tap.names, collected)
-    with replacing(folder / FILE) as temporary:
-        values = {**identity, "asked": infos, "tensors": tensors}
-        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+                tensors[name] |= dict.fromkeys(activation.names, collected)
+    write_json(folder / FILE, {**identity, "asked": infos, "tensors": tensors})
 
 
 def _merged(

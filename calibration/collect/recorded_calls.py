@@ -1,6 +1,6 @@
-"""Record what flows through a bundle's chain on real clips, as cases that `runtime.compare` replays.
+"""Record the calls of a bundle's graphs on real clips, as cases that `runtime.parity.compare` replays.
 
-The same calls, replayed with two bundles, tell how far their tensors are apart and which one is faster.
+Replaying the same calls in two bundles shows how far their tensors differ and which one is faster.
 """
 
 from __future__ import annotations
@@ -25,17 +25,9 @@ from bridge_stg.runtime.parity.recording import Call, RecordingSession
 def record(
     bundle: Bundle, samples: Sequence[Sample], folder: Path, *, allow_none: bool = True, options: Mapping[str, Any]
 ) -> list[Path]:
-    """Ask samples and write every call of every graph into `folder`/<place>, unless they lie there already.
+    """Evaluate samples and write the calls of all graphs into `folder`/<place>, unless `folder` exists.
 
-    Args:
-        bundle: whose calls and outputs are the reference.
-        samples: what to ask; one case each.
-        folder: appears when it is complete.
-        allow_none: whether "not there" is a possible answer.
-        options: `backend`, `variant` and `threads` of `open_sessions`.
-
-    Returns:
-        The folders of the cases; those of samples that fail are left out.
+    The folder appears when it is complete. Return the folders of the cases, one per sample that did not fail.
 
     Raises:
         BridgeError: every sample failed.
@@ -63,10 +55,13 @@ def _record(
             opened["language_model"].capacity = 0
             try:
                 ask(grounder, sample, sample.read_truth(), allow_none=allow_none)
-            except BridgeError as error:  # the others are recorded all the same
+            except BridgeError as error:  # the other samples are still recorded
                 failure = error
                 continue
             capacity = opened["language_model"].capacity
             write_case(folder / f"{place:03d}", calls, kind="recorded", note=sample.id, cache_capacity=capacity)
     if not folder.is_dir():
-        raise BridgeError(f"none of the {len(samples)} samples could be recorded; the last failed with: {failure}")
+        raise BridgeError(
+            "calibration.all_samples_failed",
+            f"none of the {len(samples)} samples could be recorded; the last failed with: {failure}",
+        )

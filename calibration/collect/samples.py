@@ -1,6 +1,6 @@
-"""The samples that a bundle is calibrated on: which they are, byte by byte, and whether they will do.
+"""Read calibration samples, hash their media, and warn about sets that are too small or too uniform.
 
-The file is of the project's own format (`evaluation.jsonl`), except that a line may go without labels:
+The file has the project's own format (`evaluation/datasets/jsonl.py`), except that a line may have no labels:
 {"video": "a.mp4", "query": "the red car"}. Knows nothing of models.
 """
 
@@ -25,7 +25,7 @@ from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import AnnotationError
 
 LEAST = 16
-"""Fewer samples are too few to know the range of an activation by."""
+"""Smallest number of samples without a warning."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Entry:
     """One sample of a set.
 
     Attributes:
-        id: the line's `id`, else its number.
-        kind: its task: tube, span, image or track; `absent` where the target is not there.
-        media: its medium, as the file names it.
-        sha256: of the medium's bytes.
+        id: `id` of the line, else its number.
+        kind: task (tube, span, image or track), or `absent` if the target is not in the video.
+        media: path of the video or image, as in the file.
+        sha256: SHA-256 of the video or image.
     """
 
     id: str
@@ -50,12 +50,12 @@ class CalibrationSet:
     """Samples in the order of their file.
 
     Attributes:
-        file: that was read.
-        sha256: of the file.
-        dataset: the samples whose medium was found. The truth of a line without labels is that nothing is there.
-        entries: one a sample.
-        labelled: whether every line says what is true.
-        missing: ids of the lines whose medium was not found.
+        file: file of the samples.
+        sha256: SHA-256 of the file.
+        dataset: samples whose media exist. The truth of a line without labels is an absent target.
+        entries: one entry per sample.
+        labelled: whether every line has labels.
+        missing: ids of the lines whose media do not exist.
     """
 
     file: Path
@@ -67,17 +67,17 @@ class CalibrationSet:
 
     @property
     def digest(self) -> str:
-        """A SHA-256 of what is asked of which media, in this order; the same wherever the files lie."""
+        """SHA-256 of queries and media in their order; independent of the folder."""
         asked = [[e.id, e.kind, e.sha256, s.query] for e, s in zip(self.entries, self.dataset.samples, strict=True)]
         return hashlib.sha256(json.dumps([self.sha256, asked]).encode()).hexdigest()
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many samples there are of each kind."""
+        """Number of samples by kind."""
         return dict(sorted(Counter(entry.kind for entry in self.entries).items()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a report says of the set, as JSON values."""
+        """Return JSON values for the report."""
         return {
             "file": self.file.name,
             "sha256": self.sha256,
@@ -89,15 +89,10 @@ class CalibrationSet:
 
 
 def read_samples(path: Path, media: Path | None = None, *, limit: int | None = None) -> CalibrationSet:
-    """Read a file of samples, and hash their media.
-
-    Args:
-        path: JSON lines.
-        media: the folder that media are named in; None: that of the file.
-        limit: only the first so many lines.
+    """Read a file of at most `limit` samples, and hash their media in the folder `media` (None: that of the file).
 
     Raises:
-        AnnotationError: a line is not as the format says, or no medium was found.
+        AnnotationError: a line does not follow the format, or none of the media exists.
     """
     folder = MediaFolder(media or path.parent)
     hashes: dict[Path, str] = {}
@@ -116,9 +111,10 @@ def read_samples(path: Path, media: Path | None = None, *, limit: int | None = N
         entries.append(Entry(sample.id, "absent" if gone else sample.task, sample.media_name, hashes[sample.media]))
     if not samples:
         raise AnnotationError(
-            f"{path}: none of the media of its {len(missing)} samples was found in {folder.root}"
+            "annotation.no_media",
+            f"{path}: none of the media of its {len(missing)} samples exists in {folder.root}"
             + (f"; the first is that of sample {missing[0]!r}" if missing else "")
-            + ". Give the folder that holds them with --media."
+            + ". Give their folder with --media.",
         )
     sha256 = digest(path)
     dataset = Dataset("jsonl", path.stem, tuple(samples), sha256, allow_none=absent)
@@ -126,20 +122,15 @@ def read_samples(path: Path, media: Path | None = None, *, limit: int | None = N
 
 
 def warnings_of(samples: CalibrationSet, others: Mapping[str, CalibrationSet] | None = None) -> list[str]:
-    """Return what is wrong with calibrating on these samples, as sentences; empty if nothing is.
-
-    Args:
-        samples: to calibrate on.
-        others: sets that judge the result, by what they are called.
-    """
+    """Return warnings about calibration samples, and about `others` (by name) that the result is scored on."""
     found, count = [], len(samples.entries)
     if count < LEAST:
-        found.append(f"{samples.file.name} holds {count} samples, which is too few; give {LEAST} at least, better 64")
+        found.append(f"{samples.file.name} has {count} samples, which is too few; give at least {LEAST}, better 64")
     if len(samples.kinds) == 1 and count > 1:
         (kind,) = samples.kinds
         found.append(
-            f"all {count} samples of {samples.file.name} are of one kind, {kind!r}; add others (tube, span, image, "
-            "track, and some whose target is absent), since activations differ between them"
+            f"all {count} samples of {samples.file.name} are of the kind {kind!r}; add others (tube, span, image, "
+            "track, and some with an absent target), since activations differ between them"
         )
     if samples.missing:
         found.append(f"{samples.file.name}: the media of {len(samples.missing)} samples were not found and left out")
@@ -147,21 +138,21 @@ def warnings_of(samples: CalibrationSet, others: Mapping[str, CalibrationSet] | 
         if shared := overlap(samples.entries, other.entries):
             what = ", ".join(map(repr, shared[:3])) + (" …" if len(shared) > 3 else "")
             found.append(
-                f"{len(shared)} of the {count} calibration samples are in the {name} set too ({what}): what it says of "
-                "the result is too good; use other media"
+                f"{len(shared)} of the {count} calibration samples are also in the {name} set ({what}): its scores are "
+                "too good; use other media"
             )
     return found
 
 
 def overlap(samples: Sequence[Entry], others: Sequence[Entry]) -> list[str]:
-    """Return ids of samples that are in another set too: the same bytes, or the same id of the same medium's name."""
+    """Return ids of samples that are also in another set: with equal media, or with equal id and name of the media."""
     hashes = {entry.sha256 for entry in others}
     named = {(entry.id, Path(entry.media).stem) for entry in others}
     return [e.id for e in samples if e.sha256 in hashes or (e.id, Path(e.media).stem) in named]
 
 
 def media_sha256(path: Path) -> str:
-    """Hash a file, or the names and bytes of a folder's pictures in their order."""
+    """Hash a file, or the names and content of a folder's images in their order."""
     if path.is_file():
         return file_sha256(path)
     parts = [[file.name, file_sha256(file)] for file in frame_files(path)]
@@ -169,7 +160,7 @@ def media_sha256(path: Path) -> str:
 
 
 def _sample(record: Record, folder: MediaFolder) -> tuple[Sample, Truth | None]:
-    """Return a line's sample, and its truth if the line has labels."""
+    """Return the sample of a line, and its truth if the line has labels."""
     values = record.values
     if {"span", "boxes", "task"} & values.keys():
         a = annotation_from(record)

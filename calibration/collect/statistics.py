@@ -1,6 +1,6 @@
-"""What was collected of a bundle's activations, as it lies on disk: one file of sampled rows a tensor.
+"""Activation statistics of a bundle on disk, with one file of sampled rows per tensor.
 
-Graphs' tensors are found by the names of the products that read them, which all variants of a graph share.
+Tensors are found by the nodes of the matmuls that read them, which are equal in all variants of a graph.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ FILE = "statistics.json"
 
 @dataclass(frozen=True)
 class Collected:
-    """What is known of one tensor.
+    """Statistics of one tensor; files are named relative to the folder.
 
     Attributes:
-        rows: file of float32 [R, K] below the folder: rows drawn from all calls, and the largest of each sample.
-        absmax: file of float32 [K]: the largest magnitude of each channel in everything that flowed.
-        seen: rows that flowed in all.
+        rows: file of float32 [R, K]: random rows of all calls, and the rows with the largest magnitude of each sample.
+        absmax: file of float32 [K]: largest magnitude of each channel over all calls.
+        seen: number of rows of all calls.
     """
 
     rows: str
@@ -37,16 +37,16 @@ class Collected:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of a bundle. Get them from `collect.collect`, or read them again with `Statistics.load`.
+    """The activation statistics of a bundle, from `collect.collect` or `Statistics.load`.
 
     Attributes:
-        folder: where they lie.
-        bundle: the folder of the bundle that they are of.
-        fingerprint: of that bundle.
-        variants: graph → the variant that ran.
-        seed: of the choice of rows.
-        samples: what flowed: `id`, `answer`, `span` of each in their order, or `skipped` with the reason.
-        tensors: graph → node of a product, or past_key_0 … for keys and values → what was collected.
+        folder: folder of the files.
+        bundle: folder of the bundle.
+        fingerprint: fingerprint of the bundle.
+        variants: graph → variant that ran.
+        seed: seed of the random row choice.
+        samples: `id`, `answer` and `span` of each sample in order, or `skipped` with the reason.
+        tensors: graph → node of a matmul, or past_key_0 … for keys and values → its statistics.
     """
 
     folder: Path
@@ -59,61 +59,47 @@ class Statistics:
 
     @classmethod
     def load(cls, folder: Path, bundle: Path) -> Statistics:
-        """Read the statistics in a folder.
-
-        Args:
-            folder: where a collection was finished.
-            bundle: the bundle that they were collected of, wherever it lies now.
+        """Read the finished statistics in a folder.
 
         Raises:
-            BridgeError: there are none, none that this program can read, or those of another bundle.
+            BridgeError: the statistics are missing, damaged, of another schema, or of another bundle.
         """
         file = folder / FILE
         advice = "Collect them again, into another folder"
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise BridgeError(f"{folder}: holds no {FILE}; expected the folder of a finished collection.") from None
+            raise _error(f"{folder}: {FILE} is missing; expected the folder of a finished collection.") from None
         except ValueError as error:
-            raise BridgeError(f"{file}: cannot be read as JSON ({error}). {advice}.") from None
+            raise _error(f"{file}: cannot be read as JSON ({error}). {advice}.") from None
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
             found = values.get("schema") if isinstance(values, dict) else type(values).__name__
-            raise BridgeError(f"{file}: has schema {found!r}, expected {SCHEMA}. {advice}.")
+            raise _error(f"{file}: has schema {found!r}, expected {SCHEMA}. {advice}.")
         fingerprint = read_manifest(bundle).fingerprint
         if values["fingerprint"] != fingerprint:
-            raise BridgeError(
-                f"{folder}: holds statistics of the bundle {values['fingerprint'][:12]}…, but {bundle} is "
+            raise _error(
+                f"{folder}: has statistics of the bundle {values['fingerprint'][:12]}…, but {bundle} is "
                 f"{fingerprint[:12]}…. {advice}."
             )
-        return cls(
-            folder=folder,
-            bundle=bundle,
-            fingerprint=values["fingerprint"],
-            variants=values["variants"],
-            seed=values["seed"],
-            samples=values["asked"],
-            tensors={
-                graph: {name: Collected(**tensor) for name, tensor in tensors.items()}
-                for graph, tensors in values["tensors"].items()
-            },
-        )
+        tensors = {
+            graph: {name: Collected(**tensor) for name, tensor in found.items()}
+            for graph, found in values["tensors"].items()
+        }
+        return cls(folder, bundle, fingerprint, values["variants"], values["seed"], values["asked"], tensors)
 
     @property
     def warnings(self) -> list[str]:
-        """What a person should know about the samples that flowed, as sentences."""
+        """Warnings about samples that failed, and about graphs that no sample reached."""
         skipped = [sample for sample in self.samples if "skipped" in sample]
         found = []
         if skipped:
             first = f"the first is {skipped[0]['id']!r}: {skipped[0]['skipped']}"
             found.append(f"{len(skipped)} of {len(self.samples)} calibration samples could not be used; {first}")
-        silent = [graph for graph, tensors in self.tensors.items() if not any(t.seen for t in tensors.values())]
-        found += [
-            f"no calibration sample reached the {graph}, so nothing is known of its activations" for graph in silent
-        ]
-        return found
+        unseen = [graph for graph, tensors in self.tensors.items() if not any(t.seen for t in tensors.values())]
+        return found + [f"no calibration sample reached the {graph}: it has no statistics" for graph in unseen]
 
     def rows(self, graph: str, name: str) -> np.ndarray:
-        """Return sampled rows float32 [R, K] of a tensor, read from disk as they are used."""
+        """Return sampled rows float32 [R, K] of a tensor, mapped from disk."""
         tensor = self._of(graph, name)
         # An empty file cannot be mapped.
         rows: np.ndarray = np.load(self.folder / tensor.rows, mmap_mode="r" if tensor.seen else None)
@@ -125,14 +111,18 @@ class Statistics:
         return absmax
 
     def caches(self, graph: str) -> list[str]:
-        """Return the names of the keys and values of a graph: past_key_0, past_value_0 …; channels are head by head."""
+        """Return the names of the keys and values of a graph, past_key_0 …; their channels are ordered by head."""
         return [name for name in self.tensors.get(graph, {}) if name.startswith("past_")]
 
     def _of(self, graph: str, name: str) -> Collected:
         try:
             return self.tensors[graph][name]
         except KeyError:
-            raise BridgeError(
-                f"{self.folder}: nothing was collected of {name!r} of the {graph}; these are of another model. "
-                "Collect them again from this bundle."
+            raise _error(
+                f"{self.folder}: has no statistics of {name!r} of the {graph}: they are of another model. Collect "
+                "them again with this bundle."
             ) from None
+
+
+def _error(message: str) -> BridgeError:
+    return BridgeError("calibration.bad_statistics", message)

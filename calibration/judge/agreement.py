@@ -1,5 +1,4 @@
-"""How like two models' answers to one sample are: the measure where nobody has annotated the clips, and a finer one
-where somebody has, since a box that moves by a pixel shows here long before a metric changes.
+"""Agreement of two models' answers to one sample: the measure without annotations, and a finer one with them.
 
 Works on the predictions of result rows: `found`, and by task `span`, `times` and `boxes`.
 """
@@ -17,16 +16,15 @@ from bridge_stg.runtime.chain.results import Tube
 from bridge_stg.runtime.chain.spans import in_span
 
 STEP_S = 0.05
-"""Two tubes are compared on a grid of this distance: neither model's frames have a say in it."""
+"""Step of the time grid on which two tubes are compared; it depends on neither model's frames."""
 
 
-def likeness(task: str, reference: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[str, float]:
-    """Return how like a prediction is to a reference's, each in 0..1, 1 where neither found anything.
+def agreement(task: str, reference: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[str, float]:
+    """Return the agreement of a prediction with a reference, each value in 0..1.
 
     Returns:
         `tIoU` and `vIoU` of a tube, `IoU` of a span or image, `AO` of a track; and `boxes`, the mean IoU of the boxes
-        where both have one, which is left out where there is no such place. Nothing but zeros where one alone found
-        the target.
+        where both have one, if any. 1 if neither found the target, 0 if only one did.
     """
     names = {"tube": ("tIoU", "vIoU"), "track": ("AO",)}.get(task, ("IoU",))
     found = bool(reference.get("found")), bool(prediction.get("found"))
@@ -41,9 +39,9 @@ def likeness(task: str, reference: Mapping[str, Any], prediction: Mapping[str, A
     times = np.arange(min(span[0] for span in spans), max(span[1] for span in spans), STEP_S) + STEP_S / 2
     inside = [in_span(times, span) for span in spans]
     first, second = (_boxes_at(one, times) for one in (reference, prediction))
-    found_scores = {"tIoU": frame_iou(*inside), "vIoU": tube_iou(inside[0], first, inside[1], second)}
+    scores = {"tIoU": frame_iou(*inside), "vIoU": tube_iou(inside[0], first, inside[1], second)}
     both = inside[0] & inside[1]
-    return found_scores | ({"boxes": float(box_iou(first[both], second[both]).mean())} if both.any() else {})
+    return scores | ({"boxes": float(box_iou(first[both], second[both]).mean())} if both.any() else {})
 
 
 def _span(prediction: Mapping[str, Any]) -> tuple[float, float]:
@@ -52,7 +50,7 @@ def _span(prediction: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _boxes_at(prediction: Mapping[str, Any], times: np.ndarray) -> np.ndarray:
-    """Return boxes [N, 4] at times [N]; zeros, which overlap with nothing, where a prediction has none."""
+    """Return boxes [N, 4] at times [N]; zeros, which overlap with nothing, where the prediction has none."""
     known = np.asarray(prediction.get("times", ()), np.float64)
     if not len(known):
         return np.zeros((len(times), 4))
@@ -62,7 +60,7 @@ def _boxes_at(prediction: Mapping[str, Any], times: np.ndarray) -> np.ndarray:
 
 
 def _shared_boxes(reference: Mapping[str, Any], prediction: Mapping[str, Any]) -> np.ndarray:
-    """Return IoU [N] of an image's box or of a track's boxes, at the reference's own times."""
+    """Return the IoU [N] of the boxes of an image or track, at the reference's times."""
     times = np.asarray(reference.get("times", ()), np.float64)
     if not len(times) or not prediction.get("times"):
         return np.zeros(0)

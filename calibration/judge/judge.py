@@ -1,6 +1,6 @@
-"""Judge a bundle by what it answers: time spans and boxes, against annotations or against another bundle's own tubes.
+"""Score a bundle by its answers: time spans and boxes, against annotations or against another bundle's tubes.
 
-The runner of benchmarks asks, so that a killed run goes on at the sample; what is here turns rows into a judgement.
+`evaluation.run.evaluate` asks the samples, so that a killed run resumes; this file turns its rows into scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.calibration.judge.agreement import likeness
+from bridge_stg.calibration.judge.agreement import agreement
 from bridge_stg.evaluation.run.evaluate import Model, evaluate
 from bridge_stg.evaluation.samples import Dataset
 from bridge_stg.runtime.errors import BridgeError
@@ -24,9 +24,11 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     "image": {"IoU": "IoU"},
     "track": {"AO": "AO"},
 }
-"""By task: a sample's score and the name of its mean."""
+"""By task: score of a sample → name of its mean."""
 
-LOOKS = (16, 48)
+EARLY_STOPS = (16, 48)
+"""Numbers of samples after which a model with a large drop is given up."""
+
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -35,7 +37,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and the interval that holds it with 95 % confidence (bootstrap over samples, percentile method).
+    """A mean and its 95 % confidence interval (bootstrap over samples, percentile method).
 
     (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.)
     """
@@ -46,20 +48,20 @@ class Interval:
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
-    """What a bundle's answers are worth.
+class Scores:
+    """Scores of a bundle's answers.
 
     Attributes:
         label: the bundle's name in tables.
-        samples: how many were asked.
-        failed: how many of them ended in an error; they score 0.
-        labelled: whether the truth is that of annotators; otherwise it is the reference's own tubes.
-        metrics: by name, in 0..1.
-        drops: by name, what the reference has more, in points of 1/100, sample by sample.
+        samples: number of samples.
+        failed: number of samples that ended in an error; they score 0.
+        labelled: whether annotations are the truth; otherwise the reference's own tubes are.
+        metrics: name → mean, in 0..1.
+        drops: name → mean loss against the reference, sample by sample, in points of 1/100.
         answer_agreement: share of samples with the reference's answer; None without one, as are the next two.
         box_iou: mean IoU with the reference's boxes, over samples, where both have boxes.
-        tube_iou: mean vIoU (of other tasks: IoU) with the reference's tubes.
-        seconds_median: of a sample, all of it.
+        tube_iou: mean vIoU (other tasks: IoU) with the reference's tubes.
+        seconds_median: seconds per sample.
         rows: the answers, by sample id.
     """
 
@@ -77,99 +79,99 @@ class Judgement:
 
     @property
     def drop(self) -> float:
-        """The largest drop of any metric, in points; negative where all have risen."""
+        """The largest drop of any metric, in points; negative if all metrics have risen."""
         return max((drop.value for drop in self.drops.values()), default=0.0)
 
     @property
     def changed(self) -> float:
-        """Answers that are not the reference's, in percent."""
+        """Share of the answers that differ from the reference's, in percent."""
         return 0.0 if self.answer_agreement is None else 100 * (1 - self.answer_agreement)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, rows left out."""
+        """Return JSON values, without the rows."""
         values = {part.name: getattr(self, part.name) for part in dataclasses.fields(self) if part.name != "rows"}
         for name in ("metrics", "drops"):
             values[name] = {metric: dataclasses.asdict(interval) for metric, interval in values[name].items()}
         return values
 
 
-def judge(
+def score_model(
     model: Model,
     dataset: Dataset,
     *,
     folder: Path,
-    reference: Judgement | None = None,
+    reference: Scores | None = None,
     labelled: bool = True,
     seed: int = 0,
     stop_above: float | None = None,
-    ask: Callable[[int | None], Any] | None = None,
+    fill_rows: Callable[[int | None], Any] | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
-) -> Judgement:
-    """Ask a model every sample, and judge its answers.
+) -> Scores:
+    """Evaluate a model on every sample, and score its answers.
 
     Args:
-        model: a bundle, or whatever has its methods.
-        dataset: what to ask.
-        folder: rows are kept in `folder`/samples/LABEL.jsonl, and those that are there are not asked again.
-        reference: the judgement of the model that this one is compared with, on the same dataset.
-        labelled: whether the dataset's truth counts. If not, the reference's own tubes are the truth; without a
-            reference the model is its own.
-        seed: of the bootstrap.
-        stop_above: the rest is not asked once a drop is above so many points beyond doubt (the low end of its interval,
-            looked at after `LOOKS` samples); the judgement is then of those that were.
-        ask: fills the file of rows elsewhere, up to a number of samples; called before each look.
+        model: a bundle, or another model with the methods of one.
+        dataset: the samples.
+        folder: folder of the rows, `folder`/samples/LABEL.jsonl; samples that have a row are not evaluated again.
+        reference: scores of the model to compare with, on the same dataset.
+        labelled: whether the dataset's annotations are the truth. If not, the reference's tubes are; without a
+            reference, the model's own.
+        seed: seed of the bootstrap.
+        stop_above: drop in points at which to stop early: when the low end of a drop's interval is above it after one
+            of `EARLY_STOPS` samples, the scores are those of the samples so far.
+        fill_rows: writes the rows of the first so many samples (None: of all) in another process; called before each
+            evaluation.
         progress: see `evaluate`.
 
     Raises:
-        BridgeError: every sample failed, or as `evaluate`.
+        BridgeError: every sample failed, or as for `evaluate`.
     """
-    looks = [] if stop_above is None or reference is None else [n for n in LOOKS if n < len(dataset.samples)]
-    for limit in (*looks, None):
-        if ask is not None:
-            ask(limit)
+    early = [] if stop_above is None or reference is None else [n for n in EARLY_STOPS if n < len(dataset.samples)]
+    for limit in (*early, None):
+        if fill_rows is not None:
+            fill_rows(limit)
         rows = evaluate(dataset, [model], folder, limit=limit, progress=progress).rows[model.label]
-        judged = judgement(model.label, rows, reference=reference, labelled=labelled, seed=seed)
-        if stop_above is not None and any(drop.low > stop_above for drop in judged.drops.values()):
+        scores = score_rows(model.label, rows, reference=reference, labelled=labelled, seed=seed)
+        if stop_above is not None and any(drop.low > stop_above for drop in scores.drops.values()):
             break
-    return judged
+    return scores
 
 
-def judgement(
-    label: str, rows: Rows, *, reference: Judgement | None = None, labelled: bool = True, seed: int = 0
-) -> Judgement:
-    """Judge finished rows; see `judge`."""
+def score_rows(
+    label: str, rows: Rows, *, reference: Scores | None = None, labelled: bool = True, seed: int = 0
+) -> Scores:
+    """Score finished rows; see `score_model`."""
     failures = [row["error"] for row in rows.values() if "error" in row]
     if failures and len(failures) == len(rows):
         raise BridgeError(
-            f"every one of the {len(rows)} samples that {label} was asked failed, the first with {failures[0]}. Look "
-            "whether the bundle grounds one of them with `infer`"
+            "calibration.all_samples_failed",
+            f"all {len(rows)} samples failed with {label}, the first with: {failures[0]}. Check the bundle with "
+            "`infer` on one of them",
         )
-    alike = {name: _alike(reference.rows[name] if reference else row, row) for name, row in rows.items()}
-    scores = _scores(rows) if labelled else _named(rows, alike)
-    found = {metric: bootstrap(list(values.values()), seed=seed) for metric, values in scores.items()}
+    shares = {name: _agreement(reference.rows[name] if reference else row, row) for name, row in rows.items()}
+    values = _by_metric(rows) if labelled else _by_metric(rows, shares)
     seconds = [row["seconds"] for row in rows.values()]
-    judged = Judgement(
+    scores = Scores(
         label=label,
         samples=len(rows),
         failed=len(failures),
         labelled=labelled,
-        metrics=found,
+        metrics={metric: bootstrap(list(found.values()), seed=seed) for metric, found in values.items()},
         seconds_median=float(np.median(seconds)) if seconds else None,
         rows=rows,
     )
     if reference is None:
-        return judged
-    before = _scores(reference.rows) if labelled else {m: dict.fromkeys(v, 1.0) for m, v in scores.items()}
-    drops = {
-        metric: bootstrap([100 * (before[metric][name] - score) for name, score in values.items()], seed=seed)
-        for metric, values in scores.items()
-    }
-    boxes = [found["boxes"] for found in alike.values() if "boxes" in found]
-    tubes = [found["vIoU"] if "vIoU" in found else next(iter(found.values())) for found in alike.values()]
+        return scores
+    before = _by_metric(reference.rows) if labelled else {m: dict.fromkeys(found, 1.0) for m, found in values.items()}
+    boxes = [share["boxes"] for share in shares.values() if "boxes" in share]
+    tubes = [_main(share) for share in shares.values()]
     same = [_answer(reference.rows[name]) == _answer(row) for name, row in rows.items()]
     return dataclasses.replace(
-        judged,
-        drops=drops,
+        scores,
+        drops={
+            metric: bootstrap([100 * (before[metric][name] - value) for name, value in found.items()], seed=seed)
+            for metric, found in values.items()
+        },
         answer_agreement=float(np.mean(same)),
         box_iou=float(np.mean(boxes)) if boxes else None,
         tube_iou=float(np.mean(tubes)),
@@ -184,47 +186,43 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:
     return Interval(float(array.mean()), float(low), float(high))
 
 
-def worst_cases(judged: Judgement, reference: Judgement, *, count: int = 6) -> list[dict[str, Any]]:
-    """Return the samples whose tubes are least like the reference's: `id`, `why` and `scores` by label, worst first."""
-    found = []
-    for name, row in judged.rows.items():
-        alike = _alike(reference.rows[name], row)
-        found.append((alike.get("vIoU", next(iter(alike.values()))), row["index"], name))
-    cases = []
-    for share, _, name in sorted(found)[:count]:
-        scores = {one.label: _main_score(one.rows[name]) for one in (reference, judged)}
-        cases.append(
-            {"id": name, "why": f"its tube shares {share:.2f} with that of {reference.label}", "scores": scores}
-        )
-    return cases
+def worst_cases(scores: Scores, reference: Scores, *, count: int = 6) -> list[dict[str, Any]]:
+    """Return the samples with the least agreement: `id`, `why` and `scores` by label, worst first."""
+    found = sorted(
+        (_main(_agreement(reference.rows[name], row)), row["index"], name) for name, row in scores.rows.items()
+    )
+    return [
+        {
+            "id": name,
+            "why": f"its tube shares {share:.2f} with that of {reference.label}",
+            "scores": {one.label: _main_score(one.rows[name]) for one in (reference, scores)},
+        }
+        for share, _, name in found[:count]
+    ]
 
 
-def _scores(rows: Rows) -> dict[str, dict[str, float]]:
-    """Return scores against the annotation by metric, then by id. Absent targets have none, as in `figures`."""
+def _by_metric(rows: Rows, shares: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, dict[str, float]]:
+    """Return the scores against annotations, or else the given ones, by metric and id."""
     found: dict[str, dict[str, float]] = {}
     for name, row in rows.items():
-        if row["task"] == "tube" and not row["present"]:
-            continue
+        if shares is None and row["task"] == "tube" and not row["present"]:
+            continue  # absent targets have no score, as in `evaluation.scoring.figures`
+        scores = row["scores"] if shares is None else shares[name]
         for score, metric in METRICS[row["task"]].items():
-            if score in row["scores"]:
-                found.setdefault(metric, {})[name] = row["scores"][score]
+            if score in scores:
+                found.setdefault(metric, {})[name] = scores[score]
     return found
 
 
-def _named(rows: Rows, alike: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return likeness by metric, then by id."""
-    found: dict[str, dict[str, float]] = {}
-    for name, row in rows.items():
-        for score, metric in METRICS[row["task"]].items():
-            found.setdefault(metric, {})[name] = alike[name][score]
-    return found
-
-
-def _alike(reference: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the likeness of two rows; one that failed is like another that failed, and like nothing else."""
+def _agreement(reference: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the agreement of two rows; a failed row agrees only with another failed row."""
     if "error" in reference or "error" in row:
         return dict.fromkeys(METRICS[row["task"]], float("error" in reference and "error" in row))
-    return likeness(row["task"], reference["prediction"], row["prediction"])
+    return agreement(row["task"], reference["prediction"], row["prediction"])
+
+
+def _main(shares: Mapping[str, float]) -> float:
+    return shares.get("vIoU", next(iter(shares.values())))
 
 
 def _answer(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -232,4 +230,5 @@ def _answer(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _main_score(row: Mapping[str, Any]) -> float | None:
-    return row["scores"].get({"tube": "vIoU", "track": "AO"}.get(row["task"], "IoU"))
+    score: float | None = row["scores"].get({"tube": "vIoU", "track": "AO"}.get(row["task"], "IoU"))
+    return score

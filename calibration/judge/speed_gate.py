@@ -1,7 +1,4 @@
-"""Whether a graph gains from INT8 on this machine: recorded calls side by side in one run, and bytes.
-
-A quantized graph that is not faster, or not smaller, than what it replaces has no reason to be there.
-"""
+"""Measure whether a graph gains from INT8 on this machine: by recorded calls side by side in one run, and by bytes."""
 
 from __future__ import annotations
 
@@ -13,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.choose import BACKENDS, choose
+from bridge_stg.runtime.backends.choose import choose
+from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.parity.compare import Boundary, replay_cases
 
 MARGIN = 0.03
-"""Ratios this close to 1 are noise: neither faster nor slower."""
+"""Ratios of times this close to 1 are noise."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,12 @@ class Gate:
     """One graph in float and in INT8, on the same calls.
 
     Attributes:
-        graph: its name.
-        float_seconds, int8_seconds: for all recorded calls, the least of several rounds; None: not measured.
-        float_bytes, int8_bytes: of the graph's weights.
-        forced: whether a person asked for INT8 whatever the figures say.
+        graph: name of the graph.
+        float_seconds: seconds of all recorded calls, the minimum of several rounds.
+        int8_seconds: the same for the quantized graph.
+        float_bytes: bytes of the graph's weights.
+        int8_bytes: the same for the quantized graph.
+        forced: whether the graph is quantized without regard to the measurement.
     """
 
     graph: str
@@ -42,7 +42,7 @@ class Gate:
 
     @property
     def faster(self) -> bool:
-        """Whether INT8 takes less time, by more than noise."""
+        """Whether INT8 takes less time, by more than `MARGIN`."""
         return self.int8_seconds < (1 - MARGIN) * self.float_seconds
 
     @property
@@ -52,25 +52,25 @@ class Gate:
 
     @property
     def open(self) -> bool:
-        """Whether the graph becomes INT8."""
+        """Whether the graph is quantized."""
         return self.forced or (self.faster and self.smaller)
 
     @property
     def finding(self) -> str:
-        """Say what was found."""
-        times = f"{1e3 * self.int8_seconds:.1f} ms in integers against {1e3 * self.float_seconds:.1f} ms in float"
+        """The measurement as a sentence."""
+        times = f"{1e3 * self.int8_seconds:.1f} ms in INT8 against {1e3 * self.float_seconds:.1f} ms in float"
         sizes = f"{self.int8_bytes / 1e6:.2f} MB against {self.float_bytes / 1e6:.2f} MB"
         faults = [word for word, good in (("faster", self.faster), ("smaller", self.smaller)) if not good]
         if not faults:
-            return f"in integers it is faster and smaller here: {times}, {sizes}"
-        return f"in integers it is not {' and not '.join(faults)} here: {times}, {sizes}"
+            return f"INT8 is faster and smaller here: {times}, {sizes}"
+        return f"INT8 is not {' and not '.join(faults)} here: {times}, {sizes}"
 
     @property
     def why(self) -> str:
-        """Say what was found, and what follows."""
+        """The measurement and its consequence as a sentence."""
         if self.faster and self.smaller:
             return self.finding
-        return f"{self.finding}; {'it was asked for all the same' if self.forced else 'the graph stays in float'}"
+        return f"{self.finding}; {'it was requested anyway' if self.forced else 'the graph stays in float'}"
 
 
 class TimedSession(SessionWrapper):
@@ -99,19 +99,20 @@ def measure_gate(
     rounds: int = 5,
     forced: bool = False,
 ) -> tuple[Gate, list[Boundary]]:
-    """Replay recorded calls of one graph in both bundles, round about, and compare.
+    """Replay recorded calls of one graph in both bundles, in alternation, and compare.
 
     Args:
-        before: the bundle in float, which the cases were recorded with.
-        after: the quantized one.
+        graph: name of the graph.
+        before: the float bundle, with which the cases were recorded.
+        after: the quantized bundle.
         cases: folders of recorded cases.
-        options: `backend`, `variant` and `threads`.
-        side_by_side: whether both are open at a time; otherwise one after the other, where memory is short.
-        rounds: how often each is replayed; the first round does not count.
+        options: `backend`, `variant` and `threads` of the sessions.
+        side_by_side: whether both are open at once; otherwise one after the other, to save memory.
+        rounds: number of replays; the first one does not count.
         forced: see `Gate`.
 
     Returns:
-        The gate, and how far the quantized graph's outputs are from the recorded ones, one boundary an output.
+        The gate, and the differences of the quantized graph's outputs from the recorded ones, one boundary per output.
     """
     groups = [[before, after]] if side_by_side else [[before], [after]]
     least: list[float] = []
@@ -136,13 +137,13 @@ def measure_gate(
 def open_graph(
     bundle: Bundle, graph: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None
 ) -> Session:
-    """Open one graph of a bundle as `open_sessions` would open all."""
-    target = choose(bundle, backend=backend, variant=variant)
-    engine = next(known for known in BACKENDS if known.name == target.backend)
-    return engine.open(bundle, bundle.graph(graph, target.variants[graph]), threads)
+    """Open one graph of a bundle in the way of `open_sessions`."""
+    chosen = choose(bundle, backend=backend, variant=variant)
+    opener = next(known for known in BACKENDS if known.name == chosen.backend)
+    return opener.open(bundle, bundle.graph(graph, chosen.variants[graph]), threads)
 
 
 def graph_bytes(bundle: Bundle, graph: str) -> int:
-    """Return the bytes of a graph's weights; variants share them."""
+    """Return the bytes of a graph's weights, which its variants share."""
     files = {entry.path: entry.size for spec in bundle.manifest.graphs[graph].values() for entry in spec.data}
     return sum(files.values()) or max(spec.size for spec in bundle.manifest.graphs[graph].values())

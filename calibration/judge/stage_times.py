@@ -1,4 +1,4 @@
-"""Seconds of each stage on the same clips, both bundles in turn in one run: a ratio of two runs would be noise."""
+"""Measure the seconds of each stage on the same clips, with both bundles side by side: separate runs are too noisy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,10 @@ from bridge_stg.runtime.grounder import Grounder
 def stage_seconds(
     bundles: Mapping[str, Path], samples: Sequence[Sample], *, options: Mapping[str, Any], side_by_side: bool = True
 ) -> dict[str, Any]:
-    """Return the median seconds of each stage by bundle, and how many `clips` they are of.
+    """Return the median seconds of each stage by bundle, and the number of measured `clips`.
 
-    Args:
-        bundles: by label.
-        samples: what is asked, as a tube; the first one warms every engine up and does not count. Those that fail
-            are left out.
-        options: `backend`, `variant` and `threads`.
-        side_by_side: whether all are open at a time; otherwise one after the other, where memory is short.
+    All samples are grounded as tubes. The first one warms the sessions up and does not count; those that fail are left
+    out. Bundles are open at once if `side_by_side`, otherwise one after the other, to save memory.
     """
     groups = [list(bundles)] if side_by_side else [[label] for label in bundles]
     taken: dict[str, dict[str, list[float]]] = {label: {} for label in bundles}

@@ -1,16 +1,17 @@
-"""Ask a bundle its samples in a process of its own, where two large models would not fit into memory together.
+"""Evaluate a bundle in a subprocess, since the memory may not suffice for two large models.
 
-The second process writes the file of rows that the first one then reads, so that nothing else passes between them.
+The subprocess writes the rows, which the parent then reads from disk, and its peak memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bridge_stg.calibration.collect.samples import read_samples
+from bridge_stg.calibration.work_folder import read_json
 from bridge_stg.evaluation.run.evaluate import bundle_model, evaluate
 from bridge_stg.runtime.host.memory import peak_bytes
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
@@ -18,49 +19,55 @@ from bridge_stg.runtime.host.subprocess import run_in_subprocess
 PEAK = "peak.json"
 
 
-def judge_in_subprocess(
+def evaluate_in_subprocess(
+    limit: int | None,
+    *,
     bundle: Path,
     label: str,
-    *,
     samples: Path,
     media: Path | None,
-    chosen: list[str] | None,
+    ids: Sequence[str] | None,
     folder: Path,
-    limit: int | None,
     options: Mapping[str, Any],
 ) -> None:
-    """Fill `folder`/samples/LABEL.jsonl with the first `limit` samples.
+    """Write `folder`/samples/LABEL.jsonl, with the first `limit` samples or all.
 
     Args:
-        bundle: to be asked.
-        label: its name.
-        samples: the file of samples.
-        media: the folder of their media; None: that of the file.
-        chosen: only samples with these ids; None: all.
-        folder: of the rows; the memory that was held at most goes to `PEAK` there.
-        limit: None: all.
-        options: `backend`, `variant` and `threads`.
+        limit: maximum number of samples; None: all.
+        bundle: folder of the bundle.
+        label: name of the bundle.
+        samples: file of the samples.
+        media: folder of the media; None: that of the file.
+        ids: ids of the samples to use; None: all.
+        folder: folder of the rows, and of the peak memory in the file `PEAK`.
+        options: `backend`, `variant` and `threads` of the sessions.
 
     Raises:
         BridgeError: the evaluation failed.
-        EngineError: the process failed; see `run_in_subprocess`.
+        EngineError: the subprocess failed; see `run_in_subprocess`.
     """
     job = {
         "bundle": str(bundle), "label": label, "samples": str(samples), "media": None if media is None else str(media),
-        "chosen": chosen, "folder": str(folder), "limit": limit, "options": dict(options),
+        "ids": ids, "folder": str(folder), "limit": limit, "options": dict(options),
     }  # fmt: skip
     run_in_subprocess(
         "bridge_stg.calibration.judge.subprocess_judge:evaluate_job",
         job,
         purpose=f"evaluates {label}",
-        advice="Close other programs and run the same command again: it continues at the sample",
+        advice="Close other programs and run the same command again: it resumes at the next sample",
     )
 
 
 def evaluate_job(job: Mapping[str, Any]) -> None:
-    """Run a job of `judge_in_subprocess`."""
+    """Run a job of `evaluate_in_subprocess`."""
     folder = Path(job["folder"])
     dataset = read_samples(Path(job["samples"]), None if job["media"] is None else Path(job["media"])).dataset
     model = bundle_model(Path(job["bundle"]), job["label"], **job["options"])
-    evaluate(dataset.only(job["chosen"]), [model], folder, limit=job["limit"])
+    evaluate(dataset.only(job["ids"]), [model], folder, limit=job["limit"])
     (folder / PEAK).write_text(json.dumps(peak_bytes()), encoding="utf-8")
+
+
+def peak_of(folder: Path) -> int | None:
+    """Return the peak memory in bytes of the subprocess that wrote a folder; None without one."""
+    peak: int | None = read_json(folder / PEAK)
+    return peak

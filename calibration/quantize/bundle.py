@@ -1,4 +1,4 @@
-"""From a float bundle to a quantized one: weights are streamed, golden cases and tokenizer are carried over."""
+"""Write a quantized bundle of a float bundle: weights are streamed, golden cases and tokenizer are copied."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def quantize_bundle(
     """Write a quantized bundle; the same source, recipe, ranges and smoothing give the same bytes.
 
     Args:
-        source: an fp32 or fp16 bundle that is not quantized.
-        out: the new bundle's folder; appears when it is complete, or not at all.
-        recipe: what of each graph is in integers.
-        ranges: of activations, by graph and node, and of keys and values, by past_key_0 …
+        source: float bundle in fp32 or fp16.
+        out: folder of the new bundle; it appears when it is complete, or not at all.
+        recipe: what is quantized.
+        ranges: ranges of activations by graph and node, and of keys and values by past_key_0 …
         smoothing: vectors [K] by graph and node.
-        calibration: for the manifest: which samples gave the ranges, and how.
-        variants: those of the source that are written; None: all. `ort-cpu` comes of itself where it is of use.
-        overwrite: whether to replace a bundle that is there.
+        calibration: samples and options of the calibration, for the manifest.
+        variants: variants of the source to write; None: all. `ort-cpu` is derived where it helps.
+        overwrite: whether to replace an existing bundle.
         progress: called as progress(stage, done, total).
 
     Raises:
-        BundleError: the source is quantized or bf16, or the target cannot be written.
+        BundleError: the source is quantized or bf16, or the folder cannot be written.
         BridgeError: a block or variant is unknown, a range is missing, or a weight cannot be stored.
     """
     manifest = source.manifest
@@ -65,7 +65,7 @@ def quantize_bundle(
         for name, present in manifest.graphs.items():
             graphs = [graph for variant, graph in present.items() if variant in wanted]
             chosen = recipe.of(name)
-            if not chosen.quantizes or not _has_integers(source, graphs[0], chosen):
+            if not chosen.quantizes or not _any_quantized(source, graphs[0], chosen):
                 derived = [graph for graph in present.values() if graph.made_by_pass and graph.derived_from in wanted]
                 for graph in graphs + derived:
                     writer.add_graph(graph, source.graph_path(name, graph.variant))
@@ -81,7 +81,7 @@ def quantize_bundle(
                     weights=weights,
                     progress=progress,
                 )
-                written = [_write(source, graph, chosen, quantizer, ranges.get(name, {}), folder) for graph in graphs]
+                written = [_write(source, graph, quantizer, folder) for graph in graphs]
             for graph in written + derive_ort_cpu(written, folder):
                 check_graph(folder / f"{graph.variant}.onnx")
                 writer.add_graph(graph)
@@ -100,38 +100,49 @@ def quantize_bundle(
 
 
 def _check(source: Bundle, recipe: Recipe, variants: Sequence[str] | None) -> list[str]:
-    """Refuse what cannot be quantized, and return the variants to write."""
+    """Check source, recipe and variants, and return the variants to write."""
+    check_precision(source)
     manifest = source.manifest
-    for graph in manifest.all_graphs():
-        if graph.precision not in ("fp32", "fp16"):
-            raise BundleError(
-                f"{source.path}: graph {graph} is {graph.precision}; calibrate a bundle that was exported with "
-                "--dtype fp32 or fp16."
-            )
     present = list(dict.fromkeys(graph.variant for graph in manifest.all_graphs() if not graph.made_by_pass))
     wanted = present if variants is None else list(dict.fromkeys(variants))
     for variant in wanted:
         if variant not in present or any(variant not in graphs for graphs in manifest.graphs.values()):
             known = ", ".join(present)
-            raise BundleError(f"{source.path}: not every graph has a variant {variant!r}; it has: {known}.")
+            raise BundleError(
+                "bundle.no_variant", f"{source.path}: not every graph has a variant {variant!r}; it has: {known}."
+            )
     if not wanted:
-        raise BundleError(f"variants: found an empty list; choose from {', '.join(present)}.")
+        raise BundleError("bundle.no_variant", f"variants: found an empty list; choose from {', '.join(present)}.")
     for name in recipe.graphs:
         if name not in manifest.graphs:
             known = ", ".join(manifest.graphs)
-            raise BundleError(f"{source.path}: the recipe names a graph {name!r}; this bundle has: {known}.")
+            raise BundleError(
+                "bundle.no_graph", f"{source.path}: the recipe has a graph {name!r}; this bundle has: {known}."
+            )
         known_blocks = {entry.block for entry in _entries(source, name, wanted[0])}
         for block in recipe.of(name).keep_float:
             if block not in known_blocks:
                 raise BridgeError(
-                    f"block {block!r} is to stay float, but graph {name} has no such block with products; it has: "
-                    f"{', '.join(sorted(known_blocks))}."
+                    "calibration.unknown_block",
+                    f"block {block!r} is to stay in float, but graph {name} has no such block with matmuls; it has: "
+                    f"{', '.join(sorted(known_blocks))}.",
                 )
     return wanted
 
 
-def _has_integers(source: Bundle, graph: GraphSpec, recipe: GraphRecipe) -> bool:
-    """Whether anything is left to quantize beside the blocks that are kept."""
+def check_precision(source: Bundle) -> None:
+    """Raise BundleError if a graph is neither fp32 nor fp16."""
+    for graph in source.manifest.all_graphs():
+        if graph.precision not in ("fp32", "fp16"):
+            raise BundleError(
+                "bundle.precision",
+                f"{source.path}: graph {graph} is {graph.precision}; expected a bundle that was exported with --dtype "
+                "fp32 or fp16.",
+            )
+
+
+def _any_quantized(source: Bundle, graph: GraphSpec, recipe: GraphRecipe) -> bool:
+    """Return whether a recipe quantizes anything of a graph, without the blocks that stay in float."""
     if recipe.cache == INT8 and graph.cache is not None:
         return True
     model = ir.load(source.graph_path(graph.name, graph.variant))
@@ -139,25 +150,23 @@ def _has_integers(source: Bundle, graph: GraphSpec, recipe: GraphRecipe) -> bool
     return table_form != FLOAT or any(form != FLOAT for form in forms.values())
 
 
-def _write(
-    source: Bundle, spec: GraphSpec, recipe: GraphRecipe, quantizer: GraphQuantizer, ranges: Ranges, folder: Path
-) -> GraphSpec:
-    """Quantize one variant, and return its contract."""
+def _write(source: Bundle, spec: GraphSpec, quantizer: GraphQuantizer, folder: Path) -> GraphSpec:
+    """Quantize one variant, and return its spec."""
     model = ir.load(source.graph_path(spec.name, spec.variant))
     quantizer.quantize(model)
-    if recipe.cache == INT8 and spec.cache is not None:
-        spec = quantize_cache(model, spec, ranges)
+    if quantizer.recipe.cache == INT8 and spec.cache is not None:
+        spec = quantize_cache(model, spec, quantizer.ranges)
     ir.save(model, folder / f"{spec.variant}.onnx")
     return dataclasses.replace(
         spec,
         opset=model.graph.opset_imports[""],
-        precision=recipe.precision(spec.precision),
+        precision=quantizer.recipe.precision(spec.precision),
         derived_from=spec.variant,
     )
 
 
 def _entries(source: Bundle, graph: str, variant: str) -> list[Matmul | Table]:
-    """Return the products and tables of a graph."""
+    """Return the matmuls and tables of a graph."""
     model = ir.load(source.graph_path(graph, variant))
     return [*find_matmuls(model, graph), *find_tables(model, graph)]
 
@@ -167,7 +176,7 @@ def _precision(source: Bundle, graph: str) -> str:
 
 
 def _carry(source: Bundle, writer: BundleWriter, precisions: Mapping[str, str]) -> None:
-    """Copy tokenizer and golden cases; the cases allow quantized graphs the tolerances of their precision."""
+    """Copy tokenizer and golden cases; quantized graphs get the tolerances of their precision in the cases."""
     graphs = source.manifest.graphs
     outputs = {name: next(iter(variants.values())).outputs for name, variants in graphs.items()}
     wider = {

@@ -1,7 +1,7 @@
-"""One graph with explicit Q/DQ: products in int8 or int4, the table in int8, outliers moved into weights.
+"""Quantize one graph with explicit Q/DQ: matmuls in int8 or int4, the table in int8, smoothing folded into weights.
 
-The one form that onnxruntime, TensorRT 10 and 11 all take: symmetric, zero point 0, weights a channel, activations a
-tensor. Biases, norms, softmax and what adds up residuals stay float. Weights go from file to file one at a time.
+The form that onnxruntime, TensorRT 10 and 11 all support: symmetric, zero point 0, weights per channel, activations per
+tensor. Biases, norms, softmax and residual additions stay in float. Weights go from file to file one at a time.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from bridge_stg.export.graph.graph_edit import Edit
 from bridge_stg.runtime.errors import BridgeError
 
 INLINE_BYTES = 256
-"""Smaller tensors stay in the .onnx file, as do integers that are no weights: engines want to see them at once."""
+"""Smaller tensors stay in the .onnx file, as do integers that are not weights: backends need them at load time."""
 
 HALF_SCALES_SINCE, INT4_SINCE = 19, 21
-"""First opsets whose QuantizeLinear takes fp16 scales, and whose DequantizeLinear takes int4 and blocks."""
+"""First opsets whose QuantizeLinear supports fp16 scales, and whose DequantizeLinear supports int4 and blocks."""
 
 INT4_IR_VERSION = 10
 
 Ranges = Mapping[str, TensorRange]
-"""By the node of a product, or past_key_0 … for keys and values."""
+"""By node of a matmul, or past_key_0 … for keys and values."""
 
 Smoothing = Mapping[str, np.ndarray]
-"""By the node of a product: float32 [K], what its activation is divided by; alike where products share one."""
+"""By node of a matmul: float32 [K], divisor of its activation; equal for matmuls that share an activation."""
 
 Progress = Callable[[str, int, int], Any]
 
@@ -43,12 +43,12 @@ class GraphQuantizer:
     """Quantizes the variants of one graph into one file of weights, each weight once.
 
     Args:
-        graph: its name.
-        recipe: what is in integers.
-        ranges: of every int8 activation.
-        smoothing: of the products that are smoothed.
-        weights: where all tensors of the variants go.
-        progress: called as progress("quantizing GRAPH", done, total) with products.
+        graph: name of the graph.
+        recipe: what is quantized.
+        ranges: ranges of all int8 activations.
+        smoothing: vectors of the smoothed matmuls.
+        weights: file for all tensors of the variants.
+        progress: called as progress("quantizing GRAPH", done, total) with numbers of matmuls.
     """
 
     def __init__(
@@ -61,40 +61,40 @@ class GraphQuantizer:
         weights: WeightFile,
         progress: Progress | None = None,
     ) -> None:
-        self._graph, self._recipe = graph, recipe
-        self._ranges, self._smoothing = ranges, smoothing
+        self._graph, self.recipe = graph, recipe
+        self.ranges, self._smoothing = ranges, smoothing
         self._weights = weights
         self._progress = progress or (lambda stage, done, total: None)
         self._packed: dict[tuple[Any, ...], tuple[ir.ExternalTensor, np.ndarray]] = {}
         self._copied: dict[tuple[Any, ...], ir.ExternalTensor] = {}
 
     def quantize(self, model: ir.Model) -> None:
-        """Change one float variant in place; keys and values are left alone.
+        """Quantize one float variant in place, except for keys and values.
 
         Raises:
-            BridgeError: a product has no range, or a weight cannot be stored.
+            BridgeError: a matmul has no range, or a weight cannot be stored.
         """
-        products, tables = find_matmuls(model, self._graph), find_tables(model, self._graph)
-        forms, table_form = forms_of(self._recipe, products, tables)
+        matmuls, tables = find_matmuls(model, self._graph), find_tables(model, self._graph)
+        forms, table_form = forms_of(self.recipe, matmuls, tables)
         factors = self._factors(model)
         edit = Edit(model.graph)
         half = False
-        for done, product in enumerate(products):
-            self._progress(f"quantizing {self._graph}", done, len(products))
-            form = forms[product.node]
+        for done, matmul in enumerate(matmuls):
+            self._progress(f"quantizing {self._graph}", done, len(matmuls))
+            form = forms[matmul.node]
             if form == FLOAT:
                 continue
-            node = edit.nodes[product.node]
-            weight = self._weight(edit, product, form, factors.get(product.weight, NO_FACTORS))
+            node = edit.nodes[matmul.node]
+            weight = self._weight(edit, matmul, form, factors.get(matmul.weight, NO_FACTORS))
             data = node.inputs[0]
             assert data is not None and weight.dtype is not None
             half |= weight.dtype == ir.DataType.FLOAT16
-            if self._recipe.activations == INT8:
-                data = edit.quantized(data, self._scale(product), weight.dtype)
+            if self.recipe.activations == INT8:
+                data = edit.quantized(data, self._scale(matmul), weight.dtype)
             edit.multiply(node, data, weight)
         for table in tables:
             if table_form == INT8:
-                pack = partial(self._pack, edit, table.weight, INT8, NO_FACTORS, turned=False)
+                pack = partial(self._pack, edit, table.weight, INT8, NO_FACTORS, transposed=False)
                 rows = edit.dequantized(table.weight, pack, use="table")
                 edit.nodes[table.node].replace_input_with(0, rows)
         edit.drop_unused()
@@ -107,7 +107,7 @@ class GraphQuantizer:
         self._store(model.graph, factors)
 
     def _factors(self, model: ir.Model) -> dict[str, Factors]:
-        """Return what smoothing multiplies initializers by; float or not, all of a group must follow."""
+        """Return the factors of smoothing by initializer; they apply to float blocks of a smoothed group too."""
         if not self._smoothing:
             return {}
         columns: dict[str, np.ndarray] = {}
@@ -118,69 +118,77 @@ class GraphQuantizer:
             left -= set(group.nodes)
             if not vectors:
                 continue
-            vector, k = np.asarray(vectors[0], np.float32), group.products[0].k
+            vector, k = np.asarray(vectors[0], np.float32), group.matmuls[0].k
             alike = len(vectors) == len(group.nodes) and all(np.array_equal(vector, other) for other in vectors)
             if not alike or vector.shape != (k,) or not (np.isfinite(vector).all() and (vector > 0).all()):
                 raise BridgeError(
+                    "calibration.bad_smoothing",
                     f"smoothing of {', '.join(group.nodes)}: expected one vector of {k} positive numbers for all of "
-                    f"them, found {len(vectors)} of shape {list(vector.shape)}."
+                    f"them, found {len(vectors)} of shape {list(vector.shape)}.",
                 )
-            for product in group.products:
-                columns[product.weight] = vector
+            for matmul in group.matmuls:
+                columns[matmul.weight] = vector
             for name in group.divided:
                 rows[name] = 1 / vector
         if left:
-            raise BridgeError(f"smoothing of {min(left)}: nothing before it can be divided; leave it out.")
+            raise BridgeError(
+                "calibration.bad_smoothing",
+                f"smoothing of {min(left)}: no node before it can be divided; leave it out.",
+            )
         return {name: Factors(columns.get(name), rows.get(name)) for name in {**columns, **rows}}
 
-    def _scale(self, product: Matmul) -> float:
-        if product.node not in self._ranges:
+    def _scale(self, matmul: Matmul) -> float:
+        if matmul.node not in self.ranges:
             raise BridgeError(
-                f"{product.node}: no range was found for what it multiplies; collect statistics of graph "
-                f"{product.graph} with the same bundle first."
+                "calibration.missing_range",
+                f"{matmul.node}: its activation has no range; collect statistics of graph {matmul.graph} with the same "
+                "bundle first.",
             )
-        scale = float(self._ranges[product.node].scale)
+        scale = float(self.ranges[matmul.node].scale)
         if not (np.isfinite(scale) and scale > 0):
-            raise BridgeError(f"{product.node}: its range has the scale {scale}; expected a positive number.")
+            raise BridgeError(
+                "calibration.missing_range",
+                f"{matmul.node}: its range has the scale {scale}; expected a positive number.",
+            )
         return scale
 
-    def _weight(self, edit: Edit, product: Matmul, form: str, factors: Factors) -> ir.Value:
-        """Return a weight as [K, N] floats that come out of integers.
+    def _weight(self, edit: Edit, matmul: Matmul, form: str, factors: Factors) -> ir.Value:
+        """Return a dequantized weight [K, N].
 
-        The head stays [N, K] behind a transpose: it may be a table too, and is too large to be turned here.
+        The head stays [N, K], with a Transpose: it may be a table too, and is too large to be transposed in memory.
         """
-        name, turned = product.weight, product.block != HEAD
+        name, transposed = matmul.weight, matmul.block != HEAD
         value = edit.dequantized(
             name,
-            partial(self._pack, edit, name, form, factors, turned=turned),
+            partial(self._pack, edit, name, form, factors, transposed=transposed),
             use="product",
-            axis=0 if form == INT4 or not turned else 1,
-            block_size=self._recipe.block_size if form == INT4 else 0,
+            axis=0 if form == INT4 or not transposed else 1,
+            block_size=self.recipe.block_size if form == INT4 else 0,
         )
-        return value if turned else edit.transposed(value)
+        return value if transposed else edit.transposed(value)
 
     def _pack(
-        self, edit: Edit, name: str, form: str, factors: Factors, *, turned: bool
+        self, edit: Edit, name: str, form: str, factors: Factors, *, transposed: bool
     ) -> tuple[ir.ExternalTensor, np.ndarray]:
-        """Return the integers and the scales of a weight, which are written if no variant has asked for them yet."""
+        """Return the integers and the scales of a weight, which are written on the first call for any variant."""
         tensor = edit.graph.initializers[name].const_value
         assert tensor is not None
-        key = (*_place(tensor), form, turned, *_bytes_of(factors))
+        key = (*_place(tensor), form, transposed, *_bytes_of(factors))
         if key not in self._packed:
             source = StoredSource(tensor, factors)
             n, k = source.shape
             if form == INT4:
-                four = Int4Pieces(source, block_size=self._recipe.block_size)
+                four = Int4Pieces(source, block_size=self.recipe.block_size)
                 self._packed[key] = self._weights.write(name, ir.DataType.INT4, (k, n), four), four.scales
             else:
-                eight = Int8Pieces(source, turned=turned, reduced=self._recipe.reduced_range)
-                shape = (k, n) if turned else (n, k)
+                eight = Int8Pieces(source, transposed=transposed, reduced=self.recipe.reduced_range)
+                shape = (k, n) if transposed else (n, k)
                 self._packed[key] = self._weights.write(name, ir.DataType.INT8, shape, eight), eight.scales
         packed, scales = self._packed[key]
         return self._weights.again(packed, f"{name}_{form}"), scales
 
     def _store(self, graph: ir.Graph, factors: Mapping[str, Factors]) -> None:
-        """Move what is still float out of the graph; what smoothing changes, changed."""
+        """Move float tensors into the file of weights, multiplied by their factors."""
         for name, value in sorted(graph.initializers.items()):
             tensor = value.const_value
             if tensor is None or not tensor.dtype.is_floating_point():
@@ -199,27 +207,28 @@ class GraphQuantizer:
             value.const_value = self._weights.at(name, tensor.dtype, source.shape, place)
 
 
-def forms_of(recipe: GraphRecipe, products: list[Matmul], tables: list[Table]) -> tuple[dict[str, str], str]:
-    """Return how each product's weight is stored, by node, and how the table is.
+def forms_of(recipe: GraphRecipe, matmuls: list[Matmul], tables: list[Table]) -> tuple[dict[str, str], str]:
+    """Return the stored form of each matmul's weight, by node, and of the table.
 
-    A head that is tied to the table is int8 where both may be, and float where one must: its bytes are there once.
+    A tied head and table share their bytes: they are int8 if both may be, else float.
     """
-    forms = {product.node: recipe.form_of(product) for product in products}
+    forms = {matmul.node: recipe.form_of(matmul) for matmul in matmuls}
     table_form = recipe.form_of_table(tables[0]) if tables else FLOAT
     tied = {table.weight for table in tables}
-    for product in products:
-        if product.weight in tied:
-            table_form = INT8 if table_form == INT8 and forms[product.node] != FLOAT else FLOAT
-            forms[product.node] = table_form
+    for matmul in matmuls:
+        if matmul.weight in tied:
+            table_form = INT8 if table_form == INT8 and forms[matmul.node] != FLOAT else FLOAT
+            forms[matmul.node] = table_form
     return forms, table_form
 
 
 def _place(tensor: ir.TensorProtocol) -> tuple[Any, ...]:
-    """What tells two variants' tensors of the same bytes."""
+    """Return a key that is equal for equal tensors of two variants."""
     if isinstance(tensor, ir.ExternalTensor):
         return str(tensor.path), tensor.offset, tensor.length, tuple(tensor.shape)
     return (tensor.tobytes(), tuple(tensor.shape))
 
 
 def _bytes_of(factors: Factors) -> tuple[bytes, bytes]:
-    return tuple(b"" if v is None else v.tobytes() for v in (factors.columns, factors.rows))  # type: ignore[return-value]
+    columns, rows = (b"" if v is None else v.tobytes() for v in (factors.columns, factors.rows))
+    return columns, rows

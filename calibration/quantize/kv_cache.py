@@ -1,6 +1,6 @@
-"""Keys and values in int8: a quarter of the fp32 cache, one fixed scale a buffer.
+"""Store keys and values in int8, with one fixed scale per buffer.
 
-New rows are quantized before they are written, so that a row means the same however many tokens came with it.
+New rows are quantized before they are written, so that a row does not depend on how many tokens one call has.
 """
 
 from __future__ import annotations
@@ -18,25 +18,23 @@ from bridge_stg.runtime.errors import BridgeError
 
 
 def quantize_cache(model: ir.Model, spec: GraphSpec, ranges: Mapping[str, TensorRange]) -> GraphSpec:
-    """Change one variant in place, and return its contract with int8 buffers.
-
-    Args:
-        model: with a float cache of either contract.
-        spec: what goes in and out of it.
-        ranges: by past_key_0 …
+    """Quantize the cache of one variant in place, and return its spec with int8 buffers.
 
     Raises:
-        BridgeError: the graph keeps no cache, or a buffer has no range.
+        BridgeError: the graph has no cache, or a buffer has no range.
     """
     cache, graph = spec.cache, model.graph
     if cache is None:
-        raise BridgeError(f"{spec}: keeps no keys and values, so its recipe cannot ask for them in int8.")
+        raise BridgeError("calibration.bad_recipe", f"{spec}: has no KV cache; leave int8 for the cache out.")
     edit = Edit(graph)
     inputs = {str(value.name): value for value in graph.inputs}
     outputs = {str(value.name): index for index, value in enumerate(graph.outputs)}
     for past, written in zip(cache.past_names, cache.written_names, strict=True):
         if past not in ranges:
-            raise BridgeError(f"{past} of {spec}: no range was found; collect statistics with the same bundle first.")
+            raise BridgeError(
+                "calibration.missing_range",
+                f"{past} of {spec}: no range was found; collect statistics with the same bundle first.",
+            )
         scale, old, index = float(ranges[past].scale), inputs[past], outputs[written]
         new, dtype = graph.outputs[index], old.dtype
         assert dtype is not None
@@ -58,7 +56,7 @@ def quantize_cache(model: ir.Model, spec: GraphSpec, ranges: Mapping[str, Tensor
 
 
 def _in_place(edit: Edit, present: ir.Value, scale: float, dtype: ir.DataType) -> None:
-    """past int8, rows → Q → TensorScatter → present int8 → DQ → attention."""
+    """Insert Q and DQ: past int8, rows → Q → TensorScatter → present int8 → DQ → attention."""
     scatter = present.producer()
     assert scatter is not None
     rows = scatter.inputs[1]
@@ -70,7 +68,7 @@ def _in_place(edit: Edit, present: ir.Value, scale: float, dtype: ir.DataType) -
 
 
 def _append(edit: Edit, rows: ir.Value, index: int, scale: float, dtype: ir.DataType) -> None:
-    """rows → Q → new int8 → DQ → attention."""
+    """Insert Q and DQ: rows → Q → new int8 → DQ → attention."""
     name, shape, readers = rows.name, rows.shape, list(rows.uses())
     rows.name = edit.free_name(f"{name}_rows")
     integers = edit.quantize(rows, scale, dtype)
@@ -79,9 +77,9 @@ def _append(edit: Edit, rows: ir.Value, index: int, scale: float, dtype: ir.Data
     _as_floats(edit, readers, integers, rows, scale)
 
 
-def _as_floats(edit: Edit, readers: list[ir.Usage], integers: ir.Value, like: ir.Value, scale: float) -> None:
-    """Let readers see floats. Where one turns them, integers are turned: onnxruntime trips over the other order."""
-    dtype = like.dtype
+def _as_floats(edit: Edit, readers: list[ir.Usage], integers: ir.Value, source: ir.Value, scale: float) -> None:
+    """Dequantize for each reader; after its Transpose, if it has one: onnxruntime fails on the other order."""
+    dtype = source.dtype
     assert dtype is not None
     floats: ir.Value | None = None
     for node, index in readers:
@@ -90,12 +88,12 @@ def _as_floats(edit: Edit, readers: list[ir.Usage], integers: ir.Value, like: ir
             after = list(out.uses())
             node.replace_input_with(index, integers)
             out.dtype = ir.DataType.INT8
-            turned = edit.dequantize(out, like, scale, dtype)
+            transposed = edit.dequantize(out, source, scale, dtype)
             for reader, place in after:
-                reader.replace_input_with(place, turned)
+                reader.replace_input_with(place, transposed)
             continue
         if floats is None:
-            floats = edit.dequantize(integers, like, scale, dtype)
+            floats = edit.dequantize(integers, source, scale, dtype)
         node.replace_input_with(index, floats)
 
 

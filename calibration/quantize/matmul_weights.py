@@ -1,4 +1,4 @@
-"""The float weights of products, read by blocks of rows from a bundle's graphs; knows nothing of quantization."""
+"""Read the float weights of matmuls from a bundle's graphs, by blocks of rows; knows nothing of quantization."""
 
 from __future__ import annotations
 
@@ -14,13 +14,8 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BundleError
 
 
-class ProductWeights:
-    """Reads weights where they lie on disk, and keeps none of them in memory.
-
-    Args:
-        bundle: the folder of a bundle in float.
-        variants: graph → the variant that is read.
-    """
+class MatmulWeights:
+    """Reads weights of a float bundle (graph → variant) from disk, and keeps none of them in memory."""
 
     def __init__(self, bundle: Path, variants: Mapping[str, str]) -> None:
         self._bundle = Bundle.load(bundle)
@@ -33,21 +28,22 @@ class ProductWeights:
             self._models[graph] = ir.load(self._bundle.graph_path(graph, self._variants[graph]))
         return self._models[graph]
 
-    def blocks(self, product: Matmul) -> Iterator[np.ndarray]:
-        """Yield a product's weight as float32 [rows, K], a block of its N rows at a time.
+    def blocks(self, matmul: Matmul) -> Iterator[np.ndarray]:
+        """Yield a matmul's weight [N, K] as float32 [rows, K], a block of rows at a time.
 
         Raises:
             BundleError: the graph has no such weight, or one of another size.
         """
-        value = self.model(product.graph).graph.initializers.get(product.weight)
+        value = self.model(matmul.graph).graph.initializers.get(matmul.weight)
         tensor = None if value is None else value.const_value
         shape = () if tensor is None else tuple(int(size) for size in tensor.shape)
-        if tensor is None or shape not in ((product.n, product.k), (product.k, product.n)):
+        if tensor is None or shape not in ((matmul.n, matmul.k), (matmul.k, matmul.n)):
             raise BundleError(
-                f"{self._bundle.path}: the weight {product.weight!r} of graph {product.graph!r} is "
-                f"{'missing' if tensor is None else list(shape)}, expected [{product.n}, {product.k}]; export it again."
+                "bundle.weight",
+                f"{self._bundle.path}: the weight {matmul.weight!r} of graph {matmul.graph!r} is "
+                f"{'missing' if tensor is None else list(shape)}, expected [{matmul.n}, {matmul.k}]; export it again.",
             )
-        if shape == (product.n, product.k):
+        if shape == (matmul.n, matmul.k):
             for _, block in StoredSource(tensor).rows():
                 yield block
         else:

@@ -1,8 +1,7 @@
-"""One weight in int8 or int4: read by blocks of rows, rounded, and written as it goes.
+"""Round one weight to int8 or int4: it is read by blocks of rows, and yielded as bytes.
 
-Symmetric, zero point 0. int8 has a scale a channel, int4 one for every `block_size` values along K of each channel.
-Both lie [K, N], as they are multiplied: behind a transpose, onnxruntime fuses them in some opsets only. Knows nothing
-of graphs.
+Symmetric, zero point 0. int8 has one scale per channel, int4 one for every `block_size` values along K of each
+channel. Both are stored [K, N]: with a Transpose, onnxruntime fuses them only in some opsets. Knows nothing of graphs.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ import onnx_ir as ir
 from bridge_stg.runtime.errors import BridgeError
 
 INT8_LIMIT, REDUCED_LIMIT = 127, 64
-"""Largest magnitude of an int8 weight. 255 · 64 · 2 fits the signed 16 bits in which old CPUs sum two products."""
+"""Largest magnitude of an int8 weight; 255 · 64 · 2 fits the signed 16-bit sums of CPUs without VNNI."""
 
 INT4_LEAST, INT4_MOST = -8, 7
 INT4_DIVISORS = (7.0, 7.5, 8.0)
-"""What a block's largest magnitude may be divided by to get its scale; the one of least squared error is taken."""
+"""Candidates for the ratio of a block's largest magnitude to its scale; the one with the least error is used."""
 
 BLOCK_BYTES = 32 * 2**20
-"""Stored bytes that are read at a time."""
+"""Number of stored bytes that are read at a time."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What a weight [N, K] is multiplied by before it is rounded: moved there from an activation, or taken by one.
+    """Factors of a weight [N, K] before rounding, which compensate for the smoothing of activations.
 
     Attributes:
         columns: float32 [K], or None.
-        rows: float32 [N] (or of a vector: its values), or None.
+        rows: float32 [N], or the shape of a vector, or None.
     """
 
     columns: np.ndarray | None = None
@@ -40,7 +39,7 @@ class Factors:
 
     @property
     def none(self) -> bool:
-        """Whether values stay as they are."""
+        """Whether there are no factors."""
         return self.columns is None and self.rows is None
 
 
@@ -49,11 +48,11 @@ NO_FACTORS = Factors()
 
 @dataclass(frozen=True)
 class StoredSource:
-    """A float tensor of a graph, wherever it lies.
+    """A float tensor of a graph, in memory or on disk.
 
     Attributes:
-        tensor: as the graph has it.
-        factors: what its values are multiplied by.
+        tensor: tensor of the graph.
+        factors: factors of its values.
     """
 
     tensor: ir.TensorProtocol
@@ -61,10 +60,11 @@ class StoredSource:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
         return tuple(int(size) for size in self.tensor.shape)
 
     def rows(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, float32 [rows, …]) a block of rows at a time.
+        """Yield (first row, float32 [rows, …]), a block of rows at a time.
 
         Raises:
             BridgeError: a value is not a finite number.
@@ -77,14 +77,17 @@ class StoredSource:
             if factors.rows is not None:
                 block *= factors.rows[first : first + len(block)].reshape(-1, *[1] * (block.ndim - 1))
             if not np.isfinite(block).all():
-                raise BridgeError(f"{self.tensor.name}: holds values that are not finite numbers; export it again.")
+                raise BridgeError(
+                    "calibration.not_finite",
+                    f"{self.tensor.name}: has values that are not finite numbers; export it again.",
+                )
             yield first, block
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the values in the tensor's own dtype.
 
         Raises:
-            BridgeError: the dtype cannot hold a value that the factors made.
+            BridgeError: a multiplied value is outside the range of the dtype.
         """
         if self.factors.none:
             for _, raw in self._blocks():
@@ -95,13 +98,14 @@ class StoredSource:
                 cast = block.astype(self.tensor.dtype.numpy())
             if not np.isfinite(cast.astype(np.float32)).all():
                 raise BridgeError(
-                    f"{self.tensor.name}: {self.tensor.dtype} cannot hold what smoothing makes of it; calibrate with "
-                    "a smaller smoothing strength for its block (see the overrides file)"
+                    "calibration.not_finite",
+                    f"{self.tensor.name}: smoothing exceeds the range of {self.tensor.dtype}; calibrate with a smaller "
+                    "smoothing strength for its block (see the overrides file)",
                 )
             yield cast.tobytes()
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, bytes) without mapping the file: mapped pages would count as memory in use."""
+        """Yield (first row, bytes). The file is not mapped, since mapped pages count as memory in use."""
         shape = self.shape
         rows = shape[0] if shape else 1
         row_bytes = max(1, self.tensor.nbytes // max(rows, 1))
@@ -116,28 +120,31 @@ class StoredSource:
                 size = min(step, rows - first) * row_bytes
                 buffer = bytearray(size)
                 if file.readinto(buffer) != size:
-                    raise BridgeError(f"{self.tensor.path}: ends in the middle of {self.tensor.name}; copy it again.")
+                    raise BridgeError(
+                        "bundle.truncated",
+                        f"{self.tensor.path}: ends in the middle of {self.tensor.name}; copy it again.",
+                    )
                 yield first, np.frombuffer(buffer, np.uint8)
 
 
 class Int8Pieces:
-    """The int8 values of a weight [N, K]; `scales` [N] once they were read.
+    """Iterates over the int8 values of a weight [N, K] as bytes; afterwards `scales` [N] are set.
 
     Args:
         source: the weight.
-        turned: whether values lie [K, N], for which all of them are held; else [N, K], by blocks of rows.
-        reduced: whether magnitudes end at 64.
+        transposed: whether to yield [K, N], for which all values are kept in memory; else [N, K], by blocks of rows.
+        reduced: whether magnitudes are at most 64.
     """
 
-    def __init__(self, source: StoredSource, *, turned: bool, reduced: bool = False) -> None:
-        self._source, self._turned = source, turned
+    def __init__(self, source: StoredSource, *, transposed: bool, reduced: bool = False) -> None:
+        self._source, self._transposed = source, transposed
         self._limit = REDUCED_LIMIT if reduced else INT8_LIMIT
         self.dtype = source.tensor.dtype.numpy()
         self.scales = np.ones(source.shape[0], self.dtype)
 
     def __iter__(self) -> Iterator[bytes]:
         n, k = self._source.shape
-        all_levels = np.empty((n, k), np.int8) if self._turned else None
+        all_levels = np.empty((n, k), np.int8) if self._transposed else None
         for first, block in self._source.rows():
             scales = storable(np.abs(block).max(-1) / self._limit, self.dtype)
             self.scales[first : first + len(block)] = scales
@@ -151,7 +158,7 @@ class Int8Pieces:
 
 
 class Int4Pieces:
-    """The int4 values [K, N] of a weight [N, K], two a byte; `scales` [K / block_size, N] once they were read."""
+    """Iterates over the int4 values [K, N] of a weight [N, K] as bytes; then `scales` [K / block_size, N] are set."""
 
     def __init__(self, source: StoredSource, *, block_size: int) -> None:
         self._source, self._block_size = source, block_size
@@ -172,11 +179,11 @@ class Int4Pieces:
 
 
 def int4_scales(values: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
-    """Return the scale of least squared error of each block.
+    """Return the scale with the least squared error of each block.
 
     Args:
         values: float32 [N, blocks, block_size].
-        dtype: in which scales are stored.
+        dtype: dtype of stored scales.
 
     Returns:
         [N, blocks] of `dtype`.
@@ -195,20 +202,22 @@ def int4_scales(values: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
 
 
 def storable(scales: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
-    """Return scales in the dtype of the graph, 1 where all values are zero; values are rounded to these, not finer."""
+    """Return scales in the dtype of the graph, 1 where all values are zero; values are then rounded with these."""
     cast = scales.astype(dtype)
     smallest = np.finfo(dtype).smallest_subnormal
     return np.where(scales == 0, np.ones((), dtype), np.maximum(cast, smallest)).astype(dtype)
 
 
 def rounded(values: np.ndarray, scales: np.ndarray, least: int, most: int) -> np.ndarray:
-    """Return int8 levels: value ≈ scale · level, ties to even as in QuantizeLinear."""
-    return np.clip(np.rint(values / scales), least, most).astype(np.int8)
+    """Return int8 levels, value ≈ scale · level; ties to even as in QuantizeLinear."""
+    levels: np.ndarray = np.clip(np.rint(values / scales), least, most).astype(np.int8)
+    return levels
 
 
 def pack_nibbles(levels: np.ndarray) -> np.ndarray:
-    """Return uint8 of int4 levels in row-major order, the first of two in the low half, as ONNX stores them."""
+    """Pack int4 levels in row-major order into uint8, the first of two in the low half, as ONNX stores them."""
     flat = np.ascontiguousarray(levels).reshape(-1).view(np.uint8) & 0xF
     if len(flat) % 2:
         flat = np.append(flat, np.uint8(0))
-    return flat[0::2] | (flat[1::2] << 4)
+    packed: np.ndarray = flat[0::2] | (flat[1::2] << 4)
+    return packed

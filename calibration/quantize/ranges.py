@@ -1,7 +1,7 @@
-"""The range of each activation: where symmetric int8 is cut off, by the method that hurts its products least.
+"""Choose the int8 range of each activation, by the method with the least error in the matmuls that read it.
 
-Min-max keeps the largest value ever seen; percentile, entropy (Migacz, GTC 2017, as in onnxruntime) and MSE cut
-rare values off so that the others get finer steps.
+Min-max keeps the largest value; percentile, entropy (Migacz, GTC 2017, as in onnxruntime) and MSE clip rare values, so
+that the others get finer steps.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.calibration.collect.statistics import Statistics
-from bridge_stg.calibration.quantize.matmul_weights import ProductWeights
+from bridge_stg.calibration.overrides import Overrides
+from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows
-from bridge_stg.calibration.recipes import Overrides
 from bridge_stg.export.graph.blocks import Matmul
 from bridge_stg.runtime.errors import BridgeError
 
@@ -23,22 +23,22 @@ PERCENTILE = 99.99
 ENTROPY_BINS, ENTROPY_LEVELS = 512, 128
 ENTROPY_VALUES = 2**19
 MSE_STEPS = 40
-"""Cut-offs that MSE tries, evenly from 1/40 of the largest value up to it."""
+"""Number of cut-offs that MSE tries, evenly up to the largest value."""
 
 GAIN = 0.98
-"""A cut-off must lower the error to this share of min-max's: rows are a sample, in which rare values may be missing."""
+"""A cut-off must lower the error to this share of min-max's: the sampled rows may miss rare values."""
 
 
 @dataclass(frozen=True)
 class TensorRange:
-    """Symmetric int8 of one tensor: value ≈ scale · q, q in −127 … 127.
+    """Symmetric int8 range of one tensor: value ≈ scale · q, q in −127 … 127.
 
     Attributes:
-        scale: the step, above 0.
-        method: what found it, one of `recipes.METHODS`.
-        absmax: the largest magnitude that was seen.
-        error: relative error (root of squares) that this alone brings to the output of the products that the tensor
-            feeds, on the sampled rows; of the tensor itself where it feeds none.
+        scale: step size, above 0.
+        method: method that chose it, one of `options.METHODS`.
+        absmax: largest collected magnitude.
+        error: relative error (ratio of Frobenius norms) of the output of the matmuls that read the tensor, on the
+            sampled rows, if only the tensor is quantized; error of the tensor itself if no matmul reads it.
     """
 
     scale: float
@@ -49,61 +49,63 @@ class TensorRange:
 
 def choose_ranges(
     statistics: Statistics,
-    products: Sequence[Matmul],
+    matmuls: Sequence[Matmul],
     *,
     method: str | None = None,
     overrides: Overrides | None = None,
     smoothing: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> dict[str, dict[str, TensorRange]]:
-    """Return the range of each product's activation, and of keys and values, by graph and node.
+    """Return the range of each matmul's activation, and of keys and values, by graph and node.
 
-    Products that share an activation share its range. Keys and values stand under the names of the graph's inputs
-    (past_key_0 …), of the graphs that `products` names. What no sample reached has no range.
+    Matmuls that share an activation share its range. Keys and values have the names of the graph's inputs
+    (past_key_0 …). Tensors that no sample reached have no range.
 
     Args:
-        statistics: what was collected.
-        products: of any of the graphs.
-        method: one of `recipes.METHODS` for all; None: the one of least error, a tensor.
-        overrides: methods of single blocks, products, or past_key_0 …, before all others.
-        smoothing: vectors [K] by graph and node, as of `smooth`; activations are divided by them first.
+        statistics: activation statistics.
+        matmuls: matmuls of any of the graphs.
+        method: one of `options.METHODS` for all; None: per tensor the one with the least error.
+        overrides: manual methods of blocks, matmuls, or past_key_0 …; they take precedence.
+        smoothing: vectors [K] by graph and node, see `smooth`; activations are divided by them first.
         progress: called as progress("ranges", done, total).
 
     Raises:
-        BridgeError: the method is unknown, or the statistics are of another model.
+        BridgeError: the method is unknown, or the statistics are those of another model.
     """
     if method is not None and method not in CUT_OFFS:
-        raise BridgeError(f"the method of ranges is {method!r}; expected one of: {', '.join(CUT_OFFS)}.")
-    groups = shared_activations(products)
-    found: dict[str, dict[str, TensorRange]] = {product.graph: {} for product in products}
+        raise BridgeError(
+            "calibration.bad_recipe", f"the method of ranges is {method!r}; expected one of: {', '.join(CUT_OFFS)}."
+        )
+    groups = shared_activations(matmuls)
+    found: dict[str, dict[str, TensorRange]] = {matmul.graph: {} for matmul in matmuls}
     caches = [(graph, name) for graph in found for name in statistics.caches(graph)]
-    total, asked = len(groups) + len(caches), (overrides or Overrides()).method_of
+    total, method_of = len(groups) + len(caches), (overrides or Overrides()).method_of
     report = progress or (lambda stage, done, total: None)
-    weights = ProductWeights(statistics.bundle, statistics.variants)
+    weights = MatmulWeights(statistics.bundle, statistics.variants)
     for done, group in enumerate(groups):
         report("ranges", done, total)
-        graph, nodes = group[0].graph, [product.node for product in group]
+        graph, nodes = group[0].graph, [matmul.node for matmul in group]
         rows, absmax = statistics.rows(graph, nodes[0]), statistics.absmax(graph, nodes[0])
         if not len(rows):
             continue
         vector = (smoothing or {}).get(graph, {}).get(nodes[0], np.ones(1, np.float32))
-        forced = next((name for name in map(asked, nodes) if name), method)
-        blocks = (block * vector for product in group for block in weights.blocks(product))
+        forced = next((name for name in map(method_of, nodes) if name), method)
+        blocks = (block * vector for matmul in group for block in weights.blocks(matmul))
         found[graph] |= dict.fromkeys(nodes, range_of(rows / vector, absmax / vector, method=forced, weights=blocks))
     for done, (graph, name) in enumerate(caches, len(groups)):
         report("ranges", done, total)
         rows = statistics.rows(graph, name)
         if len(rows):
-            found[graph][name] = range_of(rows, statistics.absmax(graph, name), method=asked(name) or method)
+            found[graph][name] = range_of(rows, statistics.absmax(graph, name), method=method_of(name) or method)
     report("ranges", total, total)
     return found
 
 
-def shared_activations(products: Iterable[Matmul]) -> list[list[Matmul]]:
-    """Return the products in groups that read the same tensor, in their order."""
+def shared_activations(matmuls: Iterable[Matmul]) -> list[list[Matmul]]:
+    """Return the matmuls in groups that read the same tensor, in their order."""
     groups: dict[tuple[str, str], list[Matmul]] = {}
-    for product in products:
-        groups.setdefault((product.graph, product.activation), []).append(product)
+    for matmul in matmuls:
+        groups.setdefault((matmul.graph, matmul.activation), []).append(matmul)
     return list(groups.values())
 
 
@@ -113,10 +115,10 @@ def range_of(
     """Return the range of a tensor.
 
     Args:
-        rows: float32 [R, K], a sample of it.
-        absmax: float32 [K], the largest magnitudes of all of it.
-        method: one of `recipes.METHODS`; None: the one of least error.
-        weights: [N, K] of the products that read the tensor, whole or in blocks; none: its own error counts.
+        rows: float32 [R, K], sampled rows.
+        absmax: float32 [K], largest magnitudes of the whole tensor.
+        method: one of `options.METHODS`; None: the one with the least error.
+        weights: [N, K] of the matmuls that read the tensor, whole or in blocks; empty: the tensor's own error counts.
     """
     rows = np.ascontiguousarray(rows, np.float32)
     largest = float(absmax.max(initial=0.0))
@@ -140,7 +142,7 @@ def _percentile(rows: np.ndarray, largest: float) -> float:
 
 
 def _entropy(rows: np.ndarray, largest: float) -> float:
-    """Return the cut-off whose distribution differs least from the whole one (onnxruntime's search)."""
+    """Return the cut-off whose distribution has the least divergence from the whole one (onnxruntime's search)."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     values = rows.reshape(-1)
@@ -156,7 +158,7 @@ def _entropy(rows: np.ndarray, largest: float) -> float:
 
 
 def _mse(rows: np.ndarray, largest: float) -> float:
-    """Return the cut-off of least squared error of the tensor itself, searched on a histogram of its magnitudes."""
+    """Return the cut-off with the least squared error of the tensor itself, by a histogram of its magnitudes."""
     magnitudes = np.abs(rows).reshape(-1)
     histogram, edges = np.histogram(magnitudes, 4096, range=(0.0, largest))
     middles = (edges[1:] + edges[:-1]) / 2
@@ -171,4 +173,4 @@ CUT_OFFS: Mapping[str, Callable[[np.ndarray, float], float]] = {
     "entropy": _entropy,
     "mse": _mse,
 }
-"""By method, in the order of `recipes.METHODS`: returns a cut-off for rows [R, K], given the largest value of all."""
+"""Method, in the order of `options.METHODS` → function of rows [R, K] and the largest magnitude to a cut-off."""

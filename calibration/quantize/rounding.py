@@ -1,6 +1,6 @@
-"""What int8 and int4 leave of a product, without making a graph: rounded rows times rounded weights.
+"""Emulate a quantized matmul in numpy: rounded rows times rounded weights.
 
-Letters: R sampled rows, K channels that are summed, N outputs.
+R = sampled rows, K = summed channels, N = outputs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ LEVELS = 127
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One way to compute a product in integers.
+    """One way to quantize a matmul.
 
     Attributes:
-        rows: float32 [R, K], what is multiplied instead of the float rows.
-        weight: returns what [N, K] is multiplied instead of some rows of the float weight.
+        rows: float32 [R, K], replaces the float rows.
+        weight: returns the replacement of a block of rows of the float weight [N, K].
     """
 
     rows: np.ndarray
@@ -32,12 +32,12 @@ class Candidate:
 
 
 def relative_errors(rows: np.ndarray, weights: Iterable[np.ndarray], candidates: Sequence[Candidate]) -> list[float]:
-    """Return what each candidate changes in rows · weightᵀ: the root of squares over that of the float product.
+    """Return the relative error of each candidate in rows · weightᵀ, as ratio of Frobenius norms.
 
     Args:
         rows: float32 [R, K].
-        weights: float32 [N, K], whole or in blocks, of one product or several; without any, the error of the rows.
-        candidates: to compare.
+        weights: float32 [N, K] of one or more matmuls, whole or in blocks; if empty, the error of the rows is returned.
+        candidates: candidates to compare.
     """
     right, wrong, some = 0.0, np.zeros(len(candidates)), False
     for block in weights:
@@ -51,7 +51,7 @@ def relative_errors(rows: np.ndarray, weights: Iterable[np.ndarray], candidates:
 
 
 def rounded_rows(rows: np.ndarray, scale: float) -> np.ndarray:
-    """Return what is left of rows in symmetric int8 with one scale."""
+    """Return rows after rounding to symmetric int8 with one scale."""
     levels = np.rint(rows / np.float32(scale))
     np.clip(levels, -LEVELS, LEVELS, out=levels)
     levels *= np.float32(scale)
@@ -59,17 +59,19 @@ def rounded_rows(rows: np.ndarray, scale: float) -> np.ndarray:
 
 
 def rounded_weight(weight: np.ndarray, form: str, recipe: GraphRecipe) -> np.ndarray:
-    """Return what is left of a weight float32 [N, K] in a form: `float`, `int8` or `int4`."""
+    """Return a weight float32 [N, K] after rounding to a form: `float`, `int8` or `int4`."""
     if form == FLOAT:
         return weight
     if form == INT4:
         blocks = weight.reshape(len(weight), -1, recipe.block_size)
         scales = int4_scales(blocks, np.float32)[..., None]
-        return (np.clip(np.rint(blocks / scales), INT4_LEAST, INT4_MOST) * scales).reshape(weight.shape)
+        four: np.ndarray = (np.clip(np.rint(blocks / scales), INT4_LEAST, INT4_MOST) * scales).reshape(weight.shape)
+        return four
     limit = REDUCED_LIMIT if recipe.reduced_range else INT8_LIMIT
     largest = np.abs(weight).max(-1, keepdims=True)
     scales = np.where(largest > 0, largest, 1) / np.float32(limit)
-    return np.rint(weight / scales) * scales
+    rounded: np.ndarray = np.rint(weight / scales) * scales
+    return rounded
 
 
 def _energy(values: np.ndarray) -> float:

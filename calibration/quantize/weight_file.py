@@ -1,4 +1,4 @@
-"""The external data of one graph while they are written: variants that need the same bytes share them."""
+"""Write the external data of one graph; variants of the graph share equal tensors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 ALIGNMENT = 64
-"""Offsets are multiples of this, so that mapped weights can be used where they lie."""
+"""Offsets are multiples of this, so that weights can be used from a mapped file."""
 
 
 class WeightFile:
-    """A context manager that writes tensors one after another.
-
-    Args:
-        path: made, or replaced; the .onnx files that point at it lie beside it.
-    """
+    """Context manager that writes tensors one after another, in the folder of the .onnx files that refer to them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -27,7 +23,7 @@ class WeightFile:
         self._stream: BinaryIO
 
     def __enter__(self) -> WeightFile:
-        self._stream = open(self._path, "wb")  # noqa: SIM115
+        self._stream = open(self._path, "wb")
         return self
 
     def __exit__(
@@ -36,7 +32,7 @@ class WeightFile:
         self._stream.close()
 
     def write(self, name: str, dtype: ir.DataType, shape: Iterable[int], pieces: Iterable[bytes]) -> ir.ExternalTensor:
-        """Write a tensor, or find that its bytes are there already. Return it as the graph is to name it."""
+        """Write a tensor, unless its bytes were written before. Return it as external tensor `name`."""
         end = self._stream.tell()
         self._stream.write(bytes(-end % ALIGNMENT))
         offset, digest = self._stream.tell(), hashlib.sha256()
@@ -51,11 +47,12 @@ class WeightFile:
         return self.at(name, dtype, shape, place)
 
     def again(self, tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
-        """Return a tensor that was written before under the name that another variant has for it."""
+        """Return a written tensor under another name."""
         shape = [int(size) for size in tensor.shape]
         return self.at(name, tensor.dtype, shape, (int(tensor.offset or 0), int(tensor.length or 0)))
 
     def at(self, name: str, dtype: ir.DataType, shape: Iterable[int], place: tuple[int, int]) -> ir.ExternalTensor:
+        """Return the external tensor at (offset, bytes)."""
         return ir.ExternalTensor(
             self._path.name, *place, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent
         )

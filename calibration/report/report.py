@@ -1,4 +1,4 @@
-"""The report of a calibration, inside the bundle: reports/calibration.json, and calibration.html for people."""
+"""The report of a calibration in its bundle: reports/calibration.json and calibration.html; and as text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DECADES = 4
 
 
 def write_calibration_report(bundle_path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
-    """Write what `CalibrationResult.to_dict` returned into a bundle, each file whole or not at all.
+    """Write the values of `CalibrationResult.to_dict` into a bundle, each file atomically.
 
     Args:
-        bundle_path: the quantized bundle.
-        values: see `CalibrationResult`; pictures of cases go into the page only.
+        bundle_path: folder of the quantized bundle.
+        values: see `CalibrationResult`; pictures of cases go only into the page.
 
     Returns:
         The path of the JSON file.
@@ -60,16 +60,14 @@ def _sensitivity_plot(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def report_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the report as plain values that JSON has: no pictures, no NaN."""
-    plain = _plain({**values, "cases": []})
-    plain["cases"] = [
-        _plain({name: part for name, part in case.items() if name != "picture"}) for case in values["cases"]
-    ]
+    """Return the values as JSON has them: no pictures, no NaN."""
+    cases = [{name: part for name, part in case.items() if name != "picture"} for case in values["cases"]]
+    plain: dict[str, Any] = _plain({**values, "cases": cases})
     return plain
 
 
 def table_text(values: Mapping[str, Any]) -> str:
-    """Return what a calibration came to as plain text: warnings, graphs, metrics, and what stays in float."""
+    """Return the result as plain text: warnings, graphs, metrics, and the blocks that stay in float."""
     lines = [f"warning: {warning}" for warning in values["warnings"]]
     lines += ["", f"{'graph':18}{'precision':>18}{'MB':>16}{'ms':>20}"]
     for graph in values["graphs"]:
@@ -78,34 +76,34 @@ def table_text(values: Mapping[str, Any]) -> str:
         lines.append(f"{graph['graph']:18}{graph['precision']:>18}{sizes:>16}{times:>20}")
         if not graph["int8"]:
             lines.append(f"    in float: {graph['why']}")
-    for name, part in (("chosen on", values["choice"]), ("judged on", values["evaluation"])):
+    for name, part in (("selected on", values["choice"]), ("evaluated on", values["evaluation"])):
         if part:
-            lines += ["", *judgement_lines(name, part)]
+            lines += ["", *score_lines(name, part)]
     kept = [block["block"] for block in values["sensitivity"] if block["kept"]]
     most = ", ".join(kept[:LISTED]) + (f" and {len(kept) - LISTED} more" if len(kept) > LISTED else "")
     lines += ["", f"blocks that stay in float: {most or 'none'}"]
     return "\n".join(lines)
 
 
-def judgement_lines(name: str, part: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a judgement: metrics in float and INT8, what is lost, how alike answers are."""
-    judged, before = part["judgement"], part["float"]
+def score_lines(name: str, part: Mapping[str, Any]) -> list[str]:
+    """Return the lines of one set of scores: metrics in float and INT8, losses, agreement of the answers."""
+    after, before = part["judgement"], part["float"]
     truth = "labels" if part["labelled"] else "the float bundle's own tubes"
     lines = [f"{name} {part['samples']} samples, against {truth}:"]
-    for metric, interval in judged["metrics"].items():
-        drop = judged["drops"].get(metric)
+    for metric, interval in after["metrics"].items():
+        drop = after["drops"].get(metric)
         lost = f"  loses {drop['value']:+.2f} points ({drop['low']:+.2f} … {drop['high']:+.2f})" if drop else ""
         first = before["metrics"].get(metric) if before else None
         float_value = f"{first['value']:.4f} → " if first else ""
         lines.append(f"  {metric:8} {float_value}{interval['value']:.4f}{lost}")
-    alike = [("answers agree", judged.get("answer_agreement")), ("box IoU", judged.get("box_iou")),
-             ("tube IoU", judged.get("tube_iou"))]  # fmt: skip
-    lines.append("  " + ", ".join(f"{label} {value:.4f}" for label, value in alike if value is not None))
+    shares = [("answers agree", after.get("answer_agreement")), ("box IoU", after.get("box_iou")),
+             ("tube IoU", after.get("tube_iou"))]  # fmt: skip
+    lines.append("  " + ", ".join(f"{label} {value:.4f}" for label, value in shares if value is not None))
     return lines
 
 
 def pair(values: Mapping[str, Any] | None, factor: float, form: str) -> str:
-    """Return `float → int8` of a pair of figures, a dash for what was not measured."""
+    """Return a pair of numbers as `float → int8`, with a dash for a number that was not measured."""
     found = values or {}
     return " → ".join(
         "–" if found.get(name) is None else form.format(factor * found[name]) for name in ("float", "int8")

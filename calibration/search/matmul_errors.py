@@ -1,63 +1,53 @@
-"""What a recipe does to each product by itself: the cheap proxy of how sensitive a block is."""
+"""Estimate the output error of each quantized matmul by itself: a cheap proxy for the sensitivity of its block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bridge_stg.calibration.collect.statistics import Statistics
-from bridge_stg.calibration.quantize.matmul_weights import ProductWeights
-from bridge_stg.calibration.quantize.ranges import TensorRange
+from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows, rounded_weight
+from bridge_stg.calibration.quantize.scales import Scales
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
 from bridge_stg.export.graph.blocks import FLOAT, INT8, Matmul
 
 
-def product_errors(
+def matmul_errors(
     statistics: Statistics,
-    products: Sequence[Matmul],
+    matmuls: Sequence[Matmul],
     recipe: Recipe,
     *,
-    ranges: Mapping[str, Mapping[str, TensorRange]] | None = None,
-    smoothing: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    scales: Scales | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return the relative error of each product's output on the sampled rows, by graph and node.
+    """Return the relative error of each quantized matmul's output on the sampled rows, by graph and node.
 
-    0 where the recipe leaves a product in float; products that no sample reached have none.
-
-    Args:
-        statistics: what was collected.
-        products: of any of the graphs.
-        recipe: what is in integers.
-        ranges: of int8 activations; those that are not given are min-max.
-        smoothing: vectors [K] by graph and node, as of `smooth`.
-        progress: called as progress("errors", done, total).
+    Matmuls that the recipe keeps in float, or that no sample reached, have none. Without `scales`, ranges are min-max.
     """
-    weights = ProductWeights(statistics.bundle, statistics.variants)
+    weights = MatmulWeights(statistics.bundle, statistics.variants)
     report = progress or (lambda stage, done, total: None)
-    found: dict[str, dict[str, float]] = {product.graph: {} for product in products}
-    for done, product in enumerate(products):
-        report("errors", done, len(products))
-        graph_recipe = recipe.of(product.graph)
-        form = graph_recipe.form_of(product)
-        rows = statistics.rows(product.graph, product.node)
+    known = scales or Scales()
+    found: dict[str, dict[str, float]] = {}
+    for done, matmul in enumerate(matmuls):
+        report("errors", done, len(matmuls))
+        graph, node = matmul.graph, matmul.node
+        form, rows = recipe.of(graph).form_of(matmul), statistics.rows(graph, node)
         if form == FLOAT or not len(rows):
-            found[product.graph] |= {product.node: 0.0} if form == FLOAT else {}
             continue
-        vector = (smoothing or {}).get(product.graph, {}).get(product.node, np.ones(1, np.float32))
+        vector = known.smoothing.get(graph, {}).get(node, np.ones(1, np.float32))
         multiplied = rows / vector
-        if graph_recipe.activations == INT8:
-            known = (ranges or {}).get(product.graph, {}).get(product.node)
-            largest = float((statistics.absmax(product.graph, product.node) / vector).max())
-            multiplied = rounded_rows(multiplied, known.scale if known else (largest or 1.0) / LEVELS)
-        candidate = Candidate(multiplied, partial(_rounded, vector=vector, form=form, recipe=graph_recipe))
-        (error,) = relative_errors(np.asarray(rows), weights.blocks(product), [candidate])
-        found[product.graph][product.node] = error
-    report("errors", len(products), len(products))
+        if recipe.of(graph).activations == INT8:
+            range_ = known.ranges.get(graph, {}).get(node)
+            largest = float((statistics.absmax(graph, node) / vector).max())
+            multiplied = rounded_rows(multiplied, range_.scale if range_ else (largest or 1.0) / LEVELS)
+        candidate = Candidate(multiplied, partial(_rounded, vector=vector, form=form, recipe=recipe.of(graph)))
+        (error,) = relative_errors(np.asarray(rows), weights.blocks(matmul), [candidate])
+        found.setdefault(graph, {})[node] = error
+    report("errors", len(matmuls), len(matmuls))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Find the fewest blocks that must stay in float for a loss to be under its limit.
+"""Search for the fewest blocks in float with which a loss is within its limit.
 
 Knows nothing of graphs and metrics: a trial is a function from the blocks in float to a loss.
 """
@@ -14,14 +14,14 @@ Kept = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search came to.
+    """Result of the search.
 
     Attributes:
-        kept: the blocks that stay in float.
-        loss: of the trial with just these.
-        within: whether that loss is under the limit; if not, `kept` is the best that was found.
-        minimal: whether it was shown that no single one of them can be given back; False where trials ran out first.
-        tried: every trial in its order: blocks in float and loss.
+        kept: blocks that stay in float.
+        loss: loss of the trial with exactly these.
+        within: whether that loss is within the limit; if not, `kept` has the least loss of all trials.
+        minimal: whether trials showed that each of the blocks is needed; False if the trials ran out first.
+        tried: every trial in order: blocks in float and loss.
     """
 
     kept: Kept
@@ -36,19 +36,19 @@ def fewest_in_float(
 ) -> Choice:
     """Search for the fewest blocks in float.
 
-    The first so many of the ranking are kept, their number doubled until the loss is under the limit, then found by
-    halving. A ranking is never quite right, so each of them is given back on trial, least sensitive first.
+    The first blocks of the ranking are kept. Their number is doubled until the loss is within the limit, then bisected.
+    Since a ranking is never exact, each of them is then quantized on trial, least sensitive first.
 
     Args:
-        ranked: all blocks that may stay in float, most sensitive first, each once.
+        ranked: all blocks that may stay in float, most sensitive first, without duplicates.
         trial: returns the loss with these blocks in float; called once for each set.
-        limit: the loss that is allowed; a loss equal to it is.
-        max_trials: after so many, the best that was found so far is the answer.
+        limit: largest allowed loss.
+        max_trials: maximum number of trials; after it, the best set so far is returned.
     """
     trials = _Trials(ranked, trial, limit, max_trials)
     if trials.passes(0):
         return trials.choice(minimal=True)
-    most, count = 0, 1  # the largest number that was shown to be too small, and the one to try
+    most, count = 0, 1  # the largest number that is known to be too small, and the next one to try
     while not trials.spent and not trials.passes(min(count, len(ranked))):
         if count >= len(ranked):
             return trials.choice(minimal=False)  # even with all of them in float
@@ -60,15 +60,15 @@ def fewest_in_float(
             least = middle
         else:
             most = middle
-    return trials.choice(minimal=_give_back(trials))
+    return trials.choice(minimal=_quantize_one_by_one(trials))
 
 
 class _Trials:
-    """Remembers what was tried, and the smallest set that passed."""
+    """Remembers all trials, and the smallest set that passed."""
 
     def __init__(self, ranked: Sequence[str], trial: Callable[[Kept], float], limit: float, most: int) -> None:
         if len(set(ranked)) != len(ranked):
-            raise ValueError("a block stands in the ranking twice")
+            raise ValueError("the ranking has a block twice")
         self.ranked = tuple(ranked)
         self.losses: dict[Kept, float] = {}
         self.best: Kept | None = None
@@ -76,11 +76,10 @@ class _Trials:
 
     @property
     def spent(self) -> bool:
-        """Whether no further trial may be made."""
         return len(self.losses) >= self._most
 
     def passes(self, kept: int | set[str]) -> bool:
-        """Try the first blocks of the ranking, or a set of them."""
+        """Try the first blocks of the ranking, or a set of blocks."""
         chosen = self.ranked[:kept] if isinstance(kept, int) else self.ordered(kept)
         if chosen not in self.losses:
             self.losses[chosen] = self._trial(chosen)
@@ -90,7 +89,6 @@ class _Trials:
         return passed
 
     def ordered(self, kept: set[str]) -> Kept:
-        """Return blocks in the order of the ranking."""
         return tuple(block for block in self.ranked if block in kept)
 
     def choice(self, *, minimal: bool) -> Choice:
@@ -98,8 +96,8 @@ class _Trials:
         return Choice(kept, self.losses[kept], self.best is not None, minimal, tuple(self.losses.items()))
 
 
-def _give_back(trials: _Trials) -> bool:
-    """Take blocks out of the best set while it still passes. Return whether each of the rest was shown to be needed."""
+def _quantize_one_by_one(trials: _Trials) -> bool:
+    """Remove blocks from the best set while it passes. Return whether each of the rest is known to be needed."""
     if trials.best is None:
         return False
     for block in reversed(trials.best):

@@ -1,9 +1,7 @@
-"""Make a bundle of a recipe and judge it: once, since every finished trial is kept on disk with its answers."""
+"""Try a recipe: write its bundle and score it. Each finished trial stays on disk with its answers."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.calibration.collect.samples import CalibrationSet
-from bridge_stg.calibration.judge.judge import Judgement, judge
-from bridge_stg.calibration.judge.subprocess_judge import PEAK, judge_in_subprocess
+from bridge_stg.calibration.judge.judge import Scores, score_model
+from bridge_stg.calibration.judge.subprocess_judge import evaluate_in_subprocess
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.quantize.scales import Scales
 from bridge_stg.calibration.recipes import Recipe
@@ -22,158 +20,114 @@ from bridge_stg.calibration.work_folder import digest, read_json, write_json
 from bridge_stg.evaluation.run.evaluate import Model, bundle_model
 from bridge_stg.runtime.bundle.bundle import Bundle
 
-Progress = Callable[[str, int, int], Any]
-FLOAT, INTEGERS = "float", "int8"
+FLOAT, QUANTIZED = "float", "int8"
+"""Labels of the two bundles."""
 
 
 @dataclass(frozen=True, eq=False)
 class RecipeTrials:
-    """Judges recipes on one set of samples.
+    """Scores recipes on one set of samples.
 
     Attributes:
-        source: the bundle in float.
-        prepared: smoothing and ranges.
-        samples: what is asked.
-        labelled: whether annotations count; otherwise the source's own tubes are the truth.
-        work: the folder of the work.
-        base: names everything that the prepared values were made from.
-        options: `backend`, `variant` and `threads`.
-        media: the folder of the media, as it was given.
-        apart: whether bundles are asked in processes of their own.
+        source: the float bundle.
+        scales: smoothing and ranges.
+        samples: the samples to score on.
+        labelled: whether annotations are the truth; otherwise the source's own tubes are.
+        work: the work folder.
+        base: digest of everything that the scales were computed from.
+        session: `backend`, `variant` and `threads` of the sessions.
+        media: folder of the media, as it was given.
+        in_subprocess: whether each bundle is evaluated in a subprocess.
         progress: called as progress(stage, done, total).
     """
 
     source: Bundle
-    prepared: Scales
+    scales: Scales
     samples: CalibrationSet
     labelled: bool
     work: Path
     base: str
-    options: Mapping[str, Any]
+    session: Mapping[str, Any]
     media: Path | None = None
-    apart: bool = False
-    progress: Progress | None = None
+    in_subprocess: bool = False
+    progress: Callable[[str, int, int], Any] | None = None
 
-    def reference(self) -> Judgement:
-        """Judge the source itself."""
-        asked = digest(self.source.manifest.fingerprint, self.samples.digest, dict(self.options))
-        folder = self.work / "float" / asked
-        return self._judge(self.source.path, FLOAT, folder, None, None, None, stage="asking the float bundle")
+    def reference(self) -> Scores:
+        """Score the source itself."""
+        name = digest(self.source.manifest.fingerprint, self.samples.digest, dict(self.session))
+        return self.score(self.source.path, FLOAT, self.work / "float" / name)
 
     def trial(
         self,
         recipe: Recipe,
-        reference: Judgement,
+        reference: Scores,
         *,
-        chosen: Sequence[str] | None = None,
+        ids: Sequence[str] | None = None,
         stop_above: float | None = None,
-        stage: str = "asking a quantized bundle",
-    ) -> Judgement:
-        """Quantize with a recipe and judge the answers; the bundle is removed again.
-
-        Args:
-            recipe: what is in integers.
-            reference: the judgement of the source.
-            chosen: ids of the samples that are asked; None: all.
-            stop_above: see `judge`.
-            stage: what progress calls it.
-        """
-        ids = None if chosen is None else list(chosen)
+        stage: str = "evaluating a quantized bundle",
+    ) -> Scores:
+        """Quantize with a recipe and score the answers on the samples `ids` or all; the bundle is removed again."""
+        chosen = None if ids is None else list(ids)
         key = digest(
-            self.base, recipe.to_dict(), self.samples.digest, self.labelled, ids, stop_above, dict(self.options)
+            self.base, recipe.to_dict(), self.samples.digest, self.labelled, chosen, stop_above, dict(self.session)
         )
         folder = self.work / "trials" / key
+        score = partial(self.score, folder=folder, reference=reference, ids=ids, stop_above=stop_above, stage=stage)
         finished = folder / "trial.json"
-        identity = read_json(finished)
-        if identity is not None:
-            known = Model(INTEGERS, identity["model"], _gone)
-            return self._judge(None, INTEGERS, folder, reference, ids, stop_above, stage=stage, model=known)
+        known = read_json(finished)
+        if known is not None:
+            return score(Model(QUANTIZED, known["model"], _removed), QUANTIZED)
         path = self.make(recipe, folder / "bundle")
-        judged = self._judge(path, INTEGERS, folder, reference, ids, stop_above, stage=stage)
-        model = dict(bundle_model(path, INTEGERS, **self.options).identity)
+        scores = score(path, QUANTIZED)
+        model = dict(bundle_model(path, QUANTIZED, **self.session).identity)
         write_json(
-            finished, {"model": model, "recipe": recipe.to_dict(), "drop": judged.drop, "changed": judged.changed}
+            finished, {"model": model, "recipe": recipe.to_dict(), "drop": scores.drop, "changed": scores.changed}
         )
         shutil.rmtree(path)
-        return judged
+        return scores
 
     def make(self, recipe: Recipe, path: Path, *, calibration: Mapping[str, Any] | None = None) -> Path:
-        """Write the bundle of a recipe, unless it is there from before."""
+        """Write the bundle of a recipe, unless it exists."""
         if not (path / "manifest.json").is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             quantize_bundle(
-                self.source,
-                path,
-                recipe=recipe,
-                ranges=self.prepared.ranges,
-                smoothing=self.prepared.smoothing,
-                calibration=calibration,
-                progress=self.progress,
-            )
+                self.source, path, recipe=recipe, ranges=self.scales.ranges, smoothing=self.scales.smoothing,
+                calibration=calibration, progress=self.progress,
+            )  # fmt: skip
         return path
 
-    def judge_final(self, path: Path, label: str, folder: Path, reference: Judgement | None) -> Judgement:
-        """Judge a bundle that stays, on all samples."""
-        return self._judge(path, label, folder, reference, None, None, stage=f"judging the {label} bundle")
-
-    def _judge(
+    def score(
         self,
-        path: Path | None,
+        bundle: Path | Model,
         label: str,
         folder: Path,
-        reference: Judgement | None,
-        ids: list[str] | None,
-        stop_above: float | None,
+        reference: Scores | None = None,
         *,
-        stage: str,
-        model: Model | None = None,
-    ) -> Judgement:
-        known = model
-        if known is None:
-            assert path is not None
-            known = bundle_model(path, label, **self.options)
-        ask = None
-        if self.apart and model is None and path is not None:
-            ask = partial(
-                _ask, path, label, samples=self.samples.file, media=self.media, chosen=ids, folder=folder,
-                options=self.options,
+        ids: Sequence[str] | None = None,
+        stop_above: float | None = None,
+        stage: str | None = None,
+    ) -> Scores:
+        """Score a bundle; a `Model` stands for one whose answers are all in `folder`."""
+        chosen, fill_rows = None if ids is None else list(ids), None
+        if isinstance(bundle, Path) and self.in_subprocess:
+            fill_rows = partial(
+                evaluate_in_subprocess, bundle=bundle, label=label, samples=self.samples.file, media=self.media,
+                ids=chosen, folder=folder, options=self.session,
             )  # fmt: skip
         report = self.progress
-        return judge(
-            known,
-            self.samples.dataset.only(ids),
-            folder=folder,
-            reference=reference,
-            labelled=self.labelled,
-            stop_above=stop_above,
-            ask=ask,
-            progress=None if report is None else lambda _, done, total: report(stage, done, total),
-        )
+        name = stage or f"evaluating the {label} bundle"
+        return score_model(
+            bundle if isinstance(bundle, Model) else bundle_model(bundle, label, **self.session),
+            self.samples.dataset.only(chosen),
+            folder=folder, reference=reference, labelled=self.labelled, stop_above=stop_above, fill_rows=fill_rows,
+            progress=None if report is None else lambda _, done, total: report(name, done, total),
+        )  # fmt: skip
+
+    def spread_ids(self, count: int) -> list[str]:
+        """Return the ids of at most `count` samples, evenly over all."""
+        ids = [sample.id for sample in self.samples.dataset.samples]
+        return ids if len(ids) <= count else [ids[place * len(ids) // count] for place in range(count)]
 
 
-def peak_of(folder: Path) -> int | None:
-    """Return the most memory that the process held that asked a bundle apart; None where it was not asked so."""
-    try:
-        peak: int = json.loads((folder / PEAK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return peak
-
-
-def subset(trials: RecipeTrials, count: int) -> list[str]:
-    """Return ids of so many samples, evenly over all."""
-    ids = [sample.id for sample in trials.samples.dataset.samples]
-    return ids if len(ids) <= count else [ids[place * len(ids) // count] for place in range(count)]
-
-
-def on(trials: RecipeTrials, samples: CalibrationSet, *, labelled: bool) -> RecipeTrials:
-    """Return the same trials on other samples."""
-    return dataclasses.replace(trials, samples=samples, labelled=labelled)
-
-
-def _ask(bundle: Path, label: str, limit: int | None, **options: Any) -> None:
-    judge_in_subprocess(bundle, label, limit=limit, **options)
-
-
-def _gone() -> AbstractContextManager[Any]:
-    raise AssertionError("a finished trial is asked nothing")
+def _removed() -> AbstractContextManager[Any]:
+    raise AssertionError("the bundle of a finished trial is not opened again")

@@ -1,4 +1,4 @@
-"""The demo bundle in int8 and int4, with ranges of its golden cases alone: the chain still finds what it found."""
+"""The demo bundle in int8 and int4, with ranges of its golden cases: the chain gives nearly the same tubes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pytest
 
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES
-from bridge_stg.calibration.search.block_sizes import size_of_blocks
 from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.chain.boxes import box_iou
 from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.calibration.golden_ranges import golden_ranges
+from tests.calibration.sizes import quantized_share
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_demo_in_integers(demo_bundle: Path, tmp_path: Path) -> None:
+def test_the_quantized_demo(demo_bundle: Path, tmp_path: Path) -> None:
     source = Bundle.load(demo_bundle)
     ranges = golden_ranges(source, tmp_path / "ranges")
     with Grounder.load(demo_bundle, threads=1) as grounder:
@@ -30,7 +30,7 @@ def test_the_demo_in_integers(demo_bundle: Path, tmp_path: Path) -> None:
         recipe = RECIPES[name].with_int8_cache() if name == "w8a8" else RECIPES[name]
         path = quantize_bundle(source, tmp_path / name, recipe=recipe, ranges=ranges)
         assert set(verify_bundle(path, threads=1)) == {"ort-cpu", "standard", "primitive"}
-        assert size_of_blocks(Bundle.load(path)).quantized_share() < 0.3
+        assert quantized_share(Bundle.load(path)) < 0.3
         with Grounder.load(path, threads=1) as grounder:
             found = grounder.ground(scene(), "the red square", allow_none=False)
         assert found.boxes is not None

@@ -97,7 +97,7 @@ def quantize(source: Path, out: Path, recipe: str, work: Path) -> None:
     folder = work / "statistics"
     if folder.is_dir() and stale(folder, bundle):
         shutil.rmtree(folder)
-    statistics = collect(bundle, samples, folder=folder, lean=True, variant="standard")
+    statistics = collect(bundle, samples, folder=folder, low_memory=True, variant="standard")
     # Random weights have no outliers to move, and ranges that are searched for are no faster: that takes minutes.
     searched = source_is_trained(work)
     smoothing = choose_smoothing(statistics, chosen).vectors if searched else {}

@@ -1,4 +1,4 @@
-"""Judgements of models that know the truth, as far as a test wants them to."""
+"""Scores of models that know the truth, with chosen errors."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bridge_stg.calibration.judge.agreement import likeness
-from bridge_stg.calibration.judge.judge import Judgement, bootstrap, judge, worst_cases
+from bridge_stg.calibration.judge.agreement import agreement
+from bridge_stg.calibration.judge.judge import Scores, bootstrap, score_model, worst_cases
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
 from bridge_stg.evaluation.samples import Dataset
-from bridge_stg.runtime.errors import BridgeError
+from tests.errors import raises
 from tests.evaluation.fake_models import Oracle, model
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    """Four tubes of two seconds, one target that is not there, and a span."""
+    """Four tubes of two seconds, an absent target, and a span."""
     boxes = [{"time": 0.25 * i, "box": [10, 10, 30, 30]} for i in range(4, 12)]
     lines = [{"id": f"t{i}", "video": "a.mp4", "query": f"tube {i}", "span": [1, 3], "boxes": boxes} for i in range(4)]
     lines += [{"id": "none", "video": "a.mp4", "query": "nothing", "span": None}]
@@ -28,72 +28,72 @@ def dataset(tmp_path: Path) -> Dataset:
     return read_jsonl([tmp_path / "labels.jsonl"], tmp_path)
 
 
-def judged(dataset: Dataset, folder: Path, oracle: Oracle, **options: object) -> Judgement:
+def scored(dataset: Dataset, folder: Path, oracle: Oracle, **options: object) -> Scores:
     label = f"shift {oracle.shift} delay {oracle.delay} {sorted(oracle.failing)}"
-    return judge(model(oracle, label), dataset, folder=folder, **options)  # type: ignore[arg-type]
+    return score_model(model(oracle, label), dataset, folder=folder, **options)  # type: ignore[arg-type]
 
 
 def test_against_annotations(dataset: Dataset, tmp_path: Path) -> None:
-    reference = judged(dataset, tmp_path / "out", Oracle(dataset))
+    reference = scored(dataset, tmp_path / "out", Oracle(dataset))
     assert {name: m.value for name, m in reference.metrics.items()} == {"m_tIoU": 1, "m_vIoU": 1, "mIoU": 1}
     assert (reference.answer_agreement, reference.drops, reference.samples) == (None, {}, 6)
-    moved = judged(dataset, tmp_path / "out", Oracle(dataset, shift=5.0), reference=reference)
+    moved = scored(dataset, tmp_path / "out", Oracle(dataset, shift=5.0), reference=reference)
     overlap = 15 * 15 / (2 * 400 - 15 * 15)
     assert moved.drops["m_vIoU"].value == pytest.approx(100 * (1 - overlap), abs=0.01)
     assert moved.drops["m_tIoU"].value == 0 and moved.drop == moved.drops["m_vIoU"].value
     assert moved.box_iou == pytest.approx(overlap, abs=1e-4)
     assert moved.answer_agreement == 1 and moved.changed == 0
-    late = judged(dataset, tmp_path / "out", Oracle(dataset, delay=0.5), reference=reference)
+    late = scored(dataset, tmp_path / "out", Oracle(dataset, delay=0.5), reference=reference)
     assert late.drops["m_tIoU"].value == pytest.approx(100 * (1 - 1.5 / 2.5), abs=0.01)
     assert late.drops["mIoU"].value == pytest.approx(100 * (1 - 1.5 / 2.5), abs=0.01)
 
 
 def test_without_labels_the_references_own_tubes_are_the_truth(dataset: Dataset, tmp_path: Path) -> None:
-    reference = judged(dataset, tmp_path / "out", Oracle(dataset, shift=5.0), labelled=False)
+    reference = scored(dataset, tmp_path / "out", Oracle(dataset, shift=5.0), labelled=False)
     assert {m.value for m in reference.metrics.values()} == {1.0}
-    same = judged(dataset, tmp_path / "out", Oracle(dataset, shift=5.0), reference=reference, labelled=False)
+    same = scored(dataset, tmp_path / "out", Oracle(dataset, shift=5.0), reference=reference, labelled=False)
     assert same.drop == 0 and same.tube_iou == 1 and not same.labelled
-    truth = judged(dataset, tmp_path / "out", Oracle(dataset), reference=reference, labelled=False)
-    assert truth.drops["m_vIoU"].value > 30  # nearer to the annotation, and further from the reference
+    truth = scored(dataset, tmp_path / "out", Oracle(dataset), reference=reference, labelled=False)
+    assert truth.drops["m_vIoU"].value > 30  # closer to the annotation, but not to the reference
 
 
 def test_failures_count_as_no_answer(dataset: Dataset, tmp_path: Path) -> None:
-    reference = judged(dataset, tmp_path / "out", Oracle(dataset))
-    failing = judged(dataset, tmp_path / "out", Oracle(dataset, failing=["tube 1"]), reference=reference)
+    reference = scored(dataset, tmp_path / "out", Oracle(dataset))
+    failing = scored(dataset, tmp_path / "out", Oracle(dataset, failing=["tube 1"]), reference=reference)
     assert failing.failed == 1 and failing.drops["m_vIoU"].value == pytest.approx(25)
     assert failing.answer_agreement == pytest.approx(5 / 6)
-    again = judge(model(Oracle(dataset, failing=["tube 1"]), "b"), dataset, folder=tmp_path, reference=failing)
+    again = score_model(model(Oracle(dataset, failing=["tube 1"]), "b"), dataset, folder=tmp_path, reference=failing)
     assert again.answer_agreement == 1
     names = ["tube 0", "tube 1", "tube 2", "tube 3", "nothing", "it moves"]
-    with pytest.raises(BridgeError, match="every one of the 6 samples .* cannot see"):
-        judged(dataset, tmp_path / "out", Oracle(dataset, failing=names))
+    with raises("calibration.all_samples_failed", 6, "cannot see"):
+        scored(dataset, tmp_path / "out", Oracle(dataset, failing=names))
 
 
-def test_a_finished_judgement_asks_nothing_again(dataset: Dataset, tmp_path: Path) -> None:
+def test_finished_samples_are_not_evaluated_again(dataset: Dataset, tmp_path: Path) -> None:
     oracle = Oracle(dataset)
-    first = judged(dataset, tmp_path / "out", oracle)
+    first = scored(dataset, tmp_path / "out", oracle)
     asked = len(oracle.calls)
-    assert judged(dataset, tmp_path / "out", oracle).to_dict() == first.to_dict()
+    assert scored(dataset, tmp_path / "out", oracle).to_dict() == first.to_dict()
     assert len(oracle.calls) == asked == 6
     json.dumps(first.to_dict(), allow_nan=False)
 
 
-def test_a_hopeless_model_is_not_asked_everything(tmp_path: Path) -> None:
+def test_a_model_with_a_large_drop_is_stopped_early(tmp_path: Path) -> None:
     boxes = [{"time": 1.0, "box": [10, 10, 30, 30]}]
     lines = [{"id": f"{i}", "video": "a.mp4", "query": f"{i}", "span": [1, 3], "boxes": boxes} for i in range(60)]
     (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "a.mp4").touch()
     dataset = read_jsonl([tmp_path / "labels.jsonl"], tmp_path)
-    reference = judged(dataset, tmp_path / "out", Oracle(dataset))
+    reference = scored(dataset, tmp_path / "out", Oracle(dataset))
     hopeless, good = Oracle(dataset, shift=100.0), Oracle(dataset, shift=0.01)
-    assert judged(dataset, tmp_path / "out", hopeless, reference=reference, stop_above=1.0).drop == pytest.approx(100)
+    assert scored(dataset, tmp_path / "out", hopeless, reference=reference, stop_above=1.0).drop == pytest.approx(100)
     assert len(hopeless.calls) == 16
-    assert judged(dataset, tmp_path / "out", good, reference=reference, stop_above=1.0).samples == 60
+    assert scored(dataset, tmp_path / "out", good, reference=reference, stop_above=1.0).samples == 60
 
 
 def test_worst_cases(dataset: Dataset, tmp_path: Path) -> None:
-    reference = judged(dataset, tmp_path / "out", Oracle(dataset))
-    other = judged(dataset, tmp_path / "out", Oracle(dataset, failing=["tube 2"]), reference=reference)
+    reference = scored(dataset, tmp_path / "out", Oracle(dataset))
+    other = scored(dataset, tmp_path / "out", Oracle(dataset, failing=["tube 2"]), reference=reference)
     cases = worst_cases(other, reference, count=2)
     assert [case["id"] for case in cases] == ["t2", "t0"]
     assert cases[0]["scores"] == {reference.label: 1.0, other.label: 0.0}
@@ -109,16 +109,16 @@ def test_bootstrap_is_seeded_and_covers() -> None:
     assert bootstrap([1.0, 1.0]).low == bootstrap([1.0, 1.0]).high == 1
 
 
-def test_likeness() -> None:
+def test_agreement() -> None:
     tube = {"found": True, "span": [0, 2], "times": [0.0, 1.0], "boxes": [[0, 0, 10, 10], [10, 0, 20, 10]]}
     late = {**tube, "span": [1, 3]}
-    assert likeness("tube", tube, tube) == pytest.approx({"tIoU": 1, "vIoU": 1, "boxes": 1})
-    alike = likeness("tube", tube, late)
-    assert alike["tIoU"] == pytest.approx(1 / 3, abs=0.02) and alike["boxes"] == pytest.approx(1)
-    assert likeness("tube", tube, {"found": False}) == {"tIoU": 0, "vIoU": 0}
-    assert likeness("tube", {"found": False}, {"found": False}) == {"tIoU": 1, "vIoU": 1}
-    assert likeness("tube", tube, {**tube, "span": [5, 6]}) == {"tIoU": 0, "vIoU": 0}
-    assert likeness("span", tube, late) == {"IoU": pytest.approx(1 / 3)}
+    assert agreement("tube", tube, tube) == pytest.approx({"tIoU": 1, "vIoU": 1, "boxes": 1})
+    shares = agreement("tube", tube, late)
+    assert shares["tIoU"] == pytest.approx(1 / 3, abs=0.02) and shares["boxes"] == pytest.approx(1)
+    assert agreement("tube", tube, {"found": False}) == {"tIoU": 0, "vIoU": 0}
+    assert agreement("tube", {"found": False}, {"found": False}) == {"tIoU": 1, "vIoU": 1}
+    assert agreement("tube", tube, {**tube, "span": [5, 6]}) == {"tIoU": 0, "vIoU": 0}
+    assert agreement("span", tube, late) == {"IoU": pytest.approx(1 / 3)}
     image = {"found": True, "times": [0.0], "boxes": [[0, 0, 10, 10]]}
-    assert likeness("image", image, {**image, "boxes": [[5, 0, 15, 10]]})["IoU"] == pytest.approx(1 / 3)
-    assert likeness("track", tube, {**tube, "boxes": [[0, 0, 10, 10]] * 2})["AO"] == pytest.approx(0.5)
+    assert agreement("image", image, {**image, "boxes": [[5, 0, 15, 10]]})["IoU"] == pytest.approx(1 / 3)
+    assert agreement("track", tube, {**tube, "boxes": [[0, 0, 10, 10]] * 2})["AO"] == pytest.approx(0.5)

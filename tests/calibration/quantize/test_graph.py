@@ -1,4 +1,4 @@
-"""A small graph in integers: it computes what its levels and scales say, and smoothing changes nothing in float."""
+"""A small quantized graph: its outputs follow from levels and scales, and smoothing does not change float outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bridge_stg.calibration.quantize.weight_file import WeightFile
 from bridge_stg.calibration.recipes import GRAPH_RECIPES, GraphRecipe
 from bridge_stg.export.graph.blocks import find_matmuls, find_tables
 from bridge_stg.export.graph.ort_cpu import for_ort_cpu
-from bridge_stg.runtime.errors import BridgeError
+from tests.errors import raises
 from tests.export.graph.test_blocks import LANGUAGE, numbers, small_model
 
 MLP = f"{LANGUAGE}.layers.0.mlp"
@@ -28,15 +28,15 @@ FLOAT_SMOOTH = GraphRecipe(weights="int8", keep_float=(
 
 
 def activation_ranges(feeds: dict[str, np.ndarray]) -> dict[str, TensorRange]:
-    """Min-max of what the products read in the float graph."""
+    """Return min-max ranges of the matmuls' inputs in the float graph."""
     model = small_model()
-    products = find_matmuls(model, "language_model")
+    matmuls = find_matmuls(model, "language_model")
     proto = ir.serde.serialize_model(model)
-    names = list(dict.fromkeys(p.activation for p in products if p.activation != "x"))
+    names = list(dict.fromkeys(p.activation for p in matmuls if p.activation != "x"))
     proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     found = {**feeds, **dict(zip(names, session.run(names, feeds), strict=True))}
-    largest = {p.node: float(np.abs(found[p.activation]).max()) for p in products}
+    largest = {p.node: float(np.abs(found[p.activation]).max()) for p in matmuls}
     return {node: TensorRange(value / 127, "minmax", value, 0.0) for node, value in largest.items()}
 
 
@@ -98,7 +98,7 @@ def fake(x: np.ndarray, scale: float) -> np.ndarray:
     return np.clip(np.rint(x / np.float32(scale)), -128, 127) * np.float32(scale)
 
 
-def test_a_w8a8_product_is_its_levels_times_its_scales(tmp_path: Path, feeds: dict[str, np.ndarray]) -> None:
+def test_a_w8a8_matmul_is_its_levels_times_its_scales(tmp_path: Path, feeds: dict[str, np.ndarray]) -> None:
     table = np.array(numbers(16).split(", "), np.float32).reshape(4, 4)
     scales = np.abs(table).max(-1, keepdims=True) / 127
     expected = fake(feeds["x"], RANGES["lm_head/MatMul"].scale) @ (np.rint(table / scales) * scales).T
@@ -116,7 +116,7 @@ def test_near_the_float_graph(
     for tensor in ("y", "logits"):
         relative = np.linalg.norm(found[tensor] - in_float[tensor]) / np.linalg.norm(in_float[tensor])
         assert 1e-4 < relative < error, tensor
-    np.testing.assert_array_equal(found["scores"], in_float["scores"])  # attention is left alone
+    np.testing.assert_array_equal(found["scores"], in_float["scores"])  # attention is not quantized
 
 
 def test_ort_cpu_computes_the_same(tmp_path: Path, feeds: dict[str, np.ndarray]) -> None:
@@ -126,11 +126,11 @@ def test_ort_cpu_computes_the_same(tmp_path: Path, feeds: dict[str, np.ndarray])
         np.testing.assert_allclose(value, plain[name], rtol=1e-4, atol=1e-5)
     found = [node.op_type for node in onnx.load(path).graph.node]
     assert found.count("MatMulIntegerToFloat") == 5 and "DequantizeLinear" not in found
-    assert found.count("QuantizeLinear") == 4 and found.count("Add") == 1  # gate and up share one; no bias is left
+    assert found.count("QuantizeLinear") == 4 and found.count("Add") == 1  # gate and up share one; biases are fused
 
 
-def test_int8_and_int4_graphs_are_read_again(tmp_path: Path) -> None:
-    """Products keep names and sizes, so that they can be counted, and are found behind Q and DQ."""
+def test_matmuls_are_found_in_quantized_graphs(tmp_path: Path) -> None:
+    """Matmuls keep names and sizes, and are found after Q and DQ."""
     plain = find_matmuls(small_model(), "language_model")
     for name in ("w8a8", "w8", "w4"):
         recipe = dataclasses.replace(GRAPH_RECIPES[name], block_size=16)
@@ -171,30 +171,30 @@ def test_blocks_that_stay_float_keep_their_bytes(
     assert [node.op_type for node in proto.graph.node].count("Gemm") == 1
 
 
-def test_a_tied_table_is_there_once(tmp_path: Path) -> None:
+def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     proto = onnx.load(quantized(tmp_path, GRAPH_RECIPES["w8"]))
     assert [t.name for t in proto.graph.initializer if t.name.startswith("table")] == ["table_int8", "table_scale"]
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BridgeError, match=r"up_proj/MatMul: no range was found for what it multiplies; collect"):
+def test_a_missing_range(tmp_path: Path) -> None:
+    with raises("calibration.missing_range", "up_proj/MatMul"):
         quantized(tmp_path, GRAPH_RECIPES["w8a8"], ranges={})
     broken = {**RANGES, GATE_UP[0]: TensorRange(0.0, "minmax", 0.0, 0.0)}
-    with pytest.raises(BridgeError, match=r"up_proj/MatMul: its range has the scale 0\.0; expected a positive number"):
+    with raises("calibration.missing_range", "up_proj/MatMul", "0.0"):
         quantized(tmp_path, GRAPH_RECIPES["w8a8"], ranges=broken)
 
 
 @pytest.mark.parametrize(
-    ("smoothing", "message"),
+    ("smoothing", "value"),
     [
-        ({"lm_head/MatMul": np.ones(4)}, "smoothing of lm_head/MatMul: nothing before it can be divided"),
-        ({GATE_UP[0]: np.ones(4)}, "expected one vector of 4 positive numbers for all of them, found 1"),
-        (dict.fromkeys(GATE_UP, np.zeros(4)), "expected one vector of 4 positive numbers"),
-        (dict.fromkeys(GATE_UP, np.ones(3)), r"found 2 of shape \[3\]"),
+        ({"lm_head/MatMul": np.ones(4)}, "lm_head/MatMul"),
+        ({GATE_UP[0]: np.ones(4)}, "found 1"),
+        (dict.fromkeys(GATE_UP, np.zeros(4)), "4 positive numbers"),
+        (dict.fromkeys(GATE_UP, np.ones(3)), "found 2 of shape [3]"),
     ],
 )
-def test_smoothing_that_does_not_fit(tmp_path: Path, smoothing: dict[str, np.ndarray], message: str) -> None:
-    with pytest.raises(BridgeError, match=message):
+def test_smoothing_that_does_not_fit(tmp_path: Path, smoothing: dict[str, np.ndarray], value: str) -> None:
+    with raises("calibration.bad_smoothing", value):
         quantized(tmp_path, GRAPH_RECIPES["w8a8"], smoothing=smoothing)
 
 

@@ -1,4 +1,4 @@
-"""One weight in int8 and int4: near its floats, laid out as ONNX says, the same whether read whole or by rows."""
+"""One weight in int8 and int4: close to its floats, in the layout of ONNX, the same read whole or by rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from bridge_stg.calibration.quantize import packing
 from bridge_stg.calibration.quantize.packing import Factors, Int4Pieces, Int8Pieces, StoredSource, pack_nibbles
 from bridge_stg.calibration.quantize.weight_file import ALIGNMENT, WeightFile
-from bridge_stg.runtime.errors import BridgeError
+from tests.errors import raises
 
 N, K = 24, 64
 
@@ -36,16 +36,16 @@ def on_disk(folder: Path, array: np.ndarray) -> ir.ExternalTensor:
 
 
 def unpacked(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """As onnx reads int4."""
+    """Return int4 values as onnx reads them."""
     return ir.PackedTensor(np.frombuffer(content, np.uint8), ir.DataType.INT4, shape=ir.Shape(shape)).numpy()
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("reduced", [False, True])
-def test_int8(tmp_path: Path, weight: np.ndarray, block_bytes: None, turned: bool, reduced: bool) -> None:
-    pieces = Int8Pieces(StoredSource(on_disk(tmp_path, weight)), turned=turned, reduced=reduced)
+def test_int8(tmp_path: Path, weight: np.ndarray, block_bytes: None, transposed: bool, reduced: bool) -> None:
+    pieces = Int8Pieces(StoredSource(on_disk(tmp_path, weight)), transposed=transposed, reduced=reduced)
     levels = np.frombuffer(b"".join(pieces), np.int8)
-    levels = levels.reshape(K, N).T if turned else levels.reshape(N, K)
+    levels = levels.reshape(K, N).T if transposed else levels.reshape(N, K)
     assert pieces.scales.dtype == weight.dtype and pieces.scales.shape == (N,)
     assert np.abs(levels).max() == (64 if reduced else 127) and levels.min() > -128
     scales = pieces.scales.astype(np.float32)[:, None]
@@ -63,10 +63,10 @@ def test_int4(tmp_path: Path, weight: np.ndarray, block_bytes: None) -> None:
     assert (error <= blocks / 7).all()
     plain = packing.storable(blocks / 7, weight.dtype).astype(np.float32)[..., None]
     naive = np.rint(weight.astype(np.float32).reshape(N, -1, 16) / plain) * plain
-    assert np.linalg.norm(found - weight) < np.linalg.norm(naive.reshape(N, K) - weight)  # the divisors are searched
+    assert np.linalg.norm(found - weight) < np.linalg.norm(naive.reshape(N, K) - weight)  # the search of divisors helps
 
 
-def test_nibbles_are_laid_out_as_onnx_says() -> None:
+def test_nibbles_have_the_layout_of_onnx() -> None:
     levels = np.array([[-8, 7, 1], [0, -1, 3]], np.int8)
     assert unpacked(pack_nibbles(levels).tobytes(), (2, 3)).astype(np.int8).tolist() == levels.tolist()
     assert len(pack_nibbles(np.array([1, 2, 3], np.int8))) == 2
@@ -79,7 +79,7 @@ def test_factors_come_before_rounding(tmp_path: Path, block_bytes: None) -> None
     np.testing.assert_array_equal(
         np.frombuffer(b"".join(source.pieces()), np.float32).reshape(N, K), weight * columns * rows[:, None]
     )
-    pieces = Int8Pieces(source, turned=False)
+    pieces = Int8Pieces(source, transposed=False)
     list(pieces)
     np.testing.assert_allclose(pieces.scales, np.abs(weight * columns * rows[:, None]).max(-1) / 127, rtol=1e-6)
 
@@ -87,15 +87,15 @@ def test_factors_come_before_rounding(tmp_path: Path, block_bytes: None) -> None
 def test_values_that_cannot_be_stored(tmp_path: Path) -> None:
     weight = np.ones((N, K), np.float16)
     source = StoredSource(on_disk(tmp_path, weight), Factors(columns=np.full(K, 1e6, np.float32)))
-    with pytest.raises(BridgeError, match="w: FLOAT16 cannot hold what smoothing makes of it; .*smoothing strength"):
+    with raises("calibration.not_finite", "w: ", "FLOAT16"):
         list(source.pieces())
     weight[3, 4] = np.nan
-    with pytest.raises(BridgeError, match="w: holds values that are not finite"):
-        list(Int8Pieces(StoredSource(on_disk(tmp_path, weight)), turned=True))
+    with raises("calibration.not_finite", "w: "):
+        list(Int8Pieces(StoredSource(on_disk(tmp_path, weight)), transposed=True))
     cut = on_disk(tmp_path, weight)
     (tmp_path / "w").write_bytes(bytes(100))
-    with pytest.raises(BridgeError, match="ends in the middle of w"):
-        list(Int8Pieces(StoredSource(cut), turned=True))
+    with raises("bundle.truncated", "w"):
+        list(Int8Pieces(StoredSource(cut), transposed=True))
 
 
 def test_equal_bytes_are_written_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The search over losses that are made up: it needs no model to be right or wrong."""
+"""The search on made-up losses, without a model."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_trials_run_out() -> None:
     assert choice.within and not choice.minimal and BLOCKS[7] in choice.kept
 
 
-def test_even_float_is_not_good_enough() -> None:
+def test_all_in_float_is_not_enough() -> None:
     choice = fewest_in_float(BLOCKS, lambda kept: 9.0 - 0.1 * len(kept), limit=1.0)
     assert not choice.within and choice.kept == tuple(BLOCKS)
     choice = fewest_in_float(BLOCKS, lambda kept: 9.0, limit=1.0)
-    assert not choice.within and choice.kept == ()  # nothing helps, so nothing is kept for it
+    assert not choice.within and choice.kept == ()  # keeping blocks does not help
 
 
 def test_without_blocks_there_is_one_trial() -> None:
@@ -69,6 +69,6 @@ def test_without_blocks_there_is_one_trial() -> None:
     assert fewest_in_float([], lambda kept: 0.0, limit=1.0).within is True
 
 
-def test_a_block_that_stands_twice_is_refused() -> None:
+def test_a_duplicate_block() -> None:
     with pytest.raises(ValueError, match="twice"):
         fewest_in_float(["a", "a"], lambda kept: 0.0, limit=1.0)
