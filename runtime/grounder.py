@@ -23,7 +23,8 @@ from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, me
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import UseCount
-from bridge_stg.runtime.video.source import CoarseFrames, VideoSource, open_source
+from bridge_stg.runtime.video.open import open_source
+from bridge_stg.runtime.video.source import CoarseFrames, VideoSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency

@@ -9,7 +9,7 @@ from bridge_stg.evaluation.datasets.jsonl import Annotation, read_annotations
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.prompt import check_query
 from bridge_stg.runtime.errors import AnnotationError, QueryError
-from bridge_stg.runtime.video.source import open_source
+from bridge_stg.runtime.video.open import open_source
 from bridge_stg.training.clip_batches import Clip, ClipQuestion
 
 

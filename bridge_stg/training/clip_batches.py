@@ -20,7 +20,7 @@ from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, query_segment, t
 from bridge_stg.runtime.chain.spans import TIME_TOLERANCE_S, groups_of_span
 from bridge_stg.runtime.chain.vision_pass import merged_grid
 from bridge_stg.runtime.errors import AnnotationError, BridgeError
-from bridge_stg.runtime.video.source import open_source
+from bridge_stg.runtime.video.open import open_source
 
 TRACKED = 0.125
 """Share of questions about what is there from the start that are asked by the first box."""

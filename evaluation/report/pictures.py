@@ -11,7 +11,7 @@ import numpy as np
 from bridge_stg.evaluation.media import video_input
 from bridge_stg.evaluation.samples import Sample, Truth
 from bridge_stg.runtime.chain.results import Tube
-from bridge_stg.runtime.video.source import open_source
+from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, font
 from bridge_stg.runtime.visualize.contact_sheet import GREY, PALE, picture_spec, thumbnail
 

@@ -106,7 +106,7 @@ class DeviceResizer:
         if picture.shape[:2] == size:
             return picture.copy()
         if self._kernel is None:
-            from bridge_stg.runtime.video.sizes import resize
+            from bridge_stg.runtime.video.resize import resize
 
             return self._context.upload(resize(picture.numpy(), size))
         height, width, channels = picture.shape

@@ -1,4 +1,4 @@
-"""From one answer after the other to events: a target appeared, moved, left. Knows nothing of models and streams."""
+"""Derive events from consecutive answers: a target appeared, moved, left. Knows nothing of models and streams."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ KINDS = ("appeared", "moved", "left")
 
 @dataclass(frozen=True, eq=False)
 class Event:
-    """Something that a standing query's target did.
+    """A change of a standing query's target.
 
     Attributes:
         kind: one of `KINDS`.
-        query: as it was asked.
-        time_s: when it happened, in stream time.
-        box: float32 [4], left, top, right, bottom in pixels: where the target was then.
-        known_s: stream time up to which the model had seen the stream when it said so.
-        grounding: the answer that the event was read from, in stream time; of `left`, the last one that held the target
-            if the window does not hold it any more.
+        query: the standing query.
+        time_s: stream time of the event, in seconds.
+        box: float32 [4], the target's left, top, right, bottom at that time, in pixels.
+        known_s: stream time up to which the model had seen the stream when it detected the event.
+        grounding: the answer that shows the event, in stream time; for `left`, the last answer with the target.
     """
 
     kind: str
@@ -50,68 +49,45 @@ class Event:
 
 
 class EventTracker:
-    """Follows one standing query.
+    """Detects the events of one standing query.
 
-    A target is present if its span reaches the end of what is known, `settle_s` allowed for. A span that ended before
-    is told once, as `appeared` and `left`. `moved` is told where its box overlaps the one told last by less than
-    `moved_iou`.
+    A target is present if its span ends less than `settle_s` before the known end of the stream. An earlier span gives
+    `appeared` and `left` once. `moved` means that the box overlaps the last reported one by less than `moved_iou`.
 
     Args:
-        settle_s: how far a span may end before what is known and still count as reaching it, and by how much a span
-            must be newer than one that was told to be another: one coarse group and one fine frame, usually.
-        moved_iou: overlap below which a box has moved; 0: `moved` is never told.
+        query: the standing query.
+        settle_s: how long before the known end a span may end with the target still present, and how much a span must
+            extend past the reported end to count as another visit; usually one coarse group and one fine frame.
+        moved_iou: overlap below which a box has moved; 0 disables `moved`.
     """
 
     def __init__(self, query: str, *, settle_s: float, moved_iou: float) -> None:
         self._query, self._settle_s, self._moved_iou = query, settle_s, moved_iou
-        self._told_until = -np.inf
-        self._last: Grounding | None = None
-        self._box: np.ndarray | None = None
-
-    @property
-    def present(self) -> bool:
-        """Whether the target was there when it was last looked for."""
-        return self._last is not None
+        self._reported_until = -np.inf
+        self._present: Grounding | None = None
+        self._box = self._latest_box = np.zeros(4, np.float32)
 
     def add(self, grounding: Grounding, known_s: float) -> list[Event]:
-        """Take the next answer, in stream time, and return what is new in it."""
+        """Add the next answer, in stream time, and return the new events."""
         events: list[Event] = []
 
-        def tell(kind: str, time_s: float, box: np.ndarray, source: Grounding) -> None:
+        def report(kind: str, time_s: float, box: np.ndarray, source: Grounding) -> None:
             events.append(Event(kind, self._query, float(time_s), box, known_s, source))
 
-        shown = _shown(grounding)
-        if shown is not None:
-            start, end, first, latest = shown
-            if self._last is None and end > max(start, self._told_until) + self._new_s(start):
-                tell("appeared", max(start, self._told_until), first, grounding)
-                self._last, self._box = grounding, first
-            if self._last is not None and end > self._told_until:
-                self._last, self._told_until = grounding, end
-                assert self._box is not None
-                if float(box_iou(self._box, latest)) < self._moved_iou:
-                    tell("moved", end if end < known_s else known_s, latest, grounding)
-                    self._box = latest
-        if self._last is not None and self._told_until < known_s - self._settle_s:
-            tell("left", self._told_until, _latest(self._last), self._last)
-            self._last = self._box = None
+        tube = grounding.tube
+        if grounding.span is not None and tube is not None and tube.visible.any():
+            (start, end), boxes = grounding.span, tube.boxes[tube.visible]
+            newest = max(start, self._reported_until)
+            margin_s = 0.0 if start >= self._reported_until else self._settle_s
+            if self._present is None and end > newest + margin_s:
+                report("appeared", newest, boxes[0], grounding)
+                self._present, self._box = grounding, boxes[0]
+            if self._present is not None and end > self._reported_until:
+                self._present, self._reported_until, self._latest_box = grounding, end, boxes[-1]
+                if float(box_iou(self._box, boxes[-1])) < self._moved_iou:
+                    report("moved", min(end, known_s), boxes[-1], grounding)
+                    self._box = boxes[-1]
+        if self._present is not None and self._reported_until < known_s - self._settle_s:
+            report("left", self._reported_until, self._latest_box, self._present)
+            self._present = None
         return events
-
-    def _new_s(self, start: float) -> float:
-        """How much must be new of a span: something of one that began behind what was told, more of one before it."""
-        return 0.0 if start >= self._told_until else self._settle_s
-
-
-def _shown(grounding: Grounding) -> tuple[float, float, np.ndarray, np.ndarray] | None:
-    """Return the span's start and end, and the boxes there; None if the target is in no frame."""
-    tube = grounding.tube
-    if grounding.span is None or tube is None or not tube.visible.any():
-        return None
-    visible = np.flatnonzero(tube.visible)
-    return (*grounding.span, tube.boxes[visible[0]], tube.boxes[visible[-1]])
-
-
-def _latest(grounding: Grounding) -> np.ndarray:
-    shown = _shown(grounding)
-    assert shown is not None
-    return shown[3]

@@ -1,6 +1,6 @@
-"""The sampling of a live stream: at which rates and sizes its frames are taken, and how many a window holds.
+"""Rates and sizes at which the frames of a live stream are sampled, and the length of its window.
 
-It is chosen once, from the first frame: a window that fills up must not have to be encoded again in smaller frames.
+They are chosen once, from the first frame, so that a window that fills up is never encoded again in smaller frames.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer, video_budget
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.sizes import frame_sizes
-from bridge_stg.runtime.video.token_budget import Budget, CoarseChoice, CoarsePlan, Size
+from bridge_stg.runtime.video.token_budget import CoarseChoice, CoarsePlan, Size
 
 PlanOf = Callable[[int, int], "LivePlan"]
 """Returns the plan for frames of (height, width) pixels."""
@@ -25,11 +25,11 @@ class LivePlan:
     """How the frames of one stream are sampled.
 
     Attributes:
-        width, height: of the stream's frames, in pixels.
-        coarse_fps, stride: every `stride`-th place of this rate is sampled for the language model.
-        group: samples of a group.
-        groups: most groups that a window holds.
-        fine_fps: rate of the fine grid.
+        width, height: size of the stream's frames, in pixels.
+        coarse_fps, stride: every `stride`-th point of a grid with this rate is sampled for the language model.
+        group: samples per group.
+        groups: most groups in a window.
+        fine_fps: rate of the fine grid, in frames per second.
         coarse_size, fine_size: (height, width) of the samples, in pixels.
     """
 
@@ -50,37 +50,40 @@ class LivePlan:
         return self.stride / self.coarse_fps
 
     def times(self, places: np.ndarray) -> np.ndarray:
-        """Return the seconds of places on the coarse grid, as a video's sampler has them."""
+        """Return the times of indices on the coarse grid, in seconds; the same values as for a video."""
         return places * self.stride / self.coarse_fps
 
     def choice(self, group_times: np.ndarray) -> CoarseChoice:
-        """Describe a window of groups at these times [G]."""
+        """Describe the sampling of a window of groups at these times [G]."""
         return self._sizes.choice(group_times, self.coarse_size, fps=1 / self.interval_s, limits=())
 
 
 def check_window(window: int, spec: ModelSpec) -> int:
-    """Return how many groups a window of so many coarse frames holds.
+    """Return the number of groups in a window of `window` coarse frames.
 
     Raises:
-        VideoError: it is no whole number, or the model cannot read so few or so many.
+        VideoError: `window` is not a whole number, or too small or too large for the model.
     """
     group = spec.vision.temporal_patch_size
     least, most = 2 * group, spec.frames.max_coarse_groups * group
     if isinstance(window, bool) or not isinstance(window, int) or not least <= window <= most:
-        raise VideoError(
-            f"window={window!r}: expected a whole number of coarse frames, {least} to {most} of this model"
-        )
+        text = f"window={window!r}: expected a whole number of coarse frames, {least} to {most} for this model"
+        raise VideoError("live.bad_option", text)
     return window // group
 
 
 def plan_stream(height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, *, window: int) -> LivePlan:
-    """Choose rates and sizes so that a full window fits the model's prompt, with a query behind it.
+    """Choose rates and sizes so that a full window fits the model's prompt, with room for a query.
 
     Args:
-        window: most coarse frames of a window.
+        height: height of the stream's frames, in pixels.
+        width: width of the stream's frames, in pixels.
+        spec: the model's rates, sizes and limits.
+        tokenizer: the model's tokenizer.
+        window: most coarse frames in a window.
 
     Raises:
-        VideoError: it does not fit even in the smallest frames, or the frames' shape cannot be used.
+        VideoError: the window does not fit even with the smallest frames, or the frames' shape is unsupported.
     """
     groups, group = check_window(window, spec), spec.vision.temporal_patch_size
     stride = 1
@@ -89,13 +92,13 @@ def plan_stream(height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, 
         if len({f"{time:.{spec.prompt.time_decimals}f}" for time in times}) == groups:
             break
         stride *= 2
-    budget: Budget = video_budget(tokenizer, spec, None)
-    sizes = CoarsePlan(height, width, spec, budget)
+    sizes = CoarsePlan(height, width, spec, video_budget(tokenizer, spec, None))
     size = sizes.size_of(times)
     if size is None:
         raise VideoError(
+            "live.window_too_large",
             f"window={window}: {groups} groups of the smallest frames of {width} × {height} pixels do not fit the "
-            f"model's {spec.language.max_positions} positions; give a smaller window"
+            f"model's {spec.language.max_positions} positions; give a smaller window",
         )
     return LivePlan(
         width=width,

@@ -1,6 +1,6 @@
-"""From the frames of a stream to groups of samples, one after the other, without end and without a history.
+"""Sample the frames of a stream into groups, in constant memory.
 
-What is sampled is what a video of the same frames gives: each place of a grid shows the last frame at or before it.
+The samples are those of a video file with the same frames: each grid point gets the last frame at or before it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.live.plan import LivePlan
-from bridge_stg.runtime.video.sizes import resize
+from bridge_stg.runtime.video.resize import resize
 
 TOLERANCE_S = 1e-6
-"""How much later than a place of a grid a frame may be shown: that of `FrameStream`."""
+"""How much later than a grid point a frame may start and still be its sample; the same as in `FrameStream`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class FineSample:
     """A frame kept for the spatial pass.
 
     Attributes:
-        place: on the stream's fine grid.
-        time_s: of the frame itself, in seconds from the first frame of the stream.
+        place: index on the stream's fine grid.
+        time_s: the frame's own time, in seconds from the first frame of the stream.
         picture: uint8 [h, w, 3], RGB.
     """
 
@@ -36,12 +36,12 @@ class FineSample:
 
 @dataclass(frozen=True, eq=False)
 class LiveGroup:
-    """P consecutive coarse samples, and the fine frames of their time.
+    """P consecutive coarse samples, and the fine frames of the same time range.
 
     Attributes:
-        place: of the first sample on the stream's coarse grid, a multiple of P.
+        place: index of the first sample on the stream's coarse grid, a multiple of P.
         frames: uint8 [P, h, w, 3], RGB.
-        fine: the fine frames, in order.
+        fine: the fine frames in order of time.
     """
 
     place: int
@@ -50,7 +50,7 @@ class LiveGroup:
 
 
 class _Shown:
-    """A frame that is on the screen until the next one comes; converted and resized once, and only if it is sampled."""
+    """The current frame, shown until the next one; converted and resized once per size, and only if it is sampled."""
 
     def __init__(self, time_s: float, picture: Callable[[], np.ndarray], plan: LivePlan) -> None:
         self.time_s, self._picture, self._plan = time_s, picture, plan
@@ -64,8 +64,9 @@ class _Shown:
                 height, width = self._rgb.shape[:2]
                 if (width, height) != (self._plan.width, self._plan.height):
                     raise VideoError(
+                        "video.size_changed",
                         f"the stream's frames changed from {self._plan.width} × {self._plan.height} to "
-                        f"{width} × {height} pixels; expected one size, so watch it again from here"
+                        f"{width} × {height} pixels; expected one size, so start a new watch",
                     )
             self._sizes[size] = resize(self._rgb, size)
         return self._sizes[size]
@@ -76,17 +77,16 @@ class LiveSampler:
 
     Args:
         plan: rates and sizes.
-        hold_s: how long a frame stands for what comes after it. Beyond that the stream has a gap, in which nothing is
-            sampled: a frozen picture is not asked about.
+        hold_s: seconds for which a frame is shown if none follows. After that the stream has a gap without samples, so
+            that queries never see a frozen picture.
 
     Attributes:
-        origin_s: the first frame's own time, None before it.
-        gaps: how many gaps there were.
+        gaps: number of gaps so far.
     """
 
     def __init__(self, plan: LivePlan, *, hold_s: float) -> None:
-        self.origin_s: float | None = None
         self.gaps = 0
+        self._origin_s: float | None = None
         self._plan, self._hold_s = plan, hold_s
         self._shown: _Shown | None = None
         self._frame_s = plan.interval_s
@@ -95,15 +95,15 @@ class LiveSampler:
         self._fine_samples: list[FineSample] = []
 
     def add(self, time_s: float, picture: Callable[[], np.ndarray]) -> Iterator[LiveGroup]:
-        """Take the next frame, and yield the groups that are complete by that.
+        """Add the next frame, and yield the groups that it completes.
 
         Args:
-            time_s: the frame's own time in seconds, later than that of the frame before.
-            picture: returns it as uint8 [H, W, 3] in RGB; called if it is sampled, within the next two calls.
+            time_s: the frame's own time in seconds, later than the previous frame's.
+            picture: returns the frame, uint8 [H, W, 3] in RGB; called at most once, within the next two calls of `add`.
         """
-        if self.origin_s is None:
-            self.origin_s = time_s
-        time = time_s - self.origin_s
+        if self._origin_s is None:
+            self._origin_s = time_s
+        time = time_s - self._origin_s
         if self._shown is not None:
             until, limit = time - TOLERANCE_S, self._shown.time_s + self._hold_s
             yield from self._fill(min(until, limit))
@@ -113,18 +113,18 @@ class LiveSampler:
         self._shown = _Shown(time, picture, self._plan)
 
     def finish(self) -> Iterator[LiveGroup]:
-        """Yield the groups that the last frame completes: it is shown as long as the one before it."""
+        """Yield the groups that the last frame completes, shown as long as the frame before it."""
         if self._shown is not None:
             yield from self._fill(self._shown.time_s + max(min(self._frame_s, self._hold_s) - TOLERANCE_S, TOLERANCE_S))
             self._shown = None
 
     def _fill(self, until: float) -> Iterator[LiveGroup]:
-        """Put the frame that is shown on every free place before `until`."""
+        """Use the current frame for every free grid point before `until`."""
         plan, shown = self._plan, self._shown
         assert shown is not None
         while True:
             end = self._end_of_group()
-            # Places are numbers and times are rounded: half a millisecond is less than any two places lie apart.
+            # Times are rounded, so grid points are compared with a tolerance far below their distance.
             if len(self._samples) == plan.group and self._fine / plan.fine_fps > end - TOLERANCE_S:
                 yield LiveGroup(self._coarse - plan.group, np.stack(self._samples), tuple(self._fine_samples))
                 self._samples, self._fine_samples = [], []
@@ -145,7 +145,7 @@ class LiveSampler:
         return (first + self._plan.group) * self._plan.interval_s
 
     def _skip(self, until: float) -> None:
-        """Leave the places before `until` empty, and begin anew with the next whole group."""
+        """Leave the grid points before `until` empty, and continue with the next whole group."""
         plan = self._plan
         if self._coarse * plan.interval_s >= until and self._fine / plan.fine_fps >= until:
             return

@@ -1,7 +1,7 @@
-"""Where live frames come from: a file, a network stream, a camera, or the caller's own iterator.
+"""Sources of live frames: a file, a network stream, a camera, or the caller's own iterator.
 
-A source yields (time in seconds, function that returns the RGB picture): most frames of a camera are never sampled,
-and are not converted then. Knows nothing of sampling.
+A source yields (time in seconds, function that returns the RGB frame), so that frames are converted only if they are
+sampled. Knows nothing of sampling.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import numpy as np
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.video.decoder import Decoder, check_path, shown_rgb
-from bridge_stg.runtime.video.stream import checked_frames
+from bridge_stg.runtime.video.stream import STREAM, checked_frames
 
 Frames: TypeAlias = Iterator[tuple[float, Callable[[], np.ndarray]]]
 PROTOCOLS = ("rtsp", "rtsps", "http", "https", "rtp", "udp", "srt", "tcp")
 DISCONTINUITY_S = 10.0
-"""A clock that jumps by more than this was set anew: the time that passed here counts."""
+"""If the time stamps jump by more than this, the source's clock was reset, and the local time counts instead."""
 
 
 class LiveSource:
-    """Frames that are read once. `open_live` makes one; nothing is opened before `frames` is asked for its first.
+    """Frames that are read once. `open_live` makes one; nothing is opened before the first frame is read.
 
     Attributes:
-        name: what messages call it; without the password of an address.
-        keeps_pace: whether frames come when they come, so that a slow reader must drop some; else the source waits.
+        name: name in messages, without the password of an address.
+        keeps_pace: whether frames arrive at their own pace, so that a slow reader drops some; else the source waits.
     """
 
     def __init__(self, name: str, *, keeps_pace: bool, read: Callable[[threading.Event], Frames]) -> None:
@@ -42,10 +42,10 @@ class LiveSource:
         self._read = read
 
     def frames(self, stop: threading.Event) -> Frames:
-        """Yield the frames until the source ends, or until `stop` is set; closes what it has opened.
+        """Yield the frames until the source ends or `stop` is set, then close the source.
 
         Raises:
-            VideoError: the source cannot be opened or read, breaks off, or falls silent.
+            VideoError: the source cannot be opened or read, breaks off, or stops sending.
         """
         return self._read(stop)
 
@@ -57,77 +57,67 @@ def open_live(
     latest_wins: bool | None = None,
     timeout_s: float = 10.0,
 ) -> LiveSource:
-    """Tell what a source is.
+    """Make a live source.
 
     Args:
-        source: the path of a video file; an address such as rtsp://camera/stream; a camera: its number or device file,
-            such as 0 or /dev/video0; or an iterable of (time in seconds, RGB uint8 [H, W, 3]); a `LiveSource` stays
-            what it is.
-        realtime: give the frames of a file at their own pace instead of as fast as they are taken.
-        latest_wins: see `LiveSource.keeps_pace`; None: False for files and iterables, True for all else.
-        timeout_s: how long a network stream may take to connect, and may be silent.
+        source: the path of a video file; an address such as rtsp://camera/stream; a camera's number or device file,
+            such as 0 or /dev/video0; or an iterable of (time in seconds, RGB uint8 [H, W, 3]). A `LiveSource` is
+            returned unchanged.
+        realtime: play a file at its own pace instead of as fast as possible.
+        latest_wins: see `LiveSource.keeps_pace`; None: False for files and iterables, True otherwise.
+        timeout_s: longest time for a network stream to connect, and longest silence, in seconds.
 
     Raises:
-        VideoError: it is none of these, or the file does not exist.
+        VideoError: `source` is none of these, or the file does not exist.
     """
     if isinstance(source, LiveSource):
         return source
     if isinstance(source, (str, os.PathLike, int)) and not isinstance(source, bool):
         text = os.fspath(source) if not isinstance(source, int) else str(source)
-        scheme = re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
-        if scheme:
+        keeps_pace = latest_wins is not False
+        if scheme := re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE):
             if scheme[1].lower() not in PROTOCOLS:
-                raise VideoError(
-                    f"{_shown(text)}: cannot watch {scheme[1]}://; expected one of: {', '.join(PROTOCOLS)}"
-                )
-            return LiveSource(
-                _shown(text), keeps_pace=latest_wins is not False, read=partial(_network, text, timeout_s)
-            )
+                text = f"{_shown(text)}: cannot watch {scheme[1]}://; expected one of: {', '.join(PROTOCOLS)}"
+                raise VideoError("live.bad_source", text)
+            return LiveSource(_shown(text), keeps_pace=keeps_pace, read=partial(_network, text, timeout_s))
         if text.isdecimal() or text.startswith("/dev/"):
-            return LiveSource(text, keeps_pace=latest_wins is not False, read=partial(_camera, text, timeout_s))
+            return LiveSource(text, keeps_pace=keeps_pace, read=partial(_camera, text, timeout_s))
         path = check_path(text)
         keeps_pace = realtime if latest_wins is None else latest_wins
         return LiveSource(path, keeps_pace=keeps_pace, read=partial(_file, path, realtime))
     if isinstance(source, Iterable) and not isinstance(source, (bytes, dict, np.ndarray)):
-        name = "the stream of frames"
-        return LiveSource(name, keeps_pace=bool(latest_wins), read=partial(_iterable, source, name))
+        return LiveSource(STREAM, keeps_pace=bool(latest_wins), read=partial(_iterable, source))
     raise VideoError(
+        "live.bad_source",
         f"cannot watch a {type(source).__name__}: expected a path, an address, a camera's number, or an iterator of "
-        "(time in seconds, uint8 array [height, width, 3])"
+        "(time in seconds, uint8 array [height, width, 3])",
     )
 
 
-def _iterable(frames: Iterable[tuple[float, np.ndarray]], name: str, stop: threading.Event) -> Frames:
+def _iterable(frames: Iterable[tuple[float, np.ndarray]], stop: threading.Event) -> Frames:
     iterator = iter(frames)
     try:
-        for time_s, picture in checked_frames(iterator, name):
+        for time_s, picture in checked_frames(iterator, STREAM):
             if stop.is_set():
                 return
-            yield time_s, partial(_itself, picture)
+            yield time_s, partial(np.asarray, picture)
     finally:
         close = getattr(iterator, "close", None)
         if callable(close):
             close()
 
 
-def _itself(picture: np.ndarray) -> np.ndarray:
-    return picture
-
-
 def _file(path: str, realtime: bool, stop: threading.Event) -> Frames:
     decoder = Decoder(path)
-    clock, began = _Clock(float(decoder.time_base), float(decoder.frame_s or 0) or None), time.monotonic()
+    clock, began = StreamClock(float(decoder.time_base), float(decoder.frame_s or 0) or None), time.monotonic()
+    time_s = None
     try:
-        empty = True
         for frame in decoder.frames():
-            empty = False
             time_s = clock.add(frame.pts)
-            if realtime and stop.wait(max(0.0, began + time_s - time.monotonic())):
-                return
-            if stop.is_set():
+            if stop.wait(max(0.0, began + time_s - time.monotonic()) if realtime else 0.0):
                 return
             yield time_s, partial(shown_rgb, frame)
-        if empty:
+        if time_s is None:
             raise decoder.no_frames()
     finally:
         decoder.close()
@@ -142,51 +132,58 @@ def _camera(device: str, timeout_s: float, stop: threading.Event) -> Frames:
     if sys.platform == "darwin":
         return _captured(device, "avfoundation", {"framerate": "30"}, timeout_s, stop)
     if sys.platform != "linux":
-        raise VideoError(
-            f"{device}: cameras are opened by number on Linux and macOS; elsewhere pass an iterator of frames"
-        )
+        text = f"{device}: cameras are opened by number on Linux and macOS; elsewhere pass an iterator of frames"
+        raise VideoError("live.bad_source", text)
     path = f"/dev/video{device}" if device.isdecimal() else device
     if not os.path.exists(path):
-        raise VideoError(f"{path}: no such camera; is it plugged in, and visible inside this container?")
+        text = f"{path}: no such camera; is it plugged in, and visible inside this container?"
+        raise VideoError("live.no_camera", text)
     if not os.access(path, os.R_OK):
-        raise VideoError(f"{path}: no permission to read this camera; add your user to the group `video`")
+        text = f"{path}: no permission to read this camera; add your user to the group `video`"
+        raise VideoError("live.no_camera", text)
     return _captured(path, "v4l2", {}, timeout_s, stop)
 
 
 def _captured(
     address: str, form: str | None, options: dict[str, str], timeout_s: float, stop: threading.Event
 ) -> Frames:
-    """Yield the frames of what FFmpeg captures; what cannot be decoded on the way is passed over."""
+    """Yield the frames that FFmpeg captures; packets that cannot be decoded are skipped."""
     av, name = load_package("av", "av"), _shown(address)
     try:
         container = av.open(address, format=form, options=options, timeout=timeout_s)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(
-            f"{name} cannot be opened ({_reason(error, timeout_s)}); is it running, and reachable?"
-        ) from None
+        text = f"{name} cannot be opened ({_reason(error, timeout_s)}); is it running, and reachable?"
+        raise VideoError("live.not_reachable", text) from None
     try:
         if not container.streams.video:
-            raise VideoError(f"{name} has no video stream; expected a camera or a video")
+            raise VideoError("video.no_stream", f"{name} has no video stream; expected a camera or a video")
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
-        clock = _Clock(float(stream.time_base or 0.001), None if not rate else float(1 / rate), live=True)
+        clock = StreamClock(float(stream.time_base or 0.001), None if not rate else float(1 / rate), live=True)
         for packet in container.demux(stream):
             if stop.is_set():
                 return
             try:
                 frames = packet.decode()
             except av.FFmpegError:
-                continue  # a torn packet; the next key frame mends the picture
+                continue  # a damaged packet; decoding recovers at the next key frame
             for frame in frames:
                 yield clock.add(frame.pts), partial(shown_rgb, frame)
     except av.FFmpegError as error:
-        raise VideoError(f"{name} broke off ({_reason(error, timeout_s)}); watch it again when it is back") from None
+        text = f"{name} broke off ({_reason(error, timeout_s)}); watch it again when it is back"
+        raise VideoError("live.connection_lost", text) from None
     finally:
         container.close()
 
 
-class _Clock:
-    """Strictly increasing seconds from the first frame, whatever the time stamps are; keeps no history."""
+class StreamClock:
+    """Turns any time stamps into strictly increasing seconds from the first frame, in constant memory.
+
+    Args:
+        tick_s: seconds per tick of the time stamps.
+        frame_s: nominal seconds per frame; None: 0.04.
+        live: whether frames arrive in real time, so that local time replaces missing or wrong time stamps.
+    """
 
     def __init__(self, tick_s: float, frame_s: float | None, *, live: bool = False) -> None:
         self._tick_s, self._frame_s, self._live = tick_s, frame_s or 0.04, live
@@ -195,7 +192,7 @@ class _Clock:
         self._arrived = 0.0
 
     def add(self, pts: int | None) -> float:
-        """Return the time of the next frame."""
+        """Return the time of the next frame, whose time stamp is `pts` ticks or unknown."""
         now = time.monotonic()
         stamp = None if pts is None else pts * self._tick_s
         if self._before < 0:
@@ -213,7 +210,7 @@ class _Clock:
 
 
 def _shown(address: str) -> str:
-    """Return an address without the name and password that it may hold."""
+    """Return an address without user name and password."""
     try:
         parts = urlsplit(address)
     except ValueError:
@@ -222,6 +219,6 @@ def _shown(address: str) -> str:
 
 
 def _reason(error: Exception, timeout_s: float) -> str:
-    if type(error).__name__ == "ExitError":  # FFmpeg's word for a call that PyAV's timeout has stopped
+    if type(error).__name__ == "ExitError":  # raised if PyAV's timeout stopped the call
         return f"nothing came for {timeout_s:g} s"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

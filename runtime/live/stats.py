@@ -1,4 +1,4 @@
-"""What a watch has done so far, in a few numbers that do not grow with its running time."""
+"""Counts and times of a watch, in constant memory."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ class LiveStats:
     """Counts and seconds since the watch began.
 
     Attributes:
-        frames: read from the source.
-        groups: taken into the window: each was encoded once.
+        frames: frames read from the source.
+        groups: groups added to the window; each was encoded once.
         coarse_frames: samples of these groups.
-        dropped_groups: groups that gave way to later ones, unseen: the machine was too slow.
-        dropped_coarse_frames: their samples.
-        gaps: times the stream had nothing to sample.
+        dropped_groups: groups replaced by later ones before the model used them, since the machine was too slow.
+        dropped_coarse_frames: samples of the dropped groups.
+        gaps: number of gaps in the stream.
         answers: rounds of the standing queries.
-        skipped_answers: rounds that fell due while an earlier one, or the window, kept the machine busy.
-        late_answers: rounds that were given up at `deadline_s`.
-        prefilled_tokens: what the language model was fed for the window, rebuilds included.
-        rebuilds: times the window was full.
-        encode_s, extend_s, answer_s: seconds in all of the vision encoder, of extending the prefix, of the rounds.
-        rebuild_s: seconds in all of rebuilding it; an extension's share of those steps is in it.
-        longest_extend_s, longest_rebuild_s, longest_answer_s: of one step. A rebuild's is the spike that comes twice
-            a window.
+        skipped_answers: rounds left out because the machine was busy when they were due.
+        late_answers: rounds stopped at `deadline_s`.
+        prefilled_tokens: tokens prefilled for the window, including rebuilds.
+        rebuilds: number of times that the window was full.
+        encode_s, extend_s, answer_s: total seconds of the vision encoder, of extending the prefix, of the rounds.
+        rebuild_s: total seconds of rebuilding the prefix, including the new group of that step.
+        longest_extend_s, longest_rebuild_s, longest_answer_s: longest single step, in seconds. Rebuilds cause a latency
+            peak twice per window.
         ended: why the watch ended: "" while it runs, then "source", "stopped", "duration" or "error".
     """
 
@@ -51,12 +51,12 @@ class LiveStats:
 
     @property
     def cost_s(self) -> float:
-        """Seconds that the model took for a coarse frame, everything included."""
+        """Average seconds of model time per coarse frame."""
         model_s = self.encode_s + self.extend_s + self.rebuild_s + self.answer_s
         return model_s / self.coarse_frames if self.coarse_frames else 0.0
 
     def add_step(self, timings: dict[str, float], *, rebuilt: bool) -> None:
-        """Count a group that was taken into the window."""
+        """Count a group that was added to the window."""
         self.groups += 1
         self.encode_s += timings.get("vision_coarse", 0.0)
         if rebuilt:

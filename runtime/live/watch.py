@@ -1,7 +1,7 @@
-"""Standing queries on a live stream: a window moves along with it, and they are asked about it again and again.
+"""Standing queries on a live stream: they are answered again and again for a window that moves with the stream.
 
-One thread reads and samples the source (`live_reader`); the caller's own thread, which iterates over the watch, runs
-the model. What a frame costs does not grow with time: see `live_window`.
+A background thread reads and samples the source (`reader`); the caller's thread, which iterates over the watch, runs
+the model. The cost per frame is constant (`window`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, Vide
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.live.events import Event, EventTracker
 from bridge_stg.runtime.live.plan import check_window, plan_stream
-from bridge_stg.runtime.live.queue import GroupQueue
-from bridge_stg.runtime.live.reader import LiveReader
+from bridge_stg.runtime.live.reader import GroupQueue, LiveReader
+from bridge_stg.runtime.live.sampling import LiveGroup
 from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.live.stats import LiveStats
 from bridge_stg.runtime.live.window import LiveWindow, in_stream_time
 
 POLL_S = 0.05
-"""How often a watch that waits for frames looks whether it should stop."""
+"""Seconds between checks for a stop signal while waiting for frames."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class LiveOptions:
     """How a stream is watched.
 
     Attributes:
-        every_s: stream time between two rounds of the standing queries.
-        window: most coarse frames that the model looks back at.
-        allow_none: whether the answer may be that the target is not there.
-        deadline_s: seconds after which a round is given up (counted, not raised); None: never.
-        duration_s: stream time after which the watch ends; None: with the source.
-        stall_s: seconds without a frame after which the source is given up.
-        hold_s: how long a frame stands for missing ones after it.
-        queue_groups: groups of samples that may wait for the model.
-        moved_iou: overlap with the box told last below which a target has moved; 0: `moved` is never told.
+        every_s: stream time between two rounds of the standing queries, in seconds.
+        window: most coarse frames in the window.
+        allow_none: whether the answer may be that the target is absent.
+        deadline_s: seconds after which a round is stopped (counted, no error); None: never.
+        duration_s: stream time after which the watch ends; None: at the end of the source.
+        stall_s: seconds without a frame after which the watch fails.
+        hold_s: seconds for which a frame stays the current one if no other follows.
+        queue_groups: most groups of samples that wait for the model.
+        moved_iou: overlap with the last reported box below which a target has moved; 0 disables `moved`.
     """
 
     every_s: float = 1.0
@@ -61,24 +61,26 @@ class LiveOptions:
         for name in ("every_s", "stall_s", "hold_s", "deadline_s", "duration_s"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise VideoError(f"{name}={value!r}: expected seconds, more than 0")
+                raise VideoError("live.bad_option", f"{name}={value!r}: expected seconds, more than 0")
         if isinstance(self.queue_groups, bool) or not isinstance(self.queue_groups, int) or self.queue_groups < 1:
-            raise VideoError(f"queue_groups={self.queue_groups!r}: expected a whole number, 1 or more")
+            text = f"queue_groups={self.queue_groups!r}: expected a whole number, 1 or more"
+            raise VideoError("live.bad_option", text)
         if not 0 <= self.moved_iou <= 1:
-            raise VideoError(f"moved_iou={self.moved_iou!r}: expected an overlap between 0 and 1")
+            text = f"moved_iou={self.moved_iou!r}: expected an overlap between 0 and 1"
+            raise VideoError("live.bad_option", text)
 
 
 @dataclass(frozen=True, eq=False)
 class LiveUpdate:
-    """One round of the standing queries. All times are stream time: what the source says of its frames.
+    """One round of the standing queries. All times are stream time, as given by the source.
 
     Attributes:
-        known_s: how far the model had seen the stream.
-        window: start and end of what it looked at.
-        groundings: the answers, in the order of the queries; the texts of `answer` count from the window's start.
-        events: what is new, in order of time.
-        behind_s: how much stream time had been read beyond `known_s` when the round ended.
-        took_s: seconds that the round took.
+        known_s: stream time up to which the model has seen the stream.
+        window: start and end of the window.
+        groundings: the answers, in the order of the queries; times in the text `answer` count from the window's start.
+        events: the new events in order of time.
+        behind_s: stream time read after `known_s` by the end of the round, in seconds.
+        took_s: duration of the round, in seconds.
     """
 
     known_s: float
@@ -104,8 +106,8 @@ class LiveUpdate:
 class LiveWatch:
     """Iterates over the rounds of standing queries on one stream; a context manager. `Grounder.watch` makes it.
 
-    The model runs in the thread that iterates: who takes updates slowly makes the queue drop frames, or the source
-    wait. `stop` and `set_queries` may be called from other threads.
+    The model runs in the thread that iterates; a slow consumer makes the queue drop frames, or the source wait.
+    `stop` and `set_queries` may be called from other threads.
     """
 
     def __init__(
@@ -145,26 +147,26 @@ class LiveWatch:
             return self._queries
 
     def set_queries(self, queries: Sequence[str]) -> None:
-        """Replace the standing queries from the next round on; those that stay keep what is known of them.
+        """Replace the standing queries from the next round on; queries that stay keep their event state.
 
         Raises:
-            QueryError: one is empty or too long, or two are the same; of several, its place is named.
+            QueryError: a query is empty or too long, or two are equal; the message gives the query's index.
         """
         if isinstance(queries, str):
-            raise QueryError("watch takes a list of queries, but was given one string; put it into a list")
+            raise QueryError("query.not_a_list", "watch takes a list of queries, but got one string; put it in a list")
         for i, query in enumerate(queries):
             try:
                 check_query(self._chain.spec.prompt, query)
             except QueryError as error:
-                raise QueryError(f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
+                raise QueryError(error.code, f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
         if len(set(queries)) < len(queries):
-            raise QueryError("two of the standing queries are the same; give each once")
+            raise QueryError("query.duplicate", "two of the standing queries are the same; give each once")
         with self._lock:
             self._queries = tuple(queries)
 
     @property
     def stats(self) -> LiveStats:
-        """What has been done so far: a copy."""
+        """A copy of the counts and times so far."""
         dropped, group = self._queue.dropped, self._chain.spec.vision.temporal_patch_size
         return dataclasses.replace(
             self._stats,
@@ -176,15 +178,15 @@ class LiveWatch:
         )
 
     def stop(self) -> None:
-        """End the watch; the iteration stops, at the latest behind the call of an engine that is under way."""
+        """End the watch; the iteration stops, at the latest after the current call of a backend."""
         self._stop.set()
 
     def close(self) -> None:
-        """Stop, and let go of the source and the window. May be called again."""
+        """Stop, and close the source and the window. May be called again."""
         self.stop()
         try:
             self._updates.close()  # type: ignore[attr-defined]
-        except ValueError:  # another thread iterates: it closes everything when it gets there
+        except ValueError:  # another thread iterates, and closes everything when it stops
             return
         self._reader.close()
 
@@ -248,31 +250,32 @@ class LiveWatch:
             if window is not None:
                 window.close()
 
-    def _next_group(self) -> Any:
-        """Return the next group; None if the source has ended or the watch is to stop."""
+    def _next_group(self) -> LiveGroup | None:
+        """Return the next group; None if the source has ended or the watch should stop."""
         while not self._stopped():
             try:
                 group = self._queue.get(POLL_S)
             except BridgeError:
-                if self._stopped():  # then what the source says no longer matters
+                if self._stopped():  # then an error of the source no longer matters
                     return None
                 raise
             if group is not None or self._queue.ended:
                 return group
             if self._reader.silent_s > self.options.stall_s:
                 raise VideoError(
+                    "live.stalled",
                     f"{self._source.name}: no frame came for {self.options.stall_s:g} s; is the source still running? "
-                    "Watch it again, or give it more time with stall_s"
+                    "Watch it again, or give it more time with stall_s",
                 )
         return None
 
     def _round(self, window: LiveWindow) -> Iterator[LiveUpdate]:
-        """Ask the standing queries about the window; nothing comes of a round that is too late."""
+        """Answer the standing queries for the window; a round that passes its deadline yields nothing."""
         queries, options = self.queries, self.options
         limits = Limits(deadline_s=options.deadline_s, cancel=self._stopped)
         try:
             with self._chain.usage.call():
-                asked = window.view().ground_within(limits, list(queries), Task(allow_none=options.allow_none))
+                answers = window.view().ground_within(limits, list(queries), Task(allow_none=options.allow_none))
         except Interrupted:
             if self._stopped():
                 raise
@@ -283,7 +286,7 @@ class LiveWatch:
         origin = self._reader.origin_s
         known = origin + window.end_s
         shift = origin + window.start_s
-        groundings = [in_stream_time(grounding, shift) for grounding in asked]
+        groundings = [in_stream_time(grounding, shift) for grounding in answers]
         self._trackers = {query: self._trackers.get(query) or self._tracker(query) for query in queries}
         events = [
             event

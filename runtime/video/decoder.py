@@ -1,6 +1,6 @@
-"""One open video file: its moving stream decoded frame by frame, each with a time and as it is shown.
+"""Decode a video file with PyAV: one frame after the other, each with its time and as it is shown.
 
-All that is PyAV's stands here. Knows nothing of sampling and sizes.
+Knows nothing of sampling and sizes.
 """
 
 from __future__ import annotations
@@ -17,53 +17,55 @@ import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.image import over_white
 
 MAX_TOLERANCE_S = 1e-3
 DEFAULT_FRAME_S = Fraction(1, 25)
 FFMPEG_PIXELS = 2**31 - 1
 DISCONTINUITY_S = 1.0
-"""A time stamp that falls back by more than this starts a new clock (joined recordings); by less, it is a slip."""
+"""A time stamp that goes back by more than this starts a new clock (joined recordings); by less, it is an error."""
 
-
-_most_pixels = FFMPEG_PIXELS
+_codec_options = {"max_pixels": str(FFMPEG_PIXELS)}
 
 
 def limit_frames(pixels: int | None) -> None:
-    """Let no decoder of this process that is opened from now on make frames of more pixels; None: FFmpeg's own limit.
+    """Limit the pixels per frame of all decoders opened later in this process; None: FFmpeg's own limit.
 
-    For programs that read files of strangers: a frame may be larger than the file's header says. Such frames count as
-    damaged.
+    Use this to read untrusted files: a frame may be larger than the file's header says. Such frames count as damaged.
     """
-    global _most_pixels
-    _most_pixels = FFMPEG_PIXELS if pixels is None else pixels
+    _codec_options["max_pixels"] = str(FFMPEG_PIXELS if pixels is None else pixels)
 
 
 def check_path(path: str | bytes) -> str:
     """Return the path of a file that can be opened.
 
     Raises:
-        VideoError: there is no such file, it is a directory or a device, it is empty, or may not be read.
+        VideoError: the file does not exist, is a directory or a device, is empty, or cannot be read.
     """
     path = os.fsdecode(path)
     if not path:
-        raise VideoError("the path of the video is empty ('')")
+        raise VideoError("video.not_found", "the path of the video is empty ('')")
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise VideoError(f"{path} is a directory; expected a video or image file, so name one inside it")
+            text = f"{path} is a directory; expected a video or image file, so name one inside it"
+            raise VideoError("video.not_a_file", text)
         if not stat.S_ISREG(status.st_mode):
-            raise VideoError(f"{path} is not a regular file; pass its frames as an iterator of (time, RGB picture)")
+            text = f"{path} is not a regular file; pass its frames as an iterator of (time, RGB frame)"
+            raise VideoError("video.not_a_file", text)
         with open(path, "rb"):
             pass
     except FileNotFoundError:
-        raise VideoError(f"{path}: no such file; expected a video or image (looked from {os.getcwd()})") from None
+        text = f"{path}: no such file; expected a video or image (looked from {os.getcwd()})"
+        raise VideoError("video.not_found", text) from None
     except PermissionError:
-        raise VideoError(f"{path}: no permission to read this file; change its mode or owner, or copy it") from None
+        text = f"{path}: no permission to read this file; change its mode or owner, or copy it"
+        raise VideoError("video.no_permission", text) from None
     except (OSError, ValueError) as error:
-        raise VideoError(f"{path!r} cannot be opened: {error}; expected the path of a video or image") from None
+        text = f"{path!r} cannot be opened: {error}; expected the path of a video or image"
+        raise VideoError("video.unreadable", text) from None
     if status.st_size == 0:
-        raise VideoError(f"{path} is empty (0 bytes): expected a video or image, so copy or record it again")
+        text = f"{path} is empty (0 bytes): expected a video or image, so copy or record it again"
+        raise VideoError("video.unreadable", text)
     return path
 
 
@@ -71,9 +73,9 @@ class Decoder:
     """A video file that is open for decoding.
 
     Attributes:
-        time_base: seconds a tick of the stream's clock.
-        frame_s: nominal seconds a frame, None where the file does not say.
-        duration_s: what the file says of its length, None where it does not.
+        time_base: seconds per tick of the stream's clock.
+        frame_s: nominal seconds per frame; None if the file does not say.
+        duration_s: length according to the file, in seconds; None if it does not say.
         damaged: whether something could not be decoded so far.
     """
 
@@ -82,15 +84,15 @@ class Decoder:
         self._path = path
         self.damaged = False
         try:
-            # With the prefix a colon in the name is not taken for a protocol; and from a "file:", FFmpeg lets no
-            # playlist open a connection.
-            limits = {"max_pixels": str(_most_pixels)}
-            self._container = self._av.open(f"file:{path}", options=limits, metadata_errors="replace")
+            # With the prefix, a colon in the name is no protocol, and playlists cannot open connections.
+            options = dict(_codec_options)
+            self._container = self._av.open(f"file:{path}", options=options, metadata_errors="replace")
         except (self._av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(
-                f"{path} is no video or image that can be read, or it is truncated "
+                "video.unreadable",
+                f"{path} is not a readable video or image, or it is truncated "
                 f"({getattr(error, 'strerror', None) or error}): expected a whole file such as MP4, MKV, WebM, AVI or "
-                "JPEG, so copy or record it again, or convert it with ffmpeg"
+                "JPEG, so copy or record it again, or convert it with ffmpeg",
             ) from error
         try:
             self._stream = self._moving_stream()
@@ -98,7 +100,7 @@ class Decoder:
             self._container.close()
             raise
         self._stream.thread_type = "AUTO"
-        self._stream.codec_context.options = limits
+        self._stream.codec_context.options = options
         self.time_base: Fraction = self._stream.time_base or Fraction(1, 1000)
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.frame_s = 1 / rate if rate else None
@@ -107,25 +109,25 @@ class Decoder:
 
     def _moving_stream(self) -> Any:
         disposition = self._av.stream.Disposition
-        # FFmpeg draws text files as a terminal's screen: the "tty" demuxer.
+        # FFmpeg's "tty" demuxer reads text files as a terminal's screen.
         streams = [] if self._container.format.name == "tty" else list(self._container.streams)
         videos = [stream for stream in streams if stream.type == "video"]
         moving = [stream for stream in videos if not stream.disposition & disposition.attached_pic]
         if not moving:
             kinds = sorted({stream.type for stream in streams} - {"video"}) + (["cover picture"] if videos else [])
-            raise VideoError(
-                f"{self._path} has no video stream (found: {', '.join(kinds) or 'none of any kind'}); expected a video "
-                "or image file"
-            )
+            found = ", ".join(kinds) or "none of any kind"
+            text = f"{self._path} has no video stream (found: {found}); expected a video or image file"
+            raise VideoError("video.no_stream", text)
         best = next((stream for stream in moving if stream.disposition & disposition.default), moving[0])
         if best.codec_context is None:
-            raise VideoError(
+            text = (
                 f"{self._path}: this build of PyAV has no decoder for its video codec; convert it to H.264 with ffmpeg"
             )
+            raise VideoError("video.unsupported_codec", text)
         return best
 
     def frames(self) -> Iterator[Any]:
-        """Yield the `av.VideoFrame`s from here on in the order of showing, past whatever cannot be decoded."""
+        """Yield the remaining `av.VideoFrame`s in presentation order, skipping those that cannot be decoded."""
         try:
             for packet in self._container.demux(self._stream):  # the last packet is empty and flushes the decoder
                 try:
@@ -133,7 +135,7 @@ class Decoder:
                 except self._av.FFmpegError:
                     self.damaged = True
             return
-        except self._av.FFmpegError:  # of the container: nothing behind this point can be found
+        except self._av.FFmpegError:  # a container error: nothing after this point can be found
             self.damaged = True
         try:
             yield from self._stream.codec_context.decode(None)
@@ -141,7 +143,7 @@ class Decoder:
             return
 
     def frames_from(self, pts: int) -> Iterator[Any]:
-        """Seek to the key frame at `pts` ticks, and yield frames from where that led: maybe earlier, maybe later."""
+        """Seek to the key frame at `pts` ticks, and yield frames from there; it may land earlier or later."""
         try:
             self._container.seek(pts, stream=self._stream)
         except self._av.FFmpegError:
@@ -149,11 +151,12 @@ class Decoder:
         yield from self.frames()
 
     def no_frames(self) -> VideoError:
-        """Return the error for a video of which not one frame could be decoded."""
+        """Return the error for a video without a decodable frame."""
         codec = self._stream.codec_context.name
         return VideoError(
-            f"{self._path}: its {codec} video stream holds no frame that can be decoded; it is truncated, damaged or "
-            "empty: expected at least one frame, so copy, record or export it again"
+            "video.no_frames",
+            f"{self._path}: its {codec} video stream has no frame that can be decoded; it is truncated, damaged or "
+            "empty: expected at least one frame, so copy, record or export it again",
         )
 
     def close(self) -> None:
@@ -162,14 +165,14 @@ class Decoder:
 
 
 class Timeline:
-    """Turns the time stamps of one pass into strictly increasing seconds from the first frame, whatever they are.
+    """Turns any time stamps of one pass into strictly increasing seconds from the first frame.
 
     Attributes:
-        times: seconds, one a frame.
-        pts: the frames' own time stamps in ticks, 0 where there is none.
-        prints: a fingerprint of each frame's pixels, to know it again.
-        regular: whether every frame has a time stamp and these increase, so that a frame is known by it.
-        tolerance_s: how far a time may be off by rounding: just under half a tick.
+        times: seconds of each frame.
+        pts: time stamp of each frame in ticks, 0 if it has none.
+        prints: fingerprint of each frame's pixels, to recognize it.
+        regular: whether every frame has a time stamp and these increase, so that they identify the frames.
+        tolerance_s: largest rounding error of a time: just under half a tick.
     """
 
     def __init__(self, time_base: Fraction, frame_s: Fraction | None) -> None:
@@ -200,7 +203,7 @@ class Timeline:
         return time
 
     def length_of_last(self, frame: Any) -> float:
-        """Return how long the last frame is shown: its own duration, else the nominal or usual one."""
+        """Return how long the last frame is shown, in seconds: its own duration, else the nominal or median one."""
         duration = getattr(frame, "duration", None)  # PyAV before 15 does not have it
         if duration and duration > 0:
             return float(duration * self._time_base)
@@ -210,29 +213,36 @@ class Timeline:
 
 
 def shown_size(frame: Any) -> tuple[int, int]:
-    """Return (height, width) of a frame as it is shown, its rotation applied."""
+    """Return (height, width) of a frame as shown, with its rotation applied."""
     turned = _display(frame)[0]
     return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
 def shown_rgb(frame: Any) -> np.ndarray:
-    """Return a frame as it is shown, uint8 [height, width, 3]: in RGB, turned and mirrored, over white.
+    """Return a frame as shown, uint8 [height, width, 3]: in RGB, rotated and mirrored, blended with white.
 
     Raises:
-        VideoError: its pixel format cannot be converted.
+        VideoError: the pixel format cannot be converted.
     """
     alpha = not frame.format.has_palette and any(component.is_alpha for component in frame.format.components)
     try:
         rgb = frame.to_ndarray(format="rgba" if alpha else "rgb24")
     except (load_package("av", "av").FFmpegError, ValueError, OSError) as error:
         raise VideoError(
+            "video.unsupported_codec",
             f"a frame of pixel format {frame.format.name} cannot be converted to RGB ({error}); "
-            "convert the video to yuv420p with ffmpeg"
+            "convert the video to yuv420p with ffmpeg",
         ) from error
     rgb = over_white(rgb) if alpha else rgb
     transposed, flip_rows, flip_columns = _display(frame)
     rgb = rgb.transpose(1, 0, 2) if transposed else rgb
     return rgb[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+
+
+def over_white(rgba: np.ndarray) -> np.ndarray:
+    """Blend an image with transparency, uint8 [H, W, 4], with white: uint8 [H, W, 3]."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _display(frame: Any) -> tuple[bool, bool, bool]:
@@ -251,7 +261,7 @@ def _display(frame: Any) -> tuple[bool, bool, bool]:
 
 
 def fingerprint(frame: Any) -> int:
-    """Return a checksum of some of a frame's pixels (some thousand bytes of its first plane), cheap enough for all."""
+    """Return a checksum of a sample of a frame's pixels (some thousand bytes of its first plane)."""
     plane = frame.planes[0]
     width = min(plane.width, plane.line_size)
     if width <= 0:  # stored bottom up

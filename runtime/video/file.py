@@ -1,4 +1,4 @@
-"""Video files: one pass over all frames for the coarse samples, and exact seeking back to some of them."""
+"""Video files: one pass over all frames for the coarse samples, then exact seeking to the fine frames."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.threads import for_each
 from bridge_stg.runtime.video.decoder import Decoder, Timeline, fingerprint, shown_rgb, shown_size
+from bridge_stg.runtime.video.resize import resize
 from bridge_stg.runtime.video.sampling import CoarseSampler
-from bridge_stg.runtime.video.sizes import resize
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
 KEPT_BYTES = 64 * 2**20
-"""Decoded frames of one video that may be kept for the fine pass, which else decodes them a second time."""
+"""Most bytes of decoded frames to keep for the fine pass, which otherwise decodes them again."""
 RESIZED_TOGETHER = 16
-"""Decoded frames that are held to be resized by several threads."""
+"""Decoded frames that several threads resize at once."""
 SEEK_GAIN_FRAMES = 16
-"""Frames that a seek must spare: finding a key frame and filling the decoder anew costs about as much."""
+"""Frames that a seek must skip to pay off: finding a key frame and refilling the decoder costs about as much."""
 
 
 class VideoFile(VideoSource):
     """A video file. The coarse pass decodes all of it once.
 
-    Fine frames are those that were kept then; of a video whose frames at the fine rate do not fit `KEPT_BYTES`, they
-    are decoded again, by seeking.
+    Attributes:
+        kept: decoded frames of the fine grid, if they fit `KEPT_BYTES`; otherwise fine frames are decoded again.
+        seekable: whether seeking returns the same frames as reading from the start.
     """
 
     read_ahead = True
 
     def __init__(self, path: str, spec: ModelSpec, *, budget: Budget | None = None) -> None:
-        self._path = path
         self._decoder: Decoder | None = Decoder(path)
         try:
             self._frames: Iterator[Any] | None = self._decoder.frames()
@@ -53,31 +53,31 @@ class VideoFile(VideoSource):
         self._frames = chain([first], self._frames)
         self._timeline = Timeline(self._decoder.time_base, self._decoder.frame_s)
         self._keys = np.zeros(1, np.int64)
-        self._kept = _KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
-        self._seekable = self._closed = False
+        self.kept = KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
+        self.seekable = self._closed = False
 
     def close(self) -> None:
         """Close the file; frames can no longer be read from it."""
         self._closed, self._frames = True, None
-        self._kept.clear()
+        self.kept.clear()
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
 
     def _scan(self, limits: Limits) -> CoarseSampler:
         sampler = self._read_all(None, limits)
-        if sampler.undersized:  # the file promised to be longer than it is
+        if sampler.undersized:  # the file is shorter than its header says
             sampler = self._read_all(self._duration_s, limits)
         return sampler
 
     def _read_all(self, length_s: float | None, limits: Limits) -> CoarseSampler:
-        """Decode the whole video once; its length, where it is not known, is what the file says."""
+        """Decode the whole video once; `length_s` is its length, if it is known better than from the file's header."""
         if self._decoder is None or self._frames is None:  # an earlier pass was interrupted
             self._frames = self._reopen().frames()
         decoder, frames = self._decoder, self._frames
         assert decoder is not None
         self._frames, held = None, None
-        self._kept = kept = _KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
+        self.kept = kept = KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
         timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler(length_s or decoder.duration_s)
         self._tolerance_s = timeline.tolerance_s
         keys = [0]
@@ -103,18 +103,18 @@ class VideoFile(VideoSource):
         keep(len(timeline.times) - 1, max(self._duration_s, timeline.times[-1] + 2 * self._tolerance_s))
         batch.fill()
         self._timeline, self._keys = timeline, np.asarray(keys)
-        # Without errors and with true times a frame is known by its time; else only by counting from the start.
-        self._seekable = timeline.regular and not decoder.damaged and len(keys) > 1
+        # Without errors and with correct times, a time identifies a frame; otherwise only its index from the start.
+        self.seekable = timeline.regular and not decoder.damaged and len(keys) > 1
         return sampler
 
     def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
         indices = self._shown(times)
         wanted, places = np.unique(indices, return_inverse=True)
-        frames = np.empty((len(wanted), *self._fine_size, 3), np.uint8)
+        frames = np.empty((len(wanted), *self.fine_size, 3), np.uint8)
 
         def put(numbered: tuple[int, Any]) -> None:
             place, frame = numbered
-            frames[place] = resize(shown_rgb(frame), self._fine_size)
+            frames[place] = resize(shown_rgb(frame), self.fine_size)
 
         numbered = enumerate(self._frames_at(wanted, limits))
         while some := list(islice(numbered, RESIZED_TOGETHER)):
@@ -122,27 +122,28 @@ class VideoFile(VideoSource):
         return Samples(frames=frames[places.reshape(-1)], times=self._times[indices])
 
     def _frames_at(self, wanted: np.ndarray, limits: Limits) -> Iterator[Any]:
-        """Yield the decoded frames of these indices (increasing), each decoded from the nearest key frame before it."""
+        """Yield the decoded frames with these increasing indices, each from the nearest key frame before it."""
         walk: Iterator[tuple[int, Any]] | None = None
         at = -1
         for index in wanted:
-            if (kept := self._kept.frames.get(int(index))) is not None:
+            if (kept := self.kept.frames.get(int(index))) is not None:
                 limits.check()
                 yield kept
                 continue
             key = self._keys[np.searchsorted(self._keys, index, side="right") - 1]
-            if walk is None or (self._seekable and key > at + SEEK_GAIN_FRAMES):
+            if walk is None or (self.seekable and key > at + SEEK_GAIN_FRAMES):
                 walk = self._walk_to(int(index), limits)
             at, frame = self._advance(walk, int(index))
-            if self._seekable and (at != index or self._timeline.prints[at] != fingerprint(frame)):
-                # Seeking gives other frames than reading from the start does: never seek in this file again.
-                self._seekable = False
+            if self.seekable and (at != index or self._timeline.prints[at] != fingerprint(frame)):
+                # Seeking returns other frames than reading from the start: do not seek in this file again.
+                self.seekable = False
                 walk = self._walk_to(int(index), limits)
                 at, frame = self._advance(walk, int(index))
             if at != index:
                 raise VideoError(
-                    f"{self._path}: the frame at {self._times[index]:.3f} s cannot be decoded a second time; "
-                    "the file has changed since it was opened, so open it again"
+                    "video.changed",
+                    f"{self.name}: the frame at {self._times[index]:.3f} s cannot be decoded a second time; "
+                    "the file has changed since it was opened, so open it again",
                 )
             yield frame
 
@@ -151,19 +152,19 @@ class VideoFile(VideoSource):
         return next(((at, frame) for at, frame in walk if at >= index), (-1, None))
 
     def _walk_to(self, index: int, limits: Limits) -> Iterator[tuple[int, Any]]:
-        """Return (index, frame) pairs that begin at a key frame at or before `index`, or at the very start."""
+        """Return (index, frame) pairs from a key frame at or before `index`, or from the start."""
         place, step = int(np.searchsorted(self._keys, index, side="right")) - 1, 1
-        while self._seekable and place > 0:
+        while self.seekable and place > 0:
             decoder = self._decoder or self._reopen()
             walk = self._numbered(decoder.frames_from(self._timeline.pts[self._keys[place]]), limits, seek=True)
             first = next(walk, None)
             if first is not None and first[0] <= index:
                 return chain([first], walk)
-            place, step = place - step, 2 * step  # landed late, as in containers without an index
+            place, step = place - step, 2 * step  # the seek landed late, as in containers without an index
         return self._numbered(self._reopen().frames(), limits, seek=False)
 
     def _numbered(self, frames: Iterator[Any], limits: Limits, *, seek: bool) -> Iterator[tuple[int, Any]]:
-        """Number frames as in the whole video. After a seek, what precedes the first key frame is not to be trusted."""
+        """Number frames as in the whole video. After a seek, frames before the first key frame are skipped."""
         pts, trusted = np.frombuffer(self._timeline.pts, np.int64), not seek
         for count, frame in enumerate(frames):
             limits.check()
@@ -178,16 +179,16 @@ class VideoFile(VideoSource):
 
     def _reopen(self) -> Decoder:
         if self._closed:
-            raise VideoError(f"{self._path} is closed; open it again to read frames from it")
+            raise VideoError("video.closed", f"{self.name} is closed; open it again to read frames from it")
         if self._decoder is not None:
             self._decoder.close()
         self._decoder = None
-        self._decoder = Decoder(self._path)
+        self._decoder = Decoder(self.name)
         return self._decoder
 
 
 class _Batch:
-    """Frames on their way into a sampler: those that it will take are resized several at a time, by several threads."""
+    """Frames for a sampler, which several threads resize at once."""
 
     def __init__(self, sampler: CoarseSampler) -> None:
         self._sampler = sampler
@@ -195,7 +196,7 @@ class _Batch:
         self._places = 0
 
     def offer(self, frame: Any, until: float) -> None:
-        """Take a frame that is shown up to `until` seconds, if it stands on a place of the sampler's grid."""
+        """Add a frame that is shown up to `until` seconds, if it is shown at a point of the sampler's grid."""
         sampler, before = self._sampler, self._places
         while (len(sampler.items) + self._places) * sampler.stride / sampler.rate < until:
             self._places += 1
@@ -205,7 +206,7 @@ class _Batch:
             self.fill()
 
     def fill(self) -> None:
-        """Fill the sampler with what is waiting."""
+        """Fill the sampler with the waiting frames."""
         sampler, size = self._sampler, self._sampler.size
         made: dict[int, np.ndarray] = {}
 
@@ -213,7 +214,7 @@ class _Batch:
             made[place] = resize(shown_rgb(self._waiting[place][0]), size)
 
         def made_at_size(place: int) -> np.ndarray:
-            # The size of what is sampled shrinks where the video turns out to be longer than expected.
+            # The sampler's size shrinks if the video is longer than expected.
             return made[place] if sampler.size == size else resize(shown_rgb(self._waiting[place][0]), sampler.size)
 
         for_each(make, range(len(self._waiting)), threads=usable_cpus())
@@ -222,12 +223,12 @@ class _Batch:
         self._waiting, self._places = [], 0
 
 
-class _KeptFrames:
-    """Decoded frames that the fine grid shows, as long as all of them fit; beyond that none.
+class KeptFrames:
+    """Decoded frames of the fine grid: all of them, or none if they do not fit.
 
     Args:
-        rate: of the fine grid, in frames a second.
-        budget_bytes: what the frames may hold together.
+        rate: rate of the fine grid, in frames per second.
+        budget_bytes: most bytes of all frames together.
     """
 
     def __init__(self, rate: float, budget_bytes: int) -> None:
@@ -236,7 +237,7 @@ class _KeptFrames:
         self._next = 0
 
     def offer(self, index: int, frame: Any, until: float) -> None:
-        """Keep a frame that is shown up to `until` seconds, if a place of the grid lies before that."""
+        """Keep a frame that is shown up to `until` seconds, if a free grid point is before that."""
         if self._left < 0 or self._next / self._rate >= until:
             return
         while self._next / self._rate < until:
@@ -247,6 +248,6 @@ class _KeptFrames:
             self.frames.clear()
 
     def clear(self) -> None:
-        """Let go of all frames, and keep no more."""
+        """Drop all frames, and keep no more."""
         self.frames.clear()
         self._left = -1

@@ -1,4 +1,4 @@
-"""Single pictures and animated ones, read by Pillow: any mode, EXIF orientation applied, RGB out."""
+"""Still and animated images, read with Pillow: any mode, EXIF orientation applied, converted to RGB."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.video.decoder import over_white
+from bridge_stg.runtime.video.resize import resize
 from bridge_stg.runtime.video.sampling import CoarseSampler
-from bridge_stg.runtime.video.sizes import resize
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
-# Named, since Pillow's other readers take some video files for pictures (TGA has no signature, MPEG no decoder).
+# Pillow's other readers mistake some video files for images (TGA has no signature, MPEG no decoder).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "AVIF", "HEIF", "JPEG2000", "ICO")
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 MATROSKA = b"\x1a\x45\xdf\xa3"
 SHORTEST_FRAME_S = 0.011
-"""Animations that ask for 10 ms or less a frame are shown at 100 ms by browsers, and were drawn for that."""
+"""Browsers show frames of animations that request 10 ms or less for 100 ms."""
 
-# What Pillow raises on damaged files, by plugin.
+# Raised by Pillow's plugins for damaged files.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error)
 
 
 class StillImage(VideoSource):
-    """A single picture as a video: one frame at time 0 that lasts one coarse sample interval."""
+    """A still image as a video: one frame at time 0 that lasts one coarse sample interval."""
 
     is_image = True
 
     def __init__(self, rgb: np.ndarray, spec: ModelSpec, *, name: str, budget: Budget | None = None) -> None:
         super().__init__(spec, width=rgb.shape[1], height=rgb.shape[0], name=name, budget=budget)
         self._picture = resize(rgb, self._plan.size_of(np.zeros(1)) or self._plan.smallest)
-        self._fine_picture = resize(rgb, self._fine_size)
+        self._fine_picture = resize(rgb, self.fine_size)
 
     def close(self) -> None:
-        """Do nothing: an image holds no file open."""
+        """Do nothing: no file is open."""
 
     def _scan(self, limits: Limits) -> CoarseSampler:
         self._times, self._duration_s = np.zeros(1), 1 / self._spec.frames.coarse_fps
@@ -53,11 +54,19 @@ class StillImage(VideoSource):
         return Samples(frames=np.repeat(self._fine_picture[None], len(times), axis=0), times=np.zeros(len(times)))
 
 
+def read_image(path: str) -> np.ndarray | Iterator[tuple[float, np.ndarray]] | None:
+    """Read an image file: uint8 [H, W, 3], or the frames of an animation; None if it is not an image."""
+    picture = open_image(path)
+    if picture is None:
+        return None
+    return animation_frames(picture, path) if is_animation(picture) else read_rgb(picture, path)
+
+
 def open_image(path: str) -> Any | None:
-    """Return the file as a lazily read `PIL.Image.Image`, or None if it is no picture."""
+    """Return the file as a lazily read `PIL.Image.Image`, or None if it is not an image."""
     with open(path, "rb") as file:
         head = file.read(12)
-    # Spares videos the loading of all of Pillow's readers.
+    # Recognize videos by their signature, without loading all of Pillow's readers.
     is_picture = head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS
     if not is_picture and (head[4:8] == b"ftyp" or head[:4] == MATROSKA or head[8:] == b"AVI "):
         return None
@@ -66,25 +75,24 @@ def open_image(path: str) -> Any | None:
     try:
         return image.open(path, formats=[name for name in FORMATS if name in image.OPEN])
     except image.UnidentifiedImageError as error:
-        if is_picture:  # FFmpeg would take one tile of it for a video
-            raise VideoError(
-                f"{path} is a HEIF or AVIF image, which this build of Pillow cannot read; convert it to JPEG or PNG"
-            ) from error
+        if is_picture:  # FFmpeg would read one tile of it as a video
+            text = f"{path} is a HEIF or AVIF image, which this build of Pillow cannot read; convert it to JPEG or PNG"
+            raise VideoError("video.unsupported_codec", text) from error
         return None
     except (image.DecompressionBombError, *DAMAGE) as error:
         raise _unreadable(path, error) from error
 
 
 def is_animation(picture: Any) -> bool:
-    """Whether a picture moves; the further pages of a TIFF or thumbnails of an MPO do not count."""
+    """Return whether an image is animated; pages of a TIFF and thumbnails of an MPO do not count."""
     try:
         return picture.format in ANIMATED and getattr(picture, "is_animated", False)
-    except DAMAGE:  # a GIF's further frames are looked for only now; its first one is whole
+    except DAMAGE:  # a damaged second frame of a GIF; the first one is intact
         return False
 
 
 def read_rgb(picture: Any, path: str) -> np.ndarray:
-    """Return a picture as it is shown, uint8 [H, W, 3]; what is transparent lies over white.
+    """Return an image as shown, uint8 [H, W, 3]; transparent pixels are blended with white.
 
     Raises:
         VideoError: the file is truncated or damaged, or has a colour mode that cannot be converted.
@@ -93,7 +101,7 @@ def read_rgb(picture: Any, path: str) -> np.ndarray:
     try:
         with picture:
             picture.load()
-            with contextlib.suppress(*DAMAGE):  # a picture may be whole where its EXIF block is not
+            with contextlib.suppress(*DAMAGE):  # the EXIF block may be damaged in an intact image
                 picture = operations.exif_transpose(picture)
             return _rgb(picture)
     except DAMAGE as error:
@@ -101,7 +109,7 @@ def read_rgb(picture: Any, path: str) -> np.ndarray:
 
 
 def animation_frames(picture: Any, path: str) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (time in seconds, RGB picture) for each frame of an animated image, up to the first damaged one."""
+    """Yield (time in seconds, RGB frame) for each frame of an animated image, up to the first damaged one."""
     time, index = 0.0, 0
     with picture:
         while True:
@@ -133,14 +141,9 @@ def _rgb(picture: Any) -> np.ndarray:
     return np.repeat(values.round().astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def over_white(rgba: np.ndarray) -> np.ndarray:
-    """Return a picture with transparency, uint8 [H, W, 4], over a white ground: uint8 [H, W, 3]."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
 def _unreadable(path: str, error: Exception) -> VideoError:
     return VideoError(
+        "video.unreadable",
         f"{path}: the image cannot be read ({error}); it is truncated, damaged or too large: "
-        "expected a whole JPEG, PNG, WebP, BMP, TIFF or GIF file, so fetch or save it again"
+        "expected a whole JPEG, PNG, WebP, BMP, TIFF or GIF file, so fetch or save it again",
     )

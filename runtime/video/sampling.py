@@ -1,6 +1,6 @@
-"""What is kept of a video while it is read once: samples on an even grid, in bounded memory.
+"""Collect samples of a video on an even grid while it is read once, in bounded memory.
 
-Knows nothing of files and streams: whoever reads one fills a sampler.
+Knows nothing of files and streams, which fill a sampler.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from bridge_stg.runtime.video.sizes import resize
+from bridge_stg.runtime.video.resize import resize
 from bridge_stg.runtime.video.token_budget import CoarsePlan
 
 T = TypeVar("T")
 
 
 class GridSampler(Generic[T]):
-    """What a video shows at the times k / rate, in bounded memory and without knowing the video's length beforehand.
+    """The samples of a video at the times k / rate, in bounded memory and without knowing its length in advance.
 
-    Beyond `capacity` items every second one is dropped and the grid's stride doubles, so that what is left is even.
+    Beyond `capacity` items, every second one is dropped and the grid's stride doubles, so the rest is evenly spaced.
     """
 
     def __init__(self, rate: float, *, capacity: int, stride: int = 1) -> None:
@@ -35,11 +35,11 @@ class GridSampler(Generic[T]):
 
     @property
     def times(self) -> np.ndarray:
-        """The place of every item on the grid, float64 [N], in seconds."""
+        """The time of every item's grid point in seconds, float64 [N]."""
         return np.arange(len(self.items)) * self.stride / self.rate
 
     def fill(self, until: float, make: Callable[[], T]) -> None:
-        """Put one item on every free place before `until` seconds; `make` is called at most once."""
+        """Fill every free grid point before `until` seconds with one item; `make` is called at most once."""
         made: list[T] = []
         while len(self.items) * self.stride / self.rate < until:
             made = made or [make()]
@@ -54,16 +54,16 @@ class GridSampler(Generic[T]):
 
 
 class CoarseSampler(GridSampler[np.ndarray]):
-    """The coarse samples, kept at a size that shrinks while the video turns out to be long.
+    """The coarse samples, whose size shrinks while the video gets longer.
 
-    A sample is kept somewhat larger than the budget would let it be if the video ended now; see `CoarsePlan.rung`.
+    Samples are kept somewhat larger than the budget would allow if the video ended now; see `CoarsePlan.rung`.
 
     Args:
-        plan: which sizes there are, and how many groups.
-        rate: samples a second at stride 1.
-        group: samples a group.
+        plan: the possible sizes, and the most groups.
+        rate: samples per second at stride 1.
+        group: samples per group.
         stride: the first stride.
-        length_s: the video's expected length; None where it is not known. A wrong one costs sharpness or time only.
+        length_s: expected length of the video in seconds; None: not known. A wrong value costs only sharpness or time.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class CoarseSampler(GridSampler[np.ndarray]):
 
     @property
     def undersized(self) -> bool:
-        """Whether the samples are smaller than they had to be, since the expected length was wrong."""
+        """Whether the samples are smaller than necessary because the expected length was wrong."""
         return self._rung > self._rung_of(len(self.items))
 
     def fill(self, until: float, make: Callable[[], np.ndarray]) -> None:
-        """Put one picture, made at `size`, on every free place before `until` seconds."""
+        """Fill every free grid point before `until` seconds with one frame, made at `size`."""
         super().fill(until, make)
         rung = self._rung_of(len(self.items))
         if rung > self._rung:
@@ -105,9 +105,7 @@ class CoarseSampler(GridSampler[np.ndarray]):
 
 
 def resize_all(pictures: Sequence[np.ndarray], size: tuple[int, int]) -> list[np.ndarray]:
-    """Return all pictures at (height, width) `size`; one that occurs several times is resized and kept once."""
-    made: dict[int, np.ndarray] = {}
-    for picture in pictures:
-        if id(picture) not in made:
-            made[id(picture)] = picture if picture.shape[:2] == size else resize(picture, size)
+    """Return all frames at (height, width) `size`; a frame that occurs several times is resized and kept once."""
+    unique = {id(picture): picture for picture in pictures}
+    made = {key: frame if frame.shape[:2] == size else resize(frame, size) for key, frame in unique.items()}
     return [made[id(picture)] for picture in pictures]

@@ -1,4 +1,4 @@
-"""Frames that come from an iterator: they cannot be read twice, so fine frames are kept as they pass."""
+"""Frames from an iterator, which is read once, so fine frames are kept while it is read."""
 
 from __future__ import annotations
 
@@ -17,48 +17,52 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.dlpack import lies_on_gpu
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.video.resize import resize
 from bridge_stg.runtime.video.sampling import CoarseSampler, GridSampler
-from bridge_stg.runtime.video.sizes import resize
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
-DEFAULT_NAME = "the stream of frames"
+STREAM = "the stream of frames"
+"""Name of a stream in messages."""
 
 
 def check_picture(picture: Any, what: str, device: DeviceContext | None = None) -> Any:
-    """Return a picture as an array, uint8 [H, W, 3].
+    """Return a frame as an array, uint8 [H, W, 3].
 
     Args:
-        device: where it may lie; it stays there.
+        picture: any array.
+        what: name of the frame, with which messages begin.
+        device: device on which the frame may be; it stays there.
 
     Raises:
-        VideoError: it has another type, dtype or shape, or lies elsewhere; the message begins with `what`.
+        VideoError: the frame has another type, dtype or shape, or is on another device.
     """
     expected = "expected a uint8 array [height, width, 3] in RGB"
     if lies_on_gpu(picture):
         if device is None:
-            raise VideoError(f"{what} lies on a GPU, and the graphs run on the CPU here; copy it to the host")
+            text = f"{what} is on a GPU, but the graphs run on the CPU; copy it to the host"
+            raise VideoError("video.wrong_device", text)
         try:
             picture = accept(picture, device)
         except EngineError as error:
-            raise VideoError(f"{what}: {error}") from error
+            raise VideoError("video.wrong_device", f"{what}: {error}") from error
     elif not hasattr(picture, "__array__"):
-        raise VideoError(f"{what} is a {type(picture).__name__}; {expected}")
+        raise VideoError("video.bad_frame", f"{what} is a {type(picture).__name__}; {expected}")
     else:
         picture = np.asarray(picture)
     if picture.dtype != np.uint8:
-        raise VideoError(f"{what} has dtype {picture.dtype}; {expected}, values 0 to 255")
+        raise VideoError("video.bad_frame", f"{what} has dtype {picture.dtype}; {expected}, values 0 to 255")
     if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-        hint = "; pass several pictures as an iterator of (time, picture)" if picture.ndim == 4 else ""
-        raise VideoError(f"{what} has shape {list(picture.shape)}; {expected}{hint}")
+        hint = "; pass several frames as an iterator of (time, frame)" if picture.ndim == 4 else ""
+        raise VideoError("video.bad_frame", f"{what} has shape {list(picture.shape)}; {expected}{hint}")
     return picture
 
 
 class FrameStream(VideoSource):
-    """An iterator of (time in seconds, RGB picture), read in one pass.
+    """An iterator of (time in seconds, RGB frame), read in one pass.
 
-    Frames of the fine grid are kept at fine size. Beyond `buffer_frames` of them every second one is dropped, so a long
-    stream is kept as evenly as a short one, and `fine` answers with the nearest frame kept at or before a time.
+    Frames of the fine grid are kept at fine size. Beyond `buffer_frames`, every second one is dropped, so that the kept
+    frames are evenly spaced, and `fine` returns the latest kept frame at or before a time.
     """
 
     def __init__(
@@ -68,36 +72,39 @@ class FrameStream(VideoSource):
         *,
         buffer_frames: int,
         budget: Budget | None = None,
-        name: str = DEFAULT_NAME,
+        name: str = STREAM,
         device: DeviceContext | None = None,
     ) -> None:
         if isinstance(buffer_frames, bool) or not isinstance(buffer_frames, int) or buffer_frames < 1:
-            raise VideoError(f"buffer_frames={buffer_frames!r}: expected a whole number, 1 or more")
+            text = f"buffer_frames={buffer_frames!r}: expected a whole number, 1 or more"
+            raise VideoError("video.bad_option", text)
         self._frames: Iterator[tuple[float, np.ndarray]] | None = checked_frames(frames, name, device)
         self._first = next(self._frames, None)
         if self._first is None:
-            raise VideoError(f"{name} holds no frames: expected at least one (time in seconds, RGB picture)")
+            text = f"{name} has no frames: expected at least one (time in seconds, RGB frame)"
+            raise VideoError("video.no_frames", text)
         height, width = self._first[1].shape[:2]
         super().__init__(spec, width=width, height=height, name=name, budget=budget)
         self._kept: GridSampler[tuple[float, np.ndarray]] = GridSampler(spec.frames.fine_fps, capacity=buffer_frames)
 
     def close(self) -> None:
-        """Drop the frames kept and what is left of the stream."""
+        """Drop the kept frames and the rest of the stream."""
         self._frames = self._first = None
         self._kept.items = []
 
     def _scan(self, limits: Limits) -> CoarseSampler:
         frames, first, sampler = self._frames, self._first, self._sampler()
         if frames is None or first is None:
-            raise VideoError(f"{self._name} has been read or closed, and cannot be read again; open a new one")
+            text = f"{self.name} has been read or closed, and cannot be read again; open a new one"
+            raise VideoError("video.closed", text)
         self._frames = self._first = None
         (origin, shown), times = first, [0.0]
-        del first  # one picture is held at full size, not two
+        del first  # keep one frame at full size in memory, not two
 
         def keep(until: float) -> None:
             time, picture = times[-1], shown
             sampler.fill(until, lambda: resize(picture, sampler.size))
-            self._kept.fill(until, lambda: (time, resize(picture, self._fine_size)))
+            self._kept.fill(until, lambda: (time, resize(picture, self.fine_size)))
 
         limits.check()
         for time, picture in frames:
@@ -113,7 +120,7 @@ class FrameStream(VideoSource):
 
     def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
         if not self._kept.items:
-            raise VideoError(f"{self._name} is closed; open it again to read frames from it")
+            raise VideoError("video.closed", f"{self.name} is closed; open it again to read frames from it")
         places = np.floor((times + self._tolerance_s) / self._kept.interval_s)
         kept = [self._kept.items[int(place)] for place in places.clip(0, len(self._kept.items) - 1)]
         return Samples(frames=arrays.stack([frame for _, frame in kept]), times=np.asarray([time for time, _ in kept]))
@@ -122,26 +129,30 @@ class FrameStream(VideoSource):
 def checked_frames(
     frames: Iterable[tuple[float, Any]], name: str, device: DeviceContext | None = None
 ) -> Iterator[tuple[float, Any]]:
-    """Yield what the caller's iterator yields, checked and copied: the caller may reuse its buffer."""
+    """Yield the frames of a caller's iterator, checked and copied, since the caller may reuse its buffer."""
     size: tuple[int, ...] = ()
     before = -math.inf
     for index, item in enumerate(frames):
         what = f"{name}: frame {index}"
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise VideoError(f"{what} is a {type(item).__name__}; expected a pair (time in seconds, RGB picture)")
+            text = f"{what} is a {type(item).__name__}; expected a pair (time in seconds, RGB frame)"
+            raise VideoError("video.bad_frame", text)
         if isinstance(item[0], bool) or not isinstance(item[0], numbers.Real):
-            raise VideoError(f"{what} has a {type(item[0]).__name__} as its time; expected seconds as a number")
+            text = f"{what} has a {type(item[0]).__name__} as its time; expected seconds as a number"
+            raise VideoError("video.bad_time", text)
         time = float(item[0])
         if not math.isfinite(time) or time < 0:
-            raise VideoError(f"{what} has the time {time}; expected finite seconds, 0 or more")
+            raise VideoError("video.bad_time", f"{what} has the time {time}; expected finite seconds, 0 or more")
         if time <= before:
-            raise VideoError(f"{what} has the time {time} s after {before} s; expected strictly increasing times")
+            text = f"{what} has the time {time} s after {before} s; expected strictly increasing times"
+            raise VideoError("video.bad_time", text)
         picture = check_picture(item[1], f"{what}, its picture", device)
         size = size or picture.shape
         if picture.shape != size:
             raise VideoError(
+                "video.size_changed",
                 f"{what} is {picture.shape[1]} × {picture.shape[0]} pixels, the frames before it are "
-                f"{size[1]} × {size[0]}; expected one size, so resize them or pass two streams"
+                f"{size[1]} × {size[0]}; expected one size, so resize them or pass two streams",
             )
         before = time
         yield time, picture.copy().wait() if isinstance(picture, DeviceArray) else picture.copy()

@@ -1,8 +1,8 @@
-"""What a video may take of the language model's prompt, and the frame rate and size that follow.
+"""A video's share of the language model's prompt, and the frame rate and size that follow from it.
 
-The rule, for a video of any length: the rate is kept and frames are made smaller, down to `coarse_min_pixels`; only
-where that does not fit is every second sample dropped, and frames then are as large as fits again. So the choice
-depends on the video's length, shape and the budget alone. Knows nothing of files, of text and of graphs.
+The rule for a video of any length: keep the rate and make frames smaller, down to `coarse_min_pixels`; if that does not
+fit, drop every second sample and make frames as large as fits again. So the choice depends only on the video's length
+and shape, and on the budget. Knows nothing of files, text and graphs.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 LIMITS = ("max_coarse_groups", "max_visual_tokens", "max_positions", "cache_capacity")
 ROWS_MARGIN = 64
-"""Positions of a cache that the padding of rows may touch behind an answer (see `decode.positions_needed`)."""
+"""Positions of a cache after an answer that padded rows may write to (see `decode.positions_needed`)."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the coarse frames of one video may take.
+    """Limits for the coarse frames of one video.
 
     Attributes:
-        visual_tokens: visual tokens of all groups together; None: no bound.
-        positions: rotary positions of the whole prompt; None: no bound.
-        capacity: tokens of the whole prompt, where an engine's KV cache has a fixed size; None: no bound.
-        text_positions: returns how many of them are not the video's visual tokens, for groups at these times [G].
+        visual_tokens: most visual tokens of all groups together; None: no limit.
+        positions: most rotary positions of the whole prompt; None: no limit.
+        capacity: most tokens of the whole prompt, if an engine's KV cache has a fixed size; None: no limit.
+        text_positions: returns how many positions the text of the prompt takes, for groups at these times [G].
     """
 
     visual_tokens: int | None = None
@@ -43,20 +43,21 @@ class Budget:
     def __post_init__(self) -> None:
         tokens = self.visual_tokens
         if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
-            raise VideoError(f"max_visual_tokens={tokens!r}: expected a whole number, 1 or more, or None for no bound")
+            text = f"max_visual_tokens={tokens!r}: expected a whole number, 1 or more, or None for no limit"
+            raise VideoError("video.bad_option", text)
 
 
 @dataclass(frozen=True)
 class CoarseChoice:
-    """How a video was read for the language model.
+    """How a video was sampled for the language model.
 
     Attributes:
-        fps: samples a second.
+        fps: samples per second.
         size: width and height of the samples, in pixels.
-        groups: groups of samples, each with a time of its own in the prompt.
+        groups: number of groups of samples, each with its own time in the prompt.
         tokens: visual tokens of all groups.
-        max_visual_tokens: the budget; None where there was none.
-        limited_by: what made rate or size lower than the model's own: none, one or more of `LIMITS`.
+        max_visual_tokens: the budget; None: no limit.
+        limited_by: the limits that reduced the model's own rate or size, from `LIMITS`.
     """
 
     fps: float
@@ -79,19 +80,23 @@ class CoarseChoice:
 
 
 class CoarsePlan:
-    """The sizes and numbers of groups that the coarse frames of one video may have.
+    """The possible sizes and numbers of groups of the coarse frames of one video.
 
     Args:
-        height, width: of the video as it is shown, in pixels.
+        height: height of the video as shown, in pixels.
+        width: width of the video as shown, in pixels.
+        spec: the model's rates, sizes and limits.
+        budget: the limits for this video.
 
     Attributes:
-        sizes: all sizes that may be chosen, largest first.
-        rungs: some of them, each of at most half the pixels of the one before: sizes to keep samples at while reading.
+        sizes: all possible sizes, largest first.
+        rungs: some of them, each with at most half the pixels of the one before; samples are kept at these sizes while
+            the video is read.
         capacity: the most groups that can fit.
-        capacity_limits: which limits set the capacity.
+        capacity_limits: the limits that set the capacity.
 
     Raises:
-        VideoError: the budget is too small for one group, or the video's shape cannot be used.
+        VideoError: the budget is too small for one group, or the video's shape is unsupported.
     """
 
     def __init__(self, height: int, width: int, spec: ModelSpec, budget: Budget) -> None:
@@ -110,8 +115,9 @@ class CoarsePlan:
             capacities["max_visual_tokens"] = budget.visual_tokens // self._tokens(self.smallest)
             if not capacities["max_visual_tokens"]:
                 raise VideoError(
+                    "video.budget_too_small",
                     f"max_visual_tokens={budget.visual_tokens} is too small: one group of frames of {width} × {height} "
-                    f"pixels takes at least {self._tokens(self.smallest)} tokens, so give that or more"
+                    f"pixels takes at least {self._tokens(self.smallest)} tokens, so give that or more",
                 )
         self.capacity = min(capacities.values())
         self.capacity_limits = [name for name, groups in capacities.items() if groups == self.capacity]
@@ -122,19 +128,19 @@ class CoarsePlan:
         return self.sizes[-1]
 
     def rung(self, groups: int) -> int:
-        """Return the index of the smallest rung that holds the size for so many groups."""
+        """Return the index of the smallest rung that is not below the size for this number of groups."""
         size = self._best(max(groups, 1), None, self._budget.visual_tokens) or self.smallest
         return max((i for i, rung in enumerate(self.rungs) if rung[0] >= size[0] and rung[1] >= size[1]), default=0)
 
     def size_of(self, group_times: np.ndarray, *, at_most: Size | None = None) -> Size | None:
-        """Return the largest size at which groups at these times [G] fit the budget, None if they do not fit."""
+        """Return the largest size at which groups at these times [G] fit the budget; None if they do not fit."""
         size = self._best(len(group_times), self._longest_side(group_times), self._most_tokens(group_times))
         if size is not None and at_most is not None and self._tokens(size) > self._tokens(at_most):
             return at_most
         return size
 
     def choice(self, group_times: np.ndarray, size: Size, *, fps: float, limits: Iterable[str]) -> CoarseChoice:
-        """Describe what was chosen; `limits` are those that lowered the rate."""
+        """Describe the chosen rate and size; `limits` are the limits that lowered the rate."""
         groups, side, found = len(group_times), self._longest_side(group_times), set(limits)
         by_tokens = self._best(groups, None, self._budget.visual_tokens) or self.smallest
         if by_tokens != self.sizes[0]:
@@ -153,7 +159,7 @@ class CoarsePlan:
         )
 
     def _smaller(self, height: int, width: int, min_pixels: int) -> list[Size]:
-        """Return all sizes from the largest down to the smallest that still has `min_pixels`."""
+        """Return all sizes from the largest down to the smallest with at least `min_pixels`."""
         largest, cell = self.sizes[0], self._side**2
         smallest = smallest_size(height, width, factor=self._side, min_pixels=min_pixels)
         if self._tokens(smallest) >= self._tokens(largest):
@@ -180,7 +186,7 @@ class CoarsePlan:
         return None
 
     def _most_tokens(self, group_times: np.ndarray) -> int | None:
-        """Return how many visual tokens all groups may have together."""
+        """Return the most visual tokens for all groups together."""
         budget = self._budget
         if budget.capacity is None:
             return budget.visual_tokens
@@ -189,7 +195,7 @@ class CoarsePlan:
         return room if budget.visual_tokens is None else min(room, budget.visual_tokens)
 
     def _longest_side(self, group_times: np.ndarray) -> int | None:
-        """Return how many visual tokens a group may have along its longer side, which is what positions count."""
+        """Return the most visual tokens along a group's longer side, which determines its positions."""
         if self._budget.positions is None:
             return None
         text = self._budget.text_positions

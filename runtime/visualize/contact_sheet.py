@@ -13,7 +13,7 @@ import numpy as np
 from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, PromptSpec, VisionSpec
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.runtime.video.source import open_source
+from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.visualize.canvas import INK, TARGET, WHITE, Colour, draw_box, fit_text, font, font_for
 
 if TYPE_CHECKING:

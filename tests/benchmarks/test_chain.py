@@ -19,7 +19,7 @@ from speed.workload.clips import QUERIES, clip
 from speed.workload.inputs import record
 
 from bridge_stg.runtime.chain.prompt import Tokenizer
-from bridge_stg.runtime.video.source import open_source
+from bridge_stg.runtime.video.open import open_source
 
 if TYPE_CHECKING:
     from bridge_stg.runtime.bundle.bundle import Bundle

@@ -24,7 +24,8 @@ from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.vision import VisionEncoder
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer, query_segment, time_strings, video_segment
-from bridge_stg.runtime.video.sizes import resize, smart_size
+from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.sizes import smart_size
 from tests.model.stock_models import FAMILIES, TEXT, VISION
 
 SIDES = {"qwen3_vl": (16, 2), "qwen2_5_vl": (14, 2)}

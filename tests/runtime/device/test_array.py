@@ -17,7 +17,7 @@ from bridge_stg.runtime.device.cuda import Cuda
 from bridge_stg.runtime.device.memory import size_class
 from bridge_stg.runtime.device.resize import DeviceResizer
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.video.sizes import resize
+from bridge_stg.runtime.video.resize import resize
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.kernels import FakeDriver, FakeNvrtc
 

@@ -1,4 +1,4 @@
-"""Events: each change is told once, when it is known."""
+"""Events: each change is reported once, as soon as it is known."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def answer(span: tuple[float, float] | None, *boxes: tuple[int, ...], visible: b
     )  # fmt: skip
 
 
-def told(*answers: tuple[float, Grounding], moved_iou: float = 0.5) -> list[tuple[str, float, float]]:
+def events_of(*answers: tuple[float, Grounding], moved_iou: float = 0.5) -> list[tuple[str, float, float]]:
     tracker = EventTracker("it", settle_s=1.25, moved_iou=moved_iou)
     return [
         (event.kind, event.time_s, known) for known, grounding in answers for event in tracker.add(grounding, known)
@@ -33,7 +33,7 @@ def told(*answers: tuple[float, Grounding], moved_iou: float = 0.5) -> list[tupl
 
 
 def test_appears_moves_and_leaves() -> None:
-    assert told(
+    assert events_of(
         (1.0, answer(None)),
         (4.0, answer((2.0, 4.0), HERE)),
         (5.0, answer((2.0, 5.0), HERE, HERE)),
@@ -45,15 +45,15 @@ def test_appears_moves_and_leaves() -> None:
     ) == [("appeared", 2.0, 4.0), ("moved", 6.0, 6.0), ("left", 7.0, 9.0)]
 
 
-def test_what_came_and_went_between_two_rounds_is_told_as_both() -> None:
-    assert told((9.0, answer((2.0, 4.0), HERE)), (10.0, answer((2.0, 4.0), HERE))) == [
+def test_a_visit_between_two_rounds_gives_both_events() -> None:
+    assert events_of((9.0, answer((2.0, 4.0), HERE)), (10.0, answer((2.0, 4.0), HERE))) == [
         ("appeared", 2.0, 9.0),
         ("left", 4.0, 9.0),
     ]
 
 
-def test_an_end_that_trembles_is_no_second_visit() -> None:
-    assert [kind for kind, *_ in told(
+def test_an_unstable_end_is_not_a_second_visit() -> None:
+    assert [kind for kind, *_ in events_of(
         (9.0, answer((2.0, 4.0), HERE)),
         (10.0, answer((1.75, 4.25), HERE)),
         (11.0, answer((2.25, 5.0), HERE)),
@@ -61,8 +61,8 @@ def test_an_end_that_trembles_is_no_second_visit() -> None:
     )] == ["appeared", "left"]  # fmt: skip
 
 
-def test_a_second_visit_is_told() -> None:
-    events = told(
+def test_a_second_visit_is_reported() -> None:
+    events = events_of(
         (9.0, answer((2.0, 4.0), HERE)),
         (10.0, answer((8.0, 10.0), THERE)),
         (16.0, answer((6.0, 9.0), THERE)),
@@ -71,16 +71,16 @@ def test_a_second_visit_is_told() -> None:
 
 
 def test_a_target_that_is_missed_once_has_not_left() -> None:
-    assert told((4.0, answer((2.0, 4.0), HERE)), (5.0, answer(None)), (6.0, answer((2.0, 6.0), HERE))) == [
+    assert events_of((4.0, answer((2.0, 4.0), HERE)), (5.0, answer(None)), (6.0, answer((2.0, 6.0), HERE))) == [
         ("appeared", 2.0, 4.0)
     ]
 
 
-def test_boxes_that_no_frame_shows_are_no_target() -> None:
-    assert told((4.0, answer((2.0, 4.0), HERE, visible=False)), (9.0, answer(None))) == []
+def test_invisible_boxes_are_not_a_target() -> None:
+    assert events_of((4.0, answer((2.0, 4.0), HERE, visible=False)), (9.0, answer(None))) == []
 
 
-def test_moved_may_be_left_out() -> None:
-    assert told((4.0, answer((2.0, 4.0), HERE)), (5.0, answer((2.0, 5.0), THERE)), moved_iou=0) == [
+def test_moved_can_be_disabled() -> None:
+    assert events_of((4.0, answer((2.0, 4.0), HERE)), (5.0, answer((2.0, 5.0), THERE)), moved_iou=0) == [
         ("appeared", 2.0, 4.0)
     ]

@@ -1,4 +1,4 @@
-"""Groups of a stream: the samples of the same frames read as a video, in a queue that stays short."""
+"""Groups of a stream: the same samples as for a video of the same frames, in a short queue."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.live.plan import LivePlan, plan_stream
-from bridge_stg.runtime.live.queue import GroupQueue
+from bridge_stg.runtime.live.reader import GroupQueue
 from bridge_stg.runtime.live.sampling import LiveGroup, LiveSampler
-from bridge_stg.runtime.video.source import open_source
+from bridge_stg.runtime.video.open import open_source
 from tests.fakes.chain import FakeTokenizer, fake_spec
 
 TOKENIZER: Any = FakeTokenizer()
@@ -66,12 +66,12 @@ def test_samples_are_those_of_a_video(coarse_fps: float, fine_fps: float, times:
     np.testing.assert_allclose([sample.time_s for sample in samples], fine.times[inside])
 
 
-def test_a_group_is_given_as_soon_as_it_is_complete() -> None:
-    plan, given = plan_for(fake_spec()), []
+def test_groups_are_yielded_as_soon_as_they_are_complete() -> None:
+    plan, found = plan_for(fake_spec()), []
     sampler = LiveSampler(plan, hold_s=2.0)
     for time_s, frame in noise(np.arange(33) / 8):
-        given += [(time_s, group.place) for group in sampler.add(time_s, lambda frame=frame: frame)]
-    assert given == [
+        found += [(time_s, group.place) for group in sampler.add(time_s, lambda frame=frame: frame)]
+    assert found == [
         (0.875, 0),
         (1.875, 2),
         (2.875, 4),
@@ -88,14 +88,14 @@ def test_gaps_are_left_empty() -> None:
 
 
 def test_pictures_that_are_not_sampled_are_not_converted() -> None:
-    plan, asked = plan_for(fake_spec()), []
+    plan, converted = plan_for(fake_spec()), []
     sampler = LiveSampler(plan, hold_s=2.0)
     for i in range(120):
-        list(sampler.add(i / 30, lambda i=i: asked.append(i) or np.zeros((48, 64, 3), np.uint8)))  # type: ignore
-    assert len(asked) == len(set(asked)) == 16
+        list(sampler.add(i / 30, lambda i=i: converted.append(i) or np.zeros((48, 64, 3), np.uint8)))  # type: ignore
+    assert len(converted) == len(set(converted)) == 16
 
 
-def test_prints_that_would_be_alike_make_the_rate_lower() -> None:
+def test_equal_printed_times_lower_the_rate() -> None:
     assert plan_for(fake_spec(coarse_fps=40.0)).stride > 1
 
 
@@ -103,7 +103,7 @@ def group_at(place: int) -> LiveGroup:
     return LiveGroup(place, np.zeros((2, 8, 8, 3), np.uint8), ())
 
 
-def test_the_latest_wins() -> None:
+def test_the_queue_drops_the_oldest_group() -> None:
     queue = GroupQueue(2, latest_wins=True)
     for place in range(5):
         assert queue.put(group_at(place))
@@ -113,7 +113,7 @@ def test_the_latest_wins() -> None:
     assert queue.get(0) is None and queue.ended
 
 
-def test_or_the_reader_waits() -> None:
+def test_the_queue_makes_the_reader_wait() -> None:
     queue, put = GroupQueue(1, latest_wins=False), []
     thread = threading.Thread(target=lambda: put.extend(queue.put(group_at(place)) for place in range(3)))
     thread.start()
@@ -123,7 +123,7 @@ def test_or_the_reader_waits() -> None:
     assert not thread.is_alive() and queue.dropped == 0 and put[-1] is False
 
 
-def test_an_error_comes_behind_what_was_read() -> None:
+def test_an_error_is_raised_after_the_queued_groups() -> None:
     queue = GroupQueue(2, latest_wins=False)
     queue.put(group_at(0))
     queue.end(ValueError("broken"))

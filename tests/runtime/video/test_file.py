@@ -1,9 +1,9 @@
-"""Video files: what is read is what a plain decode of the whole file gives, whatever the container does."""
+"""Video files: the frames are those of a plain decode of the whole file, for any container."""
 
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import av
@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec
-from bridge_stg.runtime.errors import Interrupted, VideoError
+from bridge_stg.runtime.errors import Interrupted
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.video import decoder as container
 from bridge_stg.runtime.video import file as video
+from bridge_stg.runtime.video.decoder import Decoder
 from bridge_stg.runtime.video.file import VideoFile
-from bridge_stg.runtime.video.source import VideoSource, open_source
+from bridge_stg.runtime.video.open import open_source
+from tests.errors import raises
 from tests.fakes.clips import GOP, LANGUAGE, SPEC, VISION, Counter, decoded, expect_fine, pictures, scaled, write
 
 FILES: dict[str, tuple[str, dict]] = {
@@ -58,12 +59,13 @@ def test_fine_frames_are_those_of_a_sequential_decode(kind: str, tmp_path: Path)
         picked = rng.permutation(len(reference))[:25]
         expect_fine(source, times[picked], reference, times)  # before coarse()
         np.testing.assert_allclose(source.frame_times, times, atol=1e-9)
-        assert set(source._shown(source.fine_grid())) == set(source._kept.frames)
+        shown = np.searchsorted(times, source.fine_grid() + 4e-4, side="right") - 1
+        assert isinstance(source, VideoFile) and set(shown) == set(source.kept.frames)
         expect_fine(source, source.fine_grid(), reference, times)
-        source._kept.clear()
+        source.kept.clear()
         expect_fine(source, source.fine_grid(), reference, times)  # decoded again
         expect_fine(source, times[[70, 3]], reference, times)
-        assert source._seekable is (kind not in READ_FROM_THE_START)
+        assert source.seekable is (kind not in READ_FROM_THE_START)
         coarse = source.coarse()
         shown = [max(np.flatnonzero(times <= time + 4e-4)) for time in coarse.times.reshape(-1)]
         expected = np.stack([scaled(reference[index], coarse.frames.shape[2:4]) for index in shown])
@@ -72,13 +74,13 @@ def test_fine_frames_are_those_of_a_sequential_decode(kind: str, tmp_path: Path)
 
 def test_coarse_reads_every_frame_once_and_samples_evenly(tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4", pictures(60))
-    check, told = Counter(), []
+    check, reports = Counter(), []
     with open_source(path, SPEC) as source:
-        coarse = source.coarse(Limits(cancel=check, progress=lambda _, done, total: told.append((done, total))))
+        coarse = source.coarse(Limits(cancel=check, progress=lambda _, done, total: reports.append((done, total))))
         assert source.coarse() is coarse
     assert check.count == 60
-    assert [done for done, _ in told] == pytest.approx(np.arange(60) / 25)
-    assert [total for _, total in told] == pytest.approx([2.4] * 60)
+    assert [done for done, _ in reports] == pytest.approx(np.arange(60) / 25)
+    assert [total for _, total in reports] == pytest.approx([2.4] * 60)
     assert (source.width, source.height, source.duration_s) == (64, 48, pytest.approx(2.4))
     assert not source.is_image
     np.testing.assert_array_equal(coarse.times, [[0, 0.5], [1, 1.5], [2, 2]])
@@ -99,7 +101,7 @@ def test_long_videos_are_sampled_more_sparsely(tmp_path: Path) -> None:
     np.testing.assert_array_equal(coarse.frames[1, 1], scaled(reference[30], (16, 32)))
 
 
-def test_fine_decodes_only_around_what_is_asked_for(tmp_path: Path) -> None:
+def test_fine_decodes_only_around_the_requested_times(tmp_path: Path) -> None:
     for name in ("clip.mp4", "clip.ts"):
         path = write(tmp_path / name, pictures(240), options={"x264-params": GOP})
         check = Counter()
@@ -118,41 +120,52 @@ def test_fine_decodes_only_around_what_is_asked_for(tmp_path: Path) -> None:
 def test_late_seeks_fall_back_to_reading_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
     reference, times = decoded(path)
-    seek = container.Decoder.frames_from
-    monkeypatch.setattr(container.Decoder, "frames_from", lambda self, pts: seek(self, pts + 45 * 512))
+    seek = Decoder.frames_from
+    monkeypatch.setattr(Decoder, "frames_from", lambda self, pts: seek(self, pts + 45 * 512))
     with open_source(path, SPEC) as source:
         expect_fine(source, times[[30, 62, 85]], reference, times)
 
 
-def test_frames_before_the_first_key_frame_after_a_seek_are_not_trusted(
+def test_frames_before_the_first_key_frame_after_a_seek_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
     reference, times = decoded(path)
-    torn = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 99, np.uint8), format="rgb24").reformat(format="yuv420p")
-    torn.pts = 62 * 512
-    seek = container.Decoder.frames_from
-    monkeypatch.setattr(container.Decoder, "frames_from", lambda self, pts: chain([torn], seek(self, pts)))
+    damaged = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 99, np.uint8), format="rgb24").reformat(format="yuv420p")
+    damaged.pts = 62 * 512
+    seek = Decoder.frames_from
+    monkeypatch.setattr(Decoder, "frames_from", lambda self, pts: chain([damaged], seek(self, pts)))
     with open_source(path, SPEC) as source:
         expect_fine(source, times[[62]], reference, times)
-        assert source._seekable
+        assert isinstance(source, VideoFile) and source.seekable
 
 
-def test_seeks_to_other_pixels_fall_back_to_reading_from_the_start(tmp_path: Path) -> None:
+def test_seeks_to_other_pixels_fall_back_to_reading_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
+    reference, times = decoded(path)
+    inverted = [255 - picture for picture in pictures(90)]
+    other, seek = Decoder(str(write(tmp_path / "b.mp4", inverted, options={"x264-params": GOP}))), Decoder.frames_from
+    monkeypatch.setattr(Decoder, "frames_from", lambda self, pts: seek(other, pts))
     with open_source(path, SPEC) as source:
         source.coarse()
-        write(path, [255 - picture for picture in pictures(90)], options={"x264-params": GOP})
-        source.close()
-        source._closed = False  # as if the seek itself had gone elsewhere
-        source.fine([2.0])
-        assert not source._seekable
-    with open_source(write(path, pictures(90)), SPEC) as source:
+        assert isinstance(source, VideoFile) and source.seekable
+        source.kept.clear()
+        expect_fine(source, times[[50]], reference, times)
+        assert not source.seekable
+    other.close()
+
+
+def test_a_file_that_has_become_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "clip.mp4", pictures(90))
+    with open_source(path, SPEC) as source:
         source.coarse()
-        source.close()
-        write(path, pictures(20))
-        source._closed = False
-        with pytest.raises(VideoError, match="cannot be decoded a second time"):
+        assert isinstance(source, VideoFile)
+        source.kept.clear()
+        frames = Decoder.frames
+        monkeypatch.setattr(Decoder, "frames", lambda self: islice(frames(self), 20))
+        with raises("video.changed", "clip.mp4", "3.000 s"):
             source.fine([3.0])
 
 
@@ -166,7 +179,7 @@ def test_one_frame_and_slow_videos(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.coarse().times.reshape(-1), np.arange(6) / 2)
         np.testing.assert_array_equal(source.fine([0.2, 0.9, 1.0, 2.5, 99, -1]).times, [0, 0, 1, 2, 2, 0])
         assert source.fine([]).frames.shape == (0, 48, 64, 3)
-        with pytest.raises(VideoError, match="nan"):
+        with raises("video.bad_time", "nan"):
             source.fine([0.0, float("nan")])
 
 
@@ -189,7 +202,7 @@ def test_an_interrupted_pass_can_be_repeated(tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             source.fine(source.fine_grid(), Limits(cancel=Counter(stop_at=3)))
         assert len(source.fine(source.fine_grid()).times) == 6
-    with pytest.raises(VideoError, match="closed"):
+    with raises("video.closed", "clip.mp4"):
         source.fine([0.0])
 
 
@@ -198,30 +211,36 @@ def test_frames_of_the_fine_grid_are_decoded_once_while_they_fit(
 ) -> None:
     path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
     opened: list[str] = []
-    decoder = container.Decoder.__init__
-    monkeypatch.setattr(container.Decoder, "__init__", lambda self, path: (opened.append(path), decoder(self, path))[1])
+    decoder = Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, path: (opened.append(path), decoder(self, path))[1])
     seeks: list[int] = []
-    seek = container.Decoder.frames_from
-    monkeypatch.setattr(container.Decoder, "frames_from", lambda self, pts: (seeks.append(pts), seek(self, pts))[1])
+    seek = Decoder.frames_from
+    monkeypatch.setattr(Decoder, "frames_from", lambda self, pts: (seeks.append(pts), seek(self, pts))[1])
     answers = []
     a_frame = 64 * 48 * 3 // 2
     for most in (2**26, 5 * a_frame):
         monkeypatch.setattr(video, "KEPT_BYTES", most)
         with open_source(path, SPEC) as source:
             answers.append(source.fine(source.fine_grid()).frames)
-            kept = sum(plane.buffer_size for frame in source._kept.frames.values() for plane in frame.planes)
+            assert isinstance(source, VideoFile)
+            kept = sum(plane.buffer_size for frame in source.kept.frames.values() for plane in frame.planes)
         again = len(opened) + len(seeks) > 1
         assert (kept > 0, again) == ((True, False) if most == 2**26 else (False, True))
-        assert source._kept.frames == {}
+        assert source.kept.frames == {}
     np.testing.assert_array_equal(*answers)
 
 
-def test_coarse_samples_are_the_same_however_many_are_resized_together(
+def test_coarse_samples_do_not_depend_on_how_many_are_resized_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "clip.mp4", pictures(150, 120, 160), options={"x264-params": GOP})
-    # The file's promise of its length is what the first size follows from; without one it shrinks on the way.
-    monkeypatch.setattr(VideoFile, "_sampler", lambda self, length_s=None: VideoSource._sampler(self, None))
+    decoder = Decoder.__init__
+
+    def without_duration(self: Decoder, path: str) -> None:
+        decoder(self, path)
+        self.duration_s = None  # so that the samples' size shrinks while the file is read
+
+    monkeypatch.setattr(Decoder, "__init__", without_duration)
     frames = FramesSpec(coarse_fps=25.0, max_coarse_groups=16, max_visual_tokens=150)
     for spec in (SPEC, ModelSpec(VISION, LANGUAGE, frames)):
         found = []

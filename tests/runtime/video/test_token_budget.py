@@ -17,11 +17,13 @@ from PIL import Image
 
 from bridge_stg.runtime.backends.session import Preferences
 from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec
-from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.video.sizes import frame_sizes, resize
-from bridge_stg.runtime.video.source import CoarseFrames, open_source
+from bridge_stg.runtime.video.open import open_source
+from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.sizes import frame_sizes
+from bridge_stg.runtime.video.source import CoarseFrames
 from bridge_stg.runtime.video.token_budget import Budget, CoarsePlan
+from tests.errors import raises
 from tests.fakes.chain import clip, fake_grounder, fake_spec
 from tests.fakes.clips import LANGUAGE, VISION, Counter, pictures, write
 
@@ -104,12 +106,12 @@ def test_sizes_go_down_to_the_smallest(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("tokens", [0, -3, 2.5, True, "9"])
 def test_budgets_that_are_none(tokens: Any) -> None:
-    with pytest.raises(VideoError, match="max_visual_tokens="):
+    with raises("video.bad_option", f"max_visual_tokens={tokens!r}"):
         read(stream(2), tokens)
 
 
 def test_a_budget_below_one_group_says_what_is_needed() -> None:
-    with pytest.raises(VideoError, match=r"max_visual_tokens=3 is too small.*64 × 48.*at least 4 tokens"):
+    with raises("video.budget_too_small", "max_visual_tokens=3", "64 × 48", "4 tokens"):
         read(stream(2), 3)
     assert read(stream(2), 4).choice.groups == 1
 

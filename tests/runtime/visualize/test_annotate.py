@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube
 from bridge_stg.runtime.errors import BridgeError, VideoError
+from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.playback import play
-from bridge_stg.runtime.video.source import open_source
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 from bridge_stg.runtime.visualize.annotate import annotate, contact_sheet, encode_h264, frame_index
 from bridge_stg.runtime.visualize.canvas import SYSTEM_FONTS, TARGET, draw_box, fit_text, font, font_for

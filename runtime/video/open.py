@@ -1,0 +1,58 @@
+"""Open a video, an image or a stream of frames as the `VideoSource` for its kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.video.decoder import check_path
+from bridge_stg.runtime.video.file import VideoFile
+from bridge_stg.runtime.video.image import StillImage, read_image
+from bridge_stg.runtime.video.source import VideoSource
+from bridge_stg.runtime.video.stream import FrameStream, check_picture
+from bridge_stg.runtime.video.token_budget import Budget
+
+
+def open_source(
+    video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]],
+    spec: ModelSpec,
+    *,
+    buffer_frames: int = 256,
+    budget: Budget | None = None,
+    device: DeviceContext | None = None,
+) -> VideoSource:
+    """Open a video, an image or a stream of frames.
+
+    Args:
+        video: the path of a video or image; an image, uint8 [H, W, 3] in RGB; or an iterable of (time in seconds,
+            such an image), with strictly increasing times and one size, which is read once.
+        spec: rates, sizes and limits of the model.
+        buffer_frames: how many frames of an iterable are kept, at fine size.
+        budget: what the coarse frames may take of the prompt; None: the spec's `max_visual_tokens`.
+        device: device on which frames of an iterable may also be, as DLPack arrays; they stay there.
+
+    Raises:
+        VideoError: the video cannot be read; the message says why, and what to do.
+    """
+    if isinstance(video, (str, os.PathLike)):
+        path = check_path(os.fspath(video))
+        image = read_image(path)
+        if image is None:
+            return VideoFile(path, spec, budget=budget)
+        if isinstance(image, np.ndarray):
+            return StillImage(image, spec, budget=budget, name=path)
+        return FrameStream(image, spec, buffer_frames=buffer_frames, budget=budget, name=path)
+    if isinstance(video, np.ndarray):
+        return StillImage(check_picture(video, "the image"), spec, budget=budget, name="the image")
+    if isinstance(video, Iterable) and not isinstance(video, (bytes, dict)):
+        return FrameStream(video, spec, buffer_frames=buffer_frames, budget=budget, device=device)
+    raise VideoError(
+        "video.bad_type",
+        f"cannot read a video from a {type(video).__name__}: expected a path, a uint8 array [height, width, 3], or an "
+        "iterator of (time in seconds, such an array)",
+    )
