@@ -41,17 +41,12 @@ class MediaFolder:
 
     def find(self, *candidates: str) -> Path | None:
         """Return the file of the first candidate that is found: a path in the folder, else a name, else a stem."""
-        for candidate in candidates:
-            path = self.at(candidate)
-            if path is not None:
-                return path
+        path = next(filter(None, map(self.at, candidates)), None)
+        if path is not None:
+            return path
         names, stems = self._index
-        for candidate in candidates:
-            name = Path(candidate).name
-            found = names.get(name) or stems.get(Path(name).stem)
-            if found is not None:
-                return found
-        return None
+        found = (names.get(Path(name).name) or stems.get(Path(name).stem) for name in candidates)
+        return next(filter(None, found), None)
 
     @cached_property
     def _index(self) -> tuple[dict[str, Path], dict[str, Path]]:

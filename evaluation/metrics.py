@@ -70,10 +70,11 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 
 def recall_at(ious: Sequence[float], threshold: float) -> float:
-    """Return R1@m: the share of queries whose one predicted span has an IoU of at least `threshold`.
+    """Return the share of queries whose one predicted span or box has an IoU of at least `threshold`.
 
-    (Gao et al., TALL, arXiv 1705.02101: "R@1, IoU=m"; the comparison is `>=` in compute_IoU_recall_top_n_forreg of
-    their code, github.com/jiyanggao/TALL.)
+    For spans this is R1@m (Gao et al., TALL, arXiv 1705.02101: "R@1, IoU=m"; `>=` in compute_IoU_recall_top_n_forreg
+    of github.com/jiyanggao/TALL). For boxes at 0.5 it is Acc@0.5 (Mao et al., arXiv 1511.02283; `>=` in the code of the
+    comprehension results of RefCOCO's authors).
     """
     return float((np.asarray(ious, np.float64) >= threshold).mean())
 
@@ -81,14 +82,6 @@ def recall_at(ious: Sequence[float], threshold: float) -> float:
 def span_scores(ious: Sequence[float]) -> Mapping[str, float]:
     """Return R1@0.3, R1@0.5, R1@0.7 and mIoU of temporal grounding, from the IoU of each query's span."""
     return {f"R1@{m}": recall_at(ious, m) for m in (0.3, 0.5, 0.7)} | {"mIoU": float(np.mean(ious))}
-
-
-def accuracy_at(ious: Sequence[float], threshold: float = 0.5) -> float:
-    """Return Acc@0.5: the share of expressions whose one predicted box has an IoU of at least `threshold`.
-
-    (Mao et al., arXiv 1511.02283; `>=` as in the code of the comprehension results of RefCOCO's authors.)
-    """
-    return float((np.asarray(ious, np.float64) >= threshold).mean())
 
 
 def bounded(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:

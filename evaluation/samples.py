@@ -107,25 +107,15 @@ class Dataset:
 
 
 def tube_truth(
-    times: np.ndarray,
-    inside: np.ndarray,
-    boxes: np.ndarray,
-    *,
-    span: tuple[float, float],
-    size: tuple[int, int] | None = None,
-    interval_s: float | None = None,
-) -> Truth:
+    times: np.ndarray, inside: np.ndarray, boxes: np.ndarray, *, span: tuple[float, float],
+    size: tuple[int, int] | None = None, interval_s: float | None = None,
+) -> Truth:  # fmt: skip
     """Return the truth of a target that is in the video: its tube on the annotation's frames; see `Truth`."""
     return Truth(
-        present=True,
-        span=span,
-        times=np.asarray(times, np.float64),
-        inside=np.asarray(inside, bool),
-        boxes=np.asarray(boxes, np.float32).reshape(-1, 4),
-        counted=np.ones(len(times), bool),
-        size=size,
+        present=True, span=span, times=np.asarray(times, np.float64), inside=np.asarray(inside, bool),
+        boxes=np.asarray(boxes, np.float32).reshape(-1, 4), counted=np.ones(len(times), bool), size=size,
         interval_s=interval_s,
-    )
+    )  # fmt: skip
 
 
 def span_truth(span: tuple[float, float] | None) -> Truth:

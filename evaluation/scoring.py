@@ -11,17 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.evaluation.metrics import (
-    accuracy_at,
-    auroc,
-    frame_iou,
-    overlaps,
-    span_scores,
-    temporal_iou,
-    track_scores,
-    tube_iou,
-    tube_scores,
-)
+from bridge_stg.evaluation import metrics
 from bridge_stg.evaluation.samples import Sample, Truth
 from bridge_stg.runtime.chain.boxes import box_iou
 from bridge_stg.runtime.chain.results import Grounding, Tube
@@ -45,7 +35,7 @@ def score(sample: Sample, truth: Truth, result: Grounding) -> dict[str, Any]:
         prediction["span"] = [round(float(side), 6) for side in result.span]
     if sample.task == "span":
         span = result.span if result.found else None
-        iou = 0.0 if truth.span is None or span is None else temporal_iou(truth.span, span)
+        iou = 0.0 if truth.span is None or span is None else metrics.temporal_iou(truth.span, span)
         return {"scores": {"IoU": iou}, "prediction": prediction}
     tube = _tube(result, truth.size)
     if sample.task == "track":
@@ -66,8 +56,8 @@ def score(sample: Sample, truth: Truth, result: Grounding) -> dict[str, Any]:
         covered = in_span(truth.times, result.span)
         boxes[covered] = tube.at(truth.times[covered]).boxes
     scores = {
-        "tIoU": frame_iou(truth.inside, covered),
-        "vIoU": tube_iou(truth.inside, truth.boxes.astype(np.float64), covered, boxes),
+        "tIoU": metrics.frame_iou(truth.inside, covered),
+        "vIoU": metrics.tube_iou(truth.inside, truth.boxes.astype(np.float64), covered, boxes),
     }
     return {"scores": scores, "prediction": prediction}
 
@@ -122,25 +112,27 @@ def _metrics(rows: list[Mapping[str, Any]]) -> dict[str, float]:
     counts: dict[str, float] = {"samples": len(rows), "failed": sum("error" in row for row in rows)}
     if task == "track":
         scored = [np.asarray(row["overlaps"], np.float64) for row in rows if row["overlaps"]]
-        return counts | (dict(track_scores(scored)) if scored else {})
+        return counts | (dict(metrics.track_scores(scored)) if scored else {})
     there, absent = ([row for row in rows if row["present"] is present] for present in (True, False))
     found: dict[str, float] = {}
     if there and task == "tube":
-        found = dict(tube_scores(*([row["scores"][name] for row in there] for name in ("tIoU", "vIoU"))))
+        found = dict(metrics.tube_scores(*([row["scores"][name] for row in there] for name in ("tIoU", "vIoU"))))
         del found["clips"]
     elif there and task == "span":
-        found = dict(span_scores([row["scores"]["IoU"] for row in there]))
+        found = dict(metrics.span_scores([row["scores"]["IoU"] for row in there]))
     elif there:
-        found = {"Acc@0.5": accuracy_at([row["scores"]["IoU"] for row in there])}
+        found = {"Acc@0.5": metrics.recall_at([row["scores"]["IoU"] for row in there], 0.5)}
     if absent:
         found["absent"] = len(absent)
-        found["AUROC"] = auroc(*([row["absent"] for row in part if "absent" in row] for part in (absent, there)))
+        found["AUROC"] = metrics.auroc(
+            *([row["absent"] for row in part if "absent" in row] for part in (absent, there))
+        )
         found["absent recognized"] = float(np.mean([row["scores"]["vIoU"] for row in absent]))
     return counts | found
 
 
 def _track_row(truth: Truth, boxes: np.ndarray) -> dict[str, Any]:
-    ious = overlaps(truth.boxes, boxes, truth.size)[truth.counted]
+    ious = metrics.overlaps(truth.boxes, boxes, truth.size)[truth.counted]
     scores = {"AO": float(ious.mean())} if len(ious) else {}
     return {"scores": scores, "overlaps": [round(float(iou), 6) for iou in ious]}
 

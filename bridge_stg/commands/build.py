@@ -50,4 +50,4 @@ def build(bundle: Path, targets: tuple[str, ...], profiles: Path | None, layers:
         click.echo(engine_line(entry))
         if layers and entry.built.get("layers"):
             click.echo(plan_table(entry.built["layers"]))
-    click.echo("Kernels are chosen on the device: this says what was compiled, not how fast it is.")
+    click.echo("Kernels are chosen on the device: this lists what was compiled, not how fast it is.")

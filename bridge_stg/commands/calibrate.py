@@ -44,7 +44,7 @@ def check_int8(int8: bool, dtype: str, given: Mapping[str, Path | None]) -> None
     if named and not int8:
         raise BridgeError("options.conflict", f"{named[0]} is an option of the calibration; add --int8, or omit it.")
     if int8 and given["samples"] is None:
-        raise BridgeError("options.missing", "--int8 needs --samples: JSON lines like the queries that will be asked.")
+        raise BridgeError("options.missing", "--int8 needs --samples: JSON lines with queries like those of later use.")
     if int8 and dtype == "bf16":
         raise BridgeError("options.conflict", "--int8 takes --dtype fp32 or fp16, not bf16.")
 
@@ -113,14 +113,9 @@ def calibrate(bundle: Path, out: Path, **options: Any) -> None:
 
 
 def calibrate_bundle(
-    bundle: Path,
-    out: Path,
-    *,
-    judged: Path | None = None,
-    kv8: bool = False,
-    targets: tuple[str, ...] = (),
+    bundle: Path, out: Path, *, judged: Path | None = None, kv8: bool = False, targets: tuple[str, ...] = (),
     **given: Any,
-) -> str:
+) -> str:  # fmt: skip
     """Calibrate with the options of the command, and return the text that it prints at the end."""
     require_packages()
     from bridge_stg.calibration.calibrate import calibrate

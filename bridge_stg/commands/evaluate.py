@@ -41,13 +41,9 @@ WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
 )
 @click.option("--media", type=PATH, help="Folder of the videos or images; default: that of the annotations.")
 @click.option(
-    "--model",
-    "models",
-    type=PATH,
-    multiple=True,
-    required=True,
+    "--model", "models", type=PATH, multiple=True, required=True,
     help="A checkpoint or bundle; repeatable. Later ones are compared with the first.",
-)
+)  # fmt: skip
 @click.option("--out", type=PATH, required=True, help="The folder for results and report.")
 @click.option("--split", help="Split to read from files with several, such as val or testA.")
 @click.option("--limit", type=COUNT, help="Only this many samples, from the first.")
@@ -57,20 +53,10 @@ WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
 @many_options
 @backend_options()
 def evaluate(
-    *,
-    dataset: str,
-    annotations: tuple[Path, ...],
-    media: Path | None,
-    models: tuple[Path, ...],
-    out: Path,
-    split: str | None,
-    executor: str,
-    workers: int | None,
-    backend: str,
-    variant: str | None,
-    threads: int | None,
+    *, dataset: str, annotations: tuple[Path, ...], media: Path | None, models: tuple[Path, ...], out: Path,
+    split: str | None, executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None,
     **options: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Score models side by side on the published files of a DATASET, in the field's metrics.
 
     Nothing is downloaded. Finished samples are kept: the same command resumes a run that was stopped.
@@ -82,10 +68,8 @@ def evaluate(
     from bridge_stg.evaluation.run.executor import open_executor
 
     samples = read_dataset(dataset, annotations, media, split=split)
-    with (
-        ProgressBar(unit="sample") as progress,
-        open_executor(executor, workers=workers, threads=threads) as opened,
-    ):
+    opening = open_executor(executor, workers=workers, threads=threads)
+    with ProgressBar(unit="sample") as progress, opening as opened:
         described = named_models(models, backend=backend, variant=variant, threads=opened.threads)
         evaluation = run(samples, described, out, executor=opened, progress=progress, **options)
     values = write_report(evaluation, out)
@@ -117,20 +101,9 @@ def evaluate(
 @many_options
 @backend_options()
 def infer_many(
-    *,
-    table: Path,
-    media: Path | None,
-    queries: tuple[str, ...],
-    bundle: Path | None,
-    out: Path,
-    task: str,
-    executor: str,
-    workers: int | None,
-    backend: str,
-    variant: str | None,
-    threads: int | None,
-    **options: Any,
-) -> int:
+    *, table: Path, media: Path | None, queries: tuple[str, ...], bundle: Path | None, out: Path, task: str,
+    executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None, **options: Any,
+) -> int:  # fmt: skip
     """Answer every (video, query) of TABLE, and write a row for each.
 
     TABLE is JSON lines or CSV with `video` and `query`, or a folder of videos with --query. A failure is a row with
@@ -144,14 +117,12 @@ def infer_many(
 
     if out.exists() and table.exists() and out.samefile(table):
         raise BridgeError("output.is_input", f"{out} is the table itself; give another name for --out.")
-    asked = read_queries(table, media, texts=queries, images=task == "image")
+    rows = read_queries(table, media, texts=queries, images=task == "image")
     path = bundle or demo_bundle(progress=stage_line)
-    with (
-        ProgressBar(unit="sample") as progress,
-        open_executor(executor, workers=workers, threads=threads) as opened,
-    ):
+    opening = open_executor(executor, workers=workers, threads=threads)
+    with ProgressBar(unit="sample") as progress, opening as opened:
         model = bundle_model(path, path.resolve().name, backend=backend, variant=variant, threads=opened.threads)
-        done = run(asked, model, out, task=task, executor=opened, progress=progress, **options)
+        done = run(rows, model, out, task=task, executor=opened, progress=progress, **options)
     click.echo(f"{done.answered} answered, {done.failed} failed; the rows are in {out}")
     if done.first_error is not None:
         click.echo(f"The first that failed is {done.first_error}", err=True)

@@ -35,16 +35,9 @@ VARIANTS = ("standard", "primitive")
 @click.option("--int8", is_flag=True, help="Calibrate the bundle too, as `calibrate` does; needs --samples.")
 @sample_options(required=False)
 def export(
-    *,
-    checkpoint: Path,
-    out: Path,
-    overwrite: bool,
-    variants: tuple[str, ...],
-    dtype: str,
-    verify: bool,
-    int8: bool,
+    *, checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ...], dtype: str, verify: bool, int8: bool,
     **given: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Turn a CHECKPOINT folder into a verified bundle that runs without torch."""
     check_int8(int8, dtype, given)
     if out.exists() and not overwrite:

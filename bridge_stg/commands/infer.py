@@ -60,9 +60,7 @@ class Request:
 @bundle_option
 @click.option("--json", "json_file", type=output_file(".json"), help="Write the results, one box per video frame.")
 @click.option(
-    "--annotate",
-    type=output_file(".mp4", ".png", ".jpg"),
-    help="Write the video (H.264) or image with box and query drawn.",
+    "--annotate", type=output_file(".mp4", ".png", ".jpg"), help="Write the video (H.264) or image with the boxes."
 )
 @click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span, with a timeline.")
 @backend_options()
@@ -81,7 +79,7 @@ def infer(**given: Any) -> None:
 
     click.echo("\n\n".join(grounding_table(result) for result in results))
     if chosen is not None:
-        click.echo(f"  engine: {chosen.summary}")
+        click.echo(f"  backend: {chosen.summary}")
     for path in request.outputs:
         click.echo(f"wrote {path}")
 
@@ -136,10 +134,7 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
         if not grounder.verified:
             click.echo(UNVERIFIED, err=True)
         with grounder.open(
-            request.video,
-            max_visual_tokens=request.max_visual_tokens,
-            deadline_s=request.deadline,
-            progress=progress,
+            request.video, max_visual_tokens=request.max_visual_tokens, deadline_s=request.deadline, progress=progress
         ) as video:
             left = None if request.deadline is None else max(0.0, request.deadline - (time.monotonic() - began))
             limits: dict[str, Any] = {"deadline_s": left, "progress": progress}

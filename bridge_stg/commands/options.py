@@ -36,11 +36,11 @@ SECONDS = Number(min=0, min_open=True)
 
 
 def output_file(*suffixes: str) -> Callable[[str], Path]:
-    """Return the type of a file to write: its suffix and folder are checked before any work is done."""
+    """Return the type of a file to write: its suffix, if any is given, and folder are checked before any work."""
 
     def file(value: str) -> Path:
         path = Path(value)
-        if path.suffix.lower() not in suffixes:
+        if suffixes and path.suffix.lower() not in suffixes:
             raise click.BadParameter(f"{str(path)!r} should end in {' or '.join(suffixes)}.")
         if path.is_dir():
             raise click.BadParameter(f"{str(path)!r} is a folder; expected the name of a file.")
@@ -91,32 +91,24 @@ threads_option = click.option("--threads", type=THREADS, help="CPU threads; defa
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random choices.")
 query_options = combine(
     click.option(
-        "--task",
-        type=click.Choice(["tube", "span", "image"]),
-        default="tube",
-        show_default=True,
+        "--task", type=click.Choice(["tube", "span", "image"]), default="tube", show_default=True,
         help="When and where; only when; or the one box in an image that surely shows the target.",
     ),
     click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this video` is an answer."),
     click.option(
-        "--max-visual-tokens",
-        type=COUNT,
+        "--max-visual-tokens", type=COUNT,
         help="Most tokens of a video in the prompt; a long one is read in smaller frames, then at a lower rate.",
     ),
-)
+)  # fmt: skip
 many_options = combine(
     click.option(
-        "--executor",
-        "--engine",
-        type=click.Choice(["local", "ray"]),
-        default="local",
-        show_default=True,
+        "--executor", "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
         help="Run the model in this process, or in many on Ray.",
     ),
     click.option("--workers", type=COUNT, help="Processes of --executor ray; default: one, or one per GPU."),
     click.option("--overwrite", is_flag=True, help="Start again instead of keeping finished results."),
     click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier run."),
-)
+)  # fmt: skip
 
 
 def variant_option(default: str = "the one that fits this machine") -> Decorator[Any]:

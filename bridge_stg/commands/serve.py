@@ -61,21 +61,10 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to end running jobs.")
 @backend_options()
 def serve(
-    *,
-    bundle: Path,
-    api_key: str | None,
-    api_key_env: str | None,
-    live: tuple[tuple[str, str], ...],
-    every_s: float,
-    window: int,
-    max_upload_mb: int,
-    max_storage_mb: int,
-    open_mb: int,
-    threads: int | None,
-    backend: str,
-    variant: str | None,
-    **limits: Any,
-) -> None:
+    *, bundle: Path, api_key: str | None, api_key_env: str | None, live: tuple[tuple[str, str], ...], every_s: float,
+    window: int, max_upload_mb: int, max_storage_mb: int, open_mb: int, threads: int | None, backend: str,
+    variant: str | None, **limits: Any,
+) -> None:  # fmt: skip
     """Serve a BUNDLE over HTTP: uploads, jobs, live sources, and a page to look at.
 
     Ctrl-C or SIGTERM ends it in order.

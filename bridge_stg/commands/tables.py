@@ -1,4 +1,4 @@
-"""What the command line prints: a grounding and a bundle as plain text."""
+"""A grounding and a bundle as plain text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 12
 
 
 def grounding_table(result: Grounding) -> str:
-    """Return the span, up to twelve evenly picked boxes, and what it took."""
+    """Return the span, at most twelve evenly picked boxes, tokens and times."""
     width, height = result.size
     lines = [f'"{result.query}" in {width} × {height} pixels']
     if result.found and result.span is not None:
@@ -38,12 +38,12 @@ def grounding_table(result: Grounding) -> str:
 
 
 def _coarse_line(coarse: CoarseChoice) -> str:
-    """Say how the language model saw the video, and what kept it from seeing more."""
+    """Return the frames and tokens that the language model got, and what limited them."""
     budget = f" of {coarse.max_visual_tokens}" if coarse.max_visual_tokens is not None else ""
     limited = f"; limited by {', '.join(coarse.limited_by)}" if coarse.limited_by else ""
     groups = f"{coarse.groups} group{'' if coarse.groups == 1 else 's'}"
     return (
-        f"  coarse frames: {coarse.fps:.4g} a second at {coarse.size[0]} × {coarse.size[1]} pixels, {groups}, "
+        f"  coarse frames: {coarse.fps:.4g} per second at {coarse.size[0]} × {coarse.size[1]} pixels, {groups}, "
         f"{coarse.tokens}{budget} tokens{limited}"
     )
 
@@ -61,7 +61,7 @@ def _box_rows(boxes: FrameBoxes) -> list[str]:
 
 
 def bundle_table(bundle: Bundle) -> str:
-    """Return what is in a bundle: model, rules, and every variant of every graph with its tensors."""
+    """Return the content of a bundle: model, rules, and every variant of every graph with its tensors."""
     manifest = bundle.manifest
     spec = manifest.spec
     facts = {
@@ -69,9 +69,9 @@ def bundle_table(bundle: Bundle) -> str:
         "fingerprint": manifest.fingerprint,
         "model": ", ".join(f"{name} {value}" for name, value in manifest.model.items()),
         "made with": ", ".join(f"{name} {value}" for name, value in manifest.tools.items()),
-        "parity": "measured and held" if manifest.verified else "not measured: unverified (--no-verify)",
+        "parity": "measured, within the tolerances" if manifest.verified else "not measured: unverified (--no-verify)",
         "quantized": "no" if manifest.calibration is None else "yes, see calibration in manifest.json",
-        "frames": f"{spec.frames.coarse_fps:g} a second coarse (up to {spec.frames.coarse_max_pixels} pixels), "
+        "frames": f"{spec.frames.coarse_fps:g} per second coarse (up to {spec.frames.coarse_max_pixels} pixels), "
         f"{spec.frames.fine_fps:g} fine (up to {spec.frames.fine_max_pixels})",
         "size": f"{sum(entry.size for entry in manifest.entries().values()) / 1e6:.1f} MB",
         "runs here": _target_line(bundle),
@@ -84,7 +84,7 @@ def bundle_table(bundle: Bundle) -> str:
 
 
 def _target_line(bundle: Bundle) -> str:
-    """Say which backend `auto` takes on this machine, and why."""
+    """Return the backend that `auto` chooses on this machine, and why."""
     try:
         return str(choose(bundle))
     except EngineError as error:

@@ -51,16 +51,9 @@ resume_option = click.option(
     "--dtype", type=click.Choice(DTYPES), help="Precision to store the backbone in; default: its own, by links."
 )
 def init(
-    *,
-    backbone: Path,
-    out: Path,
-    seed: int,
-    queries: int,
-    taps: tuple[int, ...] | None,
-    decoder_width: int,
-    decoder_layers: int,
-    dtype: str | None,
-) -> None:
+    *, backbone: Path, out: Path, seed: int, queries: int, taps: tuple[int, ...] | None, decoder_width: int,
+    decoder_layers: int, dtype: str | None,
+) -> None:  # fmt: skip
     """Make a checkpoint from a plain vision-language model: new bridging and spatial parts, untrained.
 
     A LoRA adapter in the folder, or in its adapter/, is merged.
@@ -110,20 +103,9 @@ def init(
 @seed_option
 @resume_option
 def train(
-    *,
-    checkpoint: Path,
-    annotations: Path,
-    media: Path,
-    out: Path,
-    freeze_backbone: bool,
-    train_vision: bool,
-    precision: str,
-    device: str,
-    dtype: str | None,
-    workers: int,
-    resume: bool,
-    **options: Any,
-) -> None:
+    *, checkpoint: Path, annotations: Path, media: Path, out: Path, freeze_backbone: bool, train_vision: bool,
+    precision: str, device: str, dtype: str | None, workers: int, resume: bool, **options: Any,
+) -> None:  # fmt: skip
     """Train a CHECKPOINT on annotated clips: by default everything except the vision blocks."""
     if freeze_backbone and train_vision:
         raise BridgeError("options.conflict", "--freeze-backbone and --train-vision exclude each other; give one.")

@@ -12,7 +12,15 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bridge_stg.commands.options import COUNT, PATH, SECONDS, Number, backend_options, bundle_option, overwrite_option
+from bridge_stg.commands.options import (
+    COUNT,
+    SECONDS,
+    Number,
+    backend_options,
+    bundle_option,
+    output_file,
+    overwrite_option,
+)
 from bridge_stg.commands.progress import stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -28,7 +36,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @bundle_option
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between two rounds.")
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames of a round.")
-@click.option("--json", "--jsonl", "json_file", type=PATH, help="Write the events, one JSON object per line.")
+@click.option("--json", "--jsonl", "json_file", type=output_file(), help="Write the events, one JSON object per line.")
 @click.option("--answers", is_flag=True, help="Write every round's answers to --json too.")
 @overwrite_option("a --json file")
 @click.option("--realtime", is_flag=True, help="Play a file at its own pace instead of as fast as possible.")
@@ -42,19 +50,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this window` is an answer.")
 @backend_options()
 def watch(
-    *,
-    source: str,
-    queries: tuple[str, ...],
-    bundle: Path | None,
-    json_file: Path | None,
-    answers: bool,
-    overwrite: bool,
-    realtime: bool,
-    threads: int | None,
-    backend: str,
-    variant: str | None,
-    **options: Any,
-) -> None:
+    *, source: str, queries: tuple[str, ...], bundle: Path | None, json_file: Path | None, answers: bool,
+    overwrite: bool, realtime: bool, threads: int | None, backend: str, variant: str | None, **options: Any,
+) -> None:  # fmt: skip
     """Watch SOURCE for each QUERY, and print when its target appears, moves and leaves.
 
     SOURCE is a video file, an address such as rtsp://camera/stream, or a camera such as /dev/video0 or 0. Ctrl-C or
@@ -93,8 +91,6 @@ def watch(
 def _check_output(json_file: Path | None, source: str, overwrite: bool) -> None:
     if json_file is None:
         return
-    if json_file.is_dir() or not json_file.parent.is_dir():
-        raise BridgeError("output.no_folder", f"--json {json_file}: expected a file name in a folder that exists.")
     if json_file.exists():
         if Path(source).exists() and json_file.samefile(source):
             raise BridgeError("output.is_input", f"{json_file} is the source itself; give another name for --json.")
@@ -125,7 +121,7 @@ class Log:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT and SIGTERM set; a second signal has its usual effect."""
+    """Yield an event that SIGINT and SIGTERM set; another signal has its usual effect."""
     stop = threading.Event()
     before: dict[int, Any] = {}
 

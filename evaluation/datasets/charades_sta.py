@@ -31,14 +31,10 @@ def read_charades_sta(annotations: Sequence[Path], media: Path, *, split: str | 
         video, span, sentence = _parse(where, line)
         samples.append(
             Sample(
-                id=where.rpartition(":")[2],
-                task="span",
-                media=folder.find(f"{video}.mp4"),
-                media_name=f"{video}.mp4",
-                query=sentence,
-                read_truth=partial(span_truth, span),
+                id=where.rpartition(":")[2], task="span", media=folder.find(f"{video}.mp4"), media_name=f"{video}.mp4",
+                query=sentence, read_truth=partial(span_truth, span),
             )
-        )
+        )  # fmt: skip
     if not samples:
         raise fault(path, "has no lines", code="annotation.empty")
     return Dataset("charades-sta", path.stem, tuple(samples), digest(path))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import AnnotationError
 
 BOX = "[x, y, width, height]"
@@ -136,11 +137,8 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        message = f"{path}: no such file; expected an annotation file. Give its path."
-        raise AnnotationError("annotation.not_found", message) from None
-    except IsADirectoryError:
-        message = f"{path} is a folder; expected an annotation file. Name the file inside it."
+    except (FileNotFoundError, IsADirectoryError) as error:
+        message = f"{path}: {error.strerror}; expected an annotation file. Give its path."
         raise AnnotationError("annotation.not_found", message) from None
     except UnicodeDecodeError as error:
         raise fault(path, f"is not UTF-8 text (byte {error.start})") from None
@@ -171,19 +169,13 @@ def digest(*parts: Path | str) -> str:
     """Return a SHA-256 over files (their bytes) and strings, in this order."""
     whole = hashlib.sha256()
     for part in parts:
-        one = hashlib.sha256()
-        if isinstance(part, str):
-            one.update(part.encode())
-        else:
-            with open(part, "rb") as file:
-                while block := file.read(2**20):
-                    one.update(block)
-        whole.update(one.digest())
+        one = hashlib.sha256(part.encode()).hexdigest() if isinstance(part, str) else file_sha256(part)
+        whole.update(bytes.fromhex(one))
     return whole.hexdigest()
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value is a finite number; true and false are not."""
+    """Return whether a JSON value is a finite number; true and false are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -52,17 +52,14 @@ def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None =
         truth_file = folder / "groundtruth.txt"
         if truth_file.is_file():
             files.append(truth_file)
+        frames = media / split / name
         samples.append(
             Sample(
-                id=name,
-                task="track",
-                media=folder if truth_file.is_file() and (media / split / name).is_dir() else None,
-                media_name=f"{split}/{name}",
-                query=TRACKED,
-                read_truth=partial(_truth, folder, media / split / name, split),
+                id=name, task="track", media=frames if truth_file.is_file() and frames.is_dir() else None,
+                media_name=f"{split}/{name}", query=TRACKED, read_truth=partial(_truth, folder, frames, split),
                 frame_rate=_frame_rate(folder),
             )
-        )
+        )  # fmt: skip
     return Dataset("got-10k", split, tuple(samples), digest(*files))
 
 
@@ -83,15 +80,8 @@ def _truth(folder: Path, frames_folder: Path, split: str) -> Truth:
             raise fault(cover, f"has {len(values)} lines for {frames} frames; expected one per frame")
         counted &= np.asarray(values) > 0
     times = np.arange(frames) / _frame_rate(folder)
-    return Truth(
-        present=True,
-        span=None,
-        times=times,
-        inside=np.arange(frames) < len(rows),
-        boxes=boxes.astype(np.float32),
-        counted=counted,
-        size=_resolution(folder),
-    )
+    inside = np.arange(frames) < len(rows)
+    return Truth(True, None, times, inside, boxes.astype(np.float32), counted, _resolution(folder))
 
 
 def _row(where: str, line: str) -> list[float]:

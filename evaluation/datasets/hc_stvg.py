@@ -48,14 +48,10 @@ def _read(
         _check(record, name)
         samples.append(
             Sample(
-                id=video,
-                task="tube",
-                media=folder.find(video),
-                media_name=video,
-                query=record.text(sentence),
+                id=video, task="tube", media=folder.find(video), media_name=video, query=record.text(sentence),
                 read_truth=partial(_truth, record, size_of(record)),
             )
-        )
+        )  # fmt: skip
     return Dataset(name, path.stem, tuple(samples), digest(path))
 
 

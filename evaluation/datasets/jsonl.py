@@ -79,16 +79,11 @@ def read_jsonl(annotations: Sequence[Path], media: Path, *, split: str | None = 
     folder = MediaFolder(media)
     samples = tuple(
         Sample(
-            id=a.id,
-            task=a.task,
-            media=folder.at(a.media),
-            media_name=a.media,
-            query=a.query,
-            read_truth=partial(truth_of, a),
-            group=a.group,
+            id=a.id, task=a.task, media=folder.at(a.media), media_name=a.media, query=a.query,
+            read_truth=partial(truth_of, a), group=a.group,
         )
         for a in found
-    )
+    )  # fmt: skip
     return Dataset("jsonl", path.stem, samples, digest(path), allow_none=any(not a.present for a in found))
 
 
@@ -137,17 +132,10 @@ def annotation_from(record: Record) -> Annotation:
         raise record.fault("span", "two numbers, since the line has boxes or a task")
     query = TRACKED if task == "track" and "query" not in record.values else record.text("query")
     return Annotation(
-        where=record.where,
-        id=record.name("id") if "id" in record.values else record.where.rpartition(":")[2],
-        task=task,
-        media=record.text("image" if image else "video"),
-        query=query,
-        span=span,
-        present=not absent,
-        times=times,
-        boxes=boxes,
-        group=record.text("group") if "group" in record.values else "",
-    )
+        where=record.where, id=record.name("id") if "id" in record.values else record.where.rpartition(":")[2],
+        task=task, media=record.text("image" if image else "video"), query=query, span=span, present=not absent,
+        times=times, boxes=boxes, group=record.text("group") if "group" in record.values else "",
+    )  # fmt: skip
 
 
 def _task(record: Record, *, image: bool, boxes: bool, absent: bool) -> str:

@@ -129,7 +129,7 @@ class _PlainUnpickler(pickle._Unpickler):  # noqa: SLF001 - in Python, its memo 
     """Load lists, dictionaries, texts and numbers; nothing is imported or called."""
 
     def find_class(self, module: str, name: str, /) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it imports {module}.{name}")
 
 
 def convert_refs(pickle_file: Path, out: Path) -> int:

@@ -83,8 +83,7 @@ def read_dataset(
             )
     if media is None:
         media = annotations[0] if annotations[0].is_dir() else annotations[0].parent
-    module, _, function = entry.reader.partition(":")
-    reader: Callable[..., Dataset] = getattr(
-        importlib.import_module(f"bridge_stg.evaluation.datasets.{module}"), function
-    )
+    name, _, function = entry.reader.partition(":")
+    module = importlib.import_module(f"bridge_stg.evaluation.datasets.{name}")
+    reader: Callable[..., Dataset] = getattr(module, function)
     return reader(annotations, media, split=split, **entry.options)

@@ -79,26 +79,16 @@ def _sentences(record: Record, index: int, video: str, boxes_file: Path, folder:
     for field, group in GROUPS.items():
         for place, sentence in enumerate(record.children(field)):
             read_truth = partial(
-                _truth,
-                boxes_file,
-                sentence.whole("target_id"),
-                fps=fps,
-                clip=(begin, frames if whole else end),
-                tube=(true_begin, true_end),
-                size=size,
-            )
+                _truth, boxes_file, sentence.whole("target_id"), fps=fps, clip=(begin, frames if whole else end),
+                tube=(true_begin, true_end), size=size,
+            )  # fmt: skip
             samples.append(
                 Sample(
-                    id=f"{index}/{field}/{place}",
-                    task="tube",
-                    media=media,
-                    media_name=name,
-                    query=sentence.text("description"),
-                    read_truth=read_truth,
-                    group=group,
+                    id=f"{index}/{field}/{place}", task="tube", media=media, media_name=name,
+                    query=sentence.text("description"), read_truth=read_truth, group=group,
                     clip=None if whole else (begin / fps, end / fps),
                 )
-            )
+            )  # fmt: skip
     return samples
 
 

@@ -1,1 +1,1 @@
-"""The evaluation report: page and pictures."""
+"""The report of an evaluation: JSON, HTML page and pictures of samples; templates that other reports share."""

@@ -21,17 +21,12 @@ SAME = 1e-3
 """Samples whose scores differ by at most this count as equal."""
 BINS = 20
 WORST = 6
+"""Cases to show for each model."""
 
 
-def write_report(evaluation: Evaluation, out: Path, *, worst: int = WORST) -> dict[str, Any]:
-    """Write `out`/report.json and report.html, each completely or not at all, and return the content of the former.
-
-    Args:
-        evaluation: the result of `evaluate`.
-        out: an existing folder.
-        worst: number of the worst cases to show for each model.
-    """
-    values = report_values(evaluation, worst=worst)
+def write_report(evaluation: Evaluation, out: Path) -> dict[str, Any]:
+    """Write report.json and report.html, each completely or not at all, and return the content of the former."""
+    values = report_values(evaluation)
     cases = [_case(evaluation, case) for case in values["worst"]]
     colours = {label: f"rgb{colour_of(place)}" for place, label in enumerate(values["figures"])}
     texts = {
@@ -46,7 +41,7 @@ def write_report(evaluation: Evaluation, out: Path, *, worst: int = WORST) -> di
     return values
 
 
-def report_values(evaluation: Evaluation, *, worst: int = WORST) -> dict[str, Any]:
+def report_values(evaluation: Evaluation) -> dict[str, Any]:
     """Return the report as plain values; a metric without samples, such as AUROC without absent targets, is None."""
     rows = evaluation.rows
     values: dict[str, Any] = {
@@ -66,7 +61,7 @@ def report_values(evaluation: Evaluation, *, worst: int = WORST) -> dict[str, An
             label: float(np.median([row["seconds"] for row in found.values()])) if found else None
             for label, found in rows.items()
         },
-        "worst": _worst(rows, worst),
+        "worst": _worst(rows),
     }
     return {name: _plain(value) for name, value in values.items()}
 
@@ -127,17 +122,17 @@ def _failed(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     return [{"id": name, "error": row["error"]} for name, row in rows.items() if "error" in row]
 
 
-def _worst(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], count: int) -> list[dict[str, Any]]:
+def _worst(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Choose the lowest scores of the first model, then each other model's largest losses against it."""
     labels = list(rows)
     scores = {label: _main_scores(found) for label, found in rows.items()}
     first = scores[labels[0]] if labels else {}
     cases: dict[str, str] = {}
-    for name in sorted(first, key=lambda name: (first[name], rows[labels[0]][name]["index"]))[:count]:
+    for name in sorted(first, key=lambda name: (first[name], rows[labels[0]][name]["index"]))[:WORST]:
         cases[name] = f"lowest scores of {labels[0]}"
     for label in labels[1:]:
         loss = {name: first[name] - score for name, score in scores[label].items() if name in first}
-        for name in sorted(loss, key=lambda name: -loss[name])[:count]:
+        for name in sorted(loss, key=lambda name: -loss[name])[:WORST]:
             if loss[name] > SAME:
                 cases.setdefault(name, f"largest losses of {label} against {labels[0]}")
     return [

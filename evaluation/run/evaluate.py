@@ -84,17 +84,10 @@ def bundle_model(
 
 
 def evaluate(
-    dataset: Dataset,
-    models: Sequence[Model],
-    out: Path,
-    *,
-    limit: int | None = None,
-    shard: tuple[int, int] = (1, 1),
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    executor: Executor | None = None,
-    progress: Callable[[str, int, int], Any] | None = None,
-) -> Evaluation:
+    dataset: Dataset, models: Sequence[Model], out: Path, *, limit: int | None = None,
+    shard: tuple[int, int] = (1, 1), overwrite: bool = False, retry_failed: bool = False,
+    executor: Executor | None = None, progress: Callable[[str, int, int], Any] | None = None,
+) -> Evaluation:  # fmt: skip
     """Evaluate models on a dataset, one after the other, into `out`/samples/LABEL.jsonl.
 
     Args:
@@ -172,7 +165,7 @@ def answer(grounder: Any, numbered: tuple[int, Sample], *, allow_none: bool) -> 
         check_finite(scored)
     except (AnnotationError, ImportError):
         raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is written down, and the other samples go on
+    except Exception as error:  # noqa: BLE001 - any failure becomes a row, and the other samples continue
         seconds = time.perf_counter() - began
         scored = score_nothing(sample, truth) | {"error": f"{type(error).__name__}: {error}"}
     else:
@@ -190,14 +183,9 @@ def lost(index: int, sample: Sample, error: str) -> dict[str, Any]:
 def describe(index: int, sample: Sample, truth: Truth) -> dict[str, Any]:
     """Return the part of a result row that describes the sample."""
     return {
-        "id": sample.id,
-        "index": index,
-        "task": sample.task,
-        "group": sample.group,
-        "query": sample.query,
-        "media": sample.media_name,
-        "present": truth.present,
-    }
+        "id": sample.id, "index": index, "task": sample.task, "group": sample.group, "query": sample.query,
+        "media": sample.media_name, "present": truth.present,
+    }  # fmt: skip
 
 
 def check_finite(values: Mapping[str, Any]) -> None:
@@ -226,12 +214,9 @@ def ask(grounder: Any, sample: Sample, truth: Truth, *, allow_none: bool) -> Gro
 def identity_of(dataset: Dataset, model: Model) -> dict[str, Any]:
     """Return the values that must agree for results to belong to the same run."""
     return {
-        "benchmark": dataset.name,
-        "split": dataset.split,
-        "annotations": dataset.annotations,
-        "allow_none": dataset.allow_none,
-        "model": dict(model.identity),
-    }
+        "benchmark": dataset.name, "split": dataset.split, "annotations": dataset.annotations,
+        "allow_none": dataset.allow_none, "model": dict(model.identity),
+    }  # fmt: skip
 
 
 def result_path(out: Path, model: Model, shard: tuple[int, int] = (1, 1)) -> Path:
@@ -242,9 +227,6 @@ def result_path(out: Path, model: Model, shard: tuple[int, int] = (1, 1)) -> Pat
 
 def _other_shards(out: Path, model: Model, identity: Mapping[str, Any], mine: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a model's other files in the folder, whatever their shards were."""
-    pattern = re.compile(re.escape(result_path(out, model).stem) + r"(\.\d+of\d+)?\.jsonl")
-    rows: dict[str, dict[str, Any]] = {}
-    for file in sorted(mine.parent.iterdir()):
-        if pattern.fullmatch(file.name) and file != mine:
-            rows |= read_results(file, identity)
-    return rows
+    name = re.compile(re.escape(result_path(out, model).stem) + r"(\.\d+of\d+)?\.jsonl")
+    files = [file for file in sorted(mine.parent.iterdir()) if name.fullmatch(file.name) and file != mine]
+    return {sample: row for file in files for sample, row in read_results(file, identity).items()}

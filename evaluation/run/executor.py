@@ -80,8 +80,7 @@ def open_executor(
     """
     if name not in EXECUTORS:
         raise BridgeError("options.invalid", f"the executor {name!r} is unknown; known: {', '.join(EXECUTORS)}.")
-    module, _, function = EXECUTORS[name].partition(":")
-    opener: Callable[..., AbstractContextManager[Executor]] = getattr(
-        importlib.import_module(f"bridge_stg.evaluation.run.{module}"), function
-    )
+    file, _, function = EXECUTORS[name].partition(":")
+    module = importlib.import_module(f"bridge_stg.evaluation.run.{file}")
+    opener: Callable[..., AbstractContextManager[Executor]] = getattr(module, function)
     return opener(workers=workers, threads=threads)

@@ -39,18 +39,10 @@ class Inferred:
 
 
 def infer_many(
-    queries: Sequence[Query],
-    model: Model,
-    out: Path,
-    *,
-    task: str = "tube",
-    allow_none: bool = True,
-    max_visual_tokens: int | None = None,
-    executor: Executor | None = None,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    progress: Callable[[str, int, int], Any] | None = None,
-) -> Inferred:
+    queries: Sequence[Query], model: Model, out: Path, *, task: str = "tube", allow_none: bool = True,
+    max_visual_tokens: int | None = None, executor: Executor | None = None, overwrite: bool = False,
+    retry_failed: bool = False, progress: Callable[[str, int, int], Any] | None = None,
+) -> Inferred:  # fmt: skip
     """Answer every query and write a row for each, in the order in which they are finished; failures are rows too.
 
     A row has the query's `id`, `index` and `video`, and either what `Grounding.to_json` gives or `error`.
@@ -132,7 +124,7 @@ def answer_unit(
             return [_answer(video, query, task, allow_none) for query in queries]
     except ImportError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the video has, it is written down, and the others go on
+    except Exception as error:  # noqa: BLE001 - any failure becomes rows, and the other videos continue
         return [_failed(query, task, error) for query in queries]
 
 
@@ -147,7 +139,7 @@ def _answer(video: Any, query: Query, task: str, allow_none: bool) -> dict[str, 
         return row
     except ImportError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is written down, and the other queries go on
+    except Exception as error:  # noqa: BLE001 - any failure becomes a row, and the other queries continue
         return _failed(query, task, error)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from bridge_stg.evaluation.run.executor import Answers, Lost, Opener
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.cpus import usable_cpus
 
 ATTEMPTS = 2
 """How often a unit is started before it is given up: a process may also die for other reasons than the unit."""
@@ -59,10 +60,11 @@ class RayExecutor:
         stored = ray.put([cloudpickle.dumps(unit) for unit in units])
         job = cloudpickle.dumps(Job(open_model, answer, self.workers, self.threads))
         # One block per unit: its result comes back at once, and a process that dies loses no other unit.
+        paths = {"modules": [path or os.getcwd() for path in sys.path], "cwd": [os.getcwd()]}  # for the actors' imports
         places = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
         answered = places.map(
             worker,
-            fn_constructor_args=(_import_paths(), job, [stored], ledger),
+            fn_constructor_args=(paths, job, [stored], ledger),
             compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(units))),
             **self.resources,
         )
@@ -125,7 +127,7 @@ def _start(stack: contextlib.ExitStack, workers: int | None) -> None:
         base = "/tmp" if len(base) > LONGEST_TEMPORARY and os.path.isdir("/tmp") else base
         folder = tempfile.TemporaryDirectory(prefix="ray-", dir=base, ignore_cleanup_errors=True)
         options |= {
-            "num_cpus": max(_cpus(), workers or 1),
+            "num_cpus": max(usable_cpus(), workers or 1),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": stack.enter_context(folder),
@@ -149,11 +151,6 @@ def _executor(workers: int | None, threads: int | None) -> RayExecutor:
     share = min([cpus / count, *(node["CPU"] for node in nodes)])
     whole = max(1, int(share))
     return RayExecutor(count, threads or whole, {"num_gpus": 1} if gpus else {"num_cpus": min(share, whole)})
-
-
-def _cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _first_line(error: BaseException) -> str:
@@ -227,11 +224,6 @@ def _pickled_error(error: Exception) -> bytes:
     except Exception:  # noqa: BLE001 - an exception that cannot be unpickled may raise anything
         data = cloudpickle.dumps(EngineError("evaluation.executor_failed", f"{type(error).__name__}: {error}"))
     return data
-
-
-def _import_paths() -> dict[str, list[str]]:
-    """Return the paths of modules of this process; in a checkout, no other process would find this package."""
-    return {"modules": [path or os.getcwd() for path in sys.path], "cwd": [os.getcwd()]}
 
 
 def _actor_classes() -> tuple[type, type]:

@@ -6,9 +6,10 @@ resumed: a line counts once it is complete, and a truncated last line is dropped
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,32 +135,25 @@ def _parsed(data: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, d
     header: dict[str, Any] | None = None
     rows: dict[str, dict[str, Any]] = {}
     end = 0
-    for number, value, after in _lines(data, path):
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError("it is not an object")
+        except ValueError as error:
+            if end + len(line) == len(data):
+                break  # the last line: a crash may leave its blocks empty
+            raise _damaged(path, number, f"is not a result ({error})") from None
+        end += len(line)
         if header is None:
             header = value
         elif "id" not in value:
             raise _damaged(path, number, "has no id; expected a result")
         else:
             rows[value["id"]] = value
-        end = after
     return header, rows, end
-
-
-def _lines(data: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
-    start = 0
-    number = 0
-    while (stop := data.find(b"\n", start)) >= 0:
-        number += 1
-        try:
-            value = json.loads(data[start:stop])
-            if not isinstance(value, dict):
-                raise ValueError("it is not an object")
-        except ValueError as error:
-            if data.find(b"\n", stop + 1) < 0 and stop + 1 == len(data):
-                return  # the last line: a crash may leave its blocks empty
-            raise _damaged(path, number, f"is not a result ({error})") from None
-        yield number, value, stop + 1
-        start = stop + 1
 
 
 def _damaged(path: Path, number: int, what: str) -> BridgeError:

@@ -71,7 +71,7 @@ class FakeGrounder(FakeVideo):
 
     calls: ClassVar[list[tuple[Any, ...]]] = []
     verified = True
-    target = ChosenBackend("tensorrt", "10.15.1", {"language_model": "standard"}, "Orin (SM 87)", "asked for")
+    target = ChosenBackend("tensorrt", "10.15.1", {"language_model": "standard"}, "Orin (SM 87)", "requested")
 
     @classmethod
     def load(cls, path: Any, **options: Any) -> FakeGrounder:
@@ -123,8 +123,8 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
         "low presence",
         "interpolated",
         "64 coarse + 128 fine",
-        "coarse frames: 2 a second at 64 × 48 pixels, 8 groups, 64 tokens",
-        "engine: tensorrt 10.15.1 on Orin (SM 87), standard",
+        "coarse frames: 2 per second at 64 × 48 pixels, 8 groups, 64 tokens",
+        "backend: tensorrt 10.15.1 on Orin (SM 87), standard",
     ):
         assert part in shown
     assert fake[0] == (Path("b"), {"backend": "auto", "variant": "primitive", "threads": 1, "wait": False})
@@ -133,7 +133,7 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
     assert [result["query"] for result in document["results"]] == ["the dog"]
     assert len(document["results"][0]["boxes"]) == 12
     assert document["results"][0]["coarse"]["fps"] == 2
-    assert (document["engine"]["backend"], document["engine"]["reason"]) == ("tensorrt", "asked for")
+    assert (document["engine"]["backend"], document["engine"]["reason"]) == ("tensorrt", "requested")
     assert sorted(path.name for path in clip.parent.iterdir()) == ["a.mp4", "clip.mp4", "r.json", "s.png"]
 
 
@@ -161,7 +161,7 @@ def test_table_names_the_limits_of_the_coarse_frames() -> None:
     coarse = CoarseChoice(0.25, (48, 32), 1, 6, 6, ("max_visual_tokens", "max_positions"))
     table = grounding_table(dataclasses.replace(FakeVideo().ground("the dog"), coarse=coarse))
     limits = "6 of 6 tokens; limited by max_visual_tokens, max_positions"
-    assert f"coarse frames: 0.25 a second at 48 × 32 pixels, 1 group, {limits}\n" in table
+    assert f"coarse frames: 0.25 per second at 48 × 32 pixels, 1 group, {limits}\n" in table
 
 
 def test_table_shows_at_most_twelve_boxes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,18 +41,18 @@ def watch(*arguments: object) -> int:
 def test_prints_events_and_writes_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "events.jsonl"
     assert watch(clip(tmp_path / "a.mp4"), "the car", "--json", out) == 0
-    told = capsys.readouterr()
-    appeared, left = told.out.splitlines()
+    shown = capsys.readouterr()
+    appeared, left = shown.out.splitlines()
     assert appeared.startswith("00:00:04.00  appeared  the car  [")
     assert left.startswith("00:00:08.00  left      the car  [")
-    assert "200 frames, 20 rounds; ended: source" in told.err and "rebuilds" in told.err
+    assert "200 frames, 20 rounds; ended: source" in shown.err and "rebuilds" in shown.err
     appeared, left, end = lines(out)
     assert (appeared["event"], appeared["time_s"], left["event"], left["time_s"]) == ("appeared", 4, "left", 8)
     assert appeared["tube"][0]["time_s"] == 4 and len(appeared["box"]) == 4
     assert end["event"] == "end" and end["groups"] == 20 and end["dropped_groups"] == 0
 
 
-def test_answers_are_written_if_asked_for(tmp_path: Path) -> None:
+def test_answers_are_written_on_request(tmp_path: Path) -> None:
     out = tmp_path / "events.jsonl"
     assert watch(clip(tmp_path / "a.mp4"), "the car", "the dog", "--json", out, "--answers", "--duration", 6) == 0
     answers = [line for line in lines(out) if line["event"] == "answers"]
@@ -89,7 +89,7 @@ def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([source, "the car", "--json", out], "output.exists", "--overwrite"),
         ([source, "the car", "--jsonl", out], "output.exists", "--overwrite"),
         ([source, "the car", "--json", source, "--overwrite"], "output.is_input", source),
-        ([source, "the car", "--json", tmp_path / "none" / "a.jsonl"], "output.no_folder", "a.jsonl"),
+        ([source, "the car", "--json", tmp_path / "none" / "a.jsonl"], "options.invalid", "a.jsonl"),
         ([source, "the car", "--answers"], "options.conflict", "--json"),
     ):
         assert watch(*arguments) == 2

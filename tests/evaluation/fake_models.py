@@ -1,4 +1,4 @@
-"""Models that know the truth, as far as a test wants them to. They look at media only where told to."""
+"""Models that know the truth, with errors that a test chooses. They read media only with `look`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Oracle:
         self.media: list[Any] = []
 
     def ground(self, video: Any, query: str, *, allow_none: bool = True, **options: Any) -> Grounding:
-        truth = self.asked("tube", video, query)
+        truth = self.truth_of("tube", video, query)
         if not truth.present:
             return grounding([], [], span=None, found=not allow_none, absent=0.9, query=query)
         assert truth.span is not None
@@ -67,20 +67,20 @@ class Oracle:
         return grounding(truth.times[truth.inside], truth.boxes[truth.inside] + self.shift, span=span, query=query)
 
     def span(self, video: Any, query: str, *, allow_none: bool = False, **options: Any) -> Grounding:
-        truth = self.asked("span", video, query)
+        truth = self.truth_of("span", video, query)
         assert truth.span is not None
         return grounding([], [], span=(truth.span[0] + self.delay, truth.span[1] + self.delay), query=query)
 
     def locate(self, image: Any, query: str) -> Grounding:
-        truth = self.asked("image", image, query)
+        truth = self.truth_of("image", image, query)
         return grounding([0.0], truth.boxes + self.shift, span=(0.0, 1.0), query=query)
 
     def track(self, video: Any, first_box: np.ndarray, *, query: str = "the object", **options: Any) -> Grounding:
-        truth = self.asked("track", video, query)
+        truth = self.truth_of("track", video, query)
         assert np.allclose(first_box, truth.boxes[0])
         return grounding(truth.times, truth.boxes + self.shift, span=(0.0, 1.0), query=query)
 
-    def asked(self, task: str, video: Any, query: str) -> Truth:
+    def truth_of(self, task: str, video: Any, query: str) -> Truth:
         self.calls.append((task, query))
         self.media.append([time for time, _ in video] if self.look and not isinstance(video, str) else video)
         if query in self.failing:

@@ -38,7 +38,7 @@ def box_at(time: float) -> tuple[float, float, float, float]:
     return left, 20, left + SIDE, 20 + SIDE
 
 
-def picture(time: float) -> Image.Image:
+def drawn(time: float) -> Image.Image:
     image = Image.new("RGB", SIZE, (60, 90, 70))
     ImageDraw.Draw(image).rectangle(box_at(time), fill=(200, 40, 40))
     return image
@@ -46,7 +46,7 @@ def picture(time: float) -> Image.Image:
 
 def video(path: Path, seconds: float, fps: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    encode_h264(((i / fps, picture(i / fps)) for i in range(round(seconds * fps))), path)
+    encode_h264(((i / fps, drawn(i / fps)) for i in range(round(seconds * fps))), path)
 
 
 def empty(path: Path, seconds: float, fps: float) -> None:
@@ -76,7 +76,7 @@ def vidstg(root: Path, write: Write = empty) -> Files:
             {"description": "what does the adult man in black hold?", "type": "object", "target_id": 1},
         ],
     }  # fmt: skip
-    # The segment ends with the last frame's number, the tube one frame behind it, as at the end of published videos.
+    # The segment ends with the last frame's number, the tube one frame after it, as at the end of published videos.
     cut = entry | {
         "used_segment": {"begin_fid": 20, "end_fid": 59}, "temporal_gt": {"begin_fid": 40, "end_fid": 60},
         "captions": [{"description": "the man lifts the camera.", "type": "person", "target_id": 0}], "questions": [],
@@ -135,7 +135,7 @@ def charades_sta(root: Path, write: Write = empty) -> Files:
     path = root / "charades_sta_test.txt"
     path.write_text(
         "AO8RW 0.0 6.9##a person is putting a book on a shelf.\n"
-        "AO8RW 2.0 30.5##person begins to play on a phone.\r\n"  # it ends behind its video
+        "AO8RW 2.0 30.5##person begins to play on a phone.\r\n"  # it ends after its video
         "3MSZA 24.3 30.4##person turn a light on.\n",  # this video is not there
         encoding="utf-8",
     )
@@ -177,7 +177,7 @@ def refcoco(root: Path, write: Write = empty, *, name: str = "refcoco") -> Files
     dump(root / "refs(unc).json", refs())
     images = root / "images/train2014"
     images.mkdir(parents=True)
-    picture(1.0).save(images / "COCO_train2014_000000581857.jpg", quality=95)
+    drawn(1.0).save(images / "COCO_train2014_000000581857.jpg", quality=95)
     return Files(name, (root,), images, "testA")
 
 
@@ -195,7 +195,7 @@ def got10k(root: Path, write: Write = empty, *, frames: int = 12) -> Files:
         (root / split / "list.txt").write_text(f"{name}\n", encoding="utf-8")
         rows = []
         for frame in range(frames):
-            picture(frame / 10).save(folder / f"{frame + 1:08d}.jpg", quality=90)
+            drawn(frame / 10).save(folder / f"{frame + 1:08d}.jpg", quality=90)
             left, top, right, bottom = box_at(frame / 10)
             rows.append(f"{left:.4f},{top:.4f},{right - left:.4f},{bottom - top:.4f}")
         (folder / "groundtruth.txt").write_text("\n".join(rows if split == "val" else rows[:1]) + "\n")
@@ -217,15 +217,15 @@ def jsonl(root: Path, write: Write = empty) -> Files:
     fps = 5.0
     write(root / "media/a.mp4", 6, fps)
     (root / "media").mkdir(parents=True, exist_ok=True)
-    picture(0.0).save(root / "media/b.png")
-    whole = [{"time": i / fps, "box": list(box_at(i / fps))} for i in range(30)]
-    tube = whole[5:15]
+    drawn(0.0).save(root / "media/b.png")
+    track_boxes = [{"time": i / fps, "box": list(box_at(i / fps))} for i in range(30)]
+    tube = track_boxes[5:15]
     lines = [
         {"video": "a.mp4", "query": "the red square", "span": [1.0, 3.0], "boxes": tube},
         {"video": "a.mp4", "query": "the blue dog", "span": None},
         {"video": "a.mp4", "query": "the square moves", "span": [0.0, 4.0], "group": "events"},
         {"image": "b.png", "query": "the red square", "boxes": [{"box": list(box_at(0.0))}]},
-        {"video": "a.mp4", "task": "track", "boxes": whole, "id": "tracked"},
+        {"video": "a.mp4", "task": "track", "boxes": track_boxes, "id": "tracked"},
     ]
     path = root / "own.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

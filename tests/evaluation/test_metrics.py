@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from bridge_stg.evaluation.metrics import (
-    accuracy_at,
     auroc,
     bounded,
     frame_iou,
@@ -106,7 +105,7 @@ def test_span_iou_against_counting_milliseconds():
 
 
 def test_accuracy_counts_from_one_half_on():
-    assert accuracy_at([0.49, 0.5, 1.0, 0.0]) == 0.5
+    assert recall_at([0.49, 0.5, 1.0, 0.0], 0.5) == 0.5
 
 
 def test_frames_count_above_the_threshold():

@@ -22,7 +22,7 @@ def sample(task: str) -> Sample:
 
 
 def ten_frames(start: int, stop: int, **options: Any) -> Truth:
-    """Ten frames at 2 a second, the target still at BOX in frames start … stop − 1."""
+    """Ten frames at 2 per second, the target still at BOX in frames start … stop − 1."""
     frames = np.arange(10)
     inside = (frames >= start) & (frames < stop)
     return tube_truth(frames / 2, inside, np.tile(BOX, (10, 1)), span=(start / 2, stop / 2), **options)
@@ -73,9 +73,9 @@ def test_tube_against_a_loop_over_frames() -> None:
         shared = union = 0
         total = 0.0
         for frame in range(count):
-            true, said = start <= frame < stop, first <= frame < last
-            union += true or said
-            if true and said:
+            true, predicted = start <= frame < stop, first <= frame < last
+            union += true or predicted
+            if true and predicted:
                 shared += 1
                 t = frame / fps
                 i = int(np.searchsorted(fine, t))

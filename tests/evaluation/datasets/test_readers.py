@@ -116,6 +116,7 @@ def test_got10k(tmp_path: Path) -> None:
     dataset = read(files)
     (sample,) = dataset.samples
     assert (dataset.split, sample.id, sample.task, sample.frame_rate) == ("val", "GOT-10k_Val_000001", "track", 10.0)
+    assert sample.media == files.media / "val/GOT-10k_Val_000001"
     truth = sample.read_truth()
     assert truth.size == SIZE and truth.times[3] == pytest.approx(0.3)
     np.testing.assert_allclose(truth.boxes[3], box_at(0.3), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The converter reads refs written by any protocol, and runs nothing, whatever the file asks for."""
+"""The converter reads refs written by any protocol, and runs nothing, whatever the file holds."""
 
 from __future__ import annotations
 

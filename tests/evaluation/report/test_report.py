@@ -1,4 +1,4 @@
-"""The report: what stands in its JSON, and that its page needs nothing else."""
+"""The values of report.json, and the page."""
 
 from __future__ import annotations
 

@@ -278,7 +278,7 @@ def test_a_killed_run_ends_with_the_same_report(tmp_path: Path) -> None:
         process = started(out)
         assert process.wait(timeout=120) == 0, process.communicate()
         process.communicate()
-    assert files[0].read_bytes() == kept  # finished samples were not asked again
+    assert files[0].read_bytes() == kept  # finished samples were not run again
     reports = [json.loads((out / "report.json").read_text()) for out in (killed, tmp_path / "whole")]
     for report in reports:
         del report["seconds_median"]

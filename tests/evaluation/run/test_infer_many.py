@@ -39,12 +39,12 @@ def table(tmp_path: Path) -> Path:
     for name in ("a.mp4", "sub/b.mp4"):
         video(media / name, 3, 8)
     (media / "broken.mp4").write_bytes(b"no video")
-    asked = [
+    answered = [
         ("a.mp4", "the red square"), ("sub/b.mp4", "the red square"), ("broken.mp4", "it"), ("a.mp4", "nothing"),
         ("gone.mp4", "it"), ("a.mp4", "x" * 5000),
     ]  # fmt: skip
     path = tmp_path / "table.jsonl"
-    path.write_text("".join(json.dumps({"video": name, "query": query}) + "\n" for name, query in asked))
+    path.write_text("".join(json.dumps({"video": name, "query": query}) + "\n" for name, query in answered))
     return path
 
 
@@ -55,9 +55,9 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_row_for_every_query(table: Path, tmp_path: Path) -> None:
     queries, out = read_queries(table, tmp_path / "media"), tmp_path / "out.jsonl"
-    told: list[tuple[int, int]] = []
-    found = infer_many(queries, fake(), out, progress=lambda label, done, total: told.append((done, total)))
-    assert (found.answered, found.failed) == (3, 3) and told == [(0, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
+    calls: list[tuple[int, int]] = []
+    found = infer_many(queries, fake(), out, progress=lambda label, done, total: calls.append((done, total)))
+    assert (found.answered, found.failed) == (3, 3) and calls == [(0, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
     rows = rows_of(out)
     assert [rows[str(i)]["index"] for i in range(1, 7)] == list(range(6))
     with open_fake() as grounder:
@@ -70,29 +70,29 @@ def test_a_row_for_every_query(table: Path, tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_is_resumed_and_only_failed_rows_are_run_again(table: Path, tmp_path: Path) -> None:
-    queries, out, asked = read_queries(table, tmp_path / "media"), tmp_path / "out.jsonl", []
+    queries, out, answered = read_queries(table, tmp_path / "media"), tmp_path / "out.jsonl", []
 
     class Counting(LocalExecutor):
         def answers(self, open_model: Any, answer: Callable[..., Any], units: Any) -> Any:
-            asked.extend(query.id for unit in units for query in unit)
+            answered.extend(query.id for unit in units for query in unit)
             return super().answers(open_model, answer, units)
 
     infer_many(queries, fake(), out, executor=Counting())
     data = out.read_bytes()
     out.write_bytes(b"".join(data.splitlines(keepends=True)[:3])[:-7])  # killed while the second row was written
-    asked.clear()
+    answered.clear()
     infer_many(queries, fake(), out, executor=Counting())
-    assert sorted(asked) == ["2", "3", "4", "5", "6"] and set(rows_of(out)) == {"1", "2", "3", "4", "5", "6"}
+    assert sorted(answered) == ["2", "3", "4", "5", "6"] and set(rows_of(out)) == {"1", "2", "3", "4", "5", "6"}
     video(tmp_path / "media/gone.mp4", 3, 8)
-    asked.clear()
+    answered.clear()
     again = read_queries(table, tmp_path / "media")
     found = infer_many(again, fake(), out, executor=Counting(), retry_failed=True)
-    assert sorted(asked) == ["3", "5", "6"] and found.answered == 4 and "error" not in rows_of(out)["5"]
+    assert sorted(answered) == ["3", "5", "6"] and found.answered == 4 and "error" not in rows_of(out)["5"]
     with table.open("a") as file:
         file.write('{"video": "a.mp4", "query": "the red square", "id": "later"}\n')  # a table may grow
-    asked.clear()
+    answered.clear()
     infer_many(read_queries(table, tmp_path / "media"), fake(), out, executor=Counting())
-    assert asked == ["later"]
+    assert answered == ["later"]
     with raises("evaluation.other_results", "model.fingerprint", "'a'", "'b'"):
         infer_many(queries, fake(fingerprint="b"), out)
     with raises("evaluation.other_results", "task", "'tube'", "'span'"):
@@ -104,12 +104,12 @@ def test_an_unfinished_run_is_resumed_and_only_failed_rows_are_run_again(table: 
 
 def test_names_that_are_no_unicode(table: Path, tmp_path: Path) -> None:
     name = os.fsdecode(b"a\xff.mp4")
-    asked = [Query("1", 0, tmp_path / "media/a.mp4", name, "the red square"), Query("2", 1, None, name, "\ud800")]
-    infer_many(asked, fake(), tmp_path / "out.jsonl")
+    answered = [Query("1", 0, tmp_path / "media/a.mp4", name, "the red square"), Query("2", 1, None, name, "\ud800")]
+    infer_many(answered, fake(), tmp_path / "out.jsonl")
     assert rows_of(tmp_path / "out.jsonl")["1"]["video"] == name
-    infer_many(asked, fake(), tmp_path / "out.jsonl")  # and it goes on
+    infer_many(answered, fake(), tmp_path / "out.jsonl")  # and it can be resumed
     parquet = pytest.importorskip("pyarrow.parquet")
-    infer_many(asked, fake(), tmp_path / "out.parquet")
+    infer_many(answered, fake(), tmp_path / "out.parquet")
     assert parquet.read_table(tmp_path / "out.parquet")["video"].to_pylist() == ["a?.mp4"] * 2
 
 

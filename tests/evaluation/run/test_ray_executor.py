@@ -113,12 +113,12 @@ def rows_of(out: Path) -> dict[str, dict[str, Any]]:
 def test_evaluate_gives_the_same_rows_and_goes_on_where_it_was(executor: RayExecutor, tmp_path: Path) -> None:
     dataset = sentences(tmp_path, 9)
     model = Model("oracle", {"fingerprint": "a"}, lambda: nullcontext(Oracle(dataset, delay=0.4, failing=[FAILING])))
-    told: list[int] = []
+    calls: list[int] = []
     evaluate(dataset, [model], tmp_path / "ray", limit=4, executor=executor)
     spread = evaluate(
-        dataset, [model], tmp_path / "ray", executor=executor, progress=lambda label, done, total: told.append(done)
+        dataset, [model], tmp_path / "ray", executor=executor, progress=lambda label, done, total: calls.append(done)
     )
-    assert told == [4, 5, 6, 7, 8, 9]
+    assert calls == [4, 5, 6, 7, 8, 9]
     local = evaluate(dataset, [model], tmp_path / "local")
     assert spread.metrics == local.metrics and local.metrics["oracle"]["span"]["failed"] == 1
     assert rows_of(tmp_path / "ray") == rows_of(tmp_path / "local")
@@ -209,7 +209,7 @@ folder.cleanup()
 
 @pytest.mark.slow
 def test_one_actor_per_gpu() -> None:
-    """Ray is told of two GPUs, which it hands out as numbers."""
+    """Ray is started with two GPUs, which it assigns as numbers."""
     pytest.importorskip("ray")
     program = [sys.executable, "-c", GPUS.format(root=str(ROOT))]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=ROOT)
