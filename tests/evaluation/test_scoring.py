@@ -73,9 +73,9 @@ def test_tube_against_a_loop_over_frames() -> None:
         shared = union = 0
         total = 0.0
         for frame in range(count):
-            true, predicted = start <= frame < stop, first <= frame < last
-            union += true or predicted
-            if true and predicted:
+            true, covered = start <= frame < stop, first <= frame < last
+            union += true or covered
+            if true and covered:
                 shared += 1
                 t = frame / fps
                 i = int(np.searchsorted(fine, t))
