@@ -141,7 +141,7 @@ class Remembered(SessionWrapper):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        self._known: dict[tuple, dict[str, np.ndarray]] = {}
+        self._known: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
 
     def forget(self) -> None:
         """Drop all that was computed."""
@@ -320,7 +320,7 @@ def compare_models(
     }
 
 
-def _add(rows: dict[str, list], clip: HeldOutClip, question: Question, name: str, result: Grounding) -> None:
+def _add(rows: dict[str, list[Any]], clip: HeldOutClip, question: Question, name: str, result: Grounding) -> None:
     rows.setdefault(name, []).append(score(clip, question, result))
 
 

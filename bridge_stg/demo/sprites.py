@@ -59,7 +59,8 @@ def paste(frame: np.ndarray, box: np.ndarray, name: int, colour: int, flipped: b
 
 def gain_table(gain: float) -> np.ndarray:
     """Return uint8 [256]: what each brightness becomes."""
-    return np.clip(np.arange(256) * gain, 0, 255).astype(np.uint8)
+    table: np.ndarray = np.clip(np.arange(256) * gain, 0, 255).astype(np.uint8)
+    return table
 
 
 def jpeg(frame: np.ndarray, quality: int) -> np.ndarray:
@@ -99,4 +100,5 @@ def background(rng: np.random.Generator, split: str, aspect: float) -> np.ndarra
         pixels = pixels[..., rng.permutation(3)] if rng.random() < 0.3 else pixels
     pixels = pixels * rng.uniform(0.45, 1.1) + rng.uniform(-20, 20)
     grey = pixels.mean(-1, keepdims=True)
-    return np.clip(grey + (pixels - grey) * rng.uniform(0.2, 1.1), 0, 255).astype(np.uint8)
+    faded: np.ndarray = np.clip(grey + (pixels - grey) * rng.uniform(0.2, 1.1), 0, 255).astype(np.uint8)
+    return faded

@@ -96,7 +96,8 @@ class Scene:
     def first_box(self, thing: int) -> np.ndarray:
         """Return the box [4] xyxy in 0..1 of a thing when it appears."""
         start = np.array([self.things[thing].start])
-        return self.boxes_pixels(thing, start)[0] / [self.width, self.height, self.width, self.height]
+        box: np.ndarray = self.boxes_pixels(thing, start)[0] / [self.width, self.height, self.width, self.height]
+        return box
 
 
 def make_scene(

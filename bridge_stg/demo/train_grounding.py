@@ -83,7 +83,8 @@ class GroundingTask:
         with torch.set_grad_enabled(not self.freeze_vision):
             states = encoder.hidden_states(frames, *position_tensors(self.model.spec, height, width))
             maps = encoder.feature_map(states[-1], height // spec.patch_size, width // spec.patch_size)
-        return maps.unflatten(0, batch.fine.shape[:2])
+        by_clip: Tensor = maps.unflatten(0, batch.fine.shape[:2])
+        return by_clip
 
     def language(self, batch: GroundingBatch, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return the residual streams of the prefixes [V, L0, H] and of the suffixes [V·B, L, H]."""
@@ -108,7 +109,8 @@ class GroundingTask:
         index = batch.length[:, None] - spec.num_bridging_queries + torch.arange(spec.num_bridging_queries)
         rows = torch.arange(len(index))[:, None]
         taps = torch.stack([rms_normalize(suffix[layer][rows, index]) for layer in spec.tapped_layers])
-        return taps.unflatten(1, (-1, QUERIES_PER_CLIP))
+        by_clip: Tensor = taps.unflatten(1, (-1, QUERIES_PER_CLIP))
+        return by_clip
 
     def asked(self, batch: GroundingBatch, taps: Tensor) -> Tensor:
         """Return the loss of reading off the bridging queries, at each tap, what the question names."""

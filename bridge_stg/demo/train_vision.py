@@ -88,7 +88,7 @@ def vision_batch(spec: ModelSpec, seed: int, step: int, *, patches: int = 9000) 
 
 def vision_loss(
     encoder: VisionEncoder, head: DenseHead, spec: ModelSpec, batch: dict[str, Tensor]
-) -> tuple[Tensor, dict]:
+) -> tuple[Tensor, dict[str, float]]:
     """Return the dense loss and its parts."""
     frames = batch["frames"]
     positions = position_tensors(spec, *frames.shape[2:4])

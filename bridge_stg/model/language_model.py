@@ -6,7 +6,7 @@ registry, and a cache-shaped object. Knows nothing of tokens' meaning.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,11 @@ class LanguageModel(nn.Module):
         spec: sizes.
         rotary_axis: int64 [head_dim / 2], which of the three positions each rotary frequency reads.
     """
+
+    model: Any  # transformers' module
+    lm_head: nn.Linear
+    bridging: BridgingQueries
+    rotary_axis: Tensor
 
     def __init__(
         self, model: nn.Module, lm_head: nn.Linear, bridging: BridgingQueries, spec: LanguageSpec, rotary_axis: Tensor
@@ -106,7 +111,8 @@ class LanguageModel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return fp32 logits [..., vocab] of final hidden states [..., H]."""
-        return self.lm_head(self.model.norm(x)).float()
+        logits: Tensor = self.lm_head(self.model.norm(x))
+        return logits.float()
 
     def forward(
         self,
@@ -144,5 +150,6 @@ class LanguageModel(nn.Module):
 
 def visible_keys(cache_position: Tensor, length: int | torch.SymInt, capacity: int | torch.SymInt) -> Tensor:
     """Return bool [B, 1, L, S]: key j is visible to new token i iff j ≤ cache_position[b] + i."""
-    last = cache_position[:, None] + torch.arange(length)
-    return (torch.arange(capacity) <= last[..., None])[:, None]
+    last = cache_position[:, None] + torch.arange(length)  # type: ignore[arg-type]  # the stub lacks SymInt
+    keys = torch.arange(capacity)  # type: ignore[arg-type]  # the stub lacks SymInt
+    return (keys <= last[..., None])[:, None]

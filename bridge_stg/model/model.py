@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from bridge_stg.model.attention import MATMUL
@@ -10,7 +12,7 @@ from bridge_stg.model.bridging import BridgingQueries
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.language_model import LanguageModel
 from bridge_stg.model.spatial_decoder import SpatialDecoder
-from bridge_stg.model.vision import normalization
+from bridge_stg.model.vision import VisionEncoder, normalization
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import CheckpointError
 
@@ -33,6 +35,10 @@ class BridgeSTG(nn.Module):
         attention: name in transformers' attention registry.
     """
 
+    vision_encoder: VisionEncoder
+    language_model: LanguageModel
+    spatial_decoder: SpatialDecoder
+
     def __init__(self, config: BridgeSTGConfig, tokenizer: Tokenizer | None = None, *, attention: str = MATMUL) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -41,7 +47,7 @@ class BridgeSTG(nn.Module):
         values = family.config(config.backbone)
         text = values.text_config
         self.vision_encoder = family.vision_encoder(values, self.spec.vision, attention=attention)
-        language = family.text_model(values, attention=attention)
+        language: Any = family.text_model(values, attention=attention)
         lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if values.tie_word_embeddings:
             lm_head.weight = language.embed_tokens.weight

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,8 @@ class CrossAttention(nn.Module):
         )
         visible = None if mask is None else mask[:, None]
         out, _ = ALL_ATTENTION_FUNCTIONS[self.attention](self, q, k, v, visible, scaling=self.head_dim**-0.5)
-        return self.out(out.reshape(query.shape))
+        attended: Tensor = self.out(out.reshape(query.shape))
+        return attended
 
 
 class DecoderLayer(nn.Module):
@@ -118,8 +120,8 @@ class SpatialDecoder(nn.Module):
         self.box_heads = nn.ModuleList(MLP(width, width, 4) for _ in range(config.num_layers))
         self.presence_heads = nn.ModuleList(MLP(2 * width + 2, width, 1) for _ in range(config.num_layers))
         for head in self.box_heads:
-            nn.init.zeros_(head[-1].weight)
-            nn.init.zeros_(head[-1].bias)
+            for parameter in list(head.parameters())[-2:]:  # weight and bias of the last layer
+                nn.init.zeros_(parameter)
 
     def localize(self, feature_map: Tensor, taps: Tensor, frame_times: Tensor, frame_mask: Tensor) -> Localization:
         """Run all layers on several videos with the same number of queries and frames.
@@ -156,7 +158,8 @@ class SpatialDecoder(nn.Module):
 
         mask = frame_mask.reshape(videos * queries, 1, frames).expand(-1, frames, -1)
         boxes, presence = [reference], []
-        for layer, box_head, presence_head in zip(self.layers, self.box_heads, self.presence_heads):
+        for module, box_head, presence_head in zip(self.layers, self.box_heads, self.presence_heads):
+            layer = cast(DecoderLayer, module)
             place = self.reference(sine_embedding(reference, COORDINATE_BANDS).to(x.dtype))
             y = layer.norms[0](x) + times
             x = x + layer.bridge(y, bridge, bridge)

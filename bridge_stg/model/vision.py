@@ -1,13 +1,14 @@
 """The vision encoder: uint8 frames to visual tokens for the LLM and a feature map for the spatial decoder.
 
-What the families share: patches, attention within a group of frames, and the feature map. Each family's own blocks are
-in `bridge_stg.model.backbones`. They are transformers' submodules, with the groups as the batch, so that no index arithmetic
-and no data-dependent split enters the graph. Knows nothing of text, time and queries.
+Shared by the families: patches, attention within a group of frames, and the feature map. Each family's blocks are
+transformers' submodules (`bridge_stg.model.backbones`), with the groups as the batch, so that no index arithmetic and no
+data-dependent split enters the graph. Must not know text, time or queries.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,17 @@ def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
 class Windows(NamedTuple):
     """How patches are gathered into windows and back; see `bridge_stg.runtime.chain.positions.window_tables`."""
 
-    index: Tensor
+    places: Tensor
     """int64 [W, M]."""
     mask: Tensor
     """bool [W, M]."""
-    place: Tensor
+    back: Tensor
     """int64 [N]."""
 
     def split(self, x: Tensor) -> Tensor:
         """Gather x [G, heads, N, head_dim] into windows [G·W, heads, M, head_dim]."""
-        (groups, heads, _, head_dim), (windows, places) = x.shape, self.index.shape
-        x = x.index_select(2, self.index.flatten()).reshape(groups, heads, windows, places, head_dim)
+        (groups, heads, _, head_dim), (windows, places) = x.shape, self.places.shape
+        x = x.index_select(2, self.places.flatten()).reshape(groups, heads, windows, places, head_dim)
         return x.transpose(1, 2).reshape(groups * windows, heads, places, head_dim)
 
     def visible(self, groups: int) -> Tensor:
@@ -47,20 +48,26 @@ class Windows(NamedTuple):
 
     def join(self, x: Tensor, groups: int) -> Tensor:
         """Return windows [G·W, M, heads, head_dim] as patches [G, N, heads · head_dim]."""
-        (_, places, heads, head_dim), windows = x.shape, self.index.shape[0]
-        return x.reshape(groups, windows * places, heads * head_dim).index_select(1, self.place)
+        (_, places, heads, head_dim), windows = x.shape, self.places.shape[0]
+        return x.reshape(groups, windows * places, heads * head_dim).index_select(1, self.back)
 
 
 class VisionEncoder(nn.Module):
-    """What encoders of all families do alike.
+    """Base of the encoders of all families.
 
     A family's encoder adds `hidden_states(frames, *tables)`, the residual stream after each block, `merge(states)`, and
-    `forward(frames, *tables)` with its tables by name, in the order of `bridge_stg.runtime.chain.positions.vision_tables`.
+    `forward(frames, *tables)` with its tables by name, in the order of `chain.positions.vision_tables`.
 
     Args:
         model: the family's vision model: `patch_embed.proj` is a Conv3d, `blocks` have an `attn` with `qkv` and `proj`.
         spec: its geometry.
     """
+
+    model: Any  # transformers' module
+    hidden_states: Callable[..., list[Tensor]]
+    merge: Callable[[list[Tensor]], Tensor]
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, model: nn.Module, spec: VisionSpec) -> None:
         super().__init__()
@@ -87,7 +94,7 @@ class VisionEncoder(nn.Module):
         # For some sizes the reshape is a view, which the family's mergers cannot take.
         return x.permute(0, 2, 4, 3, 5, 1).reshape(groups, rows * columns, channels).contiguous()
 
-    def attend(self, block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None = None) -> Tensor:
+    def attend(self, block: Any, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None = None) -> Tensor:
         """Attend within each group, or within the windows of each: x [G, N, C], rotary tables [N, head_dim]."""
         attention = block.attn
         groups, patches, channels = x.shape
@@ -102,8 +109,9 @@ class VisionEncoder(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS[self.model.config._attn_implementation]
         out, _ = attend(attention, query, key, value, mask, scaling=attention.scaling, dropout=0.0, is_causal=False)
         if windows is not None:
-            return attention.proj(windows.join(out, groups))
-        return attention.proj(out.reshape(groups, patches, channels))
+            out = windows.join(out, groups)
+        projected: Tensor = attention.proj(out.reshape(groups, patches, channels))
+        return projected
 
     def feature_map(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """Return x [G, N, C] as an RMS-normalised map [G, rows, columns, C] in raster order."""

@@ -55,9 +55,9 @@ def spatial_losses(
         l1 = l1 + weight / total * (predicted[positive] - truth).abs().sum(-1).mean()
         giou = giou + weight / total * (1 - generalized).mean()
     share = 1 / len(found.presence)
-    presence = sum(
-        share * F.binary_cross_entropy_with_logits(logit[valid], positive[valid].float()) for logit in found.presence
-    )
+    presence = torch.zeros(())
+    for logit in found.presence:
+        presence = presence + share * F.binary_cross_entropy_with_logits(logit[valid], positive[valid].float())
     heat = -(found.heat[positive].float().log_softmax(-1) * heat_target(truth, *grid)).sum(-1).mean()
     parts = {
         "l1": config.l1 * l1,

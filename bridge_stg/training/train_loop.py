@@ -23,7 +23,7 @@ CHECKPOINT_SECONDS = 300.0
 LOG_EVERY = 50
 
 
-class BatchesByStep(Dataset):
+class BatchesByStep(Dataset[Any]):
     """Batch number `step` follows from the seed and the step alone, so that a resumed run sees the same data."""
 
     def __init__(self, make: Callable[[int], Any], first: int, total: int) -> None:
@@ -94,7 +94,7 @@ def run_stage(
                 f"stage {name}: the loss is {value.item()} at step {step}; {path} holds an earlier state",
             )
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        torch.autograd.backward(value)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         sums.append(figures)

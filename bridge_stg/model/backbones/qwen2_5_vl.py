@@ -41,7 +41,8 @@ class Qwen2_5VLEncoder(VisionEncoder):  # noqa: N801
 
     def merge(self, states: list[Tensor]) -> Tensor:
         """Return visual tokens [1, G·N/merge², H]."""
-        return self.model.merger(states[-1].flatten(0, 1))[None]
+        merged: Tensor = self.model.merger(states[-1].flatten(0, 1))
+        return merged[None]
 
     def forward(
         self,

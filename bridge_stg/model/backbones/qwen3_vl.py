@@ -18,7 +18,9 @@ from bridge_stg.runtime.bundle.spec import FramesSpec, PromptSpec, VisionSpec
 class Qwen3VLEncoder(VisionEncoder):
     """Encode groups of frames; every block attends to the whole group."""
 
-    def hidden_states(self, frames: Tensor, pos_index: Tensor, pos_weight: Tensor, cos: Tensor, sin: Tensor) -> list:
+    def hidden_states(
+        self, frames: Tensor, pos_index: Tensor, pos_weight: Tensor, cos: Tensor, sin: Tensor
+    ) -> list[Tensor]:
         """Return the residual stream [G, N, C] after each block, in merge order."""
         x = self.patchify(frames)
         x = x + (self.model.pos_embed(pos_index) * pos_weight[..., None]).sum(1)
