@@ -84,7 +84,7 @@ class OnnxRuntimeDeviceSession:
             raise
         self._run_options = import_onnxruntime().RunOptions()
         self._run_options.log_severity_level = 4
-        self._staging = Staging(device, beside=False)
+        self._staging = Staging(device, overlap=False)
         self._usage = UseCount(self._free, closed_error=EngineError(f"{graph}: this session is closed."))
 
     def __enter__(self) -> OnnxRuntimeDeviceSession:

@@ -1,41 +1,72 @@
-"""Arrays in device memory: what one graph of a chain leaves there for the next.
+"""Arrays in device memory, which pass from one graph of a chain to the next.
 
-They know as much of numpy's indexing as the chain needs (views by numbers and slices, assignment between views), copy
-to the host only by `numpy()`, and go to other libraries through DLPack without a copy.
+They support the part of numpy's indexing that the chain needs (views by integers and slices, assignment to views). Only
+`numpy()` copies to the host; other libraries use them through DLPack without a copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from bridge_stg.runtime.device import dlpack
-from bridge_stg.runtime.device.cuda import DEVICE
-from bridge_stg.runtime.device.memory import host_view
+from bridge_stg.runtime.device.cuda import DEVICE, Cuda, DeviceFacts
+from bridge_stg.runtime.device.memory import Block, MemoryPool, host_view
 from bridge_stg.runtime.errors import EngineError
 
-if TYPE_CHECKING:
-    from bridge_stg.runtime.device.context import DeviceContext
+
+class ArrayContext(Protocol):
+    """The parts of a `DeviceContext` that arrays use: its stream, lock and memory."""
+
+    cuda: Cuda
+    device: DeviceFacts
+    stream: int
+    lock: threading.RLock
+    pinned: MemoryPool
+    closed: bool
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype | type | str) -> DeviceArray:
+        """Return an uninitialized array."""
+
+    def zeros(self, shape: Sequence[int], dtype: np.dtype | type | str) -> DeviceArray:
+        """Return an array of zeros."""
+
+    def upload(self, array: np.ndarray) -> DeviceArray:
+        """Return a copy of a host array on the device."""
+
+    def pin(self, array: np.ndarray) -> Block:
+        """Return a copy of a host array in pinned memory."""
+
+    def keep_alive(self, *objects: object) -> None:
+        """Keep objects alive until the work that is on the stream now is done."""
+
+    def resize(
+        self, image: DeviceArray, size: tuple[int, int], on_host: Callable[[np.ndarray, tuple[int, int]], np.ndarray]
+    ) -> DeviceArray:
+        """Return a resized copy of an image."""
 
 
 class DeviceArray:
-    """An array, or a view of one, in the memory of a chain's device. Its content is there in the order of the stream.
+    """An array, or a view of one, in the memory of a chain's device. Its content is valid in the order of the stream.
 
     Args:
         context: the chain's device.
-        owner: what keeps the memory alive: a block of the chain's pool, or another library's object.
-        strides: in bytes; None: C-contiguous.
-        address: of the first element; None: that of the block.
+        owner: object that keeps the memory alive: a block of the chain's pool, or another library's object.
+        shape: sizes of the dims.
+        dtype: any numpy dtype.
+        strides: bytes per step of each dim; None: C-contiguous.
+        address: address of the first element; None: that of the owner.
     """
 
     __array_priority__ = 1000
 
     def __init__(
         self,
-        context: DeviceContext,
+        context: ArrayContext,
         owner: Any,
         shape: Sequence[int],
         dtype: np.dtype | type | str,
@@ -43,26 +74,29 @@ class DeviceArray:
         strides: Sequence[int] | None = None,
         address: int | None = None,
     ) -> None:
-        self.context, self._owner = context, owner
+        self.context, self.owner = context, owner
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
         self.strides = contiguous_strides(self.shape, self.dtype.itemsize) if strides is None else tuple(strides)
         self.address: int = owner.address if address is None else address
 
     @property
     def ndim(self) -> int:
+        """Number of dims."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all elements."""
         return self.size * self.dtype.itemsize
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements lie one behind the other in C order."""
+        """Whether the elements are adjacent in C order."""
         expected = contiguous_strides(self.shape, self.dtype.itemsize)
         return (
             all(n == 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True)) or not self.size
@@ -80,7 +114,7 @@ class DeviceArray:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> DeviceArray:
-        """Return a view, by numbers and slices of step 1."""
+        """Return a view, by integers and slices of step 1."""
         places = index if isinstance(index, tuple) else (index,)
         if len(places) > self.ndim:
             raise IndexError(f"{len(places)} indices for an array of {self.ndim} dims")
@@ -90,7 +124,7 @@ class DeviceArray:
             if isinstance(place, slice):
                 start, stop, step = place.indices(size)
                 if step != 1:
-                    raise IndexError(f"a device array is cut in steps of 1, not of {step}")
+                    raise IndexError(f"slices of a device array need step 1, not {step}")
                 shape.append(max(0, stop - start))
                 strides.append(stride)
                 address += start * stride
@@ -99,7 +133,7 @@ class DeviceArray:
                 if not 0 <= number < size:
                     raise IndexError(f"index {place} is out of bounds for axis {axis} of size {size}")
                 address += number * stride
-        return DeviceArray(self.context, self._owner, shape, self.dtype, strides=strides, address=address)
+        return DeviceArray(self.context, self.owner, shape, self.dtype, strides=strides, address=address)
 
     def __setitem__(self, index: Any, value: DeviceArray | np.ndarray) -> None:
         self[index].write(value)
@@ -112,25 +146,26 @@ class DeviceArray:
         """
         if tuple(value.shape) != self.shape or value.dtype != self.dtype:
             found = f"{value.dtype} {list(value.shape)}"
-            raise EngineError(f"{found} cannot be written into a device array {self.dtype} {list(self.shape)}")
-        self._check_alive()
+            expected = f"{self.dtype} {list(self.shape)}"
+            raise EngineError("engine.bad_input", f"{found} cannot be written into a device array {expected}")
+        self.check_open()
         cuda = self.context.cuda
         if isinstance(value, DeviceArray):
-            value._check_alive()
+            value.check_open()
             self._copy_from(value.address, value.strides, cuda.on_device)
             return
         pinned = self.context.pin(value)
         self._copy_from(pinned.address, contiguous_strides(self.shape, self.dtype.itemsize), cuda.to_device)
-        self.context.hold(pinned)
+        self.context.keep_alive(pinned)
 
     def copy(self) -> DeviceArray:
-        """Return a copy with memory of its own."""
+        """Return a copy in new memory."""
         made = self.context.empty(self.shape, self.dtype)
         made.write(self)
         return made
 
     def wait(self) -> DeviceArray:
-        """Return when all that was put on the stream for this array is done."""
+        """Wait until all work that is on the stream now is done."""
         cuda = self.context.cuda
         with self.context.lock:
             event = cuda.event()
@@ -142,21 +177,21 @@ class DeviceArray:
         return self
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """Return the elements in another shape: of a contiguous array a view, else a copy."""
+        """Return the elements in another shape: a view of a contiguous array, else a copy."""
         whole = self.as_contiguous()
         if math.prod(shape) != self.size:
             raise ValueError(f"{self.size} elements cannot be given the shape {list(shape)}")
-        return DeviceArray(self.context, whole._owner, shape, self.dtype, address=whole.address)
+        return DeviceArray(self.context, whole.owner, shape, self.dtype, address=whole.address)
 
     def as_contiguous(self) -> DeviceArray:
-        """Return this array, or a copy if its elements do not lie one behind the other."""
+        """Return this array, or a copy if it is not contiguous."""
         return self if self.contiguous else self.copy()
 
     def numpy(self) -> np.ndarray:
-        """Wait for the array to be computed and return a copy on the host.
+        """Wait until the array is computed and return a copy on the host.
 
         Raises:
-            EngineError: its chain was closed, or the work before it failed.
+            EngineError: the chain was closed, or the work before it failed.
         """
         return download([self])[0]
 
@@ -168,35 +203,34 @@ class DeviceArray:
         return dlpack.CUDA, DEVICE
 
     def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
-        """Lend the memory to another library: work on `stream` waits for what is on the chain's stream.
+        """Export the memory to another library: work on `stream` waits for the work that is on the chain's stream.
 
-        The chain does not write there again until the other library has let go of it.
+        The chain does not reuse the memory until the other library has released it.
         """
-        self._check_alive()
-        if hasattr(self._owner, "wait_before_reuse"):
-            self._owner.wait_before_reuse = True
+        self.check_open()
+        if hasattr(self.owner, "wait_before_reuse"):
+            self.owner.wait_before_reuse = True
         cuda, context = self.context.cuda, self.context
         with context.lock:
-            if stream is None or stream == -1 or stream == context.stream:
-                if stream is None:
-                    cuda("cudaStreamSynchronize", context.stream)
-            else:
+            if stream is None:
+                cuda("cudaStreamSynchronize", context.stream)
+            elif stream not in (-1, context.stream):
                 event = cuda.event()
                 cuda("cudaEventRecord", event, context.stream)
                 cuda("cudaStreamWaitEvent", stream, event, 0)
                 cuda("cudaEventDestroy", event)
         elements = [stride // self.dtype.itemsize for stride in self.strides]
-        return dlpack.capsule(self, self.address, self.shape, elements, self.dtype, (dlpack.CUDA, DEVICE))
+        return dlpack.capsule(self, self.address, self.shape, elements, self.dtype, device=(dlpack.CUDA, DEVICE))
 
     def _copy_from(self, source: int, strides: Sequence[int], kind: Any) -> None:
         with self.context.lock:
-            copy_strided(
-                self.context, (self.address, self.strides), (source, strides), self.shape, self.dtype.itemsize, kind
-            )
+            target, itemsize = (self.address, self.strides), self.dtype.itemsize
+            copy_strided(self.context, target, (source, strides), self.shape, itemsize=itemsize, kind=kind)
 
-    def _check_alive(self) -> None:
+    def check_open(self) -> None:
+        """Raise EngineError if the sessions of the array's chain were closed."""
         if self.context.closed:
-            raise EngineError("a device array was used after its sessions were closed")
+            raise EngineError("engine.closed", "a device array was used after its sessions were closed")
 
 
 def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -209,18 +243,23 @@ def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def copy_strided(
-    context: DeviceContext,
+    context: ArrayContext,
     target: tuple[int, Sequence[int]],
     source: tuple[int, Sequence[int]],
     shape: Sequence[int],
+    *,
     itemsize: int,
     kind: Any,
 ) -> None:
-    """Put the copy of a view onto another of the same shape on the stream, in as few pieces as their strides allow.
+    """Put a copy between two views of one shape on the stream, in as few pieces as their strides allow.
 
     Args:
-        target: address and strides in bytes.
-        source: the same.
+        context: the device.
+        target: address and strides in bytes of the view to write.
+        source: address and strides in bytes of the view to read.
+        shape: shape of both.
+        itemsize: bytes per element.
+        kind: CUDA's kind of the copy, such as host to device.
     """
     if 0 in shape:
         return
@@ -244,14 +283,14 @@ def copy_strided(
         if rows[0] == 1:
             context.cuda.copy(ours, theirs, width, kind, context.stream)
         else:
-            context.cuda.copy_rows(ours, rows[1], theirs, rows[2], width, rows[0], kind, context.stream)
+            context.cuda.copy_rows((ours, rows[1]), (theirs, rows[2]), width, rows[0], kind=kind, stream=context.stream)
 
 
 def download(arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
-    """Return copies of arrays of one chain on the host; the stream is waited for once.
+    """Return copies of arrays of one chain on the host, with a single wait for the stream.
 
     Raises:
-        EngineError: their chain was closed, or the work before them failed.
+        EngineError: the chain was closed, or the work before them failed.
     """
     if not arrays:
         return []
@@ -259,7 +298,7 @@ def download(arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
     cuda, landed = context.cuda, []
     with context.lock:
         for array in arrays:
-            array._check_alive()
+            array.check_open()
             whole = array.as_contiguous()
             block = context.pinned.take(max(whole.nbytes, 1))
             cuda.copy(block.address, whole.address, whole.nbytes, cuda.to_host, context.stream)
@@ -267,7 +306,7 @@ def download(arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
         event = cuda.event()
         cuda("cudaEventRecord", event, context.stream)
     try:
-        cuda("cudaEventSynchronize", event)  # outside the lock: others may put work on the stream meanwhile
+        cuda("cudaEventSynchronize", event)  # without the lock: other threads may put work on the stream meanwhile
     finally:
         cuda("cudaEventDestroy", event)
     return [

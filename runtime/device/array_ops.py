@@ -1,4 +1,4 @@
-"""What the chain does with arrays between its graphs, for arrays on the host and on the device alike."""
+"""Operations of the chain on arrays between its graphs, for arrays on the host and on the device alike."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from bridge_stg.runtime.device import dlpack
-from bridge_stg.runtime.device.array import DeviceArray
-from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.device.array import ArrayContext, DeviceArray
 from bridge_stg.runtime.device.cuda import DEVICE
 from bridge_stg.runtime.errors import EngineError
 
 Array: TypeAlias = "np.ndarray | DeviceArray"
-"""What goes into a graph and comes out of it. CPU backends give numpy arrays only."""
+"""Input or output of a graph. CPU backends return numpy arrays only."""
 
 
 def join(parts: Sequence[Any], *, axis: int, zeros_before: int = 0) -> Any:
-    """Return arrays one behind the other along an axis, behind `zeros_before` zeros."""
+    """Concatenate arrays along an axis, after `zeros_before` zeros."""
     first = parts[0]
     if isinstance(first, np.ndarray):
         blank = [np.zeros_like(np.take(first, [0] * zeros_before, axis=axis))] if zeros_before else []
@@ -40,7 +39,7 @@ def join(parts: Sequence[Any], *, axis: int, zeros_before: int = 0) -> Any:
 
 
 def stack(parts: Sequence[Any], *, axis: int = 0) -> Any:
-    """Return arrays of one shape along a new axis."""
+    """Stack arrays of one shape along a new axis."""
     first = parts[0]
     if isinstance(first, np.ndarray):
         return np.stack(parts, axis=axis)
@@ -51,24 +50,24 @@ def stack(parts: Sequence[Any], *, axis: int = 0) -> Any:
 
 
 def repeat_new_axis(array: Any, times: int) -> Any:
-    """Return an array [N, …] as [N, times, …], each element of N repeated; a view where that costs nothing."""
+    """Return an array [N, …] as [N, times, …], each element repeated; a view on the host."""
     if isinstance(array, np.ndarray):
         return np.broadcast_to(array[:, None], (len(array), times, *array.shape[1:]))
     return stack([array] * times, axis=1)
 
 
 def contiguous(array: Any) -> Any:
-    """Return an array whose elements lie one behind the other."""
+    """Return the array, or a C-contiguous copy."""
     return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array.as_contiguous()
 
 
-def accept(value: Any, context: DeviceContext) -> Any:
-    """Return an input as an array that a session of this device can use, without a copy where it lies there.
+def accept(value: Any, context: ArrayContext) -> Any:
+    """Return an input as an array that a session on this device can use, without a copy if it is on the device.
 
-    What is no array is returned as it is, for the check of inputs to complain about.
+    Values that are not arrays are returned unchanged; `check_feeds` rejects them.
 
     Raises:
-        EngineError: it lies on another device, or cannot be lent.
+        EngineError: the array is on another device, or its library cannot export it.
     """
     if isinstance(value, np.ndarray):
         return value
@@ -81,13 +80,14 @@ def accept(value: Any, context: DeviceContext) -> Any:
         return np.from_dlpack(value) if kind == dlpack.CPU else np.asarray(value)
     if kind not in (dlpack.CUDA, dlpack.CUDA_MANAGED) or number != DEVICE:
         raise EngineError(
-            f"a {type(value).__name__} lies on DLPack device ({kind}, {number}), and this chain runs on CUDA device "
-            f"{DEVICE}; copy it there, or to the host"
+            "engine.bad_input",
+            f"a {type(value).__name__} is on DLPack device ({kind}, {number}), and this chain runs on CUDA device "
+            f"{DEVICE}; copy it to that device or to the host",
         )
-    lent = dlpack.borrow(value, stream=context.stream)
-    return DeviceArray(context, lent, lent.shape, lent.dtype, strides=lent.strides)
+    imported = dlpack.import_array(value, stream=context.stream)
+    return DeviceArray(context, imported, imported.shape, imported.dtype, strides=imported.strides)
 
 
 def on_host(array: Any) -> np.ndarray:
-    """Return an array as numpy's."""
+    """Return an array as a numpy array."""
     return array if isinstance(array, np.ndarray) else np.asarray(array)

@@ -1,7 +1,7 @@
-"""The device's side of one chain: a stream for its work, a stream for uploads beside it, and their memory.
+"""The device of one chain: a stream for its work, a second stream for uploads, and their memory.
 
-All graphs of a chain share one context, so what one computes is read by the next where it lies, in the order of the
-one stream and without waiting for it.
+All graphs of a chain share one context, so a graph reads what another one computed in place, in the order of the
+stream and without waiting for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.cuda import Cuda
 from bridge_stg.runtime.device.memory import Block, device_pool, host_view, pinned_pool
-from bridge_stg.runtime.device.resize import DeviceResizer
+from bridge_stg.runtime.device.resize import DeviceResizer, HostResize
 from bridge_stg.runtime.errors import EngineError
 
 
@@ -24,10 +24,10 @@ class DeviceContext:
     """Shared by the sessions of a chain; freed when the last of them is closed. Safe to use from many threads.
 
     Attributes:
-        stream: handle of the stream on which all work is put.
-        uploads: handle of the stream on which inputs are uploaded while the former works.
-        lock: held by whoever puts work on the streams.
-        device: what the device is.
+        stream: handle of the stream of all computation.
+        uploads: handle of the stream on which inputs are uploaded meanwhile.
+        lock: to be held while putting work on the streams.
+        device: name and properties of the device.
     """
 
     def __init__(self, cuda: Cuda | None = None) -> None:
@@ -38,7 +38,7 @@ class DeviceContext:
         self.memory, self.pinned = device_pool(self.cuda), pinned_pool(self.cuda)
         self.scratch: Block | None = None
         self._resizer: DeviceResizer | None = None
-        self._held: deque[tuple[Any, object]] = deque()
+        self._kept: deque[tuple[Any, object]] = deque()
         self._users = 0
         self.closed = False
 
@@ -49,15 +49,15 @@ class DeviceContext:
         return self
 
     def close(self) -> None:
-        """Count one user less; the last one frees everything, after the work under way."""
+        """Count one user less; the last one waits for the running work and frees everything."""
         with self.lock:
             self._users -= 1
             if self._users > 0 or self.closed:
                 return
             self.closed = True
             self.cuda("cudaDeviceSynchronize")
-            while self._held:
-                self.cuda("cudaEventDestroy", self._held.popleft()[0])
+            while self._kept:
+                self.cuda("cudaEventDestroy", self._kept.popleft()[0])
             self.scratch = self._resizer = None
             self.memory.close()
             self.pinned.close()
@@ -65,7 +65,7 @@ class DeviceContext:
                 self.cuda("cudaStreamDestroy", stream)
 
     def empty(self, shape: Sequence[int], dtype: np.dtype | type | str) -> DeviceArray:
-        """Return an array whose content is whatever was there."""
+        """Return an uninitialized array."""
         self._check_open()
         shape, dtype = tuple(int(size) for size in shape), np.dtype(dtype)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -86,31 +86,35 @@ class DeviceContext:
         return made
 
     def pin(self, array: np.ndarray) -> Block:
-        """Return a copy of a host array in pinned memory, to be held until it has been uploaded."""
+        """Return a copy of a host array in pinned memory, to be kept until it has been uploaded."""
         block = self.pinned.take(array.nbytes)
         np.copyto(host_view(block, array.nbytes).view(array.dtype).reshape(array.shape), array)
         return block
 
     @property
     def resizer(self) -> DeviceResizer:
-        """Resizes pictures that lie on the device."""
+        """The resizer of images on this device, compiled at first use."""
         with self.lock:
             self._resizer = self._resizer or DeviceResizer(self)
             return self._resizer
 
-    def hold(self, *objects: object) -> None:
+    def resize(self, image: DeviceArray, size: tuple[int, int], on_host: HostResize) -> DeviceArray:
+        """See `DeviceResizer.resize`."""
+        return self.resizer.resize(image, size, on_host)
+
+    def keep_alive(self, *objects: object) -> None:
         """Keep objects alive until the work that is on the stream now is done."""
         with self.lock:
-            while self._held and self.cuda.api.cudaEventQuery(self._held[0][0])[0] == self.cuda.success:
-                self.cuda("cudaEventDestroy", self._held.popleft()[0])
+            while self._kept and self.cuda.api.cudaEventQuery(self._kept[0][0])[0] == self.cuda.success:
+                self.cuda("cudaEventDestroy", self._kept.popleft()[0])
             event = self.cuda.event()
             self.cuda("cudaEventRecord", event, self.stream)
-            self._held.append((event, objects))
+            self._kept.append((event, objects))
 
     def reserve_scratch(self, size: int) -> Block:
-        """Return memory of at least `size` bytes that all engines of the chain use in turn for what lies in between.
+        """Return memory of at least `size` bytes for the activations of all engines of the chain in turn.
 
-        Only one of them runs at a time, since there is one stream. Growing waits for the work under way.
+        Only one of them runs at a time, since they share one stream. Growing waits for the running work.
         """
         with self.lock:
             if self.scratch is None or self.scratch.size < size:
@@ -121,4 +125,5 @@ class DeviceContext:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise EngineError("this device context is closed, with the sessions that shared it; load the bundle again")
+            message = "this device context is closed, with the sessions that shared it; load the bundle again"
+            raise EngineError("engine.closed", message)

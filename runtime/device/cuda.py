@@ -1,6 +1,6 @@
-"""The calls of CUDA's runtime that device buffers need, over cuda-python, which is imported on first use only.
+"""The calls of the CUDA runtime that device arrays need, by cuda-python, which is imported on first use.
 
-All work is on the first device that CUDA_VISIBLE_DEVICES leaves. A failing call raises EngineError in CUDA's words.
+All work runs on the first device that CUDA_VISIBLE_DEVICES leaves. A failed call raises EngineError with CUDA's text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DEVICE = 0
 
 
 class OutOfDeviceMemory(EngineError):
-    """An allocation that did not fit; the message says how much was free."""
+    """The device has too little memory for an allocation; the message has the free bytes."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class DeviceFacts:
 
 
 class Cuda:
-    """CUDA's runtime on one device.
+    """The CUDA runtime on one device.
 
     Args:
         api: a module with the names of `cuda.bindings.runtime`; None: that module.
 
     Raises:
-        EngineError: cuda-python is missing, or there is no device or no driver that it can use.
+        EngineError: cuda-python or a usable device or driver is missing.
     """
 
     def __init__(self, api: Any = None) -> None:
@@ -45,7 +45,7 @@ class Cuda:
         self.to_device, self.to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self.on_device = kinds.cudaMemcpyDeviceToDevice
         if not self._device_count():
-            raise EngineError("CUDA finds no device. Is a GPU visible (CUDA_VISIBLE_DEVICES)?")
+            raise EngineError("engine.no_device", "CUDA finds no device. Is a GPU visible (CUDA_VISIBLE_DEVICES)?")
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """Make one call and return its value.
@@ -63,21 +63,22 @@ class Cuda:
         text = self.api.cudaGetErrorString(status)[1]
         reason = f"{text.decode() if isinstance(text, bytes) else text} ({getattr(status, 'name', status)})"
         if status == self.api.cudaError_t.cudaErrorMemoryAllocation:
-            raise OutOfDeviceMemory(f"{name}: {reason}")
-        raise EngineError(f"CUDA failed in {name}: {reason}")
+            raise OutOfDeviceMemory("engine.out_of_memory", f"{name}: {reason}")
+        raise EngineError("engine.device_failed", f"CUDA failed in {name}: {reason}")
 
     def _device_count(self) -> int:
         status, count = self.api.cudaGetDeviceCount()
         if getattr(status, "name", "") == "cudaErrorInsufficientDriver":
             version = self.api.cudaRuntimeGetVersion()[1]
             raise EngineError(
-                f"the NVIDIA driver is missing, or older than CUDA {version // 1000}.{version % 1000 // 10}, for which "
-                'this cuda-python was made. Update the driver, or install an older one: pip install "cuda-python<13"'
+                "engine.no_device",
+                f"the NVIDIA driver is missing, or older than the CUDA {version // 1000}.{version % 1000 // 10} that "
+                'this cuda-python needs. Update the driver, or install an older one: pip install "cuda-python<13"',
             )
         return int(self._checked("cudaGetDeviceCount", (status, count)))
 
     def facts(self) -> DeviceFacts:
-        """Return what the device is."""
+        """Return the device's name and properties."""
         properties = self("cudaGetDeviceProperties", DEVICE)
         name = properties.name
         return DeviceFacts(
@@ -87,7 +88,7 @@ class Cuda:
         )
 
     def free_bytes(self) -> int:
-        """Return how much of the device's memory is free."""
+        """Return the free bytes of the device's memory; 0 if unknown."""
         status, free, _ = self.api.cudaMemGetInfo()
         return int(free) if status == self.success else 0
 
@@ -98,12 +99,13 @@ class Cuda:
         except OutOfDeviceMemory as error:
             free = self.free_bytes() / 2**20
             raise OutOfDeviceMemory(
+                "engine.out_of_memory",
                 f"the GPU has no memory for {size / 2**20:.0f} MiB more ({free:.0f} MiB are free). Use smaller "
-                "budgets, a lower precision or shorter videos, or end other programs on this GPU."
+                "budgets, a lower precision or shorter videos, or close other programs on this GPU.",
             ) from error
 
     def malloc_host(self, size: int) -> int:
-        """Return the address of `size` pinned bytes on the host: only from and to such are copies asynchronous."""
+        """Return the address of `size` pinned bytes on the host, which asynchronous copies need."""
         return int(self("cudaHostAlloc", size, self.api.cudaHostAllocDefault))
 
     def stream(self) -> int:
@@ -120,24 +122,25 @@ class Cuda:
             self("cudaMemcpyAsync", target, source, size, kind, stream)
 
     def copy_rows(
-        self, target: int, pitch: int, source: int, source_pitch: int, width: int, rows: int, kind: Any, stream: int
+        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, *, kind: Any, stream: int
     ) -> None:
-        """Put a copy of `rows` pieces of `width` bytes, `pitch` bytes apart on each side, on a stream."""
+        """Put a copy of `rows` rows of `width` bytes on a stream. Both sides are (address, bytes per row)."""
         if width and rows:
-            self("cudaMemcpy2DAsync", target, pitch, source, source_pitch, width, rows, kind, stream)
+            self("cudaMemcpy2DAsync", *target, *source, width, rows, kind, stream)
 
 
 def _cuda_python() -> Any:
-    if sys.platform == "linux":  # cuda-python takes long to be imported, only to find no driver
+    if sys.platform == "linux":  # importing cuda-python takes long; check for a driver first
         try:
             ctypes.CDLL("libcuda.so.1")
         except OSError:
-            raise EngineError("the NVIDIA driver is missing: libcuda.so.1 cannot be loaded") from None
+            raise EngineError("engine.no_device", "the NVIDIA driver is missing: no libcuda.so.1") from None
     try:
         import cuda.bindings.runtime as api
     except ImportError as error:
         raise EngineError(
+            "engine.not_installed",
             f"the package cuda-python cannot be imported ({error}). Install it: pip install cuda-python "
-            '(for a driver of CUDA 12, as on JetPack 6: "cuda-python<13")'
+            '(for a driver of CUDA 12, as on JetPack 6: "cuda-python<13")',
         ) from error
     return api

@@ -1,7 +1,7 @@
-"""DLPack: arrays that other libraries lend without a copy, and arrays lent to them.
+"""DLPack: import arrays of other libraries without a copy, and export arrays to them.
 
 The structures are those of https://dmlc.github.io/dlpack/latest/c_api.html (`DLManagedTensor`, the form that every
-library speaks); Python's side of it is the array API standard's `__dlpack__`. Plain ctypes, no library is needed.
+library supports), the Python methods those of the array API standard (`__dlpack__`). Needs ctypes only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from bridge_stg.runtime.errors import EngineError
 
 CPU, CUDA, CUDA_PINNED, CUDA_MANAGED = 1, 2, 3, 13
-"""Device types."""
+"""DLPack device types."""
 
 _NAME, _USED = b"dltensor", b"used_dltensor"
 _KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}  # DLDataTypeCode → numpy's kind; 6 is kDLBool
@@ -56,31 +56,31 @@ _new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _De
 _valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", _python))
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", _python))
 _rename = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_SetName", _python))
-# The same calls on a bare address: a capsule that is being destroyed must not be counted as referenced again.
+# The same calls on a bare address: a capsule that is being destroyed must not get a new reference.
 _valid_at = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _python))
 _pointer_at = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _python))
 
-_lent: dict[int, tuple[Any, ...]] = {}
-"""By address of its structure: what a capsule lends, until the library that took it has let go."""
+_exported: dict[int, tuple[Any, ...]] = {}
+"""The memory of each exported capsule by the address of its structure, until the other library releases it."""
 
 
-def _forget(managed: Any) -> None:
-    _lent.pop(ctypes.addressof(managed.contents), None)
+def _release(managed: Any) -> None:
+    _exported.pop(ctypes.addressof(managed.contents), None)
 
 
 def _destroy(capsule_address: int) -> None:
-    # Nobody took what the capsule lends: whoever does renames it, and calls the deleter later.
+    # The capsule was never imported: an importer renames it and calls the deleter later.
     if _valid_at(capsule_address, _NAME):
-        _lent.pop(_pointer_at(capsule_address, _NAME), None)
+        _exported.pop(_pointer_at(capsule_address, _NAME), None)
 
 
-_forget_callback = _Deleter(_forget)
+_release_callback = _Deleter(_release)
 _destroy_callback = _Destructor(_destroy)
 
 
 @dataclass(frozen=True)
-class Borrowed:
-    """What another library lends; its memory stays as long as this object.
+class ImportedArray:
+    """An array of another library; its memory stays valid as long as this object.
 
     `strides` are in bytes. `device` is (type, id).
     """
@@ -93,8 +93,8 @@ class Borrowed:
     owner: Any
 
 
-class _Loan:
-    """Calls the lender's deleter when the last user goes."""
+class _Owner:
+    """Calls the other library's deleter when the last user is gone."""
 
     def __init__(self, managed: Any) -> None:
         self._managed = managed
@@ -105,42 +105,42 @@ class _Loan:
 
 
 def is_dlpack(value: Any) -> bool:
-    """Whether a value speaks DLPack."""
+    """Return whether a value supports DLPack."""
     return hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")
 
 
-def lies_on_gpu(value: Any) -> bool:
-    """Whether a value speaks DLPack and lies in a GPU's memory."""
+def is_on_gpu(value: Any) -> bool:
+    """Return whether a value supports DLPack and is in GPU memory."""
     return is_dlpack(value) and int(value.__dlpack_device__()[0]) in (CUDA, CUDA_MANAGED)
 
 
-def borrow(value: Any, *, stream: int | None) -> Borrowed:
-    """Take what an object lends through `__dlpack__`.
+def import_array(value: Any, *, stream: int | None) -> ImportedArray:
+    """Import an array through `__dlpack__`.
 
     Args:
-        stream: the stream on which it will be used: the lender makes it wait for its own work.
+        value: array of another library.
+        stream: stream on which it will be used; the other library makes it wait for its own work.
 
     Raises:
-        EngineError: the dtype is none that numpy has, or the object lends nothing usable.
+        EngineError: numpy does not have the dtype, or the library cannot export the array.
     """
     what = f"a {type(value).__name__}"
     device = tuple(int(part) for part in value.__dlpack_device__())
     on_gpu = device[0] in (CUDA, CUDA_MANAGED)
     try:
-        lent = value.__dlpack__(stream=stream) if on_gpu else value.__dlpack__()
-    except Exception as error:  # each library has its own, such as for arrays that need a gradient
-        raise EngineError(f"{what} cannot be lent through DLPack: {error}") from error
-    if not _valid(lent, _NAME):
-        raise EngineError(f"{what} gave no DLPack capsule of the unversioned form that this program reads")
-    managed = ctypes.cast(_pointer(lent, _NAME), ctypes.POINTER(_Managed))
-    _rename(lent, _USED)
-    loan = _Loan(managed)
+        exported = value.__dlpack__(stream=stream) if on_gpu else value.__dlpack__()
+    except Exception as error:  # each library raises its own, such as for arrays that need a gradient
+        raise EngineError("engine.bad_input", f"{what} cannot be exported through DLPack: {error}") from error
+    if not _valid(exported, _NAME):
+        raise EngineError("engine.bad_input", f"{what} returned no unversioned DLPack capsule, which is needed here")
+    managed = ctypes.cast(_pointer(exported, _NAME), ctypes.POINTER(_Managed))
+    _rename(exported, _USED)
+    owner = _Owner(managed)
     tensor = managed.contents.tensor
     kind, bits = _KINDS.get(tensor.dtype.code), tensor.dtype.bits
     if kind is None or bits % 8 or tensor.dtype.lanes != 1:
-        raise EngineError(
-            f"{what} has the DLPack dtype (code {tensor.dtype.code}, {bits} bits), which this program cannot use"
-        )
+        message = f"{what} has the DLPack dtype (code {tensor.dtype.code}, {bits} bits), which is not supported here"
+        raise EngineError("engine.bad_input", message)
     dtype = np.dtype("bool" if kind == "b" else f"{kind}{bits // 8}")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     if tensor.strides:
@@ -148,7 +148,7 @@ def borrow(value: Any, *, stream: int | None) -> Borrowed:
     else:
         strides = tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) * dtype.itemsize for i in range(len(shape)))
     address = (tensor.data or 0) + tensor.byte_offset
-    return Borrowed(address, shape, strides, dtype, (device[0], device[1]), loan)
+    return ImportedArray(address, shape, strides, dtype, (device[0], device[1]), owner)
 
 
 def capsule(
@@ -157,12 +157,18 @@ def capsule(
     shape: Sequence[int],
     strides: Sequence[int],
     dtype: np.dtype,
+    *,
     device: tuple[int, int],
 ) -> Any:
-    """Return a capsule that lends memory; `owner` stays alive until the taker lets go.
+    """Return a capsule that exports memory.
 
     Args:
-        strides: in elements.
+        owner: object that stays alive until the other library releases the memory.
+        address: address of the first element.
+        shape: sizes of the dims.
+        strides: elements per step of each dim.
+        dtype: any numpy dtype.
+        device: DLPack device type and id.
     """
     dims = (ctypes.c_int64 * max(1, len(shape)))(*shape)
     steps = (ctypes.c_int64 * max(1, len(shape)))(*strides)
@@ -173,7 +179,7 @@ def capsule(
     managed.tensor.dtype = _DataType(_CODES[dtype.kind], dtype.itemsize * 8, 1)
     managed.tensor.shape = ctypes.cast(dims, ctypes.POINTER(ctypes.c_int64))
     managed.tensor.strides = ctypes.cast(steps, ctypes.POINTER(ctypes.c_int64))
-    managed.deleter = _forget_callback
-    place = ctypes.addressof(managed)
-    _lent[place] = (managed, dims, steps, owner)
-    return _new(place, _NAME, _destroy_callback)
+    managed.deleter = _release_callback
+    address_of = ctypes.addressof(managed)
+    _exported[address_of] = (managed, dims, steps, owner)
+    return _new(address_of, _NAME, _destroy_callback)

@@ -1,7 +1,7 @@
-"""Blocks of device memory and of pinned host memory that are allocated once and used again.
+"""Blocks of device memory and of pinned host memory that are allocated once and reused.
 
-A block that nobody holds any more may still be in use by work that was put on the chain's stream before; it is used
-again by later work on the same stream only, so the order of the stream keeps both apart without waiting.
+A block without references may still be in use by earlier work on the chain's stream. Only later work on the same stream
+reuses it, so the order of the stream separates both without waiting.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from bridge_stg.runtime.device.cuda import Cuda, OutOfDeviceMemory
 
 ALIGNMENT = 256
-"""Bytes to which TensorRT wants every tensor's address aligned."""
+"""Alignment in bytes that TensorRT needs of every tensor's address."""
 
 
 def aligned(size: int) -> int:
@@ -25,22 +25,17 @@ def aligned(size: int) -> int:
 
 
 class Block:
-    """Memory from a pool, given back when the last array that uses it goes.
+    """Memory of a pool, returned to it when the last array that uses it is gone.
 
-    `wait_before_reuse` is set for memory that was lent to other libraries, whose streams the pool does not know.
+    `wait_before_reuse` is set for memory that other libraries use, on streams that the pool does not know.
     """
 
     def __init__(self, pool: MemoryPool, address: int, size: int) -> None:
         self._pool, self.address, self.size = pool, address, size
         self.wait_before_reuse = False
 
-    @property
-    def alive(self) -> bool:
-        """Whether the memory is still there: the chain that it belongs to has not been closed."""
-        return not self._pool.closed
-
     def __del__(self) -> None:
-        # May run at any time in any thread, so that it must not call CUDA.
+        # May run at any time in any thread, so it must not call CUDA.
         self._pool.give(self.address, self.size, self.wait_before_reuse)
 
 
@@ -48,8 +43,8 @@ class MemoryPool:
     """Blocks of one kind of memory; safe to use from many threads.
 
     Args:
-        allocate: returns the address of so many bytes.
-        free: frees what an address points at.
+        allocate: returns the address of new memory of a size in bytes.
+        free: frees the memory at an address.
         wait: waits for all work on the device.
     """
 
@@ -63,15 +58,15 @@ class MemoryPool:
 
     @property
     def allocated_bytes(self) -> int:
-        """What the pool has taken, in use or not."""
+        """Bytes that the pool has allocated, in use or not."""
         with self._lock:
             return sum(self._sizes.values())
 
     def take(self, size: int) -> Block:
-        """Return a block of at least `size` bytes. Its content is whatever was there.
+        """Return an uninitialized block of at least `size` bytes.
 
         Raises:
-            OutOfDeviceMemory: there is no room, even without the unused blocks.
+            OutOfDeviceMemory: it does not fit, even after the unused blocks were freed.
         """
         size = size_class(size)
         with self._lock:
@@ -83,11 +78,11 @@ class MemoryPool:
         return Block(self, address or self._fresh(size), size)
 
     def give(self, address: int, size: int, lent: bool) -> None:
-        """Take a block back. Called by finalizers, which may run while this thread holds the lock: it takes none."""
+        """Take a block back. Takes no lock: finalizers call it, possibly while this thread holds the lock."""
         self._returned.append((address, size, lent))
 
     def close(self) -> None:
-        """Free all memory, that of blocks in use too. The device must have finished."""
+        """Free all memory, including blocks in use. The device must have finished."""
         with self._lock:
             addresses, self._sizes = list(self._sizes), {}
             self._unused.clear()
@@ -125,7 +120,7 @@ class MemoryPool:
 
 
 def size_class(size: int) -> int:
-    """Round a size up, by an eighth at most (and to 4 KiB at least), so that blocks of like sizes serve each other."""
+    """Round a size up, by at most 1/8 (and to at least 4 KiB), so that blocks of similar sizes can be reused."""
     step = max(4096, 1 << max(0, size.bit_length() - 4))
     return max(step, -(-size // step) * step)
 

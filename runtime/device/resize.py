@@ -1,8 +1,8 @@
-"""Resizing pictures that lie on the device, to the same bytes as Pillow's bicubic filter gives on the host.
+"""Resize images in device memory, to the same bytes as Pillow's bicubic filter on the host.
 
-One small kernel, compiled on the device's machine by NVRTC (part of CUDA, reached through cuda-python). Pillow
-resamples along one axis at a time, in integers (libImaging/Resample.c, 8 bits a channel): weights in 22 bits, the
-result rounded to a byte between the axes. Where NVRTC is missing, pictures take the way over the host.
+One small kernel, compiled by NVRTC (part of CUDA, by cuda-python). Pillow resamples one axis at a time, in integers
+(libImaging/Resample.c, 8 bits per channel): weights in 22 bits, results rounded to a byte between the axes. Without
+NVRTC, images are resized on the host.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.array import ArrayContext, DeviceArray
 from bridge_stg.runtime.device.cuda import DEVICE
 from bridge_stg.runtime.errors import EngineError
-
-if TYPE_CHECKING:
-    from bridge_stg.runtime.device.context import DeviceContext
 
 _log = logging.getLogger(__name__)
 
 PRECISION_BITS = 22
-SUPPORT = 2.0  # of the bicubic filter, whose a is −0.5
+SUPPORT = 2.0  # half width of the bicubic filter (a = −0.5)
 THREADS = 256
 
 SOURCE = b"""
@@ -50,8 +48,8 @@ def weights_of(size_from: int, size_to: int) -> tuple[np.ndarray, np.ndarray, np
     """Return Pillow's bicubic weights along one axis.
 
     Returns:
-        int32 [size_to] the first source place of each target place, int32 [size_to] how many there are, and int32
-        [size_to, taps] their weights times 2²².
+        For each target position, the first source position, int32 [size_to]; the number of source positions, int32
+        [size_to]; and their weights times 2²², int32 [size_to, taps].
     """
     scale = size_from / size_to
     filter_scale = max(scale, 1.0)
@@ -79,14 +77,18 @@ def _bicubic(x: float, a: float = -0.5) -> float:
     return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
 
 
+HostResize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
+
+
 class DeviceResizer:
-    """Resizes pictures of one chain's device.
+    """Resizes images on one device.
 
     Args:
+        context: the device.
         bindings: modules with the names of `cuda.bindings.nvrtc` and `cuda.bindings.driver`; None: these.
     """
 
-    def __init__(self, context: DeviceContext, bindings: tuple[Any, Any] | None = None) -> None:
+    def __init__(self, context: ArrayContext, bindings: tuple[Any, Any] | None = None) -> None:
         self._context = context
         self._tables: dict[tuple[int, int], tuple[DeviceArray, ...]] = {}
         try:
@@ -98,19 +100,17 @@ class DeviceResizer:
 
     @property
     def compiled(self) -> bool:
-        """Whether pictures stay on the device."""
+        """Whether images stay on the device."""
         return self._kernel is not None
 
-    def resize(self, picture: DeviceArray, size: tuple[int, int]) -> DeviceArray:
-        """Return a picture uint8 [H, W, 3] at (height, width) `size`, in memory of its own."""
-        if picture.shape[:2] == size:
-            return picture.copy()
+    def resize(self, image: DeviceArray, size: tuple[int, int], on_host: HostResize) -> DeviceArray:
+        """Return a copy of an image uint8 [H, W, 3] at (height, width) `size`; `on_host` is used without NVRTC."""
+        if image.shape[:2] == size:
+            return image.copy()
         if self._kernel is None:
-            from bridge_stg.runtime.video.resize import resize
-
-            return self._context.upload(resize(picture.numpy(), size))
-        height, width, channels = picture.shape
-        whole = picture.as_contiguous()
+            return self._context.upload(on_host(image.numpy(), size))
+        height, width, channels = image.shape
+        whole = image.as_contiguous()
         if width != size[1]:  # along the rows first, as Pillow does
             shape = (height, size[1], channels)
             whole = self._along(whole, shape, outer=height, sizes=(width, size[1]), inner=channels)
@@ -120,19 +120,19 @@ class DeviceResizer:
         return whole
 
     def _along(
-        self, picture: DeviceArray, shape: tuple[int, ...], *, outer: int, sizes: tuple[int, int], inner: int
+        self, image: DeviceArray, shape: tuple[int, ...], *, outer: int, sizes: tuple[int, int], inner: int
     ) -> DeviceArray:
         context = self._context
         if sizes not in self._tables:
             self._tables[sizes] = tuple(context.upload(table) for table in weights_of(*sizes))
         first, count, weights = self._tables[sizes]
         made = context.empty(shape, np.uint8)
-        addresses = (picture.address, made.address, first.address, count.address, weights.address)
+        addresses = (image.address, made.address, first.address, count.address, weights.address)
         numbers = (weights.shape[1], outer, sizes[1], sizes[0], inner)
         kinds = (ctypes.c_void_p,) * 5 + (ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int, ctypes.c_int)
         blocks = -(-made.size // THREADS)
         with context.lock:
-            context.cuda("cudaSetDevice", DEVICE)  # the driver's calls want it told in every thread
+            context.cuda("cudaSetDevice", DEVICE)  # the driver's calls need it set in every thread
             launched = self._driver.cuLaunchKernel(
                 self._kernel, blocks, 1, 1, THREADS, 1, 1, 0, context.stream, ((*addresses, *numbers), kinds), 0
             )
@@ -153,7 +153,7 @@ class DeviceResizer:
 def _checked(name: str, result: tuple[Any, ...]) -> Any:
     status, *values = result
     if int(status) != 0:
-        raise EngineError(f"{name} failed: {getattr(status, 'name', status)}")
+        raise EngineError("engine.device_failed", f"{name} failed: {getattr(status, 'name', status)}")
     return values[0] if values else None
 
 

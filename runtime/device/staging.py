@@ -1,4 +1,4 @@
-"""Inputs that come from the host: packed into pinned memory, and uploaded in one copy into memory that stays."""
+"""Inputs from the host: packed into pinned memory and uploaded in one copy into permanent device memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ class Staging:
     """The host inputs of one session's calls. To be used under the chain's lock.
 
     Args:
-        beside: whether uploads run on a stream of their own, beside the work of the call before; there are two places
-            then, used in turn. Otherwise inputs lie at the same addresses in every call, as CUDA graphs want it.
+        context: the chain's device.
+        overlap: whether uploads run on a second stream, in parallel with the previous call; they alternate between two
+            places then. Otherwise inputs have the same addresses in every call, which CUDA graphs need.
     """
 
-    def __init__(self, context: DeviceContext, *, beside: bool) -> None:
-        self._context, self._beside = context, beside
-        self._places = [_Place(context) for _ in range(2 if beside else 1)]
+    def __init__(self, context: DeviceContext, *, overlap: bool) -> None:
+        self._context, self._overlap = context, overlap
+        self._places = [_Place(context) for _ in range(2 if overlap else 1)]
         self._next = 0
 
     def send(self, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Put the upload of arrays on a stream, before all that is put on the chain's stream next.
 
         Returns:
-            The address of each on the device. It holds the array until the next `send` but one (`beside`) or until the
-            next, for work that is put on the chain's stream before `sent_is_used`.
+            The address of each array on the device. It is valid for work that is put on the chain's stream before
+            `mark_used`.
         """
         context, cuda = self._context, self._context.cuda
         place = self._places[self._next]
@@ -39,24 +40,24 @@ class Staging:
             total += aligned(max(array.nbytes, 1))
         device, pinned = place.sized(total)
         if place.sent:
-            cuda("cudaEventSynchronize", place.uploaded)  # the pinned memory is still being read until then
+            cuda("cudaEventSynchronize", place.uploaded)  # until then the pinned memory is read
         for name, array in arrays.items():
             if array.nbytes:
                 view = host_view(pinned, array.nbytes, offsets[name]).view(array.dtype).reshape(array.shape)
                 np.copyto(view, array)
-        stream = context.uploads if self._beside else context.stream
-        if self._beside and place.used:
+        stream = context.uploads if self._overlap else context.stream
+        if self._overlap and place.used:
             cuda("cudaStreamWaitEvent", stream, place.consumed, 0)
         cuda.copy(device.address, pinned.address, total, cuda.to_device, stream)
         cuda("cudaEventRecord", place.uploaded, stream)
         place.sent = True
-        if self._beside:
+        if self._overlap:
             cuda("cudaStreamWaitEvent", context.stream, place.uploaded, 0)
         return {name: device.address + offset for name, offset in offsets.items()}
 
-    def sent_is_used(self) -> None:
-        """Tell that all work that reads what was sent last is on the chain's stream."""
-        if self._beside:
+    def mark_used(self) -> None:
+        """Declare that all work that reads the last inputs is on the chain's stream."""
+        if self._overlap:
             place = self._places[self._next]
             self._context.cuda("cudaEventRecord", place.consumed, self._context.stream)
             place.used = True
@@ -79,7 +80,7 @@ class _Place:
         self.sent = self.used = False
 
     def sized(self, size: int) -> tuple[Block, Block]:
-        """Return device and pinned memory of at least `size` bytes; it grows to the largest call and stays."""
+        """Return device and pinned memory of at least `size` bytes; it only grows."""
         if self._blocks is None or self._blocks[0].size < size:
             cuda = self._context.cuda
             for stream in (self._context.uploads, self._context.stream):

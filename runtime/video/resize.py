@@ -18,7 +18,7 @@ def resize(rgb: Frame, size: tuple[int, int]) -> Frame:
     A frame on a device stays there, and gets the same bytes.
     """
     if isinstance(rgb, DeviceArray):
-        return rgb.context.resizer.resize(rgb, size)
+        return rgb.context.resize(rgb, size, resize)
     image = load_package("PIL.Image", "pillow")
     if rgb.shape[:2] == size:
         return np.array(rgb)

@@ -14,7 +14,7 @@ from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.array_ops import accept
 from bridge_stg.runtime.device.context import DeviceContext
-from bridge_stg.runtime.device.dlpack import lies_on_gpu
+from bridge_stg.runtime.device.dlpack import is_on_gpu
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video.resize import resize
@@ -38,7 +38,7 @@ def check_picture(picture: Any, what: str, device: DeviceContext | None = None) 
         VideoError: the frame has another type, dtype or shape, or is on another device.
     """
     expected = "expected a uint8 array [height, width, 3] in RGB"
-    if lies_on_gpu(picture):
+    if is_on_gpu(picture):
         if device is None:
             text = f"{what} is on a GPU, but the graphs run on the CPU; copy it to the host"
             raise VideoError("video.wrong_device", text)

@@ -71,7 +71,7 @@ class TensorRTSession:
         self.graph = with_ranges(graph, self._engine.ranges)
         self._on_device = frozenset(on_device)
         self._kernels, self._known_kernels = kernels, known
-        self._staging = Staging(device, beside=not keeps_cache)
+        self._staging = Staging(device, overlap=not keeps_cache)
         # RTX captures by itself what repeats.
         self.graphs = StepGraphs(device) if keeps_cache and cuda_graphs and not library.is_rtx else None
         closed = EngineError(f"{self.graph}: this session is closed.")
@@ -138,9 +138,9 @@ class TensorRTSession:
                 addresses |= {present: addresses[past] for present, past in written.items()}
         repeats = cache is not None and not self._swaps_buffers
         outputs = self._execute(profile, shapes, addresses, repeats=repeats)
-        self._staging.sent_is_used()
+        self._staging.mark_used()
         if resident:
-            self.device.hold(*resident.values())  # memory of other libraries knows nothing of this stream
+            self.device.keep_alive(*resident.values())  # memory of other libraries knows nothing of this stream
         if cache is not None and contract is not None and contract.update == "append":
             cache.append({past: outputs[new] for new, past in written.items()}, np.asarray(feeds["cache_position"]))
         elif cache is not None and self._swaps_buffers:
