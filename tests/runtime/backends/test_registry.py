@@ -14,6 +14,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.device.cuda import Cuda, DeviceFacts
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host import packages as runtime_packages
+from tests.errors import raises
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.streams import cudaError_t
 
@@ -105,9 +106,9 @@ def test_cuda_without_a_driver_or_a_device_is_told():
         def cudaGetDeviceCount(self):
             return cudaError_t.cudaSuccess, 0
 
-    with pytest.raises(EngineError, match=r"driver is missing, or older than CUDA 13.4.*cuda-python<13"):
+    with raises("engine.no_device", "CUDA 13.4", "cuda-python<13"):
         Cuda(NoDriver())
-    with pytest.raises(EngineError, match="CUDA finds no device"):
+    with raises("engine.no_device", "CUDA finds no device"):
         Cuda(NoDevice())
     assert Cuda(FakeCuda()).facts() == DeviceFacts("Pretended GPU", 87, True)
 
