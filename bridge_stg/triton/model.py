@@ -1,20 +1,19 @@
-"""A model of Triton Inference Server's Python backend: requests about videos, answered by one `Grounder`.
+"""A model for the Python backend of Triton Inference Server: requests about videos, answered by one `Grounder`.
 
-Triton's dynamic batcher hands over several requests at once. They are grouped by video, so that a video is read and
-encoded once, and each group is one `ground_many`. A request that fails gets an error of its own; the others get their
-answers. Knows nothing of the server: `model.py` in the repository gives it `triton_python_backend_utils`.
+Triton's dynamic batcher passes several requests at once. They are grouped by video, so that a video is read and encoded
+once, and each group is one `ground_many`. A request that fails gets its own error; the others get their answers. Knows
+nothing of the server's API: `model.py` of the repository passes `triton_python_backend_utils`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,19 @@ from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, Vide
 from bridge_stg.runtime.grounder import Grounder
 
 BOX_COLUMNS = ("time_s", "left", "top", "right", "bottom", "presence")
-"""What the last dim of BOXES holds; rows behind a query's last box are NaN."""
+"""The last dimension of BOXES; rows after a query's last box are NaN."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `parameters` of config.pbtxt say.
+    """The `parameters` of config.pbtxt.
 
-    `media` is the folder that VIDEO names files in; without one, videos come as VIDEO_BYTES only. `open_videos` are
-    kept between batches, so that later queries on them cost no second reading.
+    Attributes:
+        bundle: folder of the bundle in the model's version folder.
+        backend, variant: as for `Grounder.load`.
+        media: folder of the files that VIDEO names; without it videos arrive as VIDEO_BYTES only.
+        open_videos: videos that stay open between batches, so that later queries need not read them again.
+        deadline_s: seconds after which a call stops; 0 for never.
     """
 
     bundle: str = "bundle"
@@ -46,7 +49,7 @@ class Options:
 
     @classmethod
     def read(cls, parameters: Mapping[str, Mapping[str, str]]) -> Options:
-        """Take the options from `model_config["parameters"]`; unknown ones are the server's own and stay unread."""
+        """Read the options from `model_config["parameters"]`; unknown ones belong to Triton and are ignored."""
         values = {name: entry.get("string_value", "") for name, entry in parameters.items()}
         kinds: dict[str, Any] = {"open_videos": int, "deadline_s": float}
         known = cls.__dataclass_fields__
@@ -54,43 +57,39 @@ class Options:
 
 
 @dataclass
-class _Asked:
-    """One query of one request, and what became of it."""
-
-    request: int
-    video: str | bytes
-    query: str
-    allow_none: bool
-    answer: Grounding | None = None
-    error: BaseException | None = None
-
-
-@dataclass
-class _Request:
-    """One request: its queries, or why it cannot be read."""
+class _Query:
+    """One query of a request, and its outcome once it is known."""
 
     request: Any
-    asked: list[_Asked] = field(default_factory=list)
-    error: BaseException | None = None
+    video: str | bytes
+    text: str
+    allow_none: bool
+    outcome: Grounding | Exception | None = None
+
+    def result(self) -> Grounding:
+        """Return the answer, or raise the error."""
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        assert self.outcome is not None
+        return self.outcome
 
 
 class GroundingModel:
-    """The class that `model.py` calls TritonPythonModel. Triton calls `initialize`, `execute` and `finalize`.
+    """Base class of TritonPythonModel in `model.py`. Triton calls `initialize`, `execute` and `finalize`.
 
     Attributes:
-        utils: the module `triton_python_backend_utils`, which exists inside the server alone.
-        folder: the model's version folder, in which the bundle lies.
+        utils: the module `triton_python_backend_utils`, which exists only inside the server.
+        folder: version folder of the model, which contains the bundle.
     """
 
     utils: Any
     folder: Path
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the bundle. An error here is told by Triton, and the model is not served."""
-        config = json.loads(args["model_config"])
-        self._options = Options.read(config.get("parameters", {}))
+        """Load the bundle. Triton reports an error and does not serve the model then."""
+        self._options = Options.read(json.loads(args["model_config"]).get("parameters", {}))
         if args.get("model_instance_kind") == "GPU":
-            _see_only(int(args["model_instance_device_id"]))
+            _use_gpu(int(args["model_instance_device_id"]))
         self._open: OrderedDict[str, OpenedVideo] = OrderedDict()
         self._grounder = Grounder.load(
             self.folder / self._options.bundle, backend=self._options.backend, variant=self._options.variant or None
@@ -98,14 +97,14 @@ class GroundingModel:
         self.utils.Logger.log_info(f"{args.get('model_name')}: {self._grounder.target or 'loaded'}")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer a batch: one response a request, in their order."""
-        batch = [self._read(place, request) for place, request in enumerate(requests)]
-        groups: dict[tuple[str | bytes, bool], list[_Asked]] = {}
-        for asked in (asked for read in batch for asked in read.asked):
-            groups.setdefault((asked.video, asked.allow_none), []).append(asked)
-        for (video, allow_none), group in groups.items():
-            self._answer(video, group, allow_none, [batch[asked.request].request for asked in group])
-        return [self._response(read) for read in batch]
+        """Return one response per request, in their order."""
+        batch = [self._read(request) for request in requests]
+        groups: dict[tuple[str | bytes, bool], list[_Query]] = {}
+        for query in (query for read in batch if isinstance(read, list) for query in read):
+            groups.setdefault((query.video, query.allow_none), []).append(query)
+        for (video, allow_none), queries in groups.items():
+            self._answer(video, queries, allow_none)
+        return [self._response(request, read) for request, read in zip(requests, batch, strict=True)]
 
     def finalize(self) -> None:
         """Close videos and engines."""
@@ -114,180 +113,157 @@ class GroundingModel:
         self._open.clear()
         self._grounder.close()
 
-    def _read(self, place: int, request: Any) -> _Request:
-        """Take the queries out of one request. Its arrays are Triton's, and gone when `execute` returns."""
-        read = _Request(request)
+    def _read(self, request: Any) -> list[_Query] | Exception:
+        """Return the queries of a request, or its error. Its arrays belong to Triton: invalid after `execute`."""
         try:
             if request.is_cancelled():
-                raise Interrupted("the client cancelled the request before it was begun")
+                raise Interrupted("call.cancelled", "the client cancelled the request before it started")
             queries = self._input(request, "QUERY")
             if queries is None:
-                raise QueryError("the input QUERY is missing; expected one text a query")
-            videos = self._input(request, "VIDEO")
-            contents = self._input(request, "VIDEO_BYTES")
+                raise QueryError("query.empty", "the input QUERY is missing; expected one text per query")
+            videos, contents = self._input(request, "VIDEO"), self._input(request, "VIDEO_BYTES")
             if (videos is None) == (contents is None):
-                raise VideoError("give either VIDEO, a path below the server's media folder, or VIDEO_BYTES, a file")
+                message = "give either VIDEO, a path below the server's media folder, or VIDEO_BYTES, a file"
+                raise VideoError("video.bad_source", message)
             allow_none = self._input(request, "ALLOW_NONE")
             sources: list[str | bytes] = (
                 [bytes(content) for content in contents] if videos is None else [self._path(_text(v)) for v in videos]
             )
             allowed = [True] * len(queries) if allow_none is None else [bool(value) for value in allow_none]
             if not len(sources) == len(queries) == len(allowed):
-                raise QueryError(f"{len(queries)} queries about {len(sources)} videos; give as many of each")
-            triples = zip(sources, queries, allowed, strict=True)
-            read.asked = [_Asked(place, source, _text(query), allow) for source, query, allow in triples]
-        except Exception as error:  # whatever it is, it is this request's alone
-            read.error = error
-        return read
+                message = f"{len(queries)} queries about {len(sources)} videos; give as many of each"
+                raise QueryError("query.wrong_count", message)
+            rows = zip(sources, queries, allowed, strict=True)
+            return [_Query(request, video, _text(query), allow) for video, query, allow in rows]
+        except Exception as error:  # noqa: BLE001  # any error belongs to this request alone
+            return error
 
     def _input(self, request: Any, name: str) -> Any:
-        """Return an input [batch, 1] as [batch]; None if it was not given."""
+        """Return an input [batch, 1] as [batch]; None if it is missing."""
         tensor = self.utils.get_input_tensor_by_name(request, name)
         return None if tensor is None else tensor.as_numpy().reshape(-1)
 
     def _path(self, name: str) -> str:
-        """Resolve a path below the media folder.
-
-        Raises:
-            VideoError: there is no media folder, or the path leaves it.
-        """
+        """Resolve a path below the media folder. Raises VideoError without one, or if the path leaves it."""
         if not self._options.media:
-            raise VideoError("this server has no media folder, so VIDEO names nothing; send the file as VIDEO_BYTES")
+            message = "this server has no media folder, so VIDEO names nothing; send the file as VIDEO_BYTES"
+            raise VideoError("server.no_media_folder", message)
         media = Path(self._options.media).resolve()
         path = (media / name).resolve()
         if not path.is_relative_to(media):
-            raise VideoError(f"VIDEO {name!r} leads out of the server's media folder; give a path below it")
+            message = f"VIDEO {name!r} is outside the server's media folder; give a path below it"
+            raise VideoError("video.outside_media", message)
         return str(path)
 
-    def _answer(self, source: str | bytes, group: list[_Asked], allow_none: bool, requests: list[Any]) -> None:
-        """Ground all queries of a group in one call; if one spoils it, each in a call of its own."""
+    def _answer(self, source: str | bytes, queries: list[_Query], allow_none: bool) -> None:
+        """Ground all queries about a video in one call; if that fails, each in a call of its own."""
         options: dict[str, Any] = {
-            "cancel": lambda: all(request.is_cancelled() for request in requests),
+            "cancel": lambda: all(query.request.is_cancelled() for query in queries),
             "deadline_s": self._options.deadline_s or None,
         }
         try:
             with self._video(source, options) as video:
                 try:
-                    answers = video.ground_many([a.query for a in group], allow_none=allow_none, **options)
-                    for asked, answer in zip(group, answers, strict=True):
-                        asked.answer = answer
+                    answers = video.ground_many([query.text for query in queries], allow_none=allow_none, **options)
+                    for query, answer in zip(queries, answers, strict=True):
+                        query.outcome = answer
                 except Interrupted:
                     raise
-                except Exception:
-                    for asked in group:
+                except Exception:  # noqa: BLE001  # any error of one query must not fail the others
+                    for query in queries:
                         try:
-                            asked.answer = video.ground(asked.query, allow_none=allow_none, **options)
-                        except Exception as error:
-                            asked.error = error
-        except Exception as error:  # the video cannot be opened, or the call was stopped
-            for asked in group:
-                asked.error = error
+                            query.outcome = video.ground(query.text, allow_none=allow_none, **options)
+                        except Exception as error:  # noqa: BLE001  # as above
+                            query.outcome = error
+        except Exception as error:  # noqa: BLE001  # the video cannot be opened, or the call was stopped
+            for query in queries:
+                query.outcome = error
 
     @contextlib.contextmanager
     def _video(self, source: str | bytes, options: Mapping[str, Any]) -> Iterator[OpenedVideo]:
-        """Give an opened video: one that an earlier batch left open, if it is the same file or the same bytes."""
+        """Yield an opened video, which an earlier batch may have left open for the same file."""
+        if isinstance(source, bytes):
+            with _as_file(source) as path, contextlib.closing(self._grounder.open(path, **options)) as video:
+                yield video
+            return
         key = _key(source)
-        video = self._open.pop(key, None)
-        if video is None:
-            with _as_file(source) as path:
-                video = self._grounder.open(path, **options)
-                if isinstance(source, bytes):  # its file goes away, so it is not kept open
-                    with contextlib.closing(video):
-                        yield video
-                    return
-        self._open[key] = video
+        if key not in self._open:
+            self._open[key] = self._grounder.open(source, **options)
+        self._open.move_to_end(key)
         try:
-            yield video
+            yield self._open[key]
         finally:
             while len(self._open) > self._options.open_videos:
                 self._open.popitem(last=False)[1].close()
 
-    def _response(self, read: _Request) -> Any:
-        error = read.error or next((asked.error for asked in read.asked if asked.error is not None), None)
-        if error is not None:
-            return self.utils.InferenceResponse(error=self._error(error))
+    def _response(self, request: Any, read: list[_Query] | Exception) -> Any:
         try:
-            arrays = outputs([asked.answer for asked in read.asked if asked.answer is not None])
-            wanted = set(read.request.requested_output_names())
-            tensors = [self.utils.Tensor(name, array) for name, array in arrays.items() if name in wanted]
+            if isinstance(read, Exception):
+                raise read
+            arrays, requested = outputs([query.result() for query in read]), set(request.requested_output_names())
+            tensors = [self.utils.Tensor(name, array) for name, array in arrays.items() if name in requested]
             return self.utils.InferenceResponse(output_tensors=tensors)
-        except Exception as problem:
-            return self.utils.InferenceResponse(error=self._error(problem))
+        except Exception as error:  # noqa: BLE001  # any error belongs to this request alone
+            return self.utils.InferenceResponse(error=self._error(error))
 
-    def _error(self, error: BaseException) -> Any:
+    def _error(self, error: Exception) -> Any:
         kind = self.utils.TritonError
+        text = f"{error} [{error.code}]" if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
         if isinstance(error, Interrupted):
-            code = kind.CANCELLED
-        elif isinstance(error, (VideoError, QueryError)):
-            code = kind.INVALID_ARG
-        else:
-            code = kind.INTERNAL
-            self.utils.Logger.log_error(f"{type(error).__name__}: {error}")
-        return kind(f"{error}" if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}", code)
+            return kind(text, kind.CANCELLED)
+        if isinstance(error, (VideoError, QueryError)):
+            return kind(text, kind.INVALID_ARG)
+        self.utils.Logger.log_error(text)
+        return kind(text, kind.INTERNAL)
 
 
 def outputs(answers: Sequence[Grounding]) -> dict[str, np.ndarray]:
     """Return the outputs of b answers: RESULT object [b, 1], FOUND bool [b, 1], SPAN [b, 2], BOXES [b, N, 6].
 
-    N is the most boxes that one of them has, at least 1; what is not there is NaN.
+    N is the largest number of boxes of an answer, at least 1; missing values are NaN.
     """
     most = max([1, *(len(answer.boxes) for answer in answers if answer.boxes is not None)])
     span = np.full((len(answers), 2), np.nan, np.float32)
     boxes = np.full((len(answers), most, len(BOX_COLUMNS)), np.nan, np.float32)
+    results = np.empty((len(answers), 1), np.object_)  # bytes of a fixed length would lose zeros at the end
     for row, answer in enumerate(answers):
+        results[row, 0] = json.dumps(answer.to_json(), ensure_ascii=False).encode()
         if answer.span is not None:
             span[row] = answer.span
         if (found := answer.boxes) is not None:
             columns = (found.times[:, None], found.boxes, found.presence[:, None])
             boxes[row, : len(found)] = np.concatenate(columns, axis=1)
-    results = [json.dumps(answer.to_json(), ensure_ascii=False).encode() for answer in answers]
-    return {
-        "RESULT": _column(results),
-        "FOUND": np.array([[answer.found] for answer in answers], bool),
-        "SPAN": span,
-        "BOXES": boxes,
-    }
-
-
-def _column(values: Iterable[bytes]) -> np.ndarray:
-    """Bytes as object [b, 1]: of fixed-length bytes numpy would cut zeros at the end."""
-    listed = list(values)
-    column = np.empty((len(listed), 1), np.object_)
-    column[:, 0] = listed
-    return column
+    found_each = np.array([answer.found for answer in answers], bool).reshape(-1, 1)
+    return {"RESULT": results, "FOUND": found_each, "SPAN": span, "BOXES": boxes}
 
 
 def _text(value: Any) -> str:
-    """A string as Triton hands it over. Raises QueryError where it is no UTF-8."""
+    """Decode a string of Triton. Raises QueryError if it is not UTF-8."""
     try:
         return value.decode("utf-8") if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError as error:
-        raise QueryError(f"a text is not UTF-8 ({error}); send queries and paths in UTF-8") from error
+        message = f"a text is not UTF-8 ({error}); send queries and paths in UTF-8"
+        raise QueryError("query.bad_characters", message) from error
 
 
-def _key(source: str | bytes) -> str:
-    """What tells a video from others: of a file its path, size and time, of bytes their hash."""
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
+def _key(path: str) -> str:
+    """Identify the content of a file by path, size and modification time."""
     try:
-        about = os.stat(source)
+        stat = os.stat(path)
     except OSError:
-        return source  # opening it says what is wrong
-    return f"{source}:{about.st_size}:{about.st_mtime_ns}"
+        return path  # opening the file raises the error
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 @contextlib.contextmanager
-def _as_file(source: str | bytes) -> Iterator[str]:
-    if isinstance(source, str):
-        yield source
-        return
+def _as_file(content: bytes) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(prefix="bridge-stg-") as file:
-        file.write(source)
+        file.write(content)
         file.flush()
         yield file.name
 
 
-def _see_only(device: int) -> None:
-    """Leave this process one GPU. Triton numbers those that CUDA_VISIBLE_DEVICES leaves; each instance is a process."""
+def _use_gpu(device: int) -> None:
+    """Hide all other GPUs from this process. Triton counts those of CUDA_VISIBLE_DEVICES; an instance is a process."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[device] if device < len(visible) else str(device)

@@ -1,6 +1,6 @@
 """Write a model repository for Triton Inference Server: the bundle, a Python model that runs it, and its config.pbtxt.
 
-The folder is complete but for Python packages: Triton's Python must have bridge-stg and an engine installed.
+The folder is complete except for Python packages: Triton's Python must have bridge-stg and an engine installed.
 """
 
 from __future__ import annotations
@@ -14,45 +14,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
 from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.bundle.bundle import MANIFEST, REPORTS, Bundle
-from bridge_stg.runtime.errors import BundleError, EngineError
+from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
 from bridge_stg.triton.model import BOX_COLUMNS
 
 KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 CONFIG, MODEL, VERSION, BUNDLE = "config.pbtxt", "model.py", "1", "bundle"
 
-SOURCE = '''"""What Triton's Python backend loads. The package bridge-stg, which does the work, must be installed."""
-
-from pathlib import Path
-
-import triton_python_backend_utils as pb_utils
-
-from bridge_stg.triton.model import GroundingModel
-
-
-class TritonPythonModel(GroundingModel):
-    """Grounds queries in videos; see docs/deployment.md of bridge-stg for inputs and outputs."""
-
-    utils = pb_utils
-    folder = Path(__file__).resolve().parent
-'''
-
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served.
+    """Options of a served model.
 
     Attributes:
-        name: of the model.
-        backend, variant: as of `Grounder.load`.
-        media: the folder on the server that VIDEO names files in; None: videos come as VIDEO_BYTES only.
-        max_batch: the most queries in one batch.
-        queue_delay_us: how long a query waits for others to share its batch.
-        instances: processes, each with the model loaded once.
-        kind: `cpu`, `gpu` (one set of instances a GPU) or `auto`: Triton's choice.
-        open_videos: videos that stay open between batches, an instance.
-        deadline_s: seconds after which a call gives up; None: never.
+        name: name of the model.
+        backend, variant: as for `Grounder.load`.
+        media: folder on the server whose files VIDEO names, None for VIDEO_BYTES only.
+        max_batch: queries in one batch.
+        queue_delay_us: microseconds that a query waits for others to share its batch.
+        instances: processes, each of which loads the model.
+        kind: `cpu`, `gpu` (one set of instances per GPU) or `auto` for Triton's choice.
+        open_videos: videos per instance that stay open between batches.
+        deadline_s: seconds after which a call stops, None for never.
     """
 
     name: str = "bridge_stg"
@@ -74,42 +60,36 @@ def write_repository(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write <out>/<name>/config.pbtxt, 1/model.py and 1/bundle/. Return the model's folder.
-
-    Other models in the repository stay as they are.
+    """Write <out>/<name>/config.pbtxt, 1/model.py and 1/bundle/. Other models of the repository are kept.
 
     Args:
-        bundle: the bundle; its engines come along, its reports stay behind.
-        out: the repository, made if it is not there.
+        bundle: folder of the bundle; its engines are copied, its reports are not.
+        out: folder of the repository, created if it does not exist.
+        serving: options of the model.
         overwrite: whether to replace a model of the same name.
 
+    Returns:
+        The model's folder.
+
     Raises:
-        BundleError: the bundle is damaged or lacks the variant, the name is none that Triton takes, or a model of this
-            name is there.
-        EngineError: the backend is unknown.
+        BridgeError: the bundle is damaged or lacks the variant, the backend is unknown, Triton does not accept the
+            name, or a model of this name exists.
     """
     serving = serving or Serving()
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", serving.name):
-        raise BundleError(f"{serving.name!r} is no name of a model: use letters, digits, dots, dashes and underscores.")
     loaded, repository = Bundle.load(bundle), Path(out)
     source, target = loaded.path, repository / serving.name
-    backends = ("auto", *(backend.name for backend in BACKENDS))
-    if serving.backend not in backends:
-        raise EngineError(f"backend {serving.backend!r} is unknown; known: {', '.join(backends)}.")
-    variants = sorted({graph.variant for graph in loaded.manifest.all_graphs()})
-    if serving.variant is not None and serving.variant not in variants:
-        raise BundleError(f"{source}: no graph has the variant {serving.variant!r}; there are: {', '.join(variants)}.")
+    _check(serving, loaded)
     if repository.resolve().is_relative_to(source.resolve()):
-        raise BundleError(f"{repository} lies in the bundle {source}; choose a folder of its own.")
+        raise BridgeError("output.is_input", f"{repository} is inside the bundle {source}; choose another folder.")
     if target.exists() and not (overwrite and _is_ours(target)):
-        why = "give --overwrite to replace it, or another --name" if _is_ours(target) else "choose another --name"
-        raise BundleError(f"{target} is there already: {why}.")
+        advice = "give --overwrite to replace it, or another --name" if _is_ours(target) else "choose another --name"
+        raise BridgeError("output.exists", f"{target} exists already: {advice}.")
     partial = repository / f".{serving.name}.partial{uuid.uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
         folder = partial / VERSION
         shutil.copytree(source, folder / BUNDLE, ignore=_reports(source))
-        (folder / MODEL).write_text(SOURCE, encoding="utf-8")
+        (folder / MODEL).write_text(_template(MODEL).render(), encoding="utf-8")
         (partial / CONFIG).write_text(model_config(serving), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
@@ -117,6 +97,20 @@ def write_repository(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _check(serving: Serving, bundle: Bundle) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", serving.name):
+        message = f"--name {serving.name!r}: expected letters, digits, dots, dashes and underscores."
+        raise BridgeError("options.invalid", message)
+    backends = ("auto", *(backend.name for backend in BACKENDS))
+    if serving.backend not in backends:
+        message = f"backend {serving.backend!r} is unknown; known: {', '.join(backends)}."
+        raise EngineError("engine.unknown_backend", message)
+    variants = sorted({graph.variant for graph in bundle.manifest.all_graphs()})
+    if serving.variant is not None and serving.variant not in variants:
+        message = f"{bundle.path}: no graph has the variant {serving.variant!r}; known: {', '.join(variants)}."
+        raise BundleError("bundle.no_variant", message)
 
 
 def model_config(serving: Serving) -> str:
@@ -129,41 +123,17 @@ def model_config(serving: Serving) -> str:
         "open_videos": str(serving.open_videos),
         "deadline_s": str(serving.deadline_s or 0),
     }
-    lines = [
-        f"name: {_quoted(serving.name)}",
-        'backend: "python"',
-        f"max_batch_size: {serving.max_batch}",
-        "# Queries that come within this time share a batch; those on one video share its reading and encoding.",
-        f"dynamic_batching {{ max_queue_delay_microseconds: {serving.queue_delay_us} }}",
-        "# Give either a path below the media folder, or the file itself.",
-        _tensor("input", "VIDEO", "TYPE_STRING", "1", optional=True),
-        _tensor("input", "VIDEO_BYTES", "TYPE_STRING", "1", optional=True),
-        _tensor("input", "QUERY", "TYPE_STRING", "1"),
-        "# Whether `not in this video` is a possible answer; true if it is not given.",
-        _tensor("input", "ALLOW_NONE", "TYPE_BOOL", "1", optional=True),
-        "# The whole answer as JSON, and its parts as tensors; what is not there is NaN.",
-        _tensor("output", "RESULT", "TYPE_STRING", "1"),
-        _tensor("output", "FOUND", "TYPE_BOOL", "1"),
-        _tensor("output", "SPAN", "TYPE_FP32", "2"),
-        f"# {', '.join(BOX_COLUMNS)}",
-        _tensor("output", "BOXES", "TYPE_FP32", f"-1, {len(BOX_COLUMNS)}"),
-        f"instance_group [ {{ count: {serving.instances} kind: {KINDS[serving.kind]} }} ]",
-    ]
-    lines += [
-        f"parameters {{ key: {_quoted(name)} value {{ string_value: {_quoted(value)} }} }}"
-        for name, value in parameters.items()
-    ]
-    return "\n".join(lines) + "\n"
+    kind = KINDS[serving.kind]
+    return _template(CONFIG).render(serving=serving, parameters=parameters, kind=kind, columns=BOX_COLUMNS)
 
 
-def _tensor(side: str, name: str, dtype: str, dims: str, *, optional: bool = False) -> str:
-    more = " optional: true" if optional else ""
-    return f"{side} [ {{ name: {_quoted(name)} data_type: {dtype} dims: [ {dims} ]{more} }} ]"
-
-
-def _quoted(text: str) -> str:
-    """A string of protobuf's text format; JSON's escapes are among those that it knows."""
-    return json.dumps(text, ensure_ascii=False)
+def _template(name: str) -> Template:
+    """Return a template of this folder; `quote` writes a string of protobuf, which accepts JSON's escapes."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters["quote"] = lambda text: json.dumps(text, ensure_ascii=False)
+    return environment.get_template(f"{name}.j2")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -171,5 +141,5 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _reports(source: Path) -> Callable[[str, list[str]], list[str]]:
-    """For copytree: leave the reports of a bundle behind."""
+    """Return an `ignore` for copytree that skips the bundle's reports."""
     return lambda folder, names: [REPORTS] if Path(folder) == source and REPORTS in names else []
