@@ -1,5 +1,5 @@
-"""A server over one bundle: videos in, groundings out, with limits. Started by `python cli.py serve`.
+"""An HTTP server over one bundle: videos in, groundings out, within limits. Started by `python cli.py serve`.
 
-`run` binds and serves, `app` builds the routes, `service` holds what they share. Needs the extra `serve`; nothing of it
-is imported here.
+`run` binds and serves, `app` builds the routes, `service` holds what they share. It needs the extra `serve`; importing
+this package alone imports nothing of it.
 """

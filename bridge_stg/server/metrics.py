@@ -1,8 +1,8 @@
-"""What Prometheus may read of a server. Every server has a registry of its own."""
+"""The Prometheus metrics of one server, in a registry of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -14,42 +14,39 @@ PREFIX = "bridge_stg_"
 
 
 class Metrics:
-    """The counters of one server; safe to use from many threads."""
+    """The metrics of one server; safe to use from many threads."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
 
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, text, labels, registry=registry)
 
-        self.requests = counter("requests", "Requests answered.", ("method", "route", "status"))
-        self.refused = counter("refused", "Requests and jobs that were refused or failed.", ("reason",))
-        self.jobs = counter("jobs", "Jobs that ended.", ("outcome",))
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=registry)
+
+        self.requests = counter("requests", "Requests answered.", "method", "route", "status")
+        self.errors = counter("errors", "HTTP errors and failed jobs.", "code")
+        self.jobs = counter("jobs", "Jobs that ended.", "outcome")
         self.uploaded = counter("uploaded_bytes", "Bytes of uploads written.")
         self.videos_opened = counter("videos_opened", "Videos whose prefix was computed.")
-        self.videos_reused = counter("videos_reused", "Batches that found their video's prefix computed.")
-        self.live_updates = counter("live_updates", "Rounds of standing queries.", ("source",))
-        self.live_dropped = counter("live_dropped_frames", "Coarse frames that gave way to later ones.", ("source",))
-        self.live_skipped = counter("live_dropped_updates", "Updates that a slow client missed.", ("source",))
-        self.stages = Histogram(
-            PREFIX + "stage_seconds", "Seconds of a batch by stage.", ("stage",), buckets=SECONDS, registry=registry
-        )
-        self.job_seconds = Histogram(
-            PREFIX + "job_seconds", "From a job's arrival to its end.", buckets=SECONDS, registry=registry
-        )
-        self.batch_queries = Histogram(
-            PREFIX + "batch_queries", "Queries answered together.", buckets=QUERIES, registry=registry
-        )
+        self.videos_reused = counter("videos_reused", "Batches that reused a computed prefix.")
+        self.live_updates = counter("live_updates", "Rounds of live queries.", "source")
+        self.live_dropped = counter("live_dropped_frames", "Coarse frames dropped for later ones.", "source")
+        self.live_skipped = counter("live_dropped_updates", "Updates that a slow client missed.", "source")
+        self.stages = histogram("stage_seconds", "Seconds per batch and stage.", SECONDS, "stage")
+        self.job_seconds = histogram("job_seconds", "Seconds from a job's arrival to its end.", SECONDS)
+        self.batch_queries = histogram("batch_queries", "Queries answered together.", QUERIES)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Show a number that is asked for when the metrics are read."""
+        """Add a gauge whose value is read with the metrics."""
         Gauge(PREFIX + name, text, registry=self.registry).set_function(value)
 
     def observe_stages(self, timings: Mapping[str, float]) -> None:
-        """Count the seconds of one batch by stage."""
+        """Record the seconds per stage of one batch."""
         for stage, seconds in timings.items():
             self.stages.labels(stage).observe(seconds)
 
     def text(self) -> bytes:
-        """Return everything in the Prometheus text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Binding, serving, and ending in order: what the command `serve` calls."""
+"""Bind, serve, and shut down in order: the function behind the command `serve`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from bridge_stg.server.service import Service
 from bridge_stg.server.settings import Settings
 
 CLOSING_S = 5.0
-"""What connections may take behind the drain of the jobs."""
+"""Seconds that connections get after the jobs have ended."""
+REASONS = {
+    errno.EADDRINUSE: ("server.port_in_use", "end what listens there, or choose another --port (0 takes a free one)"),
+    errno.EACCES: ("server.port_denied", "ports below 1024 need rights that this user lacks; choose another --port"),
+    errno.EADDRNOTAVAIL: ("server.bad_address", "this machine has no such address; give another --host"),
+}
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that tells the service at once that it is to end: streams would keep connections open for ever."""
+    """Uvicorn that tells the service at once to stop: its streams would keep connections open forever."""
 
     def __init__(self, service: Service, *, ready: Callable[[], Any] | None = None) -> None:
         settings = service.settings
@@ -38,7 +43,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=2 * settings.max_connections,  # a hard stop; `Guard` refuses before, in words
+                limit_concurrency=2 * settings.max_connections,  # a hard stop; `Guard` answers with an error before
                 timeout_graceful_shutdown=int(settings.drain_s + CLOSING_S),
             )
         )
@@ -48,84 +53,76 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so."""
+        """Start, then call `ready`."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self._ready is not None and self.started:
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End on SIGINT and SIGTERM; a second one does not wait for running jobs, a third one for nothing."""
+        """Stop on SIGINT and SIGTERM; a second signal does not wait for running jobs, a third one for nothing."""
         if self._signals == 2:
-            logging.getLogger("uvicorn.error").disabled = True  # it would show where everything was cut off
+            logging.getLogger("uvicorn.error").disabled = True  # it would log every task that is cut off
             self.force_exit = True
         elif self._signals == 1:
-            self._soon(self.service.hurry)
+            self.call_soon(self.service.scheduler.hurry)
         self._signals += 1
-        self.should_exit = True
-        self.begin_stop()
-
-    def begin_stop(self) -> None:
-        """Let the service end its streams and jobs. From any thread or signal handler."""
-        self._soon(self.service.begin_stop)
+        self.stop()
 
     def stop(self) -> None:
-        """End in order; from any thread."""
+        """Shut down in order. May be called from any thread or signal handler, and again."""
         self.should_exit = True
-        self.begin_stop()
+        self.call_soon(self.service.begin_stop)
 
-    def _soon(self, work: Callable[[], None]) -> None:
+    def call_soon(self, work: Callable[[], Any]) -> None:
+        """Run a function in the server's event loop, if it still runs. May be called from any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(work)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound but does not listen yet.
+    """Return a bound socket that does not listen yet.
 
     Raises:
-        BridgeError: the port is in use or not allowed, or the host is no address of this machine.
+        BridgeError: the port is in use or not allowed, or the host is not an address of this machine.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise BridgeError(
-            f"--host {host}: this is no address that can be listened on ({error.strerror or error})"
-        ) from None
+        message = f"--host {host}: is not an address to listen on ({error.strerror or error})"
+        raise BridgeError("server.bad_address", message) from None
+    family, kind, protocol, _, address = addresses[0]
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
         bound.close()
-        reasons = {
-            errno.EADDRINUSE: "it is in use; end what listens there, or choose another --port (0 takes a free one)",
-            errno.EACCES: "ports below 1024 need rights that this user does not have; choose another --port",
-            errno.EADDRNOTAVAIL: "this machine has no such address; give another --host",
-        }
-        reason = reasons.get(error.errno or 0, error.strerror or str(error))
-        raise BridgeError(f"Cannot listen on port {port} of {host}: {reason}.") from None
+        code, advice = REASONS.get(error.errno or 0, ("server.bad_address", "choose another --host or --port"))
+        message = f"cannot listen on port {port} of {host} ({error.strerror or error}): {advice}"
+        raise BridgeError(code, message) from None
     return bound
 
 
 def url_of(bound: socket.socket) -> str:
-    """Return the address that a browser is given."""
+    """Return the URL of a bound socket for a browser."""
     host, port = bound.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def serve(bundle: Path, settings: Settings, *, say: Callable[[str], Any], live: dict[str, Any], **engine: Any) -> None:
-    """Load a bundle and serve it until SIGINT or SIGTERM; nothing is left behind.
+    """Load a bundle and serve it until SIGINT or SIGTERM; no temporary file remains.
 
     Args:
-        say: told the address when it can be reached.
-        live: the fields of `LiveOptions`.
-        engine: backend, variant, threads of `Grounder.load`.
+        bundle: folder of the bundle.
+        settings: limits and addresses.
+        say: called with the URL once the server can be reached.
+        live: fields of `LiveOptions`.
+        **engine: backend, variant and threads for `Grounder.load`.
 
     Raises:
-        BridgeError: the bundle cannot be loaded, or the port not be listened on.
+        BridgeError: the bundle cannot be loaded, or the port cannot be bound.
     """
     with bind(settings.host, settings.port) as bound, Grounder.load(bundle, **engine) as grounder:
         service = Service(grounder, settings, bundle=bundle.resolve().name, live_options=live)

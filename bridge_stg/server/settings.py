@@ -1,4 +1,4 @@
-"""What an operator chooses for a server, and whether it may be served so. Knows nothing of HTTP."""
+"""The operator's settings of a server and their checks. Knows nothing of HTTP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from bridge_stg.runtime.errors import BridgeError
 
 MIB = 2**20
 LIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MOST_FRAMES_PER_SECOND = 240
 LEAST_KEY = 16
-"""Characters of an API key: fewer could be guessed."""
+"""Characters of an API key: a shorter one could be guessed."""
 
 
 @dataclass(frozen=True)
@@ -21,24 +22,24 @@ class Settings:
     """Limits and addresses of one server.
 
     Attributes:
-        host, port: where it listens; port 0 takes a free one.
-        api_key: what every call must bring; None: no key is asked for.
-        insecure: whether it may listen beyond this machine without a key.
-        allow_hosts: further names that a request's Host header may have while no key is asked for.
-        media: folder whose videos clients may name; None: they upload.
-        live: the sources that clients may watch, by name.
-        max_upload_bytes: of one file.
-        max_storage_bytes, max_videos: of all uploads together.
-        max_duration_s, max_pixels: of one video: seconds, and pixels of a frame.
-        max_queue: jobs that may wait.
-        max_seconds: what a job may take, its waiting included.
-        max_queries, max_query_chars: of one job, and of one query.
-        keep_s: how long an upload, a job and its results stay after they were last asked for.
-        workers: jobs of different videos that are worked on at a time.
-        open_videos, open_bytes: videos whose prefix is kept for the next query, and what they may hold in memory.
-        upload_s, idle_s: what an upload may take, and how long it may be silent.
-        drain_s: what running jobs may still take when the server is told to end.
-        max_connections: requests at a time, streams included.
+        host, port: address to listen on; port 0 takes a free one.
+        api_key: key that every call must bring, None for no key.
+        insecure: whether to listen on other interfaces than the loopback without a key.
+        allow_hosts: further names accepted in the Host header while there is no key.
+        media: folder whose videos clients may name, None for uploads only.
+        live: sources that clients may watch, by name.
+        max_upload_bytes: bytes of one file.
+        max_storage_bytes, max_videos: bytes and number of all uploads together.
+        max_duration_s, max_pixels: seconds of one video, and pixels of one frame.
+        max_queue: jobs in the queue.
+        max_seconds: seconds of one job, waiting included.
+        max_queries, max_query_chars: queries of one job, and characters of one query.
+        keep_s: seconds for which an upload, a job and its results are kept after their last use.
+        workers: videos that are processed at the same time.
+        open_videos, open_bytes: number and memory of the videos whose prefix is kept for the next query.
+        upload_s, idle_s: seconds of one upload, and seconds without data in it.
+        drain_s: seconds that running jobs get at shutdown.
+        max_connections: requests at the same time, streams included.
     """
 
     host: str = "127.0.0.1"
@@ -68,34 +69,38 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.api_key is not None and (len(self.api_key) < LEAST_KEY or not self.api_key.isascii()):
-            raise BridgeError(
+            message = (
                 f"the API key has {len(self.api_key)} characters; expected {LEAST_KEY} or more, ASCII: make one with "
                 "`python -c 'import secrets; print(secrets.token_urlsafe(32))'`"
             )
+            raise BridgeError("server.weak_key", message)
         if not is_loopback(self.host) and self.api_key is None and not self.insecure:
-            raise BridgeError(
+            message = (
                 f"--host {self.host} can be reached from other machines and no API key is set: give --api-key-env "
-                "NAME, or --insecure if whoever reaches this port may use it"
+                "NAME, or --insecure if everyone who reaches this port may use it"
             )
+            raise BridgeError("server.no_key", message)
         if self.media is not None and not self.media.is_dir():
-            raise BridgeError(f"--media {self.media} is no folder; name one that holds videos")
+            raise BridgeError("server.no_media_folder", f"--media {self.media}: expected a folder that holds videos")
         for name in self.live:
             if not LIVE_NAME.fullmatch(name):
-                raise BridgeError(
-                    f"--live {name!r}: expected a name of letters, digits, - and _, as in --live gate=rtsp://camera/1"
-                )
+                message = f"--live {name!r}: expected a name of letters, digits, - and _, as in gate=rtsp://camera/1"
+                raise BridgeError("server.bad_source_name", message)
+
+    @property
+    def max_frames(self) -> int:
+        """Frames of one video."""
+        return max(1, int(self.max_duration_s * MOST_FRAMES_PER_SECOND))
 
     @property
     def known_hosts(self) -> frozenset[str]:
-        """The names by which a browser on this machine reaches the server; see `security`."""
+        """The names accepted in the Host header; see `http.security`."""
         return frozenset({"localhost", "127.0.0.1", "[::1]", self.host.lower(), *map(str.lower, self.allow_hosts)})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
-    if host == "localhost":
-        return True
+    """Return whether only this machine can reach an address."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,9 @@ class Running:
 
     def call(self, work: Callable[[], Any]) -> Any:
         """Run something in the server's event loop."""
-        loop = self.server._loop
-        assert loop is not None
-
-        async def run() -> Any:
-            return work()
-
-        return asyncio.run_coroutine_threadsafe(run(), loop).result(30)
+        result: Future[Any] = Future()
+        self.server.call_soon(lambda: result.set_result(work()))
+        return result.result(30)
 
 
 @pytest.fixture
@@ -146,8 +142,8 @@ def answer_of(grounding: Any) -> dict[str, Any]:
     return {key: part for key, part in value.items() if key not in TIMINGS}
 
 
-def refusal(answer: httpx.Response) -> tuple[int, str]:
-    """Return status and code of a refusal, which is one paragraph and names no path of the server."""
+def http_error(answer: httpx.Response) -> tuple[int, str]:
+    """Return status and code of a http_error, which is one paragraph and names no path of the server."""
     value = answer.json()
     assert set(value) == {"error", "code"}, value
     assert value["error"] and "\n" not in value["error"] and "Traceback" not in value["error"]

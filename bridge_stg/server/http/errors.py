@@ -1,67 +1,89 @@
-"""What a client is told when its request cannot be served: a status, a short code and one paragraph."""
+"""HTTP errors: every answer that is not a success is a status, a stable code and one paragraph of text."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
 from bridge_stg.runtime.errors import BridgeError, EngineError, Interrupted, QueryError, VideoError
+from bridge_stg.server.metrics import Metrics
 
 logger = logging.getLogger("bridge_stg.server")
 
+FRAMEWORK_CODES = {404: "server.not_found", 405: "server.method_not_allowed"}
 
-class ApiError(Exception):
-    """A request that is answered with an error.
+
+class ApiError(HTTPException):
+    """An HTTP error with a stable code.
 
     Args:
-        status: of HTTP.
-        code: a short name for programs; counted in the metrics.
-        message: one paragraph for people; holds no path of the server and no key.
-        retry_after_s: when to try again, where that may help.
+        status: HTTP status.
+        code: stable dotted code, also a label of the metrics.
+        message: one paragraph of text, without paths of the server and without keys.
+        retry_after_s: seconds after which a retry may succeed.
     """
 
     def __init__(self, status: int, code: str, message: str, *, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
+        headers = {} if retry_after_s is None else {"Retry-After": str(max(1, round(retry_after_s)))}
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        super().__init__(status, message, headers)
+        self.code = code
 
     def to_json(self) -> dict[str, Any]:
         """Return the body of the answer."""
-        return {"error": self.message, "code": self.code}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of the answer."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        return {"error": self.detail, "code": self.code}
 
 
 def api_error(error: BaseException, *, path: str = "", name: str = "the video") -> ApiError:
-    """Turn whatever went wrong into what the client is told.
+    """Convert any exception to the HTTP error that the client gets; those that are not the client's fault are logged.
 
     Args:
-        path: of the file on the server; where it stands in a message, `name` takes its place.
-        name: what the client calls the file.
+        error: the exception.
+        path: path of the client's file on the server, which messages replace by `name`.
+        name: the client's name of the file.
     """
-    if isinstance(error, ApiError):
-        return error
-    text = " ".join(str(error).split())
-    text = text.replace(path, name) if path else text
-    if isinstance(error, QueryError):
-        return ApiError(422, "query", text)
-    if isinstance(error, VideoError):
-        return ApiError(422, "video", text)
-    if isinstance(error, Interrupted):
-        return ApiError(408, "deadline", text)
+    if isinstance(error, RequestValidationError):
+        return invalid_request(error.errors())
+    if isinstance(error, HTTPException):
+        return error if isinstance(error, ApiError) else _framework_error(error)
+    if isinstance(error, (QueryError, VideoError, Interrupted)):
+        text = " ".join(str(error).split())
+        status = 408 if isinstance(error, Interrupted) else 422
+        return ApiError(status, error.code, text.replace(path, name) if path else text)
     logger.error("%s: %s", type(error).__name__, error, exc_info=None if isinstance(error, BridgeError) else error)
     if isinstance(error, EngineError):
-        return ApiError(503, "engine", "The engine of this server failed; its log says why.", retry_after_s=30)
-    return ApiError(500, "internal", "Something went wrong in this server; its log says what.")
+        return ApiError(503, error.code, "The engine of this server failed; its log says why.", retry_after_s=30)
+    return ApiError(500, "server.internal", "Something went wrong in this server; its log says what.")
 
 
-def full(what: str, retry_after_s: float) -> ApiError:
-    """Return the refusal of a server that has no room now."""
-    return ApiError(429, "busy", what, retry_after_s=retry_after_s)
+def _framework_error(error: HTTPException) -> ApiError:
+    if error.status_code == 400:  # raised by FastAPI for JSON that is nested too deeply
+        return ApiError(422, "server.invalid_request", "The body is not JSON that can be parsed.")
+    return ApiError(error.status_code, FRAMEWORK_CODES.get(error.status_code, "server.http"), f"{error.detail}.")
+
+
+def invalid_request(errors: Any) -> ApiError:
+    """Return the error for a request that does not match its schema, from the errors that pydantic found."""
+    texts = [f"{'.'.join(map(str, error['loc'])) or 'the body'}: {error['msg']}" for error in list(errors)[:5]]
+    return ApiError(422, "server.invalid_request", f"The request does not match /docs: {'; '.join(texts)}.")
+
+
+def busy(message: str, retry_after_s: float) -> ApiError:
+    """Return the error of a server that cannot accept more work now."""
+    return ApiError(429, "server.busy", message, retry_after_s=retry_after_s)
 
 
 def stopping() -> ApiError:
-    """Return the refusal of a server that is about to end."""
-    return ApiError(503, "stopping", "This server is shutting down; ask again when it is back.", retry_after_s=10)
+    """Return the error of a server that is shutting down."""
+    return ApiError(503, "server.stopping", "This server is shutting down; try again later.", retry_after_s=10)
+
+
+def error_response(error: ApiError, metrics: Metrics) -> JSONResponse:
+    """Count an error and return its answer."""
+    metrics.errors.labels(error.code).inc()
+    return JSONResponse(error.to_json(), error.status_code, error.headers)

@@ -1,4 +1,4 @@
-"""What the API takes and gives, for its OpenAPI page. A grounding's layout is that of `Grounding.to_json`."""
+"""Schemas of the API's requests and answers, for validation and OpenAPI. `Grounding.to_json` defines a result."""
 
 from __future__ import annotations
 
@@ -7,58 +7,61 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Task = Literal["ground", "span"]
+Results = list[dict[str, Any]]
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """An HTTP error."""
 
-    error: str = Field(description="One paragraph for people.")
-    code: str = Field(description="A short name for programs.")
+    error: str = Field(description="One paragraph of text; its wording may change.")
+    code: str = Field(description="Stable dotted code for programs.")
 
 
 class VideoSource(BaseModel):
     """A video of the server's media folder."""
 
     model_config = ConfigDict(extra="forbid")
-    source: str = Field(max_length=1000, description="Its name below the folder that the operator gave.")
+    source: str = Field(max_length=1000, description="Path below the media folder of the operator.")
 
 
 class Video(BaseModel):
-    """A video that the server holds."""
+    """A video that the server keeps."""
 
     id: str
     name: str
     kind: Literal["video", "image"]
     media_type: str
-    duration_s: float = Field(description="0 of an image.")
-    width: int = Field(description="As it is shown, in pixels.")
+    duration_s: float = Field(description="Length in seconds; 0 for an image.")
+    width: int = Field(description="Width in pixels, as displayed.")
     height: int
     frames: int
-    expires_at: str = Field(description="When it is deleted unless it is used before.")
+    expires_at: str = Field(description="Time at which it is deleted unless it is used before.")
 
 
 class NewJob(BaseModel):
     """Queries about one video."""
 
     model_config = ConfigDict(extra="forbid")
-    video: str = Field(max_length=100, description="The id of a video.")
-    queries: list[str] = Field(min_length=1, description="What to find, in words.")
+    video: str = Field(max_length=100, description="Id of a video.")
+    queries: list[str] = Field(json_schema_extra={"minItems": 1}, description="Sentences that say what to find.")
     task: Task = Field("ground", description="When and where (`ground`), or only when (`span`).")
     allow_none: bool = Field(True, description="Whether the answer may be that it is not in the video.")
-    deadline_s: float | None = Field(None, gt=0, description="Seconds, waiting included; the server's most otherwise.")
+    deadline_s: float | None = Field(
+        None, gt=0, description="Time limit in seconds, waiting included; by default the server's maximum."
+    )
 
 
 class Job(BaseModel):
-    """How a job stands."""
+    """A job and its status."""
 
     id: str
     video: str
     queries: list[str]
     task: Task
     status: Literal["queued", "running", "done", "failed", "cancelled"]
-    position: int | None = Field(None, description="Jobs that wait before it; null if it does not wait.")
-    progress: dict[str, Any] | None = Field(None, description="stage, done and total, as the runtime told them last.")
-    results: list[dict[str, Any]] | None = Field(None, description="One grounding a query, when done.")
+    position: int | None = Field(None, description="Number of jobs before it in the queue; null outside the queue.")
+    progress: dict[str, Any] | None = Field(None, description="The newest stage, done and total of the runtime.")
+    results: Results | None = Field(None, description="One grounding per query, when done.")
     error: str | None = Field(None, description="Why it failed.")
     code: str | None = None
 
@@ -67,7 +70,7 @@ class Grounded(BaseModel):
     """The answers to one request."""
 
     video: Video
-    results: list[dict[str, Any]] = Field(description="One grounding a query, in their order.")
+    results: Results = Field(description="One grounding per query, in their order.")
 
 
 class LiveSource(BaseModel):
@@ -75,17 +78,17 @@ class LiveSource(BaseModel):
 
     name: str
     watched: bool
-    queries: list[str] = Field(description="What it is asked now.")
+    queries: list[str] = Field(description="The queries of all its clients.")
 
 
 class LiveSources(BaseModel):
-    """The sources that may be watched."""
+    """The sources that clients may watch."""
 
     live: list[LiveSource]
 
 
 class Queue(BaseModel):
-    """How busy the server is."""
+    """The load of the server."""
 
     waiting: int
     running: int
@@ -93,7 +96,7 @@ class Queue(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server works, and what it is."""
+    """The state and the limits of the server."""
 
     status: Literal["ok", "stopping"]
     version: str

@@ -1,8 +1,8 @@
-"""What every request passes before a route sees it, and what every answer carries. Plain ASGI.
+"""Checks of every request before a route runs, and the headers of every answer. Plain ASGI middleware.
 
-Without a key the server trusts whoever reaches it, and on the loopback that includes every page in a browser of this
-machine. So the Host header must be a name of this machine (a page that rebinds its own name to 127.0.0.1 sends its own
-name), and what changes something must not come from another origin.
+Without a key the server trusts everyone who can reach it, and on the loopback interface that includes every page in a
+browser of this machine. So the Host header must be a name of this machine (a page that rebinds its own name to
+127.0.0.1 sends its own name), and a request that changes something must not come from another origin.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import json
 import time
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bridge_stg.server.http.errors import ApiError
+from bridge_stg.server.http.errors import ApiError, error_response
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.settings import Settings
 
-OPEN = frozenset({"/", "/health", "/health/live", "/docs", "/openapi.json"})
-"""What needs no key: it holds nothing of anybody. The page's files neither, below /page/."""
+PUBLIC = frozenset({"/", "/health", "/health/live", "/docs", "/openapi.json"})
+"""Paths that need no key, as do those below /page/: they hold no data of clients."""
 UPLOADS = frozenset({"/v1/videos", "/v1/ground"})
-"""What limits its body itself, while it is written to disk."""
+"""Paths that limit their bodies themselves, while they write them to disk."""
+METHODS = ("GET", "HEAD", "OPTIONS", "POST", "DELETE")
+SAFE_METHODS = METHODS[:3]
 BODY_BYTES = 2**18
 REST_BYTES, REST_S = 2**23, 2.0
 CSP = (
@@ -42,25 +43,25 @@ HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
 )
-CACHEABLE = ("/page/",)
 
 
 class Guard:
-    """Middleware: key, host, origin, size of bodies, headers of answers, counts of requests."""
+    """Middleware that checks key, host, origin and body size, adds headers and counts requests."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._active = 0
-        self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
+        self._key = None if settings.api_key is None else _digest(settings.api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, sent, more = 500, False, scope["path"] in UPLOADS
-        method = _method(scope)
-        if method == "HEAD" and not scope["path"].endswith("/events"):
-            scope = {**scope, "method": "GET"}  # what is asked for by HEAD is sent without its body by uvicorn
+        path, method = scope["path"], scope["method"]
+        status, sent, more = 500, False, path in UPLOADS
+        if method == "HEAD" and not path.endswith("/events"):
+            scope = {**scope, "method": "GET"}  # uvicorn sends the answer to HEAD without its body
 
         async def counted() -> Message:
             nonlocal more
@@ -72,109 +73,95 @@ class Guard:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status, sent = message["status"], True
-                if status >= 400 and scope["method"] == "POST":
-                    await _take_rest(counted, lambda: more)
+                if status >= 400 and method == "POST":
+                    await _read_rest(counted, lambda: more)
                 headers = [header for header in message.get("headers", []) if header[0].lower() != b"server"]
                 if not any(name.lower() == b"cache-control" for name, _ in headers):
-                    cache = b"no-cache" if scope["path"].startswith(CACHEABLE) else b"no-store"
-                    headers.append((b"cache-control", cache))
+                    headers.append((b"cache-control", b"no-cache" if path.startswith("/page/") else b"no-store"))
                 message = {**message, "headers": [*headers, *HEADERS]}
             await send(message)
 
         try:
             self._active += 1
             self._check(scope)
-            await self._app(scope, await self._limited(scope, counted), sending)
-        except ApiError as refusal:
+            small = path not in UPLOADS and method not in SAFE_METHODS
+            received = await _received(counted, self._settings.idle_s) if small else counted
+            await self._app(scope, received, sending)
+        except ApiError as error:
             if sent:
                 raise
-            await _answer(refusal, sending)
-            self._metrics.refused.labels(refusal.code).inc()
+            await error_response(error, self._metrics)(scope, receive, sending)
         finally:
             self._active -= 1
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(method, route, str(status)).inc()
+            self._metrics.requests.labels(method if method in METHODS else "other", route, str(status)).inc()
 
     def _check(self, scope: Scope) -> None:
-        headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
-        path = scope["path"]
-        if self._active > self._settings.max_connections:
-            raise ApiError(503, "connections", "This server has too many clients now.", retry_after_s=5)
+        headers, path, settings = Headers(scope=scope), scope["path"], self._settings
+        host = headers.get("host", "").lower()
+        if self._active > settings.max_connections:
+            message = "This server has too many clients now."
+            raise ApiError(503, "server.too_many_connections", message, retry_after_s=5)
         if self._key is not None:
-            if path not in OPEN and not path.startswith("/page/") and not self._has_key(headers):
-                raise ApiError(
-                    401, "key", "This needs the server's API key: send `Authorization: Bearer KEY` or `X-API-Key: KEY`."
-                )
-        elif not self._settings.insecure and _host(headers.get("host", b"")) not in self._settings.known_hosts:
-            raise ApiError(
-                400, "host", "The request's Host is no name of this server; its operator can add it with --allow-host."
-            )
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            origin = headers.get("origin", b"").decode("latin-1")
-            if origin and urlsplit(origin).netloc.lower() != headers.get("host", b"").decode("latin-1").lower():
-                raise ApiError(403, "origin", "Pages of other origins may not use this server.")
+            if path not in PUBLIC and not path.startswith("/page/") and not self._has_key(headers):
+                message = "This needs the server's API key: send `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+                raise ApiError(401, "server.unauthorized", message)
+        elif not settings.insecure and _without_port(host) not in settings.known_hosts:
+            message = "The Host header is not a name of this server; its operator can add it with --allow-host."
+            raise ApiError(400, "server.unknown_host", message)
+        origin = headers.get("origin")
+        if scope["method"] not in SAFE_METHODS and origin and urlsplit(origin).netloc.lower() != host:
+            raise ApiError(403, "server.foreign_origin", "Pages of other origins may not use this server.")
 
-    def _has_key(self, headers: dict[str, bytes]) -> bool:
-        """Compare in a time that does not depend on how much of a key is right."""
+    def _has_key(self, headers: Headers) -> bool:
+        """Compare the digests of the keys: the duration does not depend on how much of a key is right."""
         assert self._key is not None
-        scheme, _, bearer = headers.get("authorization", b"").partition(b" ")
-        given = bearer.strip() if scheme.lower() == b"bearer" else headers.get("x-api-key", b"").strip()
-        return hmac.compare_digest(_digest(given), self._key)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
+        return hmac.compare_digest(_digest(key), self._key)
 
-    async def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """Read a small body here, within its limit, and hand it on; uploads limit theirs themselves."""
-        if scope["path"] in UPLOADS or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            return receive
-        body, more = b"", True
+
+async def read_body(receive: Receive, within_s: float) -> bytes:
+    """Read a small body. Raises ApiError: 408 after `within_s` seconds, 413 beyond BODY_BYTES."""
+
+    async def read() -> bytes:
+        body, more = bytearray(), True
         while more:
-            try:
-                message = await asyncio.wait_for(receive(), self._settings.idle_s)
-            except asyncio.TimeoutError:
-                raise ApiError(408, "slow", f"Nothing came for {self._settings.idle_s:g} s.") from None
+            message = await receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > BODY_BYTES:
-                raise ApiError(413, "body", f"The body is larger than {BODY_BYTES} bytes.")
-        read = False
+                raise ApiError(413, "server.body_too_large", f"The body is larger than {BODY_BYTES} bytes.")
+        return bytes(body)
 
-        async def receiving() -> Message:
-            nonlocal read
-            if read:
-                return await receive()
-            read = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        return receiving
+    try:
+        return await asyncio.wait_for(read(), within_s)
+    except asyncio.TimeoutError:
+        raise ApiError(408, "server.slow_request", f"The body took longer than {within_s:g} s.") from None
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+async def _received(receive: Receive, within_s: float) -> Receive:
+    """Read a small body and return a `receive` that gives it to the route."""
+    first: list[Message] = [{"type": "http.request", "body": await read_body(receive, within_s), "more_body": False}]
+
+    async def receiving() -> Message:
+        return first.pop() if first else await receive()
+
+    return receiving
 
 
-def _host(value: bytes) -> str:
-    """Return a Host header without its port."""
-    host = value.decode("latin-1").lower()
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("latin-1")).digest()
+
+
+def _without_port(host: str) -> str:
     return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
-def _method(scope: Scope) -> str:
-    return scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
-
-
-async def _take_rest(receive: Receive, more: Callable[[], bool]) -> None:
-    """Read on for a while where an upload is refused early: clients that still send would not read the answer."""
-    taken, end = 0, time.monotonic() + REST_S
+async def _read_rest(receive: Receive, more: Callable[[], bool]) -> None:
+    """Read on for a while after an early error: a client that is still sending would not read the answer."""
+    size, end = 0, time.monotonic() + REST_S
     with contextlib.suppress(asyncio.TimeoutError):
-        while more() and taken < REST_BYTES and time.monotonic() < end:
+        while more() and size < REST_BYTES and time.monotonic() < end:
             message = await asyncio.wait_for(receive(), max(0.01, end - time.monotonic()))
-            taken += len(message.get("body", b""))
-
-
-async def _answer(refusal: ApiError, send: Any) -> None:
-    body = json.dumps(refusal.to_json()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
-    if refusal.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+            size += len(message.get("body", b""))

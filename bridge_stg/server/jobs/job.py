@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+
+from fastapi.sse import ServerSentEvent
 
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.server.http.errors import ApiError
+from bridge_stg.server.http.schemas import NewJob
 from bridge_stg.server.videos.uploads import Upload
 
 ENDED = ("done", "failed", "cancelled")
 PROGRESS_EVERY_S = 0.1
 
 
-def gone() -> ApiError:
-    """Return the refusal of what is asked about a job that is not there."""
-    return ApiError(404, "no_job", "There is no such job here (any more).")
+def job_not_found() -> ApiError:
+    """Return the error for a job that does not exist."""
+    return ApiError(404, "server.job_not_found", "This job does not exist, or not any more.")
 
 
 class Job:
@@ -29,102 +31,106 @@ class Job:
 
     Attributes:
         status: "queued", "running", "done", "failed" or "cancelled".
-        over: set when nobody waits for the answer any more: work on it may stop.
-        results: one grounding a query, when done; without their taps, which are in no JSON.
-        results_text: the same as a JSON list, written by a worker: long ones would hold up the event loop.
-        refusal: why it failed.
-        progress: stage, done and total, as the runtime told them last.
-        version: rises with every change.
-        timer: ends it at its deadline.
+        over: set when nobody waits for the answer any more: its work may stop.
+        results: one grounding per query when done, without tapped states, which are not part of the JSON.
+        results_text: the results as JSON, serialized by a worker because long ones would block the event loop.
+        error: reason of the failure.
+        progress: the newest stage, done and total of the runtime.
+        version: number of changes.
+        timer: ends the job at its deadline.
     """
 
-    def __init__(
-        self, upload: Upload, queries: Sequence[str], *, task: str, allow_none: bool, deadline_s: float
-    ) -> None:
+    def __init__(self, upload: Upload, new: NewJob, deadline_s: float) -> None:
         self.id = secrets.token_urlsafe(18)
-        self.upload, self.queries, self.task, self.allow_none = upload, tuple(queries), task, allow_none
+        self.upload, self.queries, self.task, self.allow_none = upload, tuple(new.queries), new.task, new.allow_none
         self.deadline_s = deadline_s
         self.status = "queued"
         self.over = threading.Event()
         self.results: tuple[Grounding, ...] = ()
         self.results_text = "[]"
-        self.refusal: ApiError | None = None
+        self.error: ApiError | None = None
         self.progress: dict[str, Any] | None = None
         self.began, self.used = time.monotonic(), time.time()
         self.version = 0
         self.timer: asyncio.TimerHandle | None = None
-        self._told = 0.0
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._progress_at = 0.0
+        self._news = asyncio.Event()
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the job will not change any more."""
         return self.status in ENDED
 
     @property
     def nbytes(self) -> int:
-        """What its results hold in memory, roughly."""
+        """Approximate memory of the results in bytes."""
         boxes = [result.boxes for result in self.results if result.boxes is not None]
         return 2 * len(self.results_text) + sum(found.boxes.nbytes + 2 * found.times.nbytes for found in boxes)
 
     def to_text(self, position: int | None = None) -> str:
-        """Return what the client is told as one line of JSON; `position` is its place among those that wait."""
-        results = self.results_text if self.status == "done" else "null"
-        return f'{json.dumps(self._head(position), ensure_ascii=False)[:-1]}, "results": {results}}}'
-
-    def _head(self, position: int | None) -> dict[str, Any]:
-        """Return all but the results."""
-        value: dict[str, Any] = {
+        """Return the job as one line of JSON; `position` is its place in the queue."""
+        value = {
             "id": self.id,
             "video": self.upload.id,
-            "queries": list(self.queries),
+            "queries": self.queries,
             "task": self.task,
             "status": self.status,
             "position": position,
             "progress": self.progress,
-            "error": None,
-            "code": None,
+            **({"error": None, "code": None} if self.error is None else self.error.to_json()),
         }
-        return value if self.refusal is None else {**value, **self.refusal.to_json()}
+        results = self.results_text if self.status == "done" else "null"
+        return f'{json.dumps(value, ensure_ascii=False)[:-1]}, "results": {results}}}'
 
     def change(self, status: str) -> None:
-        """Go on to another status. What has ended stays as it is."""
+        """Set the status, unless the job has ended."""
         if not self.ended:
             self.status = status
             self.notify()
 
-    def tell(self, stage: str, done: float, total: float | None) -> None:
-        """Take the runtime's progress; small steps of a stage are passed over."""
+    def report(self, stage: str, done: float, total: float | None) -> None:
+        """Set the progress; steps within a stage are skipped if they follow too fast."""
         now = time.monotonic()
         same = self.progress is not None and self.progress["stage"] == stage
-        if self.ended or (same and now < self._told + PROGRESS_EVERY_S and done != total):
+        if self.ended or (same and now < self._progress_at + PROGRESS_EVERY_S and done != total):
             return
-        self._told = now
+        self._progress_at = now
         self.progress = {"stage": stage, "done": round(done, 3), "total": None if total is None else round(total, 3)}
         self.notify()
 
     def notify(self) -> None:
-        """Wake who waits for a change."""
+        """Wake up all that wait for a change."""
         self.version += 1
-        for waiting in self._waiting:
-            if not waiting.done():
-                waiting.set_result(None)
+        self._news.set()
+        self._news = asyncio.Event()
 
-    async def changed(self, version: int, timeout_s: float | None = None) -> bool:
-        """Wait until the job is newer than `version`; False if that took longer than `timeout_s`."""
+    async def changed(self, version: int) -> None:
+        """Wait until the job is newer than `version`."""
         while self.version <= version:
-            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.add(waiting)
-            try:
-                await asyncio.wait_for(waiting, timeout_s)
-            except asyncio.TimeoutError:
-                return False
-            finally:
-                self._waiting.discard(waiting)
-        return True
+            await self._news.wait()
+
+    async def events(self, position: Callable[[Job], int | None]) -> AsyncIterator[ServerSentEvent]:
+        """Yield the present state and every later one: queued, progress, then done, failed or cancelled."""
+        last: ServerSentEvent | None = None
+        while True:
+            version = self.version
+            event = self._event(position(self))
+            if event != last:
+                last = event
+                yield event.model_copy(update={"id": str(version)})
+            if self.ended:
+                return
+            await self.changed(version)
+
+    def _event(self, position: int | None) -> ServerSentEvent:
+        if self.status == "done":
+            return ServerSentEvent(event="done", raw_data=self.to_text())
+        if self.status == "running":
+            return ServerSentEvent(event="progress", data=self.progress or {"stage": "start", "done": 0, "total": None})
+        data = {"position": position} if self.status == "queued" else {} if self.error is None else self.error.to_json()
+        return ServerSentEvent(event=self.status, data=data)
 
     async def end(self) -> None:
-        """Wait until nothing more will happen."""
+        """Wait until the job has ended."""
         while not self.ended:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await self.changed(self.version)
+            await self.changed(self.version)

@@ -1,4 +1,4 @@
-"""A job's answers drawn into its video: every query in a colour of its own. Rendered once a job, in a thread."""
+"""Draw the answers of a job into its video, one colour per query. Rendered once per job, in a thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,88 +16,86 @@ from bridge_stg.runtime.errors import Interrupted
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index
 from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, draw_box, fit_text, font, shade
-from bridge_stg.server.http.errors import api_error, full
-from bridge_stg.server.jobs.job import Job, gone
+from bridge_stg.server.http.errors import api_error, busy
+from bridge_stg.server.jobs.job import Job, job_not_found
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
 COLOURS: tuple[Colour, ...] = (
     (255, 45, 190), (25, 200, 255), (255, 198, 26), (61, 220, 107),
     (255, 122, 31), (169, 139, 255), (47, 224, 200), (255, 90, 90),
 )  # fmt: skip
-"""The page draws with the same, in the same order."""
+"""Colours of the queries; the page uses the same, in the same order."""
+MOST_WAITING = 8
 MOST_WAITING = 8
 
 
 class Renderer:
-    """Makes annotated videos, each once.
-
-    Args:
-        folder: where they are written.
-        threads: what renders.
-        within_s: what one video may take.
-    """
+    """Renders annotated videos in `threads`, each once, within `within_s` seconds per video."""
 
     def __init__(self, folder: Path, threads: Executor, *, within_s: float) -> None:
         self._folder, self._threads, self._within_s = folder, threads, within_s
-        self._making: dict[str, asyncio.Future[None]] = {}
-        self._wanted: dict[str, int] = {}
+        self._rendering: dict[str, asyncio.Future[None]] = {}
+        self._waiting: dict[str, int] = {}
         self._closed = False
 
     async def file(self, job: Job) -> Path:
-        """Return a job's annotated video; who stops waiting, as the last one, stops the work.
+        """Return a job's annotated video. Rendering stops when the last one that waits for it is cancelled.
 
         Raises:
-            ApiError: 404 if the job is deleted meanwhile, 429 if too many are waiting; as of `api_error`.
+            ApiError: 404 if the job is deleted meanwhile, 429 if too many videos wait, and as in `api_error`.
         """
         path = self._path(job)
-        if not path.exists():
-            making = self._making.get(job.id)
-            if making is None:
-                if len(self._making) >= MOST_WAITING:
-                    raise full(f"{MOST_WAITING} videos are being drawn already.", 10)
-                making = asyncio.get_running_loop().run_in_executor(self._threads, self._render, job, path)
-                self._making[job.id] = making
-                making.add_done_callback(lambda done: self._made(job.id, done))
-            self._wanted[job.id] = self._wanted.get(job.id, 0) + 1
-            try:
-                await asyncio.shield(making)
-            except Exception as error:
-                if job.id not in self._wanted:
-                    raise gone() from error
-                raise api_error(error, path=job.upload.file.path, name=job.upload.name) from error
-            finally:
-                if job.id in self._wanted:
-                    self._wanted[job.id] -= 1
+        if path.exists():
+            return path
+        rendering = self._rendering.get(job.id) or self._start(job, path)
+        self._waiting[job.id] = self._waiting.get(job.id, 0) + 1
+        try:
+            await asyncio.shield(rendering)
+        except Exception as error:
+            if job.id not in self._waiting:
+                raise job_not_found() from error
+            raise api_error(error, path=job.upload.file.path, name=job.upload.name) from error
+        finally:
+            if job.id in self._waiting:
+                self._waiting[job.id] -= 1
         return path
 
     def forget(self, job: Job) -> None:
         """Delete a job's video."""
-        self._wanted.pop(job.id, None)
+        self._waiting.pop(job.id, None)
         self._path(job).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Stop what is being drawn."""
+        """Stop rendering."""
         self._closed = True
 
     def _path(self, job: Job) -> Path:
         return self._folder / f"annotated-{job.id}.mp4"
 
-    def _made(self, job_id: str, done: asyncio.Future[None]) -> None:
-        del self._making[job_id]
-        done.exception()  # told to whoever waits; nobody may
-        if not self._wanted.get(job_id):
-            self._wanted.pop(job_id, None)
+    def _start(self, job: Job, path: Path) -> asyncio.Future[None]:
+        if len(self._rendering) >= MOST_WAITING:
+            raise busy(f"{MOST_WAITING} videos are being drawn already.", 10)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, self._render, job, path)
+        self._rendering[job.id] = future
+        future.add_done_callback(lambda done: self._rendered(job.id, done))
+        return future
+
+    def _rendered(self, job_id: str, done: asyncio.Future[None]) -> None:
+        del self._rendering[job_id]
+        done.exception()  # marks it as retrieved: nobody may wait any more
+        if not self._waiting.get(job_id):
+            self._waiting.pop(job_id, None)
 
     def _render(self, job: Job, path: Path) -> None:
         end = time.monotonic() + self._within_s
 
         def check() -> None:
             if time.monotonic() > end:
-                raise Interrupted(f"Drawing this video took more than {self._within_s:g} s.")
-            if self._closed or not self._wanted.get(job.id):
-                raise Interrupted("nobody waits for this video any more")
+                raise Interrupted("call.deadline", f"drawing this video took more than {self._within_s:g} s")
+            if self._closed or not self._waiting.get(job.id):
+                raise Interrupted("call.cancelled", "nobody waits for this video any more")
 
         partial = path.with_suffix(".partial.mp4")
         try:
@@ -116,47 +114,59 @@ def paint(
     duration_s: float,
     check: Callable[[], None],
 ) -> Iterator[tuple[float, Image.Image]]:
-    """Yield (time_s, image) for every frame with the boxes of all groundings, all of the first one's size."""
+    """Yield (time_s, image) per frame with the boxes of all groundings, all in the size of the first frame."""
     from PIL import Image
 
-    size: tuple[int, int] | None = None
+    painter: _Painter | None = None
     for time_s, frame in frames:
         check()
         image = Image.fromarray(np.ascontiguousarray(frame))
-        size = size or image.size
-        image = image if image.size == size else image.resize(size)
-        _paint_frame(image, time_s, groundings, duration_s)
+        painter = painter or _Painter(image.size, groundings, duration_s)
+        image = image if image.size == painter.size else image.resize(painter.size)
+        painter.paint(image, time_s)
         yield time_s, image
 
 
-def _paint_frame(image: Image.Image, time_s: float, groundings: Sequence[Grounding], duration_s: float) -> None:
-    from PIL import ImageDraw
+class _Painter:
+    """Draws the spans as lanes at the bottom of frames of one size, the boxes with their queries, and the time."""
 
-    width, height = image.size
-    side = min(width, height)
-    text_size = max(10, round(side / 26))
-    text_font, thickness, lane = font(text_size), max(2, round(side / 110)), max(3, round(side / 90))
-    bottom = height - 2 * lane * len(groundings) - lane
-    shade(image, (0, max(0, bottom), width, height), 0.65)
-    draw = ImageDraw.Draw(image)
-    for place, grounding in enumerate(groundings):
-        colour = COLOURS[place % len(COLOURS)]
-        if grounding.span is not None and duration_s:
-            start, end = (round(width * min(max(s / duration_s, 0), 1)) for s in grounding.span)
-            top = bottom + lane + 2 * lane * place
-            draw.rectangle((start, top, max(start + 1, end), top + lane - 1), fill=colour)
-        boxes = grounding.boxes
-        index = None if boxes is None else frame_index(boxes, time_s)
-        if boxes is None or index is None:
-            continue
-        box = boxes.boxes[index]
-        draw_box(draw, box, image.size, thickness=thickness, dashed=not boxes.visible[index], colour=colour)
-        text = fit_text(grounding.query, text_font, width * 0.6)
-        left = min(max(0, round(float(box[0]))), max(0, width - round(text_font.getlength(text)) - 8))
-        top = max(0, round(float(box[1])) - thickness - text_size - 6)
-        draw.rectangle((left, top, left + text_font.getlength(text) + 7, top + text_size + 5), fill=INK)
-        draw.text((left + 4, top + 1), text, colour, text_font)
-    if duration_s:
-        x = round((width - 1) * min(time_s / duration_s, 1))
-        draw.rectangle((x - 1, bottom, x + 1, height), fill=WHITE)
-        draw.text((width - 4, 2), f"{time_s:.2f} s", WHITE, text_font, anchor="ra", stroke_width=1, stroke_fill=INK)
+    def __init__(self, size: tuple[int, int], groundings: Sequence[Grounding], duration_s: float) -> None:
+        self.size, self.groundings, self.duration_s = size, groundings, duration_s
+        side = min(size)
+        self.text_size, self.thickness = max(10, round(side / 26)), max(2, round(side / 110))
+        self.lane = max(3, round(side / 90))
+        self.font = font(self.text_size)
+        self.bottom = size[1] - 2 * self.lane * len(groundings) - self.lane
+
+    def paint(self, image: Image.Image, time_s: float) -> None:
+        """Draw on the frame at `time_s`, in place."""
+        from PIL import ImageDraw
+
+        width, height = self.size
+        shade(image, (0, max(0, self.bottom), width, height), 0.65)
+        draw = ImageDraw.Draw(image)
+        for place, grounding in enumerate(self.groundings):
+            colour = COLOURS[place % len(COLOURS)]
+            if grounding.span is not None and self.duration_s:
+                start, end = (round(width * min(max(s / self.duration_s, 0), 1)) for s in grounding.span)
+                top = self.bottom + self.lane + 2 * self.lane * place
+                draw.rectangle((start, top, max(start + 1, end), top + self.lane - 1), fill=colour)
+            index = None if grounding.boxes is None else frame_index(grounding.boxes, time_s)
+            if index is not None:
+                self._paint_box(draw, grounding, index, colour)
+        if self.duration_s:
+            x = round((width - 1) * min(time_s / self.duration_s, 1))
+            draw.rectangle((x - 1, self.bottom, x + 1, height), fill=WHITE)
+            style: dict[str, Any] = {"anchor": "ra", "stroke_width": 1, "stroke_fill": INK}
+            draw.text((width - 4, 2), f"{time_s:.2f} s", WHITE, self.font, **style)
+
+    def _paint_box(self, draw: ImageDraw.ImageDraw, grounding: Grounding, index: int, colour: Colour) -> None:
+        assert grounding.boxes is not None
+        box, dashed = grounding.boxes.boxes[index].tolist(), not grounding.boxes.visible[index]
+        draw_box(draw, box, self.size, thickness=self.thickness, dashed=dashed, colour=colour)
+        text = fit_text(grounding.query, self.font, self.size[0] * 0.6)
+        width = self.font.getlength(text)
+        left = min(max(0, round(box[0])), max(0, self.size[0] - round(width) - 8))
+        top = max(0, round(box[1]) - self.thickness - self.text_size - 6)
+        draw.rectangle((left, top, left + width + 7, top + self.text_size + 5), fill=INK)
+        draw.text((left + 4, top + 1), text, colour, self.font)

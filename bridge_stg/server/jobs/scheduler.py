@@ -1,7 +1,7 @@
-"""Which jobs are worked on, and together: a bounded queue, and batches of all queries that wait on one video.
+"""A bounded queue of jobs, run in batches of all queries that wait for the same video.
 
-The scheduler lives in the event loop; a batch runs in a worker thread. One batch at a time works on a video, and what
-comes meanwhile is the next batch: under load batches grow by themselves, without a delay for others to come.
+The scheduler lives in the event loop; a batch runs in a worker thread. One batch at a time runs per video, and the jobs
+that arrive meanwhile are the next batch: under load batches grow by themselves, without a delay.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,25 +19,25 @@ from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 from bridge_stg.runtime.host.limits import Limits, Progress
-from bridge_stg.server.http.errors import ApiError, api_error, full, stopping
+from bridge_stg.server.http.errors import ApiError, api_error, busy, stopping
 from bridge_stg.server.jobs.job import Job
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.settings import Settings
 from bridge_stg.server.videos.prefix_cache import OpenVideos
-from bridge_stg.server.videos.probe import FileLimits
 from bridge_stg.server.videos.uploads import Store, StoredFile
 
 MOST_BATCH_QUERIES = 64
 VIDEO_STAGES = ("decode_video", "vision_coarse", "prefill")
 FIRST_GUESS_S = 2.0
+POLL_S = 0.02
 
-Answers: TypeAlias = "tuple[tuple[Grounding, ...], str]"
-Outcome: TypeAlias = "Answers | BaseException"
+Outcome: TypeAlias = "tuple[tuple[Grounding, ...], str] | BaseException"
+"""What a batch returns per job: the results, also as JSON; or the error."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Jobs on one video that ask the same kind of question."""
+    """Jobs about one video with the same task and options."""
 
     file: StoredFile
     task: str
@@ -45,22 +45,17 @@ class Batch:
     jobs: list[Job]
 
     def over(self) -> bool:
-        """Whether nobody waits for any of it."""
+        """Return whether nobody waits for any of the answers."""
         return all(job.over.is_set() for job in self.jobs)
 
     @property
     def queries(self) -> list[str]:
-        """All queries, each once."""
+        """The distinct queries of all jobs."""
         return list(dict.fromkeys(query for job in self.jobs for query in job.queries))
 
 
 class Scheduler:
-    """The queue of one server and the threads that work on it.
-
-    Args:
-        opened: videos whose prefix is computed.
-        store: holds the files while they are worked on.
-    """
+    """The queue of one server and its worker threads."""
 
     def __init__(self, settings: Settings, metrics: Metrics, opened: OpenVideos, store: Store) -> None:
         self._settings, self._metrics, self._opened, self._store = settings, metrics, opened, store
@@ -69,85 +64,78 @@ class Scheduler:
         self._threads = ThreadPoolExecutor(settings.workers, thread_name_prefix="bridge-stg worker")
         self._job_s = FIRST_GUESS_S
         self._closed = self._hurried = False
-        self._most_frames = FileLimits(settings.max_pixels, settings.max_duration_s).max_frames
-        metrics.gauge("queue_length", "Jobs that wait.", lambda: len(self._waiting))
-        metrics.gauge("running_batches", "Batches that are worked on.", lambda: len(self._running))
+        metrics.gauge("queue_length", "Jobs in the queue.", lambda: len(self._waiting))
+        metrics.gauge("running_batches", "Batches that run.", lambda: len(self._running))
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait."""
+        """Number of jobs in the queue."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs that are worked on."""
+        """Number of jobs that run."""
         return sum(not job.ended for batch in list(self._running.values()) for job in batch.jobs)
 
     def position(self, job: Job) -> int | None:
-        """Return how many jobs wait before one, None if it does not wait."""
+        """Return the number of jobs before one in the queue, None if it is not in the queue."""
         return self._waiting.index(job) if job in self._waiting else None
 
     def check_room(self) -> None:
-        """Raise ApiError if no job can be taken: 429 if the queue is full, 503 if the server ends."""
+        """Raise ApiError if no job can be added: 429 if the queue is full, 503 if the server shuts down."""
         if self._closed:
             raise stopping()
-        if len(self._waiting) >= self._settings.max_queue:
-            wait_s = min(self._settings.max_seconds, self._job_s * len(self._waiting) / self._settings.workers)
-            raise full(
-                f"{len(self._waiting)} jobs are waiting already; try again in {max(1, round(wait_s))} s.", wait_s
-            )
+        count = len(self._waiting)
+        if count >= self._settings.max_queue:
+            wait_s = min(self._settings.max_seconds, self._job_s * count / self._settings.workers)
+            raise busy(f"{count} jobs are waiting already; try again in {max(1, round(wait_s))} s.", wait_s)
 
     def add(self, job: Job) -> None:
-        """Take a job. Raises ApiError as `check_room` does."""
+        """Add a job to the queue. Raises ApiError as `check_room` does."""
         self.check_room()
         self._waiting.append(job)
         job.timer = asyncio.get_running_loop().call_later(job.deadline_s, self._too_late, job)
-        self._start_some()
+        self._start_batches()
 
-    def cancel(self, job: Job, *, refusal: ApiError | None = None) -> None:
-        """Give a job up; its work stops at the next step of the runtime. With a refusal it has failed by that."""
+    def cancel(self, job: Job, *, error: ApiError | None = None) -> None:
+        """Stop a job at the next step of the runtime. With an error it has failed, otherwise it is cancelled."""
         if job.ended:
             return
         if job in self._waiting:
             self._waiting.remove(job)
             for other in self._waiting:
                 other.notify()
-        self._end(job, "cancelled" if refusal is None else "failed", refusal=refusal)
+        self._end(job, "cancelled" if error is None else "failed", error=error)
 
     async def close(self, drain_s: float) -> None:
-        """Refuse what waits, let what runs end for a while, then stop it."""
+        """Fail the jobs in the queue, let the running ones finish for `drain_s` seconds, then stop them."""
         self._closed = True
         for job in list(self._waiting):
-            self.cancel(job, refusal=stopping())
+            self.cancel(job, error=stopping())
         loop = asyncio.get_running_loop()
         until = loop.time() + drain_s
         while self._running and loop.time() < until and not self._hurried:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(POLL_S)
         for batch in list(self._running.values()):
             for job in batch.jobs:
-                self.cancel(job, refusal=stopping())
+                self.cancel(job, error=stopping())
         while self._running:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(POLL_S)
         self._threads.shutdown(wait=True)
 
     def hurry(self) -> None:
-        """Let `close` wait no longer for what runs."""
+        """Make `close` stop waiting for running jobs."""
         self._hurried = True
 
     def _too_late(self, job: Job) -> None:
-        if not job.ended:
-            what = "waiting" if job.status == "queued" else (job.progress or {}).get("stage", "running")
-            self.cancel(
-                job,
-                refusal=ApiError(
-                    408,
-                    "deadline",
-                    f"The job's {job.deadline_s:g} s passed at: {what}. Give it more time, a shorter video "
-                    "or fewer queries, or ask when less is waiting.",
-                ),
-            )
+        stage = "waiting" if job.status == "queued" else (job.progress or {}).get("stage", "running")
+        message = (
+            f"The job's {job.deadline_s:g} s passed during stage {stage}. Give it more time, a shorter video or fewer "
+            "queries, or try again when fewer jobs wait."
+        )
+        self.cancel(job, error=ApiError(408, "call.deadline", message))
 
-    def _start_some(self) -> None:
+    def _start_batches(self) -> None:
         while len(self._running) < self._settings.workers:
             first = next((job for job in self._waiting if job.upload.file.key not in self._running), None)
             if first is None:
@@ -157,15 +145,14 @@ class Scheduler:
             job.notify()
 
     def _batch(self, first: Job) -> Batch:
-        """Take a job from the queue, and all that wait to ask the same of the same video."""
-        batch = Batch(first.upload.file, first.task, first.allow_none, [])
-        asked = 0
+        """Remove a job from the queue, with all jobs that have the same video, task and options."""
+        batch, queries = Batch(first.upload.file, first.task, first.allow_none, []), 0
         for job in list(self._waiting):
             same = job.upload.file is batch.file and (job.task, job.allow_none) == (batch.task, batch.allow_none)
-            if same and (job is first or asked + len(job.queries) <= MOST_BATCH_QUERIES):
+            if same and (job is first or queries + len(job.queries) <= MOST_BATCH_QUERIES):
                 self._waiting.remove(job)
                 batch.jobs.append(job)
-                asked += len(job.queries)
+                queries += len(job.queries)
         return batch
 
     def _start(self, batch: Batch) -> None:
@@ -189,87 +176,78 @@ class Scheduler:
             if job.ended:
                 continue
             if isinstance(outcome, BaseException):
-                refusal = api_error(outcome, path=batch.file.path, name=job.upload.name)
-                self._end(job, "failed", refusal=refusal)
+                self._end(job, "failed", error=api_error(outcome, path=batch.file.path, name=job.upload.name))
             else:
                 job.results, job.results_text = outcome
                 self._end(job, "done")
         if not self._closed:
-            self._start_some()
+            self._start_batches()
 
-    def _end(self, job: Job, status: str, *, refusal: ApiError | None = None) -> None:
-        job.refusal = refusal
+    def _end(self, job: Job, status: str, *, error: ApiError | None = None) -> None:
+        job.error = error
         job.over.set()
         if job.timer is not None:
             job.timer.cancel()
         job.change(status)
         self._metrics.jobs.labels(status).inc()
         self._metrics.job_seconds.observe(asyncio.get_running_loop().time() - job.began)
-        if refusal is not None:
-            self._metrics.refused.labels(refusal.code).inc()
+        if error is not None:
+            self._metrics.errors.labels(error.code).inc()
 
-    # What follows runs in a worker thread.
+    # The methods below run in a worker thread.
 
     def _run(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> list[Outcome]:
-        """Answer a batch: its jobs' groundings, or what went wrong with each."""
+        """Return the results of each job of a batch, or its error."""
         progress = self._progress(batch, loop)
-        with self._opened.lease(batch.file.key, batch.file.path, cancel=batch.over, progress=progress) as (
-            video,
-            opened,
-        ):
-            (self._metrics.videos_opened if opened else self._metrics.videos_reused).inc()
+        with self._opened.lease(batch.file.key, batch.file.path, cancel=batch.over, progress=progress) as (video, new):
+            (self._metrics.videos_opened if new else self._metrics.videos_reused).inc()
             try:
-                return self._answer(video, batch, batch.jobs, opened, progress)
+                return self._answer(video, batch, progress, new=new)
             except Interrupted:
                 raise
-            except BridgeError as error:
+            except BridgeError:
                 if len(batch.jobs) == 1:
                     raise
-                spoiled: BaseException = error
             outcomes: list[Outcome] = []
-            for job in batch.jobs:  # so that one job's query fails that job alone
+            for job in batch.jobs:  # one by one, so that a bad query fails its own job only
                 try:
-                    outcomes += self._answer(video, batch, [job], False, progress)
+                    outcomes += self._answer(video, dataclasses.replace(batch, jobs=[job]), progress, new=False)
                 except BridgeError as error:
-                    spoiled = error
-                    outcomes.append(spoiled)
+                    outcomes.append(error)
             return outcomes
 
-    def _answer(
-        self, video: OpenedVideo, batch: Batch, jobs: list[Job], opened: bool, progress: Progress
-    ) -> list[Outcome]:
-        queries = list(dict.fromkeys(query for job in jobs for query in job.queries))
+    def _answer(self, video: OpenedVideo, batch: Batch, progress: Progress, *, new: bool) -> list[Outcome]:
+        queries = batch.queries
         task = Task("span" if batch.task == "span" else "tube", allow_none=batch.allow_none)
-        over: Callable[[], bool] = lambda: all(job.over.is_set() for job in jobs)  # noqa: E731
-        groundings = video.ground_within(Limits(cancel=over, progress=progress), queries, task)
-        timings = groundings[0].timings
-        shared = () if opened else VIDEO_STAGES
-        self._metrics.observe_stages({stage: s for stage, s in timings.items() if stage not in (*shared, "total")})
+        groundings = video.ground_within(Limits(cancel=batch.over, progress=progress), queries, task)
+        skipped = ("total",) if new else ("total", *VIDEO_STAGES)
+        self._metrics.observe_stages({stage: s for stage, s in groundings[0].timings.items() if stage not in skipped})
         answers = {query: dataclasses.replace(one, taps=None) for query, one in zip(queries, groundings, strict=True)}
         texts = {query: json.dumps(answer.to_json(), ensure_ascii=False) for query, answer in answers.items()}
         return [
             (tuple(answers[query] for query in job.queries), f"[{', '.join(texts[query] for query in job.queries)}]")
-            for job in jobs
+            for job in batch.jobs
         ]
 
     def _progress(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> Progress:
-        """Return a callback that hands progress to the jobs, and stops a video that is longer than its packets said."""
+        """Return a callback that reports to the jobs, and stops a video that is longer than its packets said."""
         frames = 0
         sent: tuple[str, float] = ("", 0.0)
 
-        def tell(stage: str, done: float, total: float | None) -> None:
+        def report(stage: str, done: float, total: float | None) -> None:
             for job in batch.jobs:
-                job.tell(stage, done, total)
+                job.report(stage, done, total)
 
         def progress(stage: str, done: float, total: float | None) -> None:
             nonlocal frames, sent
             if stage == "decode_video":
                 frames += 1
-                if done > 1.1 * self._settings.max_duration_s + 1 or frames > self._most_frames + 1:
-                    raise ApiError(413, "duration", "The video is longer than its header says, and than is taken here.")
+                if done > 1.1 * self._settings.max_duration_s + 1 or frames > self._settings.max_frames + 1:
+                    message = "The video is longer than its header says, and than this server accepts."
+                    raise ApiError(413, "video.too_long", message)
             now = loop.time()
             if stage != sent[0] or done == total or now > sent[1] + 0.1:
                 sent = (stage, now)
-                loop.call_soon_threadsafe(tell, stage, done, total)
+                loop.call_soon_threadsafe(report, stage, done, total)
 
         return progress

@@ -1,45 +1,48 @@
-"""The newest picture of a live source: remembered as the stream passes, converted when somebody asks for it."""
+"""The newest frame of a live source: kept as the stream passes, converted only when a client requests it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
 from bridge_stg.runtime.live.source import Frames, LiveSource, open_live
 
 
-class Looking:
-    """A source that remembers its newest frame.
+class NewestFrame:
+    """A live source that keeps its newest frame.
 
     Attributes:
-        address: as messages of the runtime show it; clients are told a name instead.
-        source: what to watch instead of the address.
+        address: the address in messages of the runtime; clients get a name instead.
+        source: the source to watch.
     """
 
     def __init__(self, address: str, *, timeout_s: float) -> None:
-        inner = open_live(address, realtime=True, timeout_s=timeout_s)
-        self._inner, self.address = inner, inner.name
+        self._inner = inner = open_live(address, realtime=True, timeout_s=timeout_s)
+        self.address = inner.name
         self._newest: tuple[float, Callable[[], np.ndarray]] | None = None
         self.source = LiveSource(inner.name, keeps_pace=inner.keeps_pace, read=self._read)
 
-    def newest(self) -> tuple[np.ndarray, float] | None:
-        """Return the newest picture, uint8 [H, W, 3], and its time as the source says it; None before the first."""
+    def read(self) -> tuple[np.ndarray, float] | None:
+        """Return the newest frame, uint8 [H, W, 3], and its time in the stream; None before the first frame."""
         if self._newest is None:
             return None
-        time_s, picture = self._newest
-        return picture(), time_s
+        time_s, frame = self._newest
+        return frame(), time_s
 
     def _read(self, stop: threading.Event) -> Frames:
-        for time_s, picture in self._inner.frames(stop):
-            # A frame of PyAV may not be converted by two threads at a time.
-            alone = partial(_one_at_a_time, threading.Lock(), picture)
-            self._newest = time_s, alone
-            yield time_s, alone
+        for time_s, frame in self._inner.frames(stop):
+            self._newest = time_s, _one_at_a_time(frame)
+            yield self._newest
 
 
-def _one_at_a_time(lock: threading.Lock, picture: Callable[[], np.ndarray]) -> np.ndarray:
-    with lock:
-        return picture()
+def _one_at_a_time(frame: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+    """Return a function that converts a frame in one thread at a time, as PyAV requires."""
+    lock = threading.Lock()
+
+    def convert() -> np.ndarray:
+        with lock:
+            return frame()
+
+    return convert

@@ -4,7 +4,7 @@ const KEY = "bridge-stg-key";
 const BUSY_TRIES = 20;
 const RECONNECTIONS = 6;
 
-/** What the server refused, in its words. `status` is 0 where it could not be reached at all. */
+/** An error of the server, in its words. `status` is 0 where it could not be reached at all. */
 export class ServerError extends Error {
   constructor(status, code, message, waitS = null) {
     super(message);

@@ -2,7 +2,7 @@
 
 import { byId } from "./elements.js";
 
-/** Return the key that was typed; null if none was. @param {boolean} wrong whether the one before was refused. */
+/** Return the key that was typed; null if none was. @param {boolean} wrong whether the server rejected the previous one. */
 export function askKey(wrong) {
   const dialog = byId("key-dialog");
   const input = byId("key");

@@ -1,188 +1,158 @@
-"""Routes of jobs: ask, look, follow, cancel; and the one that waits for its answer."""
+"""Routes of jobs: create, follow, cancel; and the route that waits for its answer."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from bridge_stg.server.http import schemas as models
-from bridge_stg.server.http.errors import ApiError
-from bridge_stg.server.jobs import job as jobs
-from bridge_stg.server.jobs.events import EventStream, job_events
-from bridge_stg.server.routes.videos import file_response, read_json, read_upload, service_of
+from bridge_stg.server.http import schemas
+from bridge_stg.server.http.errors import ApiError, invalid_request
+from bridge_stg.server.http.multipart import Form, read_form
+from bridge_stg.server.jobs.job import Job
+from bridge_stg.server.routes.videos import TheService, file_response, form_or_json, is_json, read_json
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.uploads import Upload
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
-WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-GROUND_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "queries"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "The video."},
-                        "queries": {
-                            "type": "array",
-                            "items": {"type": "string"},
-                            "description": "What to find; repeat the field for several.",
-                        },
-                        "task": {"type": "string", "enum": ["ground", "span"], "default": "ground"},
-                        "allow_none": {"type": "boolean", "default": True},
-                        "deadline_s": {"type": "number", "exclusiveMinimum": 0},
-                    },
-                }
-            },
-            "application/json": {"schema": models.NewJob.model_json_schema()},
-        },
-    }
+T = TypeVar("T")
+FORM_FIELDS = {
+    "queries": {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": "What to find; repeat the field for several.",
+    },
+    "task": {"type": "string", "enum": ["ground", "span"], "default": "ground"},
+    "allow_none": {"type": "boolean", "default": True},
+    "deadline_s": {"type": "number", "exclusiveMinimum": 0},
 }
 
 
-@router.post("/jobs", status_code=202, response_model=models.Job)
-async def ask(request: Request, asked: models.NewJob) -> Response:
-    """Ask queries about a video. The answer comes later: see `GET /v1/jobs/{id}` and its events."""
-    service = service_of(request)
-    return shown(service, _add(service, service.store.get(asked.video), asked), status=202)
+async def job_of(job: str, service: TheService) -> Job:
+    """Return the job that the path names. Raises ApiError 404."""
+    return service.job(job)
 
 
-@router.get("/jobs/{job}", response_model=models.Job)
-async def about(request: Request, job: str) -> Response:
-    """Say how a job stands, with its results when it is done."""
-    service = service_of(request)
-    return shown(service, service.job(job))
+TheJob = Annotated[Job, Depends(job_of)]
+
+
+@router.post("/jobs", status_code=202, response_model=schemas.Job)
+async def create(service: TheService, new: schemas.NewJob) -> Response:
+    """Send queries about a video. The answer comes later: see `GET /v1/jobs/{id}` and its events."""
+    return _job_response(service, service.add_job(service.store.get(new.video), new), status=202)
+
+
+@router.get("/jobs/{job}", response_model=schemas.Job)
+async def describe(found: TheJob, service: TheService) -> Response:
+    """Return the status of a job, with its results when it is done."""
+    return _job_response(service, found)
 
 
 @router.delete("/jobs/{job}", status_code=204)
-async def cancel(request: Request, job: str) -> None:
-    """Give a job up, and forget its answer."""
-    service = service_of(request)
-    service.forget(service.job(job))
+async def cancel(found: TheJob, service: TheService) -> None:
+    """Cancel a job, and delete its answer."""
+    service.forget(found)
 
 
-@router.get(
-    "/jobs/{job}/events", response_class=StreamingResponse, responses={200: {"content": {"text/event-stream": {}}}}
-)
-async def events(request: Request, job: str) -> EventStream:
-    """Follow a job: `queued`, `progress`, then `done`, `failed` or `cancelled`; a connection begins with the state."""
-    service = service_of(request)
-    return EventStream(job_events(service.job(job), service.scheduler))
+@router.get("/jobs/{job}/events", response_class=EventSourceResponse)
+async def events(found: TheJob, service: TheService) -> AsyncIterator[ServerSentEvent]:
+    """Follow a job: the present state first, then `queued`, `progress`, and `done`, `failed` or `cancelled`."""
+    async for event in found.events(service.scheduler.position):
+        yield event
 
 
 @router.get("/jobs/{job}/annotated.mp4", response_class=FileResponse)
-async def annotated(request: Request, job: str) -> FileResponse:
-    """Return the video with all answers drawn in; it is made when it is first asked for."""
-    service = service_of(request)
-    found = service.job(job)
+async def annotated(request: Request, found: TheJob, service: TheService) -> FileResponse:
+    """Return the video with all answers drawn in, rendered at the first request."""
     if found.status != "done":
-        raise ApiError(409, "not_done", f"The job is {found.status}; there is something to draw when it is done.")
+        message = f"The job is {found.status}; its answers can be drawn when it is done."
+        raise ApiError(409, "server.job_not_done", message)
     service.store.hold(found.upload.file)
     try:
-        path = await _unless_gone(request.receive, service.renderer.file(found))
+        path = await _while_connected(request.receive, service.renderer.file(found))
     finally:
         service.store.release(found.upload.file)
     return file_response(str(path), "video/mp4", f"{found.upload.name.rpartition('.')[0] or 'video'}-annotated.mp4")
 
 
-@router.post("/ground", response_model=models.Grounded, openapi_extra=GROUND_BODY)
-async def ground(request: Request) -> Response:
-    """Upload a video, ask, and wait for the answers. Who goes away gives the work up; nothing is kept."""
-    service = service_of(request)
+@router.post(
+    "/ground",
+    response_model=schemas.Grounded,
+    openapi_extra=form_or_json(schemas.NewJob, ["queries"], FORM_FIELDS),
+)
+async def ground(request: Request, service: TheService) -> Response:
+    """Upload a video, send queries, and wait for the answers. Closing the connection cancels; nothing is kept."""
     service.check_open()
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
-        asked = await read_json(request, models.NewJob)
-        upload = service.store.get(asked.video)
-        return await _answered(request, service, upload, asked)
+    if is_json(request):
+        new = await read_json(request, service, schemas.NewJob)
+        return await _answer(request, service, service.store.get(new.video), new)
     service.scheduler.check_room()
     with service.store.receive() as incoming:
-        form = await read_upload(request, service, incoming)
-        asked = _asked(form)
-        service.check_queries(asked.queries)
-        upload = await incoming.finish(form.filename)
+        form = await read_form(request, service.settings, incoming.write)
+        new = _new_job(form)
+        service.check_queries(new.queries)
+        upload = await service.store.finish(incoming, form.filename)
     try:
-        return await _answered(request, service, upload, asked)
+        return await _answer(request, service, upload, new)
     finally:
         service.remove_video(upload)
 
 
-def shown(service: Service, job: jobs.Job, *, status: int = 200) -> Response:
-    """Return a job as clients see it."""
-    return json_text(job.to_text(service.scheduler.position(job)), status=status)
+def _job_response(service: Service, job: Job, *, status: int = 200) -> Response:
+    return _json_response(job.to_text(service.scheduler.position(job)), status=status)
 
 
-def json_text(text: str, *, status: int = 200) -> Response:
-    """Return JSON that is written already; it is not checked against its model, which long results would make slow."""
+def _json_response(text: str, *, status: int = 200) -> Response:
+    """Return serialized JSON, without the check against its schema, which is slow for long results."""
     return Response(text, status, media_type="application/json")
 
 
-def _add(service: Service, upload: Upload, asked: models.NewJob) -> jobs.Job:
-    return service.add_job(
-        upload, asked.queries, task=asked.task, allow_none=asked.allow_none, deadline_s=asked.deadline_s
-    )
-
-
-async def _answered(request: Request, service: Service, upload: Upload, asked: models.NewJob) -> Response:
-    job = _add(service, upload, asked)
+async def _answer(request: Request, service: Service, upload: Upload, new: schemas.NewJob) -> Response:
+    """Run a job and return its answers; it is deleted afterwards."""
+    job = service.add_job(upload, new)
     try:
-        await _unless_gone(request.receive, job.end())
-        if job.refusal is not None:
-            raise job.refusal
+        await _while_connected(request.receive, job.end())
+        if job.error is not None:
+            raise job.error
         if job.status != "done":
-            raise ApiError(409, "cancelled", "The job was cancelled.")
+            raise ApiError(409, "call.cancelled", "The job was cancelled.")
         video = json.dumps(upload.to_json(service.settings.keep_s), ensure_ascii=False)
-        return json_text(f'{{"video": {video}, "results": {job.results_text}}}')
+        return _json_response(f'{{"video": {video}, "results": {job.results_text}}}')
     finally:
         service.forget(job)
 
 
-async def _unless_gone(receive: Receive, work: Any) -> Any:
-    """Wait for something as long as the client does. Raises ClientDisconnect when it goes."""
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for `work` as long as the client is connected. Raises ClientDisconnect."""
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    waiting, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ClientDisconnect
-        return waiting.result()
+        return working.result()
     finally:
-        waiting.cancel()
+        working.cancel()
         leaving.cancel()
 
 
-def _asked(form: Any) -> models.NewJob:
+def _new_job(form: Form) -> schemas.NewJob:
     """Read the fields of a form. Raises ApiError 422."""
-    allow = form.value("allow_none")
-    task, deadline = form.value("task") or "ground", form.value("deadline_s")
+    options = {name: value for name, value in form.fields if name in ("task", "allow_none", "deadline_s")}
     try:
-        deadline_s = None if deadline is None else float(deadline)
-        if task not in ("ground", "span") or (allow is not None and allow.lower() not in WORDS):
-            raise ValueError
-        if deadline_s is not None and not 0 < deadline_s < 1e9:
-            raise ValueError
-    except ValueError:
-        raise ApiError(
-            422,
-            "invalid",
-            "A field is not as /docs says: task is ground or span, allow_none true or false, deadline_s seconds.",
-        ) from None
-    return models.NewJob.model_construct(
-        video="",
-        queries=form.values("queries"),
-        task=task,
-        allow_none=True if allow is None else WORDS[allow.lower()],
-        deadline_s=deadline_s,
-    )
+        return schemas.NewJob.model_validate({"video": "", "queries": form.values("queries"), **options})
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from error

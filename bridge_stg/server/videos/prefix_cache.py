@@ -1,4 +1,4 @@
-"""Videos whose prefix has been computed, kept for the next query on them: the least recently used go first."""
+"""Opened videos, whose prefix is computed, kept for the next query; the least recently used are closed first."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from bridge_stg.runtime.host.limits import Progress
 
 
 class OpenVideos:
-    """Opened videos by the key of their file. Safe to use from many threads, one at a time for each key.
+    """At most `most` opened videos by the key of their file, within `most_bytes` of memory besides the leased ones.
 
-    Args:
-        grounder: opens them.
-        most: how many are kept.
-        most_bytes: what they may hold in memory. A video that is being asked is kept whatever it holds.
+    Safe to use from many threads, one at a time per key.
     """
 
     def __init__(self, grounder: Grounder, *, most: int, most_bytes: int) -> None:
@@ -33,7 +30,7 @@ class OpenVideos:
 
     @property
     def nbytes(self) -> int:
-        """What all of them hold now."""
+        """Memory of all videos in bytes."""
         with self._lock:
             return sum(video.nbytes for video in [*self._kept.values(), *self._leased.values()])
 
@@ -41,51 +38,43 @@ class OpenVideos:
     def lease(
         self, key: str, path: str, *, cancel: Callable[[], bool], progress: Progress
     ) -> Iterator[tuple[OpenedVideo, bool]]:
-        """Give a video, and whether it was opened for this.
-
-        Raises:
-            BridgeError: as of `Grounder.open`.
-        """
+        """Yield a video, and whether it was opened by this call. Raises BridgeError as `Grounder.open` does."""
         with self._lock:
-            video = self._kept.pop(key, None)
-            if video is not None:
-                self._leased[key] = video
-        opened = video is None
-        if video is None:
-            video = self._grounder.open(path, cancel=cancel, progress=progress)
-            with self._lock:
-                self._leased[key] = video
+            kept = self._kept.pop(key, None)
+            if kept is not None:
+                self._leased[key] = kept
+        video = kept if kept is not None else self._grounder.open(path, cancel=cancel, progress=progress)
+        with self._lock:
+            self._leased[key] = video
         try:
-            yield video, opened
+            yield video, kept is None
         finally:
             with self._lock:
                 del self._leased[key]
                 self._kept[key] = video
-                closing = self._surplus()
-            for old in closing:
+                surplus = self._pop_surplus()
+            for old in surplus:
                 old.close()
 
     def close(self, key: str) -> None:
-        """Close a video whose file goes. It is not leased: whoever works on a video holds its file."""
+        """Close the video of a file that is about to be deleted. It is not leased: a lease holds its file."""
         with self._lock:
             video = self._kept.pop(key, None)
         if video is not None:
             video.close()
 
     def clear(self) -> None:
-        """Close all that are not leased."""
+        """Close all videos that are not leased."""
         with self._lock:
             videos = list(self._kept.values())
             self._kept.clear()
         for video in videos:
             video.close()
 
-    def _surplus(self) -> list[OpenedVideo]:
-        """Take out what is too much; the newest stays if it fits alone."""
+    def _pop_surplus(self) -> list[OpenedVideo]:
         surplus = []
-        held = sum(video.nbytes for video in self._kept.values())
-        while self._kept and (len(self._kept) > self._most or held > self._most_bytes):
-            _, video = self._kept.popitem(last=False)
-            held -= video.nbytes
-            surplus.append(video)
+        nbytes = sum(video.nbytes for video in self._kept.values())
+        while self._kept and (len(self._kept) > self._most or nbytes > self._most_bytes):
+            surplus.append(self._kept.popitem(last=False)[1])
+            nbytes -= surplus[-1].nbytes
         return surplus

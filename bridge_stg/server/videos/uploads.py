@@ -1,23 +1,26 @@
-"""The videos of a server's clients: written to a private folder, probed, known by random ids, deleted in time.
+"""The videos of clients: written to a private folder, probed, identified by random ids, deleted after some time.
 
-A file is known by the hash of what is in it: several uploads of the same bytes are one file, which is opened once. All
-methods run in the event loop; what takes long runs in threads.
+A file is identified by the hash of its content: several uploads of the same bytes are one file, which is opened once.
+All methods run in the event loop; slow work runs in threads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import os
 import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.image import DAMAGE
@@ -25,21 +28,21 @@ from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.settings import MIB, Settings
 from bridge_stg.server.videos.prefix_cache import OpenVideos
-from bridge_stg.server.videos.probe import FileInfo, FileLimits, probe
+from bridge_stg.server.videos.probe import FileInfo, probe
 
 MOST_NAME = 120
 
 
 @dataclass(eq=False)
 class StoredFile:
-    """A file that is there as long as someone holds it.
+    """A file that exists as long as it has holders.
 
     Attributes:
-        key: what tells its content from others'.
-        path: where it lies; without a suffix, so that only its content says what it is.
-        size: bytes.
-        info: what the probe found.
-        ours: whether it is deleted when nobody holds it; files of the media folder are not.
+        key: identifies the content.
+        path: path without a suffix, so that only the content decides on the type.
+        size: size in bytes.
+        info: result of the probe.
+        ours: whether the last holder deletes it; files of the media folder are not deleted.
     """
 
     key: str
@@ -60,29 +63,42 @@ class Upload:
     used: float = field(default_factory=time.time)
 
     def to_json(self, keep_s: float) -> dict[str, Any]:
-        """Return what the client is told."""
-        info = self.file.info
+        """Return the upload as in `schemas.Video`."""
         expires = datetime.fromtimestamp(self.used + keep_s, timezone.utc).isoformat(timespec="seconds")
-        return {
-            "id": self.id,
-            "name": self.name,
-            "kind": info.kind,
-            "media_type": info.media_type,
-            "duration_s": info.duration_s,
-            "width": info.width,
-            "height": info.height,
-            "frames": info.frames,
-            "expires_at": expires,
-        }
+        return {"id": self.id, "name": self.name, **dataclasses.asdict(self.file.info), "expires_at": expires}
+
+
+class Incoming:
+    """An upload that is being written; `reserve(size, more)` raises ApiError before a piece that does not fit."""
+
+    def __init__(self, path: Path, threads: Executor, reserve: Callable[[int, int], None]) -> None:
+        self.path, self.size = path, 0
+        self._threads, self._reserve, self._hash = threads, reserve, hashlib.sha256()
+        self._file = os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb", buffering=0)
+
+    @property
+    def key(self) -> str:
+        """The hash of what is written."""
+        return self._hash.hexdigest()
+
+    async def write(self, piece: bytes) -> None:
+        """Append a piece."""
+        self._reserve(self.size, len(piece))
+        self.size += len(piece)
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._append, piece)
+
+    def close(self) -> None:
+        """Close the file, and delete it unless it was moved."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, piece: bytes) -> None:
+        self._hash.update(piece)
+        self._file.write(piece)
 
 
 class Store:
-    """All files and uploads of one server.
-
-    Args:
-        opened: where videos are kept open; told of files that go.
-        writing, probing: threads for each; a file that takes long to probe holds up no upload.
-    """
+    """All files and uploads of one server. A slow probe runs in `probing` and blocks no upload in `writing`."""
 
     def __init__(
         self, settings: Settings, metrics: Metrics, opened: OpenVideos, *, writing: Executor, probing: Executor
@@ -90,48 +106,76 @@ class Store:
         self.folder = Path(tempfile.mkdtemp(prefix="bridge-stg-serve-"))
         self._settings, self._metrics, self._opened = settings, metrics, opened
         self._writing, self._probing = writing, probing
-        self._limits = FileLimits(settings.max_pixels, settings.max_duration_s)
         self._files: dict[str, StoredFile] = {}
         self._uploads: dict[str, Upload] = {}
-        self._incoming_bytes = 0
-        metrics.gauge("videos", "Videos that clients hold.", lambda: len(self._uploads))
+        self._incoming: set[Incoming] = set()
+        metrics.gauge("videos", "Videos that clients keep.", lambda: len(self._uploads))
         metrics.gauge("stored_bytes", "Bytes of uploads on disk.", lambda: self.stored_bytes)
 
     @property
     def stored_bytes(self) -> int:
-        """What lies in the folder, unfinished uploads included."""
-        return self._incoming_bytes + sum(file.size for file in list(self._files.values()) if file.ours)
+        """Bytes in the folder, unfinished uploads included."""
+        incoming = sum(upload.size for upload in list(self._incoming))
+        return incoming + sum(file.size for file in list(self._files.values()) if file.ours)
 
     def get(self, upload_id: str) -> Upload:
-        """Return an upload, and let it stay for another while. Raises ApiError 404."""
+        """Return an upload, and extend its time. Raises ApiError 404."""
         upload = self._uploads.get(upload_id)
         if upload is None:
-            raise ApiError(404, "no_video", "There is no such video here (any more); upload it again.")
+            message = "This video does not exist, or not any more; upload it again."
+            raise ApiError(404, "server.video_not_found", message)
         upload.used = time.time()
         return upload
 
-    def receive(self) -> Incoming:
-        """Begin an upload; a context manager. Raises ApiError 503 if too many videos are kept."""
+    @contextmanager
+    def receive(self) -> Iterator[Incoming]:
+        """Yield an upload to write to and to `finish`; otherwise its file is deleted at the end of the block.
+
+        Raises:
+            ApiError: 413 if the file grows too large, 503 if the server has no room for it.
+        """
         self._check_count()
-        return Incoming(self)
+        incoming = Incoming(self.folder / f"incoming-{secrets.token_hex(8)}", self._writing, self._reserve)
+        self._incoming.add(incoming)
+        try:
+            yield incoming
+        finally:
+            self._incoming.discard(incoming)
+            incoming.close()
+
+    async def finish(self, incoming: Incoming, filename: str | None) -> Upload:
+        """Probe a written file and make it an upload. Raises ApiError if there is no file, and as `probe` does."""
+        if filename is None:
+            message = "The form has no file; send the video in a field called `file`."
+            raise ApiError(400, "server.no_file", message)
+        if not incoming.size:
+            raise ApiError(422, "video.empty", "The file is empty (0 bytes); record or copy it again.")
+        name, key = display_name(filename), incoming.key
+        if key not in self._files:
+            info = await self._probe(str(incoming.path), name)
+            if key not in self._files:  # the same bytes may have been uploaded twice at the same time
+                path = self.folder / secrets.token_hex(16)
+                incoming.path.rename(path)
+                self._files[key] = StoredFile(key, str(path), incoming.size, info, ours=True)
+        return self._add(name, self._files[key])
 
     async def refer(self, name: str) -> Upload:
-        """Take a video of the media folder. Raises ApiError: 404 if it is not there, and as `probe` does."""
+        """Make a video of the media folder an upload. Raises ApiError: 404 if it does not exist, and as `probe`."""
         self._check_count()
-        path, about = self._media_path(name)
-        key = f"media:{path}:{about.st_size}:{about.st_mtime_ns}"
+        path, stat = self._media_path(name)
+        key = f"media:{path}:{stat.st_size}:{stat.st_mtime_ns}"
         file = self._files.get(key)
         if file is None:
             info = await self._probe(str(path), path.name)
-            file = self._files.setdefault(key, StoredFile(key, str(path), about.st_size, info, ours=False))
-        return self._add(shown_name(path.name), file)
+            file = self._files.setdefault(key, StoredFile(key, str(path), stat.st_size, info, ours=False))
+        return self._add(display_name(path.name), file)
 
     def hold(self, file: StoredFile) -> None:
         """Keep a file until `release`."""
         file.holders += 1
 
     def release(self, file: StoredFile) -> None:
-        """Let go of a file; the last one deletes it."""
+        """End a `hold`; the last one deletes the file."""
         file.holders -= 1
         if file.holders <= 0 and self._files.get(file.key) is file:
             del self._files[file.key]
@@ -140,12 +184,12 @@ class Store:
                 Path(file.path).unlink(missing_ok=True)
 
     def remove(self, upload: Upload) -> None:
-        """Forget an upload. May be called again."""
+        """Delete an upload. May be called again."""
         if self._uploads.pop(upload.id, None) is not None:
             self.release(upload.file)
 
     def expired(self) -> list[Upload]:
-        """Return the uploads whose time is up."""
+        """Return the uploads whose time is over."""
         before = time.time() - self._settings.keep_s
         return [upload for upload in self._uploads.values() if upload.used < before]
 
@@ -157,27 +201,32 @@ class Store:
 
     def _check_count(self) -> None:
         if len(self._uploads) >= self._settings.max_videos:
-            raise self._no_room(f"{len(self._uploads)} videos")
+            raise self._full(f"{len(self._uploads)} videos")
 
-    def _no_room(self, what: str) -> ApiError:
-        return ApiError(
-            503, "storage", f"This server holds {what} and takes no more now; delete some or wait.", retry_after_s=60
-        )
+    def _reserve(self, size: int, more: int) -> None:
+        most = self._settings.max_upload_bytes
+        if size + more > most:
+            message = f"The file is larger than {most / MIB:g} MiB, the limit of this server."
+            raise ApiError(413, "server.upload_too_large", message)
+        if self.stored_bytes + more > self._settings.max_storage_bytes:
+            raise self._full(f"{self.stored_bytes / MIB:.0f} MiB")
+        self._metrics.uploaded.inc(more)
+
+    def _full(self, found: str) -> ApiError:
+        message = f"This server keeps {found} and has no room for more now; delete some or wait."
+        return ApiError(503, "server.storage_full", message, retry_after_s=60)
 
     def _media_path(self, name: str) -> tuple[Path, os.stat_result]:
-        missing = ApiError(404, "no_source", "This server has no media file of that name.")
         if self._settings.media is None:
-            raise ApiError(404, "no_media", "This server has no media folder; upload the video.")
+            raise ApiError(404, "server.no_media_folder", "This server has no media folder; upload the video.")
         root = self._settings.media.resolve()
         try:
-            if not name or "\0" in name or Path(name).is_absolute():
-                raise missing
             path = (root / name).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):
-            raise missing from None
-        if not path.is_relative_to(root) or not path.is_file():
-            raise missing
-        return path, path.stat()
+            if name and not Path(name).is_absolute() and path.is_relative_to(root) and path.is_file():
+                return path, path.stat()
+        except (OSError, ValueError, RuntimeError):  # a missing file, a zero byte, a loop of links
+            pass
+        raise ApiError(404, "video.not_found", "The media folder of this server has no such file.") from None
 
     def _add(self, name: str, file: StoredFile) -> Upload:
         upload = Upload(secrets.token_urlsafe(18), name, file)
@@ -187,78 +236,12 @@ class Store:
 
     async def _probe(self, path: str, name: str) -> FileInfo:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._probing, probe, path, name, self._limits)
+            return await asyncio.get_running_loop().run_in_executor(self._probing, probe, path, name, self._settings)
         except (VideoError, *DAMAGE) as error:
-            raise ApiError(422, "video", f"{name} cannot be read as a video or picture.") from error
+            raise ApiError(422, "video.unreadable", f"{name} cannot be read as a video or image.") from error
 
 
-class Incoming:
-    """An upload on its way: write pieces, then `finish`. Leaving the block without that removes what was written."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._path = store.folder / f"incoming-{secrets.token_hex(8)}"
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> Incoming:
-        self._file = os.fdopen(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb", buffering=0)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._end()
-
-    async def write(self, piece: bytes) -> None:
-        """Append a piece. Raises ApiError: 413 if the file grows too large, 503 if the disk's share is full."""
-        store, most = self._store, self._store._settings.max_upload_bytes
-        if self._size + len(piece) > most:
-            raise ApiError(413, "size", f"The file is larger than the {most / MIB:g} MiB that this server takes.")
-        if store.stored_bytes + len(piece) > store._settings.max_storage_bytes:
-            raise store._no_room(f"{store.stored_bytes / MIB:.0f} MiB")
-        self._size += len(piece)
-        store._incoming_bytes += len(piece)
-        store._metrics.uploaded.inc(len(piece))
-        await asyncio.get_running_loop().run_in_executor(store._writing, self._append, piece)
-
-    def _append(self, piece: bytes) -> None:
-        assert self._file is not None
-        self._hash.update(piece)
-        self._file.write(piece)
-
-    async def finish(self, filename: str | None) -> Upload:
-        """Probe what was written, and make it an upload.
-
-        Raises:
-            ApiError: there was no file, or it is empty; or as of `probe`.
-        """
-        store = self._store
-        if filename is None:
-            raise ApiError(400, "no_file", "The form holds no file; send the video in a field called `file`.")
-        if not self._size:
-            raise ApiError(422, "empty", "The file is empty (0 bytes); record or copy it again.")
-        name = shown_name(filename)
-        key = self._hash.hexdigest()
-        if key not in store._files:
-            info = await store._probe(str(self._path), name)
-            if key not in store._files:  # the same bytes may have come twice at a time
-                path = store.folder / secrets.token_hex(16)
-                self._path.rename(path)
-                store._files[key] = StoredFile(key, str(path), self._size, info, ours=True)
-        upload = store._add(name, store._files[key])
-        self._end()
-        return upload
-
-    def _end(self) -> None:
-        if self._file is None:
-            return
-        self._file.close()
-        self._file = None
-        self._store._incoming_bytes -= self._size
-        self._path.unlink(missing_ok=True)
-
-
-def shown_name(filename: str) -> str:
-    """Return a client's file name as it may be shown: its last part, without what is no letter."""
+def display_name(filename: str) -> str:
+    """Return a client's file name for display: its last part, printable characters only."""
     last = filename.replace("\\", "/").rpartition("/")[2]
     return "".join(letter for letter in last if letter.isprintable())[-MOST_NAME:] or "video"

@@ -26,8 +26,8 @@ from tests.server.conftest import (
     ask,
     ended,
     events,
+    http_error,
     metric,
-    refusal,
     small_clip,
     until,
     upload,
@@ -98,7 +98,7 @@ def test_the_annotated_video_shows_every_query(demo_server: Running) -> None:
         video = upload(client, CLIPS[0])
         job = ask(client, video["id"], QUERIES, allow_none=False).json()["id"]
         answer = client.get(f"/v1/jobs/{job}/annotated.mp4")
-        assert answer.status_code == 200 or refusal(answer) == (409, "not_done")
+        assert answer.status_code == 200 or http_error(answer) == (409, "server.job_not_done")
         results = ended(client, job)["results"]
         answer = client.get(f"/v1/jobs/{job}/annotated.mp4")
         assert answer.headers["content-type"] == "video/mp4" and "annotated" in answer.headers["content-disposition"]
@@ -136,7 +136,7 @@ def test_a_job_that_is_deleted_while_it_is_drawn(
             assert came.wait(20)
             assert client.delete(f"/v1/jobs/{job}").status_code == 204
             going.set()
-            assert refusal(drawn.result()) == (404, "no_job")
+            assert http_error(drawn.result()) == (404, "server.job_not_found")
 
 
 def test_the_file_comes_back_whole_and_in_parts(served: Callable[..., Running], tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_the_file_comes_back_whole_and_in_parts(served: Callable[..., Running], 
         assert whole.headers["content-disposition"].startswith("inline")
         assert client.get(f"/v1/videos/{video['id']}").json()["name"] == "a clip.mp4"
         assert client.delete(f"/v1/videos/{video['id']}").status_code == 204
-        assert refusal(client.get(f"/v1/videos/{video['id']}")) == (404, "no_video")
-        assert refusal(client.get(f"/v1/videos/{video['id']}/content")) == (404, "no_video")
+        assert http_error(client.get(f"/v1/videos/{video['id']}")) == (404, "server.video_not_found")
+        assert http_error(client.get(f"/v1/videos/{video['id']}/content")) == (404, "server.video_not_found")
     assert not list(running.service.store.folder.iterdir())
 
 
@@ -226,7 +226,7 @@ def test_a_file_of_the_media_folder_and_no_other(served: Callable[..., Running],
 
         def refer(name: str) -> object:
             answer = client.post("/v1/videos", json={"source": name})
-            return answer.json()["name"] if answer.status_code == 201 else refusal(answer)
+            return answer.json()["name"] if answer.status_code == 201 else http_error(answer)
 
         assert refer("deep/a.mp4") == "a.mp4" and refer("inside.mp4") == "a.mp4"
         for name in (
@@ -241,12 +241,12 @@ def test_a_file_of_the_media_folder_and_no_other(served: Callable[..., Running],
             "deep/../../outside.mp4",
             "file:deep/a.mp4",
         ):
-            assert refer(name) == (404, "no_source"), name
+            assert refer(name) == (404, "video.not_found"), name
         video = client.post("/v1/videos", json={"source": "deep/a.mp4"}).json()
         client.delete(f"/v1/videos/{video['id']}")
         assert (media / "deep" / "a.mp4").exists()
     with served().client() as client:
-        assert refusal(client.post("/v1/videos", json={"source": "deep/a.mp4"})) == (404, "no_media")
+        assert http_error(client.post("/v1/videos", json={"source": "deep/a.mp4"})) == (404, "server.no_media_folder")
 
 
 def test_what_nobody_asks_for_is_forgotten(served: Callable[..., Running], tmp_path: Path) -> None:
@@ -256,8 +256,8 @@ def test_what_nobody_asks_for_is_forgotten(served: Callable[..., Running], tmp_p
         job = ask(client, video["id"], ["the car"]).json()["id"]
         ended(client, job)
         until(lambda: not list(running.service.store.folder.iterdir()))
-        assert refusal(client.get(f"/v1/videos/{video['id']}")) == (404, "no_video")
-        assert refusal(client.get(f"/v1/jobs/{job}")) == (404, "no_job")
+        assert http_error(client.get(f"/v1/videos/{video['id']}")) == (404, "server.video_not_found")
+        assert http_error(client.get(f"/v1/jobs/{job}")) == (404, "server.job_not_found")
     assert len(running.service.opened) == 0
 
 
@@ -265,41 +265,42 @@ def test_wrong_requests_are_told_what_is_wrong(served: Callable[..., Running], t
     with served(max_queries=2, max_query_chars=40).client() as client:
         video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
         for body, expected in (
-            ({"video": "none", "queries": ["the car"]}, (404, "no_video")),
-            ({"video": video, "queries": []}, (422, "invalid")),
-            ({"video": video, "queries": [" "]}, (422, "query")),
-            ({"video": video, "queries": ["a"] * 3}, (413, "queries")),
-            ({"video": video, "queries": ["a" * 41]}, (413, "query_length")),
-            ({"video": video, "queries": "the car"}, (422, "invalid")),
-            ({"video": video, "queries": ["the car"], "task": "dance"}, (422, "invalid")),
-            ({"video": video, "queries": ["the car"], "deadline_s": -1}, (422, "invalid")),
-            ({"video": video, "queries": ["the car"], "path": "/etc/passwd"}, (422, "invalid")),
-            ({"queries": ["the car"]}, (422, "invalid")),
+            ({"video": "none", "queries": ["the car"]}, (404, "server.video_not_found")),
+            ({"video": video, "queries": []}, (422, "query.empty")),
+            ({"video": video, "queries": [" "]}, (422, "query.empty")),
+            ({"video": video, "queries": ["a"] * 3}, (413, "query.too_many")),
+            ({"video": video, "queries": ["a" * 41]}, (413, "query.too_long")),
+            ({"video": video, "queries": "the car"}, (422, "server.invalid_request")),
+            ({"video": video, "queries": ["the car"], "task": "dance"}, (422, "server.invalid_request")),
+            ({"video": video, "queries": ["the car"], "deadline_s": -1}, (422, "server.invalid_request")),
+            ({"video": video, "queries": ["the car"], "path": "/etc/passwd"}, (422, "server.invalid_request")),
+            ({"queries": ["the car"]}, (422, "server.invalid_request")),
         ):
-            assert refusal(client.post("/v1/jobs", json=body)) == expected, body
-        assert refusal(client.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"}))[0] == 422
+            assert http_error(client.post("/v1/jobs", json=body)) == expected, body
+        assert http_error(client.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"}))[0] == 422
         deep = client.post("/v1/jobs", content=b"[" * 100_000, headers={"Content-Type": "application/json"})
-        assert refusal(deep) == (422, "invalid")
-        assert refusal(client.post("/v1/jobs", json={"queries": ["a" * 300_000]})) == (413, "body")
-        assert refusal(client.post("/v1/videos", files={"other": b"a"})) == (400, "no_file")
-        assert refusal(client.post("/v1/videos", data={"file": "a"})) == (415, "content_type")
-        assert refusal(client.post("/v1/ground", files={"file": small_clip(tmp_path / "b.mp4").read_bytes()})) == (
-            422,
-            "query",
-        )
-        assert refusal(client.get("/v1/nothing")) == (404, "not_found")
-        assert refusal(client.put("/v1/jobs")) == (405, "method")
+        assert http_error(deep) == (422, "server.invalid_request")
+        assert http_error(client.post("/v1/jobs", json={"queries": ["a" * 300_000]})) == (413, "server.body_too_large")
+        assert http_error(client.post("/v1/videos", files={"other": b"a"})) == (400, "server.no_file")
+        assert http_error(client.post("/v1/videos", data={"file": "a"})) == (415, "server.unsupported_content_type")
+        answer = client.post("/v1/ground", files={"file": small_clip(tmp_path / "b.mp4").read_bytes()})
+        assert http_error(answer) == (422, "query.empty")
+        assert http_error(client.get("/v1/nothing")) == (404, "server.not_found")
+        assert http_error(client.put("/v1/jobs")) == (405, "server.method_not_allowed")
         form = {"Content-Type": "multipart/form-data; boundary=b"}
         for content in (b"no form", b"--b\r\n", b"--b\r\nContent-Disposition: form-data; name=file\r\n\r\nabc"):
-            assert refusal(client.post("/v1/videos", content=content, headers=form))[1] in ("form", "no_file")
+            assert http_error(client.post("/v1/videos", content=content, headers=form))[1] in (
+                "server.bad_form",
+                "server.no_file",
+            )
 
 
 def test_one_query_that_cannot_be_asked_fails_no_other(served: Callable[..., Running], tmp_path: Path) -> None:
     spec = fake_spec()
     spec = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=500))
-    running = served(fake_grounder(spec), workers=1)
-    hold = threading.Event()
-    running.grounder.sessions["language_model"].before = lambda feeds: hold.wait(20)  # type: ignore[attr-defined]
+    running, hold = served(fake_grounder(spec), workers=1), threading.Event()
+    session: Any = running.grounder.sessions["language_model"]
+    session.before = lambda feeds: hold.wait(20)
     with running.client() as client:
         video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
         queries = (
@@ -312,4 +313,4 @@ def test_one_query_that_cannot_be_asked_fails_no_other(served: Callable[..., Run
         hold.set()
         values = [ended(client, job) for job in jobs]
     assert [value["status"] for value in values] == ["done", "done", "failed", "done"]
-    assert values[2]["code"] == "query" and metric(running, "batch_queries_sum") == 4
+    assert values[2]["code"] == "query.too_long" and metric(running, "batch_queries_sum") == 4

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.fakes.clips import decoded, write
-from tests.server.chromium import chromium
 from tests.server.conftest import CLIPS, Running
-from tests.server.measure import MEASURE
+from tests.server.page.chromium import chromium
+from tests.server.page.measure import MEASURE
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def test_the_annotated_video(page: Any, tmp_path: Path) -> None:
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
     box = result["boxes"][len(result["boxes"]) // 2]
     picture = next(picture for time_s, picture in frames if abs(time_s - box["time_s"]) < 1e-3)
-    left, top, right, bottom = (round(side) for side in box["box"])
+    left, top, _, bottom = (round(side) for side in box["box"])
     edge = picture[(top + bottom) // 2, left - 6 : left + 3].astype(int)  # the line runs around the box
     assert (np.abs(edge - MAGENTA).max(axis=-1) < 70).any(), edge
 

@@ -88,7 +88,7 @@ def test_a_second_signal_does_not_wait(exported: Any, folder: Path, tmp_path: Pa
             ask(client, video, [f"thing {i} {j}" for j in range(16)], allow_none=False)
         process.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        code, told, took = process.end(signal.SIGTERM)
+        _, told, took = process.end(signal.SIGTERM)
     assert took < 25 and told == ""
 
 
@@ -112,20 +112,20 @@ def test_faults_are_one_paragraph(
         taken.listen()
         port = str(taken.getsockname()[1])
         for arguments, word in (
-            ([bundle, "--port", port], "is in use"),
+            ([bundle, "--port", port], "--port"),
             ([str(tmp_path / "none"), "--port", "0"], "none"),
             ([str(tmp_path), "--port", "0"], "manifest.json"),
             ([bundle, "--host", "0.0.0.0"], "--insecure"),
-            ([bundle, "--host", "no.such.host.invalid", "--insecure"], "no address"),
-            ([bundle, "--host", "192.0.2.1", "--insecure", "--port", "0"], "no such address"),
+            ([bundle, "--host", "no.such.host.invalid", "--insecure"], "no.such.host.invalid"),
+            ([bundle, "--host", "192.0.2.1", "--insecure", "--port", "0"], "192.0.2.1"),
             ([bundle, "--api-key", "short"], "API key"),
             ([bundle, "--api-key-env", "EMPTY_KEY"], "EMPTY_KEY"),
-            ([bundle, "--api-key", KEY, "--api-key-env", "PATH"], "give one"),
+            ([bundle, "--api-key", KEY, "--api-key-env", "PATH"], "--api-key-env"),
             ([bundle, "--media", str(tmp_path / "none")], "--media"),
             ([bundle, "--live", "gate"], "gate=rtsp"),
             ([bundle, "--live", "a/b=0"], "a/b"),
             ([bundle, "--live", f"gate={tmp_path}/none.mp4", "--port", "0"], "--live gate"),
-            ([bundle, "--live", "a=0", "--live", "a=1"], "the same"),
+            ([bundle, "--live", "a=0", "--live", "a=1"], "--live"),
             ([bundle, "--backend", "none", "--port", "0"], "none"),
             ([bundle, "--max-queue", "0"], "--max-queue"),
         ):
@@ -143,5 +143,5 @@ def test_without_the_extra_it_says_what_to_install(package: str, exported: Any) 
         f"import sys; sys.modules[{package!r}] = None; sys.path.insert(0, {str(ROOT)!r}); from bridge_stg import cli; "
         f"sys.exit(cli.run(['serve', {str(exported.path)!r}, '--port', '0']))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and 'pip install "bridge-stg[serve]"' in done.stderr, done.stderr

@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 
 from tests.fakes.clips import write
-from tests.server.chromium import chromium
-from tests.server.measure import MEASURE
-from tests.server.page_server import PAGE, Script, serving, true_box
+from tests.server.page.chromium import chromium
+from tests.server.page.measure import MEASURE
+from tests.server.page.page_server import PAGE, Script, serving, true_box
 
 WIDTH, HEIGHT, RATE, COUNT = 320, 240, 10, 40
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 740}
@@ -211,7 +211,7 @@ def test_keyboard_alone(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit()
     page = seen.page
     choosers: list[Any] = []
-    page.on("filechooser", lambda chooser: choosers.append(chooser))
+    page.on("filechooser", choosers.append)
 
     def tab_to(name: str) -> None:
         for _ in range(40):

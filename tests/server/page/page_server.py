@@ -22,9 +22,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
+from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.playback import play
 
-PAGE = Path(__file__).resolve().parents[2] / "bridge_stg/server/page"
+PAGE = Path(__file__).resolve().parents[3] / "bridge_stg/server/page"
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self' blob:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -129,32 +130,33 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         url = self._begin()
-        if url.path == "/":
-            return self._send_file(PAGE / "index.html")
-        if url.path.startswith("/page/"):
-            return self._send_file(PAGE / url.path.removeprefix("/page/"))
-        if not self._allowed():
-            return None
-        if url.path == "/health":
-            return self._json(200, {"status": "ok", "bundle": {"name": "demo"}, "backend": "onnxruntime-cpu"})
-        if url.path == "/v1/live":
-            return self._json(200, {"live": [{"name": "door"}] if self.script.live else []})
-        if url.path == "/v1/live/door/events":
-            return self._live()
-        if url.path == "/v1/live/door/frame" and self.script.picture is not None:
-            newest = self.script.known_s + self.script.ahead_s
-            return self._jpeg(self.script.picture(newest), newest)
-        if match := re.fullmatch(r"/v1/videos/(\w+)/frame", url.path):
-            return self._frame(self.uploads[match[1]], float(parse_qs(url.query)["time"][0]))
-        if match := re.fullmatch(r"/v1/jobs/(\w+)/events", url.path):
-            return self._events(self.jobs[match[1]])
-        if match := re.fullmatch(r"/v1/jobs/(\w+)/annotated.mp4", url.path):
-            return self._bytes(200, self.uploads[self.jobs[match[1]]["video"]].data, "video/mp4")
-        return self._json(404, {"error": "There is nothing here.", "code": "not_found"})
+        if url.path == "/" or url.path.startswith("/page/"):
+            self._send_file(PAGE / (url.path.removeprefix("/page/").strip("/") or "index.html"))
+        elif self._allowed():
+            for pattern, answer in ROUTES.items():
+                if match := re.fullmatch(pattern, url.path):
+                    return answer(self, *match.groups(), **parse_qs(url.query))
+            self._json(404, {"error": "There is nothing here.", "code": "server.not_found"})
+        return None
 
-    def do_POST(self) -> None:  # noqa: N802
+    def health(self) -> None:
+        self._json(200, {"status": "ok", "bundle": {"name": "demo"}, "backend": "onnxruntime-cpu"})
+
+    def sources(self) -> None:
+        self._json(200, {"live": [{"name": "door"}] if self.script.live else []})
+
+    def newest(self, **_: Any) -> None:
+        if self.script.picture is None:
+            return self._json(404, {"error": "There is no frame.", "code": "server.frame_not_found"})
+        time_s = self.script.known_s + self.script.ahead_s
+        return self._jpeg(self.script.picture(time_s), time_s)
+
+    def annotated(self, job: str) -> None:
+        self._bytes(200, self.uploads[self.jobs[job]["video"]].data, "video/mp4")
+
+    def do_POST(self) -> None:
         url = self._begin()
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if not self._allowed():
@@ -163,16 +165,16 @@ class Handler(BaseHTTPRequestHandler):
             return self._take(body)
         asked = json.loads(body)
         if asked["video"] not in self.uploads:
-            return self._json(404, {"error": "There is no such video.", "code": "no_video"})
+            return self._json(404, {"error": "There is no such video.", "code": "server.video_not_found"})
         if self.script.busy > 0:
             self.script.busy -= 1
-            return self._json(429, {"error": "Three jobs wait already.", "code": "queue_full"}, {"Retry-After": "1"})
+            return self._json(429, {"error": "Three jobs wait already.", "code": "server.busy"}, {"Retry-After": "1"})
         self.script.asked.append(asked)
         job = {"id": f"job{len(self.jobs)}", "status": "queued", "position": 0, **asked}
         self.jobs[job["id"]] = job
         return self._json(202, job)
 
-    def do_DELETE(self) -> None:  # noqa: N802
+    def do_DELETE(self) -> None:
         url = self._begin()
         kind, name = url.path.split("/")[2:4]
         if kind == "jobs":
@@ -188,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
     def _allowed(self) -> bool:
         if self.script.key is None or self.headers.get("Authorization") == f"Bearer {self.script.key}":
             return True
-        self._json(401, {"error": "This server wants a key.", "code": "key"})
+        self._json(401, {"error": "This server wants a key.", "code": "server.unauthorized"})
         return False
 
     def _take(self, body: bytes) -> None:
@@ -198,15 +200,17 @@ class Handler(BaseHTTPRequestHandler):
         assert name is not None
         try:
             upload = read_upload(name[1].decode(), data)
-        except Exception:  # whatever a reader of videos raises
+        except VideoError:
             return self._json(
-                415, {"error": f"{name[1].decode()} is no video that can be read here.", "code": "no_video"}
+                415,
+                {"error": f"{name[1].decode()} is no video that can be read here.", "code": "video.unsupported_format"},
             )
         video = f"video{len(self.uploads)}"
         self.uploads[video] = upload
         return self._json(201, {"id": video, **upload.record})
 
-    def _frame(self, upload: Upload, time_s: float) -> None:
+    def frame(self, video: str, time: list[str]) -> None:
+        upload, time_s = self.uploads[video], float(time[0])
         index = max(0, int(np.searchsorted(upload.times, time_s, side="right")) - 1)
         self._jpeg(upload.frames[index], upload.times[index])
 
@@ -217,7 +221,8 @@ class Handler(BaseHTTPRequestHandler):
         Image.fromarray(picture).save(out, "JPEG")
         self._bytes(200, out.getvalue(), "image/jpeg", {"X-Frame-Time": f"{time_s:.6f}"})
 
-    def _events(self, job: dict[str, Any]) -> None:
+    def events(self, job_id: str) -> None:
+        job = self.jobs[job_id]
         self._open_events()
         for position, stage in enumerate(STAGES):
             for done in (0, 1, 2):
@@ -229,12 +234,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.script.lose -= 1
                 return None
         if self.script.fail is not None:
-            return self._event("failed", {"error": self.script.fail, "code": "failed"})
+            return self._event("failed", {"error": self.script.fail, "code": "server.internal"})
         upload = self.uploads[job["video"]]
         results = [answer(upload, i, query, job["task"]) for i, query in enumerate(job["queries"])]
         return self._event("done", {"id": job["id"], "status": "done", "results": results})
 
-    def _live(self) -> None:
+    def live(self, **_: Any) -> None:
         self._open_events()
         for update in self.script.live:
             self.script.known_s = update["known_s"]
@@ -268,6 +273,17 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
+
+
+ROUTES: dict[str, Callable[..., None]] = {
+    "/health": Handler.health,
+    "/v1/live": Handler.sources,
+    "/v1/live/door/events": Handler.live,
+    "/v1/live/door/frame": Handler.newest,
+    r"/v1/videos/(\w+)/frame": Handler.frame,
+    r"/v1/jobs/(\w+)/events": Handler.events,
+    r"/v1/jobs/(\w+)/annotated.mp4": Handler.annotated,
+}
 
 
 def read_upload(name: str, data: bytes) -> Upload:

@@ -22,8 +22,8 @@ from tests.server.conftest import (
     ask,
     ended,
     events,
+    http_error,
     metric,
-    refusal,
     small_clip,
     until,
     upload,
@@ -31,10 +31,10 @@ from tests.server.conftest import (
 
 
 class Gate:
-    """Holds every call of a session until it is opened, and counts those that came."""
+    """Blocks every call of a session until it is opened, and counts the calls."""
 
     def __init__(self, session: Any) -> None:
-        self.open, self.came = threading.Event(), 0
+        self.session, self.open, self.came = session, threading.Event(), 0
         session.before = self.pass_through
 
     def pass_through(self, feeds: Any) -> None:
@@ -96,14 +96,14 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(served: Callable[..., R
         until(lambda: gate.came)
         jobs += [ask(client, video, [f"thing {i}"]).json()["id"] for i in (1, 2)]
         answer = ask(client, video, ["one more"])
-        assert refusal(answer) == (429, "busy") and int(answer.headers["retry-after"]) >= 1
+        assert http_error(answer) == (429, "server.busy") and int(answer.headers["retry-after"]) >= 1
         whole = client.post("/v1/ground", files={"file": path.read_bytes()}, data={"queries": "one more"})
-        assert refusal(whole) == (429, "busy")
+        assert http_error(whole) == (429, "server.busy")
         assert client.get("/health").json()["queue"] == {"waiting": 2, "running": 1, "most_waiting": 2}
         gate.open.set()
         assert [ended(client, job)["status"] for job in jobs] == ["done"] * 3
         assert ask(client, video, ["one more"]).status_code == 202
-    assert metric(running, "refused_total", reason="busy") == 2
+    assert metric(running, "errors_total", code="server.busy") == 2
 
 
 def test_sixty_four_clients_get_their_own_right_answers(served: Callable[..., Running], tmp_path: Path) -> None:
@@ -151,12 +151,12 @@ def test_sixty_four_clients_on_a_small_queue_are_answered_or_refused(
         if answer.status_code == 200:
             assert answer_of(answer.json()["results"][0]) == answer_of(expected.ground(path, f"client {number}"))
             return "answered"
-        assert refusal(answer) == (429, "busy") and answer.headers["retry-after"]
+        assert http_error(answer) == (429, "server.busy") and answer.headers["retry-after"]
         return "refused"
 
     with ThreadPoolExecutor(64) as clients:
         told = clients.map(run, range(64))
-        until(lambda: metric(running, "refused_total", reason="busy") == 55)
+        until(lambda: metric(running, "errors_total", code="server.busy") == 55)
         gate.open.set()
         assert sorted(told) == ["answered"] * 9 + ["refused"] * 55
 
@@ -176,7 +176,7 @@ def test_sixty_four_clients_on_a_real_model(demo_server: Running) -> None:
             form = {"file": (clip.name, clip.read_bytes())}
             answer = client.post("/v1/ground", files=form, data={"queries": query}, timeout=300)
         if answer.status_code == 429:
-            refusal(answer)
+            http_error(answer)
             return 0.0
         assert answer.status_code == 200, answer.text
         told, alone = answer_of(answer.json()["results"][0]), expected[clip, query]
@@ -254,13 +254,13 @@ def test_a_job_that_is_deleted_frees_its_work(when: str, served: Callable[..., R
             with running.client() as other:
                 assert other.delete(f"/v1/jobs/{deleted}").status_code == 204
             assert list(told)[-1] == ("cancelled", {})
-        assert refusal(client.get(f"/v1/jobs/{deleted}")) == (404, "no_job")
+        assert http_error(client.get(f"/v1/jobs/{deleted}")) == (404, "server.job_not_found")
         calls = gate.came
         gate.open.set()
         assert ended(client, jobs[when == "running"])["status"] == "done"
         until(lambda: metric(running, "running_batches") == 0)
     assert metric(running, "jobs_total", outcome="cancelled") == 1 and calls == 1
-    asked = [seen for batch in grounder.sessions["language_model"].seen for seen in batch]  # type: ignore[attr-defined]
+    asked = [seen for batch in gate.session.seen for seen in batch]
     assert not any("Find second" in text for text in asked) or when == "running"
     assert not any("Find first" in text for text in asked) or when == "queued"
 
@@ -274,7 +274,7 @@ def test_a_video_that_is_deleted_takes_its_jobs_along(served: Callable[..., Runn
         until(lambda: gate.came)
         client.delete(f"/v1/videos/{video}")
         gate.open.set()
-        assert refusal(client.get(f"/v1/jobs/{job}")) == (404, "no_job")
+        assert http_error(client.get(f"/v1/jobs/{job}")) == (404, "server.job_not_found")
         until(lambda: not list(running.service.store.folder.iterdir()))
         assert len(running.service.opened) == 0
 
@@ -291,10 +291,10 @@ def test_a_deadline_counts_the_waiting(served: Callable[..., Running], tmp_path:
         values = [ended(client, job) for job in jobs]
         assert 0.5 < time.monotonic() - began < 10
         answer = client.post("/v1/ground", json={"video": video, "queries": ["third"], "deadline_s": 0.1})
-        assert refusal(answer) == (408, "deadline")
+        assert http_error(answer) == (408, "call.deadline")
         gate.open.set()
         until(lambda: metric(running, "running_batches") == 0)
-    assert [(value["status"], value["code"]) for value in values] == [("failed", "deadline")] * 2
+    assert [(value["status"], value["code"]) for value in values] == [("failed", "call.deadline")] * 2
     assert "0.2 s" in values[1]["error"] and gate.came == 1
 
 
@@ -313,16 +313,17 @@ def test_the_event_loop_stays_free_while_a_model_runs(served: Callable[..., Runn
 
 def test_an_engine_that_fails_is_told_without_its_words(served: Callable[..., Running], tmp_path: Path) -> None:
     grounder = fake_grounder()
+    session: Any = grounder.sessions["language_model"]
 
     def fail(feeds: Any) -> None:
         raise RuntimeError("/secret/path of the engine")
 
-    grounder.sessions["language_model"].before = fail  # type: ignore[attr-defined]
+    session.before = fail
     with served(grounder).client() as client:
         video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
         value = ended(client, ask(client, video, ["the car"]).json()["id"])
-        assert (value["status"], value["code"]) == ("failed", "internal") and "secret" not in value["error"]
-        grounder.sessions["language_model"].before = lambda feeds: None  # type: ignore[attr-defined]
+        assert (value["status"], value["code"]) == ("failed", "server.internal") and "secret" not in value["error"]
+        session.before = lambda feeds: None
         assert ended(client, ask(client, video, ["the car"]).json()["id"])["status"] == "done"
 
 
@@ -342,9 +343,9 @@ def test_a_server_that_ends_answers_what_runs_and_refuses_what_waits(
         until(lambda: gate.came)
         second = clients.submit(ground, "second")
         until(lambda: running.service.scheduler.waiting == 1)
-        running.server.begin_stop()
-        assert refusal(second.result()) == (503, "stopping")
-        assert refusal(ask(client, video, ["third"])) == (503, "stopping")
+        running.call(running.service.begin_stop)
+        assert http_error(second.result()) == (503, "server.stopping")
+        assert http_error(ask(client, video, ["third"])) == (503, "server.stopping")
         assert client.get("/health").status_code == 503
         gate.open.set()
         assert first.result().status_code == 200

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.fakes.clips import write
 from tests.fakes.live_chain import live_grounder, stream
-from tests.server.conftest import Running, events, metric, refusal, until
+from tests.server.conftest import Running, events, http_error, metric, until
 
 OPTIONS = {"window": 16, "every_s": 0.5}
 
@@ -61,7 +61,7 @@ def test_updates_and_events_come_until_the_source_ends(served: Callable[..., Run
 
 def test_clients_share_one_watch_and_the_last_one_ends_it(served: Callable[..., Running], source: str) -> None:
     running = live(served, gate=source)
-    encoder = running.grounder.sessions["vision_encoder"]
+    encoder: Any = running.grounder.sessions["vision_encoder"]
 
     def read(told: Iterator[Any], count: int) -> list[Any]:
         updates = (value for name, value in told if name == "update")
@@ -81,7 +81,7 @@ def test_clients_share_one_watch_and_the_last_one_ends_it(served: Callable[..., 
                 threads = [thread for thread in threading.enumerate() if thread.name == "bridge-stg live gate"]
                 assert len(threads) == 1
             until(lambda: metric(running, "live_clients") == 1)
-            until(lambda: running.call(lambda: running.service.live._queries("gate")) == ("the car",))
+            until(lambda: one.get("/v1/live").json()["live"][0]["queries"] == ["the car"])
             read(first, 1)
     until(lambda: metric(running, "live_watches") == 0)
     until(lambda: not [thread for thread in threading.enumerate() if "live" in thread.name])
@@ -93,8 +93,8 @@ def test_clients_share_one_watch_and_the_last_one_ends_it(served: Callable[..., 
 def test_the_newest_picture_of_a_watched_source(served: Callable[..., Running], source: str) -> None:
     running = live(served, gate=source)
     with running.client() as client, running.client() as other:
-        assert refusal(other.get("/v1/live/gate/frame")) == (404, "no_picture")
-        assert refusal(other.get("/v1/live/none/frame")) == (404, "no_picture")
+        assert http_error(other.get("/v1/live/gate/frame")) == (404, "server.frame_not_found")
+        assert http_error(other.get("/v1/live/none/frame")) == (404, "server.frame_not_found")
         with told(client, "gate", "the car") as stream:
             told_events = events(stream.iter_lines())
             times = []
@@ -131,14 +131,14 @@ def test_what_cannot_be_watched_is_told(served: Callable[..., Running], source: 
     running = live(served, gate=source, gone=str(gone), **sources)
     gone.unlink()
     with running.client() as client:
-        assert refusal(client.get("/v1/live/none/events", params={"query": "a"})) == (404, "no_source")
-        assert refusal(client.get("/v1/live/gate/events")) == (422, "invalid")
-        assert refusal(client.get("/v1/live/gate/events", params={"query": " "})) == (422, "query")
+        assert http_error(client.get("/v1/live/none/events", params={"query": "a"})) == (404, "server.source_not_found")
+        assert http_error(client.get("/v1/live/gate/events")) == (422, "server.invalid_request")
+        assert http_error(client.get("/v1/live/gate/events", params={"query": " "})) == (422, "query.empty")
         many = {"query": [f"thing {i}" for i in range(17)]}
-        assert refusal(client.get("/v1/live/gate/events", params=many))[0] in (413, 429)
+        assert http_error(client.get("/v1/live/gate/events", params=many))[0] in (413, 429)
         for path in ("/etc/passwd", "..", "file:///etc/passwd", source):
             assert client.get(f"/v1/live/{path}/events", params={"query": "a"}).status_code == 404
-        assert refusal(client.get("/v1/live/gone/events", params={"query": "a"})) == (404, "no_source")
+        assert http_error(client.get("/v1/live/gone/events", params={"query": "a"})) == (404, "server.source_not_found")
         for name, address in sources.items():
             with told(client, name, "the car") as stream:
                 last = list(events(stream.iter_lines()))[-1]

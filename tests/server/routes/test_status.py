@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.conftest import ROOT, Running, ask, ended, refusal, small_clip, upload
+from tests.server.conftest import ROOT, Running, ask, ended, http_error, small_clip, upload
 
 
 def test_health_says_what_runs(demo_server: Running) -> None:
@@ -39,7 +39,7 @@ def test_metrics_parse_and_count(served: Callable[..., Running], tmp_path: Path)
     assert samples["requests_total", "/v1/videos", "201", "POST"] == 1
     assert samples["requests_total", "/v1/videos", "415", "POST"] == 1
     assert samples["requests_total", "404", "GET", "other"] == 1
-    assert samples["refused_total", "type"] == 1 and samples["jobs_total", "done"] == 1
+    assert samples["errors_total", "video.unsupported_format"] == 1 and samples["jobs_total", "done"] == 1
     assert samples["uploaded_bytes_total",] == path.stat().st_size + 8
     assert samples["stored_bytes",] == path.stat().st_size and samples["videos",] == 1
     assert samples["queue_length",] == 0 and samples["open_videos",] == 1 and samples["open_video_bytes",] > 0
@@ -86,4 +86,4 @@ def test_the_pages_files_and_nothing_beside_them(served: Callable[..., Running])
         for name in ("../settings.py", "..%2fsettings.py", "%2e%2e/app.py", ".", "", "none.js", "../page/../app.py"):
             answer = client.get(f"/page/{name}")
             assert answer.status_code == 404, name
-            refusal(answer)
+            http_error(answer)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.server.settings import Settings
-from tests.server.conftest import Running, ask, ended, refusal, small_clip, until, upload
+from tests.server.conftest import Running, ask, ended, http_error, small_clip, until, upload
 
 KEY = "a-key-of-the-operator-32-characters"
 ROUTES = [
@@ -36,7 +36,7 @@ def test_without_the_key_nothing_but_the_page_is_there(given: dict[str, str], se
     with served(api_key=KEY).client(headers=given) as client:
         for method, path in ROUTES:
             answer = client.request(method, path, params={"key": KEY} if "?" not in path else None)
-            assert refusal(answer) == (401, "key"), (method, path)
+            assert http_error(answer) == (401, "server.unauthorized"), (method, path)
             assert answer.headers["www-authenticate"] == "Bearer"
         for path in ("/", "/health", "/health/live", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200, path
@@ -75,7 +75,7 @@ def test_a_page_that_rebinds_its_name_does_not_reach_a_server_without_key(served
     running = served(allow_hosts=("grounding.example",))
     with running.client() as client:
         for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "localhost.evil"):
-            assert refusal(client.get("/v1/live", headers={"Host": host})) == (400, "host"), host
+            assert http_error(client.get("/v1/live", headers={"Host": host})) == (400, "server.unknown_host"), host
             assert client.get("/health", headers={"Host": host}).status_code == 400
         for host in ("localhost", "localhost:1", "127.0.0.1", "[::1]:80", "LOCALHOST", "grounding.example"):
             assert client.get("/v1/live", headers={"Host": host}).status_code == 200, host
@@ -89,7 +89,7 @@ def test_pages_of_other_origins_change_nothing(served: Callable[..., Running], t
         for origin in ("http://evil.example", "null", "http://localhost:1", running.url.replace("127.0.0.1", "evil")):
             for path in ("/v1/videos", "/v1/ground"):
                 answer = client.post(path, files={"file": content}, headers={"Origin": origin})
-                assert refusal(answer) == (403, "origin"), origin
+                assert http_error(answer) == (403, "server.foreign_origin"), origin
             assert client.delete("/v1/videos/a", headers={"Origin": origin}).status_code == 403
         assert client.post("/v1/videos", files={"file": content}, headers={"Origin": running.url}).status_code == 201
         for method in ("OPTIONS", "GET", "POST"):
@@ -152,7 +152,7 @@ def test_a_body_of_json_is_bounded_too(served: Callable[..., Running]) -> None:
         for path in ("/v1/jobs", "/v1/videos", "/v1/ground"):
             body = b'{"source": "' + b"a" * 2_000_000 + b'"}'
             answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
-            assert refusal(answer) == (413, "body")
+            assert http_error(answer) == (413, "server.body_too_large")
 
 
 def test_a_request_that_is_no_http_is_refused(served: Callable[..., Running]) -> None:
@@ -172,11 +172,11 @@ def test_a_request_that_is_no_http_is_refused(served: Callable[..., Running]) ->
 def test_a_refused_upload_gets_its_answer_though_it_is_still_sending(path: str, served: Callable[..., Running]) -> None:
     with served(api_key=KEY).client() as client:
         for _ in range(3):
-            assert refusal(client.post(path, files={"file": bytes(3_000_000)})) == (401, "key")
+            assert http_error(client.post(path, files={"file": bytes(3_000_000)})) == (401, "server.unauthorized")
 
 
 def test_too_many_requests_at_a_time_are_refused(served: Callable[..., Running]) -> None:
-    from tests.server.test_load import gated
+    from tests.server.jobs.test_scheduler import gated
 
     grounder, gate = gated()
     running = served(grounder, max_connections=3)
@@ -188,7 +188,7 @@ def test_too_many_requests_at_a_time_are_refused(served: Callable[..., Running])
             for stream in streams:
                 stream.__enter__()
             answer = client.get("/health")
-            assert refusal(answer) == (503, "connections") and answer.headers["retry-after"]
+            assert http_error(answer) == (503, "server.too_many_connections") and answer.headers["retry-after"]
         finally:
             gate.open.set()
             for stream in streams:
