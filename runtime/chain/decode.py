@@ -82,14 +82,9 @@ def prefill_video(
 ) -> Prefix:
     """Run the video's part of the prompt, or what was added to it, through the language model, in chunks.
 
-    Args:
-        session: the language model.
-        cache: cache of one row, with room for the segment.
-        segment: ids and positions of the tokens to prefill.
-        visual_tokens: [1+D, V, H], row 0 of V all zero.
-        report: called with the tokens done and their total; may raise to stop.
-        cached: tokens of the video's part that are in the cache already. Whatever follows them in the cache, such as
-            an earlier query, is overwritten before any token attends to it.
+    `cache` has one row and room for the segment, `visual_tokens` [1+D, V, H] has a row 0 of zeros, and `report` is
+    called with the tokens done and their total; it may raise to stop. `cached` tokens of the video's part are in the
+    cache already. What follows them there, such as an earlier query, is overwritten before any token attends to it.
     """
     total = len(segment)
     size = prefill_chunk(session)
@@ -118,15 +113,9 @@ def answer_queries(
     Each row follows its own grammar. Tokens without an alternative are not decoded: they are fed together with the
     next choice. A row that is done waits for the others.
 
-    Args:
-        session: the language model.
-        cache: cache of B rows, with room for `positions_needed` tokens. A single query may use the prefix's own cache:
-            its tokens follow the prefix, which stays unchanged.
-        prefix: the prefilled video.
-        queries: the query segments: text only, their positions following the prefix.
-        grammars: the grammar of each query's answer.
-        bridging_ids: ids of the Q bridging queries, fed after the answer.
-        report: called with the rows done and their total before each call of the model; may raise to stop.
+    `cache` has B rows and room for `positions_needed` tokens. A single query may use the prefix's own cache: its tokens
+    follow the prefix, which stays unchanged. `queries` are text whose positions follow the prefix. `report` is called
+    with the rows done and their total before each call of the model, and may raise to stop.
     """
     if cache is not prefix.cache:
         cache.copy_prefix(prefix.cache, prefix.length)
@@ -168,11 +157,7 @@ def decode_step(session: Session, cache: KVCache, prefix: Prefix, rows: Sequence
 
 
 def choose(row: Row, logits: np.ndarray) -> None:
-    """Append the most probable of the tokens that the row's grammar allows, and what follows from it.
-
-    Args:
-        row: the row to advance.
-        logits: [vocab], after the row's last token.
+    """Append the most probable token that the row's grammar allows, by the logits [vocab], and what follows from it.
 
     Raises:
         EngineError: a logit is not finite.
@@ -245,7 +230,6 @@ def _padded(values: np.ndarray, length: int) -> np.ndarray:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return log probabilities in float64. Raises EngineError if a logit is not finite."""
     check_finite("language_model", logits=logits)
     shifted = logits.astype(np.float64) - logits.max()
     log_probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum())

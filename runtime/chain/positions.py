@@ -23,11 +23,6 @@ def merge_order(rows: int, columns: int, merge: int) -> np.ndarray:
 def vision_tables(spec: VisionSpec, rows: int, columns: int) -> dict[str, np.ndarray]:
     """Return the position inputs of `vision_encoder` for a grid of rows × columns patches, in the graph's order.
 
-    Args:
-        spec: the encoder's geometry, which determines the tables.
-        rows: patches along the height, a multiple of the merge size.
-        columns: patches along the width, a multiple of the merge size.
-
     Returns:
         With N = rows · columns patches in merge order: `rotary_cos`, `rotary_sin` float32 [N, head_dim], axial rotary
         angles, half of them from the row and half from the column. An encoder with learned positions
@@ -75,21 +70,15 @@ def _rotary_tables(spec: VisionSpec, row: np.ndarray, column: np.ndarray) -> dic
     half = spec.head_dim // 2
     inverse_frequency = 1.0 / spec.rope_theta ** (np.arange(0, half, 2, dtype=np.float32) / half)
     angles = np.stack([row, column], -1)[..., None].astype(np.float32) * inverse_frequency.astype(np.float32)
-    angles = angles.reshape(len(row), half)
-    angles = np.concatenate([angles, angles], -1)
+    angles = np.tile(angles.reshape(len(row), half), 2)
     return {"rotary_cos": np.cos(angles), "rotary_sin": np.sin(angles)}
 
 
 def window_tables(row: np.ndarray, column: np.ndarray, side: int) -> dict[str, np.ndarray]:
-    """Return the indices that gather patches into windows of side × side, from the top left, and back.
+    """Return the indices that gather patches at (row, column), int [N] each, into windows of side × side, and back.
 
     The order of patches within a window is arbitrary, since attention there has no positions. (transformers reorders
     the patches themselves, `get_vision_window_index`.)
-
-    Args:
-        row: int [N], row of each patch.
-        column: int [N], column of each patch.
-        side: side of a window, in patches.
 
     Returns:
         With W windows of M = side² places: `window_index` int64 [W, M], the patch in each place (0 if empty);
@@ -140,7 +129,7 @@ def stock_positions(spec: VisionSpec, visual: np.ndarray, grids: Sequence[Visual
         grids: images and videos in the order of the prompt.
 
     Returns:
-        int64 [3, L] (time, row, column), and the position of the token that follows.
+        Positions int64 [3, L] (time, row, column), and the position of the token that follows.
 
     Raises:
         ValueError: the visual tokens do not match the grids.

@@ -114,13 +114,8 @@ def video_segment(
     """Return the prefix that depends on the video alone: the head, then for each group its time and its tokens.
 
     Positions are Qwen3-VL's interleaved MRoPE (transformers, `get_rope_index`): text counts up in all three rows; the
-    tokens of a group share one time, and the text after them continues past the larger side.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        spec: rules of the prompt.
-        group_times: [G], seconds.
-        grid: (rows, columns) of visual tokens per group, after merging.
+    tokens of a group share one time, and the text after them continues past the larger side. `group_times` [G] are in
+    seconds; `grid` is (rows, columns) of visual tokens per group, after merging.
     """
     prompt = spec.prompt
     rows, columns = grid
@@ -145,12 +140,7 @@ def video_budget(
     """Return what a video may take of the prompt so that a query and its answer still fit after it.
 
     The room for a query is one position per character that it may have, at most a quarter of the model's positions.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        spec: rules of the prompt.
-        max_visual_tokens: most visual tokens; None: the spec's own bound.
-        capacity: tokens that an engine's KV cache contains, where that is fixed; None: the cache grows.
+    `capacity` is the size of an engine's KV cache in tokens, where that is fixed.
 
     Raises:
         VideoError: the bound is not a whole number of 1 or more.
@@ -180,12 +170,8 @@ def query_segment(
 ) -> Segment:
     """Return the instruction and the query, up to where the answer begins.
 
-    Args:
-        tokenizer: the model's tokenizer.
-        spec: rules of the prompt.
-        query: the sentence; surrounding blanks and one closing full stop are dropped.
-        start_position: the video segment's `next_position`.
-        first_box: box to track, xyxy in 0..1, printed as four integers 0–999; None: find the query's target.
+    `start_position` is the video segment's `next_position`; `first_box` is a box to track, xyxy in 0..1, printed as
+    four integers 0–999.
 
     Raises:
         QueryError: the query is empty, too long, or contains control characters or the prompt's own markers.

@@ -16,50 +16,55 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, eq=False)
-class FrameBoxes:
-    """One box for each of N times.
+class Boxes:
+    """The target's box at each of N times.
 
     Attributes:
         times: float64 [N], seconds from the first frame of the video.
         boxes: float32 [N, 4], left, top, right, bottom in pixels of the video as it is shown (rotation applied).
         presence: float32 [N] in 0..1, the probability that the target is in the frame.
         visible: bool [N], False where presence is below the model's threshold.
-        interpolated: bool [N], True where the box was not computed on this very frame.
     """
 
     times: np.ndarray
     boxes: np.ndarray
     presence: np.ndarray
     visible: np.ndarray
-    interpolated: np.ndarray
 
     def __len__(self) -> int:
         return len(self.times)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return one object of plain values per box."""
-        rows = zip(_boxes_json(self), self.interpolated, strict=True)
-        return [{**row, "interpolated": bool(interpolated)} for row, interpolated in rows]
+        return [
+            {
+                "time_s": round(float(self.times[i]), 6),
+                "box": [round(float(side), 2) for side in self.boxes[i]],
+                "presence": round(float(self.presence[i]), 6),
+                "visible": bool(self.visible[i]),
+            }
+            for i in range(len(self))
+        ]
 
 
 @dataclass(frozen=True, eq=False)
-class Tube:
-    """The computed boxes: one for each fine frame inside the span.
+class FrameBoxes(Boxes):
+    """Boxes for frames of the video.
 
     Attributes:
-        times: float64 [F], strictly increasing: the time of the frame on which each box was computed.
-        boxes: float32 [F, 4], left, top, right, bottom in pixels of the video as it is shown (rotation applied).
-        presence: float32 [F] in 0..1, the probability that the target is in the frame.
-        visible: bool [F], False where presence is below the model's threshold.
+        interpolated: bool [N], True where the box was not computed on this very frame.
     """
 
-    times: np.ndarray
-    boxes: np.ndarray
-    presence: np.ndarray
-    visible: np.ndarray
+    interpolated: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.times)
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return one object of plain values per box."""
+        return [{**row, "interpolated": bool(flag)} for row, flag in zip(super().to_json(), self.interpolated)]
+
+
+@dataclass(frozen=True, eq=False)
+class Tube(Boxes):
+    """The computed boxes: one for each fine frame inside the span, at the strictly increasing times of these frames."""
 
     def at(self, times: np.ndarray) -> FrameBoxes:
         """Return a box for each of the times [N], by linear interpolation between two fine frames.
@@ -70,18 +75,13 @@ class Tube:
         times = np.asarray(times, np.float64)
         boxes = np.stack([np.interp(times, self.times, self.boxes[:, side]) for side in range(4)], axis=-1)
         distance = np.abs(times[:, None] - self.times[None])  # [N, F]
-        nearest = distance.argmin(axis=1)
         return FrameBoxes(
             times=times,
             boxes=boxes.astype(np.float32),
             presence=np.interp(times, self.times, self.presence).astype(np.float32),
-            visible=self.visible[nearest],
+            visible=self.visible[distance.argmin(axis=1)],
             interpolated=distance.min(axis=1) > TIME_TOLERANCE_S,
         )
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return one object of plain values per fine frame."""
-        return _boxes_json(self)
 
 
 def tube_in_span(
@@ -93,15 +93,10 @@ def tube_in_span(
     presence: np.ndarray,
     threshold: float,
 ) -> Tube:
-    """Keep the fine frames in the final span, or the one nearest to it if there is none.
+    """Keep the fine frames in the refined span, or the one nearest to it if there is none.
 
-    Args:
-        span: start and end in seconds, as refined.
-        frames: the fine frames of the spatial pass.
-        shown_times: float64 [F], the time of the video's frame that was shown for each of them.
-        boxes: float32 [F, 4], xyxy in pixels.
-        presence: float32 [F] in 0..1.
-        threshold: least presence of a frame in which the target is visible.
+    `shown_times` float64 [F] are the times of the video's frames that were shown for the fine frames, `boxes` float32
+    [F, 4] are xyxy in pixels, and a target with `presence` [F] of at least `threshold` is visible.
     """
     inside = np.flatnonzero(in_span(frames.times, span))
     # In a slow or stuttering video one frame may be shown at several grid times: it gets one box.
@@ -170,18 +165,6 @@ class Grounding:
             "tokens": {k: round(v, 6) if isinstance(v, float) else int(v) for k, v in self.tokens.items()},
             "timings_s": {stage: round(float(value), 6) for stage, value in self.timings.items()},
         }
-
-
-def _boxes_json(boxes: FrameBoxes | Tube) -> list[dict[str, Any]]:
-    return [
-        {
-            "time_s": round(float(boxes.times[i]), 6),
-            "box": [round(float(side), 2) for side in boxes.boxes[i]],
-            "presence": round(float(boxes.presence[i]), 6),
-            "visible": bool(boxes.visible[i]),
-        }
-        for i in range(len(boxes))
-    ]
 
 
 def _seconds(span: tuple[float, float] | None) -> dict[str, float] | None:

@@ -35,12 +35,7 @@ def span_of_groups(
     """Return the span of a named pair of groups, clipped to the video.
 
     It lasts from the first sample of the first group to the last sample of the second, plus one sample interval.
-
-    Args:
-        groups: indices (a, b) of the named groups, a <= b.
-        sample_times: float64 [G, P], the time of every sample of every group.
-        interval_s: seconds between two samples.
-        duration_s: length of the video.
+    `sample_times` float64 [G, P] are the times of every sample of every group.
     """
     first, last = groups
     start = min(max(float(sample_times[first, 0]), 0.0), duration_s)
@@ -53,11 +48,7 @@ def groups_of_span(start_s: float, end_s: float, sample_times: np.ndarray) -> tu
 
     The result is the smallest range of groups that contains every sample in [start, end), or the group of the nearest
     sample if the span lies between two.
-
-    Args:
-        start_s: start of the span in seconds.
-        end_s: end of the span in seconds.
-        sample_times: float64 [G, P], the time of every sample of every group.
+    `sample_times` float64 [G, P] are the times of every sample of every group.
     """
     inside = (sample_times >= start_s - TIME_TOLERANCE_S) & (sample_times < end_s - TIME_TOLERANCE_S)
     groups = np.flatnonzero(inside.any(axis=1))
@@ -75,13 +66,7 @@ def fine_frames(
 
     If they are more than `max_frames`, only every second, fourth, ... frame of the *video's* grid is used, so that two
     queries still share frames. If none is left, the result is the one nearest to the span's middle.
-
-    Args:
-        span: start and end in seconds.
-        grid: float64 [K], the fine grid of the whole video: k / fine_fps.
-        fine_fps: rate of the grid in frames per second.
-        margin_s: seconds to add on each side.
-        max_frames: most frames to choose.
+    `grid` float64 [K] is the fine grid of the whole video: k / fine_fps.
     """
     low, high = span[0] - margin_s - TIME_TOLERANCE_S, span[1] + margin_s - TIME_TOLERANCE_S
     inside = np.flatnonzero((grid >= low) & (grid < high))
@@ -106,13 +91,8 @@ def refine_span(
 
     The last such frame still shows it, so the half-open end is one fine interval later. If the target is present in
     no frame, the span is returned unchanged.
-
-    Args:
-        span: start and end in seconds, as named by the answer.
-        frames: the fine frames around the span.
-        presence: float [F] in 0..1, the probability that each frame lies in the tube.
-        threshold: least presence of a frame that shows the target.
-        duration_s: length of the video, which bounds the end.
+    `presence` float [F] in 0..1 is the probability that each frame lies in the tube; the target is present from
+    `threshold` on.
     """
     present = np.flatnonzero(presence >= threshold)
     if not present.size:

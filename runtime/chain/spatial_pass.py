@@ -65,16 +65,8 @@ def locate(
 ) -> dict[Key, Located]:
     """Run the spatial decoder for every query, in calls of queries that share frames or have few.
 
-    Args:
-        session: the spatial decoder.
-        features: the video's fine feature maps.
-        grid: float64 [K], the video's fine grid in seconds.
-        queries: the queries, by any key.
-        max_frames: most frames of one call, at least those of any one query.
-        limits: deadline, cancel signal and progress of the call.
-
-    Returns:
-        The result of each query, by its key.
+    `grid` float64 [K] is the video's fine grid in seconds. A call has at most `max_frames` frames, which must be at
+    least those of any one query. The results have the keys of the queries.
     """
     located: dict[Key, Located] = {}
     most_frames, most_rows = min(max_frames, largest(session, "F")), min(MAX_ROWS, largest(session, "B"))

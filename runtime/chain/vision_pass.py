@@ -82,12 +82,11 @@ def deduplicate_frames(groups: np.ndarray, *, patch: int, tolerance: float = 0.0
     Args:
         groups: uint8 [G, …, height, width, 3].
         patch: side of the encoder's patches, which divides height and width.
-        tolerance: 0: groups that are equal byte for byte are encoded once. Above: a group is replaced by the last group
-            that was chosen, unless in some patch of some channel the mean absolute difference of their pixels (0 to
-            255) is above it; so a slow change adds up until it is noticed.
+        tolerance: largest mean absolute difference (0 to 255) of any patch of any channel at which a group is replaced
+            by the last chosen one; so a slow change adds up. 0: only groups that are equal byte for byte are replaced.
 
     Returns:
-        Indices of the chosen groups [K], increasing, and for every group its place among these [G].
+        Indices of the chosen groups [K], increasing, and the place of every group among these [G].
     """
     chosen: list[int] = []
     place_of = np.zeros(len(groups), np.int64)

@@ -25,14 +25,10 @@ def stock_segment(
     *,
     first_row: int = 1,
 ) -> Segment:
-    """Return a whole stock prompt as a segment.
+    """Return the input_ids [L] of a family's processor as a segment.
 
-    Args:
-        spec: the family's geometry.
-        input_ids: [L], from the family's processor, one id per visual token.
-        visual_ids: ids of the visual tokens, of images and of videos.
-        grids: images and videos in the order of the prompt.
-        first_row: row of visual_tokens for the prompt's first visual token; prompts of one batch share the rows.
+    `visual_ids` are the ids of visual tokens, of images and of videos; `grids` are these in the order of the prompt.
+    Prompts of one batch share the rows of visual_tokens; `first_row` is that of the prompt's first visual token.
 
     Raises:
         ValueError: the visual tokens do not match the grids.
@@ -53,14 +49,9 @@ def prefill(
 ) -> np.ndarray:
     """Run B whole prompts of any lengths through the language model; return the logits [B, vocab] after each.
 
-    A row whose prompt has ended is fed its last token again, at the same position.
-
-    Args:
-        session: the language model.
-        cache: cache of B rows, with room for the longest prompt.
-        prompts: one prompt per row.
-        visual_tokens: [1+D, V, H] of all prompts, row 0 of V all zero.
-        chunk: most tokens per row in one call.
+    A row whose prompt has ended is fed its last token again, at the same position. `cache` has B rows with room for the
+    longest prompt; `visual_tokens` are [1+D, V, H] of all prompts, row 0 all zero; a call feeds at most `chunk` tokens
+    per row.
     """
     longest = max(map(len, prompts))
     outputs: dict[str, np.ndarray] = {}
