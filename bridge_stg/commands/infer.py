@@ -162,14 +162,15 @@ def write(request: Request, results: Sequence[Grounding], chosen: ChosenBackend 
             # Bytes of a file name that are not Unicode are escaped as JSON escapes them.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     if request.annotate or request.sheet:
-        from bridge_stg.runtime.visualize import annotate as draw
+        from bridge_stg.runtime.visualize.annotate import annotate
+        from bridge_stg.runtime.visualize.contact_sheet import contact_sheet
 
         if request.annotate:
             with naming(request.annotate):
-                draw.annotate(request.video, results[0], request.annotate, progress=progress)
+                annotate(request.video, results[0], request.annotate, progress=progress)
         if request.sheet:
             with naming(request.sheet):
-                draw.contact_sheet(request.video, results[0], request.sheet)
+                contact_sheet(request.video, results[0], request.sheet)
 
 
 @contextlib.contextmanager

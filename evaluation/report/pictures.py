@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from bridge_stg.evaluation.media import video_input
 from bridge_stg.evaluation.samples import Sample, Truth
 from bridge_stg.runtime.chain.results import Tube
-from bridge_stg.runtime.video.open import open_source
+from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, font
-from bridge_stg.runtime.visualize.contact_sheet import GREY, PALE, picture_spec, thumbnail
+from bridge_stg.runtime.visualize.contact_sheet import GREY, PALE, thumbnail
 
 TRUE: Colour = (0, 170, 110)
 MODELS: tuple[Colour, ...] = ((255, 45, 190), (245, 150, 0), (40, 150, 240), (150, 90, 220), (120, 120, 20))
@@ -41,11 +41,11 @@ def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes
     truth, image = sample.read_truth(), sample.task == "image"
     predictions = [row.get("prediction") or {} for row in rows.values()]
     spans = [truth.span, *(prediction.get("span") for prediction in predictions)]
-    sizes = [tuple(row["size"]) for row in rows.values() if "size" in row]
-    with open_source(video_input(sample), picture_spec(sizes[0] if sizes else (640, 480))) as source:
-        times = np.zeros(1) if image else _picked_times(spans, source.duration_s)
-        frames = source.fine(times).frames
-        size, duration_s = (source.width, source.height), source.duration_s
+    duration_s = _duration_s(sample)
+    times = np.zeros(1) if image else _picked_times(spans, duration_s)
+    with play(video_input(sample)) as source:
+        frames = source.frames_at(times)
+    size = (frames[0].shape[1], frames[0].shape[0])
     height = round(CELL_WIDTH * size[1] / size[0])
     columns, rows_of_cells = min(COLUMNS, len(times)), -(-len(times) // COLUMNS)
     bottom = rows_of_cells * (height + GAP)
@@ -65,7 +65,12 @@ def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes
     return file.getvalue()
 
 
-def _picked_times(spans: Sequence[Sequence[float] | None], duration_s: float) -> np.ndarray:
+    spans = [truth.span, *(prediction.get("span") for prediction in predictions)]
+    duration_s = _duration_s(sample)
+    times = np.zeros(1) if image else _picked_times(spans, duration_s)
+    with play(video_input(sample)) as source:
+        frames = source.frames_at(times)
+    size = (frames[0].shape[1], frames[0].shape[0])
     """Return the times of the frames to show: evenly over all spans, or over the whole video if none is known."""
     known = [span for span in spans if span]
     start = max(0.0, min((span[0] for span in known), default=0.0))

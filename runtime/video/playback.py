@@ -3,32 +3,75 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
-from bridge_stg.runtime.video.decoder import Decoder, Timeline, check_path, shown_rgb
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, Timeline, check_path, shown_rgb
 from bridge_stg.runtime.video.image import read_image
 from bridge_stg.runtime.video.stream import check_picture
 
-Frames = Iterator[tuple[float, np.ndarray]]
+Picture: TypeAlias = Callable[[], np.ndarray]
+"""Returns a frame, RGB uint8 [H, W, 3], rotation applied."""
+SAME_TIME_S = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Playback:
     """Frames that can be read once.
 
     Attributes:
-        frames: yields (seconds from the first frame, RGB uint8 [H, W, 3], rotation applied).
+        pictures: yields (seconds from the first frame, function that returns the frame).
         duration_s: length if known before reading, else None; 0 for an image.
         is_image: whether this is one frame without a time.
+        end_s: end of the frames that `intervals` has yielded.
     """
 
-    frames: Frames
+    pictures: Iterator[tuple[float, Picture]]
     duration_s: float | None
     is_image: bool = False
+    end_s: float = 0.0
+
+    @property
+    def frames(self) -> Iterator[tuple[float, np.ndarray]]:
+        """Yield (seconds from the first frame, RGB uint8 [H, W, 3])."""
+        return ((time_s, picture()) for time_s, picture in self.pictures)
+
+    def intervals(self) -> Iterator[tuple[float, Picture]]:
+        """Yield start and function of each frame, once its end is known; the last lasts as long as the one before.
+
+        Raises:
+            VideoError: the video has no frames.
+        """
+        last_s, gap, last = 0.0, float(DEFAULT_FRAME_S), None
+        for time_s, picture in self.pictures:
+            if last is not None:
+                gap, self.end_s = time_s - last_s, time_s
+                yield last_s, last
+            last_s, last = time_s, picture
+        if last is None:
+            raise VideoError("video.no_frames", "the video has no frames; expected at least one (time_s, RGB frame)")
+        self.end_s = last_s + gap
+        yield last_s, last
+
+    def frames_at(self, times: Sequence[float] | np.ndarray) -> list[np.ndarray]:
+        """Return the frames shown at increasing times; those after the end of the video are its last frame.
+
+        Reads to the end of the video if its length is not known.
+        """
+        found: list[np.ndarray] = []
+        for _, picture in self.intervals():
+            last = picture
+            while len(found) < len(times) and times[len(found)] < self.end_s - SAME_TIME_S:
+                found.append(picture())
+            if len(found) == len(times) and self.duration_s is not None:
+                return found
+        return found + [last()] * (len(times) - len(found))
 
 
 @contextmanager
@@ -45,7 +88,7 @@ def play(video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.n
     else:
         source = check_picture(video, "the image") if isinstance(video, np.ndarray) else video
     if isinstance(source, np.ndarray):
-        yield Playback(iter([(0.0, source)]), 0.0, is_image=True)
+        yield Playback(iter([(0.0, partial(np.asarray, source))]), 0.0, is_image=True)
     elif source is not None:
         yield Playback(_from_zero(source), None)
     else:
@@ -56,16 +99,16 @@ def play(video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.n
             decoder.close()
 
 
-def _decoded(decoder: Decoder) -> Frames:
+def _decoded(decoder: Decoder) -> Iterator[tuple[float, Picture]]:
     timeline = Timeline(decoder.time_base, decoder.frame_s)
     for frame in decoder.frames():
-        yield timeline.add(frame), shown_rgb(frame)
+        yield timeline.add(frame), partial(shown_rgb, frame)
     if not timeline.times:
         raise decoder.no_frames()
 
 
-def _from_zero(frames: Iterable[tuple[float, np.ndarray]]) -> Frames:
+def _from_zero(frames: Iterable[tuple[float, np.ndarray]]) -> Iterator[tuple[float, Picture]]:
     origin: float | None = None
     for time_s, picture in frames:
         origin = time_s if origin is None else origin
-        yield time_s - origin, picture
+        yield time_s - origin, partial(np.asarray, np.array(picture))  # a copy: the caller may reuse its buffer

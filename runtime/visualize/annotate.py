@@ -18,7 +18,6 @@ from bridge_stg.runtime.host.limits import Progress
 from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S
 from bridge_stg.runtime.video.playback import Playback, play
 from bridge_stg.runtime.visualize.canvas import TARGET, WHITE, draw_box, fit_text, font_for, shade
-from bridge_stg.runtime.visualize.contact_sheet import contact_sheet as contact_sheet
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

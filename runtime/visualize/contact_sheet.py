@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, PromptSpec, VisionSpec
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.runtime.video.open import open_source
+from bridge_stg.runtime.video.playback import Playback, play
 from bridge_stg.runtime.visualize.canvas import INK, TARGET, WHITE, Colour, draw_box, fit_text, font, font_for
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ PAGE_WIDTH, MARGIN, GAP = 1056, 28, 12
 LABEL_HEIGHT = 28
 CURVE_HEIGHT, BAR_HEIGHT = 64, 14
 LARGEST_PICTURE = 640 * 480
-"""Pixels at which frames are read for the sheet, whatever the video's size."""
+"""Most pixels of a frame that is kept while a video is read."""
 GREY: Colour = (104, 110, 120)
 PALE: Colour = (226, 229, 234)
 TINT: Colour = (255, 216, 244)
@@ -33,7 +32,7 @@ DOUBT: Colour = (176, 84, 0)
 
 @dataclass(frozen=True)
 class Cell:
-    """One frame of the sheet: its time, its pixels at the cell's size, and the index of its box."""
+    """One frame of the sheet: its time, its image at the cell's size, and the index of its box."""
 
     time_s: float
     image: Image.Image
@@ -43,43 +42,54 @@ class Cell:
 def contact_sheet(video: Any, grounding: Grounding, out: str | os.PathLike[str]) -> Path:
     """Write a PNG with the query, up to 12 frames of the span with boxes and times, and a timeline of the whole video.
 
-    If nothing was found it shows frames of the whole video and says so.
+    The sheet of an absent target shows frames of the whole video.
 
     Args:
-        video: what was grounded: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]).
-        out: the file to write, whole or not at all.
+        video: the grounded video: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]).
+        grounding: the result to draw.
+        out: the file to write; replaced only when complete.
 
     Raises:
         VideoError: the video cannot be read.
         BridgeError: `out` cannot be written.
     """
-    with open_source(video, picture_spec(grounding.size)) as source:
-        boxes = grounding.boxes
-        times = boxes.times if boxes is not None else source.frame_times
-        picked = np.unique(np.linspace(0, len(times) - 1, min(MAX_FRAMES, len(times))).round().astype(int))
-        columns, cell_size = grid(len(picked), grounding.size)
-        cells = [
-            Cell(float(times[i]), thumbnail(frame, cell_size), int(i) if boxes is not None else None)
-            for i, frame in zip(picked, source.fine(times[picked]).frames, strict=True)
-        ]
-        page = compose(grounding, cells, columns, 0.0 if source.is_image else source.duration_s)
+    boxes = grounding.boxes
+    with play(video) as source:
+        if boxes is None:
+            shown = _spread(source, MAX_FRAMES)
+        else:
+            times = boxes.times[_evenly(len(boxes), MAX_FRAMES)]
+            shown = list(zip(times.tolist(), source.frames_at(times), strict=True))
+        duration_s = source.end_s if source.duration_s is None else source.duration_s
+    columns, cell_size = grid(len(shown), grounding.size)
+    cells = [
+        Cell(time_s, thumbnail(frame, cell_size), None if boxes is None else int(np.searchsorted(boxes.times, time_s)))
+        for time_s, frame in shown
+    ]
+    page = compose(grounding, cells, columns, duration_s)
     with replacing(out) as temporary:
         page.save(temporary, format="PNG", optimize=True)
     return Path(out)
 
 
-def picture_spec(size: tuple[int, int]) -> ModelSpec:
-    """Return rules for reading frames as pictures, no larger than the sheet needs and not in any model's patches."""
-    pixels = min(size[0] * size[1], LARGEST_PICTURE)
-    return ModelSpec(
-        vision=VisionSpec("pictures", patch_size=1, merge_size=1, temporal_patch_size=1, hidden_size=1, head_dim=1,
-                          deepstack_levels=0, position_grid=1),
-        language=LanguageSpec(hidden_size=1, num_layers=0, kv_heads=1, head_dim=1, vocab_size=1, max_positions=1,
-                              num_bridging_queries=0, tapped_layers=()),
-        frames=FramesSpec(coarse_min_pixels=1, coarse_max_pixels=1024, max_coarse_groups=2, fine_min_pixels=1,
-                          fine_max_pixels=pixels),
-        prompt=PromptSpec(),
-    )  # fmt: skip
+def _evenly(length: int, count: int) -> np.ndarray:
+    """Return at most `count` indices spread evenly over `length`."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int))
+
+
+def _spread(source: Playback, count: int) -> list[tuple[float, np.ndarray]]:
+    """Return at most `count` frames spread evenly over the whole video, reduced in size, with their times."""
+    kept: list[tuple[float, np.ndarray]] = []
+    stride = 1
+    for index, (time_s, picture) in enumerate(source.intervals()):
+        if index % stride == 0:
+            frame = picture()
+            height, width = frame.shape[:2]
+            scale = max(1.0, (height * width / LARGEST_PICTURE) ** 0.5)
+            kept.append((time_s, np.asarray(thumbnail(frame, (round(width / scale) or 1, round(height / scale) or 1)))))
+        if len(kept) == 8 * count:
+            kept, stride = kept[::2], 2 * stride
+    return [kept[i] for i in _evenly(len(kept), count)]
 
 
 def thumbnail(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
@@ -90,7 +100,7 @@ def thumbnail(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
 
 
 def grid(count: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """Return the number of columns and the (width, height) of a cell's picture."""
+    """Return the number of columns and the (width, height) of a cell's image."""
     aspect = size[0] / size[1]
     columns = min(count, 6 if aspect < 0.8 else 3 if aspect > 2.4 else 4)
     inner = PAGE_WIDTH - 2 * MARGIN
@@ -100,7 +110,7 @@ def grid(count: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
 
 
 def compose(grounding: Grounding, cells: Sequence[Cell], columns: int, duration_s: float) -> Image.Image:
-    """Lay out the page. `duration_s` is 0 for an image, which gets no timeline."""
+    """Return the page. `duration_s` is 0 for an image, which gets no timeline."""
     from PIL import Image, ImageDraw
 
     width, height = cells[0].image.size

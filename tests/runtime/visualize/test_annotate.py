@@ -15,10 +15,11 @@ from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.token_budget import CoarseChoice
-from bridge_stg.runtime.visualize.annotate import annotate, contact_sheet, encode_h264, frame_index
+from bridge_stg.runtime.visualize.annotate import annotate, encode_h264, frame_index
 from bridge_stg.runtime.visualize.canvas import SYSTEM_FONTS, TARGET, draw_box, fit_text, font, font_for
-from bridge_stg.runtime.visualize.contact_sheet import PAGE_WIDTH, grid, picture_spec, tick_step
+from bridge_stg.runtime.visualize.contact_sheet import PAGE_WIDTH, contact_sheet, grid, tick_step
 from tests.errors import raises
+from tests.fakes.chain import fake_spec
 from tests.fakes.clips import write
 
 SIZE = (96, 64)
@@ -104,11 +105,27 @@ def test_odd_sides_gain_one_pixel(tmp_path: Path) -> None:
 
 def test_playback_gives_the_times_that_groundings_use(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
-    with play(clip) as playback, open_source(clip, picture_spec(SIZE)) as source:
+    with play(clip) as playback, open_source(clip, fake_spec()) as source:
         np.testing.assert_array_equal([time for time, _ in playback.frames], source.frame_times)
     late = ((5.0 + time, np.zeros((8, 8, 3), np.uint8)) for time in (0.0, 0.25))
     with play(late) as playback:
         assert [time for time, _ in playback.frames] == [0.0, 0.25]
+
+
+def test_playback_finds_the_frames_shown_at_some_times() -> None:
+    buffer = np.zeros((8, 8, 3), np.uint8)
+
+    def frames() -> Iterator[tuple[float, np.ndarray]]:
+        for index in range(5):
+            buffer[:] = index  # the caller's buffer is used again
+            yield 3 + index / 4, buffer
+
+    with play(frames()) as playback:
+        shown = playback.frames_at([0, 0.2, 0.5, 0.74, 9])
+        assert [int(frame[0, 0, 0]) for frame in shown] == [0, 0, 2, 2, 4]
+        assert playback.end_s == 1.25
+    with raises("video.no_frames"), play([]) as playback:
+        playback.frames_at([0])
 
 
 def test_image_becomes_an_image(tmp_path: Path) -> None:
