@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -86,11 +85,7 @@ class Grounder:
         verified: whether the graphs were compared with the torch reference when they were exported.
         target: the backend of the sessions and why it was chosen; None if unknown.
 
-    Attributes:
-        sessions: the sessions of the three graphs by name; closed together with this object.
-        tokenizer: the model's tokenizer.
-        verified: see Args.
-        target: see Args.
+    The arguments `sessions`, `tokenizer`, `verified` and `target` are attributes too.
     """
 
     def __init__(
@@ -112,7 +107,7 @@ class Grounder:
         if not 0 <= unchanged_tolerance <= 255:
             message = f"unchanged_tolerance={unchanged_tolerance!r}: expected levels from 0 to 255"
             raise VideoError("options.out_of_range", message)
-        self.sessions: Mapping[str, Session] = MappingProxyType(dict(sessions))
+        self.sessions: Mapping[str, Session] = dict(sessions)
         self.tokenizer, self.verified, self.target = tokenizer, verified, target
         self._pool = KVPool(sessions["language_model"], budget_bytes=kv_budget_bytes)
         self._feature_budget_bytes = feature_budget_bytes
@@ -209,21 +204,15 @@ class Grounder:
     def span(
         self, video: Video, query: str, *, allow_none: bool = True, **options: Unpack[OptionKeywords]
     ) -> Grounding:
-        """Find only when it happens (temporal grounding): the spatial decoder does not run, and there are no boxes.
-
-        Arguments and errors as for `ground`.
-        """
+        """Find only when it happens (temporal grounding), without boxes. Arguments and errors as for `ground`."""
         return self._ground(video, query, Task("span", allow_none=allow_none), CallOptions(**options))
 
     def locate(
         self, image: str | os.PathLike[str] | np.ndarray, query: str, **limits: Unpack[CallKeywords]
     ) -> Grounding:
-        """Find the one box of a target that is certainly in an image (referring expression): the answer is never none.
+        """Find the one box of a target that is certainly in an image (referring expression).
 
-        Arguments and errors as for `ground`.
-
-        Raises:
-            VideoError: it is a video; or as for `ground`.
+        Arguments and errors as for `ground`; a video raises VideoError, too.
         """
         return self._ground(image, query, Task("image", allow_none=False), CallOptions(**limits))
 
@@ -237,18 +226,17 @@ class Grounder:
     ) -> Grounding:
         """Follow the target in a box of the first frame (tracking): the answer is never none.
 
+        The result has a box for every frame of the video, the first one as given. The span begins with the video; frames
+        after it repeat the last box, marked as not visible. Options and errors as for `ground`.
+
         Args:
             video: see `Video`.
             first_box: left, top, right, bottom in pixels of the first frame.
             query: what it is, in words, if known.
             options: see `CallOptions`.
 
-        Returns:
-            A box for every frame of the video, the first one as given. The span begins with the video; frames after it
-            repeat the last box, marked as not visible.
-
         Raises:
-            QueryError: the box is invalid, or lies outside the frame; or as for `ground`.
+            QueryError: the box is invalid, or lies outside the frame.
         """
         return self._ground(video, query, track_from(first_box), CallOptions(**options))
 

@@ -147,27 +147,16 @@ class OpenedVideo:
         return self._call([query], Task("span", allow_none=allow_none), Limits(**limits))[0]
 
     def locate(self, query: str, **limits: Unpack[CallKeywords]) -> Grounding:
-        """Find the one box of a target that is certainly in this image. Arguments and errors as for `ground`.
-
-        Raises:
-            VideoError: this is a video; or as for `ground`.
-        """
+        """Find the one box of a target that is certainly in this image. Arguments and errors as for `ground`."""
         return self._call([query], Task("image", allow_none=False), Limits(**limits))[0]
 
     def track(
         self, first_box: Sequence[float] | np.ndarray, *, query: str = TRACKED, **limits: Unpack[CallKeywords]
     ) -> Grounding:
-        """Follow the target in a box of the first frame: the result has a box for every frame of the video.
+        """Follow the target in a box of the first frame (left, top, right, bottom in pixels) through the whole video.
 
-        The span begins with the video and ends where the target leaves; after it the last box is repeated.
-
-        Args:
-            first_box: left, top, right, bottom in pixels.
-            query: what it is, in words, if known.
-            limits: see `OpenedVideo`.
-
-        Raises:
-            QueryError: the box is invalid, or lies outside the frame; or as for `ground`.
+        The span begins with the video and ends where the target leaves; after it the last box is repeated. `query` says
+        what it is, if known. Errors as for `ground`; an invalid box raises QueryError.
         """
         return self._call([query], track_from(first_box), Limits(**limits))[0]
 

@@ -161,12 +161,7 @@ def video_budget(
 
 
 def query_segment(
-    tokenizer: Tokenizer,
-    spec: ModelSpec,
-    query: str,
-    start_position: int,
-    *,
-    first_box: Sequence[float] | None = None,
+    tokenizer: Tokenizer, spec: ModelSpec, query: str, start_position: int, *, first_box: Sequence[float] | None = None
 ) -> Segment:
     """Return the instruction and the query, up to where the answer begins.
 

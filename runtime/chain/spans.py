@@ -80,12 +80,7 @@ def fine_frames(
 
 
 def refine_span(
-    span: tuple[float, float],
-    frames: FineFrames,
-    presence: np.ndarray,
-    *,
-    threshold: float,
-    duration_s: float,
+    span: tuple[float, float], frames: FineFrames, presence: np.ndarray, *, threshold: float, duration_s: float
 ) -> tuple[float, float]:
     """Move each end of the span to the first and last fine frame in which the target is present.
 

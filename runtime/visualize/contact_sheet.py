@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +29,6 @@ TINT: Colour = (255, 216, 244)
 DOUBT: Colour = (176, 84, 0)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One frame of the sheet: its time, its image at the cell's size, and the index of its box."""
-
-    time_s: float
-    image: Image.Image
-    index: int | None
-
-
 def contact_sheet(video: Any, grounding: Grounding, out: str | os.PathLike[str]) -> Path:
     """Write a PNG with the query, up to 12 frames of the span with boxes and times, and a timeline of the whole video.
 
@@ -61,12 +51,7 @@ def contact_sheet(video: Any, grounding: Grounding, out: str | os.PathLike[str])
             times = boxes.times[_evenly(len(boxes), MAX_FRAMES)]
             shown = list(zip(times.tolist(), source.frames_at(times), strict=True))
         duration_s = source.end_s if source.duration_s is None else source.duration_s
-    columns, cell_size = grid(len(shown), grounding.size)
-    cells = [
-        Cell(time_s, thumbnail(frame, cell_size), None if boxes is None else int(np.searchsorted(boxes.times, time_s)))
-        for time_s, frame in shown
-    ]
-    page = compose(grounding, cells, columns, duration_s)
+    page = compose(grounding, shown, duration_s)
     with replacing(out) as temporary:
         page.save(temporary, format="PNG", optimize=True)
     return Path(out)
@@ -109,26 +94,31 @@ def grid(count: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
     return columns, (max(1, round(height * aspect)), max(1, round(height)))
 
 
-def compose(grounding: Grounding, cells: Sequence[Cell], columns: int, duration_s: float) -> Image.Image:
-    """Return the page. `duration_s` is 0 for an image, which gets no timeline."""
+def compose(grounding: Grounding, shown: Sequence[tuple[float, np.ndarray]], duration_s: float) -> Image.Image:
+    """Return the page with the frames shown, and their times. `duration_s` is 0 for an image: no timeline."""
     from PIL import Image, ImageDraw
 
-    width, height = cells[0].image.size
-    rows = -(-len(cells) // columns)
+    columns, (width, height) = grid(len(shown), grounding.size)
     top = MARGIN + 78
-    grid_bottom = top + rows * (height + LABEL_HEIGHT + GAP)
+    grid_bottom = top - (-len(shown) // columns) * (height + LABEL_HEIGHT + GAP)
     curve_height = CURVE_HEIGHT if grounding.found else 0
     page_height = grid_bottom + (curve_height + BAR_HEIGHT + 46 if duration_s else 0) + MARGIN - GAP
     page = Image.new("RGB", (PAGE_WIDTH, page_height), WHITE)
     draw = ImageDraw.Draw(page)
     _title(draw, grounding, duration_s)
-    for i, cell in enumerate(cells):
+    for i, (time_s, frame) in enumerate(shown):
         row, column = divmod(i, columns)
-        corner = (MARGIN + column * (width + GAP), top + row * (height + LABEL_HEIGHT + GAP))
-        page.paste(_boxed(cell, grounding), corner)
-        _label(draw, cell, grounding.boxes, corner, (width, height), timed=bool(duration_s))
+        left, upper = MARGIN + column * (width + GAP), top + row * (height + LABEL_HEIGHT + GAP)
+        cell = thumbnail(frame, (width, height))
+        label = (left, upper + height + 5)
+        if duration_s:
+            draw.text(label, f"{time_s:.2f} s", INK, font(15))
+        if grounding.boxes is not None:
+            _box(cell, grounding, time_s)
+            _presence(draw, grounding.boxes, time_s, (left + width, label[1]), short=width < 150)
+        page.paste(cell, (left, upper))
     if duration_s:
-        _timeline(page, grounding, [cell.time_s for cell in cells], duration_s, grid_bottom)
+        _timeline(page, grounding, [time_s for time_s, _ in shown], duration_s, grid_bottom)
     return page
 
 
@@ -148,36 +138,22 @@ def _title(draw: ImageDraw.ImageDraw, grounding: Grounding, duration_s: float) -
     draw.text((MARGIN, MARGIN + 36), line, colour, small)
 
 
-def _boxed(cell: Cell, grounding: Grounding) -> Image.Image:
+def _box(cell: Image.Image, grounding: Grounding, time_s: float) -> None:
     from PIL import ImageDraw
 
-    boxes = grounding.boxes
-    if boxes is not None and cell.index is not None:
-        scale = np.divide(cell.image.size, grounding.size)
-        draw = ImageDraw.Draw(cell.image)
-        box = boxes.boxes[cell.index] * np.tile(scale, 2)
-        draw_box(draw, box, cell.image.size, thickness=3, dashed=not boxes.visible[cell.index])
-    return cell.image
+    assert grounding.boxes is not None
+    index = int(np.searchsorted(grounding.boxes.times, time_s))
+    box = grounding.boxes.boxes[index] * np.tile(np.divide(cell.size, grounding.size), 2)
+    dashed = not grounding.boxes.visible[index]
+    draw_box(ImageDraw.Draw(cell), box, cell.size, thickness=3, dashed=dashed)
 
 
-def _label(
-    draw: ImageDraw.ImageDraw,
-    cell: Cell,
-    boxes: FrameBoxes | None,
-    corner: tuple[int, int],
-    size: tuple[int, int],
-    *,
-    timed: bool,
+def _presence(
+    draw: ImageDraw.ImageDraw, boxes: FrameBoxes, time_s: float, corner: tuple[int, int], *, short: bool
 ) -> None:
-    small = font(15)
-    left, top = corner[0], corner[1] + size[1] + 5
-    if timed:
-        draw.text((left, top), f"{cell.time_s:.2f} s", INK, small)
-    if boxes is None or cell.index is None:
-        return
-    doubted = not boxes.visible[cell.index]
-    note = f"presence {boxes.presence[cell.index]:.2f}" if size[0] >= 150 else f"{boxes.presence[cell.index]:.2f}"
-    draw.text((left + size[0], top), note, DOUBT if doubted else GREY, small, anchor="ra")
+    index = int(np.searchsorted(boxes.times, time_s))
+    note = f"{boxes.presence[index]:.2f}" if short else f"presence {boxes.presence[index]:.2f}"
+    draw.text(corner, note, GREY if boxes.visible[index] else DOUBT, font(15), anchor="ra")
 
 
 def _timeline(page: Image.Image, grounding: Grounding, shown: Sequence[float], duration_s: float, top: int) -> None:
