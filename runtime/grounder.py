@@ -226,8 +226,8 @@ class Grounder:
     ) -> Grounding:
         """Follow the target in a box of the first frame (tracking): the answer is never none.
 
-        The result has a box for every frame of the video, the first one as given. The span begins with the video; frames
-        after it repeat the last box, marked as not visible. Options and errors as for `ground`.
+        The result has a box for every frame of the video, the first one as given. The span begins with the video; later
+        frames repeat the last box, marked as not visible. Options and errors as for `ground`.
 
         Args:
             video: see `Video`.
