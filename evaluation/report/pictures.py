@@ -65,12 +65,15 @@ def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes
     return file.getvalue()
 
 
-    spans = [truth.span, *(prediction.get("span") for prediction in predictions)]
-    duration_s = _duration_s(sample)
-    times = np.zeros(1) if image else _picked_times(spans, duration_s)
+def _duration_s(sample: Sample) -> float:
     with play(video_input(sample)) as source:
-        frames = source.frames_at(times)
-    size = (frames[0].shape[1], frames[0].shape[0])
+        if source.duration_s is None:
+            for _ in source.intervals():
+                pass  # the end of a video without a header is known after its last frame
+        return source.end_s if source.duration_s is None else source.duration_s
+
+
+def _picked_times(spans: Sequence[Sequence[float] | None], duration_s: float) -> np.ndarray:
     """Return the times of the frames to show: evenly over all spans, or over the whole video if none is known."""
     known = [span for span in spans if span]
     start = max(0.0, min((span[0] for span in known), default=0.0))
