@@ -143,16 +143,7 @@ def calibrate(
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What all steps of one calibration use.
-
-    Attributes:
-        inputs: the checked inputs.
-        options: options of the calibration.
-        work: the work folder.
-        media: folder of the media, as it was given.
-        progress: called as progress(stage, done, total).
-        seconds: seconds by step.
-    """
+    """What all steps of one calibration use, and the seconds by step so far."""
 
     inputs: Inputs
     options: Options
@@ -170,6 +161,11 @@ class Run:
     def session(self) -> dict[str, Any]:
         """Options of every session: `backend`, `variant` and `threads`."""
         return {"backend": "auto", "variant": None, "threads": self.options.threads}
+
+    @property
+    def statistics_name(self) -> str:
+        """Digest of bundle, samples and seed."""
+        return digest(self.source.manifest.fingerprint, self.inputs.calibration.digest, self.options.seed)
 
     @property
     def large(self) -> bool:
@@ -191,7 +187,7 @@ class Run:
 def collect_statistics(run: Run) -> Statistics:
     """Run the calibration samples, and collect statistics of the activations."""
     return collect(
-        run.source, run.inputs.calibration, folder=run.work / "statistics" / _statistics_name(run),
+        run.source, run.inputs.calibration, folder=run.work / "statistics" / run.statistics_name,
         seed=run.options.seed, threads=run.options.threads, low_memory=run.large, progress=run.progress,
     )  # fmt: skip
 
@@ -211,7 +207,7 @@ def prepare_trials(run: Run, statistics: Statistics, entries: Entries, requested
     """Compute the scales that all recipes share, and return the trials that use them."""
     overrides = run.inputs.overrides
     decided = {"methods": dict(overrides.methods), "smoothing": dict(overrides.smoothing)}
-    base = digest(_statistics_name(run), requested.to_dict(), run.options.method, decided)
+    base = digest(run.statistics_name, requested.to_dict(), run.options.method, decided)
     scales = compute_scales(
         statistics, [matmul for matmul in entries.matmuls if requested.of(matmul.graph).quantizes], requested,
         folder=run.work / "scales" / base, method=run.options.method, overrides=overrides, progress=run.progress,
@@ -324,7 +320,3 @@ def evaluate_bundles(
     before = final.score(run.source.path, FLOAT, folders[FLOAT])
     after = final.score(bundle.path, QUANTIZED, folders[QUANTIZED], before)
     return (before, after), {label: peak_of(folder) for label, folder in folders.items()}
-
-
-def _statistics_name(run: Run) -> str:
-    return digest(run.source.manifest.fingerprint, run.inputs.calibration.digest, run.options.seed)

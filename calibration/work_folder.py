@@ -57,9 +57,10 @@ def working_in(folder: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text("Work of `calibrate`. The same command resumes from here; delete the folder when done.\n")
-        with note.open("r+") as held:
-            busy = f"{folder}: another calibration is running there. Wait for it, or give another --out."
-            lock_file(held.fileno(), message=busy)
+        with note.open("r+") as locked:
+            lock_file(
+                locked.fileno(), message=f"{folder}: another calibration runs there. Wait, or give another --out."
+            )
             for left in folder.rglob(LEFT_BY_KILLED):
                 shutil.rmtree(left, ignore_errors=True)
             yield folder

@@ -11,8 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def collect(
         EngineError: onnxruntime is missing or rejects a graph.
     """
     chosen = choose(bundle.manifest, backend="onnxruntime", variant=variant).variants
-    variants = {name: _traced(bundle, name, one) for name, one in chosen.items()}
+    variants = {name: _traced(bundle, name, chosen[name]) for name in GRAPHS}
     identity = {
         "schema": SCHEMA,
         "fingerprint": bundle.manifest.fingerprint,
@@ -98,8 +98,17 @@ def collect(
         shards.mkdir(exist_ok=True)
         left = [place for place in range(count) if not _shard(shards, place).exists()]
         report("collect", count - len(left), count)
-        chain = _Chain(bundle, variants, folder / INSTRUMENTED, math.ceil(2 * rows / count), seed)
-        with chain.open(threads=threads, low_memory=low_memory) as (grounder, recorders):
+        with ExitStack() as stack:
+            recorders = {}
+            for number, (name, one) in enumerate(variants.items()):
+                graph = instrument(bundle, name, one, folder / INSTRUMENTED / name)
+                recorders[name] = ActivationRecorder(
+                    stack.enter_context(graph.open(threads=threads, low_memory=low_memory)), bundle.graph(name, one),
+                    graph.activations, number=number, kind=call_kind(name, bundle.manifest.spec), seed=seed,
+                    quota=math.ceil(math.ceil(2 * rows / count) / KINDS[name]),
+                )  # fmt: skip
+            tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
+            grounder = stack.enter_context(Grounder(recorders, bundle.manifest.spec, tokenizer))
             for done, place in enumerate(left, count - len(left) + 1):
                 _record(grounder, recorders, samples, place, shards)
                 report("collect", done, count)
@@ -114,13 +123,13 @@ def call_kind(graph: str, spec: ModelSpec) -> Kind:
     """Return the function that tells the kinds of a graph's calls apart, so that rare kinds get their share of rows."""
     if graph == "language_model":
         bridging = min(spec.language.bridging_ids)
-        return lambda feeds: (
-            "video"
-            if feeds["visual_index"].any()
-            else "bridging"
-            if (feeds["input_ids"] >= bridging).any()
-            else "answer"
-        )
+
+        def kind(feeds: Mapping[str, np.ndarray]) -> str:
+            if feeds["visual_index"].any():
+                return "video"
+            return "bridging" if (feeds["input_ids"] >= bridging).any() else "answer"
+
+        return kind
     if graph == "vision_encoder":
         return lambda feeds: "fine" if (feeds["frames"] == feeds["frames"][:, :1]).all() else "coarse"
     return lambda feeds: "boxes"
@@ -130,42 +139,6 @@ def _traced(bundle: Bundle, name: str, variant: str) -> str:
     """Return the variant of a graph that a pass made this one of, or else the variant itself."""
     graph = bundle.graph(name, variant)
     return str(graph.derived_from) if graph.made_by_pass else graph.variant
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chain:
-    """The instrumented graphs of a bundle.
-
-    Attributes:
-        bundle: the float bundle.
-        variants: graph → variant to run.
-        folder: folder of the instrumented graphs.
-        quota: rows per tensor and sample to keep.
-        seed: seed of the random row choice.
-    """
-
-    bundle: Bundle
-    variants: Mapping[str, str]
-    folder: Path
-    quota: int
-    seed: int
-
-    @contextmanager
-    def open(
-        self, *, threads: int | None, low_memory: bool
-    ) -> Iterator[tuple[Grounder, dict[str, ActivationRecorder]]]:
-        """Open a grounder on the instrumented graphs; yield it and the recorders."""
-        spec, recorders = self.bundle.manifest.spec, {}
-        with ExitStack() as stack:
-            for number, name in enumerate(GRAPHS):
-                graph = instrument(self.bundle, name, self.variants[name], self.folder / name)
-                session = stack.enter_context(graph.open(threads=threads, low_memory=low_memory))
-                recorders[name] = ActivationRecorder(
-                    session, self.bundle.graph(name, self.variants[name]), graph.activations, number=number,
-                    kind=call_kind(name, spec), quota=math.ceil(self.quota / KINDS[name]), seed=self.seed,
-                )  # fmt: skip
-            tokenizer = Tokenizer.from_file(self.bundle.tokenizer_path)
-            yield stack.enter_context(Grounder(recorders, spec, tokenizer)), recorders
 
 
 def _record(

@@ -42,18 +42,14 @@ class Statistics:
     Attributes:
         folder: folder of the files.
         bundle: folder of the bundle.
-        fingerprint: fingerprint of the bundle.
         variants: graph → variant that ran.
-        seed: seed of the random row choice.
         samples: `id`, `answer` and `span` of each sample in order, or `skipped` with the reason.
         tensors: graph → node of a matmul, or past_key_0 … for keys and values → its statistics.
     """
 
     folder: Path
     bundle: Path
-    fingerprint: str
     variants: Mapping[str, str]
-    seed: int
     samples: Sequence[Mapping[str, Any]]
     tensors: Mapping[str, Mapping[str, Collected]]
 
@@ -85,7 +81,7 @@ class Statistics:
             graph: {name: Collected(**tensor) for name, tensor in found.items()}
             for graph, found in values["tensors"].items()
         }
-        return cls(folder, bundle, fingerprint, values["variants"], values["seed"], values["asked"], tensors)
+        return cls(folder, bundle, values["variants"], values["asked"], tensors)
 
     @property
     def warnings(self) -> list[str]:

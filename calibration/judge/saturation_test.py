@@ -17,8 +17,6 @@ from bridge_stg.runtime.errors import EngineError
 ROWS, INNER, COLUMNS = (1, 33), (64, 1040), 48
 """One row has another kernel than many rows; 1040 is not a multiple of the larger vector tiles."""
 
-Multiply = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
 
 @dataclass(frozen=True)
 class SaturationTest:
@@ -50,7 +48,9 @@ class SaturationTest:
         )
 
 
-def saturation_test(multiply: Multiply | None = None, *, limit: int = INT8_LIMIT) -> SaturationTest:
+def saturation_test(
+    multiply: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None, *, limit: int = INT8_LIMIT
+) -> SaturationTest:
     """Compare INT8 matmuls at the largest values with integer arithmetic.
 
     Args:

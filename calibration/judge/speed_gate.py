@@ -26,10 +26,10 @@ class Gate:
 
     Attributes:
         graph: name of the graph.
-        float_seconds: seconds of all recorded calls, the minimum of several rounds.
-        int8_seconds: the same for the quantized graph.
-        float_bytes: bytes of the graph's weights.
-        int8_bytes: the same for the quantized graph.
+        float_seconds: seconds of all recorded calls in float, the minimum of several rounds.
+        int8_seconds: seconds of the same calls in INT8.
+        float_bytes: bytes of the weights in float.
+        int8_bytes: bytes of the weights in INT8.
         forced: whether the graph is quantized without regard to the measurement.
     """
 

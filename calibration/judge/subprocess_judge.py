@@ -30,17 +30,7 @@ def evaluate_in_subprocess(
     folder: Path,
     options: Mapping[str, Any],
 ) -> None:
-    """Write `folder`/samples/LABEL.jsonl, with the first `limit` samples or all.
-
-    Args:
-        limit: maximum number of samples; None: all.
-        bundle: folder of the bundle.
-        label: name of the bundle.
-        samples: file of the samples.
-        media: folder of the media; None: that of the file.
-        ids: ids of the samples to use; None: all.
-        folder: folder of the rows, and of the peak memory in the file `PEAK`.
-        options: `backend`, `variant` and `threads` of the sessions.
+    """Write `folder`/samples/LABEL.jsonl with the first `limit` samples or all, and the peak memory into `PEAK`.
 
     Raises:
         BridgeError: the evaluation failed.

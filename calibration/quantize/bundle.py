@@ -74,19 +74,14 @@ def quantize_bundle(
             folder.mkdir(parents=True)
             with WeightFile(folder / WEIGHTS) as weights:
                 quantizer = GraphQuantizer(
-                    name,
-                    chosen,
-                    ranges=ranges.get(name, {}),
-                    smoothing=(smoothing or {}).get(name, {}),
-                    weights=weights,
-                    progress=progress,
-                )
+                    name, chosen, ranges=ranges.get(name, {}), smoothing=(smoothing or {}).get(name, {}),
+                    weights=weights, progress=progress,
+                )  # fmt: skip
                 written = [_write(source, graph, quantizer, folder) for graph in graphs]
             for graph in written + derive_ort_cpu(written, folder):
                 check_graph(folder / f"{graph.variant}.onnx")
                 writer.add_graph(graph)
-        precisions = {name: recipe.of(name).precision(_precision(source, name)) for name in manifest.graphs}
-        _carry(source, writer, precisions)
+        _copy_files(source, writer, recipe)
         return writer.finish(
             dataclasses.replace(
                 manifest,
@@ -119,7 +114,9 @@ def _check(source: Bundle, recipe: Recipe, variants: Sequence[str] | None) -> li
             raise BundleError(
                 "bundle.no_graph", f"{source.path}: the recipe has a graph {name!r}; this bundle has: {known}."
             )
-        known_blocks = {entry.block for entry in _entries(source, name, wanted[0])}
+        model = ir.load(source.graph_path(name, wanted[0]))
+        entries: list[Matmul | Table] = [*find_matmuls(model, name), *find_tables(model, name)]
+        known_blocks = {entry.block for entry in entries}
         for block in recipe.of(name).keep_float:
             if block not in known_blocks:
                 raise BridgeError(
@@ -165,26 +162,15 @@ def _write(source: Bundle, spec: GraphSpec, quantizer: GraphQuantizer, folder: P
     )
 
 
-def _entries(source: Bundle, graph: str, variant: str) -> list[Matmul | Table]:
-    """Return the matmuls and tables of a graph."""
-    model = ir.load(source.graph_path(graph, variant))
-    return [*find_matmuls(model, graph), *find_tables(model, graph)]
-
-
-def _precision(source: Bundle, graph: str) -> str:
-    return next(iter(source.manifest.graphs[graph].values())).precision
-
-
-def _carry(source: Bundle, writer: BundleWriter, precisions: Mapping[str, str]) -> None:
+def _copy_files(source: Bundle, writer: BundleWriter, recipe: Recipe) -> None:
     """Copy tokenizer and golden cases; quantized graphs get the tolerances of their precision in the cases."""
-    graphs = source.manifest.graphs
-    outputs = {name: next(iter(variants.values())).outputs for name, variants in graphs.items()}
-    wider = {
-        f"{name}.{tensor.name}": asdict(tolerance)
-        for name, tensors in outputs.items()
-        for tensor in tensors
-        if (tolerance := tolerance_of(precisions[name], tensor.name)) is not None
-    }
+    wider: dict[str, Any] = {}
+    for name, variants in source.manifest.graphs.items():
+        spec = next(iter(variants.values()))
+        for tensor in spec.outputs:
+            tolerance = tolerance_of(recipe.of(name).precision(spec.precision), tensor.name)
+            if tolerance is not None:
+                wider[f"{name}.{tensor.name}"] = asdict(tolerance)
     for entry in source.manifest.files:
         file = source.path / entry.path
         if entry.path.startswith(f"{GOLDEN}/") and entry.path.endswith("/case.json"):

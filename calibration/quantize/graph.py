@@ -40,16 +40,7 @@ Progress = Callable[[str, int, int], Any]
 
 
 class GraphQuantizer:
-    """Quantizes the variants of one graph into one file of weights, each weight once.
-
-    Args:
-        graph: name of the graph.
-        recipe: what is quantized.
-        ranges: ranges of all int8 activations.
-        smoothing: vectors of the smoothed matmuls.
-        weights: file for all tensors of the variants.
-        progress: called as progress("quantizing GRAPH", done, total) with numbers of matmuls.
-    """
+    """Quantizes the variants of one graph into one file of weights, each weight once."""
 
     def __init__(
         self,

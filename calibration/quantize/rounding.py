@@ -58,8 +58,9 @@ def rounded_rows(rows: np.ndarray, scale: float) -> np.ndarray:
     return levels
 
 
-def rounded_weight(weight: np.ndarray, form: str, recipe: GraphRecipe) -> np.ndarray:
-    """Return a weight float32 [N, K] after rounding to a form: `float`, `int8` or `int4`."""
+def rounded_weight(weight: np.ndarray, form: str, recipe: GraphRecipe, vector: np.ndarray | None = None) -> np.ndarray:
+    """Return a weight float32 [N, K] times `vector` [K] after rounding to a form: `float`, `int8` or `int4`."""
+    weight = weight if vector is None else weight * vector
     if form == FLOAT:
         return weight
     if form == INT4:

@@ -122,8 +122,6 @@ def _search(
 def _candidate(rows: np.ndarray, absmax: np.ndarray, vector: np.ndarray, method: str, recipe: GraphRecipe) -> Candidate:
     smooth, largest = rows / vector, float((absmax / vector).max())
     cut = min(CUT_OFFS[method](smooth, largest), largest) if largest else 1.0
-    return Candidate(rounded_rows(smooth, cut / LEVELS), partial(_rounded_columns, vector=vector, recipe=recipe))
-
-
-def _rounded_columns(block: np.ndarray, *, vector: np.ndarray, recipe: GraphRecipe) -> np.ndarray:
-    return rounded_weight(block * vector, recipe.weights, recipe)
+    return Candidate(
+        rounded_rows(smooth, cut / LEVELS), partial(rounded_weight, form=recipe.weights, recipe=recipe, vector=vector)
+    )

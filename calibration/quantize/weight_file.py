@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import onnx_ir as ir
@@ -26,9 +25,7 @@ class WeightFile:
         self._stream = open(self._path, "wb")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stream.close()
 
     def write(self, name: str, dtype: ir.DataType, shape: Iterable[int], pieces: Iterable[bytes]) -> ir.ExternalTensor:

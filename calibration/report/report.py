@@ -10,6 +10,7 @@ from typing import Any
 
 from bridge_stg.evaluation.report.pictures import TRUE, colour_of
 from bridge_stg.evaluation.report.render import render
+from bridge_stg.evaluation.report.report import json_values
 from bridge_stg.runtime.bundle.reports import write_report
 
 NAME = "calibration"
@@ -62,7 +63,7 @@ def _sensitivity_plot(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def report_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values as JSON has them: no pictures, no NaN."""
     cases = [{name: part for name, part in case.items() if name != "picture"} for case in values["cases"]]
-    plain: dict[str, Any] = _plain({**values, "cases": cases})
+    plain: dict[str, Any] = json_values({**values, "cases": cases})
     return plain
 
 
@@ -108,14 +109,3 @@ def pair(values: Mapping[str, Any] | None, factor: float, form: str) -> str:
     return " → ".join(
         "–" if found.get(name) is None else form.format(factor * found[name]) for name in ("float", "int8")
     )
-
-
-def _plain(value: Any) -> Any:
-    """Return a value without NaN and infinity, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(part) for part in value]
-    return value

@@ -12,7 +12,7 @@ from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows, rounded_weight
 from bridge_stg.calibration.quantize.scales import Scales
-from bridge_stg.calibration.recipes import GraphRecipe, Recipe
+from bridge_stg.calibration.recipes import Recipe
 from bridge_stg.export.graph.blocks import FLOAT, INT8, Matmul
 
 
@@ -44,12 +44,8 @@ def matmul_errors(
             range_ = known.ranges.get(graph, {}).get(node)
             largest = float((statistics.absmax(graph, node) / vector).max())
             multiplied = rounded_rows(multiplied, range_.scale if range_ else (largest or 1.0) / LEVELS)
-        candidate = Candidate(multiplied, partial(_rounded, vector=vector, form=form, recipe=recipe.of(graph)))
+        candidate = Candidate(multiplied, partial(rounded_weight, form=form, recipe=recipe.of(graph), vector=vector))
         (error,) = relative_errors(np.asarray(rows), weights.blocks(matmul), [candidate])
         found.setdefault(graph, {})[node] = error
     report("errors", len(matmuls), len(matmuls))
     return found
-
-
-def _rounded(block: np.ndarray, *, vector: np.ndarray, form: str, recipe: GraphRecipe) -> np.ndarray:
-    return rounded_weight(block * vector, form, recipe)

@@ -21,14 +21,12 @@ class Choice:
         loss: loss of the trial with exactly these.
         within: whether that loss is within the limit; if not, `kept` has the least loss of all trials.
         minimal: whether trials showed that each of the blocks is needed; False if the trials ran out first.
-        tried: every trial in order: blocks in float and loss.
     """
 
     kept: Kept
     loss: float
     within: bool
     minimal: bool
-    tried: tuple[tuple[Kept, float], ...]
 
 
 def fewest_in_float(
@@ -93,7 +91,7 @@ class _Trials:
 
     def choice(self, *, minimal: bool) -> Choice:
         kept = self.best if self.best is not None else min(self.losses, key=lambda k: (self.losses[k], len(k)))
-        return Choice(kept, self.losses[kept], self.best is not None, minimal, tuple(self.losses.items()))
+        return Choice(kept, self.losses[kept], self.best is not None, minimal)
 
 
 def _quantize_one_by_one(trials: _Trials) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ class RecipeTrials:
         finished = folder / "trial.json"
         known = read_json(finished)
         if known is not None:
-            return score(Model(QUANTIZED, known["model"], _removed), QUANTIZED)
+            return score(Model(QUANTIZED, known["model"], nullcontext), QUANTIZED)
         path = self.make(recipe, folder / "bundle")
         scores = score(path, QUANTIZED)
         model = dict(bundle_model(path, QUANTIZED, **self.session).identity)
@@ -127,7 +127,3 @@ class RecipeTrials:
         """Return the ids of at most `count` samples, evenly over all."""
         ids = [sample.id for sample in self.samples.dataset.samples]
         return ids if len(ids) <= count else [ids[place * len(ids) // count] for place in range(count)]
-
-
-def _removed() -> AbstractContextManager[Any]:
-    raise AssertionError("the bundle of a finished trial is not opened again")

@@ -63,7 +63,7 @@ def report_values(evaluation: Evaluation) -> dict[str, Any]:
         },
         "worst": _worst(rows),
     }
-    return {name: _plain(value) for name, value in values.items()}
+    return {name: json_values(value) for name, value in values.items()}
 
 
 def table_text(values: Mapping[str, Any]) -> str:
@@ -154,12 +154,12 @@ def _case(evaluation: Evaluation, case: Mapping[str, Any]) -> dict[str, Any]:
             "picture": picture, "problem": problem, "errors": errors}  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """Return a value with None for NaN, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): json_values(part) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(part) for part in value]
+        return [json_values(part) for part in value]
     return value

@@ -20,7 +20,7 @@ from bridge_stg.export.engines.support import (
     support,
 )
 from bridge_stg.runtime.errors import EngineError
-from tests.calibration.forms import K, form, fused_inputs, optimized, plan_tensors
+from tests.export.engines.quantized_forms import K, form, fused_inputs, optimized, plan_tensors
 
 SIZES = {"B": (1, 1, 1), "L": (1, 16, 64), "S": (128, 128, 128)}
 CHECKED = [(v, d) for v in ("standard", "primitive") for d in DTYPES]

@@ -13,7 +13,7 @@ import pytest
 from bridge_stg.calibration.collect.samples import overlap, read_samples
 from bridge_stg.demo.held_out import HELD_OUT_SEED, clip_path, held_out_clips
 
-DEMO = Path(__file__).parents[2] / "assets" / "demo"
+DEMO = Path(__file__).parents[3] / "assets" / "demo"
 
 
 @pytest.fixture
