@@ -22,14 +22,7 @@ DECADES = 4
 
 
 def write_calibration_report(bundle_path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
-    """Write the values of `CalibrationResult.to_dict` into a bundle, each file atomically.
-
-    Args:
-        bundle_path: folder of the quantized bundle.
-        values: see `CalibrationResult`; pictures of cases go only into the page.
-
-    Returns:
-        The path of the JSON file.
+    """Write the values of `CalibrationResult.to_dict` into a bundle, each file atomically. Return the JSON file.
 
     Raises:
         BundleError: the folder cannot be written.
@@ -38,7 +31,7 @@ def write_calibration_report(bundle_path: str | os.PathLike[str], values: Mappin
 
 
 def html_page(values: Mapping[str, Any]) -> str:
-    """Return the page of what `CalibrationResult.to_dict` returned."""
+    """Return the page of the values of `CalibrationResult.to_dict`."""
     plain, cases = report_values(values), values["cases"]
     labels = cases[0]["scores"] if cases else ()
     colours = [("truth", TRUE), *((label, colour_of(place)) for place, label in enumerate(labels))]

@@ -80,9 +80,8 @@ class RecipeTrials:
         path = self.make(recipe, folder / "bundle")
         scores = score(path, QUANTIZED)
         model = dict(bundle_model(path, QUANTIZED, **self.session).identity)
-        write_json(
-            finished, {"model": model, "recipe": recipe.to_dict(), "drop": scores.drop, "changed": scores.changed}
-        )
+        result = {"drop": scores.drop, "changed": scores.changed}
+        write_json(finished, {"model": model, "recipe": recipe.to_dict(), **result})
         shutil.rmtree(path)
         return scores
 
