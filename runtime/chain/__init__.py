@@ -1,1 +1,1 @@
-"""The chain of graphs: vision pass, decode loop, spatial pass, and what stands between them."""
+"""The chain of graphs: vision pass, decode loop, spatial pass, and the host code between them."""

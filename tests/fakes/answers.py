@@ -1,4 +1,4 @@
-"""What the pretended chain is scripted to answer, and whether two answers are the same."""
+"""Scripted answers of the fake chain, and the comparison of two results."""
 
 from __future__ import annotations
 

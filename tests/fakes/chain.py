@@ -57,7 +57,7 @@ class FakeCache:
 
 
 class FakeSession:
-    """Counts its calls, and can be told to fail or to wait at one."""
+    """Records its calls, and runs `before` ahead of each, which may fail or wait."""
 
     device = None
 
@@ -118,27 +118,27 @@ class FakeLanguageModel(FakeSession):
         return cache
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: FakeCache) -> dict[str, np.ndarray]:
-        ids, start, asked = feeds["input_ids"], feeds["cache_position"], feeds["output_index"]
+        ids, start, output = feeds["input_ids"], feeds["cache_position"], feeds["output_index"]
         visual, positions = feeds["visual_tokens"], feeds["positions"]
         batch, new = ids.shape
-        assert all(array.dtype == np.int64 for array in (ids, start, asked, positions, feeds["visual_index"]))
-        assert positions.shape == (3, batch, new) and asked.shape[0] == batch == cache.batch
-        assert ((asked >= 0) & (asked < new)).all() and (start + new <= cache.capacity).all()
+        assert all(array.dtype == np.int64 for array in (ids, start, output, positions, feeds["visual_index"]))
+        assert positions.shape == (3, batch, new) and output.shape[0] == batch == cache.batch
+        assert ((output >= 0) & (output < new)).all() and (start + new <= cache.capacity).all()
         assert not visual[:, 0].any() and feeds["visual_index"].max() < visual.shape[1]
-        logits = np.zeros((batch, asked.shape[1], VOCAB), np.float32)
-        taps = np.zeros((TAPS, batch, asked.shape[1], WIDTH), np.float32)
+        logits = np.zeros((batch, output.shape[1], VOCAB), np.float32)
+        taps = np.zeros((TAPS, batch, output.shape[1], WIDTH), np.float32)
         seen = []
         for b in range(batch):
             rows = visual[:, feeds["visual_index"][b]].sum((0, 2)) * 1e4
             fed = np.stack([ids[b], rows.astype(np.int64), *positions[:, b]], axis=-1)
             cache.entries[b, start[b] : start[b] + new] = fed
-            for k, index in enumerate(asked[b]):
+            for k, index in enumerate(output[b]):
                 visible = cache.entries[b, : start[b] + index + 1]
                 random = np.random.default_rng(np.frombuffer(visible.tobytes(), np.uint32))
                 taps[:, b, k] = random.random((TAPS, WIDTH))
                 logits[b, k] = random.normal(size=VOCAB)
                 logits[b, k] += self.scripted(visible)
-            seen.append(self.tokenizer.decode(cache.entries[b, : start[b] + asked[b, -1] + 1, 0]))
+            seen.append(self.tokenizer.decode(cache.entries[b, : start[b] + output[b, -1] + 1, 0]))
         with self.lock:
             self.seen.append(seen)
         return {"logits": logits, "taps": taps}
@@ -147,8 +147,8 @@ class FakeLanguageModel(FakeSession):
         wish = np.zeros(VOCAB, np.float32)
         text = self.tokenizer.decode(visible[:, 0])
         for query, answer in self.script.items():
-            _, asked, written = text.rpartition(f"Find {query}.<|im_end|>\n<|im_start|>assistant\n")
-            if asked and answer.startswith(written) and written != answer:
+            _, found, written = text.rpartition(f"Find {query}.<|im_end|>\n<|im_start|>assistant\n")
+            if found and answer.startswith(written) and written != answer:
                 wish[self.tokenizer.encode(answer[len(written) :])[0]] = 50
         return wish
 

@@ -98,7 +98,7 @@ def test_visual_tokens_are_counted() -> None:
 
 
 @pytest.mark.parametrize("kv_budget_bytes", [2**29, 3 * 768 * 40, 1])
-def test_many_queries_give_what_each_gives_alone(kv_budget_bytes: int) -> None:
+def test_many_queries_give_the_results_of_each_alone(kv_budget_bytes: int) -> None:
     grounder = fake_grounder(script=SCRIPT, kv_budget_bytes=kv_budget_bytes)
     with grounder.open(clip()) as video:
         together = video.ground_many(QUERIES)
@@ -144,25 +144,25 @@ def test_spatial_calls_are_as_few_as_their_frames_allow() -> None:
     assert list(batches({}, 8)) == []
 
 
-def test_progress_counts_on_through_the_batches() -> None:
-    told: list[tuple[str, float, float | None]] = []
+def test_progress_counts_through_all_batches() -> None:
+    reports: list[tuple[str, float, float | None]] = []
     with fake_grounder(script=SCRIPT, kv_budget_bytes=1).open(clip()) as video:
-        video.ground_many(QUERIES, progress=lambda *values: told.append(values))
-    answered = [done for stage, done, total in told if stage == "answer" and total == len(QUERIES)]
+        video.ground_many(QUERIES, progress=lambda *values: reports.append(values))
+    answered = [done for stage, done, total in reports if stage == "answer" and total == len(QUERIES)]
     assert answered == sorted(answered) and answered[-1] == len(QUERIES)
-    assert {stage for stage, _, _ in told} == {"answer", "decode_fine", "vision_fine", "spatial"}
+    assert {stage for stage, _, _ in reports} == {"answer", "decode_fine", "vision_fine", "spatial"}
 
 
-def test_load_opens_what_the_bundle_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_load_opens_the_sessions_of_the_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = fake_grounder(script=SCRIPT)
-    asked: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
 
     class FakeBundle:
         manifest = SimpleNamespace(spec=fake.spec, verified=True)
         tokenizer_path = tmp_path / "tokenizer.json"
 
     def open_sessions(bundle: Any, **options: Any) -> Any:
-        asked.update(options)
+        passed.update(options)
         sessions = targets.Sessions(targets.ChosenBackend("fake", "1", {}))
         sessions.update(fake.sessions)
         return sessions
@@ -173,7 +173,7 @@ def test_load_opens_what_the_bundle_says(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with Grounder.load(tmp_path, variant="primitive", threads=2) as grounder:
         assert grounder.ground(clip(), "the car").answer == CAR
         assert grounder.target.backend == "fake"
-    assert asked == {"backend": "auto", "variant": "primitive", "threads": 2, "wait": True}
+    assert passed == {"backend": "auto", "variant": "primitive", "threads": 2, "wait": True}
 
 
 def test_queries_share_the_prefix_and_the_fine_features() -> None:
@@ -192,7 +192,7 @@ def test_queries_share_the_prefix_and_the_fine_features() -> None:
     assert all(len(call["frames"]) <= 3 for call in sessions["vision_encoder"].calls)
 
 
-def test_the_decoder_gets_the_union_of_frames_and_a_mask_a_query() -> None:
+def test_the_decoder_gets_the_union_of_frames_and_a_mask_per_query() -> None:
     grounder = fake_grounder(script=SCRIPT)
     with grounder.open(clip()) as video:
         video.ground_many(["the car", "the cat", "the dog"])
@@ -231,7 +231,7 @@ def test_an_image_has_one_box_at_time_zero() -> None:
     assert found.tube is not None and len(found.tube) == 1
 
 
-def test_a_video_file_gives_what_its_frames_give(tmp_path: Path) -> None:
+def test_a_video_file_gives_the_results_of_its_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", clip())
     grounder = fake_grounder(script=SCRIPT)
     with grounder.open(path) as video:
@@ -245,7 +245,7 @@ def test_a_video_file_gives_what_its_frames_give(tmp_path: Path) -> None:
             np.testing.assert_allclose(result.tube.boxes[:, 1], from_frames.tube.boxes[:, 1], atol=0.5)
 
 
-def test_a_slow_stream_has_one_box_a_frame() -> None:
+def test_a_slow_stream_has_one_box_per_frame() -> None:
     grounder = fake_grounder(script=SCRIPT)
     found = grounder.ground(clip(fps=1, present=(2, 5)), "the car")
     assert found.tube is not None and found.boxes is not None

@@ -62,7 +62,7 @@ def test_deadlines_on_every_call() -> None:
             video.ground_many(["the car"], deadline_s=0)
 
 
-def test_closed_things_say_so() -> None:
+def test_closed_objects_raise() -> None:
     grounder = fake_grounder(script=SCRIPT)
     video, other = grounder.open(clip()), grounder.open(clip())
     video.close()

@@ -85,14 +85,14 @@ def test_the_model_sees_prompt_answer_and_bridging_queries() -> None:
     assert answer.absent == 0
 
 
-def test_positions_count_on_through_the_whole_sequence() -> None:
+def test_positions_are_consecutive_through_the_whole_sequence() -> None:
     loop = Loop(allow_none=False)
     (answer,) = loop.answer(["the red car"])
     entries = loop.model.allocated[-1].entries[0]
     query = query_segment(loop.tokenizer, SPEC, "the red car", loop.segment.next_position)
     total = len(loop.segment) + len(query) + len(answer.ids) + BRIDGING
-    behind = np.arange(total - len(loop.segment)) + loop.segment.next_position
-    np.testing.assert_array_equal(entries[len(loop.segment) : total, 2:], behind[:, None].repeat(3, 1))
+    after = np.arange(total - len(loop.segment)) + loop.segment.next_position
+    np.testing.assert_array_equal(entries[len(loop.segment) : total, 2:], after[:, None].repeat(3, 1))
     np.testing.assert_array_equal(entries[: len(loop.segment), 2:], loop.segment.positions.T)
 
 
@@ -111,7 +111,7 @@ def test_a_batch_gives_what_each_query_gives_alone() -> None:
     assert len({tuple(answer.ids) for answer in together}) > 2
 
 
-def test_what_an_earlier_call_left_in_the_cache_does_not_matter() -> None:
+def test_stale_cache_entries_do_not_matter() -> None:
     same(Loop().answer(["birds", "the red car"])[0], Loop().answer(["birds", "the red car"], stale=77)[0])
 
 
@@ -133,14 +133,14 @@ def test_prefill_in_chunks_gives_the_same_cache() -> None:
     assert reports[0] == (0, len(chunked.segment)) and reports[-1] == (len(chunked.segment),) * 2
 
 
-def test_a_session_says_how_many_tokens_it_takes_best() -> None:
+def test_a_session_may_prefer_a_chunk_size() -> None:
     loop = Loop()
     loop.model.preferences = Preferences(prefill_chunk=5)
     loop.prefix()
     assert len(loop.model.calls) == -(-len(loop.segment) // 5)
 
 
-def test_tokens_without_an_alternative_are_never_asked_for() -> None:
+def test_tokens_without_an_alternative_are_not_decoded() -> None:
     loop = Loop(allow_none=False, times=np.array([0.25]))
     (answer,) = loop.answer(["the only frame"])
     assert answer.groups == (0, 0) and answer.log_probability == 0

@@ -1,4 +1,4 @@
-"""The grammar admits exactly the answers that a prompt allows."""
+"""The grammar allows exactly the answers that a prompt has times for."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def all_answers(grammar: AnswerGrammar) -> dict[str, tuple[int, int] | None]:
     return found
 
 
-def test_it_admits_every_ordered_pair_and_none(tokenizer):
+def test_it_allows_every_ordered_pair_and_none(tokenizer):
     answers = all_answers(AnswerGrammar(tokenizer, SPEC, TIMES))
     pairs = list(itertools.combinations_with_replacement(range(len(TIMES)), 2))
     assert sorted(s for s in answers.values() if s) == pairs

@@ -14,7 +14,7 @@ LEARNED = VisionSpec("qwen3_vl", 16, 2, 2, 32, 16, 1, position_grid=4)
 WINDOWED = VisionSpec("qwen2_5_vl", 14, 2, 2, 32, 16, 0, position_grid=0, window_patches=4, tokens_per_second=2.0)
 
 
-def test_the_spec_says_which_tables_there_are() -> None:
+def test_the_spec_determines_the_tables() -> None:
     assert list(vision_tables(LEARNED, 4, 6)) == ["pos_index", "pos_weight", "rotary_cos", "rotary_sin"]
     windows = ["window_index", "window_mask", "window_place"]
     assert list(vision_tables(WINDOWED, 4, 6)) == ["rotary_cos", "rotary_sin", *windows]

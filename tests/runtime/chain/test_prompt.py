@@ -51,7 +51,7 @@ def test_tracking_prints_the_first_box(tokenizer):
     assert "first at 0 100 500 999." in tokenizer.decode(segment.input_ids)
 
 
-def test_unknown_words_and_scripts_survive(tokenizer):
+def test_unknown_words_and_scripts_are_kept(tokenizer):
     for query in ("der große Hund", "赤い車", "🚗"):
         assert query.lower() in tokenizer.decode(query_segment(tokenizer, SPEC, query, 0).input_ids)
 

@@ -24,7 +24,7 @@ def test_boxes_are_interpolated_between_fine_frames_and_marked() -> None:
     assert len(found) == 4 and found.boxes.dtype == np.float32
 
 
-def test_outside_the_fine_frames_the_nearest_box_is_held() -> None:
+def test_outside_the_fine_frames_the_nearest_box_is_repeated() -> None:
     found = tube().at(np.array([0.0, 9.0]))
     np.testing.assert_allclose(found.boxes, tube().boxes[[0, 2]])
     assert found.interpolated.all()
@@ -40,7 +40,7 @@ def test_the_tube_keeps_the_frames_of_the_final_span() -> None:
     assert made.visible.tolist() == [True, False, True]
 
 
-def test_a_frame_that_stands_for_several_places_gets_one_box() -> None:
+def test_a_frame_shown_at_several_grid_times_gets_one_box() -> None:
     frames = FineFrames(indices=np.arange(4), times=np.arange(4) / 2, interval_s=0.5)
     made = tube_in_span(
         (0.0, 2.0),
@@ -71,7 +71,7 @@ def grounding(found: bool) -> Grounding:
     )
 
 
-def test_json_holds_plain_values() -> None:
+def test_json_has_plain_values() -> None:
     values = json.loads(json.dumps(grounding(True).to_json(), allow_nan=False))
     assert values["schema"] == SCHEMA
     assert values["span"] == {"start_s": 1.0, "end_s": 3.25}

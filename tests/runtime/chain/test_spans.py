@@ -71,8 +71,8 @@ def test_thinning_follows_the_grid_of_the_video() -> None:
 def test_there_is_always_a_fine_frame() -> None:
     between = fine_frames((1.05, 1.1), grid(8), fine_fps=4, margin_s=0, max_frames=64)
     assert between.indices.tolist() == [4]
-    behind = fine_frames((20.0, 21.0), grid(8), fine_fps=4, margin_s=0, max_frames=64)
-    assert behind.indices.tolist() == [31]
+    after = fine_frames((20.0, 21.0), grid(8), fine_fps=4, margin_s=0, max_frames=64)
+    assert after.indices.tolist() == [31]
     image = fine_frames((0.0, 0.5), np.zeros(1), fine_fps=4, margin_s=1, max_frames=1)
     assert image.indices.tolist() == [0]
 
@@ -87,7 +87,7 @@ def test_presence_moves_both_ends() -> None:
     assert refine_span((1, 1.2), ten_frames(), presence, threshold=0.5, duration_s=9) == (0.5, 1.75)
 
 
-def test_the_span_stays_where_nothing_is_present_and_never_passes_the_end() -> None:
+def test_the_span_is_unchanged_if_nothing_is_present_and_ends_with_the_video() -> None:
     assert refine_span((0.3, 2.2), ten_frames(), np.full(10, 0.4), threshold=0.5, duration_s=9) == (0.3, 2.2)
     assert refine_span((0.3, 2.2), ten_frames(), np.ones(10), threshold=0.5, duration_s=2.3) == (0, 2.3)
 

@@ -44,11 +44,11 @@ def test_a_track_has_a_box_for_every_frame_and_begins_as_given() -> None:
     after = found.boxes.times >= found.span[1]
     assert after.any() and not found.boxes.visible[after].any()
     np.testing.assert_allclose(found.boxes.boxes[after], found.tube.boxes[-1][None].repeat(after.sum(), 0))
-    asked = "".join(grounder.sessions["language_model"].tokenizer.decode(row) for row in prompts(grounder))  # type: ignore[attr-defined]
-    assert "Track the object, first at 125 125 375 624." in asked  # of 64 x 48 pixels, in 0 ... 999
+    fed = "".join(grounder.sessions["language_model"].tokenizer.decode(row) for row in prompts(grounder))  # type: ignore[attr-defined]
+    assert "Track the object, first at 125 125 375 624." in fed  # of 64 x 48 pixels, in 0 ... 999
 
 
-def test_an_opened_video_serves_every_task() -> None:
+def test_an_opened_video_runs_every_task() -> None:
     grounder = fake_grounder(script=SCRIPT)
     with grounder.open(clip(present=(0, 5))) as video:
         assert video.span("the car").span == (2.0, 5.0)
