@@ -103,15 +103,15 @@ def answer_queries(
     cache: KVCache,
     prefix: Prefix,
     queries: Sequence[Segment],
-    grammars: Sequence[AnswerGrammar],
+    grammar: AnswerGrammar,
     *,
     bridging_ids: Sequence[int],
     report: Callable[[int, int], None],
 ) -> list[Answer]:
     """Answer B queries on one video: copy its prefix, prefill the queries, decode, bridge.
 
-    Each row follows its own grammar. Tokens without an alternative are not decoded: they are fed together with the
-    next choice. A row that is done waits for the others.
+    Tokens without an alternative are not decoded: they are fed together with the next choice. A row that is done waits
+    for the others.
 
     `cache` has B rows and room for `positions_needed` tokens. A single query may use the prefix's own cache: its tokens
     follow the prefix, which stays unchanged. `queries` are text whose positions follow the prefix. `report` is called
@@ -119,7 +119,7 @@ def answer_queries(
     """
     if cache is not prefix.cache:
         cache.copy_prefix(prefix.cache, prefix.length)
-    rows = [start_row(prefix, query, grammar) for query, grammar in zip(queries, grammars, strict=True)]
+    rows = [start_row(prefix, query, grammar) for query in queries]
     while any(not row.state.done for row in rows):
         report(sum(row.state.done for row in rows), len(rows))
         logits = decode_step(session, cache, prefix, rows)

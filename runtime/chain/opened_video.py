@@ -242,7 +242,7 @@ class OpenedVideo:
                 cache,
                 self._prefix,
                 batch,
-                [grammar] * len(batch),
+                grammar,
                 bridging_ids=language.bridging_ids,
                 report=limits.report_from(len(answers), len(prompts)),
             )

@@ -52,7 +52,7 @@ class Loop:
             cache,  # type: ignore[arg-type]
             prefix,
             segments,
-            [self.grammar] * len(queries),
+            self.grammar,
             bridging_ids=SPEC.language.bridging_ids,
             report=report,
         )
