@@ -1,0 +1,1 @@
+"""Export of checkpoints to bundles of ONNX graphs, and their TensorRT engines."""

@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle: estimate, trace, write, check, compare with torch, and rename into place."""
+"""Export a checkpoint as a bundle: estimate, trace, write, check, compare with torch, rename into place."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -17,9 +17,8 @@ from bridge_stg.export.graph.graph_check import check_graph
 from bridge_stg.export.graph.ort_cpu import derive_ort_cpu
 from bridge_stg.export.memory import estimate, require_room
 from bridge_stg.export.parity.bf16_emulation import write_twin
-from bridge_stg.export.parity.golden_cases import record_golden
+from bridge_stg.export.parity.golden_cases import record_golden, record_random_cases
 from bridge_stg.export.parity.parity import REPORT, require
-from bridge_stg.export.parity.reference import record_probes
 from bridge_stg.export.parity.replay import Replayed, replay_in_subprocess
 from bridge_stg.export.tracing.lowering import LOWERINGS
 from bridge_stg.export.tracing.precision import PRECISIONS, Precision
@@ -43,7 +42,8 @@ EXPORT_REPORT = "export"
 TORCH_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 TOOLS = ("bridge-stg", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
-Progress = Callable[[str], Any]
+Progress = Callable[[str], None]
+"""Called with the name of each stage when it begins, and with notes."""
 
 
 def export_bundle(
@@ -54,47 +54,44 @@ def export_bundle(
     dtype: str = "fp32",
     overwrite: bool = False,
     verify: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = lambda stage: None,
 ) -> Path:
-    """Export a checkpoint as a bundle. Weights are read, cast and written one at a time, whatever the model's size.
+    """Export a checkpoint as a bundle. Weights are read, cast and written one at a time, for models of any size.
 
     Args:
         checkpoint: folder with config.json, weights and tokenizer.json.
-        out: the bundle's folder; appears when it is complete, or not at all.
-        variants: lowerings to export, of `VARIANTS`; `ort-cpu` comes of itself with `standard` where it is of use.
-        dtype: `fp32`, `fp16` or `bf16`, of weights and products; see `precision`.
-        overwrite: whether to replace a bundle that is there.
+        out: folder of the bundle; it appears when it is complete, or not at all.
+        variants: variants to trace, of `VARIANTS`; `ort-cpu` is derived from `standard` where it is faster.
+        dtype: `fp32`, `fp16` or `bf16`, for weights and matmuls; see `precision`.
+        overwrite: whether to replace an existing bundle.
         verify: whether to record golden cases and compare every graph with torch; the manifest says so.
         progress: called with the name of each stage when it begins.
 
     Returns:
-        The bundle's path; `parity.parity_table` shows what was measured, `reports/export.json` what it took.
+        Path of the bundle. `parity.parity_table` shows the comparison, `reports/export.json` has times and memory.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or a weight does not fit the dtype.
         BundleError: the target exists, or cannot be written.
-        EngineError: a variant or dtype is unknown, memory or disk do not suffice, a graph fails its checks, or it
-            leaves its tolerance at a boundary.
+        EngineError: a variant or dtype is unknown, memory or disk are not sufficient, a graph fails its checks, or a
+            boundary exceeds its tolerance.
     """
-    stages = Stages(progress or (lambda stage: None))
     _check_choices(variants, dtype)
-    precision = PRECISIONS[dtype]
-    stages("reading the checkpoint")
+    stages = _Stages(progress)
+    stages.begin("reading the checkpoint")
     model, store = open_skeleton(checkpoint)
+    precision = PRECISIONS[dtype]
     needed = estimate(store, model.spec, precision, verify=verify)
-    stages.note(f"estimated: {needed}")
-    lean = require_room(needed, Path(out))
-    if verify and lean:
-        stages.note("memory is short: the replay keeps no second copy of the weights, which is slower")
+    progress(f"estimated: {needed}")
+    low_memory = require_room(needed, Path(out))
+    if verify and low_memory:
+        progress("memory is short: the replay keeps no second copy of the weights, which is slower")
     with BundleWriter(out, overwrite=overwrite) as writer:
-        contracts = [
-            contract
-            for name in GRAPH_NAMES
-            for contract in _export_graph(name, model, store, variants, precision, writer, stages)
-        ]
+        export = _Export(model, store, precision, writer, stages)
+        contracts = [contract for name in GRAPH_NAMES for contract in export.write_graph(name, variants)]
         writer.add_file(TOKENIZER, Path(checkpoint) / TOKENIZER)
-        replayed = _verify(model, store, contracts, writer, stages, lean=lean) if verify else None
-        stages("writing the manifest")
+        replayed = export.compare_with_torch(contracts, low_memory=low_memory) if verify else None
+        stages.begin("writing the manifest")
         about = {
             "dtype": dtype,
             "weight_bytes": sum(f.stat().st_size for f in writer.folder.rglob(WEIGHTS)),
@@ -102,120 +99,94 @@ def export_bundle(
             "peak_rss_bytes": peak_bytes(),
             "replay_peak_rss_bytes": None if replayed is None else replayed.peak_rss_bytes,
             "replay_seconds": None if replayed is None else replayed.seconds,
-            "seconds": stages.seconds,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
         }
         write_report(writer.folder, EXPORT_REPORT, about)
-        return writer.finish(
-            Manifest(
-                spec=model.spec,
-                model=_about(model, Path(checkpoint), precision),
-                tools=installed_versions(TOOLS),
-                io_dtype=precision.io_dtype,
-                verified=verify,
-            )
-        )
+        described = {
+            "name": Path(checkpoint).resolve().name,
+            "family": model.spec.vision.family,
+            "dtype": TORCH_DTYPE_NAMES[dtype],
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        tools, io_dtype = installed_versions(TOOLS), precision.io_dtype
+        return writer.finish(Manifest(model.spec, described, tools=tools, io_dtype=io_dtype, verified=verify))
 
 
-class Stages:
-    """Tells a callback of each stage as it begins, and keeps how many seconds each took."""
+class _Stages:
+    """Reports each stage when it begins, and measures the `seconds` of those that have ended."""
 
     def __init__(self, report: Progress) -> None:
+        self.seconds: dict[str, float] = {}
         self._report, self._began, self._current = report, time.monotonic(), ""
-        self._taken: dict[str, float] = {}
 
-    def __call__(self, stage: str) -> None:
-        """Begin a stage."""
+    def begin(self, stage: str) -> None:
         now = time.monotonic()
         if self._current:
-            self._taken[self._current] = self._taken.get(self._current, 0.0) + now - self._began
+            self.seconds[self._current] = self.seconds.get(self._current, 0.0) + now - self._began
         self._began, self._current = now, stage
         self._report(stage)
-
-    def note(self, text: str) -> None:
-        """Tell something in the middle of a stage."""
-        self._report(text)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds by stage, the one that is under way not counted; their order is that of the stages."""
-        return {stage: round(seconds, 3) for stage, seconds in self._taken.items()}
 
 
 def _check_choices(variants: Sequence[str], dtype: str) -> None:
     unknown = [variant for variant in variants if variant not in LOWERINGS]
     if unknown or not variants:
         found = repr(unknown[0]) if unknown else "an empty list"
-        raise EngineError(f"variants: found {found}; choose from {', '.join(VARIANTS)}")
+        raise EngineError("options.invalid", f"variants: found {found}; choose from {', '.join(VARIANTS)}")
     if dtype not in PRECISIONS:
-        raise EngineError(f"dtype: found {dtype!r}; choose from {', '.join(PRECISIONS)}")
+        raise EngineError("options.invalid", f"dtype: found {dtype!r}; choose from {', '.join(PRECISIONS)}")
 
 
-def _export_graph(
-    name: str,
-    model: BridgeSTG,
-    store: WeightStore,
-    variants: Sequence[str],
-    precision: Precision,
-    writer: BundleWriter,
-    stages: Stages,
-) -> list[GraphSpec]:
-    """Trace, write and check all variants of one graph, derived ones too; return their contracts."""
-    traced: list[tuple[GraphSpec, ir.Model]] = []
-    for variant in dict.fromkeys(variants):
-        stages(f"tracing {name} ({variant})")
-        traced.append(trace_graph(name, model, store, LOWERINGS[variant], precision=precision))
-    stages(f"writing {name}")
-    folder = writer.folder / GRAPHS / name
-    folder.mkdir(parents=True)
-    write_weights([graph for _, graph in traced], folder / WEIGHTS)
-    stages(f"checking {name}")
-    for contract, graph in traced:
-        ir.save(graph, folder / f"{contract.variant}.onnx")
-    contracts = [contract for contract, _ in traced]
-    contracts += derive_ort_cpu(contracts, folder)
-    for contract in contracts:
-        check_graph(folder / f"{contract.variant}.onnx")
-        writer.add_graph(contract)
-    return contracts
+@dataclass(frozen=True)
+class _Export:
+    """One export of a model into the folder of a writer."""
 
+    model: BridgeSTG
+    store: WeightStore
+    precision: Precision
+    writer: BundleWriter
+    stages: _Stages
 
-def _verify(
-    model: BridgeSTG,
-    store: WeightStore,
-    contracts: Sequence[GraphSpec],
-    writer: BundleWriter,
-    stages: Stages,
-    *,
-    lean: bool,
-) -> Replayed:
-    """Record golden cases and probes in torch, replay them apart, and stop the export where parity does not hold."""
-    precision = contracts[0].precision
-    with tempfile.TemporaryDirectory(prefix=".probes.", dir=writer.folder.parent) as folder:
-        probes = Path(folder)
-        with with_weights(model, store):
-            stages("recording golden cases")
-            golden = record_golden(model, writer.folder / GOLDEN, precision=precision)
-            stages("recording the reference")
-            for name in dict.fromkeys(contract.name for contract in contracts):
-                record_probes(name, model, probes)
-        stages("comparing with torch")
-        files = [writer.folder / GRAPHS / contract.name / f"{contract.variant}.onnx" for contract in contracts]
-        twins = [write_twin(file) for file in files] if precision == "bf16" else []
-        graphs = [dataclasses.replace(c, precision="bf16 twin") for c in contracts] if twins else contracts
-        try:
-            replayed = replay_in_subprocess(list(zip(graphs, twins or files, strict=True)), probes, golden, lean=lean)
-        finally:
-            for twin in twins:
-                twin.unlink()
-    require(replayed.parity)
-    write_report(writer.folder, REPORT, replayed.parity.to_dict())
-    return replayed
+    def write_graph(self, name: str, variants: Sequence[str]) -> list[GraphSpec]:
+        """Trace, write and check all variants of one graph, and derive `ort-cpu`; return their contracts."""
+        traced: list[tuple[GraphSpec, ir.Model]] = []
+        for variant in dict.fromkeys(variants):
+            self.stages.begin(f"tracing {name} ({variant})")
+            traced.append(trace_graph(name, self.model, self.store, LOWERINGS[variant], precision=self.precision))
+        self.stages.begin(f"writing {name}")
+        folder = self.writer.folder / GRAPHS / name
+        folder.mkdir(parents=True)
+        write_weights([graph for _, graph in traced], folder / WEIGHTS)
+        self.stages.begin(f"checking {name}")
+        for contract, graph in traced:
+            ir.save(graph, folder / f"{contract.variant}.onnx")
+        contracts = [contract for contract, _ in traced]
+        contracts += derive_ort_cpu(contracts, folder)
+        for contract in contracts:
+            check_graph(folder / f"{contract.variant}.onnx")
+            self.writer.add_graph(contract)
+        return contracts
 
-
-def _about(model: BridgeSTG, checkpoint: Path, precision: Precision) -> dict[str, Any]:
-    return {
-        "name": checkpoint.resolve().name,
-        "family": model.spec.vision.family,
-        "dtype": TORCH_DTYPE_NAMES[precision.name],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    def compare_with_torch(self, contracts: Sequence[GraphSpec], *, low_memory: bool) -> Replayed:
+        """Record golden and random-input cases in torch, replay them in a subprocess, and check the tolerances."""
+        folder, precision = self.writer.folder, contracts[0].precision
+        with tempfile.TemporaryDirectory(prefix=".cases.", dir=folder.parent) as temporary:
+            cases = Path(temporary)
+            with with_weights(self.model, self.store):
+                self.stages.begin("recording golden cases")
+                golden = record_golden(self.model, folder / GOLDEN, precision=precision)
+                self.stages.begin("recording the reference")
+                for name in dict.fromkeys(contract.name for contract in contracts):
+                    record_random_cases(name, self.model, cases)
+            self.stages.begin("comparing with torch")
+            files = [folder / GRAPHS / contract.name / f"{contract.variant}.onnx" for contract in contracts]
+            twins = [write_twin(file) for file in files] if precision == "bf16" else []
+            graphs = [dataclasses.replace(c, precision="bf16 twin") for c in contracts] if twins else contracts
+            try:
+                pairs = list(zip(graphs, twins or files, strict=True))
+                replayed = replay_in_subprocess(pairs, cases, golden, low_memory=low_memory)
+            finally:
+                for twin in twins:
+                    twin.unlink()
+        require(replayed.parity)
+        write_report(folder, REPORT, replayed.parity.to_dict())
+        return replayed

@@ -1,4 +1,4 @@
-"""From a bundle to engines: choose and check, compile, read the plan, rename into place."""
+"""Build TensorRT engines of a bundle: select and check, compile, read the plan's layers, rename into place."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.export.engines.build_plan import Build, check_room, planned
 from bridge_stg.export.engines.compile import Report, compile_graph
 from bridge_stg.export.engines.inspector import inspected_kernels
-from bridge_stg.export.engines.layers import graph_nodes, plan_summary, read_plan_report, report_by_block
+from bridge_stg.export.engines.layers import GROUPS, graph_nodes, plan_summary, read_plan_report, report_by_block
 from bridge_stg.export.engines.profiles import GraphProfiles
+from bridge_stg.export.engines.select_builds import Build, check_room, select_builds
 from bridge_stg.runtime.backends.tensorrt.engine_cache import PLAN, EngineEntry, read_engine
 from bridge_stg.runtime.backends.tensorrt.engine_store import new_engine, publish, writable_folder
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
@@ -24,7 +24,7 @@ from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.memory import gigabytes, peak_bytes, reset_peak
 
 TIMING = "timing.cache"
-"""What TensorRT learnt of kernels on this device, beside its engines."""
+"""TensorRT's timings of kernels on this device, beside its engines."""
 
 
 def build_engines(
@@ -45,54 +45,53 @@ def build_engines(
 ) -> list[EngineEntry]:
     """Compile graphs of a bundle for targets, and put the engines where the runtime finds them.
 
-    Everything is checked before the first engine is compiled. An engine of the same key is not compiled again,
-    unless it is damaged.
+    Everything is checked before the first engine is compiled. An intact engine of the same key is not compiled again.
 
     Args:
-        targets: names of `engine_targets.TARGETS`, or `this`.
-        graphs: their names; empty: all.
-        variant: None: that of each target.
-        precision: the one that the bundle is expected to be in; None: the one it is in. It is in the graphs: none is
-            converted here.
-        overrides: what `profiles.read_overrides` returned, and `where` it came from.
-        check_memory: whether to stop where the estimate does not fit this machine or the target.
-        again: compile even what is there.
-        family: the TensorRT that the target `this` is compiled with, a key of `engine_cache.FAMILIES`; None: the first
-            that is installed.
-        exactly: by graph, profiles that are taken as they are, instead of the defaults with `overrides`.
-        report: called with phase, step, steps; may raise to stop.
-        say: called with what a person should know, a line each.
+        bundle: bundle of the graphs.
+        targets: names of `targets.TARGETS`, or `this`.
+        graphs: names of the graphs; empty for all.
+        variant: variant of the graphs; None for that of each target.
+        precision: expected precision of the bundle, which is not converted; None to accept any.
+        overrides: result of `profiles.read_overrides`.
+        where: file of the overrides, for messages.
+        check_memory: whether to stop where the estimate exceeds the memory of this machine or the target.
+        again: whether to compile engines that exist.
+        family: TensorRT family for the target `this`, a key of `engine_cache.FAMILIES`; None for the first that is
+            installed.
+        exactly: profiles by graph to use unchanged, instead of the defaults with `overrides`.
+        report: called with phase, step and number of steps; may raise to stop.
+        say: called with each line for the user.
 
     Raises:
-        EngineError: a target, graph or precision is unknown or refused, TensorRT is missing or refuses a graph, memory
-            does not suffice, or nothing can be written.
+        EngineError: a target, graph or precision is unknown or unsupported, TensorRT is missing or cannot compile a
+            graph, memory is not sufficient, or nothing can be written.
     """
-    builds = [
-        build
-        for name in dict.fromkeys(targets)
-        for build in planned(
-            bundle, name, graphs, variant, precision, overrides, where, say, family=family, exactly=exactly
-        )
-    ]
+    builds: list[Build] = []
+    for name in dict.fromkeys(targets):
+        builds += select_builds(
+            bundle, name, graphs=graphs, variant=variant, precision=precision, overrides=overrides, where=where,
+            say=say, family=family, exactly=exactly,
+        )  # fmt: skip
     if check_memory:
         for build in builds:
             check_room(build)
     entries = []
     for build in builds:
-        found = None if again else _present(bundle, build, say)
+        found = None if again else _existing(bundle, build, say)
         entries.append(found or _compile(bundle, build, report, say))
     return entries
 
 
-def _present(bundle: Bundle, build: Build, say: Callable[[str], Any]) -> EngineEntry | None:
-    """Return the engine that is there already, if it is whole, and tell it."""
+def _existing(bundle: Bundle, build: Build, say: Callable[[str], Any]) -> EngineEntry | None:
+    """Return the engine that exists already, if it is intact."""
     try:
         found = read_engine(bundle, build.graph, build.key())
     except EngineError as error:
         say(str(error))
         return None
     if found is not None:
-        say(f"{build.graph} for {build.target.name} is there already: {found.folder}")
+        say(f"{build.graph} for {build.target.name} exists already: {found.folder}")
     return found
 
 
@@ -140,7 +139,7 @@ def _compile(bundle: Bundle, build: Build, report: Report | None, say: Callable[
 
 
 def _layers(build: Build, file: Path, plan: Any, graph: Path, say: Callable[[str], Any]) -> Any:
-    """Return what the engine does by block: as its own text tells, or else TensorRT on this device; None: neither."""
+    """Return the layers of an engine by block, read from its plan or with TensorRT on this device; None if neither."""
     try:
         return read_plan_report(file, graph)
     except EngineError as error:
@@ -150,7 +149,7 @@ def _layers(build: Build, file: Path, plan: Any, graph: Path, say: Callable[[str
     try:
         kernels = inspected_kernels(TensorRT(build.target.family, build.tensorrt), plan)
         return report_by_block([kernels], graph_nodes(graph))
-    except Exception as error:  # a report is no reason to lose an engine
+    except Exception as error:  # noqa: BLE001  # an engine is worth more than the report about it
         say(f"{build.graph}: {error}")
         return None
 
@@ -159,10 +158,11 @@ def engine_line(entry: EngineEntry) -> str:
     """Describe an engine in one line."""
     built = entry.built
     counts = plan_summary(built["layers"]) if built.get("layers") else {}
-    parts = [", ".join(f"{n} {word}" for word, n in group.items()) for group in counts.values()]
-    read = "".join(f"; {name}: {part}" for name, part in zip(counts, parts, strict=True))
+    layers = "".join(
+        f"; {GROUPS[group]}: {', '.join(f'{n} {word}' for word, n in words.items())}" for group, words in counts.items()
+    )
     peak = built.get("peak_memory_bytes")
     memory = f", peak {gigabytes(peak)}" if peak else ""
     seconds = math.ceil(float(built.get("seconds", 0)))
     head = f"{entry.graph} ({entry.variant}, {entry.precision}) for {entry.target}"
-    return f"{head}: {gigabytes(entry.size)}, {seconds} s{memory}{read}"
+    return f"{head}: {gigabytes(entry.size)}, {seconds} s{memory}{layers}"

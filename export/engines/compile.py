@@ -1,12 +1,10 @@
-"""TensorRT: whether it takes a graph and compiles it. Runs on the device too, so without torch and transformers.
+"""Compile a graph with TensorRT or TensorRT-RTX. Runs on the device too, so it needs neither torch nor transformers.
 
-Either package will do: `tensorrt` (the vendor's index, JetPack) or TensorRT-RTX, which parses and compiles on a machine
-without a GPU. Both are imported on use only.
+TensorRT-RTX parses and compiles on a machine without a GPU.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import threading
@@ -16,62 +14,30 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from bridge_stg.export.graph.graph_check import load_graph
 from bridge_stg.runtime.errors import EngineError
 
-PACKAGES = ("tensorrt", "tensorrt_rtx_bindings")
 CAPACITY = 1024
-"""KV positions that a parsed graph is given where the cache is updated in place: TensorRT wants a fixed number."""
-
+"""Default KV positions of a cache that is updated in place: TensorRT needs a fixed number."""
 
 Sizes = Mapping[str, tuple[int, int, int]]
-"""By symbol of a dim: its least, usual and largest size. Dims that follow from each other must agree in each."""
+"""Minimum, optimum and maximum size by symbol. Sizes that depend on each other must agree in all three."""
 
-
-def parse_in_tensorrt(path: str | os.PathLike[str], *, capacity: int = CAPACITY) -> list[str]:
-    """Let TensorRT's parser read a graph.
-
-    Args:
-        path: the .onnx file; its external data lie beside it.
-        capacity: S of a cache that is updated in place; other dims stay free.
-
-    Returns:
-        What the parser objects to, with the node's name; empty if it takes the graph.
-
-    Raises:
-        EngineError: no TensorRT package can be imported, or the file is no ONNX graph.
-    """
-    tensorrt = _tensorrt()
-    return _parse(tensorrt, _network(tensorrt), path, capacity)
-
-
-def compile_in_tensorrt(path: str | os.PathLike[str], sizes: Sizes, *, capacity: int = CAPACITY) -> bytes:
-    """Compile a graph for one range of sizes, and return the engine. Precisions are those of the graph.
-
-    Args:
-        path: the .onnx file; its external data lie beside it.
-        sizes: of every free dim of the inputs.
-        capacity: S of a cache that is updated in place.
-
-    Raises:
-        EngineError: no TensorRT package can be imported, the file is no ONNX graph, a size is missing, or TensorRT
-            refuses the graph.
-    """
-    return bytes(compile_graph(_tensorrt(), path, {"": sizes}, capacity=capacity).plan)
+Report = Callable[[str, int, int], Any]
+"""Called with the name of the phase, the steps done, and the number of steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A serialized engine, as a buffer that TensorRT owns (large ones are not copied), and what was learnt of kernels.
+    """A compiled engine.
 
-    `timing` is None where this TensorRT keeps no timing cache.
+    Attributes:
+        plan: serialized engine, as a buffer that TensorRT owns: large engines are not copied.
+        timing: timing cache of kernels; None where this TensorRT has none.
     """
 
     plan: Any
     timing: bytes | None
-
-
-Report = Callable[[str, int, int], Any]
-"""Called with what is being done, the steps done, and their number."""
 
 
 def compile_graph(
@@ -85,24 +51,26 @@ def compile_graph(
     timing: bytes = b"",
     report: Report | None = None,
 ) -> Compiled:
-    """Compile a graph for several ranges of sizes, strongly typed: precision is what the graph says.
+    """Compile a graph for several ranges of sizes, strongly typed: its precision is that of the graph.
 
     Args:
-        tensorrt: the package.
-        path: the .onnx file; its external data lie beside it.
-        profiles: sizes of every free dim of the inputs, by the profile's name; their order is that of the indices.
-        capacity: S of a cache that is updated in place.
-        sms: compute capabilities to compile for ahead of time (TensorRT-RTX); empty: the GPU that is here.
-        workspace: bytes that what lies between layers may take; None: all of the device.
-        timing: what an earlier compilation returned.
-        report: see `Report`; may raise to stop.
+        tensorrt: package of TensorRT or TensorRT-RTX.
+        path: .onnx file, with its external data beside it.
+        profiles: by name of the profile, sizes of every free dim of the inputs; in the order of their indices.
+        capacity: KV positions of a cache that is updated in place.
+        sms: compute capabilities to compile for ahead of time (TensorRT-RTX); empty for this machine's GPU.
+        workspace: bytes for tensors between layers; None for the whole device.
+        timing: timing cache of an earlier compilation.
+        report: called with the progress; may raise to stop.
 
     Raises:
-        EngineError: see `compile_in_tensorrt`.
+        EngineError: the file is not an ONNX graph, a size is missing, or TensorRT cannot compile the graph.
     """
-    network = _network(tensorrt)
-    if problems := _parse(tensorrt, network, path, CAPACITY if capacity is None else capacity):
-        raise EngineError(f"{path}: TensorRT {tensorrt.__version__} refuses the graph: {problems[0]}")
+    network = empty_network(tensorrt)
+    if problems := parse_graph(tensorrt, network, path, CAPACITY if capacity is None else capacity):
+        raise EngineError(
+            "engine.rejected_graph", f"{path}: TensorRT {tensorrt.__version__} cannot parse the graph: {problems[0]}"
+        )
     _allow_decomposed_attention(tensorrt, network.value)
     config = network.builder.create_builder_config()
     config.clear_flag(tensorrt.BuilderFlag.TF32)  # 10 bits of mantissa are not fp32
@@ -125,18 +93,20 @@ def compile_graph(
         raise monitor.stopped
     if plan is None:
         found = "; ".join(network.logger.messages[-3:]) or "it gave no reason"
-        raise EngineError(f"{path}: TensorRT {tensorrt.__version__} cannot compile the graph: {found}")
+        raise EngineError(
+            "engine.build_failed", f"{path}: TensorRT {tensorrt.__version__} cannot compile the graph: {found}"
+        )
     cache = config.get_timing_cache() if keeps_timing else None
     return Compiled(plan, None if cache is None else bytes(cache.serialize()))
 
 
 def is_rtx(tensorrt: ModuleType) -> bool:
-    """Tell TensorRT-RTX from TensorRT: it alone is told what to compile for."""
+    """Return whether a package is TensorRT-RTX: only it has compute capabilities to compile for."""
     return hasattr(tensorrt, "ComputeCapability")
 
 
 def _allow_decomposed_attention(tensorrt: ModuleType, network: Any) -> None:
-    """Let attention without a fused kernel for its dtype (fp32) be taken apart; with one it is fused all the same."""
+    """Allow attention without a fused kernel for its dtype (fp32) to be decomposed; others are fused as before."""
     kind = getattr(tensorrt.LayerType, "ATTENTION_OUTPUT", None)  # from TensorRT 10.14
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         if kind is not None and layer.type == kind:
@@ -155,13 +125,16 @@ def _capability(tensorrt: ModuleType, sm: int) -> Any:
     found = getattr(tensorrt.ComputeCapability, f"SM{sm}", None)
     if found is None:
         known = ", ".join(name[2:] for name in dir(tensorrt.ComputeCapability) if name.startswith("SM"))
-        raise EngineError(f"TensorRT {tensorrt.__version__} compiles ahead of time for SM {known}, not for SM {sm}")
+        raise EngineError(
+            "engine.unsupported_device",
+            f"TensorRT {tensorrt.__version__} compiles ahead of time for SM {known}, not for SM {sm}",
+        )
     return found
 
 
 @contextmanager
 def _interrupt_kept(monitor: Any) -> Iterator[None]:
-    """Stop a monitor by Ctrl-C: its exception would come up in any callback, where TensorRT logs it and goes on."""
+    """Let Ctrl-C stop the monitor: TensorRT would log an exception raised in a callback, and continue."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
@@ -170,7 +143,7 @@ def _interrupt_kept(monitor: Any) -> Iterator[None]:
     def keep(number: int, frame: Any) -> None:
         try:
             before(number, frame)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again after the compilation
             monitor.stopped = error
 
     signal.signal(signal.SIGINT, keep)
@@ -181,10 +154,10 @@ def _interrupt_kept(monitor: Any) -> Iterator[None]:
 
 
 def _monitor(tensorrt: ModuleType, report: Report | None) -> Any:
-    """Return a progress monitor that passes on the outermost phase that has steps."""
+    """Return a progress monitor that calls `report`."""
 
     class Monitor(tensorrt.IProgressMonitor):  # type: ignore[name-defined, misc]
-        """An exception in a callback would go through TensorRT, so it is kept, and the compilation asked to stop."""
+        """Keeps an exception of a callback, which must not pass through TensorRT, and stops the compilation."""
 
         def __init__(self) -> None:
             tensorrt.IProgressMonitor.__init__(self)
@@ -198,7 +171,7 @@ def _monitor(tensorrt: ModuleType, report: Report | None) -> Any:
             try:
                 if self.stopped is None and report is not None:
                     report(phase, step, self.steps.get(phase, 0))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # raised again after the compilation
                 self.stopped = error
             return self.stopped is None
 
@@ -208,21 +181,22 @@ def _monitor(tensorrt: ModuleType, report: Report | None) -> Any:
     return Monitor()
 
 
-def _parse(tensorrt: ModuleType, network: Any, path: str | os.PathLike[str], capacity: int) -> list[str]:
+def parse_graph(tensorrt: ModuleType, network: Any, path: str | os.PathLike[str], capacity: int) -> list[str]:
+    """Parse a graph into an empty network; return TensorRT's errors, each with the node's name."""
     model = with_capacity(path, capacity)
     parser = tensorrt.OnnxParser(network.value, network.logger)
     if parser.parse(model, str(path)):
         return []
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     found = [f"{e.node_name() or 'graph'} ({e.node_operator() or 'no operator'}): {e.desc()}" for e in errors]
-    return found or ["the parser refused the graph and gave no reason"]
+    return found or ["the parser gave no reason"]
 
 
-def _network(tensorrt: ModuleType) -> Any:
-    """Return an empty network beside its builder and its logger, which must live as long."""
+def empty_network(tensorrt: ModuleType) -> Any:
+    """Return an empty network as `value`, with its `builder` and `logger`, which must live as long."""
 
     class Logger(tensorrt.ILogger):  # type: ignore[name-defined, misc]
-        """Keeps errors instead of printing them: the parser's own list says it better, and a failed build has none."""
+        """Keeps errors instead of printing them: a failed build has no other reason."""
 
         def __init__(self) -> None:
             tensorrt.ILogger.__init__(self)
@@ -234,7 +208,7 @@ def _network(tensorrt: ModuleType) -> Any:
 
     logger = Logger()
     builder = tensorrt.Builder(logger)
-    # TensorRT-RTX and TensorRT 11 know no other kind of network; TensorRT 10 has to be told.
+    # TensorRT-RTX and TensorRT 11 have no other kind of network; TensorRT 10 needs a flag.
     typed = getattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     flags = 0 if typed is None or is_rtx(tensorrt) else 1 << int(typed)
     return SimpleNamespace(value=builder.create_network(flags), builder=builder, logger=logger)
@@ -246,44 +220,21 @@ def _shape(path: str | os.PathLike[str], tensor: Any, sizes: Sizes, place: int) 
         symbol = tensor.get_dimension_name(axis) if size < 0 else ""
         if size < 0 and symbol not in sizes:
             known = ", ".join(sizes) or "none"
-            raise EngineError(f"{path}: input {tensor.name!r} has a free dim {symbol!r}; sizes were given for {known}")
+            raise EngineError(
+                "engine.bad_profile",
+                f"{path}: input {tensor.name!r} has a free dim {symbol!r}; sizes were given for {known}",
+            )
         shape.append(sizes[symbol][place] if size < 0 else size)
     return shape
 
 
 def with_capacity(path: str | os.PathLike[str], capacity: int) -> bytes:
-    """Return a graph, serialized, whose KV buffers hold `capacity` positions, if it updates them in place.
-
-    Raises:
-        EngineError: the file cannot be read as an ONNX graph, or onnx is missing.
-    """
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise EngineError(
-            f'onnx cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"'
-        ) from error
-    try:
-        model = onnx.load(os.fspath(path), load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise EngineError(f"{path}: cannot be read as an ONNX graph ({error})") from error
+    """Return a serialized graph with a fixed number of KV positions, if it updates its cache in place."""
+    model = load_graph(path)
     if any(node.op_type == "TensorScatter" for node in model.graph.node):
         for value in (*model.graph.input, *model.graph.output):
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param == "S":
                     dim.dim_value = capacity
         del model.graph.value_info[:]
-    return model.SerializeToString()
-
-
-def _tensorrt() -> ModuleType:
-    for name in PACKAGES:
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    raise EngineError(
-        'no TensorRT can be imported. Install one: pip install "bridge-stg[rtx]" (compiles without a GPU), or tensorrt '
-        "from the vendor's package index; JetPack brings its own."
-    )
+    return bytes(model.SerializeToString())

@@ -1,7 +1,7 @@
-"""What TensorRT says of the layers of an engine that this machine can open: its inspector's JSON, read as kernels.
+"""Read the layers of an engine with TensorRT's inspector, as kernels of `layers`.
 
-Native TensorRT writes no program as text into an engine (`engine_plan`), but it compiles on the device alone, where the
-engine can be opened. The inspector names a layer's inputs, not its weights: a product counts by what it reads.
+Native TensorRT writes no program as text into an engine (see `layers`), but it compiles on the device only, where the
+engine can be opened. The inspector names the inputs of a layer, not its weights: a matmul counts by its inputs.
 """
 
 from __future__ import annotations
@@ -20,42 +20,48 @@ TYPES = (
     (r"bfloat16|bf16", "bf16"), (r"float8|fp8", "fp8"), (r"half|float16|fp16", "fp16"), (r"float|fp32", "fp32"),
     (r"int8", "int8"), (r"int4", "int4"),
 )  # fmt: skip
-"""Of `Half`, `Row major linear FP16 format` and the like; the first that is found counts."""
-PRODUCT = re.compile(r"gemm|matrixmultiply|fullyconnected|conv|_Fc|_Mm|_Bmm")
-"""In a layer's type, tactic or name."""
+"""Patterns of `Half`, `Row major linear FP16 format` and the like, and the type of each; the first match counts."""
+MATMUL = re.compile(r"gemm|matrixmultiply|fullyconnected|conv|_Fc|_Mm|_Bmm")
+"""Pattern of a matmul's layer type, tactic or name."""
 ROOM = 1.5
-"""Bytes needed to open an engine, by its size."""
+"""Memory needed to open an engine, as a multiple of its size."""
 
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
 def inspected_kernels(library: TensorRT, plan: Any) -> list[Kernel]:
-    """Return an engine's kernels, those of all profiles in one list.
-
-    Args:
-        plan: the serialized engine, as a buffer.
+    """Return the kernels of all profiles of a serialized engine.
 
     Raises:
         EngineError: the engine cannot be opened here, or its layers name no node of the graph.
     """
     size, left = memoryview(plan).nbytes, available_bytes()
     if left is not None and left < ROOM * size:
-        raise EngineError(f"its layers are not told: opening an engine of {gigabytes(size)} would leave no memory")
+        raise EngineError(
+            "engine.out_of_memory",
+            f"no report on its layers: opening an engine of {gigabytes(size)} needs more memory than is available",
+        )
     engine = library.runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(f"its layers are not told: TensorRT {library.version} does not open it: {library.reason()}")
+        raise EngineError(
+            "engine.no_layers",
+            f"no report on its layers: TensorRT {library.version} cannot open it: {library.reason()}",
+        )
     text = engine.create_engine_inspector().get_engine_information(library.module.LayerInformationFormat.JSON)
     layers = json.loads(text).get("Layers", [])
     kernels = [_kernel(layer) for layer in layers if isinstance(layer, dict)]
     if not any(kernel.nodes for kernel in kernels):
-        raise EngineError(f"its layers are not told: TensorRT {library.version} names no node of the graph in them")
+        raise EngineError(
+            "engine.no_layers",
+            f"no report on its layers: TensorRT {library.version} names no node of the graph in them",
+        )
     return kernels
 
 
 def _kernel(layer: Mapping[str, Any]) -> Kernel:
     name, metadata = str(layer.get("Name", "")), str(layer.get("Metadata", ""))
     known = [kind for tensor in layer.get("Inputs", []) if (kind := _type_of(tensor))]
-    activations = "int8" if "int8" in known else next(iter(known), "")  # a residual may stand before what is multiplied
+    activations = "int8" if "int8" in known else next(iter(known), "")  # a residual may come first
     weights = layer.get("Weights")
     stored = _type_of({"Datatype": weights.get("Type", "")}) if isinstance(weights, dict) else ""
     return Kernel(
@@ -64,11 +70,11 @@ def _kernel(layer: Mapping[str, Any]) -> Kernel:
 
 
 def _type_of(tensor: Any) -> str:
-    """The type in words of this project, of what the inspector says of a tensor; empty: it is no number."""
+    """Return the project's name of a tensor's type; empty if it is not a type of numbers."""
     if not isinstance(tensor, dict):
         return ""
-    told = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "").lower()
-    return next((kind for pattern, kind in TYPES if re.search(pattern, told)), "")
+    found = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "").lower()
+    return next((kind for pattern, kind in TYPES if re.search(pattern, found)), "")
 
 
 def _kind(layer: Mapping[str, Any], name: str) -> str:
@@ -76,4 +82,4 @@ def _kind(layer: Mapping[str, Any], name: str) -> str:
     if any(word in called.lower() for word in FUSED_ATTENTION):
         return "attention"
     kind = str(layer.get("LayerType", ""))
-    return "product" if PRODUCT.search(kind.lower()) or PRODUCT.search(called) else "other"
+    return "matmul" if MATMUL.search(kind.lower()) or MATMUL.search(called) else "other"

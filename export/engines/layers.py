@@ -1,8 +1,8 @@
-"""What TensorRT made of a graph, read from the engine it wrote: products and their input types, attention, by block.
+"""Report the layers of an engine by block, read from its plan: input types of matmuls, and fused attention.
 
-An engine cannot be opened without a GPU, but TensorRT's compiler writes its program into it as text: one statement a
-kernel, with the graph's nodes that went into it, and the type of every tensor. Kernels are chosen on the device, so
-this tells what was fused and in which precision, never how fast it is.
+An engine cannot be opened without a GPU, but TensorRT's compiler writes its program into the plan as text: a statement
+per kernel, with the names of the graph's nodes in it, and the type of every tensor. Kernels are chosen on the device,
+so this shows what was fused and in which precision, but not how fast it is.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from bridge_stg.export.graph.blocks import block_of, stored_weight
 from bridge_stg.runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 TYPES = {
     "float": "fp32", "half": "fp16", "bfloat16": "bf16", "int8": "int8", "int4": "int4", "fp8": "fp8",
@@ -23,8 +27,10 @@ TYPES = {
 }  # fmt: skip
 NUMBERS, INTEGERS = frozenset(TYPES.values()), ("int8", "int4")
 FUSED_ATTENTION = ("mha", "fmha", "flash")
-PRODUCT_KINDS = ("fully_connected", "corrltn", "convolution", "gemm", "matmul")
+MATMUL_KINDS = ("fully_connected", "corrltn", "convolution", "gemm", "matmul")
 WEIGHTED, ATTENTION = ("MatMul", "Gemm", "Conv"), ("Attention", "Softmax")
+GROUPS = {"products": "matmuls", "attention": "attention"}
+"""Keys of a report, which engine.json has too, and what tables call them."""
 
 _MAIN = re.compile(rb"\nmain \{\n(.*?)\n\}\n", re.DOTALL)
 _TENSOR = re.compile(r'^ +tensor=\{(?:.*? const_payload_size=(\d+))?.*? name="([^"]+)".*? type=(\w+)', re.MULTILINE)
@@ -38,9 +44,9 @@ class Kernel:
     """One statement of a program.
 
     Attributes:
-        kind: `product`, `attention` (fused), or `other`.
+        kind: `matmul`, `attention` (fused), or `other`.
         nodes: names of the graph's nodes in it.
-        activations, weights: types of what a product multiplies; empty: not told.
+        activations, weights: types of a matmul's operands; empty if the program does not have them.
     """
 
     kind: str
@@ -51,7 +57,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Node:
-    """A product by weights or an attention of the graph, and the block it belongs to."""
+    """A matmul by weights or an attention of the graph, and its block."""
 
     name: str
     operator: str
@@ -59,37 +65,29 @@ class Node:
 
 
 def read_programs(plan: str | os.PathLike[str]) -> list[list[Kernel]]:
-    """Return the kernels of each profile's program, in the order in which they run.
-
-    Raises:
-        EngineError: the file holds no program as text.
-    """
+    """Return the kernels of each profile's program in their order; raise EngineError if the plan has no program."""
     with open(plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         texts = [match for match in _MAIN.finditer(content) if b"[ONNX Layer: " in match[1]]
         programs = []
         for match in texts:
             begin = content.rfind(b"\ndescriptors {\n", 0, match.start())
-            tensors = _tensors(content[begin : match.start()].decode("latin-1"))
+            described = _TENSOR.findall(content[begin : match.start()].decode("latin-1"))
+            tensors = {name: (TYPES.get(kind, kind), int(size or 0)) for size, name, kind in described}
             kernels = list(_kernels(match[1].decode("latin-1"), tensors))
             if len(kernels) > 1:  # parts of a kernel are programs of their own
                 programs.append(kernels)
     if not programs:
-        raise EngineError(f"{plan}: this engine holds no program as text; open it on a device to see its layers")
-    return _of_whole_graph(programs)
-
-
-def _of_whole_graph(programs: list[list[Kernel]]) -> list[list[Kernel]]:
-    """Leave out programs of single kernels: a graph's own names far more nodes."""
+        raise EngineError(
+            "engine.no_layers",
+            f"{plan}: this engine contains no program as text; open it on a device to see its layers",
+        )
+    # Programs of single kernels are left out: those of the whole graph name far more nodes.
     counts = [len({node for kernel in kernels for node in kernel.nodes}) for kernels in programs]
     return [kernels for kernels, count in zip(programs, counts, strict=True) if 2 * count > max(counts)]
 
 
 Tensors = Mapping[str, tuple[str, int]]
-"""By name, the type of a tensor and the bytes of a constant (0: it is none)."""
-
-
-def _tensors(text: str) -> Tensors:
-    return {name: (TYPES.get(kind, kind), int(size or 0)) for size, name, kind in _TENSOR.findall(text)}
+"""Type and size in bytes (0 if it is not a constant) by tensor name."""
 
 
 def _kernels(text: str, tensors: Tensors) -> Iterator[Kernel]:
@@ -105,7 +103,7 @@ def _kernels(text: str, tensors: Tensors) -> Iterator[Kernel]:
 
 
 def _operands(inputs: Sequence[str], tensors: Tensors) -> tuple[str, str]:
-    """Return the types of activations and weights: the largest constant, and what stands before it."""
+    """Return the types of activations and weights: of the largest constant, and of the input before it."""
     known = [tensors.get(name, ("", 0)) for name in inputs]
     sizes = [size if kind in NUMBERS else 0 for kind, size in known]
     if not any(sizes):
@@ -122,22 +120,22 @@ def _operands(inputs: Sequence[str], tensors: Tensors) -> tuple[str, str]:
 def _kind(statement: str, name: str) -> str:
     if any(word in name.lower() for word in FUSED_ATTENTION):
         return "attention"
-    fused_product = statement == "runtime_fusion" and re.search(r"(Fc|Gemm|Conv|Mm|Bmm)", name)
-    return "product" if statement in PRODUCT_KINDS or fused_product else "other"
+    fused_matmul = statement == "runtime_fusion" and re.search(r"(Fc|Gemm|Conv|Mm|Bmm)", name)
+    return "matmul" if statement in MATMUL_KINDS or fused_matmul else "other"
 
 
 def report_by_block(programs: list[list[Kernel]], nodes: list[Node]) -> dict[str, dict[str, dict[str, int]]]:
-    """Count, by block, what the products read and whether attention was fused; of the profile that did worst.
+    """Count the input types of matmuls and the fused attentions of each block, in the worst profile of each node.
 
     Returns:
-        block → `products` and `attention` → how many of each kind. Products: the type of the activations, with the
-        weights' behind it where it differs (`fp16 × int4`), or `unknown` where no kernel names the node. Attention:
-        `fused` or `unfused`.
+        block → `products` (matmuls) and `attention` → number of nodes by word. Of a matmul the type of the activations,
+        followed by that of the weights where it differs (`fp16 × int4`), or `unknown` where no kernel names the node;
+        of an attention `fused` or `unfused`.
     """
     found: dict[str, dict[str, dict[str, int]]] = {}
     for node in nodes:
         group = "attention" if node.operator in ATTENTION else "products"
-        seen = [_attention_of(node.name, p) if group == "attention" else _product_of(node.name, p) for p in programs]
+        seen = [_attention_of(node.name, p) if group == "attention" else _matmul_of(node.name, p) for p in programs]
         worst = max(seen, key=_rank)
         counts = found.setdefault(node.block, {}).setdefault(group, {})
         counts[worst] = counts.get(worst, 0) + 1
@@ -148,9 +146,8 @@ def _attention_of(name: str, kernels: list[Kernel]) -> str:
     return "fused" if any(k.kind == "attention" and name in k.nodes for k in kernels) else "unfused"
 
 
-def _product_of(name: str, kernels: list[Kernel]) -> str:
-    """Describe the kernel that multiplies: of those that name the node, a product before others."""
-    named = sorted((k for k in kernels if name in k.nodes and k.weights), key=lambda k: k.kind != "product")
+def _matmul_of(name: str, kernels: list[Kernel]) -> str:
+    named = sorted((k for k in kernels if name in k.nodes and k.weights), key=lambda k: k.kind != "matmul")
     if not named:
         return "unknown"
     kernel = named[0]
@@ -159,62 +156,46 @@ def _product_of(name: str, kernels: list[Kernel]) -> str:
 
 def _rank(word: str) -> int:
     order = ("fused", "int8", "int4", "fp8", "fp16", "bf16", "fp32", "unknown", "unfused")
-    return order.index(word.split()[0])
+    return order.index(word.split(maxsplit=1)[0])
 
 
 def graph_nodes(path: str | os.PathLike[str]) -> list[Node]:
-    """Return the products by weights and the attentions of a graph, in its order.
+    """Return the matmuls by weights and the attentions of a graph, in its order.
 
-    An attention that lies in no module of its own belongs where its queries come from.
+    An attention outside of any module belongs to the block of its queries.
     """
-    import onnx
+    import onnx_ir as ir
 
-    from bridge_stg.export.graph.blocks import block_of, public_name
-
-    graph = onnx.load(os.fspath(path), load_external_data=False).graph
-    makers = {output: node for node in graph.node for output in node.output}
-    weights = {initializer.name for initializer in graph.initializer}
     found = []
-    for node in graph.node:
-        weighted = node.op_type in WEIGHTED and any(_stored(name, makers, weights) for name in node.input[1:2])
-        if weighted:
-            found.append(Node(node.name, node.op_type, block_of(node.name)))
+    for node in ir.load(path).graph:
+        if node.op_type in WEIGHTED:
+            weight = node.inputs[1]
+            if weight is not None and stored_weight(weight)[0] is not None:
+                found.append(Node(str(node.name), node.op_type, block_of(str(node.name))))
         elif node.op_type in ATTENTION:
-            module = node.name.rpartition("/")[0]  # itself the block
-            block = public_name(module) if "." in module else block_of(_with_module(node, makers).name)
-            found.append(Node(node.name, node.op_type, block))
+            found.append(Node(str(node.name), node.op_type, block_of(str(_with_module(node).name))))
     return found
 
 
-def _stored(name: str, makers: Mapping[str, Any], weights: set[str]) -> bool:
-    while name not in weights:
-        node = makers.get(name)
-        if node is None or node.op_type not in ("Transpose", "DequantizeLinear", "Cast"):
-            return False
-        name = node.input[0]
-    return True
-
-
-def _with_module(node: Any, makers: Mapping[str, Any]) -> Any:
-    """Go up from a node's first input to the first node that lies in a module."""
-    at = node
-    while at is not None and "." not in at.name.rpartition("/")[0]:
-        at = next((makers[name] for name in at.input if name in makers), None)
+def _with_module(node: ir.Node) -> ir.Node:
+    """Return the node itself if it is in a module, or else the nearest one before it, along the first inputs."""
+    at: ir.Node | None = node
+    while at is not None and "." not in str(at.name).rpartition("/")[0]:
+        at = next((source for value in at.inputs if value is not None and (source := value.producer())), None)
     return node if at is None else at
 
 
 def plan_table(report: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
-    """Return a report for people: blocks that are alike in one line, then what stayed unfused or in float."""
-    lines: dict[str, list[str]] = {}
+    """Return a report as a text table, with one line for equal blocks."""
+    lines: dict[str, int] = {}
     for block, groups in report.items():
-        cells = [
-            ", ".join(f"{count} {word}" for word, count in groups.get(g, {}).items()) for g in ("products", "attention")
-        ]
-        kind = re.sub(r"\.\d+(?=\.|$)", ".*", block)
-        lines.setdefault(f"  {kind:44} products {cells[0] or 'none':28} attention {cells[1] or 'none'}", []).append(
-            block
+        matmuls, attention = (
+            ", ".join(f"{count} {word}" for word, count in groups.get(group, {}).items()) or "none" for group in GROUPS
         )
-    return "\n".join(f"{line}  ({len(blocks)} blocks)" if len(blocks) > 1 else line for line, blocks in lines.items())
+        kind = re.sub(r"\.\d+(?=\.|$)", ".*", block)
+        line = f"  {kind:44} matmuls {matmuls:28} attention {attention}"
+        lines[line] = lines.get(line, 0) + 1
+    return "\n".join(f"{line}  ({count} blocks)" if count > 1 else line for line, count in lines.items())
 
 
 def plan_summary(report: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
@@ -228,5 +209,5 @@ def plan_summary(report: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[
 
 
 def read_plan_report(plan: Path, graph: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """Return `report_by_block` of an engine and the graph that it was compiled from. Raises as `read_programs`."""
+    """Return the report of an engine and the graph that it was compiled from. Raises like `read_programs`."""
     return report_by_block(read_programs(plan), graph_nodes(graph))

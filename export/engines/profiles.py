@@ -1,8 +1,8 @@
-"""Optimization profiles: for which sizes an engine is compiled. They follow from the manifest, and YAML overrides them.
+"""Optimization profiles: the sizes that an engine is compiled for, computed from the manifest or read from YAML.
 
-The vision encoder gets a bucket for coarse and for fine frames, lying and standing; the language model one profile for
-prefill and one for decode, and a fixed KV capacity; the spatial decoder a bucket for few and for many fine frames.
-Letters are those of `contracts`.
+The vision encoder has a bucket for coarse and one for fine frames, each in landscape and portrait; the language model
+a profile for prefill, one for decode, and a fixed KV capacity; the spatial decoder a bucket for few and one for many
+fine frames. Symbols are those of `contracts`.
 """
 
 from __future__ import annotations
@@ -29,28 +29,27 @@ Ranges = dict[str, Range]
 ROWS = 8
 """Queries of one call of the language model; each has a row of the KV cache."""
 DECODE_TOKENS = 16
-"""New tokens of a decode step: the chosen one and those that the grammar forces behind it."""
+"""New tokens of a decode step: the chosen one and those that the grammar forces after it."""
 ASPECT = 4
-"""A bucket of frame sizes holds shapes up to this aspect ratio at its largest area."""
+"""Largest aspect ratio of a bucket of frame sizes at its largest area."""
 TEXT_TOKENS_A_GROUP, TEXT_TOKENS = 16, 512
-"""Room in the KV cache for each group's time, and for query, answer and bridging queries."""
+"""KV positions for the time of each group, and for query, answer and bridging queries."""
 DERIVED = {"vision_encoder": ("N", "W")}
-"""Symbols that follow from others, and are never given."""
+"""Symbols that are computed from others."""
 
 
 @dataclass(frozen=True)
 class GraphProfiles:
-    """The profiles of one graph, by name, and S of a cache that is updated in place (None: the graph has none)."""
+    """Profiles of one graph by name, and KV positions of a cache that is updated in place (None: it has none)."""
 
     profiles: Profiles
     capacity: int | None = None
 
 
 def default_profiles(graph: GraphSpec, spec: ModelSpec, *, capacity: int | None = None) -> GraphProfiles:
-    """Return the profiles that hold all that the chain asks of a graph with this model.
+    """Return profiles for every size that the chain uses a graph with.
 
-    Args:
-        capacity: KV positions; None: as many as the model's longest video needs.
+    The default `capacity` is that of the model's longest video, in KV positions.
     """
     if graph.name == "vision_encoder":
         return GraphProfiles(_vision_profiles(spec))
@@ -65,7 +64,7 @@ def default_profiles(graph: GraphSpec, spec: ModelSpec, *, capacity: int | None 
 
 
 def default_capacity(spec: ModelSpec) -> int:
-    """Return KV positions for the longest video that the model reads, and a query; a multiple of the cache's bucket."""
+    """Return KV positions for the model's longest video and a query: a multiple of the cache's bucket."""
     tokens = _visual_tokens(spec) + spec.frames.max_coarse_groups * TEXT_TOKENS_A_GROUP + TEXT_TOKENS
     return bucketed(min(tokens, spec.language.max_positions))
 
@@ -78,28 +77,27 @@ def _visual_tokens(spec: ModelSpec) -> int:
 
 def _language_profiles(spec: ModelSpec, capacity: int) -> dict[str, Ranges]:
     prefill, decode = min(PREFILL_CHUNK, capacity), min(DECODE_TOKENS, capacity)
-    asked: Range = (1, 1, max(1, spec.language.num_bridging_queries))
+    outputs: Range = (1, 1, max(1, spec.language.num_bridging_queries))
     visual = max(2, _visual_tokens(spec) + 1)
     return {
         "prefill": {
-            "B": (1, 1, ROWS), "L": (1, max(1, prefill // 2), prefill), "K": asked,
+            "B": (1, 1, ROWS), "L": (1, max(1, prefill // 2), prefill), "K": outputs,
             "V": (2, max(2, visual // 2), visual),
         },
-        "decode": {"B": (1, 1, ROWS), "L": (1, 1, decode), "K": asked, "V": (2, 2, 2)},
+        "decode": {"B": (1, 1, ROWS), "L": (1, 1, decode), "K": outputs, "V": (2, 2, 2)},
     }  # fmt: skip
 
 
 def _vision_profiles(spec: ModelSpec) -> dict[str, Ranges]:
-    """Buckets by area, least first. The larger the frames, the fewer groups the chain puts into a call."""
+    """Return buckets by increasing area. The chain puts fewer groups into a call where frames are larger."""
     frames, profiles = spec.frames, {}
     areas = {"coarse": frames.coarse_max_pixels, "fine": frames.fine_max_pixels}
-    smaller = 0
+    smaller, patch_area = 0, spec.vision.patch_size**2
     for name, area in sorted(areas.items(), key=lambda item: item[1]):
         if area == smaller:
             continue
-        groups = min(frames.encoder_chunk_groups, frames.encoder_chunk_patches // max(1, _patches(spec, smaller)))
-        shapes = _sides(spec, area)
-        for shape, (height, width) in shapes.items():
+        groups = min(frames.encoder_chunk_groups, frames.encoder_chunk_patches // max(1, smaller // patch_area))
+        for shape, (height, width) in _sides(spec, area).items():
             profiles[f"{name}_{shape}"] = _with_tables(
                 spec, {"G": (1, max(1, groups), max(1, groups)), "height": height, "width": width}
             )
@@ -118,21 +116,17 @@ def _spatial_profiles(spec: ModelSpec) -> dict[str, Ranges]:
 
 
 def _sides(spec: ModelSpec, area: int) -> dict[str, tuple[Range, Range]]:
-    """Return the ranges of (height, width) of lying and standing frames of up to so many pixels."""
+    """Return the ranges of (height, width) of landscape and portrait frames of at most `area` pixels."""
     side = spec.vision.patch_size * spec.vision.merge_size
     short, long = (side * math.ceil(math.sqrt(area * aspect) / side) for aspect in (1, ASPECT))
     usual_long = max(side, side * round(math.sqrt(area * 16 / 9) / side))
     usual_short = max(side, side * round(math.sqrt(area * 9 / 16) / side))
-    lying = (_ordered((side, usual_short, short)), _ordered((side, usual_long, long)))
-    return {"landscape": lying, "portrait": lying[::-1]}
-
-
-def _patches(spec: ModelSpec, area: int) -> int:
-    return area // spec.vision.patch_size**2
+    landscape = (_ordered((side, usual_short, short)), _ordered((side, usual_long, long)))
+    return {"landscape": landscape, "portrait": landscape[::-1]}
 
 
 def _with_tables(spec: ModelSpec, ranges: Mapping[str, Range]) -> Ranges:
-    """Add the symbols that follow from height and width: patches N, windows W."""
+    """Add the symbols that are computed from height and width: patches N, windows W."""
     counts: dict[str, list[int]] = {"N": [], **({"W": []} if spec.vision.window_patches else {})}
     for place in range(3):
         rows, columns = (ranges[name][place] // spec.vision.patch_size for name in ("height", "width"))
@@ -148,88 +142,88 @@ def _ordered(sizes: tuple[int, ...]) -> Range:
 
 
 def read_overrides(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML file of profiles: `capacity`, and by graph and profile the ranges of symbols. See docs/engines.md.
+    """Read a YAML file with `capacity`, and the ranges of symbols by graph and profile; see docs/engines.md.
 
     Raises:
-        EngineError: it cannot be read, is no mapping, or names what no graph has.
+        EngineError: the file cannot be read, is not a mapping, or has an unknown key.
     """
     try:
         import yaml
     except ImportError as error:
         raise EngineError(
-            f'pyyaml cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"'
+            "host.missing_package",
+            f'pyyaml cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"',
         ) from error
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EngineError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+        raise _bad(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     known = ("capacity", "vision_encoder", "language_model", "spatial_decoder")
     if not isinstance(values, dict) or (unknown := next((key for key in values if key not in known), None)):
         found = f"the key {unknown!r}" if isinstance(values, dict) else "nothing" if values is None else repr(values)
-        raise EngineError(f"{path}: found {found}, expected a mapping with {', '.join(known)}")
+        raise _bad(f"{path}: found {found}, expected a mapping with {', '.join(known)}")
     return values
+
+
+def _bad(message: str) -> EngineError:
+    return EngineError("engine.bad_profile", message)
 
 
 def profiles_of(
     graph: GraphSpec, spec: ModelSpec, *, overrides: Mapping[str, Any] | None = None, where: str = "--profiles"
 ) -> GraphProfiles:
-    """Return the profiles of a graph: the defaults, changed by what a person gave.
+    """Return the profiles of a graph: the defaults with the overrides of a file, named `where` in messages.
 
-    Args:
-        overrides: what `read_overrides` returned. Of a profile that is there, single symbols are replaced; null takes
-            it away; a new one gives every symbol.
-        where: the file's name, for messages.
+    Symbols of an existing profile are replaced one by one; null removes the profile; a new profile needs every symbol.
 
     Raises:
-        EngineError: a range is no range, a symbol is unknown or missing, or nothing is left.
+        EngineError: a range is invalid, a symbol is unknown or missing, or no profile remains.
     """
     overrides = overrides or {}
     capacity = overrides.get("capacity")
     if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= spec.language.max_positions):
-        raise EngineError(f"{where}: capacity is {capacity!r}, expected 1 to {spec.language.max_positions} positions")
-    made = default_profiles(graph, spec, capacity=capacity)
+        raise _bad(f"{where}: capacity is {capacity!r}, expected 1 to {spec.language.max_positions} positions")
+    defaults = default_profiles(graph, spec, capacity=capacity)
     given = overrides.get(graph.name) or {}
     if not isinstance(given, Mapping):
-        raise EngineError(f"{where}: {graph.name} is {given!r}, expected profiles by name")
-    profiles = {name: dict(ranges) for name, ranges in made.profiles.items()}
+        raise _bad(f"{where}: {graph.name} is {given!r}, expected profiles by name")
+    profiles = {name: dict(ranges) for name, ranges in defaults.profiles.items()}
     free = tuple(next(iter(profiles.values())))
     for name, ranges in given.items():
         place = f"{where}: {graph.name}.{name}"
-        if not isinstance(name, str) or (ranges is None and name not in made.profiles):
-            raise EngineError(f"{place} names no profile; there are {', '.join(made.profiles)}")
+        if not isinstance(name, str) or (ranges is None and name not in defaults.profiles):
+            raise _bad(f"{place} is not a profile; known: {', '.join(defaults.profiles)}")
         if ranges is None:
             del profiles[name]
             continue
         changed = profiles.get(name, {}) | _read_ranges(graph, ranges, free, place)
         missing = [s for s in free if s not in changed and s not in DERIVED.get(graph.name, ())]
         if missing:
-            known = ", ".join(made.profiles)
-            raise EngineError(f"{place} is a new profile and gives no range of {', '.join(missing)}; there are {known}")
-        if made.capacity is not None and changed["L"][2] > made.capacity:
-            raise EngineError(
-                f"{place}.L goes up to {changed['L'][2]}, and the KV cache holds {made.capacity} positions"
-            )
+            known = ", ".join(defaults.profiles)
+            raise _bad(f"{place} is a new profile without a range of {', '.join(missing)}; existing: {known}")
+        if defaults.capacity is not None and changed["L"][2] > defaults.capacity:
+            raise _bad(f"{place}.L goes up to {changed['L'][2]}, and the KV cache holds {defaults.capacity} positions")
         profiles[name] = _checked_sizes(spec, changed, place) if graph.name == "vision_encoder" else changed
     if not profiles:
-        raise EngineError(f"{where}: no profile of {graph.name} is left; keep one")
-    return GraphProfiles(profiles, made.capacity)
+        raise _bad(f"{where}: no profile of {graph.name} remains; keep one")
+    return GraphProfiles(profiles, defaults.capacity)
 
 
 def _read_ranges(graph: GraphSpec, given: Any, free: tuple[str, ...], place: str) -> Ranges:
     derived = DERIVED.get(graph.name, ())
     symbols = [symbol for symbol in free if symbol not in derived]
     if not isinstance(given, Mapping) or any(symbol not in symbols for symbol in given):
-        raise EngineError(f"{place} is {given!r}, expected ranges of {', '.join(symbols)}")
+        raise _bad(f"{place} is {given!r}, expected ranges of {', '.join(symbols)}")
     ranges = {}
     for symbol, sizes in given.items():
         listed = [sizes] * 3 if type(sizes) is int else sizes
         if not isinstance(listed, list) or len(listed) != 3 or any(type(size) is not int for size in listed):
-            raise EngineError(f"{place}.{symbol} is {sizes!r}, expected [least, usual, largest] or one number")
+            raise _bad(f"{place}.{symbol} is {sizes!r}, expected [least, usual, largest] or one number")
         least, usual, largest = listed
         low, high = graph.ranges.get(symbol, (1, None))
         if not low <= least <= usual <= largest or (high is not None and largest > high):
             bound = f"{low} or more" if high is None else f"{low} to {high}"
-            raise EngineError(f"{place}.{symbol} is {sizes!r}, expected increasing sizes of {bound}")
+            raise _bad(f"{place}.{symbol} is {sizes!r}, expected increasing sizes of {bound}")
         ranges[symbol] = (least, usual, largest)
     return ranges
 
@@ -238,5 +232,5 @@ def _checked_sizes(spec: ModelSpec, ranges: Ranges, place: str) -> Ranges:
     side = spec.vision.patch_size * spec.vision.merge_size
     for symbol in ("height", "width"):
         if wrong := next((size for size in ranges[symbol] if size % side), None):
-            raise EngineError(f"{place}.{symbol} has {wrong} pixels, expected multiples of {side}")
+            raise _bad(f"{place}.{symbol} has {wrong} pixels, expected multiples of {side}")
     return _with_tables(spec, ranges)

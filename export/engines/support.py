@@ -1,13 +1,11 @@
-"""What each engine makes of each recipe: the table that `calibrate` and `build` obey, with the evidence of every line.
+"""The table of how each engine runs each recipe, with the evidence of every row; `calibrate` and `build` obey it.
 
-Verdicts: `native`, integers are what is multiplied (w8a8) or read from memory inside the product (w8, w4, kv8); `falls
-back`, it runs, but integers are turned into floats first, so that size is gained and time is not; `refused`, it does
-not run. Imports nothing: builders on a device ask it too.
+Verdicts: `native`, the engine multiplies integers (w8a8) or reads them inside the matmul (w8, w4, kv8); `falls back`,
+it converts integers to floats first, which saves memory but no time; `refused`, it does not run. Imports no engine.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from bridge_stg.runtime.errors import EngineError
@@ -18,21 +16,21 @@ VARIANTS = ("standard", "primitive", "ort-cpu")
 DTYPES = ("fp32", "fp16")
 NATIVE, FALLS_BACK, REFUSED = "native", "falls back", "refused"
 OF_ONNXRUNTIME = ("ort-cpu",)
-"""Variants that hold what only onnxruntime on a CPU does well: other targets never get them."""
+"""Variants with operators of onnxruntime on CPU; other targets never get them."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        targets: the engines that it speaks of.
-        recipes: what is quantized: `w8a8`, `w8`, `w4`, or `kv8`, the KV cache.
+        targets: engines that the row applies to.
+        recipes: quantization recipes: `w8a8`, `w8`, `w4`, or `kv8` for the KV cache.
         verdict: `native`, `falls back` or `refused`.
-        evidence: what was seen, and where.
-        checked: `run` or `compiled` (a test of this repository repeats it), else `documentation`: nobody ran it here.
-        variants: of the graphs.
-        dtypes: what the graph's floats are.
+        evidence: observation and its source.
+        checked: `run` or `compiled` if a test of this repository repeats it, `documentation` if nobody ran it here.
+        variants: variants of the graphs.
+        dtypes: float types of the graphs.
     """
 
     targets: tuple[str, ...]
@@ -43,8 +41,8 @@ class Support:
     variants: tuple[str, ...] = ("standard", "primitive")
     dtypes: tuple[str, ...] = DTYPES
 
-    def speaks_of(self, target: str, recipe: str, variant: str, dtype: str) -> bool:
-        """Return whether the line is about this combination."""
+    def applies_to(self, target: str, recipe: str, variant: str, dtype: str) -> bool:
+        """Return whether the row is about this combination."""
         return target in self.targets and recipe in self.recipes and variant in self.variants and dtype in self.dtypes
 
 
@@ -153,51 +151,33 @@ TABLE: tuple[Support, ...] = (
         "documentation", OF_ONNXRUNTIME,
     ),
 )  # fmt: skip
-"""In the order in which it is printed; for every combination exactly one line speaks."""
+"""Rows in the order of the documentation; exactly one applies to every combination."""
 
 
 def support(target: str, recipe: str, variant: str = "standard", dtype: str = "fp32") -> Support:
-    """Return the line of the table for a target, recipe, variant, and dtype of the graph's floats.
-
-    Raises:
-        EngineError: one of the names is unknown.
-    """
-    asked = {"target": (target, TARGETS), "recipe": (recipe, RECIPES), "variant": (variant, VARIANTS),
+    """Return the row of a target, recipe, variant and dtype of floats; raise EngineError if a name is unknown."""
+    names = {"target": (target, TARGETS), "recipe": (recipe, RECIPES), "variant": (variant, VARIANTS),
              "dtype": (dtype, DTYPES)}  # fmt: skip
-    for name, (value, known) in asked.items():
+    for name, (value, known) in names.items():
         if value not in known:
-            raise EngineError(f"{name} {value!r} is not in the table of what is supported; known: {', '.join(known)}.")
-    return next(line for line in TABLE if line.speaks_of(target, recipe, variant, dtype))
+            raise EngineError("options.invalid", f"{name} {value!r} is unknown; known: {', '.join(known)}.")
+    return next(row for row in TABLE if row.applies_to(target, recipe, variant, dtype))
 
 
 def require(target: str, recipe: str, variant: str = "standard", dtype: str = "fp32") -> str:
-    """Return what to tell the user of a combination: nothing if it is native, a sentence if it falls back.
+    """Return a sentence for the user if a combination falls back, and an empty string if it is native.
 
     Raises:
-        EngineError: the target refuses it, or a name is unknown.
+        EngineError: the target does not support the combination, or a name is unknown.
     """
-    line = support(target, recipe, variant, dtype)
-    if line.verdict == REFUSED:
+    row = support(target, recipe, variant, dtype)
+    if row.verdict == REFUSED:
         others = [name for name in VARIANTS if support(target, recipe, name, dtype).verdict != REFUSED]
         advice = f"Use the variant {' or '.join(others)}" if others else "Leave this recipe out for this target"
-        raise EngineError(f"{target} refuses {recipe} in the variant {variant!r} ({dtype}): {line.evidence}. {advice}.")
-    if line.verdict == FALLS_BACK:
-        return f"{target} runs {recipe} of the variant {variant!r} ({dtype}), but falls back: {line.evidence}."
-    return ""
-
-
-def markdown() -> str:
-    """Return the table for people, one row a line."""
-    rows = ["| target | recipe | variant | floats | verdict | evidence | checked |", f"|{'---|' * 7}"]
-    for line in TABLE:
-        cells = (line.targets, line.recipes, line.variants, line.dtypes)
-        rows.append(
-            "| " + " | ".join(", ".join(cell) for cell in cells) + f" | {line.verdict} | {line.evidence} "
-            f"| {line.checked} |"
+        raise EngineError(
+            "engine.unsupported_recipe",
+            f"{target} does not support {recipe} in the variant {variant!r} ({dtype}): {row.evidence}. {advice}.",
         )
-    return "\n".join(rows)
-
-
-def combinations() -> list[tuple[str, str, str, str]]:
-    """Return every (target, recipe, variant, dtype) that the table must speak of."""
-    return list(itertools.product(TARGETS, RECIPES, VARIANTS, DTYPES))
+    if row.verdict == FALLS_BACK:
+        return f"{target} runs {recipe} of the variant {variant!r} ({dtype}), but falls back: {row.evidence}."
+    return ""

@@ -1,8 +1,8 @@
-"""The targets that engines are built for, as one table: GPU, TensorRT, variant, precisions, memory.
+"""The table of targets to build engines for: GPU, TensorRT, variant, precisions, memory.
 
 TensorRT-RTX compiles ahead of time, on any x86-64 machine, for the compute capabilities of its target; TensorRT 10 and
-11 compile on the device alone. Precisions follow NVIDIA's support matrices, as far as graphs of this project can have
-them; `calibration.support` says what an engine makes of a quantized graph.
+11 compile on the device only. Precisions follow NVIDIA's support matrices, as far as graphs of this project have them;
+`support` says how an engine runs a quantized graph.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
 ADA = (*AMPERE, "fp8")
 GB = 10**9
 PRIMITIVE_ONLY_BELOW = (10, 15)
-"""TensorRT before this takes `primitive` alone: it has neither the cache update nor, before 10.14, Attention."""
+"""TensorRT before this version takes `primitive` only: it lacks the cache update and, before 10.14, Attention."""
 
 Version = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class EngineTarget:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: what `--target` is given.
-        device: for people.
+        name: value of `--target`.
+        device: description of the devices.
         family: `tensorrt` or `tensorrt_rtx`.
-        since, before: TensorRT's versions, from the first, up to but without the second.
-        sms: compute capabilities, 87 is 8.7. Empty: that of the GPU that is here.
-        variant: of the graphs.
-        precisions: what its GPUs compute.
-        memory: bytes that weights, KV cache and what lies in between may take together: what the smallest of its common
-            devices leaves to a program.
+        since, before: first TensorRT version, and the first that is not supported.
+        sms: compute capabilities, 87 for 8.7.
+        variant: variant of the graphs.
+        precisions: precisions of its GPUs.
+        memory: bytes for weights, KV cache and intermediate tensors, on the smallest of its common devices.
     """
 
     name: str
@@ -50,11 +49,11 @@ class EngineTarget:
 
     @property
     def ahead_of_time(self) -> bool:
-        """Whether it is compiled on any machine."""
+        """Whether any machine can compile for it."""
         return self.family == "tensorrt_rtx"
 
     def versions(self) -> str:
-        """Its versions for people."""
+        """Return the supported TensorRT versions as text."""
         since, before = (".".join(map(str, version)) for version in (self.since, self.before))
         return f"{'TensorRT-RTX' if self.ahead_of_time else 'TensorRT'} {since} to below {before}"
 
@@ -71,96 +70,79 @@ TARGETS: tuple[EngineTarget, ...] = (
     EngineTarget("h100", "H100, H200", "tensorrt", (10, 15), (12,), (90,), "standard", ADA, 76 * GB),
     EngineTarget("b200", "B200", "tensorrt", (10, 15), (12,), (100,), "standard", ADA, 170 * GB),
 )
-"""Beside these there is `this`: what `this_target` finds on the machine."""
+"""The target `this` is added by `this_target`."""
 
 PRECISIONS_BY_SM = ((89, ADA), (80, AMPERE), (75, TURING), (0, ("fp32", "fp16")))
 
 
 def find_target(name: str) -> EngineTarget:
-    """Return a line of the table.
-
-    Raises:
-        EngineError: there is none of this name.
-    """
+    """Return the target of a name; raise EngineError if it is unknown."""
     found = next((target for target in TARGETS if target.name == name), None)
     if found is None:
         known = ", ".join(target.name for target in TARGETS)
-        raise EngineError(f"target {name!r} is unknown; known: this, {known}.")
+        raise EngineError("options.invalid", f"target {name!r} is unknown; known: this, {known}.")
     return found
 
 
 def this_target(*, family: str, version: str, sm: int, memory: int | None) -> EngineTarget:
-    """Return the target that this machine is.
-
-    Args:
-        family: of the TensorRT that is installed.
-        version: of the TensorRT that is installed.
-        sm: compute capability of its GPU.
-        memory: bytes that its GPU has in all; None: not known.
+    """Return the target of this machine, from its TensorRT, and compute capability and total bytes of its GPU.
 
     Raises:
-        EngineError: the pair runs none of our graphs.
+        EngineError: this TensorRT cannot run the project's graphs on this GPU.
     """
     numbers = version_numbers(version)
     variant = "primitive" if family == "tensorrt" and numbers < PRIMITIVE_ONLY_BELOW else "standard"
     precisions = next(words for since, words in PRECISIONS_BY_SM if sm >= since)
     if family == "tensorrt_rtx" and sm < 80:
         raise EngineError(
-            f"TensorRT-RTX multiplies no fp32 matrices on SM {sm}, which every model here has in its spatial decoder. "
-            'Use TensorRT itself, or onnxruntime: pip install "bridge-stg[gpu]"'
+            "engine.unsupported_device",
+            f"TensorRT-RTX has no fp32 matmuls on SM {sm}, which the spatial decoder needs. "
+            'Use TensorRT, or onnxruntime: pip install "bridge-stg[gpu]"',
         )
     limit = 8 * GB if memory is None else int(0.9 * memory)
     return EngineTarget("this", f"SM {sm}", family, numbers[:2], (99,), (sm,), variant, precisions, limit)
 
 
 def check_installed(target: EngineTarget, *, version: str, sm: int | None) -> EngineTarget:
-    """Return the target, its compute capabilities narrowed to the GPU that is here where it is compiled on the device.
-
-    Args:
-        version: of the TensorRT that is installed, of the target's family.
-        sm: compute capability of the GPU that is here; None: there is none.
+    """Return the target, narrowed to this machine's GPU (`sm`, None without one) if it is compiled on the device.
 
     Raises:
-        EngineError: the version is out of the target's range, or the GPU is another.
+        EngineError: the version is out of the target's range, or the GPU is another one.
     """
     if not target.since <= version_numbers(version) < target.before:
         raise EngineError(
-            f"target {target.name} takes {target.versions()}, and {version} is installed here. Install one of these, "
-            "or build for what is here: --target this"
+            "engine.wrong_version",
+            f"target {target.name} takes {target.versions()}, and {version} is installed. Install one of these, "
+            "or build for this machine: --target this",
         )
     return target if target.ahead_of_time else check_device(target, sm)
 
 
 def check_device(target: EngineTarget, sm: int | None) -> EngineTarget:
-    """Return a target that is compiled on the device, narrowed to the GPU that is here. See `check_installed`."""
+    """Return a target that is compiled on the device, narrowed to this machine's GPU; see `check_installed`."""
     if sm is None or sm not in target.sms:
         here = "no GPU was found here" if sm is None else f"the GPU here is SM {sm}"
         raise EngineError(
+            "engine.no_device",
             f"target {target.name} is SM {' or '.join(map(str, target.sms))}, and {here}. TensorRT compiles on the "
-            f"device alone: run this command there, or compile ahead of time for one of {', '.join(ahead_of_time())}"
+            f"device only: run this command there, or compile ahead of time for one of {', '.join(ahead_of_time())}",
         )
     return dataclasses.replace(target, sms=(sm,))
 
 
 def check_precision(target: EngineTarget, precision: str) -> None:
-    """Refuse a precision that the target lacks.
-
-    Args:
-        precision: that of a graph, or the one asked for, such as `int8 w8a8`; the first word counts.
-
-    Raises:
-        EngineError: the message says what the target has.
-    """
-    word = precision.split()[0]
+    """Raise EngineError if the target lacks the precision of a graph, such as `int8 w8a8`: the first word counts."""
+    word = precision.split(maxsplit=1)[0]
     if word not in target.precisions:
         raise EngineError(
+            "engine.unsupported_precision",
             f"target {target.name} ({target.device}) has no {word}; it has {', '.join(target.precisions)}. "
-            "Use a bundle in one of these"
+            "Use a bundle in one of these",
         )
 
 
 def ahead_of_time() -> list[str]:
-    """Return the names of the targets that any machine can compile for."""
+    """Return the names of targets that any machine can compile for."""
     return [target.name for target in TARGETS if target.ahead_of_time]
 
 
@@ -175,7 +157,7 @@ def version_numbers(version: str) -> Version:
 
 
 def target_table() -> str:
-    """Return the table for people."""
+    """Return the table as text."""
     rows = [("target", "device", "TensorRT", "SM", "variant", "precisions", "memory")]
     for target in TARGETS:
         rows.append(
@@ -184,6 +166,6 @@ def target_table() -> str:
                 " ".join(target.precisions), f"{target.memory / GB:.0f} GB",
             )
         )  # fmt: skip
-    rows.append(("this", "the GPU that is here", "what is installed", "its own", "by version", "as its GPU", "its own"))
+    rows.append(("this", "this machine's GPU", "the installed one", "its own", "by version", "as its GPU", "its own"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

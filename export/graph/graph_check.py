@@ -1,30 +1,59 @@
-"""What every written graph must pass, traced or made of another graph."""
+"""Read graph files, and check that a written graph is valid ONNX and that every backend can run it."""
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
-
-import onnx
+from typing import Any
 
 from bridge_stg.runtime.errors import EngineError
 
 FORBIDDEN = frozenset({"NonZero", "Compress", "Loop", "If", "Scan", "SequenceAt", "SplitToSequence", "Unique"})
-"""Operators that TensorRT refuses, or whose output sizes depend on data."""
+"""Operators that TensorRT does not support, or whose output sizes depend on data."""
 
 
 def check_graph(path: Path) -> None:
-    """Run onnx.checker on a graph in its place, and refuse operators that a backend cannot take.
+    """Run onnx.checker on a graph file, and look for operators that a backend cannot run.
 
     Raises:
-        EngineError: what is wrong, and in which file.
+        EngineError: the graph is not valid, or contains such an operator.
     """
+    import onnx
+
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise EngineError(f"{path.name}: onnx.checker refuses the graph ({' '.join(str(error).split())})") from error
-    found = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node} & FORBIDDEN
+        raise EngineError(
+            "export.invalid_graph", f"{path.name}: not a valid ONNX graph ({' '.join(str(error).split())})"
+        ) from error
+    found = {node.op_type for node in load_graph(path).graph.node} & FORBIDDEN
     if found:
         raise EngineError(
-            f"{path.parent.name}/{path.name}: holds {', '.join(sorted(found))}, which backends refuse; change the "
-            "torch code that it was traced from"
+            "export.invalid_graph",
+            f"{path.parent.name}/{path.name}: contains {', '.join(sorted(found))}, which backends do not support; "
+            "change the torch code that it was traced from",
         )
+
+
+def load_graph(path: str | os.PathLike[str]) -> Any:
+    """Read a graph file without its weights; raise EngineError if onnx is missing or the file is not a graph."""
+    require_onnx()
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(os.fspath(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise EngineError("bundle.not_onnx", f"{path}: cannot be read as an ONNX graph ({error})") from error
+
+
+def require_onnx() -> None:
+    """Raise EngineError if onnx cannot be imported."""
+    try:
+        importlib.import_module("onnx")
+    except ImportError as error:
+        raise EngineError(
+            "host.missing_package",
+            f"this needs the package onnx, which cannot be imported ({error}). Install it: pip install onnx",
+        ) from error

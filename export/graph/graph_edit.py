@@ -1,15 +1,24 @@
-"""Changes to a graph that quantization is made of: Q and DQ behind activations, DQ before weights."""
+"""Edits of an onnx_ir graph that the passes of this folder and quantization share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+HEADS_FIRST = [0, 2, 1, 3]
+"""Axes of a Transpose between [B, L, heads, head_dim] and [B, heads, L, head_dim]."""
+
 
 class Edit:
-    """Changes to one graph; what several nodes ask for is made once."""
+    """Edits of one graph. A node or constant that several callers need is inserted once.
+
+    Attributes:
+        graph: the graph.
+        nodes: its nodes by name.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -21,25 +30,21 @@ class Edit:
         self._names = {*graph.initializers, *(str(value.name) for node in graph for value in node.outputs)}
 
     def quantized(self, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
-        """Return a value that went through int8."""
+        """Return a value after QuantizeLinear and DequantizeLinear."""
         key = value, scale, dtype
         if key not in self._activations:
-            self._activations[key] = self.through_int8(value, scale, dtype)
+            self._activations[key] = self.dequantize(self.quantize(value, scale, dtype), value, scale, dtype)
         return self._activations[key]
 
-    def through_int8(self, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
-        """Insert Q and DQ behind a value, and return what comes out."""
-        return self.dequantize(self.quantize(value, scale, dtype), value, scale, dtype)
-
     def quantize(self, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
-        """Insert Q behind a value, and return the integers."""
+        """Insert QuantizeLinear after a value and return the int8 values."""
         inputs = [value, self._scale_of(value, scale, dtype), self._zero()]
-        return self._insert("QuantizeLinear", inputs, value, f"{value.name}_int8", ir.DataType.INT8)
+        return self._insert_after("QuantizeLinear", inputs, value, f"{value.name}_int8", ir.DataType.INT8)
 
     def dequantize(self, integers: ir.Value, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
-        """Insert DQ behind integers, with the scale and the name of `value`, and return the floats."""
+        """Insert DequantizeLinear after integers, with scale and name of `value`, and return the floats."""
         inputs = [integers, self._scale_of(value, scale, dtype), self._zero()]
-        return self._insert("DequantizeLinear", inputs, integers, f"{value.name}_dequantized", dtype)
+        return self._insert_after("DequantizeLinear", inputs, integers, f"{value.name}_dequantized", dtype)
 
     def dequantized(
         self,
@@ -50,14 +55,14 @@ class Edit:
         axis: int = 0,
         block_size: int = 0,
     ) -> ir.Value:
-        """Return the floats that a packed weight stands for.
+        """Return the floats of a packed weight.
 
         Args:
-            name: of the float initializer.
-            pack: returns the integers and their scales.
-            use: what they are for; each use has its own DQ, since onnxruntime fuses one that nobody else reads.
-            axis: along which scales lie.
-            block_size: values along the axis that share a scale; 0: a scale for each.
+            name: name of the float initializer.
+            pack: function that returns the integers and their scales.
+            use: purpose of the floats; each has its own DequantizeLinear, since onnxruntime fuses one with one reader.
+            axis: axis of the scales.
+            block_size: values along the axis that share a scale; 0 for one scale per index.
         """
         if (name, use) in self._weights:
             return self._weights[name, use]
@@ -68,51 +73,68 @@ class Edit:
             self.graph.register_initializer(integers)
         scale = self.constant(f"{name}_scale", scales)
         attributes = {"axis": axis} | ({"block_size": block_size} if block_size else {})
-        node = ir.node(
-            "DequantizeLinear",
-            [self.graph.initializers[str(tensor.name)], scale],
-            attributes,
-            name=self.free_node(f"{name}/DequantizeLinear"),
+        inputs = [self.graph.initializers[str(tensor.name)], scale]
+        (floats,) = self.insert(
+            "DequantizeLinear", inputs, attributes, before=self.graph[0], name=f"{name}/DequantizeLinear"
         )
-        self.graph.insert_before(self.graph[0], node)
-        self.nodes[str(node.name)] = node
-        node.outputs[0].name, node.outputs[0].dtype = self.free_name(f"{name}_dequantized"), scale.dtype
-        self._weights[name, use] = node.outputs[0]
-        return node.outputs[0]
+        floats.name, floats.dtype = self.free_name(f"{name}_dequantized"), scale.dtype
+        self._weights[name, use] = floats
+        return floats
 
     def transposed(self, value: ir.Value) -> ir.Value:
-        """Return a weight [N, K] as [K, N]; engines turn the integers once, on load."""
+        """Return a weight [N, K] as [K, N]; engines transpose the integers once, when they load them."""
         if value not in self._transposed:
             node = ir.node("Transpose", [value], {"perm": [1, 0]}, name=f"{value.name}/Transpose")
-            producer = value.producer()
-            assert producer is not None
-            self.graph.insert_after(producer, node)
+            source = value.producer()
+            assert source is not None
+            self.graph.insert_after(source, node)
             node.outputs[0].name, node.outputs[0].dtype = f"{value.name}_turned", value.dtype
             self._transposed[value] = node.outputs[0]
         return self._transposed[value]
 
     def multiply(self, node: ir.Node, data: ir.Value, weight: ir.Value) -> None:
-        """Let a product multiply these. A Gemm becomes MatMul and Add: none fuses one whose bias is float."""
+        """Replace the operands of a matmul. A Gemm becomes MatMul and Add: no engine fuses one with a float bias."""
         if node.op_type == "MatMul":
             node.replace_input_with(0, data)
             node.replace_input_with(1, weight)
             return
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         out = node.outputs[0]
-        product = ir.node("MatMul", [data, weight], name=node.name)
-        new = product.outputs[0]
+        matmul = ir.node("MatMul", [data, weight], name=node.name)
+        new = matmul.outputs[0]
         new.name, new.dtype = self.free_name(f"{out.name}_product"), out.dtype
-        self.graph.insert_before(node, product)
+        self.graph.insert_before(node, matmul)
         if bias is not None:
             add = ir.node("Add", [new, bias], name=f"{str(node.name).rpartition('/')[0]}/Add_bias")
             self.graph.insert_before(node, add)
             new = add.outputs[0]
         self.replace(out, new)
         self.graph.remove(node, safe=True)
-        self.nodes[str(node.name)] = product
+        self.nodes[str(node.name)] = matmul
+
+    def insert(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        before: ir.Node,
+        name: str,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> Sequence[ir.Value]:
+        """Insert a node before another one, named `name` or with a number added, and return its outputs."""
+        name = self.free_node(name)
+        node = ir.node(operator, inputs, attributes or {}, domain=domain, num_outputs=outputs, name=name)
+        self.graph.insert_before(before, node)
+        self.nodes[name] = node
+        added: Sequence[ir.Value] = node.outputs
+        for value in added:
+            value.name = self.free_name(f"{name}_out")
+        return added
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Put a value in the place of another one, name and all."""
+        """Replace a value by another one, which takes over its name."""
         new.shape, new.dtype, name = old.shape, old.dtype, old.name
         for index, value in enumerate(self.graph.outputs):
             if value is old:
@@ -121,7 +143,7 @@ class Edit:
         old.name, new.name = f"{name}_replaced", name
 
     def alias(self, value: ir.Value, name: str) -> ir.Value:
-        """Return another initializer of the same bytes."""
+        """Return another initializer with the same bytes."""
         tensor = value.const_value
         assert tensor is not None
         if isinstance(tensor, ir.ExternalTensor):
@@ -135,7 +157,7 @@ class Edit:
         return other
 
     def drop_unused(self) -> None:
-        """Remove the float weights and transposes that nothing reads any more."""
+        """Remove nodes and initializers that nothing reads."""
         for node in reversed(list(self.graph)):
             if not any(value.uses() or value.is_graph_output() for value in node.outputs):
                 self.graph.remove(node, safe=True)
@@ -144,12 +166,29 @@ class Edit:
                 del self.graph.initializers[name]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer."""
+        """Return the initializer of this name, made of `array` if the graph has none."""
         if name not in self.graph.initializers:
             value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
             value.dtype = ir.DataType.from_numpy(array.dtype)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
+
+    def free_node(self, name: str) -> str:
+        """Return `name`, or with a number added where a node has that name."""
+        number, free = 1, name
+        while free in self.nodes:
+            number += 1
+            free = f"{name}_{number}"
+        return free
+
+    def free_name(self, name: str) -> str:
+        """Return `name`, or with a number added where a value has that name; the result is reserved."""
+        number, free = 1, name
+        while free in self._names:
+            number += 1
+            free = f"{name}_{number}"
+        self._names.add(free)
+        return free
 
     def _scale_of(self, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
         array = np.maximum(np.array(scale, dtype.numpy()), np.finfo(dtype.numpy()).smallest_subnormal)
@@ -161,35 +200,38 @@ class Edit:
     def _zero(self) -> ir.Value:
         return self.constant("int8_zero_point", np.array(0, np.int8))
 
-    def _insert(
+    def _insert_after(
         self, operator: str, inputs: list[ir.Value], after: ir.Value, name: str, dtype: ir.DataType
     ) -> ir.Value:
-        producer = after.producer()
-        stem = f"{producer.name}/{operator}" if producer is not None else f"{after.name}/{operator}"
-        if producer is not None and len(producer.outputs) > 1:
+        source = after.producer()
+        stem = f"{source.name}/{operator}" if source is not None else f"{after.name}/{operator}"
+        if source is not None and len(source.outputs) > 1:
             stem = f"{stem}_{after.index()}"
         node = ir.node(operator, inputs, name=self.free_node(stem))
-        if producer is not None:
-            self.graph.insert_after(producer, node)
+        if source is not None:
+            self.graph.insert_after(source, node)
         else:
             self.graph.insert_before(self.graph[0], node)
         node.outputs[0].name, node.outputs[0].dtype = self.free_name(name), dtype
         self.nodes[str(node.name)] = node
         return node.outputs[0]
 
-    def free_node(self, name: str) -> str:
-        """Return a name for a node that no other one has."""
-        number, free = 1, name
-        while free in self.nodes:
-            number += 1
-            free = f"{name}_{number}"
-        return free
 
-    def free_name(self, name: str) -> str:
-        """Return a name for a value that no other one has."""
-        number, free = 1, name
-        while free in self._names:
-            number += 1
-            free = f"{name}_{number}"
-        self._names.add(free)
-        return free
+def producer(value: ir.Value | None, operator: str, perm: Sequence[int] | None = None) -> ir.Node | None:
+    """Return the node that computes a value, if it is this operator (with these axes, for a Transpose)."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != operator:
+        return None
+    return node if perm is None or list(node.attributes["perm"].as_ints()) == list(perm) else None
+
+
+def only_reader(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """Return the only node that reads a value, if it is this operator."""
+    readers = [reader for reader, _ in value.uses()] if value is not None else []
+    return readers[0] if len(readers) == 1 and readers[0].op_type == operator else None
+
+
+def integers_of(value: ir.Value | None) -> list[int] | None:
+    """Return the integers of a constant; None if the value is not one."""
+    tensor = value.const_value if value is not None else None
+    return None if tensor is None else [int(size) for size in np.atleast_1d(tensor.numpy())]

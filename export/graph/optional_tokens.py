@@ -1,7 +1,8 @@
-"""Visual tokens on demand: the fine pass wants feature maps alone, and onnxruntime computes every output of a graph.
+"""Make the visual tokens of a vision encoder optional: the fine pass needs feature maps alone.
 
-The mergers, which nothing but `visual_tokens` needs, get the groups that are asked for. How many is an initializer that
-a call may override (ONNX allows an input to have a default), so that the graph's contract stays what it is.
+onnxruntime computes every output of a graph. So the mergers, which only `visual_tokens` needs, get the requested number
+of groups. The number is an initializer that a call may override (in ONNX an input may have a default), so the contract
+of the graph does not change.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ TOKENS, MAPS = "visual_tokens", "feature_map"
 ALL = np.array([np.iinfo(np.int64).max], np.int64)
 
 
-def spare_tokens(model: ir.Model) -> bool:
-    """Change a vision encoder in place; tell whether it has mergers of their own that work group by group."""
+def make_tokens_optional(model: ir.Model) -> bool:
+    """Change a vision encoder in place; return False if its mergers do not work group by group."""
     outputs = {value.name: value for value in model.graph.outputs}
     weights = {value.dtype for value in model.graph.initializers.values()}
     if not {TOKENS, MAPS} <= set(outputs) or weights & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}:
@@ -26,18 +27,18 @@ def spare_tokens(model: ir.Model) -> bool:
     alone = _ancestors(outputs[TOKENS]) - shared
     values = {value for node in alone for value in node.inputs if _enters(value, shared)}
     if not values or not all(_is_residual(value) for value in values):
-        return False  # such as mergers behind windows, which put their rows in order by an index
+        return False  # such as mergers after windows, which reorder their rows by an index
     edit = Edit(model.graph)
-    asked = edit.constant(TOKEN_GROUPS, ALL)
-    model.graph.inputs.append(asked)
+    groups = edit.constant(TOKEN_GROUPS, ALL)
+    model.graph.inputs.append(groups)
     first, axis = (edit.constant(name, np.zeros(1, np.int64)) for name in ("first_group", "group_axis"))
     for value in sorted(values, key=lambda value: str(value.name)):
         name = edit.free_node(f"{value.name}/Slice_groups")
-        node = ir.node("Slice", [value, first, asked, axis], name=name)
+        node = ir.node("Slice", [value, first, groups, axis], name=name)
         node.outputs[0].name, node.outputs[0].dtype = edit.free_name(f"{value.name}_groups"), value.dtype
-        producer = value.producer()
-        assert producer is not None
-        model.graph.insert_after(producer, node)
+        source = value.producer()
+        assert source is not None
+        model.graph.insert_after(source, node)
         edit.nodes[name] = node
         for reader, index in tuple(value.uses()):
             if reader in alone:
@@ -46,7 +47,7 @@ def spare_tokens(model: ir.Model) -> bool:
 
 
 def _ancestors(output: ir.Value) -> set[ir.Node]:
-    """Return all nodes that an output depends on."""
+    """Return all nodes that a value depends on."""
     found: set[ir.Node] = set()
     todo = [output]
     while todo:
@@ -58,13 +59,13 @@ def _ancestors(output: ir.Value) -> set[ir.Node]:
 
 
 def _enters(value: ir.Value | None, shared: set[ir.Node]) -> bool:
-    """Whether a value comes from the other nodes, or from outside, and is no constant."""
+    """Return whether a value that is not a constant comes from the shared nodes or from an input."""
     if value is None or value.is_initializer():
         return False
     return value.producer() is None or value.producer() in shared
 
 
 def _is_residual(value: ir.Value) -> bool:
-    """Whether a value is the residual stream [G, N, width] behind a block."""
+    """Return whether a value is the residual stream [G, N, width] after a block."""
     node = value.producer()
     return node is not None and node.op_type == "Add" and value.dtype == ir.DataType.FLOAT

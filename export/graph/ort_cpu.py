@@ -1,13 +1,12 @@
-"""The variant `ort-cpu`: the same numbers in the form that onnxruntime on CPU runs fastest.
+"""Derive the variant `ort-cpu`: the same function in the form that onnxruntime on CPU runs fastest.
 
-- W8A8 products become its operator MatMulIntegerToFloat, bias included. Left to itself it fuses only products that
-  share their int8 input with no other one, and none of two dims: neither q, k and v nor gate and up, nor the mergers.
-- Activations are uint8 with zero point 128, the same numbers: its fast kernels for x64 multiply uint8 by int8.
-- Rows of an int8 table are looked up before they become floats: else the whole table is dequantized at every call.
-  TensorRT refuses that form, since it takes int8 constants in front of DequantizeLinear alone.
-- In fp32 graphs too: attention and rotary embeddings become its fused operators (`ort_attention`), and the spatial
-  decoder's queries are multiplied in place of its patches (`ort_few_queries`). The vision encoder merges the patches
-  of as many groups into tokens as it is asked for (`ort_spare_tokens`).
+- W8A8 matmuls become its operator MatMulIntegerToFloat, bias included. Its own fusion needs an int8 input with one
+  reader, so it leaves out q, k and v, gate and up, matmuls of two dims and the mergers.
+- Activations become uint8 with zero point 128, the same numbers: its fast x64 kernels multiply uint8 by int8.
+- Rows of an int8 table are looked up first and converted to float afterwards; otherwise the whole table is dequantized
+  in every call. TensorRT takes int8 constants only as input of DequantizeLinear, so it cannot run that form.
+- Float graphs too get fused attention (`fuse_attention`), folded key projections in the spatial decoder
+  (`fold_key_projection`) and optional visual tokens in the vision encoder (`optional_tokens`).
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from bridge_stg.export.graph.blocks import INT8, find_matmuls, find_tables, stored_weight
-from bridge_stg.export.graph.fold_key_projection import absorb_projections
+from bridge_stg.export.graph.fold_key_projection import fold_key_projection
 from bridge_stg.export.graph.fuse_attention import fuse_attention
-from bridge_stg.export.graph.graph_edit import Edit
-from bridge_stg.export.graph.optional_tokens import spare_tokens
+from bridge_stg.export.graph.graph_edit import Edit, producer
+from bridge_stg.export.graph.optional_tokens import make_tokens_optional
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 
 VARIANT, DERIVED_FROM = "ort-cpu", "standard"
@@ -34,14 +33,10 @@ _MIDDLE = np.array(128, np.uint8)
 
 
 def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec]:
-    """Write the variant beside those of one graph, over the same weights, where there is anything to gain.
-
-    Args:
-        written: contracts of the variants in the folder.
-        folder: of the graph, with `standard.onnx` in it.
+    """Derive the variant of one graph from `standard.onnx` in its folder, with the same weights.
 
     Returns:
-        The contract of the new variant, or nothing.
+        The contract of the new variant, or an empty list if no pass changes the graph.
     """
     for spec in written:
         if spec.variant != DERIVED_FROM:
@@ -54,40 +49,35 @@ def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec
 
 
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:
-    """Change a graph in place; tell whether there was anything to change."""
-    fewer = absorb_projections(model)
-    fewer = spare_tokens(model) or fewer
-    attention = fuse_attention(model)
+    """Apply all passes to a graph in place; return whether one changed it."""
+    changed = [fold_key_projection(model), make_tokens_optional(model), fuse_attention(model)]
     edit = Edit(model.graph)
-    fused = [_fuse(edit, edit.nodes[p.node]) for p in find_matmuls(model, graph) if p.form == INT8]
+    fused = [_fuse(edit, edit.nodes[m.node]) for m in find_matmuls(model, graph) if m.form == INT8]
     tables = [table for table in find_tables(model, graph) if table.form == INT8]
     for table in tables:
-        _look_up(edit, edit.nodes[table.node])
+        _look_up_integers(edit, edit.nodes[table.node])
     edit.drop_unused()
     if any(fused):
         model.graph.opset_imports[DOMAIN] = 1
-    return fewer or attention or any(fused) or bool(tables)
+    return any(changed) or any(fused) or bool(tables)
 
 
 def _fuse(edit: Edit, node: ir.Node) -> bool:
-    """Q → DQ → MatMul ← DQ, then a bias perhaps, as one operator. Tell whether it is such a product, in fp32."""
-    data_floats, weight_floats = _producer(node.inputs[0]), _producer(node.inputs[1])
-    turned = weight_floats is not None and weight_floats.op_type == "Transpose"
-    if turned and weight_floats is not None:
-        weight_floats = _producer(weight_floats.inputs[0])
+    """Replace Q → DQ → MatMul ← DQ, and the Add of a bias, by one operator; return False if it is not such a matmul."""
+    data_floats, transpose = producer(node.inputs[0], "DequantizeLinear"), producer(node.inputs[1], "Transpose")
+    weight_floats = producer(node.inputs[1] if transpose is None else transpose.inputs[0], "DequantizeLinear")
     if data_floats is None or weight_floats is None:
         return False
-    for floats in (data_floats, weight_floats):
-        if floats.op_type != "DequantizeLinear" or floats.outputs[0].dtype != ir.DataType.FLOAT:
-            return False
+    if any(floats.outputs[0].dtype != ir.DataType.FLOAT for floats in (data_floats, weight_floats)):
+        return False
     integers = weight_floats.inputs[0]
     assert integers is not None
-    if turned:
+    if transpose is not None:
         flipped = ir.node("Transpose", [integers], {"perm": [1, 0]}, name=f"{integers.name}/Transpose")
         edit.graph.insert_before(node, flipped)
         flipped.outputs[0].name, flipped.outputs[0].dtype = edit.free_name(f"{integers.name}_turned"), ir.DataType.INT8
         integers = flipped.outputs[0]
-    data, zero = _shifted(edit, data_floats)
+    data, zero = _shift_to_uint8(edit, data_floats)
     out, bias = node.outputs[0], None
     adds = [reader for reader, _ in out.uses()]
     if len(adds) == 1 and adds[0].op_type == "Add" and not out.is_graph_output():
@@ -104,14 +94,14 @@ def _fuse(edit: Edit, node: ir.Node) -> bool:
     return True
 
 
-def _shifted(edit: Edit, floats: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
-    """Return what a DQ reads as uint8, and its zero point: −128 … 127 about 0 are 0 … 255 about 128."""
+def _shift_to_uint8(edit: Edit, floats: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """Return the input of a DequantizeLinear as uint8, and its zero point: −128 … 127 become 0 … 255."""
     data, zero = floats.inputs[0], floats.inputs[2]
-    quantize = _producer(data)
-    if data is None or quantize is None or quantize.op_type != "QuantizeLinear":
+    quantize = producer(data, "QuantizeLinear")
+    if data is None or quantize is None:
         return data, zero
     middle, name = edit.constant("uint8_zero_point", _MIDDLE), f"{data.name}_shifted"
-    if name not in edit.nodes:  # products may share it
+    if name not in edit.nodes:  # matmuls may share it
         node = ir.node("QuantizeLinear", [*quantize.inputs[:2], middle], name=name)
         edit.graph.insert_after(quantize, node)
         node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, ir.DataType.UINT8, data.shape
@@ -119,15 +109,15 @@ def _shifted(edit: Edit, floats: ir.Node) -> tuple[ir.Value | None, ir.Value | N
     return edit.nodes[name].outputs[0], middle
 
 
-def _look_up(edit: Edit, gather: ir.Node) -> None:
-    """Gather(int8) → Cast → Mul by each row's scale."""
+def _look_up_integers(edit: Edit, gather: ir.Node) -> None:
+    """Replace a Gather of dequantized rows by Gather(int8) → Cast → Mul by each row's scale."""
     rows, ids = gather.inputs
     assert rows is not None and ids is not None
     dequantize, integers = rows.producer(), stored_weight(rows)[0]
     assert dequantize is not None and integers is not None
     shared = dequantize.inputs[1]
     assert shared is not None and shared.dtype is not None and shared.const_value is not None
-    # The same bytes under another name: the head's product is fused only if nothing else reads its scales.
+    # The same bytes under another name: the head's matmul is fused only if nothing else reads its scales.
     scale = edit.alias(shared, f"{integers.name}_row_scale")
     out, stem, dtype = gather.outputs[0], str(gather.name), shared.dtype
     gather.replace_input_with(0, integers)
@@ -136,19 +126,15 @@ def _look_up(edit: Edit, gather: ir.Node) -> None:
     scales = ir.node("Gather", [scale, ids], name=f"{stem}/Gather_scale")
     axis = edit.constant("last_axis", _LAST_AXIS)
     columns = ir.node("Unsqueeze", [scales.outputs[0], axis], name=f"{stem}/Unsqueeze")
-    product = ir.node("Mul", [cast.outputs[0], columns.outputs[0]], name=f"{stem}/Mul")
-    edit.graph.insert_after(gather, [cast, scales, columns, product])
+    scaled = ir.node("Mul", [cast.outputs[0], columns.outputs[0]], name=f"{stem}/Mul")
+    edit.graph.insert_after(gather, [cast, scales, columns, scaled])
     out.name, out.dtype = edit.free_name(f"{name}_int8"), ir.DataType.INT8
     for node, suffix in ((cast, "cast"), (scales, "scale"), (columns, "scales")):
         node.outputs[0].name, node.outputs[0].dtype = edit.free_name(f"{name}_{suffix}"), dtype
-    product.outputs[0].name, product.outputs[0].dtype = name, dtype
+    scaled.outputs[0].name, scaled.outputs[0].dtype = name, dtype
     for reader, index in readers:
-        reader.replace_input_with(index, product.outputs[0])
+        reader.replace_input_with(index, scaled.outputs[0])
 
 
 def _rank(value: ir.Value) -> int:
     return len(value.shape) if value.shape is not None else 0
-
-
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()

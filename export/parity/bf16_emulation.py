@@ -1,8 +1,8 @@
-"""A twin of a bf16 graph that engines without bf16 can run: fp32 arithmetic on values rounded to bf16.
+"""Write a twin of a bf16 graph for engines without bf16: fp32 arithmetic on values rounded to bf16.
 
-onnxruntime on CPU has casts to bf16 and nothing else. In the twin every value that enters or leaves a product passes
-through bf16 and back, and the weights are the graph's own bytes; so it computes what an engine does that accumulates
-in fp32.
+onnxruntime on CPU has casts to bf16, but no other bf16 operators. In the twin every input and output of a matmul is
+cast to bf16 and back, and the weights are the graph's own bytes, so it computes what an engine does that accumulates in
+fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def write_twin(file: Path) -> Path:
         if tensor.data_type == TensorProto.BFLOAT16:
             name, tensor.name = tensor.name, f"{tensor.name}_bf16"
             nodes.append(_cast(tensor.name, name, TensorProto.FLOAT))
-    rounding = _casts_at_products(model.graph)
+    rounding = _bf16_casts(model.graph)
     for node in model.graph.node:
         if node.output[0] not in rounding:
             nodes.append(node)
@@ -38,7 +38,7 @@ def write_twin(file: Path) -> Path:
     return twin
 
 
-def _casts_at_products(graph: onnx.GraphProto) -> set[str]:
+def _bf16_casts(graph: onnx.GraphProto) -> set[str]:
     """Return the outputs of casts between fp32 and bf16, in either direction."""
     low: set[str] = {tensor.name.removesuffix("_bf16") for tensor in graph.initializer
                      if tensor.data_type == TensorProto.BFLOAT16}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Record golden cases: the eager chain on small made-up scenes, every call of every graph with what came out."""
+"""Record the torch reference of an export: golden cases of the bundle, and random-input cases of every graph."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bridge_stg.export.parity.probes import PROBE_SIZES, RandomCase, feeds_of, run
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
-from bridge_stg.runtime.backends.kv_pool import BUCKET_POSITIONS
+from bridge_stg.runtime.backends.kv_pool import bucketed
 from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
 from bridge_stg.runtime.grounder import Grounder, Video
 from bridge_stg.runtime.parity.compare import tolerance_of
@@ -20,12 +21,12 @@ HEIGHT, WIDTH, FRAMES, FPS = 96, 128, 12, 8.0
 
 
 def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") -> list[Path]:
-    """Write golden/<case> for a clip, for two queries in one batch, and for an image. Return the cases' folders.
+    """Write golden/<case> for a clip, for two queries in one batch, and for an image; return the cases' folders.
 
     Args:
-        model: in eval mode, with its weights and its tokenizer.
+        model: model in eval mode, with its weights and its tokenizer.
         folder: the bundle's golden/ folder.
-        precision: of the bundle's graphs, which tells how near they must come.
+        precision: precision of the bundle's graphs, which decides their tolerance.
     """
     outputs = [t.name for name in GRAPHS for t in graph_contract(name, model.spec, variant="", opset=0).outputs]
     found = {name: tolerance_of(precision, name) for name in outputs}
@@ -46,7 +47,7 @@ def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") ->
 
 
 def scene() -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (seconds, RGB) of a red square that crosses a shaded background."""
+    """Yield (seconds, RGB image) of a red square that crosses a shaded background."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     ground = np.stack([x * 255 // WIDTH, y * 255 // HEIGHT, (x + y) % 256], -1).astype(np.uint8)
     for index in range(FRAMES):
@@ -57,7 +58,7 @@ def scene() -> Iterator[tuple[float, np.ndarray]]:
 
 
 def record(model: BridgeSTG, video: Video, queries: tuple[str, ...]) -> list[Call]:
-    """Return every call that the eager chain makes; `none` is not allowed, so that the spatial pass runs."""
+    """Return every call of the chain in torch; the answer "none" is not allowed, so that the spatial pass runs."""
     assert model.tokenizer is not None
     calls: list[Call] = []
     sessions = {name: RecordingSession(TorchSession(name, model), calls) for name in GRAPHS}
@@ -67,7 +68,7 @@ def record(model: BridgeSTG, video: Video, queries: tuple[str, ...]) -> list[Cal
 
 
 def _masked(model: BridgeSTG, calls: list[Call]) -> Call:
-    """Return the last spatial call with rows that see different frames, whatever spans the model named."""
+    """Return the last spatial call with rows that see different frames, whatever spans the model predicted."""
     _, feeds, _ = next(call for call in reversed(calls) if call[0] == "spatial_decoder")
     mask = np.ones_like(feeds["frame_mask"])
     for row in range(1, len(mask)):
@@ -77,7 +78,30 @@ def _masked(model: BridgeSTG, calls: list[Call]) -> Call:
 
 
 def _capacity(calls: list[Call]) -> int:
-    """Return the cache positions that the calls touch, rounded up as the runtime does."""
+    """Return the cache positions that the calls use, rounded up like in the runtime."""
     feeds = [feeds for name, feeds, _ in calls if name == "language_model"]
     last = max(int(f["cache_position"].max()) + f["input_ids"].shape[1] for f in feeds)
-    return -(-last // BUCKET_POSITIONS) * BUCKET_POSITIONS
+    return bucketed(last)
+
+
+def random_cases(name: str, model: BridgeSTG, *, seed: int = 0) -> Iterator[RandomCase]:
+    """Yield one random-input case of a graph per size, with the outputs of a model in eval mode."""
+    reference = TorchSession(name, model)
+    for index, sizes in enumerate(PROBE_SIZES[name]):
+        feeds, past = feeds_of(name, model.spec, sizes, np.random.default_rng([seed, index]))
+        expected = run(reference, feeds, past)
+        dependence = {}
+        if index == 1:
+            others, _ = feeds_of(name, model.spec, sizes, np.random.default_rng([seed + 1, index]))
+            moved = run(reference, others, past)
+            for k, value in expected.items():
+                norm = max(float(np.linalg.norm(value)), 1e-12)
+                dependence[f"{name}.{k}"] = float(np.linalg.norm(value - moved[k])) / norm
+        yield RandomCase(name, sizes, feeds, past, expected, dependence)
+
+
+def record_random_cases(name: str, model: BridgeSTG, folder: Path) -> None:
+    """Write the random-input cases of one graph where `probes.load_cases` finds them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, case in enumerate(random_cases(name, model)):
+        case.save(folder / f"{name}_{index}.npz")

@@ -1,5 +1,7 @@
-"""Probes: one call of one graph at given sizes, with random inputs of the kind that the chain feeds and what torch made
-of them. Knows nothing of torch: a second process replays them."""
+"""Random-input cases: one call of one graph at given sizes, and the outputs of torch.
+
+Inputs are random, but of the kind that the chain passes. Knows nothing of torch: a subprocess replays the cases.
+"""
 
 from __future__ import annotations
 
@@ -19,43 +21,33 @@ from bridge_stg.runtime.parity.compare import as_contract
 
 Arrays = dict[str, np.ndarray]
 
+
+def _sizes(dims: str, *sizes: tuple[int, ...]) -> Sequence[Mapping[str, int]]:
+    return [dict(zip(dims.split(), values, strict=True)) for values in sizes]
+
+
 PROBE_SIZES: Mapping[str, Sequence[Mapping[str, int]]] = {
-    "vision_encoder": (
-        {"G": 1, "rows": 2, "columns": 3},
-        {"G": 3, "rows": 4, "columns": 2},
-        {"G": 2, "rows": 3, "columns": 5},
-        {"G": 5, "rows": 1, "columns": 1},
-        {"G": 1, "rows": 6, "columns": 9},
+    "vision_encoder": _sizes("G rows columns", (1, 2, 3), (3, 4, 2), (2, 3, 5), (5, 1, 1), (1, 6, 9)),
+    "language_model": _sizes(
+        "B L K S V", (1, 1, 1, 16, 2), (2, 9, 3, 40, 7), (3, 33, 5, 64, 30), (1, 48, 2, 48, 41), (4, 2, 2, 31, 1)
     ),
-    "language_model": (
-        {"B": 1, "L": 1, "K": 1, "S": 16, "V": 2},
-        {"B": 2, "L": 9, "K": 3, "S": 40, "V": 7},
-        {"B": 3, "L": 33, "K": 5, "S": 64, "V": 30},
-        {"B": 1, "L": 48, "K": 2, "S": 48, "V": 41},
-        {"B": 4, "L": 2, "K": 2, "S": 31, "V": 1},
-    ),
-    "spatial_decoder": (
-        {"B": 1, "F": 1, "h": 4, "w": 6},
-        {"B": 2, "F": 5, "h": 6, "w": 4},
-        {"B": 3, "F": 12, "h": 10, "w": 8},
-        {"B": 1, "F": 7, "h": 2, "w": 2},
-    ),
+    "spatial_decoder": _sizes("B F h w", (1, 1, 4, 6), (2, 5, 6, 4), (3, 12, 10, 8), (1, 7, 2, 2)),
 }
-"""Every free dim at three values or more. Rows and columns are merged patches; the caches' fill differs by row."""
+"""Sizes by graph: every free dim has at least three values. Rows and columns are merged patches."""
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class RandomCase:
     """One call.
 
     Attributes:
-        graph: its name.
-        sizes: of the free dims, for people.
-        feeds: inputs but the cache.
-        past: what the KV cache holds before the call; None: the graph has none.
-        expected: the reference's outputs, and `kv` where there is a cache.
-        dependence: by `graph.tensor`, how far other inputs of these sizes move the reference, relative to its norm; of
-            one probe a graph.
+        graph: name of the graph.
+        sizes: sizes of the free dims.
+        feeds: inputs without the cache.
+        past: content of the KV cache before the call; None if the graph has none.
+        expected: outputs of the reference, and `kv` if the graph has a cache.
+        dependence: change of the reference with other inputs of these sizes, relative to its norm, by `graph.tensor`;
+            in one case per graph.
     """
 
     graph: str
@@ -71,17 +63,15 @@ class Probe:
         return ", ".join(f"{dim} {size}" for dim, size in self.sizes.items())
 
     def save(self, file: Path) -> None:
-        """Write the probe as .npz."""
+        """Write the case as .npz."""
         about = {"graph": self.graph, "sizes": dict(self.sizes), "dependence": dict(self.dependence)}
         parts = {"in": self.feeds, "past": self.past or {}, "out": self.expected}
-        arrays: dict[str, Any] = {
-            f"{kind}.{name}": array for kind, part in parts.items() for name, array in part.items()
-        }
+        arrays: dict[str, Any] = {f"{kind}.{name}": a for kind, part in parts.items() for name, a in part.items()}
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
     @classmethod
-    def load(cls, file: Path) -> Probe:
-        """Read what `save` wrote."""
+    def load(cls, file: Path) -> RandomCase:
+        """Read the file of `save`."""
         parts: dict[str, Arrays] = {"in": {}, "past": {}, "out": {}}
         with np.load(file, allow_pickle=False) as arrays:
             about = json.loads(str(arrays["about"]))
@@ -89,23 +79,21 @@ class Probe:
                 kind, _, name = key.partition(".")
                 if kind in parts:
                     parts[kind][name] = arrays[key]
-        return cls(
-            about["graph"], about["sizes"], parts["in"], parts["past"] or None, parts["out"], about["dependence"]
-        )
+        return cls(feeds=parts["in"], past=parts["past"] or None, expected=parts["out"], **about)
 
 
-def load_probes(folder: Path, graph: str) -> Iterator[Probe]:
-    """Yield the probes of one graph that lie in a folder as <graph>_<i>.npz, in order."""
+def load_cases(folder: Path, graph: str) -> Iterator[RandomCase]:
+    """Yield the cases of one graph in a folder, <graph>_<i>.npz, in order."""
     index = 0
     while (file := folder / f"{graph}_{index}.npz").is_file():
-        yield Probe.load(file)
+        yield RandomCase.load(file)
         index += 1
 
 
 def run(session: Session, feeds: Arrays, past: Arrays | None) -> Arrays:
-    """Run one call and return its outputs; of a graph with a cache, `kv` [2·layers, B, kv_heads, S, head_dim] too.
+    """Run one call and return its outputs, with the cache as `kv` [2·layers, B, kv_heads, S, head_dim].
 
-    Inputs are brought to the dtypes of the session's contract.
+    Inputs are converted to the dtypes of the session's contract.
     """
     feeds = as_contract(session.graph, feeds)
     if past is None:
@@ -120,7 +108,7 @@ def run(session: Session, feeds: Arrays, past: Arrays | None) -> Arrays:
 def feeds_of(
     name: str, spec: ModelSpec, sizes: Mapping[str, int], rng: np.random.Generator
 ) -> tuple[Arrays, Arrays | None]:
-    """Return random inputs of one graph at some sizes, and what its KV cache holds before the call (None: no cache)."""
+    """Return random inputs of one graph, and the content of its KV cache before the call (None: it has no cache)."""
     if name == "vision_encoder":
         return _vision_feeds(spec, sizes, rng), None
     if name == "language_model":
@@ -136,7 +124,7 @@ def _vision_feeds(spec: ModelSpec, sizes: Mapping[str, int], rng: np.random.Gene
 
 
 def _language_feeds(spec: ModelSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> tuple[Arrays, Arrays]:
-    """Mixed text, visual tokens and bridging queries; each row's cache is filled to another depth."""
+    """Return text, visual tokens and bridging queries, with a cache that is filled to another depth in each row."""
     language, (b, n, k, s, v) = spec.language, (sizes[dim] for dim in "BLKSV")
     visual = rng.integers(0, v, (b, n)) * rng.integers(0, 2, (b, n))
     ids = rng.integers(0, language.vocab_size + language.num_bridging_queries, (b, n))
@@ -157,7 +145,7 @@ def _language_feeds(spec: ModelSpec, sizes: Mapping[str, int], rng: np.random.Ge
 
 
 def _spatial_feeds(spec: ModelSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> Arrays:
-    """RMS-normalised features and taps; every row sees other frames, and at least one."""
+    """Return normalized features and taps; every row sees other frames, and at least one."""
     language, (b, f, h, w) = spec.language, (sizes[dim] for dim in "BFhw")
     taps = (len(language.tapped_layers), b, language.num_bridging_queries, language.hidden_size)
     mask = rng.random((b, f)) < 0.7

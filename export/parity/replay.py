@@ -1,20 +1,20 @@
-"""Replay an export in a process of its own: the engine's memory is then not on top of torch's, and is measured apart.
+"""Replay an export in a subprocess, whose memory is separate from that of torch and is measured on its own.
 
-The first process records probes and golden cases and waits; the second one, which imports neither torch nor onnx, opens
-one variant of one graph at a time and compares.
+This process records the cases and waits; the subprocess, which imports neither torch nor onnx, opens one variant of one
+graph at a time and compares.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge_stg.export.parity.parity import Parity, measure
-from bridge_stg.export.parity.probes import load_probes
+from bridge_stg.export.parity.probes import load_cases
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.typed_json import from_json
@@ -31,12 +31,12 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the second process found.
+    """Result of the subprocess.
 
     Attributes:
-        parity: of every variant.
-        peak_rss_bytes: the most memory it held.
-        seconds: by `graph (variant)`, for loading and running it.
+        parity: comparisons of every variant.
+        peak_rss_bytes: peak memory of the subprocess.
+        seconds: time to load and run each graph, by `graph (variant)`.
     """
 
     parity: Parity
@@ -46,61 +46,49 @@ class Replayed:
 
 def replay_in_subprocess(
     graphs: Sequence[tuple[GraphSpec, Path]],
-    probes: Path,
+    cases: Path,
     golden: Sequence[Path],
     *,
     threads: int | None = None,
-    lean: bool = False,
+    low_memory: bool = False,
 ) -> Replayed:
-    """Replay graphs in a second process.
+    """Replay graphs in a subprocess.
 
     Args:
-        graphs: contract and .onnx file of each, in the order of the chain.
-        probes: folder with the recorded probes.
+        graphs: contract and .onnx file of each graph, in the order of the chain.
+        cases: folder of the random-input cases.
         golden: folders of golden cases.
-        threads: CPU threads of the engine; None: its own choice.
-        lean: whether the engine keeps no second copy of the weights; slower.
+        threads: CPU threads of onnxruntime; None for its default.
+        low_memory: whether onnxruntime keeps no second copy of the weights, which is slower.
 
     Raises:
-        EngineError: a graph cannot run, or the process failed; see `run_in_subprocess`.
+        EngineError: a graph cannot run, or the subprocess failed; see `run_in_subprocess`.
     """
     job = {
         "graphs": [{"contract": dataclasses.asdict(contract), "file": str(file)} for contract, file in graphs],
-        "probes": str(probes), "golden": [str(folder) for folder in golden],
-        "options": {"threads": threads, "lean": lean},
+        "cases": str(cases), "golden": [str(folder) for folder in golden],
+        "threads": threads, "low_memory": low_memory,
     }  # fmt: skip
     result = run_in_subprocess("bridge_stg.export.parity.replay:replay", job, purpose=PURPOSE, advice=ADVICE)
     return Replayed(Parity.from_dict(result["parity"]), result["peak_rss_bytes"], result["seconds"])
 
 
-def replay(job: dict[str, Any]) -> dict[str, Any]:
-    """Replay the graphs of a job of `replay_in_subprocess`; return its result."""
+def replay(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Replay the graphs of a job of `replay_in_subprocess`, which has the arguments; return its result."""
     golden = [Path(case) for case in job["golden"]]
     parity, seconds = Parity((), {}), {}
     for entry in job["graphs"]:
         contract: GraphSpec = from_json(GraphSpec, entry["contract"], "contract")
         began = time.monotonic()
-        parity += replay_graph(contract, Path(entry["file"]), Path(job["probes"]), golden, **job["options"])
+        options = {"threads": job["threads"], "lean": job["low_memory"]}
+        with OnnxRuntimeSession(Path(entry["file"]), contract, **options) as session:
+            parity += measure(load_cases(Path(job["cases"]), contract.name), {contract.variant: session})
+            replayed = replay_cases(golden, {contract.name: session}, graphs=(contract.name,))
+        named = []
+        for boundary in replayed:
+            call, _, tensor = boundary.name.rpartition(".")
+            name = f"{contract.name}.{tensor} ({contract.variant}; golden {call})"
+            named.append(dataclasses.replace(boundary, name=name))
+        parity += Parity(tuple(named), {})
         seconds[str(contract)] = time.monotonic() - began
     return {"parity": parity.to_dict(), "peak_rss_bytes": peak_bytes(), "seconds": seconds}
-
-
-def replay_graph(
-    contract: GraphSpec,
-    file: Path,
-    probes: Path,
-    golden: Sequence[Path],
-    *,
-    threads: int | None = None,
-    lean: bool = False,
-) -> Parity:
-    """Open one variant of a graph, run its probes and its part of the golden cases, and close it."""
-    with OnnxRuntimeSession(file, contract, threads=threads, lean=lean) as session:
-        parity = measure(load_probes(probes, contract.name), {contract.variant: session})
-        replayed = replay_cases(golden, {contract.name: session}, graphs=(contract.name,))
-    named = []
-    for boundary in replayed:
-        call, _, tensor = boundary.name.rpartition(".")
-        name = f"{contract.name}.{tensor} ({contract.variant}; golden {call})"
-        named.append(dataclasses.replace(boundary, name=name))
-    return parity + Parity(tuple(named), {})

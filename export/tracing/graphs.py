@@ -1,6 +1,6 @@
-"""The three graphs as modules of tensors alone, with the flat inputs and outputs of their contracts.
+"""The three graphs as modules with tensors as inputs and outputs, in the order of their contracts.
 
-Each holds its part of the model under the name that it has in `BridgeSTG`, so that parameters keep their names.
+Each module has its part of the model under the name that it has in `BridgeSTG`, so that parameters keep their names.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ class VisionEncoderGraph(nn.Module):
 
     def forward(self, frames: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
         """See the `forward` of the family's encoder in `bridge_stg.model.backbones`."""
-        return self.vision_encoder(frames, *tables)
+        outputs: tuple[Tensor, ...] = self.vision_encoder(frames, *tables)
+        return outputs
 
 
 class LanguageModelGraph(nn.Module):
-    """ids, positions and KV buffers → logits, taps and what the cache contract returns."""
+    """ids, positions and KV buffers → logits, taps and the outputs of the cache contract."""
 
     def __init__(self, model: BridgeSTG, lowering: Lowering) -> None:
         super().__init__()
         self.language_model = model.language_model
         self.lowering = lowering
 
-    def forward(
+    def forward(  # noqa: PLR0917  # inputs of the contract, which a trace passes by position
         self,
         input_ids: Tensor,
         visual_index: Tensor,
@@ -64,7 +65,8 @@ class SpatialDecoderGraph(nn.Module):
 
     def forward(self, feature_map: Tensor, taps: Tensor, frame_times: Tensor, frame_mask: Tensor) -> tuple[Tensor, ...]:
         """See `bridge_stg.model.spatial_decoder.SpatialDecoder.forward`."""
-        return self.spatial_decoder(feature_map, taps, frame_times, frame_mask)
+        outputs: tuple[Tensor, ...] = self.spatial_decoder(feature_map, taps, frame_times, frame_mask)
+        return outputs
 
 
 GRAPH_MODULES: Mapping[str, Callable[[BridgeSTG, Lowering], nn.Module]] = {
@@ -80,7 +82,7 @@ _LARGEST = 2**20
 
 
 def example(graph: GraphSpec, spec: ModelSpec) -> tuple[Tensor, ...]:
-    """Return one tensor an input, of sizes that a trace cannot mistake for fixed ones: none is 1, and few are equal."""
+    """Return example inputs for the trace. No size is 1 and few are equal, so that the trace keeps dims free."""
     side = spec.vision.patch_size * spec.vision.merge_size
     patches = _ROWS * _COLUMNS * spec.vision.merge_size**2
     sizes = {**_SIZES, "height": _ROWS * side, "width": _COLUMNS * side, "N": patches}
@@ -90,10 +92,10 @@ def example(graph: GraphSpec, spec: ModelSpec) -> tuple[Tensor, ...]:
 
 
 def dynamic_shapes(graph: GraphSpec) -> tuple[object, ...]:
-    """Return torch.export's dims of every input: one named `Dim` a symbol of the contract, shared by all inputs.
+    """Return the dims of every input for torch.export: a named `Dim` per symbol, shared by all inputs.
 
-    Height, width, N and W follow from each other (N = height · width / patch²), which named dims cannot say: these are
-    left to the trace, and get the contract's names in the finished graph.
+    Height, width, N and W depend on each other (N = height · width / patch²), which named dims cannot express: the
+    trace chooses these, and the finished graph has the contract's names.
     """
     dims: dict[str, object] = dict.fromkeys(_FREE, torch.export.Dim.AUTO)
     shapes: list[dict[int, object]] = []
@@ -102,7 +104,7 @@ def dynamic_shapes(graph: GraphSpec) -> tuple[object, ...]:
         for dim in symbols.values():
             dims.setdefault(dim, torch.export.Dim(dim, min=1, max=_LARGEST))
         shapes.append({axis: dims[dim] for axis, dim in symbols.items()})
-    if graph.cache is not None:  # the modules take these, and the position tables, as `*past` and `*tables`
+    if graph.cache is not None:  # modules have `*past` and `*tables` (positions), which need a tuple of their own
         first = len(shapes) - len(graph.cache.past_names)
     elif graph.name == "vision_encoder":
         first = 1

@@ -1,7 +1,7 @@
-"""The dialects that a graph is traced in: how attention and the KV cache become ONNX operators.
+"""The variants that a graph is traced in: how attention and the KV cache become ONNX operators.
 
-Attention enters through transformers' registry and the cache through the `KeyValueCache` protocol, so that the torch
-modules are the same in training, in the eager reference and in every trace.
+Attention is registered in transformers and the cache follows the `KeyValueCache` protocol, so that the torch modules
+are the same in training, in the torch reference and in every trace.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,66 +25,61 @@ if TYPE_CHECKING:
 MASKED = -3e4
 """Score of a key that is not visible: finite, and within fp16."""
 
-Size: TypeAlias = "int | torch.SymInt"
 
-
-class GraphCache(KeyValueCache, Protocol):
-    """A cache whose updates become part of a graph."""
-
-    written: list[Tensor]
-    """What the graph returns: key_0, value_0, key_1 …"""
-
-
-class ScatterCache:
-    """`in_place`: the new rows are scattered into the buffers, which are attended to as a whole.
+class GraphCache(KeyValueCache):
+    """A cache whose updates become part of a graph.
 
     Args:
         past: key_0, value_0, key_1 …, each [B, kv_heads, S, head_dim].
-        cache_position: int64 [B], where each row's new tokens begin.
+        cache_position: int64 [B], position of each row's first new token.
+
+    Attributes:
+        written: outputs of the graph, in the order of `past`.
     """
 
     def __init__(self, past: list[Tensor], cache_position: Tensor) -> None:
         self.past, self.cache_position = past, cache_position
         self.written = list(past)
 
+
+class ScatterCache(GraphCache):
+    """The cache contract `in_place`: new rows are scattered into the buffers, and attention reads the whole buffers."""
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Emit `TensorScatter` (opset 24), which backends run in place where past and present share a buffer."""
+        """Emit `TensorScatter` (opset 24), which backends run in place if past and present share a buffer."""
         for slot, new in ((2 * layer_idx, key), (2 * layer_idx + 1, value)):
             past = self.past[slot]
-            inputs, about = (past, new, self.cache_position), {"dtype": past.dtype, "shape": past.shape}
-            self.written[slot] = torch.onnx.ops.symbolic("TensorScatter", inputs, {"axis": 2}, version=24, **about)
+            self.written[slot] = torch.onnx.ops.symbolic(
+                "TensorScatter",
+                (past, new, self.cache_position),
+                {"axis": 2},
+                dtype=past.dtype,
+                shape=past.shape,
+                version=24,
+            )
         return self.written[2 * layer_idx], self.written[2 * layer_idx + 1]
 
 
-class AppendCache:
-    """`append`: the buffers are only read, and the new rows are an output that the session writes into them.
-
-    Args:
-        past: key_0, value_0, key_1 …, each [B, kv_heads, S, head_dim].
-        cache_position: int64 [B], where each row's new tokens begin.
-    """
-
-    def __init__(self, past: list[Tensor], cache_position: Tensor) -> None:
-        self.past, self.cache_position = past, cache_position
-        self.written = list(past)
+class AppendCache(GraphCache):
+    """The cache contract `append`: buffers are only read, and the session writes the new rows, which are outputs."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keep the new rows and return them alone; `appended_attention` reads the past by itself."""
+        """Return the new rows; `appended_attention` reads the past itself."""
         self.written[2 * layer_idx], self.written[2 * layer_idx + 1] = key, value
         return key, value
 
 
-def operator_attention(
+def operator_attention(  # noqa: PLR0917  # the signature that transformers calls
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Emit `Attention` (opset 23 and later) with a boolean mask; arguments as `matmul_attention`."""
+    """Emit `Attention` (opset 23 and later) with a boolean mask; arguments as in `matmul_attention`."""
     inputs = (query, key, value) if mask is None else (query, key, value, mask)
-    attributes = {"scale": float(scaling)}
-    about = {"dtype": query.dtype, "shape": query.shape}
-    return torch.onnx.ops.symbolic("Attention", inputs, attributes, version=24, **about).transpose(1, 2), None
+    attributes: dict[str, Any] = {"scale": float(scaling)}
+    out = torch.onnx.ops.symbolic("Attention", inputs, attributes, dtype=query.dtype, shape=query.shape, version=24)
+    return out.transpose(1, 2), None
 
 
-def appended_attention(
+def appended_attention(  # noqa: PLR0917  # the signature that transformers calls
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -97,13 +92,13 @@ def appended_attention(
     """Attend to the past and to the new rows with one softmax over both, without concatenating the cache.
 
     Args:
-        module: its `layer_idx` tells which buffers of the cache are its own.
+        module: attention layer, whose `layer_idx` selects buffers of the cache.
         query: [B, heads, L, head_dim].
         key: [B, kv_heads, L, head_dim], the new rows.
         value: [B, kv_heads, L, head_dim].
-        mask: bool [B, 1, L, S + L], True where visible: the past first, then the new rows.
-        scaling: factor on the scores.
-        bridge_cache: None outside the language model: there `matmul_attention` does it.
+        mask: bool [B, 1, L, S + L], True for visible keys: the past first, then the new rows.
+        scaling: factor of the scores.
+        bridge_cache: KV cache; None outside the language model, where this is `matmul_attention`.
 
     Returns:
         [B, L, heads, head_dim] and None.
@@ -111,11 +106,12 @@ def appended_attention(
     if bridge_cache is None:
         return matmul_attention(module, query, key, value, mask, scaling)
     assert mask is not None
-    index = int(module.layer_idx)  # type: ignore[arg-type]
+    index = module.layer_idx
+    assert isinstance(index, int)
     past_key, past_value = bridge_cache.past[2 * index], bridge_cache.past[2 * index + 1]
     batch, heads, length, head_dim = query.shape
     kv_heads, capacity = past_key.shape[1], past_key.shape[2]
-    # The heads that share keys are folded into the rows: one product a KV head, and no repeated keys.
+    # The heads that share keys are folded into the rows: one matmul per KV head, and no repeated keys.
     shared = heads // kv_heads
     query = (query * scaling).reshape(batch, kv_heads, shared * length, head_dim)
     scores = torch.cat([query @ past_key.transpose(-1, -2), query @ key.transpose(-1, -2)], -1)
@@ -127,7 +123,7 @@ def appended_attention(
     return out.reshape(batch, heads, length, head_dim).transpose(1, 2), None
 
 
-def visible_past_and_new(cache_position: Tensor, length: Size, capacity: Size) -> Tensor:
+def visible_past_and_new(cache_position: Tensor, length: int, capacity: int) -> Tensor:
     """Return bool [B, 1, L, S + L]: key j of the past is visible iff j < cache_position[b], new key k iff k ≤ i."""
     past = torch.arange(capacity) < cache_position[:, None, None]
     rows = torch.arange(length)
@@ -138,10 +134,15 @@ def visible_past_and_new(cache_position: Tensor, length: Size, capacity: Size) -
 
 @dataclass(frozen=True)
 class Lowering:
-    """One dialect.
+    """One variant.
 
-    `cache_update` is the cache contract in the manifest, `attention` a name in transformers' registry, `cache` builds
-    what the decoder layers update, and `mask` tells which keys are visible under that contract.
+    Attributes:
+        name: name of the variant.
+        opset: ONNX opset of its graphs.
+        cache_update: cache contract in the manifest.
+        attention: name in transformers' registry of attention functions.
+        cache: function that builds the cache that the decoder layers update.
+        mask: function that returns which keys are visible under the cache contract.
     """
 
     name: str
@@ -149,11 +150,11 @@ class Lowering:
     cache_update: str
     attention: str
     cache: Callable[[list[Tensor], Tensor], GraphCache]
-    mask: Callable[[Tensor, Size, Size], Tensor]
+    mask: Callable[[Tensor, int, int], Tensor]
 
     @contextmanager
     def applied(self, model: BridgeSTG) -> Iterator[None]:
-        """Let the model's attention layers use this dialect inside the block."""
+        """Let the model's attention layers use this variant inside the block."""
         switches: list[tuple[Any, str]] = [
             (model.vision_encoder.model.config, "_attn_implementation"),
             (model.language_model.model.config, "_attn_implementation"),
@@ -173,9 +174,6 @@ ALL_ATTENTION_FUNCTIONS.register("bridge_operator", operator_attention)
 ALL_ATTENTION_FUNCTIONS.register("bridge_append", appended_attention)
 
 LOWERINGS = {
-    lowering.name: lowering
-    for lowering in (
-        Lowering("standard", 24, "in_place", "bridge_operator", ScatterCache, visible_keys),
-        Lowering("primitive", 18, "append", "bridge_append", AppendCache, visible_past_and_new),
-    )
+    "standard": Lowering("standard", 24, "in_place", "bridge_operator", ScatterCache, visible_keys),
+    "primitive": Lowering("primitive", 18, "append", "bridge_append", AppendCache, visible_past_and_new),
 }

@@ -1,6 +1,6 @@
-"""Clean a traced graph: fold what is constant, fuse norms, drop shape arithmetic, name nodes by module.
+"""Simplify a traced graph: fold constants, fuse norms, drop shape arithmetic, name nodes by module.
 
-Weights keep the checkpoint's layout: their transposes stay in the graph, where every engine folds them on load. Knows
+Weights keep the checkpoint's layout: their transposes stay in the graph, and engines fold them when they load it. Knows
 nothing of what the graph computes.
 """
 
@@ -24,10 +24,9 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def simplify(model: ir.Model, *, modules: Callable[[str], str]) -> None:
-    """Simplify a model in place. All of its initializers are taken for weights, and keep names and layout.
+    """Simplify a graph in place. All of its initializers are weights, and keep names and layout.
 
-    Args:
-        modules: turns the path of a torch module into the one that node names begin with.
+    `modules` returns the prefix of node names for the path of a torch module.
     """
     weights = set(model.graph.initializers)
     passes.InlinePass()(model)
@@ -52,13 +51,13 @@ def simplify(model: ir.Model, *, modules: Callable[[str], str]) -> None:
 
 
 def _should_fold(node: ir.Node) -> bool | None:
-    """Weights' transposes stay: folded they would be second copies, and a tied head has one tensor for two uses."""
+    """Keep transposes of weights: folded they would be copies, and a tied head shares its tensor."""
     source = node.inputs[0] if node.inputs else None
     return False if node.op_type == "Transpose" and source is not None and source.is_initializer() else None
 
 
 def _view_weights(graph: ir.Graph) -> None:
-    """Give a weight that is only used under another shape that shape: same bytes, and engines see a plain weight."""
+    """Give a weight whose only reader is a Reshape the new shape, so that engines see a plain weight."""
     for value in list(graph.initializers.values()):
         uses = list(value.uses())
         if len(uses) != 1 or uses[0].node.op_type != "Reshape":
@@ -93,16 +92,16 @@ def _fused_norm(op: Any, x: Any, scale: Any, epsilon: ir.Value, **_: Any) -> Any
 
 
 _FUSE_NORM = pattern.RewriteRule(_norm, _fused_norm, _is_norm, name="RMSNormalization")
-"""From opset 23 on, an operator of its own, computed in fp32 (`stash_type` 1)."""
+"""Norms are one operator from opset 23 on, computed in fp32 (`stash_type` 1)."""
 
 _DIVIDE = pattern.RewriteRule(
     lambda op, x, y: op.Mul(x, op.Reciprocal(y)), lambda op, x, y, **_: op.Div(x, y), name="Divide"
 )
-"""Before that, the form that onnxruntime's own fusion of RMS norms looks for."""
+"""Form of norms before opset 23 that onnxruntime's fusion recognizes."""
 
 
 def _constant_reshapes(graph: ir.Graph) -> None:
-    """Write the target shapes of Reshape as constants: 0 where a dim is kept, −1 for at most one that is not static."""
+    """Make the target shapes of Reshape constant: 0 for a dim that is kept, −1 for at most one that is not static."""
     for node in list(graph):
         if node.op_type != "Reshape":
             continue
@@ -123,7 +122,7 @@ def _constant_reshapes(graph: ir.Graph) -> None:
 
 
 def _merge_constants(graph: ir.Graph, weights: set[str]) -> None:
-    """Keep one of equal constants, so that equal nodes can be found; weights stay apart, and share bytes on disk."""
+    """Merge equal constants, so that equal nodes can be found; weights stay separate, but share bytes on disk."""
     kept: dict[tuple[Any, ...], ir.Value] = {}
     for name, value in sorted(graph.initializers.items()):
         if name in weights or value.const_value is None:
@@ -136,12 +135,12 @@ def _merge_constants(graph: ir.Graph, weights: set[str]) -> None:
 
 
 def _name_nodes(graph: ir.Graph, modules: Callable[[str], str]) -> None:
-    """Name nodes `module/Operator`, counted where a module has several; constants by number."""
+    """Name nodes `module/Operator`, with a number where a module has several."""
     counts: Counter[str] = Counter()
     module = ""
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-        if len(scopes) > 1:  # a node that a rewrite made has none, and is named after the one before it
+        if len(scopes) > 1:  # nodes of a rewrite have none, and take that of the node before
             module = modules(scopes[-2])
         name = f"{module}/{node.op_type}" if module else node.op_type
         counts[name] += 1
@@ -149,7 +148,7 @@ def _name_nodes(graph: ir.Graph, modules: Callable[[str], str]) -> None:
 
 
 def _forget(graph: ir.Graph) -> None:
-    """Drop inner shapes: their symbols are the trace's own. Whoever needs shapes infers them from the contract's."""
+    """Drop inner shapes, whose symbols are those of the trace; they can be inferred from the contract's."""
     ends = {*graph.inputs, *graph.outputs}
     for node in graph:
         for value in node.outputs:

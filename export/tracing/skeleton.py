@@ -1,11 +1,11 @@
-"""A checkpoint without its weights in memory: a model on the meta device beside the store that holds its values.
+"""A model on the meta device, and the store with the values of its weights.
 
-Tracing needs shapes only; the torch reference takes values from the store as it goes (`bridge_stg.export.tracing.streaming`).
+Tracing needs shapes only; the torch reference reads values from the store (`streaming`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from bridge_stg.model.model import BridgeSTG
 
 
 def open_skeleton(checkpoint: Path | str) -> tuple[BridgeSTG, WeightStore]:
-    """Read everything of a checkpoint folder but the weights' values.
+    """Read a checkpoint folder except for the values of its weights.
 
     Returns:
-        A model in eval mode whose parameters are on the meta device and whose buffers are real, and its weights.
+        A model in eval mode with parameters on the meta device and real buffers, and its weights.
 
     Raises:
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or of another shape.
@@ -38,24 +38,37 @@ def open_skeleton(checkpoint: Path | str) -> tuple[BridgeSTG, WeightStore]:
     check_weights(model, store)
     for name, value in model.fixed_buffers().items():
         owner, _, buffer = name.rpartition(".")
-        model.get_submodule(owner)._buffers[buffer] = value
+        setattr(model.get_submodule(owner), buffer, value)
     return model.eval().requires_grad_(False), store
 
 
 @contextmanager
-def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Put fake CPU tensors in the place of all parameters inside the block; shared ones stay shared."""
-    before = [(module, name, value) for module in model.modules() for name, value in module._parameters.items()]
-    fakes: dict[int, nn.Parameter] = {}
+def replaced_parameters(model: nn.Module, replace: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+    """Replace the parameters of a model inside the block. Shared parameters stay shared."""
+    before = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    made: dict[int, nn.Parameter] = {}
     try:
-        with mode:
-            for module, name, value in before:
-                if value is not None:
-                    if id(value) not in fakes:
-                        fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-                        fakes[id(value)] = nn.Parameter(fake, requires_grad=False)
-                    module._parameters[name] = fakes[id(value)]
+        for module, name, value in before:
+            if id(value) not in made:
+                made[id(value)] = replace(value)
+            setattr(module, name, made[id(value)])
         yield
     finally:
         for module, name, value in before:
-            module._parameters[name] = value
+            setattr(module, name, value)
+
+
+@contextmanager
+def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Replace all parameters by fake CPU tensors inside the block."""
+
+    def fake(value: nn.Parameter) -> nn.Parameter:
+        with mode:
+            return nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="cpu"), requires_grad=False)
+
+    with replaced_parameters(model, fake):
+        yield

@@ -1,7 +1,7 @@
-"""The torch reference of a model whose weights stay on disk: a few of them in memory at a time.
+"""The torch reference of a model whose weights stay on disk: a few of them are in memory at a time.
 
-Matrices and tables, which are nearly all of a model, are read by rows when their module is called and let go again;
-norms, biases and the patch embedding are small and stay. So the reference is the very model, in fp32, at whatever size.
+Matrices and embedding tables, nearly all of a model, are read by rows in every call of their module; norms, biases and
+the patch embedding are small and stay in memory. So the reference is the model itself, in fp32, at any size.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from bridge_stg.checkpoint.checkpoint import checkpoint_key
 from bridge_stg.checkpoint.weight_store import WeightStore
+from bridge_stg.export.tracing.skeleton import replaced_parameters
 from bridge_stg.export.tracing.weights import row_blocks
 from bridge_stg.model.model import BridgeSTG
 
 RESIDENT_BYTES = 512 * 2**20
-"""Models up to this size in fp32 are held in memory as a whole."""
+"""Largest model in fp32 that is read into memory as a whole."""
 
 
 @contextmanager
@@ -27,38 +28,32 @@ def with_weights(model: BridgeSTG, store: WeightStore, *, resident_bytes: int = 
     """Let a model without values compute inside the block, in fp32.
 
     Args:
-        model: its parameters are on the meta device; so they are again after the block.
-        store: their values.
-        resident_bytes: up to this size of the fp32 weights, all are read once; beyond, `Linear` and `Embedding` read
-            theirs at every call.
+        model: model with parameters on the meta device, which are there again after the block.
+        store: values of the parameters.
+        resident_bytes: largest size of the fp32 weights that are read once; in larger models `Linear` and `Embedding`
+            read their weight in every call.
     """
     keys = {id(value): checkpoint_key(name) for name, value in model.named_parameters()}
-    size = sum(4 * value.numel() for value in model.parameters())
-    streams = size > resident_bytes
-    streamed: list[nn.Module] = []
-    before: list[tuple[nn.Module, str, nn.Parameter]] = []
-    read: dict[str, nn.Parameter] = {}
+    streamed: list[nn.Linear | nn.Embedding] = []
+    if sum(4 * value.numel() for value in model.parameters()) > resident_bytes:
+        streamed = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    on_disk = {id(module.weight) for module in streamed}
+
+    def read(value: nn.Parameter) -> nn.Parameter:
+        if id(value) in on_disk:
+            return value
+        return nn.Parameter(store.read(keys[id(value)]).float(), requires_grad=False)
+
     try:
-        for module in model.modules():
-            rows = streams and isinstance(module, nn.Linear | nn.Embedding)
-            for name, value in module._parameters.items():
-                if value is None or (rows and name == "weight"):
-                    continue
-                key = keys[id(value)]
-                if key not in read:
-                    read[key] = nn.Parameter(store.read(key).float(), requires_grad=False)
-                before.append((module, name, value))
-                module._parameters[name] = read[key]
-            if rows:
-                forward = _linear if isinstance(module, nn.Linear) else _embedding
-                module.forward = forward(module, store, keys[id(module.weight)])  # type: ignore[method-assign]
-                streamed.append(module)
-        yield
-    finally:
-        for module, name, value in before:
-            module._parameters[name] = value
         for module in streamed:
-            del module.forward
+            key = keys[id(module.weight)]
+            rows = _linear(module, store, key) if isinstance(module, nn.Linear) else _embedding(module, store, key)
+            vars(module)["forward"] = rows
+        with replaced_parameters(model, read):
+            yield
+    finally:
+        for module in streamed:
+            vars(module).pop("forward", None)
 
 
 def _linear(module: nn.Linear, store: WeightStore, key: str) -> Callable[[Tensor], Tensor]:

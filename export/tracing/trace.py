@@ -1,4 +1,4 @@
-"""Trace one graph of the model in one dialect, and give it the contract's names."""
+"""Trace one graph of the model in one variant, and give it the contract's names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,26 +28,26 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.errors import EngineError
 
 IR_VERSION = {18: 8, 24: 10}
-"""By opset. onnxruntime 1.23 reads up to 10, and nothing in these graphs needs a newer one."""
+"""IR version by opset; onnxruntime 1.23 reads versions up to 10, and no graph needs a newer one."""
 
 
 def trace_graph(
     name: str, model: BridgeSTG, store: WeightStore, lowering: Lowering, *, precision: Precision = FP32
 ) -> tuple[GraphSpec, ir.Model]:
-    """Trace one graph without the values of its weights, which stay in the checkpoint until they are written.
+    """Trace one graph without the values of its weights, which are read when they are written.
 
     Args:
-        name: one of the contract's graphs.
-        model: in eval mode, float32; its parameters may be on the meta device, its buffers must have values.
-        store: the weights.
-        lowering: the dialect.
-        precision: of weights and products; the trace itself is fp32.
+        name: name of the graph.
+        model: float32 model in eval mode; parameters may be on the meta device, buffers must have values.
+        store: weights of the checkpoint.
+        lowering: variant to trace.
+        precision: precision of weights and matmuls; the trace itself is fp32.
 
     Returns:
-        The contract, and the graph: initializers named as in a checkpoint, nodes named by module and operator.
+        The contract and the graph: initializers have the names of the checkpoint, nodes those of module and operator.
 
     Raises:
-        EngineError: the trace fixed a dim that the contract says is free.
+        EngineError: the trace differs from the contract, such as by a fixed dim.
     """
     about: dict[str, Any] = {"variant": lowering.name, "opset": lowering.opset, "cache_update": lowering.cache_update}
     contract = graph_contract(name, model.spec, **about)
@@ -92,12 +93,12 @@ def trace_graph(
 
 
 def module_key(name: str) -> str:
-    """Return the checkpoint's spelling of a name in `BridgeSTG`; names that a checkpoint does not hold stay."""
+    """Return the name in the checkpoint of a name in `BridgeSTG`; names that a checkpoint does not have stay."""
     return checkpoint_key(name) if name.startswith(tuple(KEY_PREFIXES)) else name
 
 
 def _name_initializers(graph: ir.Graph, model: BridgeSTG) -> None:
-    """Name parameters and buffers as in a checkpoint. A tied tensor gets the name that the checkpoint stores."""
+    """Name parameters and buffers as in a checkpoint. A tied tensor gets the name that the checkpoint has."""
     first = {id(tensor): name for name, tensor in model.named_parameters()}
     shared = {name: first[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
     for name, value in list(graph.initializers.items()):
@@ -105,7 +106,7 @@ def _name_initializers(graph: ir.Graph, model: BridgeSTG) -> None:
 
 
 def _bind_weights(graph: ir.Graph, store: WeightStore) -> None:
-    """Let every weight point at its values in the checkpoint; buffers keep the values that they have."""
+    """Let every weight refer to its values in the checkpoint; buffers keep their values."""
     for name, value in graph.initializers.items():
         if name in store:
             assert value.shape is not None and value.dtype is not None
@@ -114,38 +115,31 @@ def _bind_weights(graph: ir.Graph, store: WeightStore) -> None:
 
 
 def _apply_contract(graph: ir.Graph, contract: GraphSpec) -> None:
-    """Check inputs and outputs against the contract, and write its symbols into them."""
+    """Check inputs and outputs against the contract, and give them its dims."""
     sides = (("input", graph.inputs, contract.inputs), ("output", graph.outputs, contract.outputs))
     for kind, values, tensors in sides:
         if [value.name for value in values] != [tensor.name for tensor in tensors]:
             found = ", ".join(str(value.name) for value in values)
-            raise EngineError(f"{contract}: the trace's {kind}s are {found}, not those of the contract")
+            raise EngineError(
+                "export.contract_mismatch", f"{contract}: the trace's {kind}s are {found}, not those of the contract"
+            )
         for value, tensor in zip(values, tensors, strict=True):
-            dims = list(value.shape or ())
-            fixed = [
-                f"{symbol} = {size}"
-                for size, symbol in zip(dims, tensor.dims)
-                if isinstance(symbol, str) and isinstance(size, int)
-            ]
-            wrong = [size for size, dim in zip(dims, tensor.dims) if isinstance(dim, int) and size != dim]
-            if fixed or wrong or len(dims) != len(tensor.dims) or value.dtype != ir.DataType[_IR_NAMES[tensor.dtype]]:
+            dims, dtype = list(value.shape or ()), ir.DataType.from_numpy(np.dtype(tensor.dtype))
+            pairs = zip(dims, tensor.dims, strict=False)  # a symbol of the trace may have another name
+            wrong = [f"{dim} is {size}" for size, dim in pairs if size != dim and int in (type(size), type(dim))]
+            if wrong or len(dims) != len(tensor.dims) or value.dtype != dtype:
                 raise EngineError(
+                    "export.contract_mismatch",
                     f"{contract}: the trace's {kind} {value.name!r} is {value.dtype} {value.shape}, but the contract "
-                    f"says {tensor}. Find what {'fixed ' + ', '.join(fixed) if fixed else 'changed it'} in the model."
+                    f"says {tensor}. Find the cause in the model{': ' * bool(wrong)}{', '.join(wrong)}.",
                 )
             value.shape = ir.Shape(tensor.dims)
             value.metadata_props.clear()
 
 
-_IR_NAMES = {
-    "float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64", "int32": "INT32", "int8": "INT8", "uint8": "UINT8",
-    "bool": "BOOL",
-}  # fmt: skip
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on packages and dims that concern nobody here off the terminal."""
+    """Suppress messages of the exporter about packages and dims."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

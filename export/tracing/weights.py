@@ -1,6 +1,6 @@
-"""Weights on their way from the checkpoint to a graph's external data: read, cast and written once, piece by piece.
+"""Copy weights from a checkpoint to a graph's external data: read, cast and written once, some rows at a time.
 
-External data of one graph are one file that all its variants point into.
+All variants of a graph share one file of external data.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from bridge_stg.checkpoint.weight_store import WeightStore
 from bridge_stg.runtime.errors import CheckpointError
 
 ALIGNMENT = 64
-"""Offsets are multiples of this, so that mapped weights can be used where they lie."""
+"""Alignment of offsets in bytes, so that mapped weights can be used without a copy."""
 
 INLINE_BYTES = 256
-"""Smaller tensors stay in the .onnx file, as do integers: engines want to see shapes and indices at once."""
+"""Smaller tensors stay in the .onnx file, as do integers: engines need shapes and indices at once."""
 
 BLOCK_BYTES = 32 * 2**20
 """Stored bytes that are read and cast at a time."""
@@ -32,14 +32,14 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-class StoredWeight(ir.LazyTensor):
-    """A weight of a graph whose values lie in a checkpoint and are read when they are asked for.
+class StoredWeight(ir.LazyTensor):  # type: ignore[misc]  # onnx_ir is not typed
+    """A weight of a graph whose values are read from a checkpoint on use.
 
     Args:
-        store: the checkpoint's weights.
-        key: which one.
-        dtype: of the graph's tensor; values are cast.
-        shape: of the graph's tensor; the checkpoint's may be another view of the same values.
+        store: weights of the checkpoint.
+        key: key of the weight.
+        dtype: dtype of the graph's tensor; values are cast.
+        shape: shape of the graph's tensor; that of the checkpoint may be another view of the same values.
     """
 
     def __init__(self, store: WeightStore, key: str, *, dtype: ir.DataType, shape: Sequence[int]) -> None:
@@ -48,11 +48,11 @@ class StoredWeight(ir.LazyTensor):
 
     @property
     def source(self) -> tuple[str, str]:
-        """What tells equal weights of two graphs without reading them."""
+        """Identity of the values, to find equal weights of two graphs without reading them."""
         return self.key, self.dtype.name
 
     def reshaped(self, shape: Sequence[int]) -> StoredWeight:
-        """Return the same values under another shape."""
+        """Return the same values in another shape."""
         return StoredWeight(self.store, self.key, dtype=self.dtype, shape=shape)
 
     def cast(self, dtype: ir.DataType) -> StoredWeight:
@@ -60,32 +60,24 @@ class StoredWeight(ir.LazyTensor):
         return StoredWeight(self.store, self.key, dtype=dtype, shape=[int(size) for size in self.shape])
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the values' bytes, some rows at a time.
-
-        Raises:
-            CheckpointError: a value is not finite, or the dtype cannot hold it; the message names the weight.
-        """
+        """Yield the values' bytes, some rows at a time; raise CheckpointError if a value does not fit the dtype."""
         dtype = TORCH_DTYPES[self.dtype]
         for block in row_blocks(self.store, self.key):
             cast = block.to(dtype)
             if not torch.isfinite(cast).all():
-                raise CheckpointError(_overflow(self.store[self.key], block, dtype))
+                raise _overflow(self.store[self.key], block, dtype)
             yield cast.contiguous().view(torch.uint8).numpy().tobytes() if cast.numel() else b""
 
     def _read(self) -> ir.TensorProtocol:
-        """Return the whole tensor; meant for small weights, which passes look at."""
+        """Return the whole tensor, for passes that need the values of small weights."""
         values = np.frombuffer(b"".join(self.pieces()), self.dtype.numpy())
         return ir.tensor(values.reshape([int(size) for size in self.shape]), dtype=self.dtype, name=self.key)
 
 
 def row_blocks(store: WeightStore, key: str, *, block_bytes: int | None = None) -> Iterator[torch.Tensor]:
-    """Yield a weight's rows in their stored dtype, a block of rows at a time; one that an adapter changes, whole.
+    """Yield a weight's rows in their stored dtype, in blocks of at most `block_bytes` (default `BLOCK_BYTES`).
 
-    Args:
-        block_bytes: at most so many at a time; None: `BLOCK_BYTES`.
-
-    Raises:
-        CheckpointError: the file cannot be read.
+    A weight with an adapter is one block. Raises CheckpointError if the file cannot be read.
     """
     stored = store[key]
     rows = stored.shape[0] if stored.shape else 1
@@ -100,20 +92,20 @@ def row_blocks(store: WeightStore, key: str, *, block_bytes: int | None = None) 
             count = min(step, rows - first)
             buffer = bytearray(count * row_bytes)
             if file.readinto(buffer) != len(buffer):
-                raise CheckpointError(f"{stored.path}: {key} cannot be read to its end; the file was cut short")
+                raise CheckpointError(
+                    "checkpoint.truncated", f"{stored.path}: {key} cannot be read to its end; the file was cut short"
+                )
             yield torch.frombuffer(buffer, dtype=stored.dtype).reshape(count, *stored.shape[1:])
 
 
 def write_weights(models: Sequence[ir.Model], file: Path, *, report: Callable[[int], Any] = lambda done: None) -> int:
     """Move the weights of several variants of a graph into one file; equal bytes are written once.
 
-    Args:
-        models: each is changed to point at the file by its name, so its .onnx file must lie beside it.
-        file: made, or replaced.
-        report: called with the bytes written so far.
+    The graphs refer to the file by its name, so their .onnx files must be saved beside it. `report` is called with the
+    number of bytes written so far.
 
     Returns:
-        Bytes written.
+        Number of bytes written.
 
     Raises:
         CheckpointError: a weight cannot be read, or does not fit its dtype.
@@ -127,12 +119,11 @@ def write_weights(models: Sequence[ir.Model], file: Path, *, report: Callable[[i
                 if tensor is None or tensor.nbytes < INLINE_BYTES or not tensor.dtype.is_floating_point():
                     continue
                 source = tensor.source if isinstance(tensor, StoredWeight) else None
-                if source is None or source not in sources:
+                place = sources.get(source) if source is not None else None
+                if place is None:
                     place = _write(tensor, stream, places)
                     if source is not None:
                         sources[source] = place
-                else:
-                    place = sources[source]
                 shape = ir.Shape(tensor.shape)
                 value.const_value = ir.ExternalTensor(
                     file.name, *place, tensor.dtype, shape=shape, name=name, base_dir=file.parent
@@ -142,7 +133,7 @@ def write_weights(models: Sequence[ir.Model], file: Path, *, report: Callable[[i
 
 
 def _write(tensor: ir.TensorProtocol, stream: Any, places: dict[tuple[str, str], tuple[int, int]]) -> tuple[int, int]:
-    """Write a tensor, and take it back if the same bytes are there already. Return (offset, length)."""
+    """Write a tensor, or remove it again if the file has the same bytes already; return (offset, length)."""
     end = stream.tell()
     stream.write(bytes(-end % ALIGNMENT))
     offset, digest = stream.tell(), hashlib.sha256()
@@ -156,13 +147,13 @@ def _write(tensor: ir.TensorProtocol, stream: Any, places: dict[tuple[str, str],
     return place
 
 
-def _overflow(stored: StoredTensor, block: torch.Tensor, dtype: torch.dtype) -> str:
-    values = block.float()
+def _overflow(stored: StoredTensor, block: torch.Tensor, dtype: torch.dtype) -> CheckpointError:
+    values, where = block.float(), f"{stored.path}: {stored.key}"
     if not torch.isfinite(values).all():
-        return f"{stored.path}: {stored.key} holds values that are not finite numbers"
-    largest = float(values.abs().max())
+        return CheckpointError("checkpoint.not_finite", f"{where} has values that are not finite")
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
-    return (
-        f"{stored.path}: {stored.key} holds {largest:.3g}, and {name} ends at {torch.finfo(dtype).max:.3g}; "
-        "export with --dtype bf16 or --dtype fp32"
+    return CheckpointError(
+        "checkpoint.overflow",
+        f"{where} has the value {float(values.abs().max()):.3g}, and the largest of {name} is "
+        f"{torch.finfo(dtype).max:.3g}; export with --dtype bf16 or --dtype fp32",
     )

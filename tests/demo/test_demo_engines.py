@@ -15,7 +15,7 @@ from bridge_stg.export.engines.layers import plan_summary, read_plan_report
 from bridge_stg.export.engines.profiles import profiles_of
 from bridge_stg.export.engines.targets import TARGETS
 from bridge_stg.export.export_bundle import export_bundle
-from bridge_stg.export.parity.block_outputs import borders, write_tapped
+from bridge_stg.export.parity.block_outputs import block_outputs, expose_outputs
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from tests.calibration.golden_ranges import golden_ranges
@@ -91,12 +91,12 @@ def _layers(rtx: Any, bundle: Bundle, name: str, variant: str, folder: Path) -> 
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_tapped_graphs_compile(rtx: Any, fp16: Bundle, name: str, tmp_path: Path) -> None:
-    """What `verify --bisect` has compiled: every border between modules is an output."""
+def test_graphs_with_block_outputs_compile(rtx: Any, fp16: Bundle, name: str, tmp_path: Path) -> None:
+    """What `verify --bisect` compiles: every tensor between modules is an output."""
     graph = fp16.graph(name, "standard")
-    found = borders(fp16.graph_path(name, "standard"))
-    tapped = write_tapped(fp16, name, "standard", found, tmp_path)
+    found = block_outputs(fp16.graph_path(name, "standard"))
+    exposed = expose_outputs(fp16, name, "standard", found, tmp_path)
     profiles = dict(list(profiles_of(graph, fp16.manifest.spec).profiles.items())[-1:])
     capacity = profiles_of(graph, fp16.manifest.spec).capacity
-    compiled = compile_graph(rtx, tapped.graph_path(name, "standard"), profiles, capacity=capacity, sms=SMS[:1])
+    compiled = compile_graph(rtx, exposed.graph_path(name, "standard"), profiles, capacity=capacity, sms=SMS[:1])
     assert len(found) > 40 and len(memoryview(compiled.plan)) > 10**6

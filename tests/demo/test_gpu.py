@@ -69,7 +69,7 @@ def test_golden_cases_hold_at_every_boundary(built_bundle, backend):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_every_block_of_an_engine_agrees_with_the_cpu(built_bundle, backend):
-    """`verify --bisect` compiles tapped engines and finds no block that drifts."""
+    """`verify --bisect` compiles engines with block outputs and finds no block that drifts."""
     bundle, graph = Bundle.load(built_bundle), "language_model"
     variant = choose(bundle, backend=backend).variants[graph]
     sides = Side(bundle, graph, variant, backend), Side(bundle, graph, variant)

@@ -1,4 +1,4 @@
-"""What an export will need is told before it starts, and an export that cannot be made is not begun."""
+"""An export reports its estimate before it starts, and does not start without the memory and disk for it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from bridge_stg.export import memory
 from bridge_stg.export.export_bundle import export_bundle
-from bridge_stg.export.memory import Estimate, available_bytes, estimate, gigabytes, require_room
+from bridge_stg.export.memory import Estimate, estimate, require_room
 from bridge_stg.export.tracing.precision import PRECISIONS
 from bridge_stg.export.tracing.skeleton import open_skeleton
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.memory import peak_bytes
+from tests.errors import raises
 
 NEEDED = Estimate(weights=4 * 10**9, disk=5 * 10**9, export=2 * 10**9, replay=8 * 10**9, lean_replay=5 * 10**9)
 
@@ -51,45 +51,34 @@ def test_the_estimate_is_not_below_what_it_took(exported: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "left", "message"),
+    ("free", "left", "code", "values"),
     [
-        (4 * 10**9, None, r"needs 5\.0 GB of disk there, and 4\.0 GB are free; make room"),
-        (10**10, 10**9, r"needs about 2\.0 GB of memory, and 1\.0 GB are available"),
-        (10**10, 6 * 10**9, r"beside it 5\.0 GB, but 6\.0 GB are available.*--no-verify"),
-        (10**10, 11 * 10**9, False),
-        (10**10, 8 * 10**9, True),
-        (10**10, None, False),
+        (4 * 10**9, None, "output.disk_full", ("5.0 GB", "4.0 GB")),
+        (10**10, 10**9, "export.out_of_memory", ("2.0 GB", "1.0 GB")),
+        (10**10, 6 * 10**9, "export.out_of_memory", ("5.0 GB", "6.0 GB", "--no-verify")),
     ],
 )
-def test_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, left: int | None, message: str | bool
+def test_too_little_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, free: int, left: int | None, code: str, values: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
     monkeypatch.setattr(memory, "available_bytes", lambda: left)
-    if isinstance(message, bool):  # whether the replay must be lean
-        assert require_room(NEEDED, tmp_path / "far" / "bundle") is message
-        return
-    with pytest.raises(EngineError, match=message):
+    with raises(code, *values, kind=EngineError):
         require_room(NEEDED, tmp_path / "far" / "bundle")
 
 
-def test_an_export_without_room_is_not_begun(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("left", "low_memory"), [(11 * 10**9, False), (8 * 10**9, True), (None, False)])
+def test_the_replay_saves_memory_where_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int | None, low_memory: bool
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * 10**10, 10**10, 10**10))
+    monkeypatch.setattr(memory, "available_bytes", lambda: left)
+    assert require_room(NEEDED, tmp_path / "far" / "bundle") is low_memory
+
+
+def test_too_little_memory_for_an_export(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
     stages: list[str] = []
-    with pytest.raises(EngineError, match="1 MB are available"):
+    with raises("export.out_of_memory", "1 MB", kind=EngineError):
         export_bundle(checkpoint, tmp_path / "bundle", progress=stages.append)
     assert not any(stage.startswith("tracing") for stage in stages) and list(tmp_path.iterdir()) == []
-
-
-def test_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert available_bytes() == 3000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes() != 3000
-
-
-def test_sizes_for_people() -> None:
-    assert gigabytes(4.26e9) == "4.3 GB" and gigabytes(2**20) == "1 MB"
-    assert peak_bytes() > 10**7

@@ -15,7 +15,6 @@ from bridge_stg.calibration.judge.speed_gate import graph_bytes
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES, Recipe
 from bridge_stg.calibration.search.block_sizes import size_of_blocks
-from bridge_stg.export.engines.compile import PACKAGES, compile_in_tensorrt
 from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.runtime import Grounder
@@ -26,6 +25,7 @@ from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.calibration.conftest import Ranges
 from tests.calibration.sizes import quantized_share
 from tests.errors import raises
+from tests.export.engines.real_tensorrt import compile_for, rtx
 
 pytestmark = pytest.mark.slow
 
@@ -168,7 +168,7 @@ def test_the_chain_answers(exported: Bundle, bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("variant", ["standard", "primitive"])
 def test_tensorrt_compiles_it(bundle: Bundle, variant: str) -> None:
-    pytest.importorskip(PACKAGES[-1], reason='no TensorRT-RTX here: pip install "bridge-stg[rtx]" to run this test')
+    rtx()
     vision = bundle.manifest.spec.vision
     side = vision.patch_size * vision.merge_size
     patches = [rows * columns * vision.merge_size**2 for rows, columns in ((1, 1), (2, 3), (4, 4))]
@@ -181,7 +181,7 @@ def test_tensorrt_compiles_it(bundle: Bundle, variant: str) -> None:
         graph = variants[variant]
         if graph.precision == "fp32" or (variant == "standard" and graph.cache and graph.cache.dtype == "int8"):
             continue  # TensorRT rejects int8 buffers that are updated in place, see `support`
-        assert len(compile_in_tensorrt(bundle.graph_path(name, variant), sizes, capacity=256)) > 1000
+        assert len(compile_for(bundle.graph_path(name, variant), sizes, capacity=256)) > 1000
 
 
 def test_fp16(exported_fp16: Bundle, ranges: Ranges, tmp_path: Path) -> None:

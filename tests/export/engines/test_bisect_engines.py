@@ -1,6 +1,6 @@
-"""`verify --bisect` on a TensorRT backend: engines of tapped graphs are built like the bundle's own, and do not stay.
+"""`verify --bisect` on a TensorRT backend: engines with block outputs are built like the bundle's own, and deleted.
 
-TensorRT and the GPU are pretended (tests/runtime), up to the last test; the fault is one that a compiler put in.
+TensorRT and the GPU are fakes (tests/fakes), except in the last test; the compiler makes the fault.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import onnx
 import pytest
 
 from bridge_stg.cli import run
-from bridge_stg.export.engines import bisect_engines as tapped_engines
+from bridge_stg.export.engines import bisect_engines, select_builds
 from bridge_stg.export.engines import build as engine_build
-from bridge_stg.export.engines import build_plan as engine_choice
 from bridge_stg.export.engines.bisect_engines import build_like, engine_maker
 from bridge_stg.export.engines.compile import Compiled
-from bridge_stg.export.parity import block_outputs as taps
 from bridge_stg.export.parity.bisect import Side
+from bridge_stg.export.parity.block_outputs import block_outputs, expose_outputs
 from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineEntry, read_engines
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import TensorSpec
@@ -37,12 +36,12 @@ BACKENDS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
 class Compiler:
-    """A pretended TensorRT that compiles one graph's variant wrong, on a pretended GPU.
+    """A fake TensorRT that compiles one graph's variant wrong, on a fake GPU.
 
     Attributes:
-        calls: what was compiled: path, profiles and options.
-        installed: the families that can be imported.
-        refuses: raised instead of compiling.
+        calls: path, profiles and options of each compilation.
+        installed: families that can be imported.
+        fails: exception to raise instead of compiling.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, family: str, wrong: str) -> None:
@@ -50,24 +49,24 @@ class Compiler:
         self.folder, self.wrong = folder / "compiled", wrong
         self.calls: list[dict[str, Any]] = []
         self.installed = {family}
-        self.refuses: BaseException | None = None
+        self.fails: BaseException | None = None
         device = SimpleNamespace(sm=87, memory=8 * 10**9)
-        monkeypatch.setattr(engine_choice, "machine", lambda: SimpleNamespace(devices=(device,), device_problem=None))
-        monkeypatch.setattr(engine_choice, "load_tensorrt", self.load)
-        monkeypatch.setattr(tapped_engines, "load_tensorrt", self.load)
+        monkeypatch.setattr(select_builds, "machine", lambda: SimpleNamespace(devices=(device,), device_problem=None))
+        monkeypatch.setattr(select_builds, "load_tensorrt", self.load)
+        monkeypatch.setattr(bisect_engines, "load_tensorrt", self.load)
         monkeypatch.setattr(engine_build, "compile_graph", self.compile)
 
     def load(self, family: str) -> Any:
         if family not in self.installed:
-            raise EngineError(f"{family} is not installed")
+            raise EngineError("engine.not_installed", family)
         return SimpleNamespace(__version__=VERSION, family=family)
 
     def compile(self, tensorrt: Any, path: Path, profiles: Mapping[str, Any], **options: Any) -> Compiled:
         self.calls.append({"path": path, "profiles": profiles, "family": tensorrt.family, **options})
         if options["report"] is not None:
             options["report"]("Building", 1, 2)
-        if self.refuses is not None:
-            raise self.refuses
+        if self.fails is not None:
+            raise self.fails
         place = self.folder / str(len(self.calls))
         shutil.copytree(path.parent, place, copy_function=os.link)
         made = place / path.name
@@ -81,7 +80,7 @@ class Compiler:
 
 
 def as_spec(path: Path) -> Any:
-    """What the manifest says of a graph, read from the graph."""
+    """Return the contract of a graph, read from the graph."""
     graph = onnx.load(path, load_external_data=False).graph
 
     def tensors(values: Any) -> tuple[TensorSpec, ...]:
@@ -104,7 +103,7 @@ def as_spec(path: Path) -> Any:
 
 @pytest.fixture
 def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
-    """The tiny bundle in a place of its own."""
+    """A copy of the tiny bundle."""
     shutil.copytree(exported.path, tmp_path / "place" / "b", ignore=shutil.ignore_patterns("engines"))
     return Bundle.load(tmp_path / "place" / "b")
 
@@ -122,81 +121,81 @@ def files(*folders: Path) -> set[Path]:
 def test_a_block_that_is_compiled_wrong_is_named(
     bundle: Bundle, compiler: Any, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretended = compiler(family, "standard")
+    fake = compiler(family, "standard")
     profiles = tmp_path / "profiles.yaml"
     profiles.write_text("capacity: 1024\nlanguage_model: {wide: {B: 4, L: 256, K: [1, 1, 8], V: [2, 64, 2048]}}\n")
     assert run(["build", str(bundle.path), "--target", "this", "--profiles", str(profiles)]) == 0
     own = {entry.graph: entry for entry in read_engines(bundle)}
-    before, count = files(tmp_path / "place", tmp_path / "cache"), len(pretended.calls)
-    pretended.installed = set(BACKENDS)  # the bundle's engine decides which of them it is
+    before, count = files(tmp_path / "place", tmp_path / "cache"), len(fake.calls)
+    fake.installed = set(BACKENDS)  # the bundle's engine decides which of them it is
     capsys.readouterr()
     backend = BACKENDS[family]
     assert run(["verify", str(bundle.path), "--backend", backend, "--variant", "standard", "--bisect"]) == 2
     shown = capsys.readouterr()
-    (told,) = [line for line in shown.err.splitlines() if line.startswith("Error: ")]
-    assert f"begins in {BLOCK}" in told and "on onnxruntime" in told
-    tapped = pretended.calls[count:]
-    assert len(tapped) == 2  # blocks, and what is inside of one
-    for call in tapped:
+    (error,) = [line for line in shown.err.splitlines() if line.startswith("Error: ")]
+    assert f"begins in {BLOCK}" in error and "on onnxruntime" in error
+    compiled = fake.calls[count:]
+    assert len(compiled) == 2  # blocks, and the outputs of one
+    for call in compiled:
         assert call["path"].name == "standard.onnx" and bundle.path not in call["path"].parents
         assert call["profiles"] == own[GRAPH].profiles and "wide" in call["profiles"] and call["capacity"] == 1024
         assert call["family"] == family and call["report"] is not None
     assert files(tmp_path / "place", tmp_path / "cache") == before
-    assert not pretended.machine.cuda.allocations
+    assert not fake.machine.cuda.allocations
 
 
 def test_the_reference_may_be_an_engine_too(
     bundle: Bundle, compiler: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretended = compiler("tensorrt", "primitive")
+    fake = compiler("tensorrt", "primitive")
     for variant in ("standard", "primitive"):
         assert run(["build", str(bundle.path), "--target", "this", "--variant", variant]) == 0
-    before, count = files(tmp_path / "place", tmp_path / "cache"), len(pretended.calls)
+    before, count = files(tmp_path / "place", tmp_path / "cache"), len(fake.calls)
     capsys.readouterr()
     assert run(["verify", str(bundle.path), "--bisect"]) == 2  # tensorrt is what "auto" takes here
-    told = capsys.readouterr().err
-    assert f"begins in {BLOCK}" in told and f"{GRAPH} (standard) of {bundle.path} on tensorrt" in told
-    assert sorted(call["path"].stem for call in pretended.calls[count:]) == ["primitive"] * 2 + ["standard"] * 2
+    error = capsys.readouterr().err
+    assert f"begins in {BLOCK}" in error and f"{GRAPH} (standard) of {bundle.path} on tensorrt" in error
+    assert sorted(call["path"].stem for call in fake.calls[count:]) == ["primitive"] * 2 + ["standard"] * 2
     assert files(tmp_path / "place", tmp_path / "cache") == before
 
 
 @pytest.mark.parametrize(
     ("problem", "code", "message"),
     [
-        (EngineError("no room for the taps"), 2, "that cannot be built: no room for the taps"),
+        (EngineError("engine.out_of_memory", "8 GB"), 2, "8 GB [engine.out_of_memory]"),
         (KeyboardInterrupt(), 130, "Interrupted"),
     ],
-    ids=["refused", "interrupted"],
+    ids=["fails", "interrupted"],
 )  # fmt: skip
-def test_what_cannot_be_built_leaves_nothing(
+def test_a_failed_build_leaves_nothing(
     bundle: Bundle, compiler: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    problem: BaseException, code: int, message: str,
+    *, problem: BaseException, code: int, message: str,
 ) -> None:  # fmt: skip
-    pretended = compiler("tensorrt", "standard")
+    fake = compiler("tensorrt", "standard")
     assert run(["build", str(bundle.path), "--target", "this"]) == 0
     before = files(tmp_path / "place", tmp_path / "cache")
-    pretended.refuses = problem
+    fake.fails = problem
     capsys.readouterr()
     assert run(["verify", str(bundle.path), "--backend", "tensorrt", "--variant", "standard", "--bisect"]) == code
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
     if code == 2:
-        assert "logits drifts, and in which block that begins cannot be told" in told
+        assert f"{GRAPH}_0.logits" in error
     assert files(tmp_path / "place", tmp_path / "cache") == before
 
 
 def test_a_backend_that_runs_graphs_needs_none(bundle: Bundle, compiler: Any) -> None:
-    pretended = compiler("tensorrt", "standard")
+    fake = compiler("tensorrt", "standard")
     engine_maker()(Side(bundle, GRAPH, "standard", "onnxruntime"), bundle)
-    assert not pretended.calls
+    assert not fake.calls
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["standard", "primitive"])
-def test_a_real_tensorrt_compiles_tapped_graphs(
+def test_a_real_tensorrt_compiles_graphs_with_block_outputs(
     exported_fp16: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
-    """Background of time, as `rtx-ampere`; nothing is run, which takes the GPU."""
+    """Compiles ahead of time for `rtx-ampere`; nothing runs, which needs a GPU."""
     pytest.importorskip("tensorrt_rtx_bindings", reason='no TensorRT-RTX: pip install "bridge-stg[rtx]" to run this')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(exported_fp16.path, tmp_path / "b")
@@ -204,10 +203,10 @@ def test_a_real_tensorrt_compiles_tapped_graphs(
     overrides = {"capacity": 512, "language_model": {"prefill": None}}
     options: dict[str, Any] = {"graphs": [GRAPH], "variant": variant, "overrides": overrides}
     (own,) = engine_build.build_engines(bundle, ["rtx-ampere"], **options)
-    borders = taps.borders(bundle.graph_path(GRAPH, variant))
-    tapped = taps.write_tapped(bundle, GRAPH, variant, borders, tmp_path / "tapped")
-    made: EngineEntry = build_like(own, tapped)
-    assert made.plan.is_relative_to(tmp_path / "tapped") and made.read_plan()
+    outputs = block_outputs(bundle.graph_path(GRAPH, variant))
+    exposed = expose_outputs(bundle, GRAPH, variant, outputs, tmp_path / "exposed")
+    made: EngineEntry = build_like(own, exposed)
+    assert made.plan.is_relative_to(tmp_path / "exposed") and made.read_plan()
     assert (made.profiles, made.capacity, made.key.sms) == (own.profiles, own.capacity, own.key.sms)
-    assert len(made.outputs) == len(own.outputs) + len(borders) and len(borders) > 20
+    assert len(made.outputs) == len(own.outputs) + len(outputs) and len(outputs) > 20
     assert read_engines(bundle) == [own]

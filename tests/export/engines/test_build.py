@@ -1,4 +1,4 @@
-"""`build`: what it refuses, what it leaves, and that the runtime finds what a real TensorRT made."""
+"""`build`: its errors, its files, and that the runtime finds the engines of a real TensorRT."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ import pytest
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES
 from bridge_stg.export.engines import build as engine_build
-from bridge_stg.export.engines import build_plan as engine_choice
+from bridge_stg.export.engines import select_builds
 from bridge_stg.export.engines.build import build_engines, engine_line
-from bridge_stg.export.engines.build_plan import load_tensorrt
 from bridge_stg.export.engines.compile import Compiled
 from bridge_stg.export.engines.layers import plan_summary
+from bridge_stg.export.engines.select_builds import load_tensorrt
 from bridge_stg.export.engines.targets import ahead_of_time
 from bridge_stg.runtime.backends.tensorrt.engine_cache import ABOUT, PLAN, EngineDevice, find_engine, read_engines
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BridgeError, EngineError
 from tests.calibration.golden_ranges import golden_ranges
+from tests.errors import raises
+from tests.export.engines import real_tensorrt
 
 CLI = Path(__file__).resolve().parents[3] / "cli.py"
 FEW = {
     "vision_encoder": dict.fromkeys(("coarse_portrait", "fine_landscape", "fine_portrait")),
     "spatial_decoder": dict.fromkeys(("frames_16_portrait", "frames_64_landscape", "frames_64_portrait")),
 }
-"""One profile where one shows as much as four."""
+"""Overrides that leave one profile of four."""
 
 
 @pytest.fixture
 def bundle(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """The tiny bundle in a place of its own."""
+    """A copy of the tiny bundle."""
     return _copy(exported, tmp_path, monkeypatch)
 
 
@@ -50,15 +52,12 @@ def _copy(bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bund
 
 @pytest.fixture
 def rtx() -> Any:
-    """TensorRT-RTX, whose wheels exist for few machines."""
-    return pytest.importorskip(
-        "tensorrt_rtx_bindings", reason='no TensorRT-RTX here: pip install "bridge-stg[rtx]" to run this test'
-    )
+    return real_tensorrt.rtx()
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Calls of a TensorRT-RTX that compiles nothing: its engines are the word `plan`."""
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Calls of a fake TensorRT-RTX that compiles nothing: its engines are the word `plan`."""
     calls: list[dict[str, Any]] = []
 
     def compile_graph(tensorrt: Any, path: Any, profiles: Any, **options: Any) -> Compiled:
@@ -68,7 +67,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return Compiled(b"plan", None)
 
     module = SimpleNamespace(__version__="1.7.1")
-    monkeypatch.setattr(engine_choice, "load_tensorrt", lambda family: module)
+    monkeypatch.setattr(select_builds, "load_tensorrt", lambda family: module)
     monkeypatch.setattr(engine_build, "compile_graph", compile_graph)
     return calls
 
@@ -93,50 +92,50 @@ def test_a_real_tensorrt_builds_what_the_runtime_finds(
         device = EngineDevice("tensorrt_rtx", rtx.__version__, 86)
         assert find_engine(bundle, bundle.graph(entry.graph, "standard"), device) == entry
         assert entry.read_plan() and entry.built["seconds"] > 0 and entry.built["peak_memory_bytes"] > 10**8
-        products = plan_summary(entry.built["layers"])["products"]
-        assert set(products) <= ({"fp16", "fp32"} if entry.graph == "spatial_decoder" else {"fp16"})
+        matmuls = plan_summary(entry.built["layers"])["products"]
+        assert set(matmuls) <= ({"fp16", "fp32"} if entry.graph == "spatial_decoder" else {"fp16"})
     language = next(entry for entry in entries if entry.graph == "language_model")
     assert list(language.profiles) == ["prefill", "decode"] and language.capacity is not None
     assert plan_summary(language.built["layers"])["attention"] == {"fused": 3}
     said: list[str] = []
     assert build_engines(bundle, ["rtx-ampere"], overrides=FEW, say=said.append) == entries
-    assert len(said) == 3 and all("is there already" in line for line in said)
+    assert len(said) == 3 and all("exists already" in line for line in said)
 
 
-def test_what_is_there_is_not_compiled_again(bundle: Bundle, pretended: list[dict[str, Any]]) -> None:
+def test_what_is_there_is_not_compiled_again(bundle: Bundle, fake: list[dict[str, Any]]) -> None:
     said: list[str] = []
     made = build_engines(bundle, ["rtx-ada", "rtx-ada"], graphs=["language_model"], say=said.append)
-    assert len(pretended) == 1 and pretended[0]["sms"] == (89,)
-    assert pretended[0]["capacity"] == made[0].capacity
-    assert any("holds no program as text" in line for line in said)  # the pretended one
+    assert len(fake) == 1 and fake[0]["sms"] == (89,)
+    assert fake[0]["capacity"] == made[0].capacity
+    assert any("no program as text" in line for line in said)  # the fake one
     assert build_engines(bundle, ["rtx-ada"], graphs=["language_model"], say=said.append) == made
-    assert len(pretended) == 1 and said[-1].endswith(f"is there already: {made[0].folder}")
+    assert len(fake) == 1 and said[-1].endswith(f": {made[0].folder}")
     build_engines(bundle, ["rtx-ada"], graphs=["language_model"], overrides={"capacity": 512})
     build_engines(bundle, ["rtx-ada"], graphs=["language_model"], again=True)
-    assert len(pretended) == 3 and len(read_engines(bundle)) == 2
+    assert len(fake) == 3 and len(read_engines(bundle)) == 2
     assert engine_line(made[0]).startswith("language_model (standard, fp32) for rtx-ada: 0 MB, ")
 
 
 @pytest.mark.parametrize(("file", "damage"), [(PLAN, b"pla"), (PLAN, b"plam"), (ABOUT, b"{"), (ABOUT, None)])
 def test_what_is_damaged_is_compiled_again(
-    bundle: Bundle, pretended: list[dict[str, Any]], file: str, damage: bytes | None
+    bundle: Bundle, fake: list[dict[str, Any]], file: str, damage: bytes | None
 ) -> None:
     said: list[str] = []
     (made,) = build_engines(bundle, ["rtx-ada"], graphs=["language_model"])
     damaged = Path(made.folder, file)
     damaged.unlink() if damage is None else damaged.write_bytes(damage)
     (again,) = build_engines(bundle, ["rtx-ada"], graphs=["language_model"], say=said.append)
-    assert len(pretended) == 2 and again.folder == made.folder and again.read_plan() == b"plan"
+    assert len(fake) == 2 and again.folder == made.folder and again.read_plan() == b"plan"
     assert damage is None or f"{damaged}: " in said[0]
 
 
-def test_a_build_that_is_stopped_leaves_nothing(bundle: Bundle, pretended: list[dict[str, Any]]) -> None:
+def test_a_build_that_is_stopped_leaves_nothing(bundle: Bundle, fake: list[dict[str, Any]]) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_engines(bundle, ["rtx-ada"], report=stop)
-    assert len(pretended) == 1
+    assert len(fake) == 1
     assert not [path for path in (bundle.path / "engines").rglob("*") if path.is_file()]
 
 
@@ -168,35 +167,41 @@ def test_ctrl_c_stops_tensorrt(rtx: Any, bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "options", "message"),
+    ("targets", "options", "code", "values"),
     [
-        (["orin"], {}, "target 'orin' is unknown; known: this"),
-        (["orin-jp6"], {"precision": "fp8"}, "has no fp8; it has fp32, fp16, bf16, int8, int4"),
-        (["rtx-ada"], {"precision": "fp16"}, "--precision fp16 was asked for, and .* is fp32.*--dtype fp16"),
-        (["rtx-ada"], {"precision": "int8"}, "make a bundle with `calibrate`"),
-        (["rtx-ada"], {"graphs": ["decoder"]}, "no graph 'decoder' in this bundle"),
-        (["rtx-ada"], {"variant": "other"}, "no variant 'other'"),
-        (["rtx-ada"], {"variant": "ort-cpu"}, "takes the variant standard or primitive, not ort-cpu"),
-        (["orin-jp7"], {}, "target orin-jp7 is SM 87, and .* compiles on the device alone"),
-        (["rtx-ada"], {"overrides": {"capacity": 10**7}}, "capacity is 10000000, expected 1 to"),
+        (["orin"], {}, "options.invalid", ("'orin'", "this")),
+        (["orin-jp6"], {"precision": "fp8"}, "engine.unsupported_precision", ("fp8", "fp32, fp16, bf16, int8, int4")),
+        (["rtx-ada"], {"precision": "fp16"}, "engine.wrong_precision", ("--precision fp16", "fp32", "--dtype fp16")),
+        (["rtx-ada"], {"precision": "int8"}, "engine.wrong_precision", ("calibrate",)),
+        (["rtx-ada"], {"variant": "ort-cpu"}, "engine.unsupported_variant", ("standard or primitive", "ort-cpu")),
+        (["orin-jp7"], {}, "engine.no_device", ("orin-jp7", "SM 87")),
+        (["rtx-ada"], {"overrides": {"capacity": 10**7}}, "engine.bad_profile", ("10000000",)),
     ],
 )  # fmt: skip
-def test_misuse_is_told_before_anything_is_compiled(
-    bundle: Bundle, pretended: list[dict[str, Any]], targets: list[str], options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(BridgeError, match=message):
+def test_misuse_is_reported_before_anything_is_compiled(
+    bundle: Bundle, fake: list[dict[str, Any]], *, targets: list[str], options: dict[str, Any], code: str,
+    values: tuple[str, ...],
+) -> None:  # fmt: skip
+    with raises(code, *values, kind=EngineError):
         build_engines(bundle, ["rtx-ampere", *targets], **options)
-    assert not pretended and not (bundle.path / "engines").exists()
+    assert not fake and not (bundle.path / "engines").exists()
 
 
-def test_this_machine_without_a_gpu(bundle: Bundle, pretended: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "name"), [({"graphs": ["decoder"]}, "decoder"), ({"variant": "other"}, "other")])
+def test_graphs_that_the_bundle_lacks(bundle: Bundle, fake: Any, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(BridgeError) as caught:
+        build_engines(bundle, ["rtx-ada"], **options)
+    assert repr(name) in str(caught.value) and not fake
+
+
+def test_this_machine_without_a_gpu(bundle: Bundle, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = SimpleNamespace(devices=(), device_problem="no driver")
-    monkeypatch.setattr(engine_choice, "machine", lambda: bare)
-    with pytest.raises(EngineError, match=rf"there is none \(no driver\).*one of {', '.join(ahead_of_time())}"):
+    monkeypatch.setattr(select_builds, "machine", lambda: bare)
+    with raises("engine.no_device", "no driver", ", ".join(ahead_of_time()), kind=EngineError):
         build_engines(bundle, ["this"])
-    monkeypatch.undo()  # of what was pretended too: TensorRT is asked for on the device alone
-    monkeypatch.setattr(engine_choice, "machine", lambda: bare)
-    with pytest.raises(EngineError, match="target orin-jp6 is SM 87, and no GPU was found here"):
+    monkeypatch.undo()  # of the fake too: TensorRT is imported on the device only
+    monkeypatch.setattr(select_builds, "machine", lambda: bare)
+    with raises("engine.no_device", "orin-jp6", "SM 87", "no GPU", kind=EngineError):
         build_engines(bundle, ["orin-jp6"])
 
 
@@ -204,58 +209,58 @@ def test_this_machine_without_a_gpu(bundle: Bundle, pretended: Any, monkeypatch:
     ("version", "variant"), [("10.3.0", "primitive"), ("10.15.1", "standard"), ("11.4.1", "standard")]
 )
 def test_this_machine_gets_the_variant_that_its_tensorrt_takes(
-    bundle: Bundle, pretended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, version: str, variant: str
+    bundle: Bundle, fake: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, version: str, variant: str
 ) -> None:
     device = SimpleNamespace(sm=87, memory=8 * 10**9)
-    monkeypatch.setattr(engine_choice, "machine", lambda: SimpleNamespace(devices=(device,), device_problem=None))
-    monkeypatch.setattr(engine_choice, "load_tensorrt", lambda family: SimpleNamespace(__version__=version))
+    monkeypatch.setattr(select_builds, "machine", lambda: SimpleNamespace(devices=(device,), device_problem=None))
+    monkeypatch.setattr(select_builds, "load_tensorrt", lambda family: SimpleNamespace(__version__=version))
     entries = build_engines(bundle, ["this"])
     assert {entry.variant for entry in entries} == {variant}
     assert {entry.key.family for entry in entries} == {"tensorrt"} and entries[0].key.sms == (87,)
-    assert all(call["sms"] == () for call in pretended)
+    assert all(call["sms"] == () for call in fake)
     wrong = "orin-jp7" if variant == "primitive" else "orin-jp6"
-    with pytest.raises(EngineError, match=f"target {wrong} takes TensorRT .*, and {version} is installed"):
+    with raises("engine.wrong_version", wrong, version, kind=EngineError):
         build_engines(bundle, [wrong])
-    with (
-        pytest.raises(EngineError, match="takes the variant primitive, not standard")
-        if variant == "primitive"
-        else (pytest.raises(EngineError, match="target h100 is SM 90, and the GPU here is SM 87"))
-    ):
-        build_engines(bundle, ["this" if variant == "primitive" else "h100"], variant="standard")
+    if variant == "primitive":
+        with raises("engine.unsupported_variant", "primitive", "standard", kind=EngineError):
+            build_engines(bundle, ["this"], variant="standard")
+    else:
+        with raises("engine.no_device", "h100", "SM 90", "SM 87", kind=EngineError):
+            build_engines(bundle, ["h100"], variant="standard")
 
 
-def test_memory_is_checked_first(bundle: Bundle, pretended: list[dict[str, Any]], monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine_choice, "available_bytes", lambda: 10**8)
-    with pytest.raises(EngineError, match=r"takes about 0.5 GB of memory here, and 0.1 GB are available"):
+def test_memory_is_checked_first(bundle: Bundle, fake: list[dict[str, Any]], monkeypatch: Any) -> None:
+    monkeypatch.setattr(select_builds, "available_bytes", lambda: 10**8)
+    with raises("engine.out_of_memory", "0.5 GB", "0.1 GB", kind=EngineError):
         build_engines(bundle, ["rtx-ada"])
-    assert not pretended
+    assert not fake
     assert len(build_engines(bundle, ["rtx-ada"], check_memory=False)) == 3
-    monkeypatch.setattr(engine_choice, "available_bytes", lambda: None)
-    monkeypatch.setattr(engine_choice, "LEAST_WORKSPACE", 9 * 10**9)
-    with pytest.raises(EngineError, match="and target rtx-ada has 8.0 GB for all"):
+    monkeypatch.setattr(select_builds, "available_bytes", lambda: None)
+    monkeypatch.setattr(select_builds, "LEAST_WORKSPACE", 9 * 10**9)
+    with raises("engine.out_of_memory", "rtx-ada", "8.0 GB", kind=EngineError):
         build_engines(bundle, ["rtx-ada"])
 
 
-def test_what_the_table_of_support_refuses_is_refused(
-    quantized: Bundle, pretended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_what_the_support_table_rejects_is_not_built(
+    quantized: Bundle, fake: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(target: str, recipe: str, variant: str, dtype: str) -> str:
+    def reject(target: str, recipe: str, variant: str, dtype: str) -> str:
         assert (target, recipe, variant, dtype) == ("tensorrt-rtx", "w8a8", "standard", "fp32")
-        raise EngineError("the table refuses it")
+        raise EngineError("engine.unsupported_recipe", "w8a8")
 
-    monkeypatch.setattr(engine_choice, "require", refuse)
-    with pytest.raises(EngineError, match="the table refuses it"):
+    monkeypatch.setattr(select_builds, "require", reject)
+    with raises("engine.unsupported_recipe", kind=EngineError):
         build_engines(quantized, ["rtx-ada"])
 
 
-def test_a_missing_tensorrt_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str, *rest: Any) -> Any:
+def test_a_missing_tensorrt_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, *rest: Any) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(EngineError, match=r"TensorRT-RTX cannot be imported.*bridge-stg\[rtx,calibrate\]"):
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with raises("engine.not_installed", "TensorRT-RTX", "bridge-stg[rtx,calibrate]", kind=EngineError):
         load_tensorrt("tensorrt_rtx")
-    with pytest.raises(EngineError, match=r"bridge-stg\[tensorrt,calibrate\].*JetPack brings"):
+    with raises("engine.not_installed", "bridge-stg[tensorrt,calibrate]", "JetPack", kind=EngineError):
         load_tensorrt("tensorrt")
 
 
@@ -266,13 +271,13 @@ def test_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
 
     table = run("--targets")
     assert table.returncode == 0 and "orin-jp6" in table.stdout
-    for arguments, message in (
-        ((str(bundle.path), "--target", "xavier"), "target 'xavier' is unknown"),
-        ((str(bundle.path), "--target", "orin-jp6", "--precision", "fp8"), "has no fp8; it has"),
-        ((str(tmp_path / "none"), "--target", "rtx-ada"), "does not exist, expected the folder of a bundle"),
-        ((str(bundle.path), "--target", "rtx-ada", "--profiles", str(tmp_path / "p.yaml")), "cannot be read as YAML"),
+    for arguments, code in (
+        ((str(bundle.path), "--target", "xavier"), "options.invalid"),
+        ((str(bundle.path), "--target", "orin-jp6", "--precision", "fp8"), "engine.unsupported_precision"),
+        ((str(tmp_path / "none"), "--target", "rtx-ada"), "bundle.not_found"),
+        ((str(bundle.path), "--target", "rtx-ada", "--profiles", str(tmp_path / "p.yaml")), "engine.bad_profile"),
     ):
         done = run(*arguments)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and f"[{code}]" in done.stderr and "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
     assert not (bundle.path / "engines").exists()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from bridge_stg.export.engines import build as engine_build
-from bridge_stg.export.engines import build_plan as engine_choice
 from bridge_stg.export.engines import inspector as engine_inspector
+from bridge_stg.export.engines import select_builds
 from bridge_stg.export.engines.build import build_engines, engine_line
 from bridge_stg.export.engines.compile import Compiled
 from bridge_stg.export.engines.inspector import inspected_kernels
@@ -20,6 +20,7 @@ from bridge_stg.export.engines.layers import ATTENTION, graph_nodes, plan_summar
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import EngineError
+from tests.errors import raises
 
 
 class Opened:
@@ -53,7 +54,7 @@ class Opened:
 
 def layer(kind: str, name: str, *nodes: str, reads: tuple[str, ...] = ("Half",), **more: Any) -> dict[str, Any]:
     metadata = "\x1e".join(f"[ONNX Layer: {node}]" for node in nodes)
-    inputs = [{"Name": f"{name}.{i}", "Dimensions": [1], "Format/Datatype": told} for i, told in enumerate(reads)]
+    inputs = [{"Name": f"{name}.{i}", "Dimensions": [1], "Format/Datatype": dtype} for i, dtype in enumerate(reads)]
     return {"Name": name, "LayerType": kind, "Inputs": inputs, "Outputs": [], "Metadata": metadata, **more}
 
 
@@ -62,36 +63,36 @@ def kernels(*layers: Any, plan: bytes = b"plan") -> Any:
 
 
 @pytest.mark.parametrize(
-    ("told", "kind", "reads", "weights"),
+    ("described", "kind", "reads", "weights"),
     [
-        (layer("gemm", "m_myl0_4", "n"), "product", "fp16", "fp16"),
-        (layer("gemm", "m_myl0_4", "n", reads=("Float", "Int8")), "product", "int8", "int8"),
-        (layer("kgen", "__myl_FcAdd", "n", reads=("Int64", "BFloat16")), "product", "bf16", "bf16"),
-        (layer("kgen", "t", "n", TacticName="sm80_xmma_gemm_f32"), "product", "fp16", "fp16"),
+        (layer("gemm", "m_myl0_4", "n"), "matmul", "fp16", "fp16"),
+        (layer("gemm", "m_myl0_4", "n", reads=("Float", "Int8")), "matmul", "int8", "int8"),
+        (layer("kgen", "__myl_FcAdd", "n", reads=("Int64", "BFloat16")), "matmul", "bf16", "bf16"),
+        (layer("kgen", "t", "n", TacticName="sm80_xmma_gemm_f32"), "matmul", "fp16", "fp16"),
         (layer("CaskConvolution", "c", "n", reads=("Row major linear FP16 format",), Weights={"Type": "Int8"}),
-         "product", "fp16", "int8"),
+         "matmul", "fp16", "int8"),
         (layer("kgen", "_gemm_mha_v2_myl0_9", "n"), "attention", "fp16", "fp16"),
         (layer("kgen", "__myl_MulSum", "n", reads=()), "other", "", ""),
     ],
 )  # fmt: skip
-def test_a_layer_as_a_kernel(told: dict[str, Any], kind: str, reads: str, weights: str) -> None:
-    (found,) = kernels(told)
+def test_a_layer_as_a_kernel(described: dict[str, Any], kind: str, reads: str, weights: str) -> None:
+    (found,) = kernels(described)
     assert (found.kind, found.nodes, found.activations, found.weights) == (kind, ("n",), reads, weights)
 
 
-def test_what_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match="does not open it: header.magicTag"):
+def test_engines_without_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    with raises("engine.no_layers", "header.magicTag", kind=EngineError):
         kernels(plan=b"other")
-    with pytest.raises(EngineError, match="names no node of the graph"):
-        kernels("names alone", layer("gemm", "m"))
+    with raises("engine.no_layers", "10.15.1", kind=EngineError):
+        kernels("names only", layer("gemm", "m"))
     monkeypatch.setattr(engine_inspector, "available_bytes", lambda: 4)
-    with pytest.raises(EngineError, match="would leave no memory"):
+    with raises("engine.out_of_memory", "0 MB", kind=EngineError):
         kernels(layer("gemm", "m", "n"))
 
 
 @pytest.fixture
 def on_the_device(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bundle, Opened]:
-    """The tiny bundle on a pretended device whose TensorRT fuses every attention."""
+    """The tiny bundle on a fake device whose TensorRT fuses every attention."""
     shutil.copytree(exported.path, tmp_path / "b")
     bundle = Bundle.load(tmp_path / "b")
     nodes = graph_nodes(bundle.graph_path("language_model", "standard"))
@@ -103,8 +104,8 @@ def on_the_device(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     device = SimpleNamespace(sm=87, memory=8 * 10**9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine_choice, "machine", lambda: SimpleNamespace(devices=(device,), device_problem=None))
-    monkeypatch.setattr(engine_choice, "load_tensorrt", lambda family: tensorrt)
+    monkeypatch.setattr(select_builds, "machine", lambda: SimpleNamespace(devices=(device,), device_problem=None))
+    monkeypatch.setattr(select_builds, "load_tensorrt", lambda family: tensorrt)
     monkeypatch.setattr(engine_build, "compile_graph", lambda *_, **__: Compiled(b"plan", None))
     return bundle, tensorrt
 
@@ -115,7 +116,7 @@ def test_the_report_of_an_engine_that_was_built_here(on_the_device: tuple[Bundle
     (entry,) = build_engines(bundle, ["this"], graphs=["language_model"], say=said.append)
     counts = plan_summary(entry.built["layers"])
     assert counts["attention"] == {"fused": 3} and set(counts["products"]) == {"fp16"}
-    assert "3 fused" in engine_line(entry) and not any("not told" in line for line in said)
+    assert "3 fused" in engine_line(entry) and not any("no report" in line for line in said)
 
 
 def test_a_report_that_fails_loses_no_engine(

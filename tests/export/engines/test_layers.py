@@ -1,4 +1,4 @@
-"""What a compiled program says: products and their types, attention, by block."""
+"""The report on an engine's program: matmuls and their types, attention, by block."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bridge_stg.export.engines.layers import (
     report_by_block,
 )
 from bridge_stg.runtime.errors import EngineError
+from tests.errors import raises
 
 ATTN, MLP = "model.visual.blocks.0.attn", "model.visual.blocks.0.mlp"
 DESCRIPTORS = """
@@ -93,17 +94,17 @@ def test_the_worst_profile_counts(tmp_path: Path) -> None:
     assert plan_summary(report) == {"attention": {"unfused": 1}, "products": {"int8": 1, "fp16": 1}}
 
 
-def test_a_report_puts_blocks_that_are_alike_in_one_line() -> None:
+def test_equal_blocks_share_a_line() -> None:
     one = {"products": {"int8": 2}, "attention": {"unfused": 1}}
     table = plan_table({"a.blocks.0.attn": one, "a.blocks.1.attn": one, "a.blocks.2.attn": {"products": {"fp16": 2}}})
     assert [" ".join(line.split()) for line in table.splitlines()] == [
-        "a.blocks.*.attn products 2 int8 attention 1 unfused (2 blocks)",
-        "a.blocks.*.attn products 2 fp16 attention none",
+        "a.blocks.*.attn matmuls 2 int8 attention 1 unfused (2 blocks)",
+        "a.blocks.*.attn matmuls 2 fp16 attention none",
     ]
 
 
-def test_a_plan_without_a_program_is_told(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"p: this engine holds no program as text; open it on a device"):
+def test_a_plan_without_a_program(tmp_path: Path) -> None:
+    with raises("engine.no_layers", tmp_path / "p", kind=EngineError):
         read_programs(write(tmp_path / "p", b"binary alone"))
 
 
@@ -123,7 +124,7 @@ g (float[1, 4] x, float[1, 4] z) => (float[1, 4] y)
 """
 
 
-def test_products_by_weights_and_attentions_are_what_counts(tmp_path: Path) -> None:
+def test_matmuls_by_weights_and_attentions_count(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(GRAPH.replace("float[1, 4] z", "float[4, 4] z"))
     names = ("t", f"{ATTN}.qkv/MatMul", "d", f"{ATTN}.proj/MatMul", "vision_encoder/MatMul", "vision_encoder/Softmax")
     for node, name in zip(model.graph.node, names, strict=True):

@@ -19,6 +19,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.video.sizes import frame_sizes
+from tests.errors import raises
 from tests.export.conftest import tiny_windowed_config
 
 
@@ -89,7 +90,7 @@ def test_patches_follow_from_height_and_width(spec: ModelSpec) -> None:
             assert ranges["N"][place] == ranges["height"][place] * ranges["width"][place] // spec.vision.patch_size**2
 
 
-def test_a_person_changes_profiles(spec: ModelSpec, tmp_path: Path) -> None:
+def test_overrides_change_profiles(spec: ModelSpec, tmp_path: Path) -> None:
     file = tmp_path / "profiles.yaml"
     side = spec.vision.patch_size * spec.vision.merge_size
     file.write_text(
@@ -117,41 +118,35 @@ def test_no_step_is_longer_than_the_cache(spec: ModelSpec, capacity: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("graph", "overrides", "message"),
+    ("graph", "overrides", "value"),
     [
-        ("language_model", {"capacity": 0}, "capacity is 0, expected 1 to"),
-        ("language_model", {"capacity": True}, "capacity is True"),
-        ("language_model", {"language_model": {"decode": {"B": [4, 1, 8]}}}, r"decode.B is \[4, 1, 8\], expected incr"),
-        ("language_model", {"language_model": {"decode": {"B": [0, 1, 8]}}}, "increasing sizes of 1 or more"),
-        ("language_model", {"language_model": {"decode": {"B": "many"}}}, "'many', expected .least, usual, largest"),
-        ("language_model", {"language_model": {"decode": {"X": 1}}}, "expected ranges of B, L, K, V"),
-        ("language_model", {"language_model": {"mine": {"B": 1}}}, "mine is a new .* no range of L, K, V; there are p"),
-        ("language_model", {"language_model": {"decod": None}}, "decod names no profile; there are prefill, decode"),
-        ("language_model", {"language_model": {1: {"B": 1}}}, "language_model.1 names no profile"),
-        ("language_model", {"capacity": 64, "language_model": {"decode": {"L": 65}}}, "L goes up to 65, .* holds 64 p"),
-        ("language_model", {"language_model": ["decode"]}, "expected profiles by name"),
-        ("language_model", {"language_model": {"prefill": None, "decode": None}}, "no profile of language_model is"),
-        ("vision_encoder", {"vision_encoder": {"fine_portrait": {"N": 4}}}, "expected ranges of G, height, width"),
-        ("vision_encoder", {"vision_encoder": {"fine_portrait": {"height": 100}}}, "100 pixels, expected multiples of"),
+        ("language_model", {"capacity": 0}, "0"),
+        ("language_model", {"capacity": True}, "True"),
+        ("language_model", {"language_model": {"decode": {"B": [4, 1, 8]}}}, "decode.B is [4, 1, 8]"),
+        ("language_model", {"language_model": {"decode": {"B": [0, 1, 8]}}}, "decode.B is [0, 1, 8]"),
+        ("language_model", {"language_model": {"decode": {"B": "many"}}}, "decode.B is 'many'"),
+        ("language_model", {"language_model": {"decode": {"X": 1}}}, "B, L, K, V"),
+        ("language_model", {"language_model": {"mine": {"B": 1}}}, "L, K, V"),
+        ("language_model", {"language_model": {"decod": None}}, "prefill, decode"),
+        ("language_model", {"language_model": {1: {"B": 1}}}, "language_model.1"),
+        ("language_model", {"capacity": 64, "language_model": {"decode": {"L": 65}}}, "65"),
+        ("language_model", {"language_model": ["decode"]}, "['decode']"),
+        ("language_model", {"language_model": {"prefill": None, "decode": None}}, "language_model"),
+        ("vision_encoder", {"vision_encoder": {"fine_portrait": {"N": 4}}}, "G, height, width"),
+        ("vision_encoder", {"vision_encoder": {"fine_portrait": {"height": 100}}}, "100 pixels"),
     ],
 )  # fmt: skip
-def test_wrong_profiles_are_refused(spec: ModelSpec, graph: str, overrides: dict[str, Any], message: str) -> None:
-    with pytest.raises(EngineError, match=f"^p.yaml: .*{message}"):
+def test_wrong_profiles_are_rejected(spec: ModelSpec, graph: str, overrides: dict[str, Any], value: str) -> None:
+    with raises("engine.bad_profile", "p.yaml", value, kind=EngineError):
         profiles_of(contract(spec, graph), spec, overrides=overrides, where="p.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [", "be read as YAML"),
-        ("- 1", r"found \[1\]"),
-        ("", "found nothing"),
-        ("vision: {}", "the key 'vision'"),
-    ],
+    ("text", "value"), [("a: [", "YAML"), ("- 1", "[1]"), ("", "nothing"), ("vision: {}", "'vision'")]
 )
-def test_a_file_that_holds_no_profiles(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_without_profiles(tmp_path: Path, text: str, value: str) -> None:
     (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(EngineError, match=message):
+    with raises("engine.bad_profile", "p.yaml", value, kind=EngineError):
         read_overrides(tmp_path / "p.yaml")
-    with pytest.raises(EngineError, match=r"none\.yaml: cannot be read"):
+    with raises("engine.bad_profile", "none.yaml", kind=EngineError):
         read_overrides(tmp_path / "none.yaml")

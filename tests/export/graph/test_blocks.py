@@ -1,4 +1,4 @@
-"""Products are found by their weights, and named by modules."""
+"""Matmuls are found by their weights, and named by modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
-from bridge_stg.export.graph.blocks import block_of, blocks_of, find_matmuls, find_tables, public_name
+from bridge_stg.export.graph.blocks import block_of, find_matmuls, find_tables, public_name
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 24]>
@@ -50,7 +50,7 @@ def numbers(count: int) -> str:
 
 
 def small_model(text: str = GRAPH) -> ir.Model:
-    """An MLP between a norm and a merger, a tied head, and attention, which is no product by a weight."""
+    """An MLP between a norm and a merger, a tied head, and attention, which has no weight."""
     for mark, count in (("{U}", 24), ("{D}", 36), ("{T}", 16)):
         text = text.replace(mark, "{" + numbers(count) + "}")
     proto = onnx.parser.parse_model(text)
@@ -60,7 +60,7 @@ def small_model(text: str = GRAPH) -> ir.Model:
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto))
 
 
-def test_products_are_those_by_stored_weights() -> None:
+def test_matmuls_are_those_by_stored_weights() -> None:
     found = find_matmuls(small_model(), "language_model")
     assert [(p.node.split(".")[-1], p.k, p.n, p.weight, p.activation) for p in found] == [
         ("up_proj/MatMul", 4, 6, "up", "normed"),
@@ -70,7 +70,8 @@ def test_products_are_those_by_stored_weights() -> None:
         ("lm_head/MatMul", 4, 4, "table", "x"),
     ]
     assert {p.form for p in found} == {"float"} and {p.graph for p in found} == {"language_model"}
-    assert list(blocks_of(found)) == ["language_model.layers.0.mlp", "vision_encoder.merger", "language_model.lm_head"]
+    blocks = ["language_model.layers.0.mlp", "vision_encoder.merger", "language_model.lm_head"]
+    assert list(dict.fromkeys(matmul.block for matmul in found)) == blocks
 
 
 def test_tables_are_looked_up_by_token_ids() -> None:
@@ -79,7 +80,7 @@ def test_tables_are_looked_up_by_token_ids() -> None:
 
 
 def test_what_can_be_smoothed() -> None:
-    """A norm's two readers together, and what an element-wise product makes; never a table, nor what others read."""
+    """The readers of a norm together, and those of an element-wise Mul; never a table or a value with other readers."""
     norm, mlp = smoothing_groups(small_model(), "language_model")
     assert [node.split(".")[-1] for node in norm.nodes] == ["up_proj/MatMul", "gate_proj/MatMul"]
     assert norm.divided == ("scale",)
@@ -105,6 +106,9 @@ def test_what_others_see_is_not_smoothed() -> None:
         ("spatial_decoder.layers.0.feed_forward.2/MatMul", "spatial_decoder.layers.0.feed_forward"),
         ("spatial_decoder.reference.0/MatMul_2", "spatial_decoder.reference"),
         ("spatial_decoder.heat_query/MatMul", "spatial_decoder.heat_query"),
+        ("model.language_model.layers.11.input_layernorm", "language_model.layers.11.input_layernorm"),
+        ("model.language_model.layers.11.mlp", "language_model.layers.11.mlp"),
+        ("bridging.queries/Add", "language_model.bridging"),
     ],
 )
 def test_names_of_blocks(node: str, block: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bridge_stg.export.graph.optional_tokens import spare_tokens
+from bridge_stg.export.graph.optional_tokens import make_tokens_optional
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import TOKEN_GROUPS
@@ -72,4 +72,4 @@ def test_other_graphs_stay(exported: Bundle) -> None:
     for name in ("language_model", "spatial_decoder"):
         model = ir.load(exported.graph_path(name, "standard"))
         before = [node.op_type for node in model.graph]
-        assert not spare_tokens(model) and [node.op_type for node in model.graph] == before
+        assert not make_tokens_optional(model) and [node.op_type for node in model.graph] == before

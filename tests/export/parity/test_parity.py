@@ -12,9 +12,9 @@ import torch
 
 from bridge_stg.export import export_bundle as onnx_export
 from bridge_stg.export.export_bundle import export_bundle
+from bridge_stg.export.parity.golden_cases import random_cases, record_random_cases
 from bridge_stg.export.parity.parity import Parity, measure, parity_table, require
 from bridge_stg.export.parity.probes import PROBE_SIZES, feeds_of, run
-from bridge_stg.export.parity.reference import probe_graph, record_probes
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.backends.session import Session
@@ -23,6 +23,7 @@ from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.parity.compare import compare, replay
+from tests.errors import raises
 
 pytestmark = pytest.mark.slow
 Sessions = dict[str, dict[str, Session]]
@@ -38,7 +39,7 @@ BOUNDARIES = {
 def parity(model: BridgeSTG, sessions: Sessions) -> Parity:
     found = Parity((), {})
     for name, variants in sessions.items():
-        found += measure(probe_graph(name, model), variants)
+        found += measure(random_cases(name, model), variants)
     return found
 
 
@@ -143,10 +144,10 @@ def test_a_difference_is_found_and_named(model: BridgeSTG, sessions: Sessions, b
     changed = copy.deepcopy(model)
     with torch.no_grad():
         PERTURBED[boundary](changed).mul_(1.01)
-    name = boundary.split(".")[0]
-    parity = measure(probe_graph(name, changed), sessions[name])
+    name = boundary.partition(".")[0]
+    parity = measure(random_cases(name, changed), sessions[name])
     assert any(failure.name.startswith(boundary) for failure in parity.failures)
-    with pytest.raises(EngineError, match=rf"first at {name}\.\w+ \((ort-cpu|primitive); "):
+    with raises("export.parity", parity.failures[0].name, kind=EngineError):
         require(parity)
 
 
@@ -156,11 +157,11 @@ def test_a_failed_export_names_the_boundary_and_leaves_nothing(
     def perturbed(name: str, model: BridgeSTG, folder: Path) -> None:
         with torch.no_grad():
             model.spatial_decoder.presence_heads[-1][-1].bias.add_(0.5)
-        record_probes(name, model, folder)
+        record_random_cases(name, model, folder)
 
     monkeypatch.setattr(onnx_export, "GRAPH_NAMES", ("spatial_decoder",))
-    monkeypatch.setattr(onnx_export, "record_probes", perturbed)
-    with pytest.raises(EngineError, match=r"first at spatial_decoder\.presence \(primitive; B 1, F 1"):
+    monkeypatch.setattr(onnx_export, "record_random_cases", perturbed)
+    with raises("export.parity", "spatial_decoder.presence (primitive; B 1, F 1", kind=EngineError):
         export_bundle(checkpoint, tmp_path / "bundle", variants=("primitive",))
     assert list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,7 @@ from bridge_stg.checkpoint.weight_store import WeightStore
 from bridge_stg.export.tracing import weights
 from bridge_stg.export.tracing.weights import ALIGNMENT, StoredWeight, row_blocks, write_weights
 from bridge_stg.runtime.errors import CheckpointError
+from tests.errors import raises
 
 
 def model_with(**arrays: np.ndarray | ir.TensorProtocol) -> ir.Model:
@@ -78,14 +79,14 @@ def test_blocks_are_all_rows_and_no_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "code", "values"),
     [
-        (7e4, r"w holds 7.01e\+04, and fp16 ends at 6.55e\+04; export with --dtype bf16"),
-        (np.nan, "w holds values that are not finite"),
+        (7e4, "checkpoint.overflow", ("w", "7.01e+04", "fp16", "6.55e+04", "--dtype bf16")),
+        (np.nan, "checkpoint.not_finite", ("w",)),
     ],
 )
-def test_a_value_that_does_not_fit_is_named(tmp_path: Path, value: float, message: str) -> None:
+def test_a_value_that_does_not_fit_is_named(tmp_path: Path, value: float, code: str, values: tuple[str, ...]) -> None:
     store = store_of(tmp_path, w=torch.full((20, 20), value, dtype=torch.bfloat16))
     model = model_with(w=StoredWeight(store, "w", dtype=ir.DataType.FLOAT16, shape=(20, 20)))
-    with pytest.raises(CheckpointError, match=message):
+    with raises(code, *values, kind=CheckpointError):
         write_weights([model], tmp_path / "weights.data")

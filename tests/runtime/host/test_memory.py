@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bridge_stg.runtime.host.memory import available_bytes, gigabytes
+
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import ctypes.util, os, sys
@@ -41,3 +43,15 @@ def test_freed_blocks_are_given_back() -> None:
         assert abs(held - kept) < 2**24
         return
     assert held < 2**24 < kept
+
+
+def test_a_control_group_limits_the_available_memory(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert available_bytes(tmp_path) == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) != 3000
+
+
+def test_sizes_as_text() -> None:
+    assert gigabytes(4.26e9) == "4.3 GB" and gigabytes(2**20) == "1 MB"

@@ -1,4 +1,7 @@
-"""Which engines a build makes, and whether it can: target, variant, precision, support, memory. Compiles nothing."""
+"""Select the engines to build for a target, and check that they can be built: variant, precision, support, memory.
+
+Compiles nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from bridge_stg.export.engines import targets
 from bridge_stg.export.engines.profiles import GraphProfiles, profiles_of
 from bridge_stg.export.engines.support import require
-from bridge_stg.export.engines.targets import (
-    PRIMITIVE_ONLY_BELOW,
-    EngineTarget,
-    ahead_of_time,
-    check_device,
-    check_installed,
-    check_precision,
-    find_target,
-    this_target,
-    version_numbers,
-)
-from bridge_stg.runtime.backends.tensorrt.engine_cache import (
-    FAMILIES,
-    EngineKey,
-    graph_digest,
-    machine_name,
-    profile_digest,
-)
+from bridge_stg.export.engines.targets import PRIMITIVE_ONLY_BELOW, EngineTarget, version_numbers
+from bridge_stg.runtime.backends.tensorrt import engine_cache
+from bridge_stg.runtime.backends.tensorrt.engine_cache import FAMILIES, EngineKey
 from bridge_stg.runtime.backends.tensorrt.library import MODULES
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
@@ -36,17 +25,16 @@ from bridge_stg.runtime.host.machine import machine
 from bridge_stg.runtime.host.memory import available_bytes, gigabytes
 
 OPTIONS = {"attention": "decomposable", "network": "strongly typed", "tf32": "off"}
-"""Settings of every engine, as they stand in its key."""
+"""Settings of every engine, as its key has them."""
 BASE_BYTES, COPIES = 500 * 10**6, 3.2
-"""Memory of a compilation: what it takes whatever the graph, and how often the weights are held at its worst moment
-(docs/engines.md)."""
+"""Memory of a compilation: a constant, and the number of copies of the weights at its peak (docs/engines.md)."""
 LEAST_WORKSPACE = 256 * 2**20
 BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
 class Build:
-    """What is to be built: one engine."""
+    """One engine to build."""
 
     graph: GraphSpec
     target: EngineTarget
@@ -54,20 +42,20 @@ class Build:
     tensorrt: ModuleType
 
     def key(self) -> EngineKey:
-        """Return the key that the engine will have."""
+        """Return the key of the engine."""
         return EngineKey(
             family=self.target.family,
             version=str(self.tensorrt.__version__),
             sms=self.target.sms,
-            machine=machine_name(),
+            machine=engine_cache.machine_name(),
             options=OPTIONS,
-            graph=graph_digest(self.graph),
-            profiles=profile_digest(self.profiles.profiles, self.profiles.capacity),
+            graph=engine_cache.graph_digest(self.graph),
+            profiles=engine_cache.profile_digest(self.profiles.profiles, self.profiles.capacity),
         )
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the graph and its data files; what variants share counts for each."""
+        """Bytes of the graph and its data files, including those that variants share."""
         return self.graph.size + sum(entry.size for entry in self.graph.data)
 
     @property
@@ -82,45 +70,47 @@ class Build:
 
     @property
     def workspace_bytes(self) -> int:
-        """What the target leaves for tensors between layers."""
+        """Bytes of the target that remain for tensors between layers."""
         return max(LEAST_WORKSPACE, self.target.memory - self.weight_bytes - self.cache_bytes)
 
     @property
     def needed_bytes(self) -> int:
-        """Estimate of the memory that compiling takes on this machine."""
+        """Estimated memory of the compilation on this machine, in bytes."""
         return BASE_BYTES + int(COPIES * self.weight_bytes)
 
 
-def planned(
+def select_builds(
     bundle: Bundle,
     name: str,
+    *,
     graphs: Sequence[str],
     variant: str | None,
     precision: str | None,
     overrides: Mapping[str, Any] | None,
     where: str,
     say: Callable[[str], Any],
-    *,
-    family: str | None = None,
-    exactly: Mapping[str, GraphProfiles] | None = None,
+    family: str | None,
+    exactly: Mapping[str, GraphProfiles] | None,
 ) -> list[Build]:
-    """Return the engines that one target needs, all checked but memory. Arguments and errors: see `build_engines`."""
-    asked = find_target(name) if name != "this" else None
-    if precision is not None and asked is not None:
-        check_precision(asked, precision)
-    target, tensorrt = _target_here(asked, family)
+    """Return the engines of one target, checked except for memory. See `build_engines` for arguments and errors."""
+    named = targets.find_target(name) if name != "this" else None
+    if precision is not None and named is not None:
+        targets.check_precision(named, precision)
+    target, tensorrt = _target_here(named, family)
+    version = str(tensorrt.__version__)
     chosen = [bundle.graph(graph_name, variant or target.variant) for graph_name in graphs or bundle.manifest.graphs]
     if precision is not None and all(graph.precision.split()[0] != precision.split()[0] for graph in chosen):
         found = ", ".join(f"{graph} is {graph.precision}" for graph in chosen)
         raise EngineError(
-            f"{bundle.path}: --precision {precision} was asked for, and {found}. Precision is in the graphs: "
-            f"{_how_to_get(precision)}"
+            "engine.wrong_precision",
+            f"{bundle.path}: --precision {precision} was requested, but {found}. Precision is in the graphs: "
+            f"{_how_to_get(precision)}",
         )
     builds = []
     for graph in chosen:
-        check_precision(target, graph.precision)
-        _check_variant(target, graph, str(tensorrt.__version__))
-        for sentence in _supported(target, graph, str(tensorrt.__version__)):
+        targets.check_precision(target, graph.precision)
+        _check_variant(target, graph, version)
+        for sentence in _check_support(target, graph, version):
             say(sentence)
         profiles = (exactly or {}).get(graph.name)
         if profiles is None:
@@ -130,54 +120,48 @@ def planned(
 
 
 def _how_to_get(precision: str) -> str:
-    word = precision.split()[0]
+    word = precision.split(maxsplit=1)[0]
     if word in ("fp32", "fp16", "bf16"):
         return f"export the checkpoint with --dtype {word}"
     return "make a bundle with `calibrate`" if word in ("int8", "int4") else "no bundle of this project has it"
 
 
-def _target_here(asked: EngineTarget | None, family: str | None) -> tuple[EngineTarget, ModuleType]:
-    """Return the target, narrowed to this machine, and the TensorRT that compiles for it.
-
-    Args:
-        asked: None: what is here, with the TensorRT of `family`, or with the first that is installed.
-    """
-    if asked is not None and asked.ahead_of_time:
-        tensorrt = load_tensorrt(asked.family)
-        return check_installed(asked, version=str(tensorrt.__version__), sm=None), tensorrt
+def _target_here(named: EngineTarget | None, family: str | None) -> tuple[EngineTarget, ModuleType]:
+    """Return the target (by default this machine's GPU), narrowed to this machine, and the TensorRT to compile with."""
+    if named is not None and named.ahead_of_time:
+        tensorrt = load_tensorrt(named.family)
+        return targets.check_installed(named, version=str(tensorrt.__version__), sm=None), tensorrt
     here = machine()
     device = here.devices[0] if here.devices else None
-    if asked is not None:
+    if named is not None:
         sm = None if device is None else device.sm
-        check_device(asked, sm)  # ahead of advice to install something
-        tensorrt = load_tensorrt(asked.family)
-        return check_installed(asked, version=str(tensorrt.__version__), sm=sm), tensorrt
+        targets.check_device(named, sm)  # before the advice to install a package
+        tensorrt = load_tensorrt(named.family)
+        return targets.check_installed(named, version=str(tensorrt.__version__), sm=sm), tensorrt
     if device is None:
         raise EngineError(
-            f"target this is the GPU of this machine, and there is none ({here.device_problem}). Run this command on "
-            f"the device, or compile ahead of time for one of {', '.join(ahead_of_time())}"
+            "engine.no_device",
+            f"target this is the GPU of this machine, which has none ({here.device_problem}). Run this command on "
+            f"the device, or compile ahead of time for one of {', '.join(targets.ahead_of_time())}",
         )
     family = family or next((name for name in MODULES if _importable(name)), "tensorrt")
     tensorrt = load_tensorrt(family)
-    found = this_target(family=family, version=str(tensorrt.__version__), sm=device.sm, memory=device.memory)
+    found = targets.this_target(family=family, version=str(tensorrt.__version__), sm=device.sm, memory=device.memory)
     return found, tensorrt
 
 
 def load_tensorrt(family: str) -> ModuleType:
-    """Import a family's package.
-
-    Raises:
-        EngineError: it is not installed.
-    """
+    """Import the package of a TensorRT family; raise EngineError if it is not installed."""
     for name in MODULES[family]:
         try:
             return importlib.import_module(name)
         except ImportError:
             continue
     extra = "rtx" if family == "tensorrt_rtx" else "tensorrt"
-    jetpack = "" if family == "tensorrt_rtx" else ", or use the one that JetPack brings"
+    jetpack = "" if family == "tensorrt_rtx" else ", or use the package of JetPack"
     raise EngineError(
-        f'{FAMILIES[family]} cannot be imported. Install it: pip install "bridge-stg[{extra},calibrate]"{jetpack}'
+        "engine.not_installed",
+        f'{FAMILIES[family]} cannot be imported. Install it: pip install "bridge-stg[{extra},calibrate]"{jetpack}',
     )
 
 
@@ -194,13 +178,14 @@ def _check_variant(target: EngineTarget, graph: GraphSpec, version: str) -> None
     takes = ("primitive",) if old else ("standard", "primitive")
     if graph.variant not in takes:
         raise EngineError(
+            "engine.unsupported_variant",
             f"target {target.name} with {FAMILIES[target.family]} {version} takes the variant {' or '.join(takes)}, "
-            f"not {graph.variant}. Leave --variant out" + (", or install TensorRT 10.15 or later" if old else "")
+            f"not {graph.variant}. Leave --variant out" + (", or install TensorRT 10.15 or later" if old else ""),
         )
 
 
-def _supported(target: EngineTarget, graph: GraphSpec, version: str) -> list[str]:
-    """Return what to tell of a quantized graph that falls back; raise where the table of support refuses it."""
+def _check_support(target: EngineTarget, graph: GraphSpec, version: str) -> list[str]:
+    """Return a sentence per recipe of a quantized graph that falls back; raise if the target does not support one."""
     words = graph.precision.split()
     if words[0] not in ("int8", "int4"):
         return []
@@ -211,22 +196,20 @@ def _supported(target: EngineTarget, graph: GraphSpec, version: str) -> list[str
 
 
 def check_room(build: Build) -> None:
-    """Stop where this machine cannot compile a graph, or the target cannot hold it.
-
-    Raises:
-        EngineError: the message says what is needed, what is there, and what to do.
-    """
+    """Raise EngineError if this machine lacks the memory to compile a graph, or the target to run it."""
     weights, row = build.weight_bytes, build.cache_bytes
     if weights + row + LEAST_WORKSPACE > build.target.memory:
         cache = f" and {gigabytes(row)} for a row of its KV cache" if row else ""
         raise EngineError(
-            f"{build.graph} takes {gigabytes(weights)} for its weights{cache}, and target {build.target.name} has "
-            f"{gigabytes(build.target.memory)} for all. Use a smaller precision, a smaller `capacity` in --profiles, "
-            "or --no-check-memory for a device with more"
+            "engine.out_of_memory",
+            f"{build.graph} needs {gigabytes(weights)} for its weights{cache}, and target {build.target.name} has "
+            f"{gigabytes(build.target.memory)} in total. Use a smaller precision, a smaller `capacity` in --profiles, "
+            "or --no-check-memory for a device with more",
         )
     needed, left = build.needed_bytes, available_bytes()
     if left is not None and left < needed:
         raise EngineError(
-            f"compiling {build.graph} takes about {gigabytes(needed)} of memory here, and {gigabytes(left)} are "
-            "available. Close other programs, or use a machine with more; --no-check-memory tries it all the same"
+            "engine.out_of_memory",
+            f"compiling {build.graph} needs about {gigabytes(needed)} of memory, and {gigabytes(left)} are available. "
+            "Close other programs, or use a machine with more; --no-check-memory skips this check",
         )
