@@ -6,6 +6,7 @@ Each command lives in bridge_stg/commands and is imported when it is requested.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import itertools
 import json
@@ -114,7 +115,8 @@ def describe(error: Exception) -> tuple[str, str]:
     if isinstance(error, BridgeError):
         return error.code, error.message
     if isinstance(error, OSError):
-        return "host.file", f"{error.filename or 'A file or standard output'}: {error.strerror or error}"
+        code = "output.disk_full" if error.errno == errno.ENOSPC else "host.file"
+        return code, f"{error.filename or 'A file or standard output'}: {error.strerror or error}"
     package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     for extra, packages in EXTRAS.items():
         if package and package in packages.split():

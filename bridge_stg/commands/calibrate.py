@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from bridge_stg.calibration.options import (
-    BACKENDS,
     GRAPH_OPTIONS,
     GRAPH_RECIPE_NAMES,
     METHODS,
@@ -29,6 +28,7 @@ from bridge_stg.commands.options import (
     threads_option,
 )
 from bridge_stg.commands.progress import ProgressBar
+from bridge_stg.export.engines.support import TARGETS
 from bridge_stg.runtime.errors import BridgeError
 
 recipe_type = click.Choice(GRAPH_RECIPE_NAMES)
@@ -96,7 +96,7 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
     help="Quantize this graph even if that makes nothing faster here; repeatable.",
 )  # fmt: skip
 @click.option(
-    "--target", "targets", multiple=True, type=click.Choice(BACKENDS),
+    "--target", "targets", multiple=True, type=click.Choice(TARGETS),
     help="Backend that the bundle is for; default: onnxruntime-cpu; repeatable.",
 )  # fmt: skip
 @click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks scored one by one.")
@@ -125,7 +125,7 @@ def calibrate_bundle(
     files = {
         name: given.pop(name) for name in ("samples", "media", "select", "own_tubes", "overwrite") if name in given
     }
-    options = Options(graphs=graphs, int8_cache=kv8, backends=targets or BACKENDS[:1], **given)
+    options = Options(graphs=graphs, int8_cache=kv8, backends=targets or TARGETS[:1], **given)
     with ProgressBar(lines=True) as progress:
         report = calibrate(bundle, out, evaluate=judged, options=options, progress=progress, **files)
     work = out.with_name(f"{out.name}.calibration")

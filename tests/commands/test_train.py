@@ -55,16 +55,16 @@ def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
     [
         ([*INIT, "--taps", "2,1"], "options.invalid", "'2,1'"),
         ([*INIT, "--taps", "a"], "options.invalid", "'a'"),
-        ([*INIT, "--taps", "9"], "", "[9]"),
+        ([*INIT, "--taps", "9"], "checkpoint.bad_config", "[9]"),
         ([*INIT, "--decoder-width", "30"], "options.invalid", "30"),
-        (["init", "--backbone", "nowhere", "--out", "new"], "", "nowhere"),
+        (["init", "--backbone", "nowhere", "--out", "new"], "checkpoint.not_found", "nowhere"),
         ([*TRAIN, "--freeze-backbone", "--train-vision"], "options.conflict", "--train-vision"),
-        (TRAIN, "", "new"),
+        (TRAIN, "checkpoint.missing_file", "new"),
     ],
 )
 def test_faults_are_one_line_and_exit_code_2(folder, capsys, arguments, code, value):
     assert cli.run(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err.endswith(f"{code}]\n") and value in captured.err
+    assert captured.err.endswith(f" [{code}]\n") and value in captured.err
     assert "Traceback" not in captured.err and not captured.out
     assert {path.name for path in folder.iterdir()} == {"model", "b.png", "clips.jsonl"}

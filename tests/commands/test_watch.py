@@ -80,11 +80,11 @@ def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     source, out = clip(tmp_path / "a.mp4", 4), tmp_path / "events.jsonl"
     out.write_text("what was there\n", encoding="utf-8")
     for arguments, code, value in (
-        ([tmp_path / "none.mp4", "the car"], "", "none.mp4"),
-        (["/dev/video97", "the car"], "", "/dev/video97"),
+        ([tmp_path / "none.mp4", "the car"], "video.not_found", "none.mp4"),
+        (["/dev/video97", "the car"], "live.no_camera", "/dev/video97"),
         ([source], "options.missing", "QUERY"),
-        ([source, " "], "", ""),
-        ([source, "the car", "the car"], "", ""),
+        ([source, " "], "query.empty", ""),
+        ([source, "the car", "the car"], "query.duplicate", ""),
         ([source, "the car", "--every", "0"], "options.invalid", "--every"),
         ([source, "the car", "--json", out], "output.exists", "--overwrite"),
         ([source, "the car", "--jsonl", out], "output.exists", "--overwrite"),
@@ -94,9 +94,11 @@ def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert watch(*arguments) == 2
         shown = capsys.readouterr()
-        assert shown.err.endswith(f"{code}]\n") and str(value) in shown.err and "Traceback" not in shown.err, shown.err
+        assert shown.err.endswith(f" [{code}]\n") and str(value) in shown.err and "Traceback" not in shown.err, (
+            shown.err
+        )
         if "--json" in arguments or "--jsonl" in arguments:
-            assert json.loads(shown.out)["error"]["code"].endswith(code)
+            assert json.loads(shown.out)["error"]["code"] == code
         else:
             assert not shown.out
     assert out.read_text(encoding="utf-8") == "what was there\n"
