@@ -73,9 +73,7 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 @bundle_argument
 @sample_options(required=True)
 @out_option("The new bundle")
-@click.option(
-    "--recipe", type=click.Choice(RECIPE_NAMES), default="w8a8", show_default=True, help="For the language model."
-)
+@click.option("--recipe", type=click.Choice(RECIPE_NAMES), default="w8a8", show_default=True, help="For the LLM.")
 @click.option("--vision", type=recipe_type, help="For the vision encoder; default: as the recipe says.")
 @click.option("--language", type=recipe_type, help="For the language model; default: --recipe.")
 @click.option("--spatial", type=recipe_type, help="For the spatial decoder; default: float.")
@@ -122,9 +120,8 @@ def calibrate_bundle(
     from bridge_stg.calibration.report.report import table_text
 
     graphs = {graph: name for option, graph in GRAPH_OPTIONS.items() if (name := given.pop(option, None)) is not None}
-    files = {
-        name: given.pop(name) for name in ("samples", "media", "select", "own_tubes", "overwrite") if name in given
-    }
+    inputs = ("samples", "media", "select", "own_tubes", "overwrite")
+    files = {name: given.pop(name) for name in inputs if name in given}
     options = Options(graphs=graphs, int8_cache=kv8, backends=targets or TARGETS[:1], **given)
     with ProgressBar(lines=True) as progress:
         report = calibrate(bundle, out, evaluate=judged, options=options, progress=progress, **files)

@@ -193,11 +193,8 @@ def checkpoint_model(path: Path, label: str) -> Model:
     from bridge_stg.model.torch_session import torch_grounder
 
     files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors"))
-    identity = {
-        "kind": "checkpoint",
-        "fingerprint": contents_digest(files, path),
-        "engine": f"torch {torch.__version__}",
-    }
+    contents = contents_digest(files, path)
+    identity = {"kind": "checkpoint", "fingerprint": contents, "engine": f"torch {torch.__version__}"}
     return Model(label, identity, lambda: contextlib.nullcontext(torch_grounder(load_checkpoint(path))))
 
 

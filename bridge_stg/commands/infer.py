@@ -88,7 +88,7 @@ def check(request: Request) -> None:
     """Check what click does not: options that exclude each other, and files named twice.
 
     Raises:
-        BridgeError: two options conflict, the query is missing, or a file has the wrong suffix.
+        BridgeError: two options conflict, the query is missing, or an output is the video.
     """
     drawn = request.annotate or request.sheet
     if request.first_box is None and not request.queries:

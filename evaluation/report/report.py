@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.evaluation.report.pictures import TRUE, case_picture, colour_of
-from bridge_stg.evaluation.report.render import render
+from bridge_stg.evaluation.report.render import number, render
 from bridge_stg.evaluation.run.evaluate import Evaluation
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.evaluation.scoring import MAIN
@@ -76,16 +76,12 @@ def table_text(values: Mapping[str, Any]) -> str:
         lines.append(f"{part:24}" + "".join(f"  {label:>{width}}" for label in labels))
         names = dict.fromkeys(name for label in labels for name in values["figures"][label].get(part, {}))
         for name in names:
-            cells = (written(values["figures"][label].get(part, {}).get(name)) for label in labels)
+            found = (values["figures"][label].get(part, {}).get(name) for label in labels)
+            cells = (number(value, "" if isinstance(value, int) else ".4f") for value in found)
             lines.append(f"  {name:22}" + "".join(f"  {cell:>{width}}" for cell in cells))
     if values["missing"]:
         lines.append(f"{len(values['missing'])} media were not found ({values['missing_samples']} samples left out)")
     return "\n".join(lines)
-
-
-def written(value: float | None) -> str:
-    """Return a metric as text: counts as they are, shares with four decimals."""
-    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _main_scores(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -75,11 +75,9 @@ def bundle_model(
     bundle = Bundle.load(path)
     chosen = choose(bundle, backend=backend, variant=variant)
     identity = {
-        "kind": "bundle",
-        "fingerprint": bundle.manifest.fingerprint,
-        "engine": f"{chosen.backend} {chosen.version}",
-        "variants": dict(chosen.variants),
-    }
+        "kind": "bundle", "fingerprint": bundle.manifest.fingerprint,
+        "engine": f"{chosen.backend} {chosen.version}", "variants": dict(chosen.variants),
+    }  # fmt: skip
     return Model(label, identity, lambda: Grounder.load(path, backend=backend, variant=variant, threads=threads))
 
 

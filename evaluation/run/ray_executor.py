@@ -59,15 +59,13 @@ class RayExecutor:
         ledger = ray.remote(num_cpus=0)(ledger_class).remote()
         stored = ray.put([cloudpickle.dumps(unit) for unit in units])
         job = cloudpickle.dumps(Job(open_model, answer, self.workers, self.threads))
-        # One block per unit: its result comes back at once, and a process that dies loses no other unit.
         paths = {"modules": [path or os.getcwd() for path in sys.path], "cwd": [os.getcwd()]}  # for the actors' imports
+        # One block per unit: its result comes back at once, and a process that dies loses no other unit.
         places = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
         answered = places.map(
-            worker,
-            fn_constructor_args=(paths, job, [stored], ledger),
-            compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(units))),
-            **self.resources,
-        )
+            worker, fn_constructor_args=(paths, job, [stored], ledger),
+            compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(units))), **self.resources,
+        )  # fmt: skip
         left = set(range(len(units)))
         try:
             for block in answered.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
@@ -127,11 +125,9 @@ def _start(stack: contextlib.ExitStack, workers: int | None) -> None:
         base = "/tmp" if len(base) > LONGEST_TEMPORARY and os.path.isdir("/tmp") else base
         folder = tempfile.TemporaryDirectory(prefix="ray-", dir=base, ignore_cleanup_errors=True)
         options |= {
-            "num_cpus": max(usable_cpus(), workers or 1),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": stack.enter_context(folder),
-        }
+            "num_cpus": max(usable_cpus(), workers or 1), "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": stack.enter_context(folder),
+        }  # fmt: skip
     stack.callback(ray.shutdown)
     try:
         ray.init(**options)

@@ -86,14 +86,11 @@ def test_unwritable_file_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    line = complaint(
-        ["infer", clip, "q", "--bundle", "b", "--json", clip.parent / "r.json"], capsys, code="output.disk_full"
-    )
+    infer = ["infer", clip, "q", "--bundle", "b"]
+    line = complaint([*infer, "--json", clip.parent / "r.json"], capsys, code="output.disk_full")
     assert line == f"Error: {clip.parent / 'r.json'}: No space left on device [output.disk_full]"
     monkeypatch.setattr("PIL.Image.Image.save", fail)
-    line = complaint(
-        ["infer", clip, "q", "--bundle", "b", "--sheet", clip.parent / "s.png"], capsys, code="output.disk_full"
-    )
+    line = complaint([*infer, "--sheet", clip.parent / "s.png"], capsys, code="output.disk_full")
     assert line == f"Error: {clip.parent / 's.png'}: No space left on device [output.disk_full]"
 
 

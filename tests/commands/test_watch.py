@@ -94,9 +94,8 @@ def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert watch(*arguments) == 2
         shown = capsys.readouterr()
-        assert shown.err.endswith(f" [{code}]\n") and str(value) in shown.err and "Traceback" not in shown.err, (
-            shown.err
-        )
+        assert shown.err.endswith(f" [{code}]\n") and str(value) in shown.err, shown.err
+        assert "Traceback" not in shown.err
         if "--json" in arguments or "--jsonl" in arguments:
             assert json.loads(shown.out)["error"]["code"] == code
         else:
