@@ -135,7 +135,8 @@ def calibrate(
             session=run.session, warnings=[*warnings, *statistics.warnings],
         )  # fmt: skip
         write_calibration_report(made, result.to_dict())
-        keep = dict.fromkeys((*inputs.overrides.keep_float, *choice.kept))
+        kept = [block for one in final.graphs.values() for block in one.keep_float]
+        keep = dict.fromkeys((*inputs.overrides.keep_float, *kept))
         write_overrides(folder / "overrides.yaml", dataclasses.replace(inputs.overrides, keep_float=tuple(keep)))
         replace_folder(made, destination, aside=destination.with_name(f".{destination.name}.old{os.getpid()}"))
     return result

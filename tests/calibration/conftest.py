@@ -29,5 +29,5 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
 
 @pytest.fixture(scope="session")
 def statistics(exported: Bundle, samples: CalibrationSet, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
-    """What these samples show of the tiny bundle's activations."""
+    """Activation statistics of the tiny bundle on these samples."""
     return collect(exported, samples, folder=tmp_path_factory.mktemp("statistics") / "s", rows=96, threads=1)

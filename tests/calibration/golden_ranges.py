@@ -1,4 +1,4 @@
-"""Ranges that need no calibration samples: the largest magnitudes of a bundle's own golden cases."""
+"""Ranges without calibration samples: the largest magnitudes in a bundle's own golden cases."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def golden_ranges(bundle: Bundle, folder: Path) -> dict[str, dict[str, TensorRan
         copied = folder / name
         shutil.copytree(path.parent, copied)
         model = ir.load(copied / path.name)
-        products = find_matmuls(model, name)
+        matmuls = find_matmuls(model, name)
         values = {str(v.name): v for node in model.graph for v in node.outputs}
         values |= {str(v.name): v for v in model.graph.inputs}
         watched: dict[str, str] = {}
-        for activation in dict.fromkeys(product.activation for product in products):
+        for activation in dict.fromkeys(matmul.activation for matmul in matmuls):
             watched[activation] = f"largest_{len(watched)}"
             out = values[activation]
             for operator, attributes in (("Abs", {}), ("ReduceMax", {"keepdims": 0}), ("Cast", {"to": 1})):
@@ -64,7 +64,7 @@ def golden_ranges(bundle: Bundle, folder: Path) -> dict[str, dict[str, TensorRan
         session = WatchedSession(copied / "watched.onnx", graph, list(watched.values()))
         replay(bundle, {name: session}, graphs=[name])
         session.close()
-        named = {product.node: session.largest[watched[product.activation]] for product in products}
+        named = {matmul.node: session.largest[watched[matmul.activation]] for matmul in matmuls}
         named |= {key: value for key, value in session.largest.items() if key.startswith("past_")}
         found[name] = {key: TensorRange(value / 127, "minmax", value, 0.0) for key, value in named.items()}
     return found

@@ -1,4 +1,4 @@
-"""A bundle with one hostile block: in float it computes what it computed, and plain INT8 ruins it."""
+"""A bundle with one hostile block: its float outputs do not change, but plain INT8 makes them useless."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from bridge_stg.runtime.bundle.writer import BundleWriter
 
 GRAPH = "language_model"
 FACTOR = 1024.0
-"""A power of two, so that float results do not change at all."""
+"""A power of two, so that float outputs do not change at all."""
 
 
 def hostile_bundle(source: Path, out: Path, *, layer: int, channels: int = 3) -> tuple[Path, str]:
-    """Scale channels of one layer's values up and the columns that read them down. Return the bundle and the block.
+    """Scale some channels of one layer's values up, and the columns that read them down. Return the bundle and block.
 
-    What o_proj multiplies gets a few channels 1024 times as large as the others, so that one scale a tensor leaves the
-    others nothing, and the columns of those few nothing of their weights. Grouped heads lie between, so that no
-    smoothing can undo it.
+    A few channels of o_proj's input become 1024 times as large as the others, so that one scale per tensor leaves no
+    levels for the others. Smoothing cannot undo it, because of the grouped heads before it.
     """
     bundle = Bundle.load(source)
     spec = bundle.manifest.spec.language

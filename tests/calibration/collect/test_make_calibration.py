@@ -1,4 +1,4 @@
-"""The demo's calibration samples: of every kind, readable, and nothing in them is a held-out clip."""
+"""The demo's calibration samples: of every kind, readable, and without any held-out clip."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_samples(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
     clips = [clip_path(clip, tmp_path / "held_out") for clip in held_out_clips(2)]
     rows = [{"id": f"h{place}", "video": str(clip), "query": "a", "span": None} for place, clip in enumerate(clips)]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    judged = read_samples(held_out)
+    evaluation = read_samples(held_out)
     assert not overlap(calibration.entries, select.entries)
-    assert not overlap(calibration.entries, judged.entries) and not overlap(select.entries, judged.entries)
+    assert not overlap(calibration.entries, evaluation.entries) and not overlap(select.entries, evaluation.entries)
 
 
 def test_seeds_are_those_of_nothing_else(script: ModuleType) -> None:

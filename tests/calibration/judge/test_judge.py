@@ -72,9 +72,9 @@ def test_failures_count_as_no_answer(dataset: Dataset, tmp_path: Path) -> None:
 def test_finished_samples_are_not_evaluated_again(dataset: Dataset, tmp_path: Path) -> None:
     oracle = Oracle(dataset)
     first = scored(dataset, tmp_path / "out", oracle)
-    asked = len(oracle.calls)
+    calls = len(oracle.calls)
     assert scored(dataset, tmp_path / "out", oracle).to_dict() == first.to_dict()
-    assert len(oracle.calls) == asked == 6
+    assert len(oracle.calls) == calls == 6
     json.dumps(first.to_dict(), allow_nan=False)
 
 
@@ -85,9 +85,9 @@ def test_a_model_with_a_large_drop_is_stopped_early(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     dataset = read_jsonl([tmp_path / "labels.jsonl"], tmp_path)
     reference = scored(dataset, tmp_path / "out", Oracle(dataset))
-    hopeless, good = Oracle(dataset, shift=100.0), Oracle(dataset, shift=0.01)
-    assert scored(dataset, tmp_path / "out", hopeless, reference=reference, stop_above=1.0).drop == pytest.approx(100)
-    assert len(hopeless.calls) == 16
+    failing, good = Oracle(dataset, shift=100.0), Oracle(dataset, shift=0.01)
+    assert scored(dataset, tmp_path / "out", failing, reference=reference, stop_above=1.0).drop == pytest.approx(100)
+    assert len(failing.calls) == 16
     assert scored(dataset, tmp_path / "out", good, reference=reference, stop_above=1.0).samples == 60
 
 

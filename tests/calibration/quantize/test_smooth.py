@@ -112,7 +112,7 @@ def test_errors_follow_the_recipe(statistics: Statistics, matmuls: list[Matmul])
     assert reduced["language_model"][GATE] > matmul_errors(statistics, matmuls, RECIPES["w8"])["language_model"][GATE]
 
 
-def test_a_hostile_matmul_stands_out(statistics: Statistics, matmuls: list[Matmul], tmp_path: Path) -> None:
+def test_a_hostile_matmul_has_the_largest_error(statistics: Statistics, matmuls: list[Matmul], tmp_path: Path) -> None:
     """One channel whose range leaves no levels for the others."""
     shutil.copytree(statistics.folder, tmp_path / "s")
     tensor = statistics.tensors["language_model"][GATE]

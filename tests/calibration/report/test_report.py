@@ -73,7 +73,7 @@ def result(**changes: Any) -> dict[str, Any]:
                    "method": "least error", "max_drop": 1.0, "max_changed": None, "seed": 0},
         "samples": {"calibration": samples, "select": samples, "evaluate": None},
         "warnings": ["1 sample is few"],
-        "machine": {"processor": "A & B", "cores": 2, "flags": ["avx2"], "self_test": "products are exact",
+        "machine": {"processor": "A & B", "cores": 2, "flags": ["avx2"], "self_test": "matmuls are exact",
                     "system": "Linux", "python": "3.11.2"},
         "tools": {"onnxruntime": "1.32.0"},
         "target": {"backend": "onnxruntime", "version": "1.32.0", "variants": {"vision_encoder": "standard"}},
@@ -107,7 +107,7 @@ def test_the_page(tmp_path: Path) -> None:
     page = " ".join((tmp_path / "reports" / "calibration.html").read_text(encoding="utf-8").split())
     for text in (
         "1 sample is few", "vision_encoder.blocks.1.mlp", "+31.50 pts", "0.9500", "0.9850", "data:image/png;base64,",
-        "No picture: gone", "&lt;b&gt;the cat&lt;/b&gt;", "A &amp; B", "avx2", "products are exact", "0.260",
+        "No picture: gone", "&lt;b&gt;the cat&lt;/b&gt;", "A &amp; B", "avx2", "matmuls are exact", "0.260",
         "Evaluated on: nothing", "0.999100", "against annotations", "it stays in float by default", "400.00 MB",
     ):  # fmt: skip
         assert text in page, text

@@ -14,7 +14,7 @@ K, N, BLOCK = 128, 96, 32
 FLOATS = {"fp32": ("float", np.float32), "fp16": ("float16", np.float16)}
 
 
-def product_form(recipe: str, dtype: str, *, opset: int = 24) -> onnx.ModelProto:
+def matmul_form(recipe: str, dtype: str, *, opset: int = 24) -> onnx.ModelProto:
     """Return x [L, K] times a weight: w8a8 and w8 with a scale a channel, w4 with a scale a block."""
     name, float_type = FLOATS[dtype]
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def form(recipe: str, variant: str, dtype: str) -> onnx.ModelProto:
     """Return the form of a line of the table."""
     if recipe == "kv8":
         return cache_form(variant, dtype)
-    return product_form(recipe, dtype, opset=21 if variant == "primitive" else 24)
+    return matmul_form(recipe, dtype, opset=21 if variant == "primitive" else 24)
 
 
 def optimized(model: onnx.ModelProto, folder: Path) -> list[str]:
@@ -89,7 +89,7 @@ def plan_tensors(plan: bytes) -> dict[str, tuple[list[str], str]]:
 
 
 def fused_inputs(plan: bytes) -> list[list[str]]:
-    """Return the inputs of each kernel into which a compiled plan fuses a product."""
+    """Return the inputs of each kernel into which a compiled plan fuses a matmul."""
     found = re.findall(rb"runtime_fusion=\{ name=\w*Fc\w* input_args=\{([^}]*)\}", plan)
     return [[name.strip('"') for name in text.decode().split()] for text in found]
 
