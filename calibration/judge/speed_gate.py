@@ -14,7 +14,7 @@ from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.parity.compare import Boundary, replay_cases
+from bridge_stg.runtime.parity.compare import Boundary, replay
 
 MARGIN = 0.03
 """Ratios of times this close to 1 are noise."""
@@ -124,7 +124,7 @@ def measure_gate(
             for _ in range(rounds):
                 for session, taken in zip(sessions, times):
                     session.seconds = 0.0
-                    drift = replay_cases(cases, {graph: session}, graphs=(graph,))
+                    drift = replay(cases, {graph: session}, graphs=(graph,))
                     taken.append(session.seconds)
         finally:
             for session in sessions:

@@ -26,7 +26,7 @@ from bridge_stg.runtime.backends.tensorrt.engine_cache import engine_folders
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.parity import compare as parity
-from bridge_stg.runtime.parity.compare import Boundary, format_table, replay_cases
+from bridge_stg.runtime.parity.compare import Boundary, format_table
 from bridge_stg.runtime.parity.golden import Tolerance
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
 from bridge_stg.runtime.parity.verify import DriftError, verify_bundle
@@ -284,7 +284,7 @@ class _Replay:
         names: list[str] = []
         with _session_with_outputs(side, outputs, self.threads, self.prepare) as session:
             recording = {side.graph: RecordingSession(session, calls)}
-            replayed = replay_cases([self.folder], recording, graphs=[side.graph], progress=names.append)
+            replayed = parity.replay([self.folder], recording, graphs=[side.graph], progress=names.append)
         until = names.index(self.last) + 1
         found = {
             name: [values[f"{PREFIX}{place}"] for place in range(len(outputs))]

@@ -20,7 +20,7 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.host.memory import peak_bytes
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
-from bridge_stg.runtime.parity.compare import replay_cases
+from bridge_stg.runtime.parity import compare
 
 PURPOSE = "replays the bundle"
 ADVICE = (
@@ -83,7 +83,7 @@ def replay(job: Mapping[str, Any]) -> dict[str, Any]:
         options = {"threads": job["threads"], "lean": job["low_memory"]}
         with OnnxRuntimeSession(Path(entry["file"]), contract, **options) as session:
             parity += measure(load_cases(Path(job["cases"]), contract.name), {contract.variant: session})
-            replayed = replay_cases(golden, {contract.name: session}, graphs=(contract.name,))
+            replayed = compare.replay(golden, {contract.name: session}, graphs=(contract.name,))
         named = []
         for boundary in replayed:
             call, _, tensor = boundary.name.rpartition(".")

@@ -56,21 +56,13 @@ class Bundle:
 
     @property
     def tokenizer_path(self) -> Path:
-        """Path of tokenizer.json.
-
-        Raises:
-            BundleError: the bundle has no tokenizer.
-        """
+        """Path of tokenizer.json. Raises BundleError if the bundle has none."""
         if all(entry.path != TOKENIZER for entry in self.manifest.files):
             raise BundleError("bundle.missing_file", f"{self.path}: the manifest lists no {TOKENIZER}. {COPY_AGAIN}")
         return self.path / TOKENIZER
 
     def graph(self, name: str, variant: str) -> GraphSpec:
-        """Return one variant of one graph.
-
-        Raises:
-            BundleError: the bundle has no such graph or variant; the message names those it has.
-        """
+        """Return one variant of one graph. Raises BundleError, naming those that exist, if the bundle has none."""
         variants = self.manifest.graphs.get(name, {})
         if variant not in variants:
             missing = f"variant {variant!r} of graph {name!r}" if variants else f"graph {name!r}"
@@ -99,20 +91,16 @@ def read_manifest(root: Path) -> Manifest:
         raise BundleError("bundle.not_found", f"{root}: {found}, expected the folder of a bundle (made by `export`).")
     file = root / MANIFEST
     if not file.is_file():
-        raise BundleError(
-            "bundle.not_found",
-            f"{root}: no {MANIFEST} in this folder, so it is not a bundle. Give the folder that `export` wrote.",
-        )
+        text = f"{root}: no {MANIFEST} in this folder, so it is not a bundle. Give the folder that `export` wrote."
+        raise BundleError("bundle.not_found", text)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError("bundle.unreadable", f"{file}: cannot be read as JSON ({error}). {COPY_AGAIN}") from error
     _check_schema_version(file, values)
     if values.get("fingerprint") != canonical_sha256(values, without="fingerprint"):
-        raise BundleError(
-            "bundle.hash_mismatch",
-            f"{file}: the fingerprint does not match the manifest, so it was changed after the export. {COPY_AGAIN}",
-        )
+        text = f"{file}: the fingerprint does not match the manifest, so it was changed after the export. {COPY_AGAIN}"
+        raise BundleError("bundle.hash_mismatch", text)
     try:
         manifest = Manifest.from_dict(values)
         entries = manifest.entries()
@@ -135,11 +123,9 @@ def _check_schema_version(file: Path, values: Any) -> None:
         raise BundleError("bundle.schema", f"{file}: found {found}, expected a schema version (integer). {COPY_AGAIN}")
     if version != SCHEMA_VERSION:
         newer = version > SCHEMA_VERSION
-        raise BundleError(
-            "bundle.schema",
-            f"{file}: schema version {version} is {'newer' if newer else 'older'} than version {SCHEMA_VERSION}, which "
-            f"this program reads. {'Upgrade' if newer else 'Export the checkpoint again with this'} bridge-stg.",
-        )
+        text = f"{file}: schema version {version} is {'newer' if newer else 'older'} than {SCHEMA_VERSION}, which is "
+        text += f"supported. {'Upgrade' if newer else 'Export the checkpoint again with this'} bridge-stg."
+        raise BundleError("bundle.schema", text)
 
 
 def check_relative(path: str, *, where: Path) -> None:
@@ -182,11 +168,8 @@ def _check_file(root: Path, entry: FileEntry, *, hash_it: bool) -> None:
             text = f"{file}: {size} bytes, but the manifest says {entry.size}. {COPY_AGAIN}"
             raise BundleError("bundle.hash_mismatch", text)
         if hash_it and (found := file_sha256(file)) != entry.sha256:
-            raise BundleError(
-                "bundle.hash_mismatch",
-                f"{file}: its content was changed or damaged: SHA-256 {found[:12]}…, the manifest says "
-                f"{entry.sha256[:12]}…. {COPY_AGAIN}",
-            )
+            text = f"{file}: changed or damaged: SHA-256 {found[:12]}…, expected {entry.sha256[:12]}…. {COPY_AGAIN}"
+            raise BundleError("bundle.hash_mismatch", text)
     except FileNotFoundError as error:
         text = f"{file}: is listed in the manifest, but missing. {COPY_AGAIN}"
         raise BundleError("bundle.missing_file", text) from error

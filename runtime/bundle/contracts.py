@@ -28,17 +28,10 @@ def graph_contract(
     cache_dtype: str = "float32",
     precision: str = "fp32",
 ) -> GraphSpec:
-    """Return the contract of one graph, without its files.
+    """Return the contract of one of `GRAPHS`, without its files.
 
-    Args:
-        name: one of GRAPHS.
-        spec: the model's geometry.
-        variant: the lowering's name.
-        opset: ONNX opset of the graph.
-        io_dtype: dtype of visual_tokens, feature_map and taps.
-        cache_update: `in_place` or `append`, for the language model.
-        cache_dtype: dtype of the KV buffers.
-        precision: name of the precision, such as `fp16`.
+    `io_dtype` is the dtype of visual_tokens, feature_map and taps; `cache_update` (`in_place` or `append`) and
+    `cache_dtype` apply to the KV cache of the language model.
     """
     inputs, outputs, ranges = {
         "vision_encoder": _vision_encoder, "language_model": _language_model, "spatial_decoder": _spatial_decoder,
@@ -46,8 +39,8 @@ def graph_contract(
     cache = None
     if name == "language_model":
         language = spec.language
-        cache = CacheSpec(cache_update, language.num_layers, language.kv_heads, language.head_dim, cache_dtype)
         heads, head_dim = language.kv_heads, language.head_dim
+        cache = CacheSpec(cache_update, language.num_layers, heads, head_dim, cache_dtype)
         inputs += [TensorSpec(n, cache_dtype, ("B", heads, "S", head_dim)) for n in cache.past_names]
         length = "S" if cache_update == "in_place" else "L"
         outputs += [TensorSpec(n, cache_dtype, ("B", heads, length, head_dim)) for n in cache.written_names]

@@ -102,16 +102,14 @@ class GraphSpec:
     def __post_init__(self) -> None:
         if self.cache is None:
             return
-        tensors = {t.name: t for t in self.inputs + self.outputs}
-        for name in ("cache_position", *self.cache.past_names, *self.cache.written_names):
+        cache, tensors = self.cache, {t.name: t for t in self.inputs + self.outputs}
+        for name in ("cache_position", *cache.past_names, *cache.written_names):
             if name not in tensors:
-                raise ValueError(f"the cache contract {self.cache.update!r} needs a tensor {name!r}")
-        for name in self.cache.past_names:
-            tensor = tensors[name]
-            expected = (self.cache.kv_heads, self.cache.head_dim)
-            if len(tensor.dims) != 4 or tensor.dims[1::2] != expected or tensor.dtype != self.cache.dtype:
-                shape = f"{self.cache.dtype} [B, {self.cache.kv_heads}, S, {self.cache.head_dim}]"
-                raise ValueError(f"tensor {tensor} is not the cache's {shape}")
+                raise ValueError(f"the cache contract {cache.update!r} needs a tensor {name!r}")
+        for tensor in map(tensors.__getitem__, cache.past_names):
+            found = (len(tensor.dims), *tensor.dims[1::2], tensor.dtype)
+            if found != (4, cache.kv_heads, cache.head_dim, cache.dtype):
+                raise ValueError(f"{tensor} must be {cache.dtype} [B, {cache.kv_heads}, S, {cache.head_dim}]")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.variant})"
@@ -151,10 +149,10 @@ class Manifest:
             ValueError: a field is missing, unknown, of a wrong type, or contradicts another; the message names it.
         """
         manifest = from_json(cls, values)
-        for name, variants in manifest.graphs.items():
-            for variant, graph in variants.items():
-                if (graph.name, graph.variant) != (name, variant):
-                    raise ValueError(f"graphs.{name}.{variant} has name and variant {graph}")
+        keys = [(name, variant) for name, variants in manifest.graphs.items() for variant in variants]
+        for (name, variant), graph in zip(keys, manifest.all_graphs(), strict=True):
+            if (graph.name, graph.variant) != (name, variant):
+                raise ValueError(f"graphs.{name}.{variant} has name and variant {graph}")
         return manifest
 
     def entries(self) -> dict[str, FileEntry]:

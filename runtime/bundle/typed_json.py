@@ -29,38 +29,28 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
 
 def _read(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
     if origin in (types.UnionType, typing.Union):
-        return _read_union(args, value, where)
-    if dataclasses.is_dataclass(kind):
+        others = [part for part in args if part is not type(None)]
+        if len(others) == 1 and value is not None:
+            return _read(others[0], value, where)
+        if type(value) in args:
+            return value
+    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _read_dataclass(kind, value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
+    elif origin is tuple and isinstance(value, (list, tuple)):
         parts = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(parts) == len(value):
             return tuple(_read(p, v, f"{where}[{i}]") for i, (p, v) in enumerate(zip(parts, value, strict=True)))
     elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
         return {key: _read(args[1], v, f"{where}.{key}") for key, v in value.items()}
-    elif type(value) is kind or (kind is float and type(value) is int):  # not isinstance: a bool is an int too
+    elif kind in (Any, type(value)) or (kind is float and type(value) is int):  # not isinstance: a bool is an int too
         return value
-    raise ValueError(f"{where or 'the file'} is {_brief(value)}, expected {_kind_name(kind)}")
+    text = json.dumps(value)
+    text = text if len(text) <= 60 else f"{text[:57]}…"
+    raise ValueError(f"{where or 'the file'} is {text}, expected {_kind_name(kind)}")
 
 
-def _read_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    options = tuple(option for option in options if option is not type(None))
-    if len(options) == 1:
-        return _read(options[0], value, where)
-    for option in options:
-        if type(value) is option:
-            return value
-    raise ValueError(f"{where} is {_brief(value)}, expected {' or '.join(map(_kind_name, options))}")
-
-
-def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the file'} is {_brief(value)}, expected an object")
+def _read_dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
     prefix = f"{where}." if where else ""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name in value:
@@ -77,11 +67,8 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 def _kind_name(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_kind_name, typing.get_args(kind)))
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind) or ("a list" if typing.get_origin(kind) is tuple else "an object")

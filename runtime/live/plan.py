@@ -73,14 +73,7 @@ def check_window(window: int, spec: ModelSpec) -> int:
 
 
 def plan_stream(height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, *, window: int) -> LivePlan:
-    """Choose rates and sizes so that a full window fits the model's prompt, with room for a query.
-
-    Args:
-        height: height of the stream's frames, in pixels.
-        width: width of the stream's frames, in pixels.
-        spec: the model's rates, sizes and limits.
-        tokenizer: the model's tokenizer.
-        window: most coarse frames in a window.
+    """Choose rates and sizes so that a full window of coarse frames fits the model's prompt, with room for a query.
 
     Raises:
         VideoError: the window does not fit even with the smallest frames, or the frames' shape is unsupported.
@@ -95,20 +88,10 @@ def plan_stream(height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, 
     sizes = CoarsePlan(height, width, spec, video_budget(tokenizer, spec, None))
     size = sizes.size_of(times)
     if size is None:
-        raise VideoError(
-            "live.window_too_large",
-            f"window={window}: {groups} groups of the smallest frames of {width} × {height} pixels do not fit the "
-            f"model's {spec.language.max_positions} positions; give a smaller window",
-        )
+        text = f"window={window}: {groups} groups of the smallest frames of {width} × {height} pixels do not fit the"
+        text += f" model's {spec.language.max_positions} positions; give a smaller window"
+        raise VideoError("live.window_too_large", text)
+    frames, fine_size = spec.frames, frame_sizes(height, width, spec)[1]
     return LivePlan(
-        width=width,
-        height=height,
-        coarse_fps=spec.frames.coarse_fps,
-        stride=stride,
-        group=group,
-        groups=groups,
-        fine_fps=spec.frames.fine_fps,
-        coarse_size=size,
-        fine_size=frame_sizes(height, width, spec)[1],
-        _sizes=sizes,
+        width, height, frames.coarse_fps, stride, group, groups, frames.fine_fps, size, fine_size, _sizes=sizes
     )

@@ -63,11 +63,8 @@ class _Shown:
                 self._rgb = self._picture()
                 height, width = self._rgb.shape[:2]
                 if (width, height) != (self._plan.width, self._plan.height):
-                    raise VideoError(
-                        "video.size_changed",
-                        f"the stream's frames changed from {self._plan.width} × {self._plan.height} to "
-                        f"{width} × {height} pixels; expected one size, so start a new watch",
-                    )
+                    sizes = f"from {self._plan.width} × {self._plan.height} to {width} × {height} pixels"
+                    raise VideoError("video.size_changed", f"the stream's frames changed {sizes}; start a new watch")
             self._sizes[size] = resize(self._rgb, size)
         return self._sizes[size]
 

@@ -42,11 +42,7 @@ class LiveSource:
         self._read = read
 
     def frames(self, stop: threading.Event) -> Frames:
-        """Yield the frames until the source ends or `stop` is set, then close the source.
-
-        Raises:
-            VideoError: the source cannot be opened or read, breaks off, or stops sending.
-        """
+        """Yield the frames until the source ends or `stop` is set. Raises VideoError if the source fails."""
         return self._read(stop)
 
 
@@ -77,9 +73,11 @@ def open_live(
         keeps_pace = latest_wins is not False
         if scheme := re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE):
             if scheme[1].lower() not in PROTOCOLS:
-                text = f"{_shown(text)}: cannot watch {scheme[1]}://; expected one of: {', '.join(PROTOCOLS)}"
-                raise VideoError("live.bad_source", text)
-            return LiveSource(_shown(text), keeps_pace=keeps_pace, read=partial(_network, text, timeout_s))
+                known = ", ".join(PROTOCOLS)
+                raise VideoError("live.bad_source", f"{_shown(text)}: {scheme[1]}:// is none of: {known}")
+            options = {"rtsp_transport": "tcp"} if text.lower().startswith("rtsp") else {}
+            read = partial(_captured, text, None, options, timeout_s)
+            return LiveSource(_shown(text), keeps_pace=keeps_pace, read=read)
         if text.isdecimal() or text.startswith("/dev/"):
             return LiveSource(text, keeps_pace=keeps_pace, read=partial(_camera, text, timeout_s))
         path = check_path(text)
@@ -123,24 +121,16 @@ def _file(path: str, realtime: bool, stop: threading.Event) -> Frames:
         decoder.close()
 
 
-def _network(address: str, timeout_s: float, stop: threading.Event) -> Frames:
-    options = {"rtsp_transport": "tcp"} if address.lower().startswith("rtsp") else {}
-    return _captured(address, None, options, timeout_s, stop)
-
-
 def _camera(device: str, timeout_s: float, stop: threading.Event) -> Frames:
     if sys.platform == "darwin":
         return _captured(device, "avfoundation", {"framerate": "30"}, timeout_s, stop)
     if sys.platform != "linux":
-        text = f"{device}: cameras are opened by number on Linux and macOS; elsewhere pass an iterator of frames"
-        raise VideoError("live.bad_source", text)
+        raise VideoError("live.bad_source", f"{device}: cameras need Linux or macOS; pass an iterator of frames")
     path = f"/dev/video{device}" if device.isdecimal() else device
     if not os.path.exists(path):
-        text = f"{path}: no such camera; is it plugged in, and visible inside this container?"
-        raise VideoError("live.no_camera", text)
+        raise VideoError("live.no_camera", f"{path}: no such camera; is it plugged in, and visible in this container?")
     if not os.access(path, os.R_OK):
-        text = f"{path}: no permission to read this camera; add your user to the group `video`"
-        raise VideoError("live.no_camera", text)
+        raise VideoError("live.no_camera", f"{path}: no permission to read; add your user to the group `video`")
     return _captured(path, "v4l2", {}, timeout_s, stop)
 
 

@@ -20,7 +20,7 @@ from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.live.events import Event, EventTracker
-from bridge_stg.runtime.live.plan import check_window, plan_stream
+from bridge_stg.runtime.live.plan import LivePlan, check_window, plan_stream
 from bridge_stg.runtime.live.reader import GroupQueue, LiveReader
 from bridge_stg.runtime.live.sampling import LiveGroup
 from bridge_stg.runtime.live.source import LiveSource
@@ -63,11 +63,9 @@ class LiveOptions:
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise VideoError("live.bad_option", f"{name}={value!r}: expected seconds, more than 0")
         if isinstance(self.queue_groups, bool) or not isinstance(self.queue_groups, int) or self.queue_groups < 1:
-            text = f"queue_groups={self.queue_groups!r}: expected a whole number, 1 or more"
-            raise VideoError("live.bad_option", text)
+            raise VideoError("live.bad_option", f"queue_groups={self.queue_groups!r}: expected 1 or more groups")
         if not 0 <= self.moved_iou <= 1:
-            text = f"moved_iou={self.moved_iou!r}: expected an overlap between 0 and 1"
-            raise VideoError("live.bad_option", text)
+            raise VideoError("live.bad_option", f"moved_iou={self.moved_iou!r}: expected an overlap from 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +101,15 @@ class LiveUpdate:
         }
 
 
-class LiveWatch:
+class LiveWatch(Iterator[LiveUpdate]):
     """Iterates over the rounds of standing queries on one stream; a context manager. `Grounder.watch` makes it.
 
     The model runs in the thread that iterates; a slow consumer makes the queue drop frames, or the source wait.
     `stop` and `set_queries` may be called from other threads.
+
+    Attributes:
+        options: how the stream is watched.
+        queries: the standing queries.
     """
 
     def __init__(
@@ -126,8 +128,6 @@ class LiveWatch:
         self._feature_budget_bytes = feature_budget_bytes
         self._stop = threading.Event()
         self._cancelled = Limits(cancel=cancel).cancelled
-        self._lock = threading.Lock()
-        self._queries: tuple[str, ...] = ()
         self._stats = LiveStats()
         self._queue = GroupQueue(options.queue_groups, latest_wins=source.keeps_pace)
         self._reader = LiveReader(
@@ -139,12 +139,6 @@ class LiveWatch:
         self._trackers: dict[str, EventTracker] = {}
         self.set_queries(queries)
         self._updates = self._run()
-
-    @property
-    def queries(self) -> tuple[str, ...]:
-        """The standing queries."""
-        with self._lock:
-            return self._queries
 
     def set_queries(self, queries: Sequence[str]) -> None:
         """Replace the standing queries from the next round on; queries that stay keep their event state.
@@ -161,8 +155,7 @@ class LiveWatch:
                 raise QueryError(error.code, f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
         if len(set(queries)) < len(queries):
             raise QueryError("query.duplicate", "two of the standing queries are the same; give each once")
-        with self._lock:
-            self._queries = tuple(queries)
+        self.queries = tuple(queries)
 
     @property
     def stats(self) -> LiveStats:
@@ -190,9 +183,6 @@ class LiveWatch:
             return
         self._reader.close()
 
-    def __iter__(self) -> Iterator[LiveUpdate]:
-        return self
-
     def __next__(self) -> LiveUpdate:
         return next(self._updates)
 
@@ -207,20 +197,11 @@ class LiveWatch:
 
     def _run(self) -> Iterator[LiveUpdate]:
         window: LiveWindow | None = None
-        ended = "error"
+        ended, due, answered, every = "error", 0.0, 0.0, self.options.every_s
         try:
             self._reader.start()
-            due, answered = 0.0, 0.0
-            while True:
-                group = self._next_group()
-                if group is None:
-                    ended = "stopped" if self._stopped() else "source"
-                    if window is not None and ended == "source" and answered < window.end_s:
-                        yield from self._round(window)
-                    return
+            for group, plan in self._groups():
                 with self._chain.usage.call():
-                    plan = self._reader.plan
-                    assert plan is not None
                     window = window or LiveWindow(self._chain, plan, feature_budget_bytes=self._feature_budget_bytes)
                     limits = Limits(cancel=self._stopped)
                     rebuilt = window.add(group, limits)
@@ -229,7 +210,6 @@ class LiveWatch:
                 known = window.end_s
                 last = self.options.duration_s is not None and known >= self.options.duration_s
                 if known >= due or last:
-                    every = self.options.every_s
                     self._stats.skipped_answers += max(0, math.floor((known - due) / every + 1e-9)) if due else 0
                     due = every * (math.floor(known / every + 1e-9) + 1)
                     answered = known
@@ -237,37 +217,35 @@ class LiveWatch:
                 if last:
                     ended = "duration"
                     return
-        except Interrupted:
-            if not self._stopped():
+            ended = "stopped" if self._stopped() else "source"
+            if window is not None and ended == "source" and answered < window.end_s:
+                yield from self._round(window)
+        except (Interrupted, GeneratorExit) as error:
+            if isinstance(error, Interrupted) and not self._stopped():
                 raise
             ended = "stopped"
-        except GeneratorExit:
-            ended = "stopped"
-            raise
         finally:
             self._stats.ended = ended
             self._reader.close()
             if window is not None:
                 window.close()
 
-    def _next_group(self) -> LiveGroup | None:
-        """Return the next group; None if the source has ended or the watch should stop."""
+    def _groups(self) -> Iterator[tuple[LiveGroup, LivePlan]]:
+        """Yield the groups until the source ends or the watch is stopped."""
         while not self._stopped():
             try:
                 group = self._queue.get(POLL_S)
             except BridgeError:
                 if self._stopped():  # then an error of the source no longer matters
-                    return None
+                    return
                 raise
-            if group is not None or self._queue.ended:
-                return group
-            if self._reader.silent_s > self.options.stall_s:
-                raise VideoError(
-                    "live.stalled",
-                    f"{self._source.name}: no frame came for {self.options.stall_s:g} s; is the source still running? "
-                    "Watch it again, or give it more time with stall_s",
-                )
-        return None
+            if group is not None and self._reader.plan is not None:
+                yield group, self._reader.plan
+            elif self._queue.ended:
+                return
+            elif self._reader.silent_s > self.options.stall_s:
+                text = f"{self._source.name}: no frame for {self.options.stall_s:g} s; is the source still running?"
+                raise VideoError("live.stalled", f"{text} Watch it again, or give it more time with stall_s")
 
     def _round(self, window: LiveWindow) -> Iterator[LiveUpdate]:
         """Answer the standing queries for the window; a round that passes its deadline yields nothing."""
@@ -283,28 +261,17 @@ class LiveWatch:
             return
         finally:
             self._stats.add_answers(limits.elapsed_s)
-        origin = self._reader.origin_s
-        known = origin + window.end_s
-        shift = origin + window.start_s
-        groundings = [in_stream_time(grounding, shift) for grounding in answers]
-        self._trackers = {query: self._trackers.get(query) or self._tracker(query) for query in queries}
-        events = [
-            event
-            for query, grounding in zip(queries, groundings, strict=True)
-            for event in self._trackers[query].add(grounding, known)
-        ]
-        newest = self._reader.newest_s
+        known, start = self._reader.origin_s + window.end_s, self._reader.origin_s + window.start_s
+        groundings = tuple(in_stream_time(grounding, start) for grounding in answers)
+        settings = {"settle_s": window.settle_s, "moved_iou": options.moved_iou}
+        self._trackers = {query: self._trackers.get(query) or EventTracker(query, **settings) for query in queries}
+        pairs = zip(queries, groundings, strict=True)
+        events = [event for query, grounding in pairs for event in self._trackers[query].add(grounding, known)]
         yield LiveUpdate(
             known_s=known,
-            window=(shift, known),
-            groundings=tuple(groundings),
+            window=(start, known),
+            groundings=groundings,
             events=tuple(sorted(events, key=lambda event: event.time_s)),
-            behind_s=max(0.0, (known if newest is None else newest) - known),
+            behind_s=max(0.0, (self._reader.newest_s or known) - known),
             took_s=limits.elapsed_s,
         )
-
-    def _tracker(self, query: str) -> EventTracker:
-        plan = self._reader.plan
-        assert plan is not None
-        settle_s = plan.group * plan.interval_s + 1 / plan.fine_fps
-        return EventTracker(query, settle_s=settle_s, moved_iou=self.options.moved_iou)

@@ -1,14 +1,13 @@
-"""The window of a live stream: its newest groups, their visual tokens, and the prompt's prefix that stands for them.
+"""The window of a live stream: its newest groups, their visual tokens, and the prefix of the prompt for them.
 
-Each group is encoded once. The prefix is extended by each; when the window is full, the newer half is prefilled again
-from its visual tokens, as a video that begins there. Letters: G groups of P samples, D deepstack levels, N tokens.
+Each group is encoded once and extends the prefix; when the window is full, the newer half is prefilled again from its
+visual tokens, like a video that begins there. Letters: G groups of P samples, D deepstack levels, N tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -27,12 +26,12 @@ from bridge_stg.runtime.live.sampling import FineSample, LiveGroup
 from bridge_stg.runtime.video.source import Samples
 
 QUERY_POSITIONS = 128
-"""Room kept behind the longest prefix, so that one query can be asked in the window's own cache."""
+"""Positions reserved after the longest prefix, so that one query fits the window's own cache."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
-    """A group of the window: its place, its visual tokens [1+D, N+1, H] (row 0 all zero), its fine frames."""
+class _Encoded:
+    """A group of the window: its grid index, visual tokens [1+D, N+1, H] (row 0 all zero) and fine frames."""
 
     place: int
     tokens: Array
@@ -40,68 +39,70 @@ class _Held:
 
 
 class LiveWindow:
-    """The window. For one thread; `view` asks queries about it.
+    """The window, for one thread.
 
     Args:
         chain: the model.
         plan: how the stream is sampled.
-        feature_budget_bytes: what the fine feature maps may hold.
+        feature_budget_bytes: most bytes of the fine feature maps.
+
+    Attributes:
+        prefilled: tokens that the language model has prefilled so far.
+        settle_s: see `EventTracker`: one coarse group and one fine frame.
     """
 
     def __init__(self, chain: Chain, plan: LivePlan, *, feature_budget_bytes: int) -> None:
         self._chain, self._plan = chain, plan
         full = self._segment(np.arange(plan.groups) * plan.group)
         if full.next_position > chain.spec.language.max_positions:
-            raise VideoError(
-                f"a window of {plan.groups * plan.group} coarse frames takes {full.next_position} positions of the "
-                f"prompt, more than the model's {chain.spec.language.max_positions}; give a smaller window"
-            )
+            text = f"a window of {plan.groups * plan.group} coarse frames takes {full.next_position} positions of the"
+            text += f" prompt, more than the model's {chain.spec.language.max_positions}; give a smaller window"
+            raise VideoError("live.window_too_large", text)
         cache = chain.pool.take(batch=1, positions=len(full) + QUERY_POSITIONS)
         self._own = dataclasses.replace(chain, pool=_WindowPool(cache, chain.pool))
         self._cache = cache
         self._features = FineFeatures(
             chain.vision_encoder, chain.spec, read=self._read_fine, budget_bytes=feature_budget_bytes
         )
-        self._held: list[_Held] = []
+        self._groups: list[_Encoded] = []
         self._fine: dict[int, FineSample] = {}
         self._prefix: Prefix | None = None
         self.prefilled = 0
-        """Tokens that the language model was fed for prefixes, so far."""
+        self.settle_s = plan.group * plan.interval_s + 1 / plan.fine_fps
 
     @property
     def start_s(self) -> float:
         """Time of the window's first sample, in seconds from the first frame of the stream."""
-        return float(self._plan.times(np.asarray(self._held[0].place)))
+        return float(self._plan.times(np.asarray(self._groups[0].place)))
 
     @property
     def end_s(self) -> float:
-        """Time up to which the window knows the stream."""
-        return float(self._plan.times(np.asarray(self._held[-1].place + self._plan.group)))
+        """Time of the window's end, in seconds from the first frame of the stream."""
+        return float(self._plan.times(np.asarray(self._groups[-1].place + self._plan.group)))
 
     def add(self, group: LiveGroup, limits: Limits) -> bool:
-        """Encode a group and take it into the prefix; return whether the prefix had to be rebuilt.
+        """Encode a group and extend the prefix; return whether the prefix had to be rebuilt.
 
-        It is rebuilt where the window would be longer than it may: by frames, or by time if the stream had gaps.
+        It is rebuilt when the window would get too long, by frames, or by time if the stream had gaps.
         """
         plan, chain = self._plan, self._chain
         with limits.stage("vision_coarse"):
-            frames = group.frames[None]
-            tokens = coarse_tokens(chain.vision_encoder, chain.spec, frames, report=limits.report)
-        self._held.append(_Held(group.place, tokens, group.fine))
+            tokens = coarse_tokens(chain.vision_encoder, chain.spec, group.frames[None], report=limits.report)
+        self._groups.append(_Encoded(group.place, tokens, group.fine))
         self._fine |= {sample.place: sample for sample in group.fine}
         end = group.place + plan.group
-        overflows = end - self._held[0].place > plan.groups * plan.group
+        overflows = end - self._groups[0].place > plan.groups * plan.group
         with limits.stage("rebuild" if overflows else "prefill"):
             if overflows:
                 self._forget(before=end - plan.groups // 2 * plan.group)
-            self._extend(0 if overflows or self._prefix is None else len(self._held) - 1, limits)
+            self._extend(0 if overflows or self._prefix is None else len(self._groups) - 1, limits)
         return overflows
 
     def view(self) -> OpenedVideo:
-        """Return the window as a video whose times count from the window's first sample; good until the next `add`."""
+        """Return the window as a video whose times count from its first sample; valid until the next `add`."""
         assert self._prefix is not None
         plan, start = self._plan, self.start_s
-        places = np.array([held.place for held in self._held]) - self._held[0].place
+        places = np.array([encoded.place for encoded in self._groups]) - self._groups[0].place
         times = plan.times(places[:, None] + np.arange(plan.group))
         fine = np.array(list(self._fine), np.int64)
         video = VideoFacts(
@@ -118,9 +119,9 @@ class LiveWindow:
         return OpenedVideo(self._own, video, self._prefix, _WindowFeatures(self._features, fine, start))
 
     def close(self) -> None:
-        """Give the cache back, and let go of everything else."""
+        """Return the cache to the pool, and drop everything else."""
         self._features.clear()
-        self._held, self._fine, self._prefix = [], {}, None
+        self._groups, self._fine, self._prefix = [], {}, None
         self._chain.pool.give(self._cache)
 
     def _segment(self, places: np.ndarray) -> Segment:
@@ -131,12 +132,12 @@ class LiveWindow:
         return video_segment(self._chain.tokenizer, self._chain.spec, times, grid)
 
     def _extend(self, first: int, limits: Limits) -> None:
-        """Feed the groups from index `first` on, behind those that stand in the cache."""
-        segment = self._segment(np.array([held.place for held in self._held]))
-        behind = 0 if first == 0 or self._prefix is None else self._prefix.length
-        new = [held.tokens for held in self._held[first:]]
-        rows = sum(held.tokens.shape[1] - 1 for held in self._held[:first])
-        rest = segment.part(behind, len(segment))
+        """Prefill the groups from index `first` on, after those in the cache."""
+        segment = self._segment(np.array([encoded.place for encoded in self._groups]))
+        cached = 0 if first == 0 or self._prefix is None else self._prefix.length
+        new = [encoded.tokens for encoded in self._groups[first:]]
+        rows = sum(encoded.tokens.shape[1] - 1 for encoded in self._groups[:first])
+        rest = segment.part(cached, len(segment))
         visual_index = np.where(rest.visual_index > 0, rest.visual_index - rows, 0)
         self._prefix = prefill_video(
             self._chain.language_model,
@@ -144,14 +145,14 @@ class LiveWindow:
             dataclasses.replace(rest, visual_index=visual_index),
             arrays.join([new[0], *(tokens[:, 1:] for tokens in new[1:])], axis=1),
             report=limits.report,
-            cached=behind,
+            cached=cached,
         )
         self.prefilled += len(rest)
 
     def _forget(self, *, before: int) -> None:
-        """Let go of the groups before a place of the coarse grid."""
-        self._held = [held for held in self._held if held.place >= before]
-        self._fine = {sample.place: sample for held in self._held for sample in held.fine}
+        """Drop the groups before a point of the coarse grid."""
+        self._groups = [encoded for encoded in self._groups if encoded.place >= before]
+        self._fine = {sample.place: sample for encoded in self._groups for sample in encoded.fine}
         self._features.forget(min(self._fine, default=0))
         self._prefix = None
 
@@ -165,7 +166,7 @@ class LiveWindow:
 
 
 class _WindowFeatures:
-    """The fine features by their place in the window; they are kept by their place in the stream."""
+    """Fine feature maps by their index in the window; they are cached by their index in the stream."""
 
     def __init__(self, features: FineFeatures, places: np.ndarray, start_s: float) -> None:
         self._features, self._places, self._start_s = features, places, start_s
@@ -175,7 +176,7 @@ class _WindowFeatures:
         return maps, times - self._start_s
 
     def clear(self) -> None:
-        """Keep the maps, which outlive the view."""
+        """Do nothing: the maps are kept for the next view."""
 
     @property
     def nbytes(self) -> int:
@@ -184,9 +185,9 @@ class _WindowFeatures:
 
 
 class _WindowPool:
-    """Hands out the window's own cache for a single query, which goes behind the prefix; others from the pool.
+    """Provides the window's own cache for a single query, appended to the prefix, and other caches from the pool.
 
-    Caches of the pool have one capacity, that of the window, whatever the prefix's length: memory stays flat.
+    All caches have the window's capacity, for any length of the prefix, so that memory stays constant.
     """
 
     def __init__(self, cache: KVCache, pool: CachePool) -> None:
@@ -206,12 +207,14 @@ class _WindowPool:
 
 
 def in_stream_time(grounding: Grounding, shift_s: float) -> Grounding:
-    """Return a grounding whose times lie `shift_s` later; the answer's text still counts from the window's start."""
-    spans = (("span", grounding.span), ("named_span", grounding.named_span))
-    parts: tuple[tuple[str, Any], ...] = (("tube", grounding.tube), ("boxes", grounding.boxes))
-    later: dict[str, Any] = {
-        name: None if span is None else (span[0] + shift_s, span[1] + shift_s) for name, span in spans
-    }
-    for name, boxes in parts:
-        later[name] = None if boxes is None else dataclasses.replace(boxes, times=boxes.times + shift_s)
-    return dataclasses.replace(grounding, **later)
+    """Return a grounding with all times `shift_s` later, except those in the answer's text."""
+    spans = (None if s is None else (s[0] + shift_s, s[1] + shift_s) for s in (grounding.span, grounding.named_span))
+    span, named_span = spans
+    tube, boxes = grounding.tube, grounding.boxes
+    return dataclasses.replace(
+        grounding,
+        span=span,
+        named_span=named_span,
+        tube=None if tube is None else dataclasses.replace(tube, times=tube.times + shift_s),
+        boxes=None if boxes is None else dataclasses.replace(boxes, times=boxes.times + shift_s),
+    )

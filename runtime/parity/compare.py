@@ -74,9 +74,7 @@ class Boundary:
 def tolerance_of(precision: str, tensor: str) -> Tolerance | None:
     """Return the tolerance of one tensor of a graph with lowered precision; None: use the tensor's dtype, as in fp32.
 
-    Args:
-        precision: precision of the graph; only the first word counts (`bf16 twin` → `bf16`).
-        tensor: name of the tensor.
+    Only the first word of the precision counts (`bf16 twin` → `bf16`).
     """
     precision = precision.split(maxsplit=1)[0]
     tolerance = PRECISION_TOLERANCES.get(precision)
@@ -93,14 +91,9 @@ def compare(
     tolerance: Tolerance | None = None,
     boxes: bool = False,
 ) -> Boundary:
-    """Compare one tensor with its reference, in float64.
+    """Compare one tensor with its reference, in float64; of boxes [..., 4] cxcywh, compute the smallest IoU too.
 
-    Args:
-        name: name of the tensor.
-        reference: expected values.
-        actual: values to compare, of the same shape.
-        tolerance: allowed difference; None: the entry of `TOLERANCES` for the dtype of `actual`.
-        boxes: whether the tensor contains boxes [..., 4] cxcywh, whose smallest IoU is computed too.
+    Without a tolerance, the entry of `TOLERANCES` for the dtype of `actual` applies.
     """
     dtype = str(actual.dtype)
     tolerance = tolerance or TOLERANCES.get(dtype, _EXACT)
@@ -165,27 +158,13 @@ def format_table(boundaries: Sequence[Boundary]) -> str:
         verdict = "ok" if b.passed else f"FAILED {b.problem}".rstrip()
         shape = "×".join(map(str, b.shape)) or "scalar"
         rows.append((b.name, b.dtype, shape, f"{b.max_abs:.2e}", f"{b.rel_l2:.2e}", f"{b.cosine:.6f}", verdict))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[3:6], widths[3:6], strict=True)]
-        lines.append("  ".join([*left, *right, row[6]]).rstrip())
-    return "\n".join(lines)
+    columns = zip(*rows, strict=True)
+    alignments = [f"{side}{max(map(len, cells))}" for side, cells in zip("<<<>>><", columns, strict=True)]
+    return "\n".join("  ".join(map(format, row, alignments)).rstrip() for row in rows)
 
 
 def replay(
-    bundle: Bundle,
-    sessions: Mapping[str, Session],
-    *,
-    graphs: Iterable[str] | None = None,
-) -> list[Boundary]:
-    """Run every recorded call of a bundle's golden cases; see `replay_cases`."""
-    return replay_cases(bundle.golden_cases(), sessions, graphs=graphs)
-
-
-def replay_cases(
-    folders: Iterable[Path],
+    cases: Bundle | Iterable[Path],
     sessions: Mapping[str, Session],
     *,
     graphs: Iterable[str] | None = None,
@@ -198,7 +177,7 @@ def replay_cases(
     positions, up to the smallest cache_position. Recorded present_* are compared with the cache after the call.
 
     Args:
-        folders: folders of the cases.
+        cases: a bundle, or folders of cases.
         sessions: open session per graph.
         graphs: graphs to replay; None: all.
         progress: called with `case/graph_i` before each call.
@@ -212,8 +191,7 @@ def replay_cases(
     """
     wanted = None if graphs is None else set(graphs)
     found: list[Boundary] = []
-    for folder in folders:
-        case = read_case(folder)
+    for case in map(read_case, cases.golden_cases() if isinstance(cases, Bundle) else cases):
         caches: dict[str, KVCache] = {}
         for call in case.calls:
             if wanted is not None and call.graph not in wanted:

@@ -7,7 +7,6 @@ with arrays `in.<input>` and `out.<output>`.
 from __future__ import annotations
 
 import json
-import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,8 +18,6 @@ import numpy as np
 from bridge_stg.runtime.bundle.bundle import COPY_AGAIN
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import BundleError
-
-_CALL_NAME = re.compile(r"(?P<graph>\w+)_(?P<index>\d+)\.npz")
 
 
 @dataclass(frozen=True)
@@ -108,10 +105,9 @@ def read_case(folder: Path) -> GoldenCase:
     except (OSError, ValueError) as error:
         text = f"{file}: this golden case cannot be read ({error}). {COPY_AGAIN}"
         raise BundleError("bundle.bad_golden_case", text) from error
-    matches = [(match, path) for path in folder.glob("*.npz") if (match := _CALL_NAME.fullmatch(path.name))]
-    calls = [GoldenCall(match["graph"], int(match["index"]), path) for match, path in matches]
-    calls.sort(key=lambda call: (call.graph, call.index))
-    return GoldenCase(folder.name, about, tuple(calls))
+    names = [(*path.stem.rpartition("_")[::2], path) for path in folder.glob("*.npz")]
+    calls = sorted((graph, int(index), path) for graph, index, path in names if graph and index.isdecimal())
+    return GoldenCase(folder.name, about, tuple(GoldenCall(*call) for call in calls))
 
 
 def write_case(
@@ -125,13 +121,8 @@ def write_case(
 ) -> None:
     """Write a case, usually into golden/<case> of a bundle that is being written.
 
-    Args:
-        folder: folder of the case; made if it does not exist.
-        calls: (graph, inputs, outputs) in call order; numbered per graph from 0.
-        kind: short name of what the case shows.
-        note: text for people.
-        tolerance: see `GoldenCase`.
-        cache_capacity: required if calls of a graph with a KV cache have no past_*.
+    `calls` are (graph, inputs, outputs) in call order, numbered per graph from 0. For the other arguments see
+    `CaseFile`; `cache_capacity` is required if calls of a graph with a KV cache have no past_*.
     """
     folder.mkdir(parents=True, exist_ok=True)
     about = CaseFile(kind, note, tolerance or {}, cache_capacity)

@@ -26,7 +26,9 @@ class DriftError(BundleError):
 
     def __init__(self, bundle: Bundle, replayed: dict[str, list[Boundary]]) -> None:
         failed = [(name, boundary) for name, found in replayed.items() for boundary in found if not boundary.passed]
-        self.variant, self.boundary = min(failed, key=lambda pair: _place_in_chain(pair[1]))
+        self.variant, self.boundary = min(
+            failed, key=lambda pair: (*GRAPHS, graph_of(pair[1])).index(graph_of(pair[1]))
+        )
         self.bundle, self.replayed, self.graph = bundle, replayed, graph_of(self.boundary)
         super().__init__(
             "bundle.drift",
@@ -40,11 +42,6 @@ class DriftError(BundleError):
 def graph_of(boundary: Boundary) -> str:
     """Return the graph of a replayed boundary, which is named `case/graph_i.tensor`."""
     return boundary.name.partition("/")[2].partition(".")[0].rpartition("_")[0]
-
-
-def _place_in_chain(boundary: Boundary) -> int:
-    graph = graph_of(boundary)
-    return GRAPHS.index(graph) if graph in GRAPHS else len(GRAPHS)
 
 
 def verify_bundle(

@@ -36,22 +36,15 @@ def limit_frames(pixels: int | None) -> None:
 
 
 def check_path(path: str | bytes) -> str:
-    """Return the path of a file that can be opened.
-
-    Raises:
-        VideoError: the file does not exist, is a directory or a device, is empty, or cannot be read.
-    """
+    """Return the path of a file that can be opened. Raises VideoError for any other."""
     path = os.fsdecode(path)
     if not path:
         raise VideoError("video.not_found", "the path of the video is empty ('')")
     try:
         status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            text = f"{path} is a directory; expected a video or image file, so name one inside it"
-            raise VideoError("video.not_a_file", text)
         if not stat.S_ISREG(status.st_mode):
-            text = f"{path} is not a regular file; pass its frames as an iterator of (time, RGB frame)"
-            raise VideoError("video.not_a_file", text)
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise VideoError("video.not_a_file", f"{path} is {kind}; expected a video or image file")
         with open(path, "rb"):
             pass
     except FileNotFoundError:
@@ -61,11 +54,9 @@ def check_path(path: str | bytes) -> str:
         text = f"{path}: no permission to read this file; change its mode or owner, or copy it"
         raise VideoError("video.no_permission", text) from None
     except (OSError, ValueError) as error:
-        text = f"{path!r} cannot be opened: {error}; expected the path of a video or image"
-        raise VideoError("video.unreadable", text) from None
+        raise VideoError("video.unreadable", f"{path!r} cannot be opened: {error}; expected a video or image") from None
     if status.st_size == 0:
-        text = f"{path} is empty (0 bytes): expected a video or image, so copy or record it again"
-        raise VideoError("video.unreadable", text)
+        raise VideoError("video.unreadable", f"{path} is empty (0 bytes): copy or record it again")
     return path
 
 
@@ -88,12 +79,9 @@ class Decoder:
             options = dict(_codec_options)
             self._container = self._av.open(f"file:{path}", options=options, metadata_errors="replace")
         except (self._av.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(
-                "video.unreadable",
-                f"{path} is not a readable video or image, or it is truncated "
-                f"({getattr(error, 'strerror', None) or error}): expected a whole file such as MP4, MKV, WebM, AVI or "
-                "JPEG, so copy or record it again, or convert it with ffmpeg",
-            ) from error
+            text = f"{path} is not a video or image, or it is truncated ({getattr(error, 'strerror', None) or error}): "
+            text += "expected a whole file such as MP4, MKV, WebM, AVI or JPEG, so copy, record or convert it again"
+            raise VideoError("video.unreadable", text) from error
         try:
             self._stream = self._moving_stream()
         except BaseException:
@@ -152,12 +140,10 @@ class Decoder:
 
     def no_frames(self) -> VideoError:
         """Return the error for a video without a decodable frame."""
-        codec = self._stream.codec_context.name
-        return VideoError(
-            "video.no_frames",
-            f"{self._path}: its {codec} video stream has no frame that can be decoded; it is truncated, damaged or "
-            "empty: expected at least one frame, so copy, record or export it again",
+        text = (
+            f"{self._path}: its {self._stream.codec_context.name} video stream has no frame that can be decoded; it is"
         )
+        return VideoError("video.no_frames", f"{text} truncated, damaged or empty, so copy, record or export it again")
 
     def close(self) -> None:
         """Close the file."""
@@ -219,20 +205,15 @@ def shown_size(frame: Any) -> tuple[int, int]:
 
 
 def shown_rgb(frame: Any) -> np.ndarray:
-    """Return a frame as shown, uint8 [height, width, 3]: in RGB, rotated and mirrored, blended with white.
-
-    Raises:
-        VideoError: the pixel format cannot be converted.
-    """
+    """Return a frame as shown, uint8 [height, width, 3]: in RGB, rotated and mirrored, blended with white."""
     alpha = not frame.format.has_palette and any(component.is_alpha for component in frame.format.components)
     try:
         rgb = frame.to_ndarray(format="rgba" if alpha else "rgb24")
     except (load_package("av", "av").FFmpegError, ValueError, OSError) as error:
-        raise VideoError(
-            "video.unsupported_codec",
-            f"a frame of pixel format {frame.format.name} cannot be converted to RGB ({error}); "
-            "convert the video to yuv420p with ffmpeg",
-        ) from error
+        text = (
+            f"pixel format {frame.format.name} cannot be converted to RGB ({error}); convert it to yuv420p with ffmpeg"
+        )
+        raise VideoError("video.unsupported_codec", text) from error
     rgb = over_white(rgb) if alpha else rgb
     transposed, flip_rows, flip_columns = _display(frame)
     rgb = rgb.transpose(1, 0, 2) if transposed else rgb

@@ -76,7 +76,7 @@ class VideoFile(VideoSource):
             self._frames = self._reopen().frames()
         decoder, frames = self._decoder, self._frames
         assert decoder is not None
-        self._frames, held = None, None
+        self._frames, last = None, None
         self.kept = kept = KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
         timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler(length_s or decoder.duration_s)
         self._tolerance_s = timeline.tolerance_s
@@ -85,21 +85,21 @@ class VideoFile(VideoSource):
         batch = _Batch(sampler)
 
         def keep(index: int, until: float) -> None:
-            batch.offer(held, until - self._tolerance_s)
-            kept.offer(index, held, until - self._tolerance_s)
+            batch.offer(last, until - self._tolerance_s)
+            kept.offer(index, last, until - self._tolerance_s)
 
         for index, frame in enumerate(frames):
             time = timeline.add(frame)
             if index and frame.key_frame:
                 keys.append(index)
-            if held is not None:
+            if last is not None:
                 keep(index - 1, time)
-            held = frame
+            last = frame
             limits.report(time, decoder.duration_s)
-        if held is None:
+        if last is None:
             raise decoder.no_frames()
         self._times = np.frombuffer(timeline.times, np.float64)
-        self._duration_s = timeline.times[-1] + timeline.length_of_last(held)
+        self._duration_s = timeline.times[-1] + timeline.length_of_last(last)
         keep(len(timeline.times) - 1, max(self._duration_s, timeline.times[-1] + 2 * self._tolerance_s))
         batch.fill()
         self._timeline, self._keys = timeline, np.asarray(keys)
@@ -140,11 +140,8 @@ class VideoFile(VideoSource):
                 walk = self._walk_to(int(index), limits)
                 at, frame = self._advance(walk, int(index))
             if at != index:
-                raise VideoError(
-                    "video.changed",
-                    f"{self.name}: the frame at {self._times[index]:.3f} s cannot be decoded a second time; "
-                    "the file has changed since it was opened, so open it again",
-                )
+                text = f"{self.name}: the frame at {self._times[index]:.3f} s cannot be decoded again: the file changed"
+                raise VideoError("video.changed", f"{text}; open it again")
             yield frame
 
     @staticmethod

@@ -92,11 +92,7 @@ def is_animation(picture: Any) -> bool:
 
 
 def read_rgb(picture: Any, path: str) -> np.ndarray:
-    """Return an image as shown, uint8 [H, W, 3]; transparent pixels are blended with white.
-
-    Raises:
-        VideoError: the file is truncated or damaged, or has a colour mode that cannot be converted.
-    """
+    """Return an image as shown, uint8 [H, W, 3], blended with white. Raises VideoError if it is damaged."""
     operations = load_package("PIL.ImageOps", "pillow")
     try:
         with picture:
@@ -142,8 +138,5 @@ def _rgb(picture: Any) -> np.ndarray:
 
 
 def _unreadable(path: str, error: Exception) -> VideoError:
-    return VideoError(
-        "video.unreadable",
-        f"{path}: the image cannot be read ({error}); it is truncated, damaged or too large: "
-        "expected a whole JPEG, PNG, WebP, BMP, TIFF or GIF file, so fetch or save it again",
-    )
+    text = f"{path}: the image cannot be read ({error}); it is truncated, damaged or too large"
+    return VideoError("video.unreadable", f"{text}; expected an intact JPEG, PNG, WebP, BMP, TIFF or GIF file")

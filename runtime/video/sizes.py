@@ -36,14 +36,8 @@ def smallest_size(height: int, width: int, *, factor: int, min_pixels: int) -> t
 
 
 def frame_sizes(height: int, width: int, spec: ModelSpec) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the (height, width) of a video's coarse frames and of its fine frames.
-
-    Raises:
-        VideoError: see `smart_size`.
-    """
+    """Return the (height, width) of a video's coarse frames and of its fine frames; see `smart_size`."""
     frames, factor = spec.frames, spec.vision.patch_size * spec.vision.merge_size
-    limits = (frames.coarse_min_pixels, frames.coarse_max_pixels), (frames.fine_min_pixels, frames.fine_max_pixels)
-    coarse, fine = (
-        smart_size(height, width, factor=factor, min_pixels=least, max_pixels=most) for least, most in limits
-    )
-    return coarse, fine
+    coarse = {"min_pixels": frames.coarse_min_pixels, "max_pixels": frames.coarse_max_pixels}
+    fine = {"min_pixels": frames.fine_min_pixels, "max_pixels": frames.fine_max_pixels}
+    return smart_size(height, width, factor=factor, **coarse), smart_size(height, width, factor=factor, **fine)

@@ -115,13 +115,10 @@ class VideoSource(ABC):
         return self._duration_s
 
     def coarse(self, limits: Limits | None = None) -> CoarseFrames:
-        """Return the whole video at coarse rate and size; it is decoded once.
+        """Return the whole video at coarse rate and size; it is decoded once, with its seconds as progress.
 
         The samples are at k / coarse_fps. Their interval doubles until there are at most `max_coarse_groups` groups,
         these fit the budget at the smallest size (see token_budget.py), and all groups print as different times.
-
-        Args:
-            limits: limits of the call; gets the seconds read so far and the total (None: not known) as progress.
         """
         if self._coarse is None:
             self._coarse = self._group(self._scan(limits or Limits()))
@@ -149,11 +146,8 @@ class VideoSource(ABC):
         rate = self._spec.frames.fine_fps
         places = 1 if self.is_image else max(1, math.ceil((self.duration_s - self._tolerance_s) * rate))
         if places > MAX_FINE_PLACES:
-            raise VideoError(
-                "video.too_long",
-                f"{self.name} lasts {self.duration_s:.3g} s according to the times of its frames, too long to sample; "
-                "expected times in seconds, so check their unit",
-            )
+            text = f"{self.name} lasts {self.duration_s:.3g} s, too long to sample; are its times in seconds?"
+            raise VideoError("video.too_long", text)
         return np.arange(places) / rate
 
     @abstractmethod

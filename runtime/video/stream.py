@@ -27,21 +27,15 @@ STREAM = "the stream of frames"
 
 
 def check_picture(picture: Any, what: str, device: DeviceContext | None = None) -> Any:
-    """Return a frame as an array, uint8 [H, W, 3].
-
-    Args:
-        picture: any array.
-        what: name of the frame, with which messages begin.
-        device: device on which the frame may be; it stays there.
+    """Check that a frame is an array, uint8 [H, W, 3], on the host or on `device`, and return it.
 
     Raises:
-        VideoError: the frame has another type, dtype or shape, or is on another device.
+        VideoError: the frame has another type, dtype or shape, or is on another device; the message begins with `what`.
     """
     expected = "expected a uint8 array [height, width, 3] in RGB"
     if is_on_gpu(picture):
         if device is None:
-            text = f"{what} is on a GPU, but the graphs run on the CPU; copy it to the host"
-            raise VideoError("video.wrong_device", text)
+            raise VideoError("video.wrong_device", f"{what} is on a GPU, graphs run on the CPU; copy it to the host")
         try:
             picture = accept(picture, device)
         except EngineError as error:
@@ -76,13 +70,11 @@ class FrameStream(VideoSource):
         device: DeviceContext | None = None,
     ) -> None:
         if isinstance(buffer_frames, bool) or not isinstance(buffer_frames, int) or buffer_frames < 1:
-            text = f"buffer_frames={buffer_frames!r}: expected a whole number, 1 or more"
-            raise VideoError("video.bad_option", text)
+            raise VideoError("video.bad_option", f"buffer_frames={buffer_frames!r}: expected a number, 1 or more")
         self._frames: Iterator[tuple[float, np.ndarray]] | None = checked_frames(frames, name, device)
         self._first = next(self._frames, None)
         if self._first is None:
-            text = f"{name} has no frames: expected at least one (time in seconds, RGB frame)"
-            raise VideoError("video.no_frames", text)
+            raise VideoError("video.no_frames", f"{name} has no frames: expected at least one (time, RGB frame)")
         height, width = self._first[1].shape[:2]
         super().__init__(spec, width=width, height=height, name=name, budget=budget)
         self._kept: GridSampler[tuple[float, np.ndarray]] = GridSampler(spec.frames.fine_fps, capacity=buffer_frames)
@@ -95,8 +87,7 @@ class FrameStream(VideoSource):
     def _scan(self, limits: Limits) -> CoarseSampler:
         frames, first, sampler = self._frames, self._first, self._sampler()
         if frames is None or first is None:
-            text = f"{self.name} has been read or closed, and cannot be read again; open a new one"
-            raise VideoError("video.closed", text)
+            raise VideoError("video.closed", f"{self.name} has been read or closed; open a new one")
         self._frames = self._first = None
         (origin, shown), times = first, [0.0]
         del first  # keep one frame at full size in memory, not two
@@ -135,24 +126,18 @@ def checked_frames(
     for index, item in enumerate(frames):
         what = f"{name}: frame {index}"
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            text = f"{what} is a {type(item).__name__}; expected a pair (time in seconds, RGB frame)"
-            raise VideoError("video.bad_frame", text)
+            raise VideoError("video.bad_frame", f"{what} is a {type(item).__name__}; expected (seconds, RGB frame)")
         if isinstance(item[0], bool) or not isinstance(item[0], numbers.Real):
-            text = f"{what} has a {type(item[0]).__name__} as its time; expected seconds as a number"
-            raise VideoError("video.bad_time", text)
+            raise VideoError("video.bad_time", f"{what} has a {type(item[0]).__name__} as its time; expected seconds")
         time = float(item[0])
         if not math.isfinite(time) or time < 0:
             raise VideoError("video.bad_time", f"{what} has the time {time}; expected finite seconds, 0 or more")
         if time <= before:
-            text = f"{what} has the time {time} s after {before} s; expected strictly increasing times"
-            raise VideoError("video.bad_time", text)
+            raise VideoError("video.bad_time", f"{what} has the time {time} s after {before} s; times must increase")
         picture = check_picture(item[1], f"{what}, its picture", device)
         size = size or picture.shape
         if picture.shape != size:
-            raise VideoError(
-                "video.size_changed",
-                f"{what} is {picture.shape[1]} × {picture.shape[0]} pixels, the frames before it are "
-                f"{size[1]} × {size[0]}; expected one size, so resize them or pass two streams",
-            )
+            sizes = f"{picture.shape[1]} × {picture.shape[0]} pixels after frames of {size[1]} × {size[0]}"
+            raise VideoError("video.size_changed", f"{what} has {sizes}; resize them or pass two streams")
         before = time
         yield time, picture.copy().wait() if isinstance(picture, DeviceArray) else picture.copy()

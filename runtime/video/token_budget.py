@@ -43,8 +43,9 @@ class Budget:
     def __post_init__(self) -> None:
         tokens = self.visual_tokens
         if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
-            text = f"max_visual_tokens={tokens!r}: expected a whole number, 1 or more, or None for no limit"
-            raise VideoError("video.bad_option", text)
+            raise VideoError(
+                "video.bad_option", f"max_visual_tokens={tokens!r}: expected 1 or more, or None for no limit"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,7 @@ class CoarseChoice:
 
 
 class CoarsePlan:
-    """The possible sizes and numbers of groups of the coarse frames of one video.
-
-    Args:
-        height: height of the video as shown, in pixels.
-        width: width of the video as shown, in pixels.
-        spec: the model's rates, sizes and limits.
-        budget: the limits for this video.
+    """The possible sizes and numbers of groups of the coarse frames of one video of height × width pixels.
 
     Attributes:
         sizes: all possible sizes, largest first.
@@ -114,11 +109,11 @@ class CoarsePlan:
         if budget.visual_tokens is not None:
             capacities["max_visual_tokens"] = budget.visual_tokens // self._tokens(self.smallest)
             if not capacities["max_visual_tokens"]:
-                raise VideoError(
-                    "video.budget_too_small",
-                    f"max_visual_tokens={budget.visual_tokens} is too small: one group of frames of {width} × {height} "
-                    f"pixels takes at least {self._tokens(self.smallest)} tokens, so give that or more",
+                text = (
+                    f"max_visual_tokens={budget.visual_tokens} is too small: one group of frames of {width} × {height}"
                 )
+                text += f" pixels takes at least {self._tokens(self.smallest)} tokens, so give that or more"
+                raise VideoError("video.budget_too_small", text)
         self.capacity = min(capacities.values())
         self.capacity_limits = [name for name, groups in capacities.items() if groups == self.capacity]
 
@@ -178,12 +173,12 @@ class CoarsePlan:
         return [largest, *sorted(between, key=self._tokens, reverse=True), smallest]
 
     def _best(self, groups: int, side: int | None, tokens: int | None) -> Size | None:
-        for size in self.sizes:
-            if (tokens is None or groups * self._tokens(size) <= tokens) and (
-                side is None or self._cells(size) <= side
-            ):
-                return size
-        return None
+        fits = (
+            size
+            for size in self.sizes
+            if (tokens is None or groups * self._tokens(size) <= tokens) and (side is None or self._cells(size) <= side)
+        )
+        return next(fits, None)
 
     def _most_tokens(self, group_times: np.ndarray) -> int | None:
         """Return the most visual tokens for all groups together."""

@@ -83,7 +83,7 @@ def test_gaps_are_left_empty() -> None:
     plan = plan_for(fake_spec())
     groups, gaps = sampled(plan, noise(np.concatenate([np.arange(20) / 8, 60.3 + np.arange(32) / 8])))
     assert gaps == 1
-    assert [group.place for group in groups] == [0, 2, 4, 6, 122, 124, 126]  # the frame at 2.375 s is held for 2 s
+    assert [group.place for group in groups] == [0, 2, 4, 6, 122, 124, 126]  # the frame at 2.375 s is shown for 2 s
     assert all(len(group.fine) == 4 for group in groups)
 
 

@@ -9,7 +9,7 @@ from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
 from bridge_stg.runtime.bundle.writer import BundleWriter
-from bridge_stg.runtime.parity.compare import as_contract, compare, format_table, replay, replay_cases, tolerance_of
+from bridge_stg.runtime.parity.compare import as_contract, compare, format_table, replay, tolerance_of
 from bridge_stg.runtime.parity.golden import Tolerance, read_case, write_case
 from tests.errors import raises
 
@@ -138,7 +138,7 @@ def test_recorded_calls_continue_with_the_cache_of_earlier_calls(recorded, sessi
     calls = [(graph, feeds, outputs) for graph, feeds, outputs, _, _ in run_of_two_rows(language_models)]
     bundle = recorded(calls, cache_capacity=8)
     seen = []
-    boundaries = replay_cases(bundle.golden_cases(), {"language_model": session}, progress=seen.append)
+    boundaries = replay(bundle.golden_cases(), {"language_model": session}, progress=seen.append)
     assert [b.name for b in boundaries] == [f"case/language_model_{i}.logits" for i in range(3)]
     assert all(b.passed for b in boundaries), format_table(boundaries)
     assert seen == [f"case/language_model_{i}" for i in range(3)]

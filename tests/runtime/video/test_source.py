@@ -50,9 +50,9 @@ def test_the_grid_is_thinned_evenly_for_any_length() -> None:
 
 
 def test_a_stream_is_sampled_like_a_video() -> None:
-    told: list[tuple[float, float | None]] = []
+    reports: list[tuple[float, float | None]] = []
     frames = counted(24, start=7)
-    limits = Limits(progress=lambda _, done, total: told.append((done, total)))
+    limits = Limits(progress=lambda _, done, total: reports.append((done, total)))
     with open_source(frames, SPEC) as source:
         assert (source.width, source.height, source.is_image) == (64, 48, False)
         coarse = source.coarse(limits)
@@ -66,7 +66,7 @@ def test_a_stream_is_sampled_like_a_video() -> None:
         np.testing.assert_allclose(fine.times, np.arange(12) / 5)
         assert fine.frames.shape == (12, 48, 64, 3)
         np.testing.assert_array_equal(source.fine([2.2, 0, 99, -1]).frames[:, 0, 0, 0], [22, 0, 22, 0])
-    assert told[-1] == (pytest.approx(2.3), None)
+    assert reports[-1] == (pytest.approx(2.3), None)
     assert source.coarse() is coarse
     with raises("video.closed"):
         source.fine([0])
