@@ -122,10 +122,9 @@ def _check_schema_version(file: Path, values: Any) -> None:
         found = f"schema_version {version!r}" if isinstance(values, dict) else type(values).__name__
         raise BundleError("bundle.schema", f"{file}: found {found}, expected a schema version (integer). {COPY_AGAIN}")
     if version != SCHEMA_VERSION:
-        newer = version > SCHEMA_VERSION
-        text = f"{file}: schema version {version} is {'newer' if newer else 'older'} than {SCHEMA_VERSION}, which is "
-        text += f"supported. {'Upgrade' if newer else 'Export the checkpoint again with this'} bridge-stg."
-        raise BundleError("bundle.schema", text)
+        age, hint = ("newer", "Upgrade") if version > SCHEMA_VERSION else ("older", "Export the checkpoint again with")
+        text = f"{file}: schema version {version} is {age} than {SCHEMA_VERSION}, which is supported."
+        raise BundleError("bundle.schema", f"{text} {hint} this bridge-stg.")
 
 
 def check_relative(path: str, *, where: Path) -> None:

@@ -54,12 +54,9 @@ def read_report(bundle_path: str | os.PathLike[str], name: str) -> dict[str, Any
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(
-            "bundle.unreadable", f"{file}: this report cannot be read ({error}). Make it again."
-        ) from error
+        raise BundleError("bundle.unreadable", f"{file}: cannot be read ({error}). Make the report again.") from error
     if not isinstance(record, dict) or record.get("sha256") != canonical_sha256(record, without="sha256"):
-        text = f"{file}: this report was changed after it was written. Make it again."
-        raise BundleError("bundle.hash_mismatch", text)
+        raise BundleError("bundle.hash_mismatch", f"{file}: was changed after it was written. Make the report again.")
     return record
 
 

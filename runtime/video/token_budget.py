@@ -110,10 +110,9 @@ class CoarsePlan:
             capacities["max_visual_tokens"] = budget.visual_tokens // self._tokens(self.smallest)
             if not capacities["max_visual_tokens"]:
                 text = (
-                    f"max_visual_tokens={budget.visual_tokens} is too small: one group of frames of {width} × {height}"
+                    f"max_visual_tokens={budget.visual_tokens}: one group of frames of {width} × {height} pixels takes"
                 )
-                text += f" pixels takes at least {self._tokens(self.smallest)} tokens, so give that or more"
-                raise VideoError("video.budget_too_small", text)
+                raise VideoError("video.budget_too_small", f"{text} {self._tokens(self.smallest)} tokens or more")
         self.capacity = min(capacities.values())
         self.capacity_limits = [name for name, groups in capacities.items() if groups == self.capacity]
 

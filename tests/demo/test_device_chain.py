@@ -14,9 +14,9 @@ from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends.tensorrt.engine_cache import read_engines
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.device.array import DeviceArray
-from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.parity.verify import verify_bundle
+from tests.errors import raises
 from tests.fakes.machine import CHAIN_PROFILES, FakeMachine
 
 SCHEDULES = {"late": (), "uploads hurry": (1,), "work hurries": (0,)}
@@ -136,7 +136,7 @@ def test_frames_on_a_gpu_need_a_chain_there(demo_bundle):
             raise AssertionError
 
     with Grounder.load(demo_bundle, backend="onnxruntime", threads=1) as grounder:
-        with pytest.raises(VideoError, match="frame 0, its picture lies on a GPU, and the graphs run on the CPU here"):
+        with raises("video.wrong_device", "frame 0"):
             grounder.ground([(0.0, OnGpu())], "the dog")
 
 
