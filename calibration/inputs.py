@@ -14,7 +14,7 @@ from bridge_stg.calibration.options import Options, require_packages
 from bridge_stg.calibration.overrides import Overrides, read_overrides
 from bridge_stg.calibration.quantize.bundle import check_precision
 from bridge_stg.calibration.recipes import RECIPES, Recipe
-from bridge_stg.export.engines.support import REFUSED, require, support
+from bridge_stg.export.engines.support import UNSUPPORTED, require, support
 from bridge_stg.export.graph.blocks import Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.writer import is_bundle
@@ -173,7 +173,7 @@ def check_backends(bundle: Bundle, recipes: Sequence[str], backends: Sequence[st
     variants = list(dict.fromkeys(graph.variant for graph in graphs))
     for backend in backends:
         for recipe in recipes:
-            able = [name for name in variants if support(backend, recipe, name, dtype).verdict != REFUSED]
+            able = [name for name in variants if support(backend, recipe, name, dtype).verdict != UNSUPPORTED]
             sentences = [require(backend, recipe, name, dtype) for name in able or variants[:1]]
             warnings |= dict.fromkeys(sentence for sentence in sentences if sentence)
             if len(able) < len(variants):

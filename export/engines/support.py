@@ -1,7 +1,7 @@
 """The table of how each engine runs each recipe, with the evidence of every row; `calibrate` and `build` obey it.
 
 Verdicts: `native`, the engine multiplies integers (w8a8) or reads them inside the matmul (w8, w4, kv8); `falls back`,
-it converts integers to floats first, which saves memory but no time; `refused`, it does not run. Imports no engine.
+it converts integers to floats first, which saves memory but no time; `unsupported`, it does not run. Imports no engine.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ TARGETS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt-10", "tensorrt-11", 
 RECIPES = ("w8a8", "w8", "w4", "kv8")
 VARIANTS = ("standard", "primitive", "ort-cpu")
 DTYPES = ("fp32", "fp16")
-NATIVE, FALLS_BACK, REFUSED = "native", "falls back", "refused"
-OF_ONNXRUNTIME = ("ort-cpu",)
+NATIVE, FALLS_BACK, UNSUPPORTED = "native", "falls back", "unsupported"
+ONNXRUNTIME_ONLY = ("ort-cpu",)
 """Variants with operators of onnxruntime on CPU; other targets never get them."""
 
 
@@ -26,9 +26,9 @@ class Support:
     Attributes:
         targets: engines that the row applies to.
         recipes: quantization recipes: `w8a8`, `w8`, `w4`, or `kv8` for the KV cache.
-        verdict: `native`, `falls back` or `refused`.
-        evidence: observation and its source.
+        verdict: `native`, `falls back` or `unsupported`.
         checked: `run` or `compiled` if a test of this repository repeats it, `documentation` if nobody ran it here.
+        evidence: observation and its source.
         variants: variants of the graphs.
         dtypes: float types of the graphs.
     """
@@ -36,8 +36,8 @@ class Support:
     targets: tuple[str, ...]
     recipes: tuple[str, ...]
     verdict: str
-    evidence: str
     checked: str
+    evidence: str
     variants: tuple[str, ...] = ("standard", "primitive")
     dtypes: tuple[str, ...] = DTYPES
 
@@ -46,110 +46,51 @@ class Support:
         return target in self.targets and recipe in self.recipes and variant in self.variants and dtype in self.dtypes
 
 
-TENSORRT = ("tensorrt-10", "tensorrt-11")
+CPU, CUDA, TENSORRT, RTX = (
+    ("onnxruntime-cpu",),
+    ("onnxruntime-cuda",),
+    ("tensorrt-10", "tensorrt-11"),
+    ("tensorrt-rtx",),
+)
 TABLE: tuple[Support, ...] = (
-    Support(
-        ("onnxruntime-cpu",), ("w8a8",), NATIVE,
-        "the variant holds onnxruntime's MatMulIntegerToFloat itself, for every product",
-        "run", ("ort-cpu",), ("fp32",),
-    ),
-    Support(
-        ("onnxruntime-cpu",), ("w8a8",), NATIVE,
-        "onnxruntime 1.32 fuses QuantizeLinear, DequantizeLinear and MatMul into MatMulIntegerToFloat, but only "
-        "products whose int8 input no other reads; `ort-cpu`, which is preferred, has all of them",
-        "run", ("standard", "primitive"), ("fp32",),
-    ),
-    Support(
-        ("onnxruntime-cpu",), ("w8a8",), FALLS_BACK,
-        "with fp16 activations nothing is fused: weights are dequantized and multiplied as floats at every call",
-        "run", VARIANTS, ("fp16",),
-    ),
-    Support(
-        ("onnxruntime-cpu",), ("w8", "w4"), NATIVE,
-        "onnxruntime 1.32 fuses DequantizeLinear and MatMul into MatMulNBits; fp16 activations are cast around it",
-        "run", VARIANTS,
-    ),
-    Support(
-        ("onnxruntime-cpu",), ("kv8",), FALLS_BACK,
-        "the cache is int8 in memory, and attention dequantizes all of it at every call",
-        "run", VARIANTS,
-    ),
-    Support(
-        ("onnxruntime-cuda",), ("w8a8",), FALLS_BACK,
-        "onnxruntime's source registers the fusion of Q/DQ around MatMul for its CPU and DirectML providers only "
-        "(qdq_selector_action_transformer.cc)",
-        "documentation",
-    ),
-    Support(
-        ("onnxruntime-cuda",), ("w8", "w4"), NATIVE,
-        "onnxruntime's source registers DequantizeLinear + MatMul → MatMulNBits for the CUDA provider too "
-        "(qdq_selector_action_transformer.cc)",
-        "documentation",
-    ),
-    Support(
-        ("onnxruntime-cuda",), ("kv8",), FALLS_BACK,
-        "the same graph as on CPU: a DequantizeLinear stands before attention",
-        "documentation",
-    ),
-    Support(
-        TENSORRT, ("w8a8",), NATIVE,
-        "TensorRT's guide, explicit quantization: Q/DQ are fused into the product, int8 × int8; its parser is the one "
-        "of TensorRT-RTX, which takes the same graphs",
-        "documentation",
-    ),
-    Support(
-        TENSORRT, ("w8",), FALLS_BACK,
-        "TensorRT's guide, quantized types: weight-only quantization is supported for INT4; int8 weights without "
-        "quantized activations are dequantized",
-        "documentation",
-    ),
-    Support(
-        TENSORRT, ("w4",), NATIVE,
-        "TensorRT's guide, quantized types: weight-only INT4, in blocks, packed two to a byte",
-        "documentation",
-    ),
-    Support(
-        ("tensorrt-rtx",), ("w8a8",), NATIVE,
-        "TensorRT-RTX 1.7.1: in the compiled plan the product reads int8 activations and int8 weights",
-        "compiled",
-    ),
-    Support(
-        ("tensorrt-rtx",), ("w8",), NATIVE,
-        "TensorRT-RTX 1.7.1: in the compiled plan one kernel reads int8 weights with a scale a channel and multiplies "
-        "(with a scale a block it dequantizes the whole weight first)",
-        "compiled",
-    ),
-    Support(
-        ("tensorrt-rtx",), ("w4",), NATIVE,
-        "TensorRT-RTX 1.7.1: in the compiled plan one kernel reads int4 weights with a scale a block and multiplies",
-        "compiled",
-    ),
-    Support(
-        ("tensorrt-rtx",), ("kv8",), REFUSED,
-        "TensorRT-RTX 1.7.1 refuses to update an int8 cache in place (TensorScatter): its type must be a float's",
-        "compiled", ("standard",),
-    ),
-    Support(
-        TENSORRT, ("kv8",), REFUSED,
-        "the cache update in place is the layer of TensorRT-RTX, which refuses int8",
-        "documentation", ("standard",),
-    ),
-    Support(
-        ("tensorrt-rtx",), ("kv8",), FALLS_BACK,
-        "TensorRT-RTX 1.7.1 compiles the appended int8 cache; it is dequantized before the products of attention",
-        "compiled", ("primitive",),
-    ),
-    Support(
-        TENSORRT, ("kv8",), FALLS_BACK,
-        "the same graph as for TensorRT-RTX, which compiles it",
-        "documentation", ("primitive",),
-    ),
-    Support(
-        ("onnxruntime-cuda", *TENSORRT, "tensorrt-rtx"), RECIPES, REFUSED,
-        "the variant is a pass for onnxruntime on CPU, derived from `standard`; TensorRT's parser takes an int8 "
-        "constant only before a DequantizeLinear",
-        "documentation", OF_ONNXRUNTIME,
-    ),
+    Support(CPU, ("w8a8",), NATIVE, "run", "the variant has onnxruntime's MatMulIntegerToFloat for every matmul",
+            ("ort-cpu",), ("fp32",)),
+    Support(CPU, ("w8a8",), NATIVE, "run", "onnxruntime 1.32 fuses QuantizeLinear, DequantizeLinear and MatMul into "
+            "MatMulIntegerToFloat, but only matmuls whose int8 input has no other reader; `ort-cpu`, which is "
+            "preferred, has it everywhere", ("standard", "primitive"), ("fp32",)),
+    Support(CPU, ("w8a8",), FALLS_BACK, "run", "with fp16 activations nothing is fused: weights are dequantized and "
+            "multiplied as floats in every call", VARIANTS, ("fp16",)),
+    Support(CPU, ("w8", "w4"), NATIVE, "run", "onnxruntime 1.32 fuses DequantizeLinear and MatMul into MatMulNBits; "
+            "fp16 activations are cast around it", VARIANTS),
+    Support(CPU, ("kv8",), FALLS_BACK, "run", "the cache is int8 in memory, and attention dequantizes all of it in "
+            "every call", VARIANTS),
+    Support(CUDA, ("w8a8",), FALLS_BACK, "documentation", "onnxruntime's source registers the fusion of Q/DQ around "
+            "MatMul for its CPU and DirectML providers only (qdq_selector_action_transformer.cc)"),
+    Support(CUDA, ("w8", "w4"), NATIVE, "documentation", "onnxruntime's source registers DequantizeLinear + MatMul → "
+            "MatMulNBits for the CUDA provider too (qdq_selector_action_transformer.cc)"),
+    Support(CUDA, ("kv8",), FALLS_BACK, "documentation", "as on CPU, attention follows a DequantizeLinear"),
+    Support(TENSORRT, ("w8a8",), NATIVE, "documentation", "TensorRT's guide, explicit quantization: Q/DQ are fused "
+            "into the matmul, int8 × int8; TensorRT-RTX, which has the same parser, takes the same graphs"),
+    Support(TENSORRT, ("w8",), FALLS_BACK, "documentation", "TensorRT's guide, quantized types: weight-only "
+            "quantization is supported for INT4; int8 weights without quantized activations are dequantized"),
+    Support(TENSORRT, ("w4",), NATIVE, "documentation", "TensorRT's guide, quantized types: weight-only INT4, in "
+            "blocks, packed two per byte"),
+    Support(RTX, ("w8a8",), NATIVE, "compiled", "TensorRT-RTX 1.7.1: in the compiled plan the matmul reads int8 "
+            "activations and int8 weights"),
+    Support(RTX, ("w8",), NATIVE, "compiled", "TensorRT-RTX 1.7.1: in the compiled plan one kernel reads int8 weights "
+            "with one scale per channel and multiplies (with block scales it dequantizes the whole weight first)"),
+    Support(RTX, ("w4",), NATIVE, "compiled", "TensorRT-RTX 1.7.1: in the compiled plan one kernel reads int4 weights "
+            "with block scales and multiplies"),
+    Support(RTX, ("kv8",), UNSUPPORTED, "compiled", "TensorRT-RTX 1.7.1 updates only float caches in place "
+            "(TensorScatter)", ("standard",)),
+    Support(TENSORRT, ("kv8",), UNSUPPORTED, "documentation", "the in-place cache update is the layer of TensorRT-RTX, "
+            "which does not take int8", ("standard",)),
+    Support(RTX, ("kv8",), FALLS_BACK, "compiled", "TensorRT-RTX 1.7.1 compiles the appended int8 cache; it is "
+            "dequantized before the matmuls of attention", ("primitive",)),
+    Support(TENSORRT, ("kv8",), FALLS_BACK, "documentation", "TensorRT-RTX compiles the same graph", ("primitive",)),
+    Support((*CUDA, *TENSORRT, *RTX), RECIPES, UNSUPPORTED, "documentation", "the variant is made for onnxruntime on "
+            "CPU from `standard`; TensorRT's parser takes int8 constants only before DequantizeLinear",
+            ONNXRUNTIME_ONLY),
 )  # fmt: skip
 """Rows in the order of the documentation; exactly one applies to every combination."""
 
@@ -171,8 +112,8 @@ def require(target: str, recipe: str, variant: str = "standard", dtype: str = "f
         EngineError: the target does not support the combination, or a name is unknown.
     """
     row = support(target, recipe, variant, dtype)
-    if row.verdict == REFUSED:
-        others = [name for name in VARIANTS if support(target, recipe, name, dtype).verdict != REFUSED]
+    if row.verdict == UNSUPPORTED:
+        others = [name for name in VARIANTS if support(target, recipe, name, dtype).verdict != UNSUPPORTED]
         advice = f"Use the variant {' or '.join(others)}" if others else "Leave this recipe out for this target"
         raise EngineError(
             "engine.unsupported_recipe",

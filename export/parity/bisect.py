@@ -130,7 +130,7 @@ def bisect(
     call = rest.partition(".")[0]
     folders = [folder for folder in suspect.bundle.golden_cases() if folder.name == case]
     if not folders:
-        raise BundleError("bundle.missing_case", f"{suspect.bundle.path}: has no golden case {case!r} ({boundary}).")
+        raise BundleError("bundle.bad_golden_case", f"{suspect.bundle.path}: has no golden case {case!r} ({boundary}).")
     pairs = pair_outputs(block_outputs(suspect.file), block_outputs(reference.file))
     if not pairs:
         raise BundleError(

@@ -155,7 +155,7 @@ class _Lowering:
                 array = tensor.numpy().astype(self.dtype.numpy())
             if not np.isfinite(array.astype(np.float32)).all():
                 raise CheckpointError(
-                    "checkpoint.overflow", f"{value.name}: a constant of the model does not fit {self.dtype}"
+                    "checkpoint.not_finite", f"{value.name}: a constant of the model does not fit {self.dtype}"
                 )
             value.const_value = ir.tensor(array, dtype=self.dtype, name=value.name)
         value.dtype = self.dtype

@@ -93,7 +93,7 @@ def row_blocks(store: WeightStore, key: str, *, block_bytes: int | None = None) 
             buffer = bytearray(count * row_bytes)
             if file.readinto(buffer) != len(buffer):
                 raise CheckpointError(
-                    "checkpoint.truncated", f"{stored.path}: {key} cannot be read to its end; the file was cut short"
+                    "checkpoint.damaged", f"{stored.path}: {key} cannot be read to its end; the file was cut short"
                 )
             yield torch.frombuffer(buffer, dtype=stored.dtype).reshape(count, *stored.shape[1:])
 
@@ -153,7 +153,7 @@ def _overflow(stored: StoredTensor, block: torch.Tensor, dtype: torch.dtype) -> 
         return CheckpointError("checkpoint.not_finite", f"{where} has values that are not finite")
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
     return CheckpointError(
-        "checkpoint.overflow",
+        "checkpoint.not_finite",
         f"{where} has the value {float(values.abs().max()):.3g}, and the largest of {name} is "
         f"{torch.finfo(dtype).max:.3g}; export with --dtype bf16 or --dtype fp32",
     )

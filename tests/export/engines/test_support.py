@@ -13,9 +13,9 @@ from bridge_stg.export.engines.support import (
     FALLS_BACK,
     NATIVE,
     RECIPES,
-    REFUSED,
     TABLE,
     TARGETS,
+    UNSUPPORTED,
     VARIANTS,
     require,
     support,
@@ -70,7 +70,7 @@ def test_tensorrt_rtx(recipe: str, variant: str, dtype: str, tmp_path: Path) -> 
     row = support("tensorrt-rtx", recipe, variant, dtype)
     onnx.save(form(recipe, variant, dtype), tmp_path / "g.onnx")
     assert row.checked == "compiled"
-    if row.verdict == REFUSED:
+    if row.verdict == UNSUPPORTED:
         with raises("engine.rejected_graph", "Int8", "Float", kind=EngineError):
             compile_for(tmp_path / "g.onnx", SIZES, capacity=128)
         return

@@ -140,7 +140,7 @@ def test_missing_onnx_is_reported_before_the_replay(exported: Bundle, monkeypatc
 
 def test_boundary_of_no_case(exported: Bundle) -> None:
     side = bisect.Side(exported, "language_model", "standard")
-    with raises("bundle.missing_case", "nowhere", kind=BundleError):
+    with raises("bundle.bad_golden_case", "nowhere", kind=BundleError):
         bisect.bisect(side, side, "nowhere/language_model_0.logits")
 
 

@@ -81,7 +81,7 @@ def test_blocks_are_all_rows_and_no_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "code", "values"),
     [
-        (7e4, "checkpoint.overflow", ("w", "7.01e+04", "fp16", "6.55e+04", "--dtype bf16")),
+        (7e4, "checkpoint.not_finite", ("w", "7.01e+04", "fp16", "6.55e+04", "--dtype bf16")),
         (np.nan, "checkpoint.not_finite", ("w",)),
     ],
 )
