@@ -30,14 +30,17 @@ def write_report(
     """
     folder = Path(bundle_path) / REPORTS
     check_relative(name, where=folder)
-    record = json.loads(json.dumps(values))
+    record, texts = json.loads(json.dumps(values)), {}
+    if html is not None:
+        record["html_sha256"] = hashlib.sha256(html.encode()).hexdigest()
+        texts["html"] = html
+    record["sha256"] = canonical_sha256(record, without="sha256")
+    texts["json"] = json.dumps(record, indent=1) + "\n"
     try:
         folder.mkdir(exist_ok=True)
-        if html is not None:
-            record["html_sha256"] = hashlib.sha256(html.encode()).hexdigest()
-            _replace(folder / f"{name}.html", html)
-        record["sha256"] = canonical_sha256(record, without="sha256")
-        _replace(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+        for suffix, text in texts.items():
+            with replacing(folder / f"{name}.{suffix}") as partial:
+                partial.write_bytes(text.encode())
     except OSError as error:
         text = f"{folder}: the report {name!r} cannot be written ({error}). Is the bundle read-only?"
         raise BundleError("output.not_writable", text) from error
@@ -58,8 +61,3 @@ def read_report(bundle_path: str | os.PathLike[str], name: str) -> dict[str, Any
     if not isinstance(record, dict) or record.get("sha256") != canonical_sha256(record, without="sha256"):
         raise BundleError("bundle.hash_mismatch", f"{file}: was changed after it was written. Make the report again.")
     return record
-
-
-def _replace(file: Path, text: str) -> None:
-    with replacing(file) as partial:
-        partial.write_bytes(text.encode())

@@ -5,89 +5,76 @@ Knows nothing of the model.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from collections import deque
 
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.live.plan import LivePlan, PlanOf
 from bridge_stg.runtime.live.sampling import LiveGroup, LiveSampler
 from bridge_stg.runtime.live.source import LiveSource
 
+POLL_S = 0.05
+"""Seconds between checks of a thread that waits for the other one."""
 JOIN_S = 2.0
 """How long closing waits for the thread of a silent source; after that it ends with the process."""
 
 
 class GroupQueue:
-    """A queue of a few groups, for two threads.
+    """A queue of at most `capacity` groups, for two threads.
 
-    Args:
-        capacity: most waiting groups.
-        latest_wins: what happens to a further group: True replaces the oldest one, False makes the reader wait.
-
-    Attributes:
-        dropped: groups that were replaced.
+    When it is full, a further group replaces the oldest one (`latest_wins`), counted in `dropped`, or has to wait.
     """
 
     def __init__(self, capacity: int, *, latest_wins: bool) -> None:
         self.dropped = 0
-        self._capacity, self._latest_wins = capacity, latest_wins
-        self._groups: deque[LiveGroup] = deque()
-        self._changed = threading.Condition()
+        self._latest_wins = latest_wins
+        self._groups: queue.Queue[LiveGroup] = queue.Queue(capacity)
         self._ended = self._closed = False
         self._error: BaseException | None = None
 
     def put(self, group: LiveGroup) -> bool:
         """Add a group; return False if the queue is closed."""
-        with self._changed:
-            if self._latest_wins and len(self._groups) == self._capacity:
-                self._groups.popleft()
-                self.dropped += 1
-            self._changed.wait_for(lambda: self._closed or len(self._groups) < self._capacity)
-            if not self._closed:
-                self._groups.append(group)
-                self._changed.notify_all()
-            return not self._closed
+        while not self._closed:
+            try:
+                self._groups.put(group, timeout=0 if self._latest_wins else POLL_S)
+                return True
+            except queue.Full:
+                if self._latest_wins and self._take(0) is not None:
+                    self.dropped += 1
+        return False
 
     def end(self, error: BaseException | None = None) -> None:
         """Mark the end of the stream; after the last group, `get` raises `error`."""
-        with self._changed:
-            self._ended, self._error = True, error
-            self._changed.notify_all()
+        self._error, self._ended = error, True
 
     def get(self, timeout_s: float) -> LiveGroup | None:
         """Return the oldest group; None after `timeout_s` without one, or if the stream has ended (see `ended`)."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._groups or self._ended, timeout_s)
-            if self._groups:
-                self._changed.notify_all()
-                return self._groups.popleft()
-            if self._error is not None:
-                raise self._error
+        group = self._take(timeout_s)
+        if group is None and self._error is not None and self.ended:
+            raise self._error
+        return group
+
+    def _take(self, timeout_s: float) -> LiveGroup | None:
+        try:
+            return self._groups.get(timeout=timeout_s)
+        except queue.Empty:
             return None
 
     @property
     def ended(self) -> bool:
         """Whether the queue is empty and stays so."""
-        with self._changed:
-            return self._ended and not self._groups
+        return self._ended and self._groups.empty()
 
     def close(self) -> None:
         """Drop all groups; a waiting `put` returns False."""
-        with self._changed:
-            self._closed = True
-            self._groups.clear()
-            self._changed.notify_all()
+        self._closed = True
+        while self._take(0) is not None:
+            pass
 
 
 class LiveReader:
-    """Reads one source from start to end in its own thread.
-
-    Args:
-        source: read once; opened and closed in the thread.
-        plan_of: returns the plan for frames of (height, width).
-        queue: receives the groups, and the source's end or error.
-        hold_s: see `LiveSampler`.
+    """Reads one source from start to end in its own thread; `queue` receives the groups, and the end or the error.
 
     Attributes:
         frames: number of frames read.

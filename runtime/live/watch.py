@@ -18,17 +18,14 @@ from bridge_stg.runtime.chain.prompt import check_query
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
-from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.host.limits import Cancel, Limits
 from bridge_stg.runtime.live.events import Event, EventTracker
 from bridge_stg.runtime.live.plan import LivePlan, check_window, plan_stream
-from bridge_stg.runtime.live.reader import GroupQueue, LiveReader
+from bridge_stg.runtime.live.reader import POLL_S, GroupQueue, LiveReader
 from bridge_stg.runtime.live.sampling import LiveGroup
 from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.live.stats import LiveStats
 from bridge_stg.runtime.live.window import LiveWindow, in_stream_time
-
-POLL_S = 0.05
-"""Seconds between checks for a stop signal while waiting for frames."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class LiveWatch(Iterator[LiveUpdate]):
         queries: Sequence[str],
         options: LiveOptions,
         *,
-        cancel: Any = None,
+        cancel: Cancel | None = None,
         feature_budget_bytes: int,
     ) -> None:
         check_window(options.window, chain.spec)

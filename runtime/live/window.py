@@ -39,12 +39,7 @@ class _Encoded:
 
 
 class LiveWindow:
-    """The window, for one thread.
-
-    Args:
-        chain: the model.
-        plan: how the stream is sampled.
-        feature_budget_bytes: most bytes of the fine feature maps.
+    """The window, for one thread; its fine feature maps take at most `feature_budget_bytes`.
 
     Attributes:
         prefilled: tokens that the language model has prefilled so far.

@@ -221,12 +221,7 @@ class _Batch:
 
 
 class KeptFrames:
-    """Decoded frames of the fine grid: all of them, or none if they do not fit.
-
-    Args:
-        rate: rate of the fine grid, in frames per second.
-        budget_bytes: most bytes of all frames together.
-    """
+    """Decoded frames of the fine grid of `rate` frames per second: all, or none if they do not fit the budget."""
 
     def __init__(self, rate: float, budget_bytes: int) -> None:
         self.frames: dict[int, Any] = {}

@@ -56,14 +56,8 @@ class GridSampler(Generic[T]):
 class CoarseSampler(GridSampler[np.ndarray]):
     """The coarse samples, whose size shrinks while the video gets longer.
 
-    Samples are kept somewhat larger than the budget would allow if the video ended now; see `CoarsePlan.rung`.
-
-    Args:
-        plan: the possible sizes, and the most groups.
-        rate: samples per second at stride 1.
-        group: samples per group.
-        stride: the first stride.
-        length_s: expected length of the video in seconds; None: not known. A wrong value costs only sharpness or time.
+    Samples are kept somewhat larger than the budget would allow if the video ended now; see `CoarsePlan.rung`. A wrong
+    expected length `length_s` (None: not known) costs only sharpness or time.
     """
 
     def __init__(

@@ -154,21 +154,15 @@ class CoarsePlan:
 
     def _smaller(self, height: int, width: int, min_pixels: int) -> list[Size]:
         """Return all sizes from the largest down to the smallest with at least `min_pixels`."""
-        largest, cell = self.sizes[0], self._side**2
-        smallest = smallest_size(height, width, factor=self._side, min_pixels=min_pixels)
-        if self._tokens(smallest) >= self._tokens(largest):
+        largest, side = self.sizes[0], self._side
+        smallest = smallest_size(height, width, factor=side, min_pixels=min_pixels)
+        least, most = self._tokens(smallest), self._tokens(largest)
+        if least >= most:
             return [largest]
-        found = {
-            smart_size(height, width, factor=self._side, min_pixels=1, max_pixels=tokens * cell)
-            for tokens in range(1, self._tokens(largest))
-        }
-        between = [
-            size
-            for size in found
-            if self._tokens(smallest) < self._tokens(size) < self._tokens(largest)
-            and size[0] <= largest[0]
-            and size[1] <= largest[1]
-        ]
+        pixels = (tokens * side**2 for tokens in range(1, most))
+        found = {smart_size(height, width, factor=side, min_pixels=1, max_pixels=count) for count in pixels}
+        narrower = [size for size in found if size[0] <= largest[0] and size[1] <= largest[1]]
+        between = [size for size in narrower if least < self._tokens(size) < most]
         return [largest, *sorted(between, key=self._tokens, reverse=True), smallest]
 
     def _best(self, groups: int, side: int | None, tokens: int | None) -> Size | None:

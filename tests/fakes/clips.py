@@ -1,4 +1,4 @@
-"""Small videos to read, and the plain decode that they are compared with."""
+"""Small test videos, and the plain decode that they are compared with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOP = "keyint=20:min-keyint=20:scenecut=0:bframes=3"
 
 
 def pictures(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Pictures that all differ: smooth noise that drifts, with the number as a bar code."""
+    """Return frames that all differ: moving smooth noise, with the index as a bar code."""
     rng = np.random.default_rng(0)
     noise = rng.integers(40, 200, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
     noise = np.kron(noise, np.ones((8, 8, 1), np.uint8))[:height, :width]
@@ -65,7 +65,7 @@ def write(
 
 
 def decoded(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """The reference: every frame of the file in RGB, by one plain pass, and its time where the file gives one."""
+    """Return every frame of a file in RGB from one plain pass, and the times that the file contains."""
     with av.open(str(path)) as file:
         frames = list(file.decode(video=0))
         times = [(f.pts - frames[0].pts) * float(file.streams.video[0].time_base) for f in frames if f.pts is not None]

@@ -1,4 +1,4 @@
-"""A chain for live tests: a language model that sees, sessions that count and keep nothing, and their streams."""
+"""A chain for live tests: a language model that reads brightness, sessions that count calls, and test streams."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TIME = re.compile(r"<[0-9.]+ seconds>")
 
 
 class SeeingLanguageModel(FakeLanguageModel):
-    """Names the last run of groups that are bright, as a trained model names the target's."""
+    """Answers with the last run of bright groups, like a trained model with the target's."""
 
     def scripted(self, visible: np.ndarray) -> np.ndarray:
         wish = np.zeros(VOCAB, np.float32)
         text = self.tokenizer.decode(visible[:, 0])
-        prompt, asked, written = text.rpartition("<|im_start|>assistant\n")
-        if asked:
+        prompt, marker, written = text.rpartition("<|im_start|>assistant\n")
+        if marker:
             bright = visible[visible[:, 1] > 0, 1].reshape(len(TIME.findall(prompt)), -1).mean(axis=1) > 70_000
             answer = self.named(TIME.findall(prompt), bright)
             if answer.startswith(written) and answer != written:
@@ -48,7 +48,7 @@ class SeeingLanguageModel(FakeLanguageModel):
 
 
 class Counting:
-    """A session that counts what it is fed and forgets it, so that it can run for an hour."""
+    """A session that counts its inputs without keeping them, so that it can run for an hour."""
 
     def __init__(self, session: Any) -> None:
         self.session = session
@@ -89,7 +89,7 @@ def live_grounder(spec: ModelSpec | None = None, *, seeing: bool = True, **optio
 def stream(
     seconds: float, *, bright: tuple[tuple[float, float], ...] = (), fps: float = 8.0, start_s: float = 0.0
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (time, frame): white where the target is there, black elsewhere; made as they are taken."""
+    """Yield (time, frame): white while the target is visible, black otherwise; made on demand."""
     frames = {shown: np.full((48, 64, 3), 255 if shown else 0, np.uint8) for shown in (True, False)}
     for i in range(int(seconds * fps)):
         time = i / fps

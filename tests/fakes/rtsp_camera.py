@@ -1,4 +1,4 @@
-"""A camera on loopback: as much of RTSP (RFC 2326) as a player needs, with MPEG-TS in RTP over the same connection."""
+"""A camera on loopback: the part of RTSP (RFC 2326) that players need, with MPEG-TS in RTP on one connection."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def play(connection: socket.socket, stream: bytes, pace_s: float) -> None:
 
 @contextmanager
 def camera(stream: bytes, *, hang: bool = False, pace_s: float = 0.001) -> Iterator[str]:
-    """Give the address of a camera that shows a transport stream once, and then hangs up or falls silent."""
+    """Provide the address of a camera that sends a transport stream once, then disconnects or stops sending."""
     listener, done = socket.create_server(("127.0.0.1", 0)), threading.Event()
     listener.settimeout(20)
 

@@ -52,7 +52,7 @@ def test_every_answer_is_that_of_the_same_frames_in_one_prefill(queries: list[st
     assert found > 5 and len(answers) > 5  # the fake model's answers depend on every token that it sees
 
 
-def test_a_frame_costs_the_same_however_long_the_stream_has_been_running() -> None:
+def test_the_cost_per_frame_is_constant() -> None:
     grounder = live_grounder(seeing=False)
     encoder, language = counting(grounder)
     seen = []
@@ -179,7 +179,7 @@ def test_a_slow_machine_drops_the_oldest_and_counts_it() -> None:
     assert all(end - start <= 8 for start, end in (update.window for update in updates))
 
 
-def test_a_source_that_can_wait_does() -> None:
+def test_a_source_without_latest_wins_waits_for_the_model() -> None:
     grounder = live_grounder()
     slowed(grounder, 0.002)
     taken: list[float] = []

@@ -72,7 +72,7 @@ def test_a_stream_is_sampled_like_a_video() -> None:
         source.fine([0])
 
 
-def test_a_long_stream_is_thinned_and_its_memory_stays_flat() -> None:
+def test_a_long_stream_is_thinned_in_constant_memory() -> None:
     def frames(count: int) -> Iterator[tuple[float, np.ndarray]]:
         for index in range(count):
             yield index / 10, picture(index * 256 // count, 240, 320)

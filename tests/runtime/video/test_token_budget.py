@@ -82,7 +82,7 @@ def test_without_a_budget_nothing_changes() -> None:
     assert read(stream(8), 90).choice.limited_by == ("max_visual_tokens",)
 
 
-def test_the_spec_may_hold_the_budget() -> None:
+def test_the_spec_can_set_the_budget() -> None:
     spec = dataclasses.replace(SPEC, frames=dataclasses.replace(FRAMES, max_visual_tokens=50))
     with open_source(stream(8), spec) as source:
         assert source.coarse().choice.tokens == 8 * 6
@@ -105,12 +105,12 @@ def test_sizes_go_down_to_the_smallest(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, -3, 2.5, True, "9"])
-def test_budgets_that_are_none(tokens: Any) -> None:
+def test_invalid_budgets(tokens: Any) -> None:
     with raises("video.bad_option", f"max_visual_tokens={tokens!r}"):
         read(stream(2), tokens)
 
 
-def test_a_budget_below_one_group_says_what_is_needed() -> None:
+def test_the_error_for_a_budget_below_one_group_gives_the_minimum() -> None:
     with raises("video.budget_too_small", "max_visual_tokens=3", "64 × 48", "4 tokens"):
         read(stream(2), 3)
     assert read(stream(2), 4).choice.groups == 1
@@ -123,7 +123,7 @@ def test_an_image_is_made_smaller_once() -> None:
     np.testing.assert_array_equal(coarse.frames[0, 1], resize(picture, (32, 48)))
 
 
-def test_a_long_stream_is_held_small() -> None:
+def test_a_long_stream_is_kept_at_a_small_size() -> None:
     """Neither the frames at full size nor all samples at coarse size are ever in memory together."""
     frames = FramesSpec(
         coarse_fps=2, coarse_max_pixels=512 * 512, coarse_min_pixels=64 * 64, max_coarse_groups=4000,
@@ -214,7 +214,7 @@ def test_the_choice_is_in_the_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [400, 250, 190, 150])
-def test_positions_bind_instead_of_an_error(room: int) -> None:
+def test_positions_limit_the_size_instead_of_an_error(room: int) -> None:
     spec = fake_spec(coarse_max_pixels=64 * 64)
     spec = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=room))
     grounder = fake_grounder(spec, {"the car": "none"})
@@ -230,7 +230,7 @@ def test_positions_bind_instead_of_an_error(room: int) -> None:
 @pytest.mark.parametrize(
     ("patches", "best", "groups"), [(8192, None, 3), (48, None, 1), (96, None, 2), (10, None, 1), (8192, 100, 2)]
 )
-def test_a_chunk_of_the_encoder_holds_so_many_patches(patches: int, best: int | None, groups: int) -> None:
+def test_encoder_chunks_have_a_limited_number_of_patches(patches: int, best: int | None, groups: int) -> None:
     spec = fake_spec(coarse_max_pixels=64 * 64, encoder_chunk_patches=patches)
     grounder = fake_grounder(spec, {"the car": "<2.2 seconds> to <4.2 seconds>"})
     if best is not None:  # what the session takes best
