@@ -109,7 +109,7 @@ def main(full: bool, **options: Any) -> None:
                 measure_in_groups(name, specs, model, inputs, results, turns, options["threads"], progress, rows)
             if name == "demo":
                 cold_start(model, results, progress, runs=3 if not full else 7)
-            if growth and name == MODEL or growth and models == ("demo",):
+            if (growth and name == MODEL) or (growth and models == ("demo",)):
                 grow(model, results, options["threads"], progress, repeat=1)
         limits_of_now(results, options["threads"], progress)
     result = gather(results, threads=options["threads"])

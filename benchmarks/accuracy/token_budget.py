@@ -63,7 +63,7 @@ class Saving:
 
     def ground(self, video: Any, query: str, **options: Any) -> Grounding:
         """Answer one query; the coarse part of its CPU time is what passes before the spatial pass."""
-        session: Any = self._grounder._sessions["vision_encoder"]
+        session: Any = self._grounder.sessions["vision_encoder"]
         infer, encoded = type(session).infer, 0
 
         def counted(feeds: Any, *, cache: Any = None) -> Any:

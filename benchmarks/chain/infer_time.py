@@ -45,7 +45,12 @@ def timed(
 
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=first
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=first,  # noqa: PLW1509 - this program has no threads
     )
     assert process.stdout is not None
     printed = process.stdout.read()

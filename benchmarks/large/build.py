@@ -23,9 +23,9 @@ from bridge_stg.runtime.host.machine import describe
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-from bridge_stg.export.engines.layers import plan_summary  # noqa: E402
-from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineEntry, read_engines  # noqa: E402
-from bridge_stg.runtime.bundle.bundle import Bundle  # noqa: E402
+from bridge_stg.export.engines.layers import plan_summary
+from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineEntry, read_engines
+from bridge_stg.runtime.bundle.bundle import Bundle
 
 RESULTS = Path("benchmarks/results")
 

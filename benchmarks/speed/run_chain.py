@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from speed.chain_rows import ChainRows  # noqa: E402
-from speed.peers.protocol import Loaded, Model, PeerError, serve  # noqa: E402
+from speed.chain_rows import ChainRows
+from speed.peers.protocol import Loaded, Model, PeerError, serve
 
 # isort: split
-from bridge_stg.runtime import Grounder  # noqa: E402
+from bridge_stg.runtime import Grounder
 
 
 def load_ours(model: Model, precision: str, threads: int) -> Loaded:
@@ -51,7 +51,7 @@ def compile_parts(model: object) -> None:
     """Compile the three parts; a size that changes does not compile them again."""
     import torch
 
-    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.cache_size_limit = 64  # noqa: SLF001 - torch has no public setting
     for name in ("vision_encoder", "language_model", "spatial_decoder"):
         getattr(model, name).compile(dynamic=True)
 

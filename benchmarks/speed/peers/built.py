@@ -30,7 +30,9 @@ def built(folder: Path, command: Callable[[Path], Sequence[str]]) -> float:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     arguments = [sys.executable, *command(partial)]
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+    )
     if done.returncode:
         shutil.rmtree(partial, ignore_errors=True)
         said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["it said nothing"]

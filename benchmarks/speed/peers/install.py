@@ -1,4 +1,4 @@
-"""Make the virtual environments of the peers: python benchmarks/speed/peers/install.py [NAME ...]
+"""Make the virtual environments of the peers: python benchmarks/speed/peers/install.py [NAME ...].
 
 Each is made once of `requirements/NAME.txt`, where every version is pinned, and again when that file has changed.
 """
@@ -70,7 +70,13 @@ def _run(name: str, command: Sequence[str], environment: dict[str, str]) -> None
     limit = SECONDS.get(name, 1800)
     try:
         done = subprocess.run(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=limit
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=limit,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise InstallError(f"{name}: not installed within {limit} seconds") from error

@@ -103,7 +103,7 @@ def answer_requests(load: Load, requests: TextIO, answers: TextIO) -> None:
                 answer = _run(loaded, request)
             else:
                 raise PeerError(f"do is {request.get('do')!r}, expected load, run or quit")
-        except Exception as error:  # a peer may raise anything, and the others still have to be measured
+        except Exception as error:  # noqa: BLE001 - a peer may raise anything, and the others still have to be measured
             answer = {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

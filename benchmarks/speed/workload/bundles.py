@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from speed.workload.clips import calibration_samples  # noqa: E402
+from speed.workload.clips import calibration_samples
 
 # isort: split
-from bridge_stg.runtime.bundle.bundle import Bundle  # noqa: E402
-from bridge_stg.runtime.bundle.spec import ModelSpec  # noqa: E402
+from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.spec import ModelSpec
 
 RECIPES = {"int8": "w8a8", "int4": "w4"}
 DEMO = Path("assets/demo/checkpoint")

@@ -13,12 +13,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from speed.watching import Call, Watch, answer_marker  # noqa: E402
-from speed.workload.clips import QUERIES, clip  # noqa: E402
+from speed.watching import Call, Watch, answer_marker
+from speed.workload.clips import QUERIES, clip
 
 # isort: split
-from bridge_stg.runtime.bundle.spec import ModelSpec  # noqa: E402
-from bridge_stg.runtime.host.files import replacing  # noqa: E402
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.host.files import replacing
 
 STEPS = 16
 """Tokens that are decoded."""

@@ -1,4 +1,4 @@
-"""A Qwen3ForCausalLM folder as a GGUF file: python gguf_file.py FOLDER OUT {f32,q8_0,q4_0}
+"""A Qwen3ForCausalLM folder as a GGUF file: python gguf_file.py FOLDER OUT {f32,q8_0,q4_0}.
 
 Written in f32 by the `gguf` package; q8_0 and q4_0 are llama.cpp's own quantization of that file. Without a
 vocabulary, since the runner feeds ids.

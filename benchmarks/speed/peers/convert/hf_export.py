@@ -1,4 +1,4 @@
-"""Export a Qwen3ForCausalLM folder by transformers' own exporter: python hf_export.py FOLDER OUT {fp32,int8}
+"""Export a Qwen3ForCausalLM folder by transformers' own exporter: python hf_export.py FOLDER OUT {fp32,int8}.
 
 Writes OUT/prefill/model.onnx and OUT/decode/model.onnx, fused into onnxruntime's operators for CPU. The exporter takes
 `logits_to_keep` out of what `generate` passes, so that its prefill would compute the logits of all tokens; it is put
