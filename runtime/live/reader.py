@@ -124,14 +124,14 @@ class LiveReader:
 
     def _read(self) -> None:
         sampler: LiveSampler | None = None
-        for time_s, picture in self._source.frames(self._stop):
+        for time_s, frame in self._source.frames(self._stop):
             self._arrived = time.monotonic()
             if sampler is None:
-                height, width = picture().shape[:2]
+                height, width = frame().shape[:2]
                 self.plan, self.origin_s = self._plan_of(height, width), time_s
                 sampler = LiveSampler(self.plan, hold_s=self._hold_s)
             self.frames, self.newest_s = self.frames + 1, time_s
-            for group in sampler.add(time_s, picture):
+            for group in sampler.add(time_s, frame):
                 if not self._queue.put(group):
                     return
                 self._arrived = time.monotonic()  # waiting for the queue is not silence of the source

@@ -26,12 +26,12 @@ class FineSample:
     Attributes:
         place: index on the stream's fine grid.
         time_s: the frame's own time, in seconds from the first frame of the stream.
-        picture: uint8 [h, w, 3], RGB.
+        frame: uint8 [h, w, 3], RGB.
     """
 
     place: int
     time_s: float
-    picture: np.ndarray
+    frame: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +52,15 @@ class LiveGroup:
 class _Shown:
     """The current frame, shown until the next one; converted and resized once per size, and only if it is sampled."""
 
-    def __init__(self, time_s: float, picture: Callable[[], np.ndarray], plan: LivePlan) -> None:
-        self.time_s, self._picture, self._plan = time_s, picture, plan
+    def __init__(self, time_s: float, frame: Callable[[], np.ndarray], plan: LivePlan) -> None:
+        self.time_s, self._frame, self._plan = time_s, frame, plan
         self._rgb: np.ndarray | None = None
         self._sizes: dict[tuple[int, int], np.ndarray] = {}
 
     def at(self, size: tuple[int, int]) -> np.ndarray:
         if size not in self._sizes:
             if self._rgb is None:
-                self._rgb = self._picture()
+                self._rgb = self._frame()
                 height, width = self._rgb.shape[:2]
                 if (width, height) != (self._plan.width, self._plan.height):
                     sizes = f"from {self._plan.width} × {self._plan.height} to {width} × {height} pixels"
@@ -75,7 +75,7 @@ class LiveSampler:
     Args:
         plan: rates and sizes.
         hold_s: seconds for which a frame is shown if none follows. After that the stream has a gap without samples, so
-            that queries never see a frozen picture.
+            that queries never see a frozen frame.
 
     Attributes:
         gaps: number of gaps so far.
@@ -91,12 +91,12 @@ class LiveSampler:
         self._samples: list[np.ndarray] = []
         self._fine_samples: list[FineSample] = []
 
-    def add(self, time_s: float, picture: Callable[[], np.ndarray]) -> Iterator[LiveGroup]:
+    def add(self, time_s: float, frame: Callable[[], np.ndarray]) -> Iterator[LiveGroup]:
         """Add the next frame, and yield the groups that it completes.
 
         Args:
             time_s: the frame's own time in seconds, later than the previous frame's.
-            picture: returns the frame, uint8 [H, W, 3] in RGB; called at most once, within the next two calls of `add`.
+            frame: returns the frame, uint8 [H, W, 3] in RGB; called at most once, within the next two calls of `add`.
         """
         if self._origin_s is None:
             self._origin_s = time_s
@@ -107,7 +107,7 @@ class LiveSampler:
             if limit < until:
                 self._skip(until)
             self._frame_s = time - self._shown.time_s
-        self._shown = _Shown(time, picture, self._plan)
+        self._shown = _Shown(time, frame, self._plan)
 
     def finish(self) -> Iterator[LiveGroup]:
         """Yield the groups that the last frame completes, shown as long as the frame before it."""

@@ -95,10 +95,10 @@ def open_live(
 def _iterable(frames: Iterable[tuple[float, np.ndarray]], stop: threading.Event) -> Frames:
     iterator = iter(frames)
     try:
-        for time_s, picture in checked_frames(iterator, STREAM):
+        for time_s, frame in checked_frames(iterator, STREAM):
             if stop.is_set():
                 return
-            yield time_s, partial(np.asarray, picture)
+            yield time_s, partial(np.asarray, frame)
     finally:
         close = getattr(iterator, "close", None)
         if callable(close):

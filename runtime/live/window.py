@@ -155,7 +155,7 @@ class LiveWindow:
         limits.check()
         samples = [self._fine[int(place)] for place in places]
         return Samples(
-            frames=np.stack([sample.picture for sample in samples]),
+            frames=np.stack([sample.frame for sample in samples]),
             times=np.array([sample.time_s for sample in samples]),
         )
 

@@ -108,9 +108,7 @@ class Decoder:
             raise VideoError("video.no_stream", text)
         best = next((stream for stream in moving if stream.disposition & disposition.default), moving[0])
         if best.codec_context is None:
-            text = (
-                f"{self._path}: this build of PyAV has no decoder for its video codec; convert it to H.264 with ffmpeg"
-            )
+            text = f"{self._path}: PyAV has no decoder for its video codec; convert it to H.264 with ffmpeg"
             raise VideoError("video.unsupported_codec", text)
         return best
 
@@ -140,10 +138,9 @@ class Decoder:
 
     def no_frames(self) -> VideoError:
         """Return the error for a video without a decodable frame."""
-        text = (
-            f"{self._path}: its {self._stream.codec_context.name} video stream has no frame that can be decoded; it is"
-        )
-        return VideoError("video.no_frames", f"{text} truncated, damaged or empty, so copy, record or export it again")
+        codec = self._stream.codec_context.name
+        text = f"{self._path}: no frame of its {codec} video stream can be decoded; it is truncated, damaged or empty"
+        return VideoError("video.no_frames", f"{text}, so copy, record or export it again")
 
     def close(self) -> None:
         """Close the file."""
@@ -210,9 +207,7 @@ def shown_rgb(frame: Any) -> np.ndarray:
     try:
         rgb = frame.to_ndarray(format="rgba" if alpha else "rgb24")
     except (load_package("av", "av").FFmpegError, ValueError, OSError) as error:
-        text = (
-            f"pixel format {frame.format.name} cannot be converted to RGB ({error}); convert it to yuv420p with ffmpeg"
-        )
+        text = f"pixel format {frame.format.name} cannot be converted to RGB ({error}); convert it with ffmpeg"
         raise VideoError("video.unsupported_codec", text) from error
     rgb = over_white(rgb) if alpha else rgb
     transposed, flip_rows, flip_columns = _display(frame)

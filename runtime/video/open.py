@@ -14,7 +14,7 @@ from bridge_stg.runtime.video.decoder import check_path
 from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.image import StillImage, read_image
 from bridge_stg.runtime.video.source import VideoSource
-from bridge_stg.runtime.video.stream import FrameStream, check_picture
+from bridge_stg.runtime.video.stream import FrameStream, check_frame
 from bridge_stg.runtime.video.token_budget import Budget
 
 
@@ -48,7 +48,7 @@ def open_source(
             return StillImage(image, spec, budget=budget, name=path)
         return FrameStream(image, spec, buffer_frames=buffer_frames, budget=budget, name=path)
     if isinstance(video, np.ndarray):
-        return StillImage(check_picture(video, "the image"), spec, budget=budget, name="the image")
+        return StillImage(check_frame(video, "the image"), spec, budget=budget, name="the image")
     if isinstance(video, Iterable) and not isinstance(video, (bytes, dict)):
         return FrameStream(video, spec, buffer_frames=buffer_frames, budget=budget, device=device)
     raise VideoError(

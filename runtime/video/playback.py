@@ -14,7 +14,7 @@ import numpy as np
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, Timeline, check_path, shown_rgb
 from bridge_stg.runtime.video.image import read_image
-from bridge_stg.runtime.video.stream import check_picture
+from bridge_stg.runtime.video.stream import check_frame
 
 Picture: TypeAlias = Callable[[], np.ndarray]
 """Returns a frame, RGB uint8 [H, W, 3], rotation applied."""
@@ -86,7 +86,7 @@ def play(video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.n
         path = check_path(os.fspath(video))
         source = read_image(path)
     else:
-        source = check_picture(video, "the image") if isinstance(video, np.ndarray) else video
+        source = check_frame(video, "the image") if isinstance(video, np.ndarray) else video
     if isinstance(source, np.ndarray):
         yield Playback(iter([(0.0, partial(np.asarray, source))]), 0.0, is_image=True)
     elif source is not None:

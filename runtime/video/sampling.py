@@ -98,8 +98,8 @@ class CoarseSampler(GridSampler[np.ndarray]):
         return self._plan.rung(min(-(-samples // self._group), (self._plan.capacity + 1) // 2))
 
 
-def resize_all(pictures: Sequence[np.ndarray], size: tuple[int, int]) -> list[np.ndarray]:
+def resize_all(frames: Sequence[np.ndarray], size: tuple[int, int]) -> list[np.ndarray]:
     """Return all frames at (height, width) `size`; a frame that occurs several times is resized and kept once."""
-    unique = {id(picture): picture for picture in pictures}
+    unique = {id(frame): frame for frame in frames}
     made = {key: frame if frame.shape[:2] == size else resize(frame, size) for key, frame in unique.items()}
-    return [made[id(picture)] for picture in pictures]
+    return [made[id(frame)] for frame in frames]

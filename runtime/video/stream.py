@@ -26,30 +26,30 @@ STREAM = "the stream of frames"
 """Name of a stream in messages."""
 
 
-def check_picture(picture: Any, what: str, device: DeviceContext | None = None) -> Any:
+def check_frame(frame: Any, what: str, device: DeviceContext | None = None) -> Any:
     """Check that a frame is an array, uint8 [H, W, 3], on the host or on `device`, and return it.
 
     Raises:
         VideoError: the frame has another type, dtype or shape, or is on another device; the message begins with `what`.
     """
     expected = "expected a uint8 array [height, width, 3] in RGB"
-    if is_on_gpu(picture):
+    if is_on_gpu(frame):
         if device is None:
             raise VideoError("video.wrong_device", f"{what} is on a GPU, graphs run on the CPU; copy it to the host")
         try:
-            picture = accept(picture, device)
+            frame = accept(frame, device)
         except EngineError as error:
             raise VideoError("video.wrong_device", f"{what}: {error}") from error
-    elif not hasattr(picture, "__array__"):
-        raise VideoError("video.bad_frame", f"{what} is a {type(picture).__name__}; {expected}")
+    elif not hasattr(frame, "__array__"):
+        raise VideoError("video.bad_frame", f"{what} is a {type(frame).__name__}; {expected}")
     else:
-        picture = np.asarray(picture)
-    if picture.dtype != np.uint8:
-        raise VideoError("video.bad_frame", f"{what} has dtype {picture.dtype}; {expected}, values 0 to 255")
-    if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-        hint = "; pass several frames as an iterator of (time, frame)" if picture.ndim == 4 else ""
-        raise VideoError("video.bad_frame", f"{what} has shape {list(picture.shape)}; {expected}{hint}")
-    return picture
+        frame = np.asarray(frame)
+    if frame.dtype != np.uint8:
+        raise VideoError("video.bad_frame", f"{what} has dtype {frame.dtype}; {expected}, values 0 to 255")
+    if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        hint = "; pass several frames as an iterator of (time, frame)" if frame.ndim == 4 else ""
+        raise VideoError("video.bad_frame", f"{what} has shape {list(frame.shape)}; {expected}{hint}")
+    return frame
 
 
 class FrameStream(VideoSource):
@@ -93,16 +93,16 @@ class FrameStream(VideoSource):
         del first  # keep one frame at full size in memory, not two
 
         def keep(until: float) -> None:
-            time, picture = times[-1], shown
-            sampler.fill(until, lambda: resize(picture, sampler.size))
-            self._kept.fill(until, lambda: (time, resize(picture, self.fine_size)))
+            time, frame = times[-1], shown
+            sampler.fill(until, lambda: resize(frame, sampler.size))
+            self._kept.fill(until, lambda: (time, resize(frame, self.fine_size)))
 
         limits.check()
-        for time, picture in frames:
+        for time, frame in frames:
             limits.check()
             keep(time - origin - self._tolerance_s)
             times.append(time - origin)
-            shown = picture
+            shown = frame
             limits.report(times[-1], None)
         gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / self._spec.frames.coarse_fps
         self._times, self._duration_s = np.asarray(times), times[-1] + gap
@@ -134,10 +134,10 @@ def checked_frames(
             raise VideoError("video.bad_time", f"{what} has the time {time}; expected finite seconds, 0 or more")
         if time <= before:
             raise VideoError("video.bad_time", f"{what} has the time {time} s after {before} s; times must increase")
-        picture = check_picture(item[1], f"{what}, its picture", device)
-        size = size or picture.shape
-        if picture.shape != size:
-            sizes = f"{picture.shape[1]} × {picture.shape[0]} pixels after frames of {size[1]} × {size[0]}"
+        frame = check_frame(item[1], what, device)
+        size = size or frame.shape
+        if frame.shape != size:
+            sizes = f"{frame.shape[1]} × {frame.shape[0]} pixels after frames of {size[1]} × {size[0]}"
             raise VideoError("video.size_changed", f"{what} has {sizes}; resize them or pass two streams")
         before = time
-        yield time, picture.copy().wait() if isinstance(picture, DeviceArray) else picture.copy()
+        yield time, frame.copy().wait() if isinstance(frame, DeviceArray) else frame.copy()

@@ -109,10 +109,9 @@ class CoarsePlan:
         if budget.visual_tokens is not None:
             capacities["max_visual_tokens"] = budget.visual_tokens // self._tokens(self.smallest)
             if not capacities["max_visual_tokens"]:
-                text = (
-                    f"max_visual_tokens={budget.visual_tokens}: one group of frames of {width} × {height} pixels takes"
-                )
-                raise VideoError("video.budget_too_small", f"{text} {self._tokens(self.smallest)} tokens or more")
+                needed = f"{self._tokens(self.smallest)} tokens or more"
+                text = f"max_visual_tokens={budget.visual_tokens}: a group at {width} × {height} pixels takes {needed}"
+                raise VideoError("video.budget_too_small", text)
         self.capacity = min(capacities.values())
         self.capacity_limits = [name for name, groups in capacities.items() if groups == self.capacity]
 

@@ -62,7 +62,7 @@ def test_samples_are_those_of_a_video(coarse_fps: float, fine_fps: float, times:
     inside = np.flatnonzero(grid < end - 1e-6)
     assert [sample.place for sample in samples] == inside[: len(samples)].tolist()
     assert len(samples) == len(inside)
-    np.testing.assert_array_equal(np.stack([sample.picture for sample in samples]), fine.frames[inside])
+    np.testing.assert_array_equal(np.stack([sample.frame for sample in samples]), fine.frames[inside])
     np.testing.assert_allclose([sample.time_s for sample in samples], fine.times[inside])
 
 

@@ -60,7 +60,7 @@ def test_an_output_that_exceeds_its_tolerance_is_named(bundle_path: Path, capsys
     assert run(["verify", str(bundle_path), "--variant", "standard"]) == 2  # its case expects zeros
     output = capsys.readouterr()
     assert "FAILED" in output.out
-    assert "first/language_model_0.logits of variant standard" in output.err
+    assert "first/language_model_0.logits of variant standard" in output.err and "[bundle.drift]" in output.err
 
 
 def test_commands(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,4 +84,4 @@ def test_damaged_bundle(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert run([command, str(bundle_path)]) == 2
         output = capsys.readouterr()
         assert output.err.startswith("Error: ") and output.err.count("\n") == 1
-        assert data.name in output.err and not output.out
+        assert data.name in output.err and "[bundle.hash_mismatch]" in output.err and not output.out
