@@ -114,12 +114,8 @@ def url_of(bound: socket.socket) -> str:
 def serve(bundle: Path, settings: Settings, *, say: Callable[[str], Any], live: dict[str, Any], **engine: Any) -> None:
     """Load a bundle and serve it until SIGINT or SIGTERM; no temporary file remains.
 
-    Args:
-        bundle: folder of the bundle.
-        settings: limits and addresses.
-        say: called with the URL once the server can be reached.
-        live: fields of `LiveOptions`.
-        **engine: backend, variant and threads for `Grounder.load`.
+    `say` is called with the URL once the server can be reached; `live` are the fields of `LiveOptions`, `engine` the
+    options of `Grounder.load`.
 
     Raises:
         BridgeError: the bundle cannot be loaded, or the port cannot be bound.

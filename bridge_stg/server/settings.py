@@ -19,53 +19,32 @@ LEAST_KEY = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and addresses of one server.
-
-    Attributes:
-        host, port: address to listen on; port 0 takes a free one.
-        api_key: key that every call must bring, None for no key.
-        insecure: whether to listen on other interfaces than the loopback without a key.
-        allow_hosts: further names accepted in the Host header while there is no key.
-        media: folder whose videos clients may name, None for uploads only.
-        live: sources that clients may watch, by name.
-        max_upload_bytes: bytes of one file.
-        max_storage_bytes, max_videos: bytes and number of all uploads together.
-        max_duration_s, max_pixels: seconds of one video, and pixels of one frame.
-        max_queue: jobs in the queue.
-        max_seconds: seconds of one job, waiting included.
-        max_queries, max_query_chars: queries of one job, and characters of one query.
-        keep_s: seconds for which an upload, a job and its results are kept after their last use.
-        workers: videos that are processed at the same time.
-        open_videos, open_bytes: number and memory of the videos whose prefix is kept for the next query.
-        upload_s, idle_s: seconds of one upload, and seconds without data in it.
-        drain_s: seconds that running jobs get at shutdown.
-        max_connections: requests at the same time, streams included.
-    """
+    """Limits and addresses of one server."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
-    insecure: bool = False
-    allow_hosts: tuple[str, ...] = ()
-    media: Path | None = None
-    live: Mapping[str, str] = field(default_factory=dict, repr=False)
-    max_upload_bytes: int = 256 * MIB
-    max_storage_bytes: int = 4096 * MIB
-    max_videos: int = 512
-    max_duration_s: float = 600.0
-    max_pixels: int = 4096 * 2304
-    max_queue: int = 64
-    max_seconds: float = 300.0
-    max_queries: int = 16
+    port: int = 8000  # 0 takes a free one
+    api_key: str | None = field(default=None, repr=False)  # the key that every call must bring, None for no key
+    insecure: bool = False  # whether to listen on other interfaces than the loopback without a key
+    allow_hosts: tuple[str, ...] = ()  # further names accepted in the Host header while there is no key
+    media: Path | None = None  # folder whose videos clients may name, None for uploads only
+    live: Mapping[str, str] = field(default_factory=dict, repr=False)  # sources that clients may watch, by name
+    max_upload_bytes: int = 256 * MIB  # of one file
+    max_storage_bytes: int = 4096 * MIB  # of all uploads together
+    max_videos: int = 512  # uploads
+    max_duration_s: float = 600.0  # of one video
+    max_pixels: int = 4096 * 2304  # of one frame
+    max_queue: int = 64  # jobs in the queue
+    max_seconds: float = 300.0  # of one job, waiting included
+    max_queries: int = 16  # of one job
     max_query_chars: int = 500
-    keep_s: float = 3600.0
-    workers: int = 2
-    open_videos: int = 8
-    open_bytes: int = 1024 * MIB
-    upload_s: float = 300.0
-    idle_s: float = 30.0
-    drain_s: float = 10.0
-    max_connections: int = 256
+    keep_s: float = 3600.0  # time after their last use in which uploads, jobs and results are kept
+    workers: int = 2  # videos that are processed at the same time
+    open_videos: int = 8  # videos whose prefix is kept for the next query
+    open_bytes: int = 1024 * MIB  # memory of these videos
+    upload_s: float = 300.0  # time for one upload
+    idle_s: float = 30.0  # time without data in an upload
+    drain_s: float = 10.0  # time that running jobs get at shutdown
+    max_connections: int = 256  # requests at the same time, streams included
 
     def __post_init__(self) -> None:
         if self.api_key is not None and (len(self.api_key) < LEAST_KEY or not self.api_key.isascii()):

@@ -30,22 +30,14 @@ BOX_COLUMNS = ("time_s", "left", "top", "right", "bottom", "presence")
 
 @dataclass(frozen=True)
 class Options:
-    """The `parameters` of config.pbtxt.
+    """The `parameters` of config.pbtxt; see `repository.Serving`."""
 
-    Attributes:
-        bundle: folder of the bundle in the model's version folder.
-        backend, variant: as for `Grounder.load`.
-        media: folder of the files that VIDEO names; without it videos arrive as VIDEO_BYTES only.
-        open_videos: videos that stay open between batches, so that later queries need not read them again.
-        deadline_s: seconds after which a call stops; 0 for never.
-    """
-
-    bundle: str = "bundle"
+    bundle: str = "bundle"  # folder in the model's version folder
     backend: str = "auto"
     variant: str = ""
     media: str = ""
     open_videos: int = 4
-    deadline_s: float = 0.0
+    deadline_s: float = 0.0  # 0 for never
 
     @classmethod
     def read(cls, parameters: Mapping[str, Mapping[str, str]]) -> Options:
@@ -75,15 +67,10 @@ class _Query:
 
 
 class GroundingModel:
-    """Base class of TritonPythonModel in `model.py`. Triton calls `initialize`, `execute` and `finalize`.
+    """Base class of TritonPythonModel in `model.py`. Triton calls `initialize`, `execute` and `finalize`."""
 
-    Attributes:
-        utils: the module `triton_python_backend_utils`, which exists only inside the server.
-        folder: version folder of the model, which contains the bundle.
-    """
-
-    utils: Any
-    folder: Path
+    utils: Any  # the module `triton_python_backend_utils`, which exists only inside the server
+    folder: Path  # version folder of the model, which contains the bundle
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the bundle. Triton reports an error and does not serve the model then."""
@@ -183,8 +170,11 @@ class GroundingModel:
     def _video(self, source: str | bytes, options: Mapping[str, Any]) -> Iterator[OpenedVideo]:
         """Yield an opened video, which an earlier batch may have left open for the same file."""
         if isinstance(source, bytes):
-            with _as_file(source) as path, contextlib.closing(self._grounder.open(path, **options)) as video:
-                yield video
+            with tempfile.NamedTemporaryFile(prefix="bridge-stg-") as file:
+                file.write(source)
+                file.flush()
+                with contextlib.closing(self._grounder.open(file.name, **options)) as video:
+                    yield video
             return
         key = _key(source)
         if key not in self._open:
@@ -253,14 +243,6 @@ def _key(path: str) -> str:
     except OSError:
         return path  # opening the file raises the error
     return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-@contextlib.contextmanager
-def _as_file(content: bytes) -> Iterator[str]:
-    with tempfile.NamedTemporaryFile(prefix="bridge-stg-") as file:
-        file.write(content)
-        file.flush()
-        yield file.name
 
 
 def _use_gpu(device: int) -> None:

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,30 +26,18 @@ CONFIG, MODEL, VERSION, BUNDLE = "config.pbtxt", "model.py", "1", "bundle"
 
 @dataclass(frozen=True)
 class Serving:
-    """Options of a served model.
-
-    Attributes:
-        name: name of the model.
-        backend, variant: as for `Grounder.load`.
-        media: folder on the server whose files VIDEO names, None for VIDEO_BYTES only.
-        max_batch: queries in one batch.
-        queue_delay_us: microseconds that a query waits for others to share its batch.
-        instances: processes, each of which loads the model.
-        kind: `cpu`, `gpu` (one set of instances per GPU) or `auto` for Triton's choice.
-        open_videos: videos per instance that stay open between batches.
-        deadline_s: seconds after which a call stops, None for never.
-    """
+    """Options of a served model."""
 
     name: str = "bridge_stg"
-    backend: str = "auto"
+    backend: str = "auto"  # backend and variant as for `Grounder.load`
     variant: str | None = None
-    media: str | None = None
-    max_batch: int = 16
-    queue_delay_us: int = 5000
-    instances: int = 1
-    kind: str = "auto"
-    open_videos: int = 4
-    deadline_s: float | None = None
+    media: str | None = None  # folder on the server whose files VIDEO names, None for VIDEO_BYTES only
+    max_batch: int = 16  # queries in one batch
+    queue_delay_us: int = 5000  # microseconds that a query waits for others to share its batch
+    instances: int = 1  # processes, each of which loads the model
+    kind: str = "auto"  # `cpu`, `gpu` (one set of instances per GPU) or `auto` for Triton's choice
+    open_videos: int = 4  # videos per instance that stay open between batches, so that they are read once
+    deadline_s: float | None = None  # seconds after which a call stops, None for never
 
 
 def write_repository(
@@ -60,16 +47,10 @@ def write_repository(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write <out>/<name>/config.pbtxt, 1/model.py and 1/bundle/. Other models of the repository are kept.
+    """Write <out>/<name>/config.pbtxt, 1/model.py and 1/bundle/, and return the model's folder.
 
-    Args:
-        bundle: folder of the bundle; its engines are copied, its reports are not.
-        out: folder of the repository, created if it does not exist.
-        serving: options of the model.
-        overwrite: whether to replace a model of the same name.
-
-    Returns:
-        The model's folder.
+    Other models of the repository are kept, one of the same name only without `overwrite`. The engines of the bundle
+    are copied, its reports are not.
 
     Raises:
         BridgeError: the bundle is damaged or lacks the variant, the backend is unknown, Triton does not accept the
@@ -81,14 +62,15 @@ def write_repository(
     _check(serving, loaded)
     if repository.resolve().is_relative_to(source.resolve()):
         raise BridgeError("output.is_input", f"{repository} is inside the bundle {source}; choose another folder.")
-    if target.exists() and not (overwrite and _is_ours(target)):
-        advice = "give --overwrite to replace it, or another --name" if _is_ours(target) else "choose another --name"
+    ours = (target / CONFIG).is_file() and (target / VERSION / BUNDLE / MANIFEST).is_file()
+    if target.exists() and not (overwrite and ours):
+        advice = "give --overwrite to replace it, or another --name" if ours else "choose another --name"
         raise BridgeError("output.exists", f"{target} exists already: {advice}.")
     partial = repository / f".{serving.name}.partial{uuid.uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
         folder = partial / VERSION
-        shutil.copytree(source, folder / BUNDLE, ignore=_reports(source))
+        shutil.copytree(source, folder / BUNDLE, ignore=lambda path, _: [REPORTS] if Path(path) == source else [])
         (folder / MODEL).write_text(_template(MODEL).render(), encoding="utf-8")
         (partial / CONFIG).write_text(model_config(serving), encoding="utf-8")
         if target.exists():
@@ -134,12 +116,3 @@ def _template(name: str) -> Template:
     )
     environment.filters["quote"] = lambda text: json.dumps(text, ensure_ascii=False)
     return environment.get_template(f"{name}.j2")
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and (folder / VERSION / BUNDLE / MANIFEST).is_file()
-
-
-def _reports(source: Path) -> Callable[[str, list[str]], list[str]]:
-    """Return an `ignore` for copytree that skips the bundle's reports."""
-    return lambda folder, names: [REPORTS] if Path(folder) == source and REPORTS in names else []

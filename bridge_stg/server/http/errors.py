@@ -18,13 +18,9 @@ FRAMEWORK_CODES = {404: "server.not_found", 405: "server.method_not_allowed"}
 
 
 class ApiError(HTTPException):
-    """An HTTP error with a stable code.
+    """An HTTP error with a stable dotted code, which is also a label of the metrics.
 
-    Args:
-        status: HTTP status.
-        code: stable dotted code, also a label of the metrics.
-        message: one paragraph of text, without paths of the server and without keys.
-        retry_after_s: seconds after which a retry may succeed.
+    The message is one paragraph of text, without paths of the server and without keys.
     """
 
     def __init__(self, status: int, code: str, message: str, *, retry_after_s: float | None = None) -> None:
@@ -42,10 +38,7 @@ class ApiError(HTTPException):
 def api_error(error: BaseException, *, path: str = "", name: str = "the video") -> ApiError:
     """Convert any exception to the HTTP error that the client gets; those that are not the client's fault are logged.
 
-    Args:
-        error: the exception.
-        path: path of the client's file on the server, which messages replace by `name`.
-        name: the client's name of the file.
+    Messages say `name` instead of `path`, the client's file on the server.
     """
     if isinstance(error, RequestValidationError):
         return invalid_request(error.errors())

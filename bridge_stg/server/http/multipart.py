@@ -28,9 +28,9 @@ Write = Callable[[bytes], Awaitable[None]]
 
 @dataclass
 class Form:
-    """A parsed form: the client's name of the file, None without a file, and the other parts in their order."""
+    """A parsed form."""
 
-    filename: str | None = None
+    filename: str | None = None  # None without a file
     fields: list[tuple[str, str]] = field(default_factory=list)
 
     def values(self, name: str) -> list[str]:

@@ -27,32 +27,21 @@ def job_not_found() -> ApiError:
 
 
 class Job:
-    """Queries about one video.
-
-    Attributes:
-        status: "queued", "running", "done", "failed" or "cancelled".
-        over: set when nobody waits for the answer any more: its work may stop.
-        results: one grounding per query when done, without tapped states, which are not part of the JSON.
-        results_text: the results as JSON, serialized by a worker because long ones would block the event loop.
-        error: reason of the failure.
-        progress: the newest stage, done and total of the runtime.
-        version: number of changes.
-        timer: ends the job at its deadline.
-    """
+    """Queries about one video: queued, running, then done, failed or cancelled."""
 
     def __init__(self, upload: Upload, new: NewJob, deadline_s: float) -> None:
         self.id = secrets.token_urlsafe(18)
         self.upload, self.queries, self.task, self.allow_none = upload, tuple(new.queries), new.task, new.allow_none
         self.deadline_s = deadline_s
         self.status = "queued"
-        self.over = threading.Event()
-        self.results: tuple[Grounding, ...] = ()
-        self.results_text = "[]"
+        self.over = threading.Event()  # set when nobody waits for the answer any more: its work may stop
+        self.results: tuple[Grounding, ...] = ()  # without tapped states, which are not part of the JSON
+        self.results_text = "[]"  # serialized by a worker because long results would block the event loop
         self.error: ApiError | None = None
-        self.progress: dict[str, Any] | None = None
+        self.progress: dict[str, Any] | None = None  # the newest stage, done and total of the runtime
         self.began, self.used = time.monotonic(), time.time()
-        self.version = 0
-        self.timer: asyncio.TimerHandle | None = None
+        self.version = 0  # number of changes
+        self.timer: asyncio.TimerHandle | None = None  # ends the job at its deadline
         self._progress_at = 0.0
         self._news = asyncio.Event()
 

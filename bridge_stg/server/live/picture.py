@@ -11,12 +11,7 @@ from bridge_stg.runtime.live.source import Frames, LiveSource, open_live
 
 
 class NewestFrame:
-    """A live source that keeps its newest frame.
-
-    Attributes:
-        address: the address in messages of the runtime; clients get a name instead.
-        source: the source to watch.
-    """
+    """A live source that keeps its newest frame. Messages of the runtime contain `address`; watch `source`."""
 
     def __init__(self, address: str, *, timeout_s: float) -> None:
         self._inner = inner = open_live(address, realtime=True, timeout_s=timeout_s)

@@ -142,10 +142,8 @@ class LiveHub:
         self._ending: list[SharedWatch] = []
         self._closed = False
         metrics.gauge("live_watches", "Sources that are watched.", lambda: len(self._watches))
-        metrics.gauge("live_clients", "Clients of live sources.", self._count_clients)
-
-    def _count_clients(self) -> int:
-        return sum(len(watch.viewers) for watch in list(self._watches.values()))
+        watches = self._watches
+        metrics.gauge("live_clients", "Clients of live sources.", lambda: sum(len(w.viewers) for w in watches.values()))
 
     def to_json(self) -> dict[str, Any]:
         """Return the names of the sources and the queries on them."""

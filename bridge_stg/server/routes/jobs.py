@@ -25,16 +25,6 @@ from bridge_stg.server.videos.uploads import Upload
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
 T = TypeVar("T")
-FORM_FIELDS = {
-    "queries": {
-        "type": "array",
-        "items": {"type": "string"},
-        "description": "What to find; repeat the field for several.",
-    },
-    "task": {"type": "string", "enum": ["ground", "span"], "default": "ground"},
-    "allow_none": {"type": "boolean", "default": True},
-    "deadline_s": {"type": "number", "exclusiveMinimum": 0},
-}
 
 
 async def job_of(job: str, service: TheService) -> Job:
@@ -84,11 +74,7 @@ async def annotated(request: Request, found: TheJob, service: TheService) -> Fil
     return file_response(str(path), "video/mp4", f"{found.upload.name.rpartition('.')[0] or 'video'}-annotated.mp4")
 
 
-@router.post(
-    "/ground",
-    response_model=schemas.Grounded,
-    openapi_extra=form_or_json(schemas.NewJob, ["queries"], FORM_FIELDS),
-)
+@router.post("/ground", response_model=schemas.Grounded, openapi_extra=form_or_json(schemas.NewJob, "video"))
 async def ground(request: Request, service: TheService) -> Response:
     """Upload a video, send queries, and wait for the answers. Closing the connection cancels; nothing is kept."""
     service.check_open()

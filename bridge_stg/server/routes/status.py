@@ -15,11 +15,7 @@ from bridge_stg.server.routes.videos import TheService
 
 PAGE = Path(__file__).parents[1] / "page"
 TEMPLATES = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
-TYPES = {
-    ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml", ".png": "image/png", ".ico": "image/x-icon", ".json": "application/json",
-    ".webmanifest": "application/manifest+json",
-}  # fmt: skip
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 router = APIRouter(tags=["status"])
 

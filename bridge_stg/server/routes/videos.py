@@ -23,10 +23,13 @@ FILE = {"type": "string", "format": "binary", "description": "The video."}
 JPEG: dict[int | str, Any] = {200: {"content": {"image/jpeg": {}}}}
 
 
-def form_or_json(model: type[BaseModel], required: list[str], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the OpenAPI description of a body that is a form with a file, or JSON."""
-    form = {"type": "object", "required": ["file", *required], "properties": {"file": FILE, **fields}}
-    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": model.model_json_schema()}}
+def form_or_json(model: type[BaseModel], name: str) -> dict[str, Any]:
+    """Return the OpenAPI description of a JSON body, or of a form with a file instead of the field `name`."""
+    schema = model.model_json_schema()
+    fields = {key: value for key, value in schema["properties"].items() if key != name}
+    required = ["file", *(key for key in schema["required"] if key != name)]
+    form = {"type": "object", "required": required, "properties": {"file": FILE, **fields}}
+    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -70,7 +73,7 @@ def _video(upload: Upload, service: Service) -> Video:
     return Video(**upload.to_json(service.settings.keep_s))
 
 
-@router.post("", status_code=201, openapi_extra=form_or_json(VideoSource, [], {}))
+@router.post("", status_code=201, openapi_extra=form_or_json(VideoSource, "source"))
 async def upload(request: Request, service: TheService) -> Video:
     """Upload a video or image, or name a file of the server's media folder."""
     service.check_open()

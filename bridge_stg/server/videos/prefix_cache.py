@@ -57,7 +57,7 @@ class OpenVideos:
                 old.close()
 
     def close(self, key: str) -> None:
-        """Close the video of a file that is about to be deleted. It is not leased: a lease holds its file."""
+        """Close the video of a file that is about to be deleted. It is not leased: a lease keeps its file."""
         with self._lock:
             video = self._kept.pop(key, None)
         if video is not None:
@@ -65,11 +65,8 @@ class OpenVideos:
 
     def clear(self) -> None:
         """Close all videos that are not leased."""
-        with self._lock:
-            videos = list(self._kept.values())
-            self._kept.clear()
-        for video in videos:
-            video.close()
+        for key in list(self._kept):
+            self.close(key)
 
     def _pop_surplus(self) -> list[OpenedVideo]:
         surplus = []

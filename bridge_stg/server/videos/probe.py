@@ -34,31 +34,18 @@ ACCEPTED = "expected MP4, MOV, MKV, WebM or AVI, or a JPEG, PNG, WebP, GIF or BM
 
 @dataclass(frozen=True)
 class FileInfo:
-    """Properties of a file.
+    """Properties of a file."""
 
-    Attributes:
-        kind: "video" or "image".
-        media_type: media type with which the file is sent.
-        duration_s: length in seconds; 0 for an image.
-        width, height: size in pixels, as displayed.
-        frames: number of frames.
-    """
-
-    kind: str
+    kind: str  # "video" or "image"
     media_type: str
-    duration_s: float
-    width: int
+    duration_s: float  # length in seconds; 0 for an image
+    width: int  # in pixels, as displayed
     height: int
     frames: int
 
 
 def probe(path: str, name: str, limits: Settings) -> FileInfo:
-    """Inspect a file before any other code opens it.
-
-    Args:
-        path: path of the file.
-        name: name of the file in messages.
-        limits: the server's limits.
+    """Inspect a file before any other code opens it. Messages call it `name`.
 
     Raises:
         ApiError: 413 if it has too many pixels, seconds or frames; 415 if its type is not accepted; 422 if it is

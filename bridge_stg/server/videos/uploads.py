@@ -35,21 +35,13 @@ MOST_NAME = 120
 
 @dataclass(eq=False)
 class StoredFile:
-    """A file that exists as long as it has holders.
+    """A file that exists as long as it has holders."""
 
-    Attributes:
-        key: identifies the content.
-        path: path without a suffix, so that only the content decides on the type.
-        size: size in bytes.
-        info: result of the probe.
-        ours: whether the last holder deletes it; files of the media folder are not deleted.
-    """
-
-    key: str
-    path: str
+    key: str  # identifies the content
+    path: str  # without a suffix, so that only the content decides on the type
     size: int
     info: FileInfo
-    ours: bool
+    ours: bool  # whether the last holder deletes it; files of the media folder are not deleted
     holders: int = 0
 
 
