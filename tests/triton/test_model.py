@@ -22,7 +22,7 @@ from bridge_stg.runtime.errors import EngineError, QueryError, VideoError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.triton.model import GroundingModel, outputs
 from bridge_stg.triton.repository import KINDS, Serving, model_config, write_repository
-from tests.commands.test_cli import FakeVideo
+from tests.commands.fake_grounder import FakeVideo
 from tests.errors import raises
 from tests.fakes import triton as fake_triton
 

@@ -102,12 +102,11 @@ class Job:
         """Yield the present state and every later one: queued, progress, then done, failed or cancelled."""
         last: ServerSentEvent | None = None
         while True:
-            version = self.version
-            event = self._event(position(self))
+            version, ended, event = self.version, self.ended, self._event(position(self))
             if event != last:
                 last = event
                 yield event.model_copy(update={"id": str(version)})
-            if self.ended:
+            if ended:  # as of this event: the job may have ended while it was sent
                 return
             await self.changed(version)
 
