@@ -1,4 +1,4 @@
-"""What runs where: which backend this machine has, which variant of each graph it gets, and why."""
+"""Choose the backend for this machine and the variant of each graph, and open its sessions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bridge_stg.runtime.backends import registry as table
+from bridge_stg.runtime.backends import registry
 from bridge_stg.runtime.backends.pending import PendingSession, open_in_order
 from bridge_stg.runtime.backends.registry import BACKENDS, Backend
 from bridge_stg.runtime.backends.session import Session
@@ -55,7 +55,7 @@ class ChosenBackend:
 
 
 class Sessions(dict[str, Session]):
-    """Open sessions by graph name, and the target that they run on."""
+    """Open sessions by graph name, and the backend that was chosen for them."""
 
     def __init__(self, target: ChosenBackend) -> None:
         super().__init__()
@@ -72,42 +72,43 @@ def choose(
     """Pick the backend, and a variant of each graph of the bundle.
 
     Args:
-        bundle: of a manifest alone, built engines cannot be found.
-        backend: the name of a backend, or "auto": the first of `BACKENDS` that has all that it needs here.
-        variant: the variant to use of every graph, or, of graphs that have none, the one that it is derived from;
-            None: the best that backend and bundle have in common.
-        backends: those to choose from; None: all.
+        bundle: bundle, or a manifest alone, for which built engines cannot be found.
+        backend: name of a backend, or "auto": the first of `BACKENDS` that is ready for every graph.
+        variant: variant of every graph; graphs without it use the variant that it is derived from. None: the best
+            variant of each graph that the backend runs.
+        backends: backends to choose from; None: all.
 
     Raises:
-        EngineError: the backend is unknown or not installed, or it cannot run what the bundle holds.
+        EngineError: the backend is unknown or not installed, or it cannot run the bundle.
     """
     known = {b.name: b for b in (BACKENDS if backends is None else backends)}
     if backend != "auto" and backend not in known:
-        raise EngineError(f"backend {backend!r} is unknown; known: auto, {', '.join(known)}.")
+        raise EngineError("engine.unknown_backend", f"backend {backend!r} is unknown; known: auto, {', '.join(known)}.")
     candidates = [b for b in known.values() if b.automatic] if backend == "auto" else [known[backend]]
-    machine, problems = _Machine(), []
+    gpu, problems, code = _Gpu(), [], "engine.no_backend"
     for candidate in candidates:
         try:
-            version, device, variants = _fitting(candidate, bundle, variant, machine)
+            version, device, variants = _fitting(candidate, bundle, variant, gpu)
         except EngineError as error:
             problems.append(str(error))
+            code = error.code if backend != "auto" else code
             continue
-        reason = "asked for" if backend != "auto" else "the first of those preferred that is ready here"
-        passed_over = "".join(f"; not taken: {problem}" for problem in problems)
+        reason = "requested" if backend != "auto" else "the most preferred backend that is ready here"
+        passed_over = "".join(f"; not chosen: {problem}" for problem in problems)
         return ChosenBackend(candidate.name, version, variants, device, reason + passed_over)
-    raise EngineError(f"no backend can run this bundle here: {'; '.join(problems)}.")
+    raise EngineError(code, f"no backend can run this bundle here: {'; '.join(problems)}.")
 
 
-class _Machine:
-    """Asks for the GPU once, and only if a backend needs it."""
+class _Gpu:
+    """Looks for the GPU once, and only if a backend needs it."""
 
     def __init__(self) -> None:
         self._found: DeviceFacts | EngineError | None = None
 
-    def gpu(self) -> DeviceFacts:
+    def facts(self) -> DeviceFacts:
         if self._found is None:
             try:
-                self._found = table.gpu()
+                self._found = registry.gpu()
             except EngineError as error:
                 self._found = error
         if isinstance(self._found, EngineError):
@@ -116,50 +117,45 @@ class _Machine:
 
 
 def _fitting(
-    backend: Backend, bundle: Bundle | Manifest, variant: str | None, machine: _Machine
+    backend: Backend, bundle: Bundle | Manifest, variant: str | None, gpu: _Gpu
 ) -> tuple[str, str, dict[str, str]]:
-    """Return a backend's version, its device and the variant of each graph. Raises EngineError with what is missing."""
+    """Return version, device and the variant of each graph. Raises EngineError that names what is missing."""
     version = backend.version()
     if version is None:
         install = f'pip install "bridge-stg[{backend.extra}]"'
-        raise EngineError(f"backend {backend.name!r} is not installed (install it with: {install})")
+        raise EngineError(
+            "engine.not_installed", f"backend {backend.name!r} is not installed (install it with: {install})"
+        )
     manifest = bundle.manifest if isinstance(bundle, Bundle) else bundle
     bases = {graph.derived_from for graph in manifest.all_graphs() if graph.variant == variant} - {None, variant}
     runnable = backend.variants(_numbers(version))
     order = runnable
-    if variant is not None:  # a graph that lacks it runs what it is derived from, on a backend that could run it
+    if variant is not None:  # graphs that lack it use the variant that it is derived from
         order = tuple(v for v in (variant, *sorted(map(str, bases))) if v in runnable) if variant in runnable else ()
     able = {name: [v for v in order if v in variants] for name, variants in manifest.graphs.items()}
     for name, variants in able.items():
         if not variants:
-            asked = f"variant {variant!r} was asked for, " if variant else ""
+            requested = f"variant {variant!r} was requested, " if variant else ""
             raise EngineError(
-                f"{asked}{backend.name} {version} runs the variants {', '.join(runnable)}, and graph {name!r} of this "
-                f"bundle has {', '.join(manifest.graphs[name])}"
+                "engine.no_variant",
+                f"{requested}{backend.name} {version} runs the variants {', '.join(runnable)}, and graph {name!r} of "
+                f"this bundle has {', '.join(manifest.graphs[name])}",
             )
     if not backend.on_gpu:
         return version, "CPU", {name: variants[0] for name, variants in able.items()}
     try:
-        facts = machine.gpu()
+        facts = gpu.facts()
     except EngineError as error:
-        raise EngineError(f"backend {backend.name!r} has no GPU: {error}") from error
-    chosen = {name: _accepted(backend, bundle, name, variants, version, facts) for name, variants in able.items()}
+        raise EngineError(error.code, f"backend {backend.name!r} has no GPU: {error}") from error
+    chosen = {}
+    for name, variants in able.items():
+        problems: list[str | None] = [None]
+        if backend.problem is not None and isinstance(bundle, Bundle):
+            problems = [backend.problem(bundle, bundle.graph(name, v), version, facts) for v in variants]
+        if None not in problems:
+            raise EngineError("engine.not_ready", f"backend {backend.name!r} is not ready: {problems[0]}")
+        chosen[name] = variants[problems.index(None)]
     return version, f"{facts.name} (SM {facts.sm})", chosen
-
-
-def _accepted(
-    backend: Backend, bundle: Bundle | Manifest, name: str, variants: list[str], version: str, facts: DeviceFacts
-) -> str:
-    """Return the first variant of a graph that a GPU backend does not refuse. Raises EngineError with its reason."""
-    if backend.refuses is None or not isinstance(bundle, Bundle):
-        return variants[0]
-    refusals = []
-    for variant in variants:
-        refusal = backend.refuses(bundle, bundle.graph(name, variant), version, facts)
-        if refusal is None:
-            return variant
-        refusals.append(refusal)
-    raise EngineError(f"backend {backend.name!r} is not ready: {refusals[0]}")
 
 
 def open_sessions(
@@ -170,17 +166,18 @@ def open_sessions(
     threads: int | None = None,
     wait: bool = True,
 ) -> Sessions:
-    """Open every graph of a bundle on the target that `choose` picks; on a GPU they share one device context.
+    """Open every graph of a bundle on the backend that `choose` picks; on a GPU they share one device context.
 
     Args:
-        bundle: its files have been checked.
-        backend, variant: as of `choose`.
-        threads: CPU threads of an engine; None for its own default.
-        wait: whether to return when all are open. Else, on CPU, they are opened in another thread, in the order in
-            which a chain needs them; a call waits for its own, and raises what the opening raised.
+        bundle: bundle whose files have been checked.
+        backend: see `choose`.
+        variant: see `choose`.
+        threads: CPU threads per session; None: the backend's default.
+        wait: whether to return when all are open. Otherwise sessions on CPU are opened in another thread, in the order
+            of the chain; a call waits for its session, and raises the error of opening it.
 
     Raises:
-        EngineError: as `choose`, or the backend refuses a graph; the sessions opened so far are closed.
+        EngineError: see `choose`; or the backend rejects a graph, and the sessions opened so far are closed.
     """
     target = choose(bundle, backend=backend, variant=variant)
     _log.info("running %s on %s", bundle.path, target)
@@ -191,7 +188,12 @@ def open_sessions(
             for name, chosen in target.variants.items()
         }
         sessions.update(pending)
-        open_in_order([pending[name] for name in sorted(pending, key=_place_in_chain)])
+        open_in_order(
+            [
+                pending[name]
+                for name in sorted(pending, key=lambda name: GRAPHS.index(name) if name in GRAPHS else len(GRAPHS))
+            ]
+        )
         return sessions
     device = DeviceContext().open() if _backend(target).on_gpu else None
     try:
@@ -203,18 +205,14 @@ def open_sessions(
         raise
     finally:
         if device is not None:
-            device.close()  # the sessions hold it from here on
+            device.close()  # the sessions keep it open
     return sessions
-
-
-def _place_in_chain(graph: str) -> int:
-    return GRAPHS.index(graph) if graph in GRAPHS else len(GRAPHS)
 
 
 def open_graph(
     bundle: Bundle, name: str, target: ChosenBackend, *, threads: int | None = None, device: DeviceContext | None = None
 ) -> Session:
-    """Open one graph of a bundle on a target. Raises EngineError where the backend refuses it."""
+    """Open one graph of a bundle on a backend. Raises EngineError if the backend rejects it."""
     graph: GraphSpec = bundle.graph(name, target.variants[name])
     opened = _backend(target).open
     return opened(bundle, graph, threads) if device is None else opened(bundle, graph, threads, device)
@@ -225,7 +223,7 @@ def _backend(target: ChosenBackend) -> Backend:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "1.32.0rc1" → (1, 32)."""
+    """Return the leading numbers of a version: "1.32.0rc1" → (1, 32)."""
     numbers = []
     for part in version.split("."):
         if not part.isdigit():

@@ -1,6 +1,6 @@
-"""What this machine has and what each backend lacks, with the command that installs it.
+"""Report the machine's devices and packages, and what each backend is missing, with the command that installs it.
 
-Runs on a bare machine, without any package.
+Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -18,15 +17,16 @@ from typing import Any
 from bridge_stg.runtime.backends.registry import BACKENDS, Backend
 from bridge_stg.runtime.backends.tensorrt.library import MODULES
 from bridge_stg.runtime.host.machine import Machine, machine
+from bridge_stg.runtime.host.packages import installed_version
 
 NEEDED = ("numpy", "av", "pillow", "tokenizers", "click", "tqdm")
-"""Distributions without which no video is grounded, whatever the backend."""
+"""Distributions that every backend needs."""
 
 FLAVOURS = (
     "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm",
     "onnxruntime-migraphx", "onnxruntime-qnn", "onnxruntime-training",
 )  # fmt: skip
-"""Distributions that all install the folder `onnxruntime/`: of two, one has written over parts of the other."""
+"""Distributions that all install the folder `onnxruntime/`, and overwrite parts of each other."""
 
 TENSORRT = (
     "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12-bindings",
@@ -34,16 +34,16 @@ TENSORRT = (
 )  # fmt: skip
 TENSORRT_LIBRARIES = ("libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so.8")
 FAMILIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""The backends that import TensorRT themselves, and which one."""
+"""TensorRT family of the backends that import it themselves."""
 WHEELS_SINCE_L4T = 38
-"""Jetson Linux before this (JetPack 6) runs the TensorRT that JetPack brings, and no other."""
+"""Earlier Jetson Linux (JetPack 6) only runs the TensorRT of JetPack."""
 PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
-"""What onnxruntime must list for a backend to run."""
+"""Provider that onnxruntime must list for a backend to run."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that is not there, and what to do: a command where one does it."""
+    """Something that is missing, and the command or action that installs it."""
 
     what: str
     command: str
@@ -51,7 +51,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class BackendState:
-    """A backend: its package's version (None: not installed), and what it lacks. Ready where nothing is missing."""
+    """A backend, its package's version (None: not installed) and what is missing. Ready if nothing is."""
 
     name: str
     version: str | None
@@ -59,20 +59,22 @@ class BackendState:
 
     @property
     def ready(self) -> bool:
+        """Whether nothing is missing."""
         return not self.missing
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found.
+    """The result of `diagnose`.
 
     Attributes:
-        packages: version of each package of `NEEDED`, None where it is missing.
-        onnxruntime: the installed flavours and their versions.
-        providers: what onnxruntime lists; empty where it cannot be imported.
-        tensorrt: TensorRT's packages and libraries, and their versions.
+        machine: processor, memory and devices.
+        packages: version of each package of `NEEDED`; None if it is missing.
+        onnxruntime: version of each installed flavour.
+        providers: providers that onnxruntime lists; empty if it cannot be imported.
+        tensorrt: version of each TensorRT package and library.
         backends: best first, as "auto" tries them.
-        problems: faults that no backend is to blame for.
+        problems: problems that do not belong to one backend.
     """
 
     machine: Machine
@@ -94,23 +96,15 @@ class Diagnosis:
 Version = Callable[[str], "str | None"]
 
 
-def installed(distribution: str) -> str | None:
-    """Return the version of an installed package."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def diagnose(
-    *, found: Machine | None = None, version: Version = installed, load: Callable[[str], Any] | None = None
+    *, found: Machine | None = None, version: Version = installed_version, load: Callable[[str], Any] | None = None
 ) -> Diagnosis:
-    """Look at this machine and at the packages of this Python.
+    """Check this machine and the packages of this Python.
 
     Args:
-        found: the machine; None: look.
-        version: says which version of a package is installed.
-        load: imports a module, or opens a shared library if the name ends in .so and a number; None: really.
+        found: facts about the machine; None: this machine.
+        version: returns the installed version of a package.
+        load: imports a module, or opens a shared library if the name ends in .so and a number; None: the real ones.
     """
     found, load = found or machine(), load or _load
     packages = {name: version(name) for name in NEEDED}
@@ -131,7 +125,7 @@ def _load(name: str) -> Any:
 def _providers(load: Callable[[str], Any], is_installed: bool) -> tuple[tuple[str, ...], tuple[Missing, ...]]:
     try:
         return tuple(load("onnxruntime").get_available_providers()), ()
-    except Exception as error:  # a broken package may raise anything
+    except Exception as error:  # noqa: BLE001 - a broken package may raise anything
         if not is_installed:
             return (), ()
         return (), (Missing(f"onnxruntime is installed but cannot be imported ({error})", _reinstall("[cpu]")),)
@@ -166,22 +160,22 @@ def _state(
 
 
 def _command(backend: Backend, found: Machine) -> str:
-    """Return what installs a backend's package here."""
+    """Return the command that installs a backend's package on this machine."""
     if found.l4t and backend.distributions[0] == "onnxruntime-gpu":
-        return "no wheel of it that fits is published for a Jetson: use the backend tensorrt"
+        return "no matching wheel is published for a Jetson: use the backend tensorrt"
     if found.l4t and backend.name == "tensorrt" and int(found.l4t.partition(".")[0]) < WHEELS_SINCE_L4T:
-        return "sudo apt install python3-libnvinfer (JetPack's), then a venv with --system-site-packages"
+        return "sudo apt install python3-libnvinfer (of JetPack), then a venv with --system-site-packages"
     return _install(f"[{backend.extra}]")
 
 
 def _broken(modules: tuple[str, ...], load: Callable[[str], Any]) -> str | None:
-    """Say why none of these modules can be imported."""
+    """Return why none of these modules can be imported; None if one can."""
     problems = []
     for name in modules:
         try:
             load(name)
             return None
-        except Exception as error:  # a broken package may raise anything
+        except Exception as error:  # noqa: BLE001 - a broken package may raise anything
             problems.append(" ".join(str(error).split()))
     return "; ".join(problems)
 
@@ -212,7 +206,7 @@ def _problems(packages: dict[str, str | None], flavours: dict[str, str], found: 
         extra = "[gpu]" if "onnxruntime-gpu" in flavours else "[cpu]"
         problems.append(
             Missing(
-                f"{len(flavours)} flavours of onnxruntime lie over each other ({names}), so parts of one are lost",
+                f"{len(flavours)} flavours of onnxruntime are installed over each other ({names}), so some are damaged",
                 f"pip uninstall -y {' '.join(flavours)} && {_install(extra)}",
             )
         )
@@ -237,7 +231,7 @@ def _reinstall(extra: str) -> str:
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:
-    """Return a diagnosis for people."""
+    """Format a diagnosis as text."""
     found = diagnosis.machine
     board = (
         f"{found.board}, Jetson Linux {found.l4t} (JetPack {found.jetpack or 'unknown'})" if found.l4t else found.board
@@ -245,7 +239,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     lines = [
         ("system", f"{found.system}, {found.architecture}, Python {found.python}"),
         *([("board", board)] if board else []),
-        ("processor", f"{found.cpu}, {found.cores} cores, {' '.join(found.cpu_flags) or 'no vector flags of note'}"),
+        ("processor", f"{found.cpu}, {found.cores} cores, {' '.join(found.cpu_flags) or 'no relevant vector flags'}"),
         ("memory", _memory_line(found)),
         ("driver", (found.driver or "none") + (f", CUDA up to {found.cuda}" if found.cuda else "")),
     ]
@@ -271,7 +265,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     for state in diagnosis.backends:
         head = f"{state.name} {state.version or ''}".rstrip()
         text.append(f"  {head}: {'ready' if state.ready else 'not ready'}")
-        text += [f"    lacks {item.what}\n      {item.command}" for item in state.missing]
+        text += [f"    missing: {item.what}\n      {item.command}" for item in state.missing]
     if diagnosis.problems:
         text += ["", "problems", *(f"  {item.what}\n    {item.command}" for item in diagnosis.problems)]
     return "\n".join(text)
@@ -292,7 +286,7 @@ def _size(value: int | None) -> str:
 
 
 def main() -> None:
-    """Print a diagnosis; `--json` as JSON. For machines where even the command line's packages are missing."""
+    """Print a diagnosis, as JSON with `--json`. For machines without the packages of the command line."""
     diagnosis = diagnose()
     print(json.dumps(diagnosis.to_json(), indent=1) if "--json" in sys.argv else format_diagnosis(diagnosis))
 

@@ -1,7 +1,7 @@
-"""onnxruntime's GPU providers, with everything that passes between the graphs left on the device.
+"""onnxruntime's GPU providers. Tensors that pass between graphs stay on the device.
 
-One session for three providers: CUDA, TensorRT and NvTensorRtRtx (a plugin package). They work on the chain's stream
-and on the same buffers as the native backends, by their addresses; what differs is how each is asked for.
+One session class for three providers: CUDA, TensorRT and NvTensorRtRtx (a plugin package). They run on the chain's
+stream and on the same buffers as the native backends, by address; they differ in how each is configured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.backends.device_kv_cache import DeviceKVCache
+from bridge_stg.runtime.backends.kv_cache import cache_spec, own_cache
 from bridge_stg.runtime.backends.onnxruntime_cpu import failure, import_onnxruntime, open_file, session_options
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
 from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
@@ -27,26 +28,26 @@ from bridge_stg.runtime.host.threads import UseCount
 
 CUDA, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
-"""The package that brings the NvTensorRtRtx provider to a plain onnxruntime."""
+"""The package that adds the NvTensorRtRtx provider to onnxruntime."""
 
 Span = tuple[int, int, int]
 
 
 class OnnxRuntimeDeviceSession:
-    """A graph on one of onnxruntime's GPU providers. See `session.Session` and `tensorrt_session.TensorRTSession`.
+    """A graph on one of onnxruntime's GPU providers. See `session.Session` and `TensorRTSession`.
 
     Args:
         path: the .onnx file, already checked by `Bundle.load`.
         graph: its manifest entry.
         device: the chain's device.
         provider: `CUDA`, `TENSORRT` or `TENSORRT_RTX`.
-        threads: CPU threads for what the provider leaves to the CPU.
+        threads: CPU threads for nodes that the provider leaves to the CPU.
         on_device: outputs that are returned as `DeviceArray`; the others come as numpy arrays.
         sizes: least, usual and largest size of each symbol, for the two that compile for ranges of shapes.
-        folder: where these two keep what they compiled; None: nowhere.
+        folder: cache folder of the two that compile; None: no cache.
 
     Raises:
-        EngineError: the provider is not there, or onnxruntime refuses the file.
+        EngineError: the provider is missing, or onnxruntime rejects the file.
     """
 
     preferences = Preferences()
@@ -76,8 +77,9 @@ class OnnxRuntimeDeviceSession:
             self._session: Any = open_file(path, graph, options, **arguments)
             if (found := self._session.get_providers())[0] == "CPUExecutionProvider":
                 raise EngineError(
+                    "engine.not_ready",
                     f"{graph}: onnxruntime left {provider} out and would run on {found[0]}. Its libraries (CUDA, "
-                    "cuDNN, TensorRT) are missing or of another version: see `python cli.py doctor`"
+                    "cuDNN, TensorRT) are missing or of another version: see `python cli.py doctor`",
                 )
         except BaseException:
             self.device.close()
@@ -85,7 +87,9 @@ class OnnxRuntimeDeviceSession:
         self._run_options = import_onnxruntime().RunOptions()
         self._run_options.log_severity_level = 4
         self._staging = Staging(device, overlap=False)
-        self._usage = UseCount(self._free, closed_error=EngineError(f"{graph}: this session is closed."))
+        self._usage = UseCount(
+            self._free, closed_error=EngineError("engine.closed", f"{graph}: this session is closed.")
+        )
 
     def __enter__(self) -> OnnxRuntimeDeviceSession:
         return self
@@ -94,30 +98,28 @@ class OnnxRuntimeDeviceSession:
         self.close()
 
     def close(self) -> None:
-        """See `Session.close`. A call that is running in another thread ends well."""
+        """See `Session.close`. Calls that run in other threads finish."""
         self._usage.close()
 
     def allocate_cache(self, *, batch: int, capacity: int) -> DeviceKVCache:
         """See `Session.allocate_cache`."""
-        if self.graph.cache is None:
-            raise EngineError(f"{self.graph}: keeps no KV cache, so none can be allocated.")
+        spec = cache_spec(self.graph)
         with self._usage.call():
-            return DeviceKVCache(self.device, self.graph.cache, batch=batch, capacity=capacity)
+            return DeviceKVCache(self.device, spec, batch=batch, capacity=capacity)
 
     def infer(self, feeds: Mapping[str, Array], *, cache: KVCache | None = None) -> dict[str, Array]:
         """See `Session.infer`."""
         with self._usage.call():
-            if cache is not None and not (isinstance(cache, DeviceKVCache) and cache.context is self.device):
-                raise EngineError(f"{self.graph}: a KV cache of type {type(cache).__name__} is another backend's.")
+            kv = own_cache(self.graph, cache, DeviceKVCache, self.device)
             feeds = {name: accept(value, self.device) for name, value in feeds.items()}
-            symbols = check_feeds(self.graph, feeds, cache)
+            symbols = check_feeds(self.graph, feeds, kv)
             try:
                 with self.device.lock:
-                    return self._run(feeds, symbols, cache)
+                    return self._run(feeds, symbols, kv)
             except EngineError:
                 raise
             except Exception as error:  # onnxruntime's own exceptions share no base class
-                raise EngineError(failure(self.graph, feeds, symbols, error)) from error
+                raise EngineError("engine.failed", failure(self.graph, feeds, symbols, error)) from error
 
     def _run(
         self, feeds: Mapping[str, Array], symbols: Mapping[str, int], cache: DeviceKVCache | None
@@ -128,7 +130,7 @@ class OnnxRuntimeDeviceSession:
         addresses |= {name: array.address for name, array in resident.items()}
         for name, array in feeds.items():
             binding.bind_input(name, "cuda", DEVICE, np.dtype(array.dtype), list(array.shape), addresses[name])
-        written: dict[str, str] = {}  # what the graph returns of the cache → the buffer that it belongs to
+        written: dict[str, str] = {}  # output of the cache → its buffer
         if cache is not None and contract is not None:
             written = dict(zip(contract.written_names, contract.past_names, strict=True))
             for name, buffer in cache.buffers.items():
@@ -160,7 +162,7 @@ class OnnxRuntimeDeviceSession:
         cache: DeviceKVCache | None,
         written: Mapping[str, str],
     ) -> DeviceArray | None:
-        """Return memory of ours for an output that stays on the device; None where its shape is not known before."""
+        """Return the memory for an output that stays on the device; None if its shape is not known before."""
         if tensor.name in written and cache is not None and self.graph.cache is not None:
             if self.graph.cache.update == "in_place":
                 return cache.buffers[written[tensor.name]]
@@ -172,7 +174,8 @@ class OnnxRuntimeDeviceSession:
 
     def _returned(self, name: str, value: Any, place: DeviceArray | None) -> Array:
         if name not in self._on_device:
-            return value.numpy()
+            array: np.ndarray = value.numpy()
+            return array
         if place is not None:
             return place
         dtype = next(tensor.dtype for tensor in self.graph.outputs if tensor.name == name)
@@ -189,10 +192,10 @@ class OnnxRuntimeDeviceSession:
 def provider_settings(
     provider: str, graph: GraphSpec, device: DeviceContext, sizes: Mapping[str, Span], folder: Path | None
 ) -> dict[str, str]:
-    """Return a provider's options: the chain's stream, and what those that compile need."""
+    """Return a provider's options: the chain's stream, and shapes and caches of those that compile."""
     settings = {"device_id": str(DEVICE), "user_compute_stream": str(device.stream)}
     if provider == CUDA:
-        # What one long call needed is not doubled for the next.
+        # The arena grows by what is needed, not by doubling.
         return settings | {"arena_extend_strategy": "kSameAsRequested", "do_copy_in_default_stream": "1"}
     prefix = "trt" if provider == TENSORRT else "nv"
     settings["has_user_compute_stream"] = "1"
@@ -215,19 +218,21 @@ def provider_settings(
 
 
 def _add_plugin(options: Any, settings: Mapping[str, str]) -> None:
-    """Register the NvTensorRtRtx plugin once a process, and add its devices to a session's options."""
+    """Register the NvTensorRtRtx plugin once per process, and add its device to a session's options."""
     ort = import_onnxruntime()
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as plugin
     except ImportError as error:
-        raise EngineError(
-            f"the package {PLUGIN} cannot be imported ({error}). Install it: pip install onnxruntime-ep-nv-tensorrt-rtx"
-        ) from error
+        install = "pip install onnxruntime-ep-nv-tensorrt-rtx"
+        message = f"the package {PLUGIN} cannot be imported ({error}). Install it: {install}"
+        raise EngineError("engine.not_installed", message) from error
     name = plugin.get_ep_name()
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if not devices:
         ort.register_execution_provider_library(name, plugin.get_library_path())
         devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if not devices:
-        raise EngineError(f"{PLUGIN} finds no device: it needs an RTX GPU of the Ampere generation or later")
+        raise EngineError(
+            "engine.no_device", f"{PLUGIN} finds no device: it needs an RTX GPU of the Ampere generation or later"
+        )
     options.add_provider_for_devices(devices[:1], dict(settings))

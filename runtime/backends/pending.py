@@ -1,4 +1,4 @@
-"""Sessions that are still being opened: what needs no engine goes on meanwhile, such as the reading of a video."""
+"""Sessions that another thread opens, so that the video can be read meanwhile."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class PendingSession:
     """A `Session` that another thread opens. A call waits until it is open, and raises what the opening raised.
 
     Args:
-        graph: what the session will run.
-        open_it: opens it; called once, by `open_in_order`.
+        graph: graph of the session.
+        open_it: opens the session; called once, by `open_in_order`.
     """
 
     device = None  # sessions on a device share its context, and are opened at once
@@ -31,6 +31,7 @@ class PendingSession:
 
     @property
     def graph(self) -> GraphSpec:
+        """See `Session.graph`."""
         return self._graph
 
     @property
@@ -47,7 +48,7 @@ class PendingSession:
         return self.wait().allocate_cache(batch=batch, capacity=capacity)
 
     def close(self) -> None:
-        """See `Session.close`. One that is being opened is waited for; one that is not yet is never opened."""
+        """See `Session.close`. Waits for a session that is being opened; a later one is not opened any more."""
         self._closed = True
         self._settled.wait()
         if self._session is not None:
@@ -57,13 +58,13 @@ class PendingSession:
         """Return the session once it is open.
 
         Raises:
-            EngineError: the backend refused the graph, or this was closed before.
+            EngineError: the backend rejected the graph, or this was closed before.
         """
         self._settled.wait()
         if self._error is not None:
             raise self._error
         if self._session is None:
-            raise EngineError(f"{self._graph}: this session is closed.")
+            raise EngineError("engine.closed", f"{self._graph}: this session is closed.")
         return self._session
 
     def open_now(self) -> None:
@@ -71,14 +72,14 @@ class PendingSession:
         try:
             if not self._closed:
                 self._session = self._open_it()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - `wait` raises it in the caller's thread
             self._error = error
         finally:
             self._settled.set()
 
 
 def open_in_order(sessions: Sequence[PendingSession]) -> None:
-    """Start a thread that opens sessions one after the other; return at once."""
+    """Start a thread that opens the sessions in order."""
 
     def open_all() -> None:
         for session in sessions:

@@ -1,6 +1,6 @@
-"""Every backend, best first: which packages bring it, which variants it runs, what it needs, and how it opens a graph.
+"""Every backend, best first: its packages, the variants it runs, its requirements, and how it opens a graph.
 
-Packages are found by their metadata; none is imported unless it is installed and its GPU is asked about.
+Packages are found by their metadata; none is imported unless it is installed and the GPU is needed.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ if TYPE_CHECKING:  # they need numpy, and `doctor` lists backends where it is mi
     from bridge_stg.runtime.device.context import DeviceContext
 
 STANDARD_SINCE = (1, 32)
-"""First onnxruntime whose CPU kernels were shown to run the `standard` lowering: opset 24, in-place cache."""
+"""First onnxruntime whose CPU kernels run the `standard` lowering: opset 24, in-place cache."""
 STANDARD_SINCE_TENSORRT = (10, 15)
 """First TensorRT that parses the in-place cache of `standard`."""
 BETWEEN_GRAPHS = ("visual_tokens", "feature_map", "taps")
-"""Outputs that another graph reads, and that stay on the device therefore."""
+"""Outputs that another graph reads, so they stay on the device."""
 KERNELS = "kernels.bin"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An engine that can run graphs.
+    """A backend that can run graphs.
 
     Attributes:
-        distributions: the packages that bring it, best first.
+        name: its name for `--backend`.
+        distributions: the packages that provide it, best first.
         extra: the pip extra that installs one.
-        variants: names, best first, the variants that its version can run.
-        open: makes one session: (bundle, graph, threads, device); a `device` of None opens one for this session alone.
+        variants: returns the variants that a version can run, best first.
+        open: opens one session: (bundle, graph, threads, device); without `device` the session opens its own.
         on_gpu: whether it needs a CUDA device.
-        automatic: whether "auto" may take it.
-        refuses: says why it cannot run a graph here (bundle, graph, version, GPU); None: it can.
+        automatic: whether "auto" may choose it.
+        problem: returns why it cannot run a graph here, or None: (bundle, graph, version, GPU).
     """
 
     name: str
@@ -53,15 +54,15 @@ class Backend:
     open: Callable[..., Session]
     on_gpu: bool = False
     automatic: bool = True
-    refuses: Callable[[Bundle, GraphSpec, str, DeviceFacts], str | None] | None = None
+    problem: Callable[[Bundle, GraphSpec, str, DeviceFacts], str | None] | None = None
 
     def version(self) -> str | None:
-        """Version of the installed package, or None if there is none."""
+        """Return the version of the installed package; None if it is not installed."""
         return next(filter(None, map(packages.installed_version, self.distributions)), None)
 
 
 def gpu() -> DeviceFacts:
-    """Return what the GPU is. Raises EngineError where there is none, or cuda-python is missing."""
+    """Return the GPU's properties. Raises EngineError if it or cuda-python is missing."""
     return Cuda().facts()
 
 
@@ -70,7 +71,7 @@ def _onnxruntime_variants(version: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _cuda_variants(version: tuple[int, ...]) -> tuple[str, ...]:
-    # `primitive` has operators alone that the CUDA provider has had for years.
+    # `primitive` only has operators that old CUDA providers support.
     return ("ort-cuda", "primitive", "standard") if version >= STANDARD_SINCE else ("ort-cuda", "primitive")
 
 
@@ -132,11 +133,11 @@ def _without_engine(family: str, bundle: Bundle, graph: GraphSpec, version: str,
 def _without_bf16(bundle: Bundle, graph: GraphSpec, version: str, device: DeviceFacts) -> str | None:
     if graph.precision.split()[0] != "bf16":
         return None
-    return f"{graph}: is bf16, which onnxruntime cannot compute in whole; TensorRT takes it"
+    return f"{graph}: is bf16, which onnxruntime supports only in part; use TensorRT"
 
 
 def usual_sizes(spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
-    """Return least, usual and largest size of every symbol in this model's chain, for a provider that compiles."""
+    """Return least, usual and largest size of every symbol of the chain, for providers that compile."""
     vision, frames, language = spec.vision, spec.frames, spec.language
     patch, side = vision.patch_size, vision.patch_size * vision.merge_size
     least = side * max(1, round(min(frames.coarse_min_pixels, frames.fine_min_pixels) ** 0.5 / side / 4))
@@ -164,7 +165,7 @@ BACKENDS: tuple[Backend, ...] = (
         variants=_tensorrt_variants,
         open=partial(_open_tensorrt, "tensorrt"),
         on_gpu=True,
-        refuses=partial(_without_engine, "tensorrt"),
+        problem=partial(_without_engine, "tensorrt"),
     ),
     Backend(
         name="tensorrt-rtx",
@@ -173,7 +174,7 @@ BACKENDS: tuple[Backend, ...] = (
         variants=_both_variants,
         open=partial(_open_tensorrt, "tensorrt_rtx"),
         on_gpu=True,
-        refuses=partial(_without_engine, "tensorrt_rtx"),
+        problem=partial(_without_engine, "tensorrt_rtx"),
     ),
     Backend(
         name="onnxruntime-cuda",
@@ -182,9 +183,9 @@ BACKENDS: tuple[Backend, ...] = (
         variants=_cuda_variants,
         open=partial(_open_provider, "CUDAExecutionProvider"),
         on_gpu=True,
-        refuses=_without_bf16,
+        problem=_without_bf16,
     ),
-    # These two compile when a graph first runs, for minutes: they are there for who asks for them.
+    # These two compile for minutes when a graph first runs, so they are never chosen automatically.
     Backend(
         name="onnxruntime-tensorrt",
         distributions=("onnxruntime-gpu",),
@@ -211,4 +212,4 @@ BACKENDS: tuple[Backend, ...] = (
         open=_open_onnxruntime,
     ),
 )
-"""In the order in which "auto" tries them: it takes the first that has all that it needs for every graph."""
+"""The order in which "auto" tries them; it chooses the first that is ready for every graph."""

@@ -1,7 +1,7 @@
-"""What every backend offers: a graph that takes and returns named arrays, and the KV cache that it updates.
+"""The interface of every backend: a graph that takes and returns named arrays, and the KV cache that it updates.
 
-Knows nothing of tokens, of videos and of any backend. The checks of inputs are here, so that all backends refuse the
-same mistakes with the same words before an engine sees them.
+Knows nothing of tokens, videos or a backend. Inputs are checked here, so that all backends reject the same mistakes
+with the same message before an engine runs.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ if TYPE_CHECKING:
 
 
 class KVCache(Protocol):
-    """The KV buffers of one batch, [batch, kv_heads, capacity, head_dim] each, where the backend wants them."""
+    """The KV buffers of one batch, [batch, kv_heads, capacity, head_dim] each, in the backend's memory."""
 
     @property
-    def batch(self) -> int: ...
+    def batch(self) -> int:
+        """Number of rows."""
 
     @property
-    def capacity(self) -> int: ...
+    def capacity(self) -> int:
+        """Positions per row."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
 
     def copy_prefix(self, source: KVCache, length: int, rows: Sequence[int] | None = None) -> None:
         """Copy the first `length` positions of `source` into `rows` (None: all).
 
-        `source` has one row, which goes into each, or as many rows as are written, which go one to one.
+        `source` has either one row, which is copied into each of `rows`, or one row for each.
 
         Raises:
             EngineError: the sizes do not fit, or the cache is another backend's.
         """
-        ...
 
     def read(self) -> dict[str, np.ndarray]:
         """Return a copy of the whole cache by the names of the graph's inputs (past_key_0 …)."""
-        ...
 
     def write(self, values: Mapping[str, np.ndarray]) -> None:
-        """Overwrite the whole cache with what `read` returned. Raises EngineError where shape or dtype differ."""
-        ...
+        """Overwrite the whole cache with values as `read` returns them. Raises EngineError if shape or dtype differ."""
 
 
 PREFILL_CHUNK = 1024
@@ -80,25 +80,24 @@ class Session(Protocol):
     """
 
     @property
-    def graph(self) -> GraphSpec: ...
+    def graph(self) -> GraphSpec:
+        """The manifest's entry of the graph."""
 
     @property
     def preferences(self) -> Preferences:
         """Sizes and inputs to call this session with. May wait until the session is open."""
-        ...
 
     @property
     def device(self) -> DeviceContext | None:
         """The device on which the session takes frames without a copy; None: the host. Never waits."""
-        ...
 
     def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
         """Run the graph.
 
         Args:
-            feeds: every input by name, of exactly the dtype and dims of `graph.inputs`. With `cache`, all but the
-                past_* inputs. A backend on a device also takes what speaks DLPack there.
-            cache: read and updated by this call: L new positions a row, from cache_position[row] on.
+            feeds: every input by name, with the dtype and dims of `graph.inputs`; with `cache`, without the past_*
+                inputs. A backend on a device also takes arrays that support DLPack on that device.
+            cache: read and updated by this call: L new positions per row, from cache_position[row] on.
 
         Returns:
             Every output by name; with `cache`, all but those that belong to the cache.
@@ -106,15 +105,12 @@ class Session(Protocol):
         Raises:
             EngineError: an input is missing, unexpected or does not fit, or the backend failed.
         """
-        ...
 
     def allocate_cache(self, *, batch: int, capacity: int) -> KVCache:
-        """Return a zero-filled cache. Raises EngineError if the graph has none, or if memory does not suffice."""
-        ...
+        """Return a zero-filled cache. Raises EngineError if the graph has none, or for lack of memory."""
 
     def close(self) -> None:
-        """Free what the backend holds. Later calls of `infer` raise EngineError."""
-        ...
+        """Free the backend's resources. Later calls of `infer` raise EngineError."""
 
 
 class SessionWrapper:
@@ -155,7 +151,7 @@ def smallest(session: Session, symbol: str) -> int:
 
 
 def fixed_capacity(session: Session) -> int | None:
-    """Return the most positions that a cache of this session can have; None where there is no such bound."""
+    """Return the most positions that a cache of this session can have; None: no limit."""
     most = largest(session, "S")
     return None if most == sys.maxsize else most
 
@@ -175,47 +171,41 @@ def check_finite(graph: str, **outputs: Any) -> None:
             )
 
 
-def rows_to_fill(cache: KVCache, source: KVCache, length: int, rows: Sequence[int] | None) -> list[int]:
-    """Return the rows of `cache` that `copy_prefix` writes.
-
-    Raises:
-        EngineError: the sizes do not fit.
-    """
-    chosen = list(range(cache.batch)) if rows is None else list(rows)
-    if source.batch not in (1, len(chosen)) or any(not 0 <= row < cache.batch for row in chosen):
-        raise EngineError(f"{source.batch} rows of a KV cache cannot go into rows {chosen} of {cache.batch}")
-    if not 0 <= length <= min(cache.capacity, source.capacity):
-        raise EngineError(
-            f"{length} positions cannot be copied from a KV cache of {source.capacity} into one of {cache.capacity}"
-        )
-    return chosen
-
-
 def check_feeds(graph: GraphSpec, feeds: Mapping[str, Any], cache: KVCache | None = None) -> dict[str, int]:
-    """Check inputs against the manifest: names, dtypes, ranks, dims, one value a symbol, the cache's room.
+    """Check inputs against the manifest: names, dtypes, ranks, dims, one value per symbol, room in the cache.
+
+    Args:
+        graph: the manifest's entry.
+        feeds: arrays by name.
+        cache: the call's KV cache, which takes the place of the past_* inputs.
 
     Returns:
         The value of every symbol of the inputs, such as {"B": 1, "L": 7, "S": 256}.
 
     Raises:
-        EngineError: the message names the tensor, what was found and what is expected.
+        EngineError: the message names the tensor, what was found and what was expected.
     """
     if cache is not None and graph.cache is None:
-        raise EngineError(f"{graph}: was given a KV cache, but this graph keeps none.")
+        raise EngineError("engine.bad_cache", f"{graph}: got a KV cache, but this graph has none.")
     by_cache = set(graph.cache.past_names) if graph.cache is not None and cache is not None else set()
     expected = {tensor.name: tensor for tensor in graph.inputs if tensor.name not in by_cache}
     _check_names(graph, feeds, expected, by_cache)
-    symbols: dict[str, int] = {}
-    bound_by: dict[str, str] = {}
+    bound: dict[str, tuple[int, str]] = {}
     if cache is not None and graph.cache is not None:
-        _bind_cache(graph, cache, symbols, bound_by)
+        past = next(tensor for tensor in graph.inputs if tensor.name == graph.cache.past_names[0])
+        shape = (cache.batch, graph.cache.kv_heads, cache.capacity, graph.cache.head_dim)
+        _bind(graph, past, shape, "the cache", bound)
     for name, tensor in expected.items():
         _check_tensor(graph, tensor, feeds[name])
-        for dim, size in zip(tensor.dims, feeds[name].shape, strict=True):
-            _bind(graph, tensor, dim, size, feeds[name].shape, symbols, bound_by)
+        _bind(graph, tensor, feeds[name].shape, f"input {name!r}", bound)
+    symbols = {symbol: size for symbol, (size, _) in bound.items()}
     if graph.cache is not None:
         _check_room(graph, feeds, symbols)
     return symbols
+
+
+def _bad_input(graph: GraphSpec, text: str) -> EngineError:
+    return EngineError("engine.bad_input", f"{graph}: {text}")
 
 
 def _check_names(
@@ -223,63 +213,45 @@ def _check_names(
 ) -> None:
     for name, tensor in expected.items():
         if name not in feeds:
-            raise EngineError(f"{graph}: input {name!r} is missing; expected {tensor}.")
+            raise _bad_input(graph, f"input {name!r} is missing; expected {tensor}.")
     for name in feeds:
         if name in by_cache:
-            raise EngineError(f"{graph}: input {name!r} was given, but comes from the cache in this call.")
+            raise _bad_input(graph, f"input {name!r} was given, but comes from the cache in this call.")
         if name not in expected:
-            raise EngineError(f"{graph}: has no input {name!r}; its inputs: {', '.join(expected)}.")
+            raise _bad_input(graph, f"has no input {name!r}; its inputs: {', '.join(expected)}.")
 
 
 def _check_tensor(graph: GraphSpec, tensor: TensorSpec, array: Any) -> None:
     if not isinstance(array, (np.ndarray, DeviceArray)):
-        raise EngineError(
-            f"{graph}: input {tensor.name!r} is a {type(array).__name__}, expected a numpy array {tensor}."
-        )
+        raise _bad_input(graph, f"input {tensor.name!r} is a {type(array).__name__}, expected a numpy array {tensor}.")
     if str(array.dtype) != tensor.dtype:
-        raise EngineError(f"{graph}: input {tensor.name!r} is {array.dtype}, expected {tensor}.")
+        raise _bad_input(graph, f"input {tensor.name!r} is {array.dtype}, expected {tensor}.")
     if array.ndim != len(tensor.dims):
-        raise EngineError(f"{graph}: input {tensor.name!r} has shape {list(array.shape)}, expected {tensor}.")
+        raise _bad_input(graph, f"input {tensor.name!r} has shape {list(array.shape)}, expected {tensor}.")
 
 
 def _bind(
-    graph: GraphSpec,
-    tensor: TensorSpec,
-    dim: int | str,
-    size: int,
-    shape: tuple[int, ...],
-    symbols: dict[str, int],
-    bound_by: dict[str, str],
+    graph: GraphSpec, tensor: TensorSpec, shape: tuple[int, ...], source: str, bound: dict[str, tuple[int, str]]
 ) -> None:
-    if isinstance(dim, int):
-        if size != dim:
-            raise EngineError(f"{graph}: input {tensor.name!r} has shape {list(shape)}, expected {tensor}.")
-        return
-    if symbols.setdefault(dim, size) != size:
-        raise EngineError(
-            f"{graph}: input {tensor.name!r} has shape {list(shape)}, so {dim} = {size}, but {dim} = {symbols[dim]} "
-            f"in {bound_by[dim]}; expected {tensor}."
-        )
-    bound_by.setdefault(dim, f"input {tensor.name!r}")
-    least, most = graph.ranges.get(dim, (0, None))
-    if size < least or (most is not None and size > most):
-        upto = f"{least} to {most}" if most is not None else f"at least {least}"
-        raise EngineError(f"{graph}: input {tensor.name!r} has {dim} = {size}; this graph takes {upto}.")
-
-
-def _bind_cache(graph: GraphSpec, cache: KVCache, symbols: dict[str, int], bound_by: dict[str, str]) -> None:
-    """The cache fixes the symbols of past_key_0's first and third dim (B and S)."""
-    assert graph.cache is not None
-    past = next(tensor for tensor in graph.inputs if tensor.name == graph.cache.past_names[0])
-    shape = (cache.batch, graph.cache.kv_heads, cache.capacity, graph.cache.head_dim)
-    for dim, size in zip(past.dims, shape, strict=True):
-        _bind(graph, past, dim, size, shape, symbols, bound_by)
-        if isinstance(dim, str):
-            bound_by[dim] = "the cache"
+    """Set each symbol of a tensor to its size, and check it against earlier sources and the graph's ranges."""
+    for dim, size in zip(tensor.dims, shape, strict=True):
+        found = f"input {tensor.name!r} has shape {list(shape)}"
+        if isinstance(dim, int):
+            if size != dim:
+                raise _bad_input(graph, f"{found}, expected {tensor}.")
+            continue
+        value, origin = bound.setdefault(dim, (size, source))
+        if value != size:
+            raise _bad_input(graph, f"{found}, so {dim} = {size}, but {dim} = {value} in {origin}; expected {tensor}.")
+        least, most = graph.ranges.get(dim, (0, None))
+        if size < least or (most is not None and size > most):
+            limits = f"{least} to {most}" if most is not None else f"at least {least}"
+            message = f"{graph}: input {tensor.name!r} has {dim} = {size}; this graph takes {limits}."
+            raise EngineError("engine.out_of_range", message)
 
 
 def _check_room(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str, int]) -> None:
-    """S ≥ cache_position + L in every row: some backends write past the end of a buffer otherwise."""
+    """Check S ≥ cache_position + L in every row: some backends write past the end of a buffer otherwise."""
     if "L" not in symbols or "S" not in symbols:
         return
     positions, new, capacity = np.asarray(feeds["cache_position"]), symbols["L"], symbols["S"]
@@ -287,6 +259,7 @@ def _check_room(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str
     if bad.size:
         row = int(bad[0])
         raise EngineError(
+            "engine.out_of_range",
             f"{graph}: cache_position of row {row} is {int(positions[row])}; with {new} new positions that does not "
-            f"fit the cache's {capacity} positions."
+            f"fit the cache's {capacity} positions.",
         )

@@ -1,4 +1,4 @@
-"""How many processors this process may use: its affinity and its container's quota, which engines do not ask about."""
+"""Count the processors that this process may use, by its affinity and its container's quota, which engines ignore."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 MAX_THREADS = 256
-"""Of one engine, which takes any number: with thousands, it takes minutes to start them."""
+"""Most threads of one session: starting thousands would take minutes."""
 
 
 def usable_cpus() -> int:
@@ -23,11 +23,10 @@ def usable_cpus() -> int:
 
 @cache
 def limited_threads() -> int | None:
-    """Return how many threads an engine should compute with, where it would take more than it may; None: it may choose.
+    """Return the threads for an engine if this process may use only a part of the machine; None: the engine's default.
 
-    An engine counts the physical cores of the whole machine. Where the affinity (`taskset`, a cpuset) or the quota of a
-    container (`docker run --cpus`) leaves fewer, its threads would wait for each other: one a physical core that the
-    process may use, and no more than the quota, is what is left.
+    Engines count the physical cores of the whole machine. If the affinity (`taskset`, a cpuset) or the quota of a
+    container (`docker run --cpus`) leaves fewer, their threads would wait for each other.
     """
     quota, allowed = quota_cpus(CGROUPS, OWN_CGROUP), _affinity()
     cores = physical_cores(TOPOLOGY, allowed)
@@ -37,22 +36,22 @@ def limited_threads() -> int | None:
 
 
 def physical_cores(topology: Path, cpus: frozenset[int]) -> int:
-    """Return on how many physical cores these logical processors lie: two of one core share its arithmetic units."""
+    """Return the number of physical cores of these logical processors."""
     cores = set()
     for cpu in cpus:
         try:
             cores.add((topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="ascii"))
-        except OSError:  # not told here: each counts
+        except OSError:  # unknown: count each
             cores.add(str(cpu))
     return max(1, len(cores))
 
 
 def quota_cpus(cgroups: Path, own: Path) -> int | None:
-    """Return the processors' worth of time that the process's control groups leave it, rounded up; None: no limit.
+    """Return the CPU quota of the process's control groups in processors, rounded up; None: no limit.
 
     Args:
-        cgroups: where control groups are mounted, of version 2 (`cpu.max`) or 1 (`cpu/cpu.cfs_quota_us`).
-        own: the file that names the process's own.
+        cgroups: mount point of control groups, version 2 (`cpu.max`) or 1 (`cpu/cpu.cfs_quota_us`).
+        own: file that names the process's control groups.
     """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
@@ -66,7 +65,7 @@ def quota_cpus(cgroups: Path, own: Path) -> int | None:
             continue
         root = cgroups if number == "0" else cgroups / "cpu"
         folder = root / path.strip("/")
-        # A container sees its own group as the root, or the host's path that is not there.
+        # A container sees its group as the root, or the host's path, which does not exist there.
         for place in (folder, *folder.parents):
             limit = _limit(place)
             if limit is not None:
@@ -77,7 +76,7 @@ def quota_cpus(cgroups: Path, own: Path) -> int | None:
 
 
 def _limit(folder: Path) -> float | None:
-    """Return the processors' worth of one control group, None where it sets no limit."""
+    """Return the quota of one control group in processors; None: no limit."""
     try:
         quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):

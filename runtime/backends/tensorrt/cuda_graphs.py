@@ -1,7 +1,7 @@
-"""CUDA graphs of steps that repeat: a token's work is many small kernels, which one launch puts on the stream.
+"""CUDA graphs of repeated steps: a decode step is many small kernels, which one launch puts on the stream.
 
-A graph belongs to one set of shapes and addresses. What is seen for the second time is run once more as it is and then
-captured, in an execution context of its own (as TensorRT asks: shapes set and the work run once before a capture).
+A graph belongs to one set of shapes and addresses. A step that is seen for the second time is run once more and then
+captured, in a new execution context (TensorRT needs shapes set and one run before a capture).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.errors import EngineError
 
 MOST_GRAPHS = 16
-"""Graphs that are kept; the longest unused go first."""
+"""Most graphs that are kept; the least recently used is freed first."""
 MOST_SEEN = 256
 
 
 @dataclass(eq=False)
-class Scales:
-    """A call that can be run: `execute` puts its work on a stream; it writes `outputs`; `holds` must stay alive."""
+class PreparedCall:
+    """A call: `execute` puts its work on a stream, which writes `outputs`; `holds` must stay alive."""
 
     execute: Callable[[int], None]
     capturable: Callable[[int], bool]
@@ -35,17 +35,17 @@ class StepGraphs:
 
     def __init__(self, context: DeviceContext) -> None:
         self._context = context
-        self._stream = context.cuda.stream()  # captured work is recorded, not run: it needs no order
-        self._graphs: OrderedDict[Hashable, tuple[Any, Scales]] = OrderedDict()
+        self._stream = context.cuda.stream()  # capture records work without running it
+        self._graphs: OrderedDict[Hashable, tuple[Any, PreparedCall]] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
-        self.refusal: str | None = None
-        """Why steps are not captured any more: this engine cannot be."""
+        self.capture_error: str | None = None
+        """Why steps of this engine cannot be captured; None while they can."""
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def launch(self, key: Hashable) -> Mapping[str, DeviceArray] | None:
-        """Put a captured step on the chain's stream and return its outputs, which the next launch overwrites."""
+        """Launch a captured step and return its outputs, which the next launch overwrites; None if not captured."""
         if key not in self._graphs:
             return None
         self._graphs.move_to_end(key)
@@ -54,8 +54,8 @@ class StepGraphs:
         return prepared.outputs
 
     def repeats(self, key: Hashable) -> bool:
-        """Whether a step was seen before and should be captured now."""
-        if self.refusal is not None:
+        """Return whether a step was seen before and should be captured now."""
+        if self.capture_error is not None:
             return False
         if key in self._seen:
             del self._seen[key]
@@ -65,17 +65,17 @@ class StepGraphs:
             self._seen.popitem(last=False)
         return False
 
-    def run_and_capture(self, key: Hashable, prepared: Scales) -> Mapping[str, DeviceArray]:
-        """Put a step on the chain's stream as it is, then capture it for the next time; return its outputs."""
+    def run_and_capture(self, key: Hashable, prepared: PreparedCall) -> Mapping[str, DeviceArray]:
+        """Run a step on the chain's stream, then capture it for the next time; return its outputs."""
         cuda, stream = self._context.cuda, self._context.stream
         prepared.execute(stream)
         cuda("cudaStreamSynchronize", stream)
         try:
             if not prepared.capturable(self._stream):
-                raise EngineError("this engine's work cannot be captured as a CUDA graph")
+                raise EngineError("engine.failed", "this engine's work cannot be captured as a CUDA graph")
             self._graphs[key] = (self._capture(prepared), prepared)
-        except EngineError as error:  # it ran, and goes on running without
-            self.refusal = str(error)
+        except EngineError as error:  # the step has run, and is run without a graph from now on
+            self.capture_error = str(error)
             return prepared.outputs
         while len(self._graphs) > MOST_GRAPHS:
             _, (graph, _) = self._graphs.popitem(last=False)
@@ -89,14 +89,14 @@ class StepGraphs:
         self._graphs.clear()
         self._context.cuda("cudaStreamDestroy", self._stream)
 
-    def _capture(self, prepared: Scales) -> Any:
+    def _capture(self, prepared: PreparedCall) -> Any:
         cuda = self._context.cuda
-        # Thread-local: what other threads allocate meanwhile does not spoil the capture.
+        # Thread-local, so allocations of other threads do not invalidate the capture.
         cuda("cudaStreamBeginCapture", self._stream, cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             prepared.execute(self._stream)
         except EngineError:
-            cuda.api.cudaStreamEndCapture(self._stream)  # it is spoiled, and must be ended all the same
+            cuda.api.cudaStreamEndCapture(self._stream)  # an invalid capture must be ended, too
             raise
         recorded = cuda("cudaStreamEndCapture", self._stream)
         try:

@@ -1,4 +1,4 @@
-"""A TensorRT engine: its tensors held against the manifest, its profiles, and its execution contexts.
+"""A TensorRT engine: its tensors, checked against the manifest, its profiles and its execution contexts.
 
 Knows nothing of caches and feeds: a call is a profile, a shape for every input and an address for every tensor.
 """
@@ -23,15 +23,18 @@ class TensorRTEngine:
     """A deserialized engine on the device of its chain.
 
     Args:
+        library: the TensorRT package.
+        device: the chain's device.
         plan: the serialized engine.
         graph: the manifest entry that it was built from.
-        kernels: what `kernel_cache` returned in an earlier process (TensorRT-RTX).
+        cuda_graphs: whether TensorRT-RTX may capture CUDA graphs itself.
+        kernels: the result of `kernel_cache` in an earlier process (TensorRT-RTX).
 
     Raises:
-        EngineError: TensorRT refuses the plan, or its tensors are not those of the manifest.
+        EngineError: TensorRT rejects the plan, or its tensors are not those of the manifest.
 
     Attributes:
-        profiles: of each optimization profile the least and the largest size of every symbol.
+        profiles: least and largest size of every symbol, for each optimization profile.
     """
 
     def __init__(
@@ -49,8 +52,9 @@ class TensorRTEngine:
         self._engine: Any = library.runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
+                "engine.rejected_engine",
                 f"{graph}: TensorRT {library.version} on {device.device.name} cannot load this engine: "
-                f"{library.reason()}. Build it on this machine: python cli.py build BUNDLE --target this"
+                f"{library.reason()}. Build it on this machine: python cli.py build BUNDLE --target this",
             )
         self._kernels = self._load_kernels(kernels)
         self._check_tensors()
@@ -68,23 +72,18 @@ class TensorRTEngine:
             for symbol in symbols
         }
 
-    def aliases(self) -> dict[str, str]:
-        """Return the outputs that the engine writes over an input (TensorRT 10.15 and later tell): output → input."""
+    def aliases(self) -> dict[str, str] | None:
+        """Return the outputs that the engine writes over an input: output → input; None before TensorRT 10.15."""
         if not hasattr(self._engine, "get_aliased_input_tensor"):
-            return {}
+            return None
         pairs = {t.name: self._engine.get_aliased_input_tensor(t.name) for t in self.graph.outputs}
         return {output: source for output, source in pairs.items() if source}
 
-    @property
-    def tells_aliases(self) -> bool:
-        """Whether this TensorRT can say which outputs lie over inputs."""
-        return hasattr(self._engine, "get_aliased_input_tensor")
-
     def profile_for(self, sizes: Mapping[str, int]) -> int:
-        """Return the narrowest profile that takes these sizes.
+        """Return the narrowest profile that contains these sizes.
 
         Raises:
-            EngineError: none does; the message lists them.
+            EngineError: no profile does; the message lists all.
         """
         fitting = [
             (sum(most for _, most in spans.values()), index)
@@ -93,20 +92,24 @@ class TensorRTEngine:
         ]
         if fitting:
             return min(fitting)[1]
-        asked = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
+        requested = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
         known = "; ".join(
             ", ".join(f"{symbol} {least}–{most}" for symbol, (least, most) in spans.items()) for spans in self.profiles
         )
         raise EngineError(
-            f"{self.graph}: no profile of this engine takes {asked}; it has: {known}. Build it again with other "
-            "--profiles, or use a smaller video, query or batch"
+            "engine.out_of_range",
+            f"{self.graph}: no profile of this engine takes {requested}; it has: {known}. Build it again with other "
+            "--profiles, or use a smaller video, query or batch",
         )
 
     def new_context(self, profile: int) -> _Context:
-        """Return a context of its own for a profile, such as a CUDA graph needs."""
+        """Return a new context for a profile; each CUDA graph needs its own."""
         context = self.bindings.context(self._engine, cuda_graphs=self._cuda_graphs, kernels=self._kernels)
         if context is None:
-            raise EngineError(f"{self.graph}: TensorRT has no memory for one more context: {self.bindings.reason()}")
+            raise EngineError(
+                "engine.out_of_memory",
+                f"{self.graph}: TensorRT has no memory for one more context: {self.bindings.reason()}",
+            )
         return _Context(self, context, profile)
 
     def context(self, profile: int) -> _Context:
@@ -116,18 +119,18 @@ class TensorRTEngine:
         return self._contexts[profile]
 
     def scratch(self, profile: int) -> Block:
-        """Return the memory that all contexts of the chain use in turn."""
+        """Return the activation memory, which all contexts of the chain use in turn."""
         return self.device.reserve_scratch(self._scratch_bytes[profile])
 
     def kernel_cache(self) -> bytes | None:
-        """Return what TensorRT-RTX has compiled on this device, for the next process; None where there is nothing."""
+        """Return the kernels that TensorRT-RTX compiled on this device, for the next process; None without any."""
         if self._kernels is None:
             return None
         blob = self._kernels.serialize()
         return None if blob is None else bytes(blob)
 
     def close(self) -> None:
-        """Let go of the engine. Its work must be done."""
+        """Release the engine. Its work must be done."""
         self._contexts.clear()
         self._kernels = None
         self._engine = None
@@ -137,7 +140,7 @@ class TensorRTEngine:
             return None
         cache = self._engine.create_runtime_config().create_runtime_cache()
         if blob is not None and not cache.deserialize(blob):
-            self.bindings.reason()  # of another driver or version: they are compiled again
+            self.bindings.reason()  # of another driver or version: compiled again
         return cache
 
     def _check_tensors(self) -> None:
@@ -148,7 +151,8 @@ class TensorRTEngine:
         if names != set(expected):
             differ = ", ".join(sorted(names ^ set(expected)))
             raise EngineError(
-                f"{self.graph}: the engine's tensors are not those of the manifest; they differ in {differ}"
+                "engine.rejected_engine",
+                f"{self.graph}: the engine's tensors are not those of the manifest; they differ in {differ}",
             )
         for name, (tensor, mode) in expected.items():
             shape, dtype = tuple(engine.get_tensor_shape(name)), self.bindings.dtype(engine.get_tensor_dtype(name))
@@ -157,11 +161,13 @@ class TensorRTEngine:
             )
             if engine.get_tensor_location(name) != module.TensorLocation.DEVICE:
                 raise EngineError(
-                    f"{self.graph}: the engine wants {name!r} on the host; a chain's inputs are on the device"
+                    "engine.rejected_engine",
+                    f"{self.graph}: the engine expects {name!r} on the host, but the chain's inputs are on the device",
                 )
             if engine.get_tensor_mode(name) != mode or dtype != tensor.dtype or not fits:
                 raise EngineError(
-                    f"{self.graph}: {name!r} of the engine is {dtype} {list(shape)}; the manifest says {tensor}"
+                    "engine.rejected_engine",
+                    f"{self.graph}: {name!r} of the engine is {dtype} {list(shape)}; the manifest says {tensor}",
                 )
 
     def _spans(self, profile: int) -> dict[str, Span]:
@@ -177,15 +183,17 @@ class TensorRTEngine:
 
 
 class _Context:
-    """One execution context. To be used under the chain's lock, since its scratch memory is everybody's."""
+    """An execution context. To be used under the chain's lock, since all contexts share their scratch memory."""
 
     def __init__(self, engine: TensorRTEngine, context: Any, profile: int) -> None:
         self._engine, self._context, self._profile = engine, context, profile
         self._scratch: Block | None = None
         device = engine.device
         if not context.set_optimization_profile_async(profile, device.stream):
-            raise EngineError(f"{engine.graph}: profile {profile} cannot be used: {engine.bindings.reason()}")
-        # What the switch copies must be there before this context runs, or is captured, on any stream.
+            raise EngineError(
+                "engine.failed", f"{engine.graph}: profile {profile} cannot be used: {engine.bindings.reason()}"
+            )
+        # The copies of this switch must be done before the context runs, or is captured, on any stream.
         device.cuda("cudaStreamSynchronize", device.stream)
 
     @property
@@ -197,26 +205,29 @@ class _Context:
         """Set the shapes of the inputs and return those of the outputs.
 
         Raises:
-            EngineError: a shape is refused, or an output's depends on values.
+            EngineError: a shape is rejected, or an output's depends on values.
         """
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, tuple(shape)):
-                self._fail(f"refuses the shape {list(shape)} of {name!r}")
+                self._fail(f"rejects the shape {list(shape)} of {name!r}")
         if missing := self._context.infer_shapes():
             self._fail(f"misses the shapes of {', '.join(missing)}")
         found = {t.name: tuple(self._context.get_tensor_shape(t.name)) for t in self._engine.graph.outputs}
         for name, shape in found.items():
             if any(size < 0 for size in shape):
-                self._fail(f"cannot tell the shape of {name!r} ({list(shape)})")
+                self._fail(f"does not know the shape of {name!r} ({list(shape)})")
         return found
 
     def bind(self, addresses: Mapping[str, int]) -> None:
         """Set the address of every tensor, and the scratch memory if it has moved."""
         for name, address in addresses.items():
             if address % ALIGNMENT:
-                raise EngineError(f"{self._engine.graph}: {name!r} lies at {address:#x}, not a multiple of {ALIGNMENT}")
+                raise EngineError(
+                    "engine.failed",
+                    f"{self._engine.graph}: {name!r} is at {address:#x}, not a multiple of {ALIGNMENT}",
+                )
             if not self._context.set_tensor_address(name, address):
-                self._fail(f"refuses the address of {name!r}")
+                self._fail(f"rejects the address of {name!r}")
         scratch = self._engine.scratch(self._profile)
         if scratch is not self._scratch:
             self._engine.bindings.set_scratch(self._context, scratch.address, scratch.size)
@@ -228,12 +239,12 @@ class _Context:
             self._fail("failed")
 
     def capturable(self, stream: int) -> bool:
-        """Whether the work can be captured as a CUDA graph, as far as this TensorRT tells."""
-        asked = getattr(self._context, "is_stream_capturable", None)
-        return True if asked is None else bool(asked(stream))
+        """Return whether the work can be captured as a CUDA graph, as far as this TensorRT knows."""
+        check = getattr(self._context, "is_stream_capturable", None)
+        return True if check is None else bool(check(stream))
 
     def _fail(self, what: str) -> None:
-        raise EngineError(f"{self._engine.graph}: TensorRT {what}: {self._engine.bindings.reason()}")
+        raise EngineError("engine.failed", f"{self._engine.graph}: TensorRT {what}: {self._engine.bindings.reason()}")
 
 
 def with_ranges(graph: GraphSpec, ranges: Mapping[str, tuple[int, int]]) -> GraphSpec:

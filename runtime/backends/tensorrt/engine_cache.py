@@ -1,8 +1,8 @@
-"""Which TensorRT engine belongs to a graph on a device: keys, what is written beside an engine, where it is found.
+"""Find the TensorRT engine of a graph for a device: keys, metadata and folders of engines.
 
-An engine is a folder `<target key>/<graph>.<variant>.<digest>/` that holds `engine.plan` and `engine.json`. It lies
-below the bundle's engines/, or below the user's cache if the bundle is read-only. Whether it fits is decided from
-engine.json alone, before TensorRT sees a byte of the plan. Knows nothing of TensorRT.
+An engine is a folder `<target key>/<graph>.<variant>.<digest>/` with `engine.plan` and `engine.json`, in the bundle's
+engines/, or in the user's cache if the bundle is read-only. engine.json alone decides whether it fits, before TensorRT
+reads the plan. Knows nothing of TensorRT.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAMILIES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 """Engines of one family do not load in the other."""
 
 Profiles = Mapping[str, Mapping[str, tuple[int, int, int]]]
-"""By name, in the order of the engine's profile indices: of each symbol the least, usual and largest size."""
+"""Least, usual and largest size of each symbol by profile name, in the order of the engine's profile indices."""
 
 
 def machine_name() -> str:
@@ -37,7 +37,7 @@ def machine_name() -> str:
 
 @dataclass(frozen=True)
 class EngineDevice:
-    """What an engine must fit.
+    """Device and TensorRT that an engine must fit.
 
     `family` is a key of `FAMILIES`, `version` the installed package's, `sm` the GPU's compute capability (87 is 8.7).
     """
@@ -53,10 +53,10 @@ class EngineDevice:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Everything that an engine depends on. Two engines of one key are interchangeable.
+    """Everything that an engine depends on. Two engines with equal keys are interchangeable.
 
-    `sms` are the compute capabilities that it runs on: one where it is built on the device, the target's list where it
-    is built ahead of time. `options` are the builder's settings that change what the engine needs of driver and device.
+    `sms` are the compute capabilities that it runs on: one if it was built on the device, the target's list if it was
+    built ahead of time. `options` are builder settings that change the requirements on driver and device.
     `graph` and `profiles` are SHA-256 digests: `graph_digest` and `profile_digest`.
     """
 
@@ -85,11 +85,11 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """What engine.json says of an engine.
+    """The content of an engine's engine.json.
 
-    `profiles` are in the order of TensorRT's profile indices; `capacity` is S of a cache updated in place, which
-    is fixed in the engine. `inputs` and `outputs` are the manifest's, KV buffers included. `size` and `sha256` are the
-    plan's; `built` tells how it came to be, for people: when, seconds, peak memory, what the plan holds.
+    `profiles` are in the order of TensorRT's profile indices; `capacity` is S of a cache updated in place, which is
+    fixed in the engine. `inputs` and `outputs` are the manifest's, with KV buffers. `size` and `sha256` are the plan's;
+    `built` is informative: date, seconds, peak memory, fused layers.
     """
 
     key: EngineKey
@@ -106,7 +106,7 @@ class EngineEntry:
     built: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     folder: str = ""
-    """Where it was found; filled in on reading."""
+    """The engine's folder; set on reading."""
 
     @property
     def plan(self) -> Path:
@@ -114,9 +114,9 @@ class EngineEntry:
         return Path(self.folder) / PLAN
 
     def profile_for(self, sizes: Mapping[str, int]) -> str | None:
-        """Return the first profile that holds these sizes (symbol → size), None if there is none.
+        """Return the first profile that contains these sizes (symbol → size); None if no profile does.
 
-        A size below a profile's least one does not fit it: frames are padded up to it (through `frame_mask`) first.
+        A size below a profile's least does not fit it: frames are padded (see `frame_mask`) first.
         """
         for name, ranges in self.profiles.items():
             if all(ranges[s][0] <= size <= ranges[s][2] for s, size in sizes.items() if s in ranges):
@@ -132,21 +132,25 @@ class EngineEntry:
         try:
             size = self.plan.stat().st_size
             if size != self.size or (size <= HASHED_BYTES_ON_LOAD and file_sha256(self.plan) != self.sha256):
-                raise EngineError(f"{self.plan}: was changed after it was built. Build the engine again.")
+                raise _damaged(self.plan, "was changed after it was built")
         except OSError as error:
-            raise EngineError(f"{self.plan}: cannot be read ({error}). Build the engine again.") from error
+            raise _damaged(self.plan, f"cannot be read ({error})") from error
 
     def read_plan(self) -> bytes:
-        """Return the serialized engine. Raises as `check_plan`, which comes first."""
+        """Check the serialized engine with `check_plan` and return it."""
         self.check_plan()
         try:
             return self.plan.read_bytes()
         except OSError as error:
-            raise EngineError(f"{self.plan}: cannot be read ({error}). Build the engine again.") from error
+            raise _damaged(self.plan, f"cannot be read ({error})") from error
+
+
+def _damaged(file: Path, what: str) -> EngineError:
+    return EngineError("engine.damaged", f"{file}: {what}. Build the engine again.")
 
 
 def graph_digest(graph: GraphSpec) -> str:
-    """Hash a graph's structure and weights: what the manifest says of its .onnx file and its data files."""
+    """Hash a graph's structure and weights, from the manifest's hashes of its .onnx file and data files."""
     files = {"graph": graph.sha256, **{entry.path: entry.sha256 for entry in graph.data}}
     return canonical_sha256(files, without="")
 
@@ -158,17 +162,17 @@ def profile_digest(profiles: Profiles, capacity: int | None) -> str:
 
 
 def engine_folders(bundle: Bundle) -> tuple[Path, Path]:
-    """Return where a bundle's engines may lie: in the bundle, and in the user's cache, by the bundle's fingerprint."""
+    """Return the engine folders of a bundle: in the bundle, and in the user's cache, by the bundle's fingerprint."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = bundle.manifest.fingerprint[:16] or bundle.path.name
     return bundle.path / ENGINES, Path(base) / "bridge-stg" / ENGINES / name
 
 
 def read_engines(bundle: Bundle, graph: GraphSpec | None = None) -> list[EngineEntry]:
-    """Return the engines of a bundle, or of one graph variant: the bundle's own before those of the user's cache.
+    """Return the engines of a bundle, or of one graph variant: first the bundle's, then those of the user's cache.
 
     Raises:
-        EngineError: an engine.json cannot be understood.
+        EngineError: an engine.json is damaged.
     """
     return [_read(file) for file in _files(bundle, graph)]
 
@@ -178,18 +182,8 @@ def _files(bundle: Bundle, graph: GraphSpec | None) -> list[Path]:
     return [file for folder in engine_folders(bundle) for file in sorted(folder.glob(f"*/{name}/{ABOUT}"))]
 
 
-def _whole_and_damaged(bundle: Bundle, graph: GraphSpec) -> tuple[list[EngineEntry], list[EngineError]]:
-    built, damaged = [], []
-    for file in _files(bundle, graph):
-        try:
-            built.append(_read(file))
-        except EngineError as error:
-            damaged.append(error)
-    return built, damaged
-
-
 def read_engine(bundle: Bundle, graph: GraphSpec, key: EngineKey) -> EngineEntry | None:
-    """Return the engine of one graph variant that has this key, None if there is none.
+    """Return the engine of one graph variant that has this key; None if it does not exist.
 
     Raises:
         EngineError: it is damaged.
@@ -210,27 +204,37 @@ def read_engine(bundle: Bundle, graph: GraphSpec, key: EngineKey) -> EngineEntry
 
 
 def find_engine(bundle: Bundle, graph: GraphSpec, device: EngineDevice) -> EngineEntry:
-    """Return the engine of one graph variant that fits a device; of several, the one that was built last.
+    """Return the last built engine of one graph variant that fits a device.
 
     Raises:
-        EngineError: there is none. The message says how the closest one differs, and the command that builds it.
+        EngineError: no engine fits. The message has the differences of the closest one, and the command to build it.
     """
-    built, damaged = _whole_and_damaged(bundle, graph)
+    built, damaged = [], []
+    for file in _files(bundle, graph):
+        try:
+            built.append(_read(file))
+        except EngineError as error:
+            damaged.append(error)
     fitting = [e for e in built if next(_differences(e.key, graph, device), None) is None]
     if fitting:
         return max(fitting, key=lambda e: str(e.built.get("finished", "")))
     build = f"python cli.py build {bundle.path} --target this --graph {graph.name} --variant {graph.variant}"
     if damaged:
-        raise EngineError(f"{damaged[0]} The command: {build}")
+        raise EngineError("engine.damaged", f"{damaged[0]} The command: {build}")
     if not built:
-        raise EngineError(f"{bundle.path}: no engine of {graph} has been built for {device}. Build it: {build}")
+        raise EngineError(
+            "engine.not_built", f"{bundle.path}: no engine of {graph} has been built for {device}. Build it: {build}"
+        )
     closest = min(built, key=lambda e: len(list(_differences(e.key, graph, device))))
     why = " and ".join(_differences(closest.key, graph, device))
-    raise EngineError(f"{closest.folder}: this engine of {graph} {why}. It cannot be used; build it again: {build}")
+    raise EngineError(
+        "engine.not_built",
+        f"{closest.folder}: this engine of {graph} {why}. It cannot be used; build it again: {build}",
+    )
 
 
 def _differences(key: EngineKey, graph: GraphSpec, device: EngineDevice) -> Iterator[str]:
-    """Yield in words why an engine does not fit, in the order in which a person wants to know it."""
+    """Yield the reasons why an engine does not fit, most important first."""
     family, wanted = FAMILIES.get(key.family, key.family), FAMILIES.get(device.family, device.family)
     if (key.family, key.version) != (device.family, device.version):
         yield f"was built with {family} {key.version}, and {wanted} {device.version} is installed"
@@ -243,15 +247,14 @@ def _differences(key: EngineKey, graph: GraphSpec, device: EngineDevice) -> Iter
 
 
 def _read(file: Path) -> EngineEntry:
-    again = "Build the engine again."
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
             found = values.get("schema_version") if isinstance(values, dict) else type(values).__name__
-            raise EngineError(f"{file}: schema version {found!r}, and this program reads {SCHEMA_VERSION}. {again}")
+            raise _damaged(file, f"schema version {found!r}, and this program reads {SCHEMA_VERSION}")
         if values.pop("about_sha256", None) != canonical_sha256(values, without=""):
-            raise EngineError(f"{file}: was changed after the engine was built. {again}")
+            raise _damaged(file, "was changed after the engine was built")
         entry: EngineEntry = from_json(EngineEntry, values, "")
     except (OSError, ValueError) as error:
-        raise EngineError(f"{file}: cannot be read ({error}). {again}") from error
+        raise _damaged(file, f"cannot be read ({error})") from error
     return dataclasses.replace(entry, folder=str(file.parent))

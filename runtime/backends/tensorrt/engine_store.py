@@ -1,4 +1,4 @@
-"""Write an engine so that it is never half there: its folder is filled under another name and renamed when complete."""
+"""Write engines atomically: an engine's folder is filled under another name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from bridge_stg.runtime.host.files import replace_folder
 
 
 def writable_folder(bundle: Bundle) -> Path:
-    """Return where new engines go: into the bundle, or into the user's cache if the bundle cannot be written.
+    """Return the folder of new engines: in the bundle, or in the user's cache if the bundle is read-only.
 
     Raises:
-        EngineError: neither can be written.
+        EngineError: both are read-only.
     """
     problems = []
     for folder in engine_folders(bundle):
@@ -36,16 +36,17 @@ def writable_folder(bundle: Bundle) -> Path:
         except OSError as error:
             problems.append(f"{folder} ({error.strerror or error})")
     raise EngineError(
+        "output.not_writable",
         f"engines can be written neither to {' nor to '.join(problems)}. Make one writable, or name another cache: "
-        "XDG_CACHE_HOME=…"
+        "XDG_CACHE_HOME=…",
     )
 
 
 @contextmanager
 def new_engine(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder for one engine below `folder`; whatever is left of it when the block ends is removed.
+    """Give a temporary folder for one engine in `folder`; it is removed after the block unless it was published.
 
-    What processes of this machine left that were killed is removed too.
+    Temporary folders of killed processes of this machine are removed, too.
     """
     for left in folder.glob(f".{platform.node()}-*-*.partial"):
         if not _is_running(left):
@@ -59,7 +60,7 @@ def new_engine(folder: Path) -> Iterator[Path]:
 
 
 def partial_name(*, pid: int) -> str:
-    """Return a new name for what a process of this machine is writing."""
+    """Return a new name of a temporary folder of a process on this machine."""
     return f".{platform.node()}-{pid}-{uuid.uuid4().hex[:8]}.partial"
 
 
@@ -74,9 +75,9 @@ def _is_running(partial: Path) -> bool:
 
 
 def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
-    """Complete the engine whose plan lies in `partial`, and rename it into place. Return it with size, hash and folder.
+    """Complete the engine in the folder `partial` and rename it into place. Return it with size, hash and folder.
 
-    An engine of the same key is replaced.
+    It replaces an engine with the same key.
     """
     plan = partial / PLAN
     entry = dataclasses.replace(entry, size=plan.stat().st_size, sha256=file_sha256(plan), folder="")
@@ -90,5 +91,5 @@ def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
 
 
 def engine_place(folder: Path, entry: EngineEntry) -> Path:
-    """Return the folder that an engine of this key has below engines/."""
+    """Return the folder of an engine below engines/."""
     return folder / entry.key.folder(entry.graph, entry.variant)

@@ -1,7 +1,7 @@
-"""The TensorRT packages: which one is there, what differs between them, and how its messages are kept.
+"""The TensorRT packages: import, differences between them, and their log messages.
 
-TensorRT (10 and 11) and TensorRT-RTX share one Python interface as far as running an engine goes. They differ in the
-names of their packages and in how an execution context is told to share memory and to use CUDA graphs.
+TensorRT (10 and 11) and TensorRT-RTX have the same Python interface for running an engine. They differ in the names of
+their packages and in how an execution context is set to share memory and to use CUDA graphs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "UINT8": "uint8",
     "BOOL": "bool",
 }  # fmt: skip
-"""TensorRT's names of the dtypes that a graph's contract may have."""
+"""Numpy dtype by TensorRT's name, for the dtypes of a graph's contract."""
 
 
 class TensorRT:
-    """One TensorRT package, and the messages that it logged last.
+    """One TensorRT package and its last log messages.
 
     Args:
         family: a key of `MODULES`.
@@ -44,12 +44,12 @@ class TensorRT:
 
     @property
     def is_rtx(self) -> bool:
-        """Whether kernels are made on the device when an engine first runs, and CUDA graphs by the library itself."""
+        """Whether kernels are compiled when an engine first runs, and the library captures CUDA graphs itself."""
         return self.family == "tensorrt_rtx"
 
     def reason(self) -> str:
-        """Return what was logged since the last call, in one line, and forget it."""
-        text = "; ".join(" ".join(message.split()) for message in self.messages) or "it gave no reason"
+        """Return the messages logged since the last call, in one line, and clear them."""
+        text = "; ".join(" ".join(message.split()) for message in self.messages) or "no reason was logged"
         self.messages.clear()
         return text if len(text) <= 600 else f"{text[:599]}…"
 
@@ -59,18 +59,19 @@ class TensorRT:
         return DTYPES.get(name, name.lower())
 
     def scratch_bytes(self, engine: Any, profile: int) -> int:
-        """Return the memory that a context of a profile needs for what lies in between."""
+        """Return the bytes that a context of a profile needs for activations."""
         for name in ("get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"):
             if hasattr(engine, name):
                 return int(getattr(engine, name)(profile))
         return int(engine.device_memory_size)
 
     def context(self, engine: Any, *, cuda_graphs: bool, kernels: Any = None) -> Any:
-        """Return an execution context whose scratch memory is given to it (`set_scratch`).
+        """Return an execution context that uses the scratch memory of `set_scratch`.
 
         Args:
-            cuda_graphs: whether an RTX context may turn calls into CUDA graphs by itself.
-            kernels: an RTX runtime cache: what was compiled on this device before.
+            engine: the deserialized engine.
+            cuda_graphs: whether an RTX context may capture CUDA graphs itself.
+            kernels: an RTX runtime cache of the kernels that were compiled on this device before.
         """
         shared = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.is_rtx:
@@ -84,7 +85,7 @@ class TensorRT:
         return engine.create_execution_context(config)
 
     def set_scratch(self, context: Any, address: int, size: int) -> None:
-        """Give a context its scratch memory."""
+        """Set the scratch memory of a context."""
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(address, size)
         else:  # before TensorRT 10.1
@@ -94,7 +95,7 @@ class TensorRT:
         module, messages, lock = self.module, self.messages, threading.Lock()
 
         class Logger(module.ILogger):  # type: ignore[name-defined, misc]
-            """Keeps errors and warnings, to be told where a call fails, instead of printing them."""
+            """Keep error messages for the exception of a failed call, instead of printing them."""
 
             def __init__(self) -> None:
                 module.ILogger.__init__(self)
@@ -114,8 +115,9 @@ def _import(family: str) -> Any:
             return importlib.import_module(name)
         except ImportError as error:
             failures.append(f"{name}: {error}")
-    extra, source = ("rtx", "") if family == "tensorrt_rtx" else ("tensorrt", ", or use the one that JetPack brings")
+    extra, source = ("rtx", "") if family == "tensorrt_rtx" else ("tensorrt", ", or use the one of JetPack")
     raise EngineError(
+        "engine.not_installed",
         f"no package of {family} can be imported ({'; '.join(failures)}). Install it: pip install "
-        f'"bridge-stg[{extra}]"{source}'
+        f'"bridge-stg[{extra}]"{source}',
     )

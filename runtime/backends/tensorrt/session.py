@@ -1,17 +1,17 @@
-"""A graph on native TensorRT or TensorRT-RTX, with everything that passes between the graphs left on the device."""
+"""A graph on native TensorRT or TensorRT-RTX. Tensors that pass between graphs stay on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from bridge_stg.runtime.backends.device_kv_cache import DeviceKVCache
+from bridge_stg.runtime.backends.kv_cache import cache_spec, own_cache
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
-from bridge_stg.runtime.backends.tensorrt.cuda_graphs import Scales, StepGraphs
+from bridge_stg.runtime.backends.tensorrt.cuda_graphs import PreparedCall, StepGraphs
 from bridge_stg.runtime.backends.tensorrt.engine import TensorRTEngine, tensor_shape, with_ranges
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
 from bridge_stg.runtime.bundle.manifest import GraphSpec
@@ -26,10 +26,10 @@ from bridge_stg.runtime.host.threads import UseCount
 
 
 class TensorRTSession:
-    """A TensorRT engine behind `session.Session`.
+    """A TensorRT engine as a `session.Session`.
 
-    Inputs may be numpy arrays, arrays of the same chain's other sessions, or whatever speaks DLPack on this device:
-    the latter two are read where they lie. The ranges of `graph` are those of the engine's profiles.
+    Inputs may be numpy arrays, arrays of other sessions of the chain, or arrays that support DLPack on this device; the
+    latter two are read in place. The ranges of `graph` are those of the engine's profiles.
 
     Args:
         plan: the serialized engine.
@@ -38,10 +38,10 @@ class TensorRTSession:
         library: the TensorRT package.
         on_device: outputs that are returned as `DeviceArray`; the others come as numpy arrays.
         cuda_graphs: whether steps with a cache that repeat are captured as CUDA graphs.
-        kernels: a file in which TensorRT-RTX keeps what it compiled on this device; written when the session is closed.
+        kernels: file of the kernels that TensorRT-RTX compiled on this device; written when the session is closed.
 
     Raises:
-        EngineError: TensorRT refuses the engine, or it does not fit the manifest.
+        EngineError: TensorRT rejects the engine, or it does not fit the manifest.
     """
 
     preferences = Preferences()
@@ -72,65 +72,62 @@ class TensorRTSession:
         self._on_device = frozenset(on_device)
         self._kernels, self._known_kernels = kernels, known
         self._staging = Staging(device, overlap=not keeps_cache)
-        # RTX captures by itself what repeats.
+        # TensorRT-RTX captures repeated steps itself.
         self.graphs = StepGraphs(device) if keeps_cache and cuda_graphs and not library.is_rtx else None
-        closed = EngineError(f"{self.graph}: this session is closed.")
+        closed = EngineError("engine.closed", f"{self.graph}: this session is closed.")
         self._usage = UseCount(self._free, closed_error=closed)
 
     def __enter__(self) -> TensorRTSession:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """See `Session.close`. A call that is running in another thread ends well."""
+        """See `Session.close`. Calls that run in other threads finish."""
         self._usage.close()
 
     def allocate_cache(self, *, batch: int, capacity: int) -> DeviceKVCache:
-        """See `Session.allocate_cache`. The capacity is at least the one asked for: an engine's may be fixed."""
-        if self.graph.cache is None:
-            raise EngineError(f"{self.graph}: keeps no KV cache, so none can be allocated.")
+        """See `Session.allocate_cache`. The capacity may be larger than requested: an engine's may be fixed."""
+        spec = cache_spec(self.graph)
         least, most = self.graph.ranges.get("S", (1, None))
         if most is not None and capacity > most:
             raise EngineError(
-                f"{self.graph}: a KV cache of {capacity} positions was asked for, and this engine takes {most}. Build "
-                "it with a larger capacity, or use a shorter video (--max-visual-tokens)"
+                "engine.out_of_range",
+                f"{self.graph}: a KV cache of {capacity} positions is larger than this engine's {most}. Build "
+                "it with a larger capacity, or use a shorter video (--max-visual-tokens)",
             )
         with self._usage.call():
-            return DeviceKVCache(self.device, self.graph.cache, batch=batch, capacity=max(capacity, least))
+            return DeviceKVCache(self.device, spec, batch=batch, capacity=max(capacity, least))
 
     def infer(self, feeds: Mapping[str, Array], *, cache: KVCache | None = None) -> dict[str, Array]:
         """See `Session.infer`."""
         with self._usage.call():
             contract = self.graph.cache
-            if cache is not None and not (isinstance(cache, DeviceKVCache) and cache.context is self.device):
-                raise EngineError(f"{self.graph}: a KV cache of type {type(cache).__name__} is another backend's.")
+            kv = own_cache(self.graph, cache, DeviceKVCache, self.device)
             feeds = {name: accept(value, self.device) for name, value in feeds.items()}
             if cache is None and contract is not None and contract.update == "in_place":
                 return self._infer_with_past(feeds)
-            sizes = check_feeds(self.graph, feeds, cache)
+            sizes = check_feeds(self.graph, feeds, kv)
             try:
                 with self.device.lock:
-                    outputs = self._run(feeds, sizes, cache)
+                    outputs = self._run(feeds, sizes, kv)
                 host = [name for name in outputs if name not in self._on_device]
                 landed = dict(zip(host, download([outputs[name] for name in host]), strict=True))
             except EngineError as error:
-                raise EngineError(self._failure(feeds, sizes, error)) from error
+                raise EngineError(error.code, self._failure(feeds, sizes, error)) from error
             return {name: landed.get(name, array) for name, array in outputs.items()}
 
     def _run(
         self, feeds: Mapping[str, Array], sizes: Mapping[str, int], cache: DeviceKVCache | None
     ) -> dict[str, DeviceArray]:
-        """Put a call on the stream; return its outputs, which are there in the stream's order."""
+        """Put a call on the stream; return its outputs, which are valid in the order of the stream."""
         contract, profile = self.graph.cache, self._engine.profile_for(sizes)
         shapes = {tensor.name: tensor_shape(tensor, sizes) for tensor in self.graph.inputs}
         addresses = self._staging.send({n: array for n, array in feeds.items() if isinstance(array, np.ndarray)})
         resident = {n: _bindable(array) for n, array in feeds.items() if isinstance(array, DeviceArray)}
         addresses |= {name: array.address for name, array in resident.items()}
-        written: dict[str, str] = {}  # what the graph returns of the cache → the buffer that it belongs to
+        written: dict[str, str] = {}  # output of the cache → its buffer
         if cache is not None and contract is not None:
             written = dict(zip(contract.written_names, contract.past_names, strict=True))
             addresses |= {past: buffer.address for past, buffer in cache.buffers.items()}
@@ -140,7 +137,7 @@ class TensorRTSession:
         outputs = self._execute(profile, shapes, addresses, repeats=repeats)
         self._staging.mark_used()
         if resident:
-            self.device.keep_alive(*resident.values())  # memory of other libraries knows nothing of this stream
+            self.device.keep_alive(*resident.values())  # other libraries do not know this stream
         if cache is not None and contract is not None and contract.update == "append":
             cache.append({past: outputs[new] for new, past in written.items()}, np.asarray(feeds["cache_position"]))
         elif cache is not None and self._swaps_buffers:
@@ -150,7 +147,7 @@ class TensorRTSession:
     def _execute(
         self, profile: int, shapes: Mapping[str, tuple[int, ...]], addresses: dict[str, int], *, repeats: bool
     ) -> dict[str, DeviceArray]:
-        """Run the engine, as a captured step where it repeats; return the outputs that have no address yet."""
+        """Run the engine, by a captured CUDA graph if the step repeats; return the outputs that have no address yet."""
         graphs = self.graphs if repeats else None
         if graphs is None:
             return dict(self._prepare(self._engine.context(profile), shapes, addresses, execute=True).outputs)
@@ -162,22 +159,22 @@ class TensorRTSession:
                 return dict(self._prepare(self._engine.context(profile), shapes, addresses, execute=True).outputs)
             prepared = self._prepare(self._engine.new_context(profile), shapes, addresses, execute=False)
             outputs = graphs.run_and_capture(key, prepared)
-        # The graph writes to the same place again when the step comes back, which the caller knows nothing of.
+        # The graph writes to the same memory again when the step is repeated.
         return {name: array.copy() for name, array in outputs.items()}
 
     def _prepare(
         self, context: Any, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], *, execute: bool
-    ) -> Scales:
+    ) -> PreparedCall:
         dtypes = {tensor.name: tensor.dtype for tensor in self.graph.outputs}
         found = context.output_shapes(shapes)
         outputs = {n: self.device.empty(shape, dtypes[n]) for n, shape in found.items() if n not in addresses}
         context.bind({**addresses, **{name: array.address for name, array in outputs.items()}})
         if execute:
             context.execute(self.device.stream)
-        return Scales(context.execute, context.capturable, outputs, holds=context.scratch)
+        return PreparedCall(context.execute, context.capturable, outputs, holds=context.scratch)
 
     def _infer_with_past(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a graph that updates its cache in place on buffers that are fed, and return what they became."""
+        """Run a graph that updates its cache in place on past_* inputs, and return the updated buffers."""
         contract = self.graph.cache
         assert contract is not None
         check_feeds(self.graph, feeds)
@@ -190,22 +187,23 @@ class TensorRTSession:
         return outputs | {new: kept[old] for new, old in zip(contract.written_names, contract.past_names, strict=True)}
 
     def _check_cache(self, graph: GraphSpec) -> bool:
-        """Compare which outputs the engine writes over inputs with the cache's contract.
+        """Compare the outputs that the engine writes over inputs with the cache's contract.
 
         Returns:
-            Whether it writes none over its input though it might: then new buffers take the place of the old ones.
+            Whether the engine writes new buffers although the contract allows in-place updates; they replace the old.
         """
-        if not self._engine.tells_aliases:
+        found = self._engine.aliases()
+        if found is None:
             return False
         contract, expected = graph.cache, {}
         if contract is not None and contract.update == "in_place":
             expected = dict(zip(contract.written_names, contract.past_names, strict=True))
-        found = self._engine.aliases()
         if found and found != expected:
             name = sorted(set(found.items()) ^ set(expected.items()))[0][0]
             raise EngineError(
+                "engine.rejected_engine",
                 f"{graph}: the engine writes {name!r} over {found.get(name, 'no input')!r}, and the manifest says "
-                f"{expected.get(name, 'no input')!r}. Build the engine again from this bundle"
+                f"{expected.get(name, 'no input')!r}. Build the engine again from this bundle",
             )
         return bool(expected) and not found
 
@@ -227,11 +225,11 @@ class TensorRTSession:
                 with replacing(self._kernels) as temporary:
                     temporary.write_bytes(made)
         except OSError:
-            pass  # a read-only folder: the next process compiles them again
+            pass  # a read-only folder: the next process compiles again
         finally:
             self.device.close()
 
 
 def _bindable(array: DeviceArray) -> DeviceArray:
-    """Return the array, or a copy where TensorRT cannot take it as it lies."""
+    """Return the array, or a copy if TensorRT cannot use its strides or alignment."""
     return array if array.contiguous and not array.address % ALIGNMENT else array.copy()

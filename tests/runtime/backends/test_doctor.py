@@ -48,7 +48,7 @@ class FakeCuda:
 
     @staticmethod
     def put(pointer: Any, value: Any) -> int:
-        pointer._obj.value = value
+        pointer._obj.value = value  # noqa: SLF001 - ctypes has no public way to the object of a byref
         return 0
 
     def cuDriverGetVersion(self, pointer: Any) -> int:

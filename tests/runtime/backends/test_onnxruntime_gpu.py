@@ -19,7 +19,7 @@ from bridge_stg.runtime.backends.onnxruntime_gpu import CUDA, PLUGIN, TENSORRT, 
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import Cuda
-from bridge_stg.runtime.errors import EngineError
+from tests.errors import raises
 from tests.fakes.cuda import FakeCuda
 
 SIZES = {"B": (1, 1, 4), "L": (1, 8, 64), "S": (16, 32, 64)}
@@ -119,7 +119,7 @@ def test_it_computes_on_the_chains_buffers(language_models, monkeypatch, variant
         assert [buffer.address for buffer in cache.buffers.values()] == places
         assert {name for name, device in provider.bound if device == "cpu"} == {"logits"} - set(on_device)
     assert not provider.cuda.allocations and not provider.cuda.events
-    with pytest.raises(EngineError, match="this session is closed"):
+    with raises("engine.closed"):
         session.infer(CALLS[0], cache=cache)
 
 
@@ -159,13 +159,13 @@ def test_the_plugin_is_registered_once_and_given_the_chains_stream(language_mode
     assert added[0][1]["user_compute_stream"] == str(provider.device.stream)
     assert added[0][1]["nv_profile_opt_shapes"].startswith("input_ids:1x8")
     monkeypatch.setitem(sys.modules, PLUGIN, None)
-    with pytest.raises(EngineError, match="onnxruntime_ep_nv_tensorrt_rtx cannot be imported.*pip install onnxruntime"):
+    with raises("engine.not_installed", PLUGIN, "pip install onnxruntime"):
         provider.open(language_models["standard"], provider=TENSORRT_RTX)
 
 
 def test_a_provider_that_onnxruntime_leaves_out_is_told(language_models, monkeypatch):
     provider = Provider(monkeypatch, left_out=True)
-    with pytest.raises(EngineError, match=r"onnxruntime left CUDAExecutionProvider out and would run on CPU"):
+    with raises("engine.not_ready", CUDA, "CPUExecutionProvider"):
         provider.open(language_models["standard"])
     assert not provider.cuda.streams
 
@@ -173,9 +173,7 @@ def test_a_provider_that_onnxruntime_leaves_out_is_told(language_models, monkeyp
 def test_failures_and_foreign_caches(language_models, monkeypatch):
     provider = Provider(monkeypatch)
     with provider.open(language_models["standard"]) as session:
-        with pytest.raises(
-            EngineError, match=r"language_model \(standard\): onnxruntime failed with input_ids \[1, 2\]"
-        ):
+        with raises("engine.failed", "language_model (standard): onnxruntime", "input_ids [1, 2]"):
             session.infer(feeds([[1, 99]], [0]), cache=session.allocate_cache(batch=1, capacity=4))
-        with pytest.raises(EngineError, match="another backend's"):
+        with raises("engine.bad_cache", "SimpleNamespace"):
             session.infer(feeds([[1]], [0]), cache=SimpleNamespace(batch=1, capacity=4))

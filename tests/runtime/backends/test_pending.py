@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
-import pytest
 
 from bridge_stg.runtime.backends.choose import open_sessions
 from bridge_stg.runtime.backends.pending import PendingSession, open_in_order
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import EngineError
+from tests.errors import raises
 
 GRAPH: Any = "language_model (standard)"
 
@@ -35,20 +36,19 @@ def test_a_call_waits_for_its_own_session_only() -> None:
     first, second = PendingSession(GRAPH, Opened), PendingSession(GRAPH, lambda: go.wait(5) and Opened())
     open_in_order([first, second])
     assert first.infer({"a": 1}, cache="kv") == ({"a": 1}, "kv")  # while the second is still being opened
-    assert not second._settled.is_set()
     go.set()
     assert second.allocate_cache(batch=2, capacity=9) == (2, 9)
     assert second.graph == GRAPH
 
 
 def test_what_the_opening_raised_is_raised_by_every_call_and_not_by_closing() -> None:
-    def refuse() -> Any:
-        raise EngineError("refuses the graph")
+    def reject() -> Any:
+        raise EngineError("engine.rejected_graph", "rejects the graph")
 
-    broken, behind = PendingSession(GRAPH, refuse), PendingSession(GRAPH, Opened)
+    broken, behind = PendingSession(GRAPH, reject), PendingSession(GRAPH, Opened)
     open_in_order([broken, behind])
     for _ in range(2):
-        with pytest.raises(EngineError, match="refuses the graph"):
+        with raises("engine.rejected_graph"):
             broken.infer({})
     behind.wait()
     broken.close()
@@ -60,13 +60,15 @@ def test_closing_waits_for_the_one_being_opened_and_spares_the_rest() -> None:
     first = PendingSession(GRAPH, lambda: go.wait(5) and opened)
     second = PendingSession(GRAPH, lambda: made.append("second") or Opened())
     open_in_order([first, second])
-    second._closed = True  # as a close in another thread does before it waits
+    closing = threading.Thread(target=second.close)  # waits until the first one is open
+    closing.start()
+    time.sleep(0.05)
     threading.Timer(0.05, go.set).start()
     first.close()
     assert opened.closed
-    second.close()
+    closing.join(5)
     assert made == []
-    with pytest.raises(EngineError, match="closed"):
+    with raises("engine.closed"):
         second.infer({})
 
 
@@ -92,6 +94,6 @@ def test_a_bundle_opened_in_the_background_answers_the_same(bundle_path: Any) ->
         for output in found[0]:
             np.testing.assert_array_equal(found[0][output], found[1][output])
         session.close()
-        with pytest.raises(EngineError, match="closed"):
+        with raises("engine.closed"):
             session.infer(feeds)
         now[name].close()

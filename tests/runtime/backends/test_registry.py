@@ -31,13 +31,13 @@ def machine(monkeypatch):
     def pretend(packages, *, gpu=ORIN, engines=()) -> None:
         def facts() -> DeviceFacts:
             if isinstance(gpu, str):
-                raise EngineError(gpu)
+                raise EngineError("engine.no_device", gpu)
             return gpu
 
         def find(bundle, graph, device):
             assert (device.sm, device.version) == (87, packages.get(device.family, "1.7.1"))
             if (device.family, graph.variant) not in engines:
-                raise EngineError(f"no engine of {graph} has been built for {device.family}")
+                raise EngineError("engine.not_built", f"no engine of {graph} has been built for {device.family}")
             return SimpleNamespace()
 
         monkeypatch.setattr(runtime_packages, "installed_version", packages.get)
@@ -56,7 +56,7 @@ def machine(monkeypatch):
         ([], "onnxruntime-cuda", "primitive", ["built for tensorrt;", "built for tensorrt_rtx"]),
     ],
 )
-def test_auto_takes_the_first_that_is_ready(bundle_path, machine, engines, backend, variant, passed_over):
+def test_auto_takes_the_first_that_is_ready(*, bundle_path, machine, engines, backend, variant, passed_over):
     machine(ALL, engines=engines)
     target = choose(Bundle.load(bundle_path))
     assert (target.backend, target.variants) == (backend, {"language_model": variant})
@@ -70,7 +70,7 @@ def test_without_a_gpu_it_is_the_cpu_and_the_reason_says_so(bundle_path, machine
     target = choose(Bundle.load(bundle_path))
     assert (target.backend, target.device) == ("onnxruntime", "CPU")
     assert target.reason.count("has no GPU: the NVIDIA driver is missing") == 3
-    with pytest.raises(EngineError, match="backend 'tensorrt' has no GPU: the NVIDIA driver is missing"):
+    with raises("engine.no_device", "'tensorrt' has no GPU: the NVIDIA driver is missing"):
         choose(Bundle.load(bundle_path), backend="tensorrt")
     machine({"onnxruntime": "1.32.0"}, gpu="nobody asks")
     assert "nobody asks" not in choose(Bundle.load(bundle_path)).reason
@@ -79,20 +79,20 @@ def test_without_a_gpu_it_is_the_cpu_and_the_reason_says_so(bundle_path, machine
 def test_what_compiles_for_minutes_is_taken_only_when_asked_for(bundle_path, machine):
     machine(ALL, engines=[])
     asked = choose(Bundle.load(bundle_path), backend="onnxruntime-tensorrt")
-    assert (asked.backend, asked.reason) == ("onnxruntime-tensorrt", "asked for")
+    assert (asked.backend, asked.reason) == ("onnxruntime-tensorrt", "requested")
     assert [b.name for b in BACKENDS if not b.automatic] == ["onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"]
 
 
 def test_versions_of_tensorrt_that_cannot_update_a_cache_in_place(bundle_path, machine):
     machine(ALL | {"tensorrt": "10.3.0"}, engines=[("tensorrt", "standard"), ("tensorrt", "primitive")])
     assert choose(Bundle.load(bundle_path)).variants == {"language_model": "primitive"}
-    with pytest.raises(EngineError, match="variant 'standard' was asked for, tensorrt 10.3.0 runs the variants primit"):
+    with raises("engine.no_variant", "'standard'", "tensorrt 10.3.0", "primitive"):
         choose(Bundle.load(bundle_path), backend="tensorrt", variant="standard")
 
 
 def test_sessions_know_their_target(bundle_path):
     sessions = open_sessions(Bundle.load(bundle_path), backend="onnxruntime", threads=1)
-    assert sessions.target.backend == "onnxruntime" and sessions.target.reason == "asked for"
+    assert sessions.target.backend == "onnxruntime" and sessions.target.reason == "requested"
     for session in sessions.values():
         session.close()
 

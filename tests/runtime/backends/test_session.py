@@ -9,7 +9,7 @@ import pytest
 
 from bridge_stg.runtime.backends.session import check_feeds
 from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec, TensorSpec
-from bridge_stg.runtime.errors import EngineError
+from tests.errors import raises
 
 PLAIN = GraphSpec(
     name="spatial_decoder",
@@ -52,24 +52,21 @@ def test_symbols_are_bound():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "values"),
     [
-        ({"frame_mask": None}, r"input 'frame_mask' is missing; expected frame_mask bool \[B, F\]"),
-        ({"taps": np.zeros(1)}, "has no input 'taps'; its inputs: feature_map, frame_times, frame_mask"),
-        ({"frame_times": [0.0]}, "input 'frame_times' is a list, expected a numpy array"),
-        ({"frame_times": np.zeros(5)}, r"input 'frame_times' is float64, expected frame_times float32 \[F\]"),
-        ({"frame_times": np.zeros((5, 1), np.float32)}, r"has shape \[5, 1\], expected frame_times float32 \[F\]"),
-        ({"feature_map": np.zeros((5, 2, 4, 9), np.float16)}, r"has shape \[5, 2, 4, 9\], expected feature_map"),
-        (
-            {"frame_mask": np.ones((2, 6), bool)},
-            r"'frame_mask' has shape \[2, 6\], so F = 6, but F = 5 in input 'feature_map'; expected",
-        ),
-        ({"frame_mask": np.ones((0, 5), bool)}, "input 'frame_mask' has B = 0; this graph takes at least 1"),
-        ({"feature_map": np.zeros((9, 2, 4, 3), np.float16)}, "'feature_map' has F = 9; this graph takes 1 to 8"),
+        ({"frame_mask": None}, "engine.bad_input", ["'frame_mask'", "frame_mask bool [B, F]"]),
+        ({"taps": np.zeros(1)}, "engine.bad_input", ["'taps'", "feature_map, frame_times, frame_mask"]),
+        ({"frame_times": [0.0]}, "engine.bad_input", ["'frame_times'", "list"]),
+        ({"frame_times": np.zeros(5)}, "engine.bad_input", ["float64", "frame_times float32 [F]"]),
+        ({"frame_times": np.zeros((5, 1), np.float32)}, "engine.bad_input", ["[5, 1]", "frame_times float32 [F]"]),
+        ({"feature_map": np.zeros((5, 2, 4, 9), np.float16)}, "engine.bad_input", ["[5, 2, 4, 9]", "feature_map"]),
+        ({"frame_mask": np.ones((2, 6), bool)}, "engine.bad_input", ["[2, 6]", "F = 6", "F = 5", "'feature_map'"]),
+        ({"frame_mask": np.ones((0, 5), bool)}, "engine.out_of_range", ["'frame_mask'", "B = 0", "at least 1"]),
+        ({"feature_map": np.zeros((9, 2, 4, 3), np.float16)}, "engine.out_of_range", ["F = 9", "1 to 8"]),
     ],
 )
-def test_wrong_inputs_are_named(changes, message):
-    with pytest.raises(EngineError, match=r"^spatial_decoder \(standard\): .*" + message):
+def test_wrong_inputs_are_named(changes, code, values):
+    with raises(code, "spatial_decoder (standard): ", *values):
         check_feeds(PLAIN, plain_feeds(**changes))
 
 
@@ -80,23 +77,23 @@ def cached_feeds(batch: int = 2, length: int = 3, position: int = 0) -> dict[str
 def test_the_cache_binds_its_symbols_and_stands_for_the_pasts():
     cache = SimpleNamespace(batch=2, capacity=8)
     assert check_feeds(CACHED, cached_feeds(position=5), cache) == {"B": 2, "S": 8, "L": 3}
-    with pytest.raises(EngineError, match=r"'input_ids' has shape \[1, 3\], so B = 1, but B = 2 in the cache"):
+    with raises("engine.bad_input", "'input_ids'", "[1, 3]", "B = 1", "B = 2 in the cache"):
         check_feeds(CACHED, cached_feeds(batch=1), cache)
-    with pytest.raises(EngineError, match="input 'past_key_0' was given, but comes from the cache"):
+    with raises("engine.bad_input", "'past_key_0' was given"):
         check_feeds(CACHED, cached_feeds() | {"past_key_0": np.zeros(1, np.float32)}, cache)
-    with pytest.raises(EngineError, match="input 'past_key_0' is missing"):
+    with raises("engine.bad_input", "'past_key_0' is missing"):
         check_feeds(CACHED, cached_feeds())
-    with pytest.raises(EngineError, match="was given a KV cache, but this graph keeps none"):
+    with raises("engine.bad_cache", PLAIN):
         check_feeds(PLAIN, plain_feeds(), cache)
 
 
 @pytest.mark.parametrize("position", [6, -1])
 def test_positions_outside_the_cache(position):
-    message = f"cache_position of row 0 is {position}; with 3 new positions that does not fit the cache's 8 positions"
-    with pytest.raises(EngineError, match=message):
+    values = f"row 0 is {position}", "3 new positions", "8 positions"
+    with raises("engine.out_of_range", *values):
         check_feeds(CACHED, cached_feeds(position=position), SimpleNamespace(batch=2, capacity=8))
     past = {name: np.zeros((2, 2, 8, 4), np.float32) for name in ("past_key_0", "past_value_0")}
-    with pytest.raises(EngineError, match=message):
+    with raises("engine.out_of_range", *values):
         check_feeds(CACHED, cached_feeds(position=position) | past)
 
 

@@ -64,7 +64,8 @@ def test_two_processors_of_a_core_count_once(tmp_path: Path) -> None:
         ({1}, 4, 1, 1),
     ],
 )
-def test_an_engine_is_told_where_it_may_use_less_than_the_machine_has(
+def test_threads_are_limited_where_the_process_may_use_less_than_the_machine_has(
+    *,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     allowed: set[int],
