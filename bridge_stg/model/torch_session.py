@@ -44,7 +44,7 @@ class TorchCache:
         """Copy the first `length` positions of `source` into `rows` (None: all); see `KVCache`."""
         if not isinstance(source, TorchCache):
             raise EngineError(
-                "engine.wrong_cache", f"a cache of {type(source).__name__} cannot be copied into a torch cache"
+                "engine.bad_cache", f"a cache of {type(source).__name__} cannot be copied into a torch cache"
             )
         into = list(range(self.batch)) if rows is None else list(rows)
         for mine, theirs in zip(self.buffers, source.buffers):
@@ -92,7 +92,7 @@ class TorchSession:
             past = [tensors.pop(name) for name in names]
         else:
             if not isinstance(cache, TorchCache):
-                raise EngineError("engine.wrong_cache", f"{self.graph}: was given a cache of {type(cache).__name__}")
+                raise EngineError("engine.bad_cache", f"{self.graph}: was given a cache of {type(cache).__name__}")
             past = cache.buffers
         position = tensors["cache_position"]
         buffers = BufferCache(past, position)
@@ -107,7 +107,7 @@ class TorchSession:
     def allocate_cache(self, *, batch: int, capacity: int) -> TorchCache:
         """Return zero-filled KV buffers."""
         if self.graph.cache is None:
-            raise EngineError("engine.wrong_cache", f"{self.graph}: this graph keeps no cache")
+            raise EngineError("engine.bad_cache", f"{self.graph}: this graph keeps no cache")
         return TorchCache(self.graph, batch, capacity)
 
     def close(self) -> None:
