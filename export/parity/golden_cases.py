@@ -96,7 +96,7 @@ def random_cases(name: str, model: BridgeSTG, *, seed: int = 0) -> Iterator[Rand
             moved = run(reference, others, past)
             for k, value in expected.items():
                 norm = max(float(np.linalg.norm(value)), 1e-12)
-                dependence[f"{name}.{k}"] = float(np.linalg.norm(value - moved[k])) / norm
+                dependence[f"{name}.{k}"] = float(np.linalg.norm(value - moved[k]) / norm)
         yield RandomCase(name, sizes, feeds, past, expected, dependence)
 
 
