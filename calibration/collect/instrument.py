@@ -61,7 +61,7 @@ class Instrumented:
 
     def open(self, *, threads: int | None = None, low_memory: bool = False) -> OnnxRuntimeSession:
         """Open it in onnxruntime. Raises EngineError."""
-        return OnnxRuntimeSession(self.path, self.graph, threads=threads, lean=low_memory, weights=self.weights)
+        return OnnxRuntimeSession(self.path, self.graph, threads=threads, low_memory=low_memory, weights=self.weights)
 
 
 def instrument(bundle: Bundle, name: str, variant: str, folder: Path) -> Instrumented:

@@ -80,7 +80,7 @@ def replay(job: Mapping[str, Any]) -> dict[str, Any]:
     for entry in job["graphs"]:
         contract: GraphSpec = from_json(GraphSpec, entry["contract"], "contract")
         began = time.monotonic()
-        options = {"threads": job["threads"], "lean": job["low_memory"]}
+        options = {"threads": job["threads"], "low_memory": job["low_memory"]}
         with OnnxRuntimeSession(Path(entry["file"]), contract, **options) as session:
             parity += measure(load_cases(Path(job["cases"]), contract.name), {contract.variant: session})
             replayed = compare.replay(golden, {contract.name: session}, graphs=(contract.name,))

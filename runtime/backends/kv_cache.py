@@ -9,7 +9,7 @@ import numpy as np
 
 from bridge_stg.runtime.backends.session import KVCache
 from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec
-from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.array import DeviceArray, download
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import OutOfDeviceMemory
 from bridge_stg.runtime.errors import EngineError
@@ -96,6 +96,18 @@ class BufferedCache(Generic[Buffer]):
 
 def _found(array: Any) -> str:
     return "missing" if array is None else f"{array.dtype} {list(array.shape)}"
+
+
+class DeviceKVCache(BufferedCache[DeviceArray]):
+    """The zero-filled KV buffers of one batch on the chain's device."""
+
+    def __init__(self, context: DeviceContext, spec: CacheSpec, *, batch: int, capacity: int) -> None:
+        super().__init__(spec, batch=batch, capacity=capacity, zeros=context.zeros)
+        self.context = context
+
+    def read(self) -> dict[str, np.ndarray]:
+        """See `KVCache.read`."""
+        return dict(zip(self.buffers, download(list(self.buffers.values())), strict=True))
 
 
 def cache_spec(graph: GraphSpec) -> CacheSpec:

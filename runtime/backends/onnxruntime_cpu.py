@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.backends.kv_cache import BufferedCache, cache_spec, own_cache
-from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
+from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds, describe_call
 from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.array_ops import Array
@@ -46,7 +46,7 @@ class OnnxRuntimeSession:
         path: the .onnx file, already checked by `Bundle.load`.
         graph: its manifest entry; names, dtypes and dims of the file must be equal.
         threads: threads per call; None: one per physical core that this process may use (see cpus.py).
-        lean: convert weights at every call instead of once: slower, without a second copy of them in memory.
+        low_memory: convert weights at every call instead of once: slower, without a second copy of them in memory.
         weights: folder of the external data; None: the file's folder.
 
     Raises:
@@ -61,7 +61,7 @@ class OnnxRuntimeSession:
         graph: GraphSpec,
         *,
         threads: int | None = None,
-        lean: bool = False,
+        low_memory: bool = False,
         weights: str | os.PathLike[str] | None = None,
     ) -> None:
         if graph.precision == "bf16":
@@ -71,7 +71,7 @@ class OnnxRuntimeSession:
                 "--dtype fp16 or fp32 to run it here; TensorRT takes this one",
             )
         options = session_options(threads)
-        if lean:
+        if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if weights is not None:
             options.add_session_config_entry(_WEIGHTS_FOLDER, os.fspath(weights))
@@ -86,7 +86,7 @@ class OnnxRuntimeSession:
             options,
             from_bytes=weights is not None,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=["ConstantFolding"] if lean else None,
+            disabled_optimizers=["ConstantFolding"] if low_memory else None,
         )
         optional = frozenset(node.name for node in self._session.get_overridable_initializers())
         # With fewer tokens or patches matmuls are slower; with more, their results no longer fit the CPU's caches, and
@@ -220,9 +220,7 @@ def _without_flash_attention() -> Iterator[None]:
 
 def failure(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str, int], error: Exception) -> str:
     """Return the message of a failed call of onnxruntime."""
-    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
-    dims = ", ".join(f"{symbol} = {size}" for symbol, size in symbols.items())
-    return f"{graph}: onnxruntime failed with {shapes} ({dims}): {_one_line(error)}"
+    return f"{graph}: onnxruntime failed with {describe_call(feeds, symbols)}: {_one_line(error)}"
 
 
 def _check_contract(graph: GraphSpec, session: Any, path: str) -> None:

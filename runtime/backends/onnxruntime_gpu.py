@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.device_kv_cache import DeviceKVCache
-from bridge_stg.runtime.backends.kv_cache import cache_spec, own_cache
+from bridge_stg.runtime.backends.kv_cache import DeviceKVCache, cache_spec, own_cache
 from bridge_stg.runtime.backends.onnxruntime_cpu import failure, import_onnxruntime, open_file, session_options
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
 from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec

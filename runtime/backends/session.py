@@ -171,6 +171,12 @@ def check_finite(graph: str, **outputs: Any) -> None:
             )
 
 
+def describe_call(feeds: Mapping[str, Any], symbols: Mapping[str, int]) -> str:
+    """Return the shapes and symbols of a call, for error messages."""
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+    return f"{shapes} ({', '.join(f'{symbol} = {size}' for symbol, size in symbols.items())})"
+
+
 def check_feeds(graph: GraphSpec, feeds: Mapping[str, Any], cache: KVCache | None = None) -> dict[str, int]:
     """Check inputs against the manifest: names, dtypes, ranks, dims, one value per symbol, room in the cache.
 

@@ -134,7 +134,7 @@ class FakeCuda(FakeStreams):
     def cudaMemcpyAsync(self, to: int, origin: int, count: int, kind: Any, stream: int) -> tuple[Any, ...]:
         return self.cudaMemcpy2DAsync(to, count, origin, count, count, 1, kind, stream)
 
-    def cudaMemcpy2DAsync(
+    def cudaMemcpy2DAsync(  # noqa: PLR0917 - the signature of CUDA
         self, to: int, pitch: int, origin: int, source_pitch: int, width: int, height: int, kind: Any, stream: int
     ) -> tuple[Any, ...]:
         if width > pitch or width > source_pitch:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.device_kv_cache import DeviceKVCache
-from bridge_stg.runtime.backends.kv_cache import cache_spec, own_cache
-from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
+from bridge_stg.runtime.backends.kv_cache import DeviceKVCache, cache_spec, own_cache
+from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds, describe_call
 from bridge_stg.runtime.backends.tensorrt.cuda_graphs import PreparedCall, StepGraphs
 from bridge_stg.runtime.backends.tensorrt.engine import TensorRTEngine, tensor_shape, with_ranges
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
@@ -115,7 +114,9 @@ class TensorRTSession:
                 host = [name for name in outputs if name not in self._on_device]
                 landed = dict(zip(host, download([outputs[name] for name in host]), strict=True))
             except EngineError as error:
-                raise EngineError(error.code, self._failure(feeds, sizes, error)) from error
+                call = describe_call(feeds, sizes)
+                message = f"{self.graph}: failed on {self.device.device.name} with {call}: {error}"
+                raise EngineError(error.code, message) from error
             return {name: landed.get(name, array) for name, array in outputs.items()}
 
     def _run(
@@ -206,11 +207,6 @@ class TensorRTSession:
                 f"{expected.get(name, 'no input')!r}. Build the engine again from this bundle",
             )
         return bool(expected) and not found
-
-    def _failure(self, feeds: Mapping[str, Array], sizes: Mapping[str, int], error: Exception) -> str:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
-        dims = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
-        return f"{self.graph}: failed on {self.device.device.name} with {shapes} ({dims}): {error}"
 
     def _free(self) -> None:
         with self.device.lock:

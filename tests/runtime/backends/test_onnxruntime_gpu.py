@@ -32,7 +32,7 @@ def feeds(ids: list[list[int]], positions: list[int]) -> dict[str, np.ndarray]:
 class Provider:
     """Stands in for a GPU provider: opens files on the CPU, and keeps what it was asked for."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, left_out: bool = False) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, left_out: bool = False) -> None:  # noqa: C901 - nested fakes share state
         self.cuda = FakeCuda(addressable=True)
         self.device = DeviceContext(Cuda(self.cuda))
         self.asked: list[Any] = []
