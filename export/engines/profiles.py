@@ -202,7 +202,7 @@ def profiles_of(
             known = ", ".join(defaults.profiles)
             raise _bad(f"{place} is a new profile without a range of {', '.join(missing)}; existing: {known}")
         if defaults.capacity is not None and changed["L"][2] > defaults.capacity:
-            raise _bad(f"{place}.L goes up to {changed['L'][2]}, and the KV cache holds {defaults.capacity} positions")
+            raise _bad(f"{place}.L goes up to {changed['L'][2]}, and the KV cache has {defaults.capacity} positions")
         profiles[name] = _checked_sizes(spec, changed, place) if graph.name == "vision_encoder" else changed
     if not profiles:
         raise _bad(f"{where}: no profile of {graph.name} remains; keep one")

@@ -88,15 +88,15 @@ def _fold(write: _Writer, node: ir.Node) -> bool:
     queries = write("Transpose", write.reshape(query, 0, 0, count, size), perm=[2, 0, 1, 3])
     batch = write("Shape", query, start=0, end=2)
     keys_weight = write.reshape(keys.weight, count, size, -1)
-    asked = write("MatMul", write.reshape(queries, count, -1, size), keys_weight)
-    asked = _unfolded(write, asked, batch, count)
-    asked = write.reshape(write("Transpose", asked, perm=_SWAPPED), 0, -1, channels)
+    projected = write("MatMul", write.reshape(queries, count, -1, size), keys_weight)
+    projected = _unfolded(write, projected, batch, count)
+    projected = write.reshape(write("Transpose", projected, perm=_SWAPPED), 0, -1, channels)
     scale = node.attributes["scale"].as_float()
-    seen = write("MultiHeadAttention", asked, keys.data, values.data, domain=DOMAIN, num_heads=1, scale=scale)
+    attended = write("MultiHeadAttention", projected, keys.data, values.data, domain=DOMAIN, num_heads=1, scale=scale)
     # [F, heads · B, in] → each head's part of the values' weight → [F, B, width].
-    seen = write("Transpose", write.reshape(seen, 0, count, -1, values.sizes[1]), perm=_SWAPPED)
+    attended = write("Transpose", write.reshape(attended, 0, count, -1, values.sizes[1]), perm=_SWAPPED)
     values_weight = write("Transpose", write.reshape(values.weight, count, size, -1), perm=[0, 2, 1])
-    out = write("MatMul", write.reshape(seen, count, -1, values.sizes[1]), values_weight)
+    out = write("MatMul", write.reshape(attended, count, -1, values.sizes[1]), values_weight)
     out = write("Transpose", _unfolded(write, out, batch, count), perm=[1, 2, 0, 3])
     out = write("Add", out, write.reshape(values.bias, count, size))
     write.edit.replace(output.outputs[0], out)
@@ -120,8 +120,8 @@ def _fold_heat(edit: Edit, matmul: ir.Node) -> None:
         return
     write = _Writer(edit, node)
     patches = write("Transpose", keys.data, perm=[0, 2, 1])
-    asked = write("MatMul", write("MatMul", query, keys.weight), patches)
-    out = write("Add", asked, write("MatMul", query, write.reshape(keys.bias, -1, 1)))
+    projected = write("MatMul", write("MatMul", query, keys.weight), patches)
+    out = write("Add", projected, write("MatMul", query, write.reshape(keys.bias, -1, 1)))
     edit.replace(node.outputs[0], out)
 
 

@@ -191,7 +191,7 @@ def test_what_it_took_is_reported(exported: Bundle, stages: list[str]) -> None:
 def test_without_verify(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The bundle says so wherever a person may look, and runs."""
+    """The manifest and the commands say so, and the bundle runs."""
     monkeypatch.setattr(onnx_export, "GRAPH_NAMES", ("spatial_decoder",))
     bundle = tmp_path / "bundle"
     options = ["--out", str(bundle), "--variant", "primitive", "--no-verify"]

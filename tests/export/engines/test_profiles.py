@@ -1,4 +1,4 @@
-"""Profiles hold what the chain asks for, agree in themselves, and are changed by a person's YAML."""
+"""Profiles cover the sizes of the chain, are consistent, and can be changed by YAML."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def contract(spec: ModelSpec, name: str, update: str = "in_place") -> GraphSpec:
     return graph_contract(name, spec, variant="standard", opset=24, cache_update=update)
 
 
-def holds(profiles: Any, **sizes: int) -> bool:
+def covers(profiles: Any, **sizes: int) -> bool:
     return any(all(r[s][0] <= size <= r[s][2] for s, size in sizes.items()) for r in profiles.values())
 
 
@@ -57,9 +57,9 @@ def test_prefill_and_decode_are_two_profiles_of_one_engine(spec: ModelSpec) -> N
     assert list(made.profiles) == ["prefill", "decode"]
     queries = spec.language.num_bridging_queries
     assert made.profiles["prefill"]["L"][2] == PREFILL_CHUNK
-    assert holds(made.profiles, B=1, L=PREFILL_CHUNK, K=1, V=spec.frames.max_coarse_groups)
-    assert holds({"decode": made.profiles["decode"]}, B=8, L=1, K=1, V=2)
-    assert holds({"decode": made.profiles["decode"]}, B=8, L=6 + queries, K=queries, V=2)
+    assert covers(made.profiles, B=1, L=PREFILL_CHUNK, K=1, V=spec.frames.max_coarse_groups)
+    assert covers({"decode": made.profiles["decode"]}, B=8, L=1, K=1, V=2)
+    assert covers({"decode": made.profiles["decode"]}, B=8, L=6 + queries, K=queries, V=2)
     assert made.capacity == default_capacity(spec) and made.capacity % 256 == 0
 
 
@@ -79,9 +79,9 @@ def test_any_usual_frame_fits_a_bucket(spec: ModelSpec, size: tuple[int, int]) -
         patches = len(vision_tables(spec.vision, height // patch, width // patch)["rotary_cos"])
         groups = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // patches))
         for count in (1, groups):
-            assert holds(vision, G=count, height=height, width=width, N=patches), frames
+            assert covers(vision, G=count, height=height, width=width, N=patches), frames
     for count in (1, 16, 17, spec.frames.max_fine_frames):
-        assert holds(spatial, B=16, F=count, h=height // patch, w=width // patch)
+        assert covers(spatial, B=16, F=count, h=height // patch, w=width // patch)
 
 
 def test_patches_follow_from_height_and_width(spec: ModelSpec) -> None:

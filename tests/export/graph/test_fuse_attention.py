@@ -70,12 +70,12 @@ def test_what_is_fused(exported: Bundle) -> None:
 def test_the_language_model_gives_the_same(
     exported: Bundle, language_models: Pair, starts: list[int], length: int
 ) -> None:
-    """Prefill, a token behind a prefix, many rows of several tokens at positions of their own: outputs and caches."""
+    """Prefill, a token after a prefix, many rows of several tokens at positions of their own: outputs and caches."""
     feeds = feeds_of(exported, starts, length, seed=len(starts) * 100 + length)
-    held = np.random.default_rng(1)
+    noise = np.random.default_rng(1)
     found = []
     caches = [session.allocate_cache(batch=len(starts), capacity=64) for session in language_models]
-    values = {name: held.standard_normal(buffer.shape, np.float32) for name, buffer in caches[0].read().items()}
+    values = {name: noise.standard_normal(buffer.shape, np.float32) for name, buffer in caches[0].read().items()}
     for session, cache in zip(language_models, caches, strict=True):
         cache.write(values)
         found.append({**session.infer(feeds, cache=cache), **cache.read()})
@@ -100,7 +100,7 @@ def test_fp16_is_left_alone(exported_fp16: Bundle) -> None:
 
 
 def test_what_does_not_fit_stays(exported: Bundle, tmp_path: Path) -> None:
-    """A rotation of another form, a graph of the other lowering: unchanged, and told so."""
+    """A rotation of another form, a graph of the other lowering: unchanged, and the pass returns False."""
     model = ir.load(exported.graph_path("language_model", "standard"))
     for node in [node for node in model.graph if node.op_type == "Neg"]:
         node.outputs[0].replace_all_uses_with(node.inputs[0])  # [x₂, x₁] is no rotation

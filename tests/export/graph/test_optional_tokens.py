@@ -27,8 +27,8 @@ def opened(bundle: Bundle, variant: str) -> OnnxRuntimeSession:
 
 @pytest.fixture(scope="module")
 def sessions(exported: Bundle) -> Iterator[tuple[OnnxRuntimeSession, OnnxRuntimeSession]]:
-    with opened(exported, "standard") as standard, opened(exported, "ort-cpu") as spare:
-        yield standard, spare
+    with opened(exported, "standard") as standard, opened(exported, "ort-cpu") as optional:
+        yield standard, optional
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def feeds(exported: Bundle) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("wanted", [None, 0, 1, GROUPS])
 def test_tokens_of_the_first_groups_and_maps_of_all(sessions: Any, feeds: Any, wanted: int | None) -> None:
-    standard, spare = sessions
+    standard, optional = sessions
     expected = standard.infer(feeds)
-    found = spare.infer(feeds if wanted is None else {**feeds, TOKEN_GROUPS: np.array([wanted])})
+    found = optional.infer(feeds if wanted is None else {**feeds, TOKEN_GROUPS: np.array([wanted])})
     each = expected["visual_tokens"].shape[1] // GROUPS
     tokens = expected["visual_tokens"][:, : each * (GROUPS if wanted is None else wanted)]
     assert found["visual_tokens"].shape == tokens.shape
@@ -52,15 +52,15 @@ def test_tokens_of_the_first_groups_and_maps_of_all(sessions: Any, feeds: Any, w
 
 
 def test_the_fine_pass_asks_for_no_tokens(exported: Bundle, sessions: Any, feeds: Any, monkeypatch: Any) -> None:
-    spec, asked = exported.manifest.spec, []
+    spec, calls = exported.manifest.spec, []
     for session in sessions:
         infer = session.infer
-        monkeypatch.setattr(session, "infer", lambda given, infer=infer: asked.append(given) or infer(given))
+        monkeypatch.setattr(session, "infer", lambda given, infer=infer: calls.append(given) or infer(given))
     maps = [fine_maps(s, spec, feeds["frames"][:, 0], report=lambda *_: None) for s in sessions]
     np.testing.assert_allclose(maps[1], maps[0], rtol=1e-4, atol=1e-5)
-    assert [given.get(TOKEN_GROUPS) is not None for given in asked] == [False, True]
+    assert [given.get(TOKEN_GROUPS) is not None for given in calls] == [False, True]
     coarse_tokens(sessions[1], spec, feeds["frames"], report=lambda *_: None)
-    assert TOKEN_GROUPS not in asked[-1]
+    assert TOKEN_GROUPS not in calls[-1]
 
 
 def test_what_has_no_such_input_refuses_it(sessions: Any, feeds: Any) -> None:

@@ -14,7 +14,7 @@ from bridge_stg.model.torch_session import TorchSession
 
 
 def test_append_equals_the_reference(model: BridgeSTG) -> None:
-    """One softmax over past and new rows is attention over the buffer that holds both."""
+    """One softmax over past and new rows is attention over the buffer with both."""
     sizes = {"B": 2, "L": 6, "K": 3, "S": 17, "V": 4}
     feeds, past = feeds_of("language_model", model.spec, sizes, np.random.default_rng(0))
     assert past is not None

@@ -27,7 +27,7 @@ def test_streamed_weights_give_the_same(
     skeleton, store = open_skeleton(checkpoint)
     feeds, past = feeds_of(name, model.spec, PROBE_SIZES[name][1], np.random.default_rng(0))
     expected = run(TorchSession(name, model), feeds, past)
-    for _ in range(2):  # nothing is left behind
+    for _ in range(2):  # nothing remains
         with with_weights(skeleton, store, resident_bytes=resident_bytes):
             found = run(TorchSession(name, skeleton), feeds, past)
         for tensor, values in expected.items():
@@ -38,8 +38,8 @@ def test_streamed_weights_give_the_same(
 def test_streaming_holds_no_matrix(checkpoint: Path) -> None:
     skeleton, store = open_skeleton(checkpoint)
     with with_weights(skeleton, store, resident_bytes=0):
-        held = [name for name, value in skeleton.named_parameters() if not value.is_meta]
-        assert held and not any(name.endswith(("_proj.weight", "embed_tokens.weight")) for name in held)
+        loaded = [name for name, value in skeleton.named_parameters() if not value.is_meta]
+        assert loaded and not any(name.endswith(("_proj.weight", "embed_tokens.weight")) for name in loaded)
     with with_weights(skeleton, store):
         assert not any(value.is_meta for value in skeleton.parameters())
 
