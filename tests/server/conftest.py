@@ -59,7 +59,7 @@ class Running:
         assert not self._thread.is_alive()
 
     def call(self, work: Callable[[], Any]) -> Any:
-        """Run something in the server's event loop."""
+        """Run a function in the server's event loop."""
         result: Future[Any] = Future()
         self.server.call_soon(lambda: result.set_result(work()))
         return result.result(30)
@@ -104,7 +104,7 @@ def small_clip(path: Path, *, number: int = 0, seconds: float = 4.0, rate: int =
 
 
 def upload(client: httpx.Client, path: Path, **headers: str) -> dict[str, Any]:
-    """Upload a file and return what the server says of it."""
+    """Upload a file and return its description."""
     with path.open("rb") as file:
         answer = client.post("/v1/videos", files={"file": (path.name, file)}, headers=headers)
     assert answer.status_code == 201, answer.text
@@ -137,7 +137,7 @@ def events(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 
 def answer_of(grounding: Any) -> dict[str, Any]:
-    """Return a grounding without the seconds that it took: as an object of the runtime, or as JSON."""
+    """Return a grounding, an object of the runtime or JSON, without its timings."""
     value = grounding if isinstance(grounding, dict) else json.loads(json.dumps(grounding.to_json()))
     return {key: part for key, part in value.items() if key not in TIMINGS}
 
@@ -152,14 +152,14 @@ def http_error(answer: httpx.Response) -> tuple[int, str]:
 
 
 def until(condition: Callable[[], Any], *, within_s: float = 20) -> Any:
-    """Wait until something is true, and return it."""
+    """Wait until a condition is true, and return its value."""
     end = time.monotonic() + within_s
     while not (value := condition()):
-        assert time.monotonic() < end, "it did not come to be"
+        assert time.monotonic() < end, "the condition stayed false"
         time.sleep(0.01)
     return value
 
 
 def metric(running: Running, name: str, **labels: str) -> float:
-    """Return a number of the metrics, 0 if it is not there."""
+    """Return a value of the metrics, 0 if it is missing."""
     return running.service.metrics.registry.get_sample_value(f"bridge_stg_{name}", labels) or 0.0

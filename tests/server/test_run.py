@@ -1,4 +1,4 @@
-"""The command `serve` as a process of its own: it starts, serves, ends in order, and says what is wrong."""
+"""The command `serve` as a subprocess: start, service, shutdown, errors."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Process:
     def end(self, number: int) -> tuple[int, str, float]:
         began = time.monotonic()
         self.process.send_signal(number)
-        _, told = self.process.communicate(timeout=60)
-        return self.process.returncode, told, time.monotonic() - began
+        _, received = self.process.communicate(timeout=60)
+        return self.process.returncode, received, time.monotonic() - began
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_a_signal_ends_it_in_order_and_leaves_nothing(number: int, exported: Any
         assert streaming.wait(30)
         for i in range(10):
             assert ask(client, video, [f"thing {i}"]).status_code == 202
-        code, told, took = process.end(number)
+        code, received, took = process.end(number)
         follower.join(20)
-    assert code == 0 and told == "" and took < 20
+    assert code == 0 and received == "" and took < 20
 
 
 def test_a_second_signal_does_not_wait(exported: Any, folder: Path, tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_a_second_signal_does_not_wait(exported: Any, folder: Path, tmp_path: Pa
             ask(client, video, [f"thing {i} {j}" for j in range(16)], allow_none=False)
         process.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        _, told, took = process.end(signal.SIGTERM)
-    assert took < 25 and told == ""
+        _, received, took = process.end(signal.SIGTERM)
+    assert took < 25 and received == ""
 
 
 def test_with_a_key_from_the_environment_it_may_listen_everywhere(exported: Any, folder: Path) -> None:
@@ -97,8 +97,8 @@ def test_with_a_key_from_the_environment_it_may_listen_everywhere(exported: Any,
     with process.client() as client:
         assert client.get("/v1/live").status_code == 401
         assert client.get("/v1/live", headers={"Authorization": f"Bearer {KEY}"}).json() == {"live": []}
-    code, told, _ = process.end(signal.SIGTERM)
-    assert code == 0 and KEY not in told
+    code, received, _ = process.end(signal.SIGTERM)
+    assert code == 0 and KEY not in received
 
 
 def test_faults_are_one_paragraph(
@@ -130,10 +130,10 @@ def test_faults_are_one_paragraph(
             ([bundle, "--max-queue", "0"], "--max-queue"),
         ):
             assert cli.run(["serve", *arguments]) == 2, arguments
-            told = capsys.readouterr().err
-            assert word in told and "Traceback" not in told and KEY not in told, told
-            if not told.startswith("Usage"):
-                assert told.startswith("Error: ") and told.count("\n") == 1, told
+            received = capsys.readouterr().err
+            assert word in received and "Traceback" not in received and KEY not in received, received
+            if not received.startswith("Usage"):
+                assert received.startswith("Error: ") and received.count("\n") == 1, received
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("bridge-stg-serve")]
 
 

@@ -26,7 +26,7 @@ def test_the_curl_lines_run(served: Callable[..., Running], tmp_path: Path) -> N
     small_clip(tmp_path / "clip.mp4")
     blocks = [block for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) if "curl" in block]
     assert len(blocks) == 2
-    told = []
+    received = []
     for block in blocks:
         script = block.replace("http://127.0.0.1:8000", running.url)
         done = subprocess.run(
@@ -38,9 +38,9 @@ def test_the_curl_lines_run(served: Callable[..., Running], tmp_path: Path) -> N
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        told.append(done.stdout)
-    assert [result["query"] for result in json.loads(told[0])["results"]] == ["the red car", "the dog"]
-    assert "event: done\n" in told[1] and '"status": "done"' in told[1]
+        received.append(done.stdout)
+    assert [result["query"] for result in json.loads(received[0])["results"]] == ["the red car", "the dog"]
+    assert "event: done\n" in received[1] and '"status": "done"' in received[1]
     assert (tmp_path / "annotated.mp4").stat().st_size > 1000
     assert not list(running.service.store.folder.iterdir())
 

@@ -49,7 +49,7 @@ def as_json(text: str) -> dict[str, Any]:
 
 
 class Video(FakeVideo):
-    """Counts its calls; refuses a query that is empty, and breaks at one that says so."""
+    """Counts its calls; rejects an empty query, and fails at the query "break"."""
 
     def __init__(self, owner: Chain, path: str) -> None:
         self.owner, self.path, self.closed = owner, path, False
@@ -195,7 +195,7 @@ def test_videos_stay_open_between_batches(server: fake_triton.Server, chain: Cha
     assert chain.closed and all(video.closed for video in chain.opened)
 
 
-def test_bytes_are_a_video_too(server: fake_triton.Server, chain: Chain) -> None:
+def test_videos_as_bytes(server: fake_triton.Server, chain: Chain) -> None:
     content = b"a film"
     server.infer(
         server.request(VIDEO_BYTES=[content], QUERY=["the dog"]),
@@ -215,7 +215,7 @@ def test_without_media_no_path_is_read(chain: Chain, tmp_path: Path) -> None:
     assert error is not None and "server.no_media_folder" in error.message()
 
 
-def test_one_gpu_an_instance(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_per_instance(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Model(GroundingModel):
         utils = fake_triton.as_module()
         folder = tmp_path
@@ -268,7 +268,7 @@ class TestRepository:
         finally:
             del sys.modules["triton_python_backend_utils"]
 
-    def test_what_is_there_is_kept(self, bundle_path: Path, tmp_path: Path) -> None:
+    def test_existing_models_are_kept(self, bundle_path: Path, tmp_path: Path) -> None:
         out = tmp_path / "repo"
         (out / "other").mkdir(parents=True)
         write_repository(bundle_path, out)
@@ -284,14 +284,16 @@ class TestRepository:
             write_repository(bundle_path, bundle_path / "repo")
         assert sorted(path.name for path in out.iterdir()) == ["bridge_stg", "other"]
 
-    def test_what_no_server_could_load_is_refused(self, bundle_path: Path, tmp_path: Path) -> None:
+    def test_invalid_options_are_rejected(self, bundle_path: Path, tmp_path: Path) -> None:
         with raises("engine.unknown_backend", "tensor", "auto"):
             write_repository(bundle_path, tmp_path / "repo", Serving(backend="tensor"))
         with raises("bundle.no_variant", "std", "standard"):
             write_repository(bundle_path, tmp_path / "repo", Serving(variant="std"))
         assert not (tmp_path / "repo").exists()
 
-    def test_nothing_half_there(self, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failure_leaves_no_partial_model(
+        self, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def fail(*arguments: object) -> None:
             raise EngineError("engine.not_finite", "stopped")
 

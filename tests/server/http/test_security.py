@@ -1,4 +1,4 @@
-"""Who may use a server, from where, and what it never gives away."""
+"""Keys, hosts, origins, paths and headers."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_body_of_json_is_bounded_too(served: Callable[..., Running]) -> None:
             assert http_error(answer) == (413, "server.body_too_large")
 
 
-def test_a_request_that_is_no_http_is_refused(served: Callable[..., Running]) -> None:
+def test_a_request_that_is_no_http_is_rejected(served: Callable[..., Running]) -> None:
     import socket
 
     running = served()
@@ -169,13 +169,15 @@ def test_a_request_that_is_no_http_is_refused(served: Callable[..., Running]) ->
 
 
 @pytest.mark.parametrize("path", ["/v1/videos", "/v1/ground"])
-def test_a_refused_upload_gets_its_answer_though_it_is_still_sending(path: str, served: Callable[..., Running]) -> None:
+def test_a_rejected_upload_gets_its_answer_though_it_is_still_sending(
+    path: str, served: Callable[..., Running]
+) -> None:
     with served(api_key=KEY).client() as client:
         for _ in range(3):
             assert http_error(client.post(path, files={"file": bytes(3_000_000)})) == (401, "server.unauthorized")
 
 
-def test_too_many_requests_at_a_time_are_refused(served: Callable[..., Running]) -> None:
+def test_too_many_requests_at_a_time_are_rejected(served: Callable[..., Running]) -> None:
     from tests.server.jobs.test_scheduler import gated
 
     grounder, gate = gated()

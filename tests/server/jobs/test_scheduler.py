@@ -1,4 +1,4 @@
-"""Many clients: shared prefixes, batches, a bounded queue, deadlines, and work that ends when nobody waits for it."""
+"""Many clients: shared prefixes, batches, a bounded queue, deadlines, and cancellation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def gated(session: str = "language_model") -> tuple[Grounder, Gate]:
 
 
 @pytest.mark.parametrize("same_upload", [True, False])
-def test_the_same_bytes_are_read_once_and_asked_together(
+def test_the_same_bytes_are_read_once_and_share_a_batch(
     same_upload: bool, served: Callable[..., Running], tmp_path: Path
 ) -> None:
     grounder, gate = gated("vision_encoder")
@@ -87,7 +87,7 @@ def test_videos_stay_open_within_bounds(served: Callable[..., Running], tmp_path
         until(lambda: len(small.service.opened) == 0)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(served: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_full_queue_answers_429_with_retry_after(served: Callable[..., Running], tmp_path: Path) -> None:
     grounder, gate = gated()
     running, path = served(grounder, workers=1, max_queue=2), small_clip(tmp_path / "a.mp4")
     with running.client() as client:
@@ -126,9 +126,9 @@ def test_sixty_four_clients_get_their_own_right_answers(served: Callable[..., Ru
         return [answer_of(one) for one in result], (path, query)
 
     with ThreadPoolExecutor(64) as clients:
-        told = list(clients.map(run, range(64)))
+        received = list(clients.map(run, range(64)))
     boxes = set()
-    for result, (path, query) in told:
+    for result, (path, query) in received:
         assert result == [answer_of(expected.ground(path, query, allow_none=False))]
         boxes.add(str(result[0]["boxes"]))
     assert len(boxes) > 60  # so that another client's answer would have been noticed
@@ -136,7 +136,7 @@ def test_sixty_four_clients_get_their_own_right_answers(served: Callable[..., Ru
     assert running.service.scheduler.waiting == 0 and metric(running, "jobs_total", outcome="done") == 64
 
 
-def test_sixty_four_clients_on_a_small_queue_are_answered_or_refused(
+def test_sixty_four_clients_on_a_small_queue_get_an_answer_or_429(
     served: Callable[..., Running], tmp_path: Path
 ) -> None:
     path, expected = small_clip(tmp_path / "a.mp4"), fake_grounder()
@@ -152,13 +152,13 @@ def test_sixty_four_clients_on_a_small_queue_are_answered_or_refused(
             assert answer_of(answer.json()["results"][0]) == answer_of(expected.ground(path, f"client {number}"))
             return "answered"
         assert http_error(answer) == (429, "server.busy") and answer.headers["retry-after"]
-        return "refused"
+        return "busy"
 
     with ThreadPoolExecutor(64) as clients:
-        told = clients.map(run, range(64))
+        received = clients.map(run, range(64))
         until(lambda: metric(running, "errors_total", code="server.busy") == 55)
         gate.open.set()
-        assert sorted(told) == ["answered"] * 9 + ["refused"] * 55
+        assert sorted(received) == ["answered"] * 9 + ["busy"] * 55
 
 
 @pytest.mark.slow
@@ -179,9 +179,13 @@ def test_sixty_four_clients_on_a_real_model(demo_server: Running) -> None:
             http_error(answer)
             return 0.0
         assert answer.status_code == 200, answer.text
-        told, alone = answer_of(answer.json()["results"][0]), expected[clip, query]
-        assert (told["answer"], told["span"], told["found"]) == (alone["answer"], alone["span"], alone["found"])
-        pairs = zip(told["boxes"] or [], alone["boxes"] or [], strict=True)
+        received, alone = answer_of(answer.json()["results"][0]), expected[clip, query]
+        assert (received["answer"], received["span"], received["found"]) == (
+            alone["answer"],
+            alone["span"],
+            alone["found"],
+        )
+        pairs = zip(received["boxes"] or [], alone["boxes"] or [], strict=True)
         return max((abs(a - b) for one, two in pairs for a, b in zip(one["box"], two["box"], strict=True)), default=0.0)
 
     with ThreadPoolExecutor(64) as clients:
@@ -249,11 +253,11 @@ def test_a_job_that_is_deleted_frees_its_work(when: str, served: Callable[..., R
         jobs.append(ask(client, video, ["second"]).json()["id"])
         deleted = jobs[when == "queued"]
         with client.stream("GET", f"/v1/jobs/{deleted}/events") as stream:
-            told = events(stream.iter_lines())
-            assert next(told)[0] == ("queued" if when == "queued" else "progress")
+            received = events(stream.iter_lines())
+            assert next(received)[0] == ("queued" if when == "queued" else "progress")
             with running.client() as other:
                 assert other.delete(f"/v1/jobs/{deleted}").status_code == 204
-            assert list(told)[-1] == ("cancelled", {})
+            assert list(received)[-1] == ("cancelled", {})
         assert http_error(client.get(f"/v1/jobs/{deleted}")) == (404, "server.job_not_found")
         calls = gate.came
         gate.open.set()
@@ -311,7 +315,7 @@ def test_the_event_loop_stays_free_while_a_model_runs(served: Callable[..., Runn
         gate.open.set()
 
 
-def test_an_engine_that_fails_is_told_without_its_words(served: Callable[..., Running], tmp_path: Path) -> None:
+def test_the_error_of_a_failed_engine_hides_its_message(served: Callable[..., Running], tmp_path: Path) -> None:
     grounder = fake_grounder()
     session: Any = grounder.sessions["language_model"]
 
@@ -327,9 +331,7 @@ def test_an_engine_that_fails_is_told_without_its_words(served: Callable[..., Ru
         assert ended(client, ask(client, video, ["the car"]).json()["id"])["status"] == "done"
 
 
-def test_a_server_that_ends_answers_what_runs_and_refuses_what_waits(
-    served: Callable[..., Running], tmp_path: Path
-) -> None:
+def test_shutdown_finishes_running_jobs_and_fails_waiting_ones(served: Callable[..., Running], tmp_path: Path) -> None:
     grounder, gate = gated()
     running = served(grounder, workers=1, drain_s=20)
     with running.client() as client, ThreadPoolExecutor(2) as clients:

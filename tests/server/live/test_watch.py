@@ -1,4 +1,4 @@
-"""Live sources over HTTP: shared by clients, told apart by query, and ended with the last of them."""
+"""Live sources over HTTP: shared by clients, each with its own queries, ended with the last client."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def live(served: Callable[..., Running], **sources: str) -> Running:
     return served(live_grounder(), live=sources, live_options=OPTIONS)
 
 
-def told(client: httpx.Client, name: str, *queries: str) -> Any:
+def received(client: httpx.Client, name: str, *queries: str) -> Any:
     return client.stream("GET", f"/v1/live/{name}/events", params={"query": list(queries)})
 
 
@@ -48,7 +48,7 @@ def test_updates_and_events_come_until_the_source_ends(served: Callable[..., Run
     running = live(served, gate=short)
     with running.client() as client:
         assert client.get("/v1/live").json() == {"live": [{"name": "gate", "watched": False, "queries": []}]}
-        with told(client, "gate", "the car") as stream:
+        with received(client, "gate", "the car") as stream:
             all_told = list(events(stream.iter_lines()))
     updates = [value for name, value in all_told if name == "update"]
     happened = [(value["event"], value["time_s"]) for name, value in all_told if name == "event"]
@@ -63,15 +63,15 @@ def test_clients_share_one_watch_and_the_last_one_ends_it(served: Callable[..., 
     running = live(served, gate=source)
     encoder: Any = running.grounder.sessions["vision_encoder"]
 
-    def read(told: Iterator[Any], count: int) -> list[Any]:
-        updates = (value for name, value in told if name == "update")
+    def read(received: Iterator[Any], count: int) -> list[Any]:
+        updates = (value for name, value in received if name == "update")
         return [next(updates) for _ in range(count)]
 
     with running.client() as one, running.client() as two:
-        with told(one, "gate", "the car") as stream:
+        with received(one, "gate", "the car") as stream:
             first = events(stream.iter_lines())
             read(first, 1)
-            with told(two, "gate", "the dog", "the car") as other:
+            with received(two, "gate", "the dog", "the car") as other:
                 second = events(other.iter_lines())
                 assert [grounding["query"] for grounding in read(second, 2)[-1]["groundings"]] == ["the dog", "the car"]
                 assert {g["query"] for update in read(first, 2) for g in update["groundings"]} == {"the car"}
@@ -90,12 +90,12 @@ def test_clients_share_one_watch_and_the_last_one_ends_it(served: Callable[..., 
     assert encoder.calls == calls  # nobody looks, so nothing is computed
 
 
-def test_the_newest_picture_of_a_watched_source(served: Callable[..., Running], source: str) -> None:
+def test_the_newest_frame_of_a_watched_source(served: Callable[..., Running], source: str) -> None:
     running = live(served, gate=source)
     with running.client() as client, running.client() as other:
         assert http_error(other.get("/v1/live/gate/frame")) == (404, "server.frame_not_found")
         assert http_error(other.get("/v1/live/none/frame")) == (404, "server.frame_not_found")
-        with told(client, "gate", "the car") as stream:
+        with received(client, "gate", "the car") as stream:
             told_events = events(stream.iter_lines())
             times = []
             while not times or times[-1] < 1.5:
@@ -111,18 +111,18 @@ def test_the_newest_picture_of_a_watched_source(served: Callable[..., Running], 
 def test_a_client_that_is_killed_leaves_too(served: Callable[..., Running], source: str) -> None:
     running = live(served, gate=source)
     with running.client() as client:
-        with told(client, "gate", "the car") as stream:
+        with received(client, "gate", "the car") as stream:
             told_events = events(stream.iter_lines())
             next(told_events)
             assert metric(running, "live_watches") == 1
             stream.close()  # as if the process had been killed
         until(lambda: metric(running, "live_watches") == 0)
         until(lambda: not [thread for thread in threading.enumerate() if "live" in thread.name])
-        with told(client, "gate", "the car") as stream:  # and it can be watched anew
+        with received(client, "gate", "the car") as stream:  # and it can be watched anew
             assert next(events(stream.iter_lines()))[0] == "update"
 
 
-def test_what_cannot_be_watched_is_told(served: Callable[..., Running], source: str, tmp_path: Path) -> None:
+def test_sources_that_cannot_be_watched(served: Callable[..., Running], source: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video at all" * 100)
     gone = Path(source).with_name("gone.mp4")
@@ -140,7 +140,7 @@ def test_what_cannot_be_watched_is_told(served: Callable[..., Running], source: 
             assert client.get(f"/v1/live/{path}/events", params={"query": "a"}).status_code == 404
         assert http_error(client.get("/v1/live/gone/events", params={"query": "a"})) == (404, "server.source_not_found")
         for name, address in sources.items():
-            with told(client, name, "the car") as stream:
+            with received(client, name, "the car") as stream:
                 last = list(events(stream.iter_lines()))[-1]
             assert last[0] == "failed" and f"The source {name}" in last[1]["error"], last
             assert address not in last[1]["error"] and "127.0.0.1" not in last[1]["error"], last
@@ -149,7 +149,7 @@ def test_what_cannot_be_watched_is_told(served: Callable[..., Running], source: 
 
 def test_a_server_that_ends_ends_its_streams(served: Callable[..., Running], source: str) -> None:
     running = live(served, gate=source)
-    with running.client() as client, told(client, "gate", "the car") as stream:
+    with running.client() as client, received(client, "gate", "the car") as stream:
         told_events: Iterator[Any] = events(stream.iter_lines())
         next(told_events)
         began = time.monotonic()
@@ -184,8 +184,8 @@ def test_a_watch_that_is_stopped_does_not_complain_of_its_source() -> None:
         yield from ()
 
     with live_grounder().watch(frames(), ["the car"], **OPTIONS) as watch, ThreadPoolExecutor(1) as threads:
-        told = threads.submit(list, watch)
+        received = threads.submit(list, watch)
         assert came.wait(20)
         watch.stop()
         going.set()
-        assert told.result() == [] and watch.stats.ended == "stopped"
+        assert received.result() == [] and watch.stats.ended == "stopped"

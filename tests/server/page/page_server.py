@@ -1,6 +1,6 @@
 """A stand-in for the server, for tests of the page: it takes videos and answers with boxes that are known beforehand.
 
-It can be told to want a key, to be busy, to lose the connection of events, and to be slow.
+A script makes it require a key, be busy, lose the connection of events, or be slow.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ class Quiet(ThreadingHTTPServer):
 
 @contextmanager
 def serving(script: Script) -> Iterator[str]:
-    """Serve the page with a stand-in behind it; yields its address."""
+    """Serve the page with this stand-in; yields its address."""
     handler = type("Scripted", (Handler,), {"script": script, "uploads": {}, "jobs": {}})
     server = Quiet(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)

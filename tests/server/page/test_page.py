@@ -277,7 +277,7 @@ def test_downloads(visit: Callable[..., Visit], clips: Path, tmp_path: Path) -> 
     assert (tmp_path / "drawn.mp4").read_bytes() == (clips / "plain.mp4").read_bytes()  # what the stand-in sends
 
 
-def test_a_picture(visit: Callable[..., Visit], clips: Path, tmp_path: Path) -> None:
+def test_an_image(visit: Callable[..., Visit], clips: Path, tmp_path: Path) -> None:
     seen = visit()
     seen.choose(clips / "picture.png")
     seen.ask("the target")
@@ -317,7 +317,7 @@ def test_a_box_can_be_hidden(visit: Callable[..., Visit], clips: Path) -> None:
     assert seen.measure()["drawn"] is not None
 
 
-def test_a_bad_file_is_said_in_words(visit: Callable[..., Visit], clips: Path) -> None:
+def test_the_error_of_a_bad_file_is_shown(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit()
     seen.choose(clips / "bad.mp4")
     failure = seen.page.get_by_role("alert").filter(has_text="cannot be read")
@@ -339,7 +339,7 @@ def test_an_absent_target(visit: Callable[..., Visit], clips: Path) -> None:
     assert seen.measure()["drawn"] is None
 
 
-def test_a_key_is_asked_for_and_kept(visit: Callable[..., Visit], clips: Path) -> None:
+def test_a_key_is_requested_and_kept(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit(Script(key="right"))
     page = seen.page
     seen.choose(clips / "plain.mp4")
@@ -370,7 +370,7 @@ def test_without_a_key_nothing_goes_on(visit: Callable[..., Visit], clips: Path)
     seen.page.get_by_text(f"{WIDTH} × {HEIGHT}").wait_for()
 
 
-def test_a_busy_server_is_asked_again(visit: Callable[..., Visit], clips: Path) -> None:
+def test_a_request_to_a_busy_server_is_repeated(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit(Script(busy=1))
     seen.choose(clips / "plain.mp4")
     seen.ask("the target")
@@ -400,7 +400,7 @@ def test_a_lost_connection_is_taken_up_again(visit: Callable[..., Visit], clips:
     assert sum(request.endswith("/events") for request in seen.script.seen) == 3
 
 
-def test_what_a_job_fails_with_is_shown(visit: Callable[..., Visit], clips: Path) -> None:
+def test_the_error_of_a_job_is_shown(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit(Script(fail="The query has 4000 characters; at most 300 are taken."))
     seen.choose(clips / "plain.mp4")
     seen.ask("the target")
@@ -478,7 +478,7 @@ def test_a_live_source_is_watched(visit: Callable[..., Visit]) -> None:
     np.testing.assert_allclose(drawn, true_box(0, 3.0, WIDTH, HEIGHT), atol=2)
 
 
-def test_boxes_are_in_the_live_picture_that_they_are_of(visit: Callable[..., Visit]) -> None:
+def test_boxes_are_drawn_in_their_live_frame(visit: Callable[..., Visit]) -> None:
     updates = []
     for i in range(1, 46):
         update = live_update(0.1 * i, [])

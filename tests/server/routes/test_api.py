@@ -67,7 +67,7 @@ def test_one_call_waits_for_its_answers(demo_server: Running) -> None:
             )
 
 
-def test_events_tell_the_way_to_the_answer_and_each_connection_begins_with_the_state(demo_server: Running) -> None:
+def test_events_report_progress_and_each_connection_begins_with_the_state(demo_server: Running) -> None:
     with demo_server.client() as client:
         job = ask(client, upload(client, CLIPS[2])["id"], QUERIES).json()["id"]
         with client.stream("GET", f"/v1/jobs/{job}/events") as stream:
@@ -75,12 +75,12 @@ def test_events_tell_the_way_to_the_answer_and_each_connection_begins_with_the_s
             first = next(events(stream.iter_lines()))  # then the connection breaks
         assert first[0] in ("queued", "progress")
         with client.stream("GET", f"/v1/jobs/{job}/events") as stream:
-            told = list(events(stream.iter_lines()))
-        assert [name for name, _ in told[:-1]] == ["progress"] * (len(told) - 1) and told[-1][0] == "done"
-        assert {"stage", "done", "total"} == set(told[0][1]) if len(told) > 1 else True
+            received = list(events(stream.iter_lines()))
+        assert [name for name, _ in received[:-1]] == ["progress"] * (len(received) - 1) and received[-1][0] == "done"
+        assert {"stage", "done", "total"} == set(received[0][1]) if len(received) > 1 else True
         with client.stream("GET", f"/v1/jobs/{job}/events") as stream:
             again = list(events(stream.iter_lines()))
-        assert again == [told[-1]] and len(again[0][1]["results"]) == 2
+        assert again == [received[-1]] and len(again[0][1]["results"]) == 2
 
 
 def test_only_when_it_happens(demo_server: Running) -> None:
@@ -159,7 +159,7 @@ def test_the_file_comes_back_whole_and_in_parts(served: Callable[..., Running], 
 
 
 @pytest.mark.parametrize("time_s", [0, 0.3, 2.0, 3.49, 3.5, 100])
-def test_one_frame_as_a_picture(time_s: float, served: Callable[..., Running], tmp_path: Path) -> None:
+def test_one_frame_as_jpeg(time_s: float, served: Callable[..., Running], tmp_path: Path) -> None:
     path = small_clip(tmp_path / "a.mp4", seconds=4)
     with served().client() as client, av.open(str(path)) as file:
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
@@ -171,7 +171,7 @@ def test_one_frame_as_a_picture(time_s: float, served: Callable[..., Running], t
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_picture_is_a_video_of_one_frame(form: str, served: Callable[..., Running]) -> None:
+def test_an_image_is_a_video_of_one_frame(form: str, served: Callable[..., Running]) -> None:
     file = io.BytesIO()
     Image.fromarray(np.full((48, 64, 3), (200, 30, 60), np.uint8)).save(file, form)
     running = served()
@@ -189,7 +189,7 @@ def test_a_picture_is_a_video_of_one_frame(form: str, served: Callable[..., Runn
 @pytest.mark.parametrize(
     ("form", "frame_ms", "duration_s"), [("GIF", 200, 2), ("WEBP", 200, 2), ("PNG", 200, 2), ("GIF", 10, 1)]
 )
-def test_an_animated_picture_is_a_video(
+def test_an_animated_image_is_a_video(
     form: str, frame_ms: int, duration_s: float, served: Callable[..., Running]
 ) -> None:
     file = io.BytesIO()
@@ -249,7 +249,7 @@ def test_a_file_of_the_media_folder_and_no_other(served: Callable[..., Running],
         assert http_error(client.post("/v1/videos", json={"source": "deep/a.mp4"})) == (404, "server.no_media_folder")
 
 
-def test_what_nobody_asks_for_is_forgotten(served: Callable[..., Running], tmp_path: Path) -> None:
+def test_unused_videos_and_jobs_are_deleted(served: Callable[..., Running], tmp_path: Path) -> None:
     running = served(keep_s=0.4)
     with running.client() as client:
         video = upload(client, small_clip(tmp_path / "a.mp4"))
@@ -261,7 +261,7 @@ def test_what_nobody_asks_for_is_forgotten(served: Callable[..., Running], tmp_p
     assert len(running.service.opened) == 0
 
 
-def test_wrong_requests_are_told_what_is_wrong(served: Callable[..., Running], tmp_path: Path) -> None:
+def test_codes_of_invalid_requests(served: Callable[..., Running], tmp_path: Path) -> None:
     with served(max_queries=2, max_query_chars=40).client() as client:
         video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
         for body, expected in (
@@ -295,7 +295,7 @@ def test_wrong_requests_are_told_what_is_wrong(served: Callable[..., Running], t
             )
 
 
-def test_one_query_that_cannot_be_asked_fails_no_other(served: Callable[..., Running], tmp_path: Path) -> None:
+def test_an_invalid_query_fails_no_other(served: Callable[..., Running], tmp_path: Path) -> None:
     spec = fake_spec()
     spec = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=500))
     running, hold = served(fake_grounder(spec), workers=1), threading.Event()

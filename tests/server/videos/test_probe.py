@@ -1,4 +1,4 @@
-"""Uploads that mean no good, or went wrong: each is refused within limits, in one paragraph, and leaves nothing."""
+"""Hostile and damaged uploads: each is rejected within limits, in one paragraph, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def server() -> object:
 
 
 def sent(server: Running, content: bytes, name: str = "a.mp4") -> tuple[int, str]:
-    """Upload bytes, and return how they were refused; nothing of them stays."""
+    """Upload bytes, and return status and code of the error; no file remains."""
     with server.client() as client:
         answer = client.post("/v1/videos", files={"file": (name, content)})
         if answer.status_code == 201:
             client.delete(f"/v1/videos/{answer.json()['id']}")
         assert answer.status_code != 201, answer.text
-        told = http_error(answer)
+        received = http_error(answer)
     assert WORD.decode() not in answer.text
     assert not list(server.service.store.folder.iterdir()) and server.service.store.stored_bytes == 0
-    return told
+    return received
 
 
 def mp4(tmp_path: Path, **options: object) -> bytes:
@@ -97,7 +97,7 @@ def zipped() -> bytes:
     ],
     ids=["zip", "html", "elf", "pdf", "text", "zlib", "svg", "ppm", "wav", "zeros"],
 )
-def test_what_is_no_video_is_refused_whatever_it_is_called(content: bytes, name: str, server: Running) -> None:
+def test_other_files_are_rejected_whatever_their_name(content: bytes, name: str, server: Running) -> None:
     assert sent(server, content, name) == (415, "video.unsupported_format")
 
 
@@ -131,7 +131,7 @@ def test_a_playlist_reads_no_file_and_opens_no_address(text: str, kind: str, ser
     assert not asked
 
 
-def test_a_playlist_behind_the_first_bytes_of_a_video_is_no_playlist(server: Running, tmp_path: Path) -> None:
+def test_a_playlist_after_the_first_bytes_of_a_video_is_rejected(server: Running, tmp_path: Path) -> None:
     secret = small_clip(tmp_path / "secret.mp4")
     hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{secret}\n".encode()
     for head in (b"\x00\x00\x00\x18ftypisom" + bytes(12), b"\x1a\x45\xdf\xa3", b"RIFF\x00\x00\x00\x00AVI "):
@@ -159,7 +159,7 @@ NEAR_THE_END = [("mp4", 0.9), ("faststart", 0.9), ("faststart", 0.99)]
     ("kind", "cut"),
     [*((kind, cut) for kind in ("mp4", "faststart", "mkv", "avi") for cut in (0.1, 0.5)), *NEAR_THE_END],
 )
-def test_a_truncated_video_is_refused(kind: str, cut: float, server: Running, tmp_path: Path) -> None:
+def test_a_truncated_video_is_rejected(kind: str, cut: float, server: Running, tmp_path: Path) -> None:
     path = tmp_path / f"a.{'mp4' if kind == 'faststart' else kind}"
     options = {"movflags": "+faststart"} if kind == "faststart" else {}
     content = write(path, pictures(60), rate=5, container_options=options).read_bytes()
@@ -168,7 +168,7 @@ def test_a_truncated_video_is_refused(kind: str, cut: float, server: Running, tm
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_truncated_picture_is_refused(form: str, server: Running) -> None:
+def test_a_truncated_image_is_rejected(form: str, server: Running) -> None:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).save(file, form)
     status, code = sent(server, file.getvalue()[: len(file.getvalue()) // 2])
@@ -188,7 +188,7 @@ def test_an_animation_may_break_off_anywhere(server: Running) -> None:
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (65_000, 65_000), (513, 512), (100_000, 100_000)])
-def test_a_picture_of_too_many_pixels_is_refused_by_its_header(size: tuple[int, int], server: Running) -> None:
+def test_an_image_of_too_many_pixels_is_rejected_by_its_header(size: tuple[int, int], server: Running) -> None:
     reset_peak()
     before = peak_bytes()
     assert sent(server, png_header(*size)) == (413, "video.too_many_pixels")
@@ -231,7 +231,7 @@ def test_a_container_that_says_another_size_than_its_frames_costs_no_memory(serv
     assert peak_bytes() - before < 50e6
 
 
-def test_a_video_of_many_real_pixels_is_refused(server: Running, tmp_path: Path) -> None:
+def test_a_video_of_many_real_pixels_is_rejected(server: Running, tmp_path: Path) -> None:
     assert sent(server, write(tmp_path / "a.mp4", pictures(2, 1024, 1024)).read_bytes()) == (
         413,
         "video.too_many_pixels",
@@ -266,14 +266,14 @@ def test_a_video_whose_frames_grow_beyond_its_header_makes_no_large_frames(serve
         client.delete(f"/v1/videos/{answer.json()['id']}")
 
 
-def test_an_hours_long_video_is_refused(server: Running, tmp_path: Path) -> None:
+def test_an_hours_long_video_is_rejected(server: Running, tmp_path: Path) -> None:
     long = write(
         tmp_path / "a.mp4", pictures(4), ticks=[0, 1, 2, 4 * 3600], time_base=Fraction(1, 1), options={"bf": "0"}
     )
     assert sent(server, long.read_bytes()) == (413, "video.too_long")
 
 
-def test_a_video_that_hides_its_length_is_refused(server: Running, tmp_path: Path) -> None:
+def test_a_video_that_hides_its_length_is_rejected(server: Running, tmp_path: Path) -> None:
     """The container says nothing of its length; the packets do."""
     path = write(
         tmp_path / "a.mkv",
@@ -288,13 +288,13 @@ def test_a_video_that_hides_its_length_is_refused(server: Running, tmp_path: Pat
     assert sent(server, path.read_bytes()) == (413, "video.too_long")
 
 
-def test_a_video_of_too_many_frames_is_refused(server: Running, tmp_path: Path) -> None:
+def test_a_video_of_too_many_frames_is_rejected(server: Running, tmp_path: Path) -> None:
     frame = np.zeros((16, 16, 3), np.uint8)
     path = write(tmp_path / "a.mp4", [frame] * 7300, rate=10_000, options={"preset": "ultrafast"})
     assert sent(server, path.read_bytes()) == (413, "video.too_long")
 
 
-def test_too_many_streams_are_refused(server: Running, tmp_path: Path) -> None:
+def test_too_many_streams_are_rejected(server: Running, tmp_path: Path) -> None:
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as file:
         streams = [file.add_stream("libx264", rate=5) for _ in range(20)]
@@ -321,7 +321,7 @@ def test_sound_alone_is_no_video(server: Running, tmp_path: Path) -> None:
     assert sent(server, path.read_bytes()) == (422, "video.no_stream")
 
 
-def test_a_video_without_frames_is_refused(server: Running, tmp_path: Path) -> None:
+def test_a_video_without_frames_is_rejected(server: Running, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w", options={"movflags": "frag_keyframe+empty_moov"}) as file:
         stream = file.add_stream("libx264", rate=5)
@@ -331,7 +331,7 @@ def test_a_video_without_frames_is_refused(server: Running, tmp_path: Path) -> N
     assert (status, code) in ((422, "video.no_frames"), (422, "video.damaged"))
 
 
-def test_an_empty_file_is_refused(server: Running) -> None:
+def test_an_empty_file_is_rejected(server: Running) -> None:
     assert sent(server, b"") == (422, "video.empty")
 
 
@@ -358,7 +358,7 @@ def test_an_upload_is_cut_off_at_its_limit_whatever_its_header_says(server: Runn
     until(lambda: not list(server.service.store.folder.iterdir()))
 
 
-def test_a_length_that_lies_helps_nobody(server: Running, tmp_path: Path) -> None:
+def test_a_wrong_content_length(server: Running, tmp_path: Path) -> None:
     with server.client() as client:
         answer = client.post("/v1/videos", files={"file": ("a.mp4", bytes(5 * 2**20))})
         assert http_error(answer) == (413, "server.upload_too_large")
@@ -410,7 +410,7 @@ def test_names_of_files_are_only_shown(served: Callable[..., Running], tmp_path:
     assert os.stat(files[0]).st_mode & 0o077 == 0 and os.stat(running.service.store.folder).st_mode & 0o077 == 0
 
 
-def test_random_bytes_never_do_harm(server: Running, tmp_path: Path) -> None:
+def test_random_damage_is_handled(server: Running, tmp_path: Path) -> None:
     """Whatever is flipped in a file, the server answers, and answers the next one."""
     content, random = bytearray(mp4(tmp_path, seconds=2)), np.random.default_rng(0)
     began = time.monotonic()
