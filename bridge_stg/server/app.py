@@ -52,17 +52,15 @@ def create_app(service: Service) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    service: Service = app.state.service
-    service.start()
+    app.state.service.start()
     try:
         yield
     finally:
-        await service.close()
+        await app.state.service.close()
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    service: Service = request.app.state.service
-    return error_response(api_error(error), service.metrics)
+    return error_response(api_error(error), request.app.state.service.metrics)
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import generate_latest
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 QUERIES = (1, 2, 4, 8, 16, 32, 64)
 PREFIX = "bridge_stg_"
@@ -41,11 +40,6 @@ class Metrics:
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is read with the metrics."""
         Gauge(PREFIX + name, text, registry=self.registry).set_function(value)
-
-    def observe_stages(self, timings: Mapping[str, float]) -> None:
-        """Record the seconds per stage of one batch."""
-        for stage, seconds in timings.items():
-            self.stages.labels(stage).observe(seconds)
 
     def text(self) -> bytes:
         """Return all metrics in the Prometheus text format."""

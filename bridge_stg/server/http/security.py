@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -106,7 +107,7 @@ class Guard:
             if path not in PUBLIC and not path.startswith("/page/") and not self._has_key(headers):
                 message = "This needs the server's API key: send `Authorization: Bearer KEY` or `X-API-Key: KEY`."
                 raise ApiError(401, "server.unauthorized", message)
-        elif not settings.insecure and _without_port(host) not in settings.known_hosts:
+        elif not settings.insecure and re.sub(r":\d*$", "", host) not in settings.known_hosts:
             message = "The Host header is not a name of this server; its operator can add it with --allow-host."
             raise ApiError(400, "server.unknown_host", message)
         origin = headers.get("origin")
@@ -152,10 +153,6 @@ async def _received(receive: Receive, within_s: float) -> Receive:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("latin-1")).digest()
-
-
-def _without_port(host: str) -> str:
-    return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
 async def _read_rest(receive: Receive, more: Callable[[], bool]) -> None:

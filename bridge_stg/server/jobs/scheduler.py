@@ -221,7 +221,9 @@ class Scheduler:
         task = Task("span" if batch.task == "span" else "tube", allow_none=batch.allow_none)
         groundings = video.ground_within(Limits(cancel=batch.over, progress=progress), queries, task)
         skipped = ("total",) if new else ("total", *VIDEO_STAGES)
-        self._metrics.observe_stages({stage: s for stage, s in groundings[0].timings.items() if stage not in skipped})
+        for stage, seconds in groundings[0].timings.items():
+            if stage not in skipped:
+                self._metrics.stages.labels(stage).observe(seconds)
         answers = {query: dataclasses.replace(one, taps=None) for query, one in zip(queries, groundings, strict=True)}
         texts = {query: json.dumps(answer.to_json(), ensure_ascii=False) for query, answer in answers.items()}
         return [

@@ -94,12 +94,8 @@ async def ground(request: Request, service: TheService) -> Response:
 
 
 def _job_response(service: Service, job: Job, *, status: int = 200) -> Response:
-    return _json_response(job.to_text(service.scheduler.position(job)), status=status)
-
-
-def _json_response(text: str, *, status: int = 200) -> Response:
-    """Return serialized JSON, without the check against its schema, which is slow for long results."""
-    return Response(text, status, media_type="application/json")
+    """Return a job without the check against its schema, which is slow for long results."""
+    return Response(job.to_text(service.scheduler.position(job)), status, media_type="application/json")
 
 
 async def _answer(request: Request, service: Service, upload: Upload, new: schemas.NewJob) -> Response:
@@ -112,7 +108,7 @@ async def _answer(request: Request, service: Service, upload: Upload, new: schem
         if job.status != "done":
             raise ApiError(409, "call.cancelled", "The job was cancelled.")
         video = json.dumps(upload.to_json(service.settings.keep_s), ensure_ascii=False)
-        return _json_response(f'{{"video": {video}, "results": {job.results_text}}}')
+        return Response(f'{{"video": {video}, "results": {job.results_text}}}', media_type="application/json")
     finally:
         service.forget(job)
 

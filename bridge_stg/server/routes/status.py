@@ -7,10 +7,10 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.schemas import Health
-from bridge_stg.server.metrics import CONTENT_TYPE
 from bridge_stg.server.routes.videos import TheService
 
 PAGE = Path(__file__).parents[1] / "page"
@@ -36,7 +36,7 @@ async def alive() -> dict[str, str]:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: TheService) -> Response:
     """Return the metrics in the Prometheus text format."""
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/docs", response_class=HTMLResponse, include_in_schema=False)

@@ -65,13 +65,8 @@ class Incoming:
 
     def __init__(self, path: Path, threads: Executor, reserve: Callable[[int, int], None]) -> None:
         self.path, self.size = path, 0
-        self._threads, self._reserve, self._hash = threads, reserve, hashlib.sha256()
+        self.hash, self._threads, self._reserve = hashlib.sha256(), threads, reserve
         self._file = os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb", buffering=0)
-
-    @property
-    def key(self) -> str:
-        """The hash of what is written."""
-        return self._hash.hexdigest()
 
     async def write(self, piece: bytes) -> None:
         """Append a piece."""
@@ -85,7 +80,7 @@ class Incoming:
         self.path.unlink(missing_ok=True)
 
     def _append(self, piece: bytes) -> None:
-        self._hash.update(piece)
+        self.hash.update(piece)
         self._file.write(piece)
 
 
@@ -142,7 +137,7 @@ class Store:
             raise ApiError(400, "server.no_file", message)
         if not incoming.size:
             raise ApiError(422, "video.empty", "The file is empty (0 bytes); record or copy it again.")
-        name, key = display_name(filename), incoming.key
+        name, key = display_name(filename), incoming.hash.hexdigest()
         if key not in self._files:
             info = await self._probe(str(incoming.path), name)
             if key not in self._files:  # the same bytes may have been uploaded twice at the same time
