@@ -11,9 +11,7 @@ class BridgeError(Exception):
         message: one paragraph of text; its wording may change between releases.
     """
 
-    def __init__(self, code: str, message: str | None = None) -> None:
-        if message is None:
-            code, message = "unspecified", code
+    def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
         self.code = code
         self.message = message
