@@ -62,7 +62,7 @@ class GroundingNode(Node):
         window = self.declare_parameter("window", 32).value
         stall_s = self.declare_parameter("stall_s", 30.0).value
         self.lost = 0
-        self._images: queue.Queue[Any] = queue.Queue(WAITING_IMAGES)
+        self.waiting_images: queue.Queue[Any] = queue.Queue(WAITING_IMAGES)
         self._newest_s, self._frame_id = -1.0, ""
         self._grounder = grounder or Grounder.load(bundle)
         self._watch = self._grounder.watch(
@@ -71,14 +71,14 @@ class GroundingNode(Node):
         self._detections = self.create_publisher(Detection2DArray, "detections", 10)
         self._events = self.create_publisher(String, "events", 10)
         self.create_subscription(Image, "image", self._take, qos_profile_sensor_data)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self.worker = threading.Thread(target=self._run, daemon=True)
+        self.worker.start()
 
     def destroy_node(self) -> None:
         """End the watch, free the model."""
         self._watch.stop()
         self._put(None)
-        self._thread.join(10)
+        self.worker.join(10)
         self._grounder.close()
         super().destroy_node()
 
@@ -92,7 +92,7 @@ class GroundingNode(Node):
     def _put(self, item: Any) -> None:
         while True:
             try:
-                self._images.put_nowait(item)
+                self.waiting_images.put_nowait(item)
                 return
             except queue.Full:
                 self.lost += 1
@@ -100,12 +100,12 @@ class GroundingNode(Node):
 
     def _drop_oldest(self) -> None:
         try:
-            self._images.get_nowait()
+            self.waiting_images.get_nowait()
         except queue.Empty:
             return
 
     def _frames(self) -> Iterator[tuple[float, np.ndarray]]:
-        while (item := self._images.get()) is not None:
+        while (item := self.waiting_images.get()) is not None:
             time_s, message = item
             self._frame_id = message.header.frame_id
             yield time_s, rgb_of(message)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -58,7 +58,7 @@ class ObjectHypothesisWithPose:
 class Node:
     """Keeps what is published, and gives messages to the callbacks of its subscriptions."""
 
-    parameters: dict[str, Any] = {}
+    parameters: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, name: str) -> None:
         self.name, self.destroyed = name, False
@@ -104,7 +104,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def shut_down() -> None:
         seen.shut_down += 1
 
-    module("rclpy", init=lambda: None, spin=lambda node: seen.spin(node), try_shutdown=shut_down)
+    def spin(node: Any) -> None:
+        seen.spin(node)  # which tests may replace
+
+    module("rclpy", init=lambda: None, spin=spin, try_shutdown=shut_down)
     module("rclpy.executors", ExternalShutdownException=ExternalShutdownException)
     module("rclpy.node", Node=Node)
     module("rclpy.qos", qos_profile_sensor_data="sensor data")
@@ -123,7 +126,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     module(
         "launch.actions",
         DeclareLaunchArgument=lambda name, **values: SimpleNamespace(name=name, **values),
-        ExecuteProcess=lambda **values: SimpleNamespace(**values),
+        ExecuteProcess=SimpleNamespace,
     )
     module("launch.substitutions", LaunchConfiguration=lambda name: f"<{name}>")
     return seen

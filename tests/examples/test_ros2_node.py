@@ -48,10 +48,10 @@ def test_detections_and_events(ros: SimpleNamespace) -> None:
     node = ros.node.GroundingNode(live_grounder())
     for time_s, picture in stream(12, bright=((3, 8),), start_s=START_S):
         node.callbacks["image"](message(time_s, picture, padding=5))
-        assert waited(node._images.empty)
+        assert waited(node.waiting_images.empty)
     assert waited(lambda: len(node.published["detections"]) >= 11)
     node.destroy_node()
-    assert node.destroyed and not node._thread.is_alive() and not node.logged
+    assert node.destroyed and not node.worker.is_alive() and not node.logged
     events = [json.loads(event.data) for event in node.published["events"]]
     assert [(event["event"], event["query"], event["time_s"] - START_S) for event in events] == [
         ("appeared", "the car", 3), ("appeared", "the dog", 3), ("left", "the car", 8), ("left", "the dog", 8)
@@ -76,7 +76,7 @@ def test_the_callback_never_waits(ros: SimpleNamespace) -> None:
         node.callbacks["image"](message(time_s, picture))  # one that came twice
     assert time.monotonic() - began < 5 and node.lost > 0
     node.destroy_node()
-    assert not node._thread.is_alive()
+    assert not node.worker.is_alive()
 
 
 def test_pictures_of_every_encoding(ros: SimpleNamespace) -> None:
