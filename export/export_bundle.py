@@ -11,8 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bridge_stg.checkpoint.checkpoint import TOKENIZER
-from bridge_stg.checkpoint.weight_store import WeightStore
+from bridge_stg.checkpoint.weight_store import TOKENIZER, WeightStore
 from bridge_stg.export.graph.graph_check import check_graph
 from bridge_stg.export.graph.ort_cpu import derive_ort_cpu
 from bridge_stg.export.memory import estimate, require_room

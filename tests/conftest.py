@@ -8,11 +8,30 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from bridge_stg.model.model import BridgeSTG
     from bridge_stg.runtime.bundle.bundle import Bundle
 
 ROOT = str(Path(__file__).resolve().parents[1])
 
 # torch is imported by the fixtures alone: most tests of the runtime do without, and some run where it is not installed.
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's tokenizer.json."""
+    from bridge_stg.demo.tiny_model import write_demo_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    write_demo_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer_path: Path) -> BridgeSTG:
+    """A small random model whose outputs depend on its inputs."""
+    from tests.model.tiny_model import make_tiny_model
+
+    return make_tiny_model(tokenizer_path)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,44 @@ import json
 from pathlib import Path
 
 import click
+import numpy as np
+from tqdm import tqdm
 
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
-from bridge_stg.demo.held_out import compare_models
+from bridge_stg.demo.held_out import clip_path, held_out_clips
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.chain.boxes import box_iou
 from bridge_stg.runtime.host.machine import describe
+
+
+def compare_models(
+    reference: Grounder, others: dict[str, Grounder], *, clips: int, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Compare grounders on held-out clips: share of identical answers, and box IoU where both found a tube."""
+    agree: dict[str, list[bool]] = {name: [] for name in others}
+    ious: dict[str, list[np.ndarray]] = {name: [] for name in others}
+    for clip in tqdm(held_out_clips(clips), "parity", total=clips, unit="clip"):
+        path = clip_path(clip, folder)
+        texts = [q.text for q in (clip.named, clip.absent) if q is not None]
+        with reference.open(path) as video:
+            expected = video.ground_many(texts)
+        for name, grounder in others.items():
+            with grounder.open(path) as video:
+                for first, second in zip(expected, video.ground_many(texts)):
+                    agree[name].append(first.answer == second.answer and first.span == second.span)
+                    if first.tube is not None and second.tube is not None and len(first.tube) == len(second.tube):
+                        ious[name].append(box_iou(first.tube.boxes, second.tube.boxes))
+    return {
+        name: {
+            "queries": len(agree[name]),
+            "identical_answers": float(np.mean(agree[name])),
+            "box_iou_mean": float(np.concatenate(ious[name]).mean()),
+            "box_iou_min": float(np.concatenate(ious[name]).min()),
+        }
+        for name in others
+    }
 
 
 @click.command()

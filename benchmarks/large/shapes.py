@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bridge_stg.checkpoint.checkpoint import TOKENIZER, build_model, checkpoint_tensors
+from bridge_stg.checkpoint.checkpoint import build_model, checkpoint_tensors
+from bridge_stg.checkpoint.weight_store import TOKENIZER
 from bridge_stg.demo.tiny_model import write_demo_tokenizer
 from bridge_stg.model.backbones import backbone
 from bridge_stg.model.config import BridgeSTGConfig

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: safetensors, LoRA adapters, initialization from public weights."""
+"""Checkpoints on disk: safetensors files, LoRA adapters, and initialization from public weights."""

@@ -1,32 +1,32 @@
-"""Checkpoint folders: `config.json`, weights as `WeightStore` reads them, `tokenizer.json`. Never pickle."""
+"""Save and load checkpoint folders: `config.json`, `tokenizer.json` and safetensors weights, never pickle."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from bridge_stg.checkpoint.safetensors_file import StoredTensor, same_bytes
-from bridge_stg.checkpoint.weight_store import PARTS, WEIGHTS, WeightStore, list_keys
+from bridge_stg.checkpoint.weight_store import PARTS, TOKENIZER, WEIGHTS, WeightStore, check_folder, list_keys
 from bridge_stg.model.backbones import backbone
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import CheckpointError
 
-TOKENIZER = "tokenizer.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 PART_FILES = dict(zip(("bridging", "spatial_decoder"), PARTS))
-READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def checkpoint_key(name: str) -> str:
-    """Return the name in a checkpoint of a parameter of `BridgeSTG`."""
+    """Return the checkpoint key of a parameter of `BridgeSTG`."""
     for prefix, theirs in KEY_PREFIXES.items():
         if name.startswith(prefix):
             return theirs + name[len(prefix) :]
@@ -41,36 +41,46 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float16,
     parts_dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a checkpoint folder, by rename.
+    """Write a checkpoint folder.
 
     Args:
-        model: on the CPU.
-        folder: made, or its files replaced.
-        tokenizer: a tokenizer.json to copy.
-        dtype: what values are stored in.
-        parts_dtype: stores the bridging and spatial parts in this, in files of their own; None: with the rest.
+        model: the model, on the CPU.
+        folder: the folder to create; files in an existing one are replaced.
+        tokenizer: path of the tokenizer.json to copy.
+        dtype: dtype of the stored weights.
+        parts_dtype: dtype of the bridging and spatial parts, which then get their own files; None: as the rest.
 
     Raises:
-        CheckpointError: a value does not fit the dtype, or the folder cannot be written.
+        CheckpointError: a value does not fit the dtype.
     """
     files: dict[str, dict[str, torch.Tensor]] = {WEIGHTS: {}}
     for key, value in checkpoint_tensors(model).items():
         name = WEIGHTS if parts_dtype is None else PART_FILES.get(key.partition(".")[0], WEIGHTS)
         stored = value.detach().to(dtype if name == WEIGHTS else parts_dtype).contiguous()
         if not torch.isfinite(stored).all():
-            raise CheckpointError(
-                "checkpoint.not_finite", f"{key} holds values that {stored.dtype} cannot; save in float32"
-            )
+            message = f"{key} has values that {stored.dtype} cannot represent; save in float32"
+            raise CheckpointError("checkpoint.not_finite", message)
         files.setdefault(name, {})[key] = stored
-    folder = Path(folder)
+    with new_folder(Path(folder)) as partial:
+        model.config.save(partial)
+        save_files(files, partial)
+        shutil.copyfile(tokenizer, partial / TOKENIZER)
+
+
+def save_files(files: Mapping[str, dict[str, torch.Tensor]], folder: Path) -> None:
+    """Write safetensors files, given their tensors by file name and key."""
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, {"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors creates files that only their owner can read
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary sibling folder that becomes `folder` after the block; files of an existing one are replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        model.config.save(partial)
-        for name, tensors in files.items():
-            save_file(tensors, partial / name, {"format": "pt"})
-            (partial / name).chmod(0o644)  # the package makes files for their owner alone
-        shutil.copyfile(tokenizer, partial / TOKENIZER)
+        yield partial
         partial.chmod(0o755)
         if not folder.exists():
             partial.rename(folder)
@@ -82,15 +92,28 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path | str, *, attention: str | None = None) -> BridgeSTG:
-    """Read a checkpoint folder into a float32 model in eval mode.
+    """Load a checkpoint folder as a float32 model in eval mode.
 
     Args:
-        folder: holds config.json, weights (see `WeightStore.open`) and tokenizer.json.
-        attention: name in transformers' attention registry; the model's default if None.
+        folder: folder with config.json, weights (see `WeightStore.open`) and tokenizer.json.
+        attention: name in transformers' attention registry; None: the model's default.
 
     Raises:
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or of another shape.
     """
+    model, store = open_checkpoint(folder, attention=attention)
+    with torch.no_grad():
+        for key, target in checkpoint_tensors(model).items():
+            value = store.read(key)
+            if not torch.isfinite(value).all():
+                message = f"{store[key].path}: {key} has values that are not finite numbers"
+                raise CheckpointError("checkpoint.not_finite", message)
+            target.copy_(value)
+    return model.eval()
+
+
+def open_checkpoint(folder: Path | str, *, attention: str | None = None) -> tuple[BridgeSTG, WeightStore]:
+    """Return a checkpoint's model with random weights, on torch's current default device, and its checked weights."""
     folder = Path(folder)
     check_folder(folder)
     config = BridgeSTGConfig.load(folder)
@@ -98,43 +121,19 @@ def load_checkpoint(folder: Path | str, *, attention: str | None = None) -> Brid
     tokenizer = load_tokenizer(folder)
     model = build_model(config, tokenizer, where=folder / "config.json", attention=attention)
     check_weights(model, store)
-    targets = checkpoint_tensors(model)
-    with torch.no_grad():
-        for key, target in targets.items():
-            value = store.read(key)
-            if not torch.isfinite(value).all():
-                raise CheckpointError(
-                    "checkpoint.not_finite", f"{store[key].path}: {key} holds values that are not finite numbers"
-                )
-            target.copy_(value)
-    return model.eval()
-
-
-def check_folder(folder: Path) -> None:
-    """Raise CheckpointError if a path is not a folder."""
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "no such folder"
-        raise CheckpointError(
-            "checkpoint.not_found",
-            f"{folder}: {found}; a checkpoint is a folder with config.json, {WEIGHTS} and {TOKENIZER}",
-        )
+    return model, store
 
 
 def open_weights(folder: Path | str, config: BridgeSTGConfig) -> WeightStore:
-    """Return the weights of a folder by this project's keys, whichever way the backbone's family has spelled them."""
+    """Open the weights of a folder, whose keys may be those of the backbone's published folders."""
     return WeightStore.open(folder, key_prefixes=backbone(config.backbone).key_prefixes)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read a folder's tokenizer.
-
-    Raises:
-        CheckpointError: it is missing, or is not a tokenizer.
-    """
+    """Load a folder's tokenizer; raise CheckpointError if it is missing or invalid."""
     if not (folder / TOKENIZER).is_file():
-        raise CheckpointError(
-            "checkpoint.missing_file", f"{folder / TOKENIZER}: no such file; the model cannot read a query without it"
-        )
+        message = f"{folder / TOKENIZER}: no such file; the model cannot read a query without it"
+        raise CheckpointError("checkpoint.missing_file", message)
     try:
         return Tokenizer.from_file(folder / TOKENIZER)
     except Exception as error:
@@ -144,19 +143,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def build_model(
     config: BridgeSTGConfig, tokenizer: Tokenizer | None = None, *, where: Path, attention: str | None = None
 ) -> BridgeSTG:
-    """Return a model of a config, its weights not yet set; where it cannot be built, name the file that says so."""
+    """Build a model with random weights from a config; `where` is the config's file for error messages."""
     try:
         return BridgeSTG(config, tokenizer, **({} if attention is None else {"attention": attention}))
     except CheckpointError:
         raise
     except Exception as error:  # transformers validates configs with many exception types
-        raise CheckpointError(
-            "checkpoint.bad_config", f"{where}: the backbone cannot be built from it ({error})"
-        ) from error
+        raise CheckpointError("checkpoint.bad_config", f"{where}: cannot build the backbone ({error})") from error
 
 
 def checkpoint_tensors(model: BridgeSTG) -> dict[str, torch.Tensor]:
-    """Return a model's parameters by their keys in a checkpoint; a tied head has none of its own."""
+    """Return a model's parameters by checkpoint key; a tied head is left out."""
     return {
         checkpoint_key(name): value
         for name, value in model.state_dict().items()
@@ -165,15 +162,15 @@ def checkpoint_tensors(model: BridgeSTG) -> dict[str, torch.Tensor]:
 
 
 def check_weights(model: BridgeSTG, store: Mapping[str, StoredTensor], *, missing_ok: tuple[str, ...] = ()) -> None:
-    """Check that a store holds what a model needs: no key is missing, unexpected, or of another shape or kind.
+    """Check that a store has exactly the tensors of a model, with the right shapes and readable dtypes.
 
     Args:
-        model: may be on the meta device, or of fake tensors.
+        model: the model; may consist of meta or fake tensors.
         store: the weights.
-        missing_ok: beginnings of keys that need not be there.
+        missing_ok: prefixes of keys that may be missing.
 
     Raises:
-        CheckpointError: the message names the first three keys and how many more there are.
+        CheckpointError: the message names the first three wrong keys and the number of others.
     """
     needed = {key: tuple(value.shape) for key, value in checkpoint_tensors(model).items()}
     held = dict(store)
@@ -183,7 +180,7 @@ def check_weights(model: BridgeSTG, store: Mapping[str, StoredTensor], *, missin
     where = weights_path(store)
     for code, verb, keys in (
         ("checkpoint.missing_tensor", "misses", needed.keys() - held.keys()),
-        ("checkpoint.unexpected_tensor", "unexpectedly contains", held.keys() - needed.keys()),
+        ("checkpoint.unexpected_tensor", "has unexpected", held.keys() - needed.keys()),
     ):
         if keys:
             message = f"{where}: {verb} {list_keys(sorted(keys))}; config.json describes another model"
@@ -192,36 +189,28 @@ def check_weights(model: BridgeSTG, store: Mapping[str, StoredTensor], *, missin
     if wrong:
         first = wrong[0]
         also = f"; also of another shape: {list_keys(wrong[1:])}" if len(wrong) > 1 else ""
-        raise CheckpointError(
-            "checkpoint.wrong_shape",
-            f"{held[first].path}: {first} has shape {list(held[first].shape)}, but config.json asks for "
-            f"{list(needed[first])}{also}",
-        )
-    wrong = [key for key in needed if held[key].dtype not in READABLE]
+        message = f"{held[first].path}: {first} has shape {list(held[first].shape)}, expected {list(needed[first])}"
+        raise CheckpointError("checkpoint.wrong_shape", f"{message} by config.json{also}")
+    wrong = [key for key in needed if held[key].dtype not in FLOATS]
     if wrong:
         kind = str(held[wrong[0]].dtype).removeprefix("torch.")
-        raise CheckpointError(
-            "checkpoint.unsupported_dtype",
-            f"{held[wrong[0]].path}: {list_keys(wrong)} hold {kind} values; expected float32, float16 or bfloat16: "
-            "quantized checkpoints are not read, use the one that it was made from",
-        )
+        message = f"{held[wrong[0]].path}: {list_keys(wrong)} have dtype {kind}, expected float32, float16 or bfloat16"
+        hint = "quantized checkpoints are not supported, use the one that it was made from"
+        raise CheckpointError("checkpoint.unsupported_dtype", f"{message}; {hint}")
 
 
 def check_tied_head(head: StoredTensor, embedding: StoredTensor | None) -> None:
-    """Raise CheckpointError if a head is stored that the config says is the embedding table, and it is another one.
+    """Raise CheckpointError if the stored head of a tied model differs from the embedding table.
 
-    A stored copy of the table is left unread: what an adapter adds to the table, it then adds to the head too.
+    An equal head is not read: what an adapter adds to the table, it then adds to the head too.
     """
-    same = embedding is not None and head.delta is None and same_bytes(head, embedding)
-    if not same:
-        raise CheckpointError(
-            "checkpoint.tied_head",
-            f"{head.path}: {HEAD} is not the embedding table, but config.json ties the two; "
-            'set "tie_word_embeddings" to false in its "backbone", or remove the tensor',
-        )
+    if embedding is None or head.delta is not None or not same_bytes(head, embedding):
+        message = f"{head.path}: {HEAD} differs from the embedding table, but config.json ties the two"
+        hint = 'set "tie_word_embeddings" to false in its "backbone", or remove the tensor'
+        raise CheckpointError("checkpoint.tied_head", f"{message}; {hint}")
 
 
 def weights_path(store: Mapping[str, StoredTensor]) -> Path:
-    """Return what an error about all of a store should name: its one file, or the folder of several."""
+    """Return the path that errors about a whole store name: its only file, or the folder of several."""
     paths = list(dict.fromkeys(tensor.path for tensor in store.values()))
     return paths[0] if len(paths) == 1 else paths[0].parent if paths else Path(WEIGHTS)

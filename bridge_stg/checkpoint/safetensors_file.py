@@ -1,7 +1,7 @@
 """Read and write single tensors of safetensors files. Must not know models.
 
-Files are read, not mapped, since mapped pages count as memory of the process. The format: the header's length in
-8 bytes, a JSON header, the data.
+Files are read, not mapped, since mapped pages count as memory of the process. The format is the length of the header in
+8 bytes, a JSON header, and the data.
 """
 
 from __future__ import annotations
@@ -23,20 +23,15 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 LARGEST_HEADER = 100_000_000
-"""Bytes, as in the format's own readers."""
+"""Largest header in bytes that the safetensors library accepts."""
 BLOCK_BYTES = 1 << 24
 
 
 class Delta(Protocol):
-    """What an adapter adds to a tensor; see `lora.LoraDelta`."""
+    """A low-rank change of a tensor, with stored factors A and B; see `lora.LoraDelta`."""
 
-    @property
-    def a(self) -> StoredTensor:
-        """The stored factor A."""
-
-    @property
-    def b(self) -> StoredTensor:
-        """The stored factor B."""
+    a: StoredTensor
+    b: StoredTensor
 
     def add_to(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add the delta to a weight in place, given the values of A and B."""
@@ -44,33 +39,19 @@ class Delta(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Location of one tensor in a safetensors file.
-
-    Attributes:
-        key: key in this project's spelling.
-        shape: stored shape.
-        dtype: stored dtype, also that of a merged tensor.
-        path: the file.
-        offset: first byte of the tensor in the file.
-        length: size in bytes.
-        delta: what an adapter adds to the tensor, or None.
-    """
+    """Location of one tensor in a safetensors file."""
 
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # also that of a merged tensor
     path: Path
-    offset: int
-    length: int
-    delta: Delta | None = None
+    offset: int  # first byte in the file
+    length: int  # bytes
+    delta: Delta | None = None  # change by an adapter
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file, in the order of the data.
-
-    Raises:
-        CheckpointError: the file is damaged or cut short, or holds a dtype that is not known.
-    """
+    """Return the tensors of a file in the order of the data; raise CheckpointError if it is damaged."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -83,12 +64,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = [stored_tensor(name, values, path, 8 + length, size)
                    for name, values in header.items() if name != "__metadata__"]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError("checkpoint.damaged", f"{path}: is not a whole safetensors file ({error})") from error
+        raise CheckpointError("checkpoint.damaged", f"{path}: is not a complete safetensors file ({error})") from error
     return {tensor.key: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
 
 
 def stored_tensor(name: str, values: Mapping[str, Any], path: Path, start: int, size: int) -> StoredTensor:
-    """Return one entry of a header; raises ValueError where its numbers do not agree with each other or the file."""
+    """Return one entry of a header; raise ValueError if its numbers contradict each other or the file."""
     if values["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {values['dtype']!r}")
     dtype, shape = DTYPES[values["dtype"]], tuple(int(n) for n in values["shape"])
@@ -100,27 +81,31 @@ def stored_tensor(name: str, values: Mapping[str, Any], path: Path, start: int, 
     return StoredTensor(key=name, shape=shape, dtype=dtype, path=path, offset=start + first, length=last - first)
 
 
+def rename_key(name: str, prefixes: Mapping[str, str]) -> str:
+    """Replace the longest matching prefix of a key."""
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        if name.startswith(prefix):
+            return prefixes[prefix] + name[len(prefix) :]
+    return name
+
+
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """Return a tensor as it is stored, without what an adapter adds."""
+    """Read a tensor as it is stored, without the change by an adapter."""
     if not stored.length:
         return torch.empty(stored.shape, dtype=stored.dtype)
     buffer = bytearray(stored.length)
     try:
-        with open(stored.path, "rb", buffering=0) as file:
+        with open(stored.path, "rb") as file:
             file.seek(stored.offset)
-            view, done = memoryview(buffer), 0
-            while done < stored.length:  # one call reads 2 GiB at most
-                count = file.readinto(view[done:])
-                if not count:
-                    raise OSError(f"ends {stored.length - done:,} bytes too early")
-                done += count
+            if (count := file.readinto(buffer)) < stored.length:
+                raise OSError(f"the file ends {stored.length - count:,} bytes too early")
     except OSError as error:
         raise CheckpointError("checkpoint.damaged", f"{stored.path}: {stored.key} cannot be read ({error})") from error
     return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
 
 
 def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    """Return whether two tensors are stored alike, reading both a block at a time; adapters do not count."""
+    """Return whether two tensors have equal bytes on disk, reading both in blocks; adapters are ignored."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with open(first.path, "rb") as one, open(second.path, "rb") as other:
@@ -134,17 +119,9 @@ def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def write_safetensors(
-    path: Path,
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    read: Callable[[str], torch.Tensor],
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], read: Callable[[str], torch.Tensor]
 ) -> None:
-    """Write a safetensors file, holding one tensor at a time.
-
-    Args:
-        path: the file, made or replaced.
-        layout: dtype and shape of every tensor, in the order of writing.
-        read: returns the tensor of a key, as the layout says.
-    """
+    """Write a safetensors file with one tensor in memory at a time: `read` returns that of a key of `layout`."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -152,11 +129,11 @@ def write_safetensors(
         first, end = end, end + math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, (dtype, shape) in layout.items():
             value = read(key)
             if (value.dtype, tuple(value.shape)) != (dtype, shape):
-                raise ValueError(f"{key}: {value.dtype} {list(value.shape)} is not what the layout says")
+                raise ValueError(f"{key}: {value.dtype} {list(value.shape)} does not match the layout")
             file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

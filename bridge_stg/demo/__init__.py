@@ -1,1 +1,1 @@
-"""The demo: synthetic clips, the tiny model, its training and its held-out scores."""
+"""The demo: synthetic clips, a tiny model, its training and its scores on held-out clips."""

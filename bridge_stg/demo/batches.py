@@ -1,4 +1,4 @@
-"""Batches for the demo's grounding stage: clips, three questions each, their answers and labels. No torch modules."""
+"""Batches for the demo's second training stage: clips with three queries each, answers and labels. No torch modules."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ LOOKS = len(NAMES) * len(COLOUR_NAMES)
 ASKED = (len(NAMES), len(COLOUR_NAMES), len(DIRECTION_NAMES))
 QUERIES_PER_CLIP = 3
 Span = tuple[int, int] | None
-"""First and last group; None: absent."""
+"""First and last group; None if the target is absent."""
 ABSENT, TWINS = 0.35, 0.5
-"""Share of questions about what is not there, and of clips whose first two things differ in direction only."""
+"""Share of queries about absent things, and of clips whose first two things differ in direction only."""
 NEAR_AN_END = 5
-"""Fine frames of a clip that lie side by side around an end of a span; the rest are spread."""
+"""Number of consecutive fine frames around an end of a span; the others are spread."""
 
 
 @dataclass(frozen=True)
 class GroundingBatch:
-    """V clips with B questions each, all of one size and length. Rows of text are V·B, right-padded."""
+    """V clips with B queries each, all of one size and length. The V·B rows of text are right-padded."""
 
     frames: Tensor  # uint8 [V, G, P, height, width, 3]
     fine: Tensor  # uint8 [V, F, height, width, 3]
@@ -41,26 +41,26 @@ class GroundingBatch:
     input_ids: Tensor  # int64 [V·B, L]: query, answer, bridging queries
     length: Tensor  # int64 [V·B], without padding
     target: Tensor  # int64 [V·B, L], the id that follows each position; −100 where the grammar leaves no choice
-    pointer: Tensor  # int64 [V·B, L], the group that the position must name; −1: none
+    pointer: Tensor  # int64 [V·B, L], the group that the position must predict; −1: none
     span: Tensor  # int64 [V·B, 2], groups; −1: absent
-    asked: Tensor  # int64 [V·B, 3]: name, colour and direction that the question says; the last class: none said
+    asked: Tensor  # int64 [V·B, 3]: name, colour and direction in the query; the last class: not in the query
     boxes: Tensor  # float32 [V, B, F, 4]
     positive: Tensor  # bool [V, B, F]
     mask: Tensor  # bool [V, B, F]
-    looks: Tensor  # float32 [V, G, LOOKS], what is in each group
+    looks: Tensor  # float32 [V, G, LOOKS], 1 for each look in a group
     moving: Tensor  # float32 [V, G, LOOKS, 4]
     time_digits: Tensor  # int64 [G, 2]: whole seconds, first decimal
 
 
 class BatchMaker:
-    """Makes batch number `step`; picklable, so that a worker process can hold it."""
+    """Make batch number `step`, which depends on the seed and the step only; picklable for worker processes."""
 
     def __init__(self, spec: ModelSpec, tokenizer: Path, seed: int, *, clips: int = 8, fine_frames: int = 8) -> None:
         self.spec, self.tokenizer_path, self.seed = spec, tokenizer, seed
         self.clips, self.fine_frames = clips, fine_frames
 
     def __call__(self, step: int) -> GroundingBatch:
-        """Return the batch; of every eight, one holds single images and one asks to track."""
+        """Return the batch; of every eight, one has single images and one has queries to track."""
         rng = np.random.default_rng((self.seed, 2, step))
         still, tracking = step % 8 == 7, step % 8 == 3
         source = FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
@@ -69,21 +69,18 @@ class BatchMaker:
         gap = float(rng.choice([1, 0.5, 2], p=[0.8, 0.1, 0.1])) / self.spec.frames.coarse_fps
         samples = np.zeros((1, period)) if still else (np.arange(groups * period) * gap).reshape(groups, period)
         duration = groups * period * gap
-        clips = self.clips * 3 if still else self.clips
-        from_start = 0.5 if tracking else 0.0
         scenes = [
-            make_scene(rng, still=still, size=source, duration=duration, twins=TWINS, from_start=from_start)
-            for _ in range(clips)
+            make_scene(rng, still=still, size=source, duration=duration, twins=TWINS, from_start=0.5 * tracking)
+            for _ in range(self.clips * 3 if still else self.clips)
         ]
-        return self._batch(rng, scenes, samples, still, source, tracking)
+        return self._batch(rng, scenes, samples, tracking=tracking)
 
     def _batch(
-        self, rng: np.random.Generator, scenes: list[Scene], samples: np.ndarray, still: bool,
-        source: tuple[int, int], tracking: bool,
-    ) -> GroundingBatch:  # fmt: skip
-        tokenizer = Tokenizer.from_file(self.tokenizer_path)
+        self, rng: np.random.Generator, scenes: list[Scene], samples: np.ndarray, *, tracking: bool
+    ) -> GroundingBatch:
+        tokenizer, still = Tokenizer.from_file(self.tokenizer_path), scenes[0].duration == 0
         factor = self.spec.vision.patch_size * self.spec.vision.merge_size
-        (height, width), (fine_h, fine_w) = frame_sizes(source[1], source[0], self.spec)
+        (height, width), (fine_h, fine_w) = frame_sizes(scenes[0].height, scenes[0].width, self.spec)
         times = samples.mean(1)
         strings = time_strings(times, self.spec.prompt)
         prefix = video_segment(tokenizer, self.spec, times, (height // factor, width // factor))
@@ -100,8 +97,8 @@ class BatchMaker:
             frames.append(
                 np.broadcast_to(shown.reshape(len(samples), -1, height, width, 3), (*samples.shape, height, width, 3))
             )
-            questions = three_questions(rng, scene, tracking)
-            at = np.zeros(1) if still else self._fine_times(rng, scene, questions)
+            queries = three_queries(rng, scene, tracking=tracking)
+            at = np.zeros(1) if still else self._fine_times(rng, scene, queries)
             fine.append(scene.render(at, fine_w, fine_h))
             fine_times.append(at)
             for thing in scene.things:
@@ -110,26 +107,25 @@ class BatchMaker:
                 looks[v, there, look] = 1
                 if thing.direction is not None:
                     moving[v, there, look, thing.direction] = 1
-            for b, question in enumerate(questions):
-                span = None
-                if question.thing is not None:
-                    thing = scene.things[question.thing]
+            for b, query in enumerate(queries):
+                span = first_box = None
+                if query.thing is not None:
+                    thing = scene.things[query.thing]
                     span = groups_of_span(thing.start, thing.end, samples)
                     boxes[v, b], positive[v, b] = thing.boxes(at), thing.visible(at)
                     near = (at > thing.start - rng.uniform(0.3, 1.2)) & (at < thing.end + rng.uniform(0.3, 1.2))
                     if rng.random() < 0.5 and near.any():
                         mask[v, b] = near
+                    if query.kind == "track":
+                        first_box = scene.first_box(query.thing).tolist()
                 spans.append(span)
-                said = zip((question.name, question.colour, question.direction), ASKED)
-                asked.append([count if value is None else value for value, count in said])
-                first_box = None
-                if question.kind == "track" and question.thing is not None:
-                    first_box = scene.first_box(question.thing).tolist()
-                query = query_segment(tokenizer, self.spec, question.text, prefix.next_position, first_box=first_box)
+                named = zip((query.name, query.colour, query.direction), ASKED)
+                asked.append([classes if value is None else value for value, classes in named])
+                segment = query_segment(tokenizer, self.spec, query.text, prefix.next_position, first_box=first_box)
                 rule = grammar if first_box is None else from_first
-                ids, target = answer_row(query.input_ids, rule, span, self.spec.language.bridging_ids)
+                ids, target = answer_row(segment.input_ids, rule, span, self.spec.language.bridging_ids)
                 rows.append((ids, target))
-                pointer.append(pointers(ids, target, len(query.input_ids), rule, span))
+                pointer.append(pointers(ids, target, len(segment.input_ids), rule, span))
         input_ids, targets, length = pad_rows(rows)
         return GroundingBatch(
             frames=torch.from_numpy(np.stack(frames)),
@@ -144,12 +140,12 @@ class BatchMaker:
             time_digits=torch.tensor([[int(t), int(f"{t:.1f}"[-1])] for t in times]),
         )  # fmt: skip
 
-    def _fine_times(self, rng: np.random.Generator, scene: Scene, questions: list[Question]) -> np.ndarray:
-        """Return sorted times on the fine grid: a run around one end of a span, the rest spread over and beyond it."""
+    def _fine_times(self, rng: np.random.Generator, scene: Scene, queries: list[Question]) -> np.ndarray:
+        """Return sorted times on the fine grid: some around one end of a span, the others in and around the span."""
         rate = self.spec.frames.fine_fps
         last = round(scene.duration * rate) - 1
-        asked = [q.thing for q in questions if q.thing is not None]
-        thing = scene.things[int(rng.choice(asked)) if asked else 0]
+        targets = [query.thing for query in queries if query.thing is not None]
+        thing = scene.things[int(rng.choice(targets)) if targets else 0]
         end = thing.start if rng.random() < 0.5 else thing.end
         first = int(np.clip(round(end * rate) - rng.integers(1, NEAR_AN_END), 0, last - NEAR_AN_END))
         chosen = set(range(first, first + NEAR_AN_END))
@@ -160,26 +156,19 @@ class BatchMaker:
         return np.asarray(sorted(chosen)) / rate
 
 
-def three_questions(rng: np.random.Generator, scene: Scene, tracking: bool = False) -> list[Question]:
-    """Return exactly QUERIES_PER_CLIP questions, asking again in other words where a scene has too few things.
-
-    Where `tracking`, things that are there from the start are asked for by their first box.
-    """
-    questions = [ask_to_track(rng, scene, i) for i, thing in enumerate(scene.things) if tracking and thing.start == 0]
-    while len(questions) < QUERIES_PER_CLIP:
-        questions += ask(rng, scene, absent=ABSENT)
-    return questions[:QUERIES_PER_CLIP]
+def three_queries(rng: np.random.Generator, scene: Scene, *, tracking: bool) -> list[Question]:
+    """Return QUERIES_PER_CLIP queries; with `tracking`, first those of things that are present from the start."""
+    queries = [ask_to_track(rng, scene, i) for i, thing in enumerate(scene.things) if tracking and thing.start == 0]
+    while len(queries) < QUERIES_PER_CLIP:
+        queries += ask(rng, scene, absent=ABSENT)
+    return queries[:QUERIES_PER_CLIP]
 
 
 def pointers(ids: list[int], target: list[int], start: int, grammar: AnswerGrammar, span: Span) -> list[int]:
-    """Return the group that each place of a row must name: where it chooses an id of a time, and behind its opening.
+    """Return the group that each position of a row must predict, −1 for none.
 
-    Args:
-        ids: of the row: query, answer, bridging queries.
-        target: the row's targets, −100 where the grammar leaves no choice.
-        start: where the answer begins.
-        grammar: of the answer.
-        span: first and last group; None: absent.
+    Predicted are the positions that choose an id of a time, and those after the opening of a time. `ids` and `target`
+    are the row's ids and targets, and the answer begins at `start`.
     """
     pointer = [-1] * len(ids)
     if span is None:

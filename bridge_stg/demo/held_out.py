@@ -1,16 +1,15 @@
-"""The demo's figures: held-out clips from seeds, the field's metrics on them, and controls that must fail.
+"""Evaluate the demo on held-out clips from seeds, with controls on manipulated inputs that must score low.
 
-Anything with `ground` is measured alike, the eager model and every bundle. Knows nothing of torch.
+The torch model and every bundle are evaluated with the same code. Must not know torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from bridge_stg.evaluation.metrics import auroc, frame_iou, tube_iou, tube_score
 from bridge_stg.runtime.backends.session import Session, SessionWrapper
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.boxes import box_iou
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.video.sizes import frame_sizes
 
 HELD_OUT_SEED = 20_260_409
@@ -37,14 +36,12 @@ NEUTRAL_QUERY = "the object"
 
 @dataclass(frozen=True)
 class HeldOutClip:
-    """A scene with held-out background, and what is asked about it."""
+    """A scene with a held-out background, and queries about it."""
 
     index: int
     scene: Scene
-    named: Question | None
-    """About a name or a colour."""
-    other: Question | None
-    """About another thing of the same scene."""
+    named: Question | None  # with a name or a colour
+    other: Question | None  # about another thing of the same scene
     motion: Question | None
     absent: Question
 
@@ -54,7 +51,7 @@ class HeldOutClip:
         return np.arange(round(self.scene.duration * FRAME_RATE)) / FRAME_RATE
 
     def truth(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
-        """Return bool [n] and boxes [n, 4] xyxy in pixels of what a question names."""
+        """Return visibility bool [n] and boxes [n, 4] xyxy in pixels of the target of a query."""
         assert question.thing is not None
         times = self.times
         return self.scene.things[question.thing].visible(times), self.scene.boxes_pixels(question.thing, times)
@@ -63,26 +60,26 @@ class HeldOutClip:
 def held_out_clips(
     count: int, seed: int = HELD_OUT_SEED, *, motion_only: bool = False, split: str = "held_out"
 ) -> Iterator[HeldOutClip]:
-    """Draw `count` clips; every one has a question about a name or colour, and one about what is not there.
+    """Yield random clips, each with a query by name or colour and one about an absent thing.
 
-    Where `motion_only`, every one has a question that only the direction decides, and may lack the first. `split` is
-    that of the backgrounds.
+    With `motion_only`, each has a query that only the direction decides, but maybe none by name. `split` is that of the
+    backgrounds.
     """
     index = 0
     for attempt in itertools.count():
         rng = np.random.default_rng((seed, attempt))
         scene = make_scene(rng, split=split, frame_rate=FRAME_RATE, twins=1.0 if motion_only else 0.3)
-        questions: dict[int, Question] = {}
+        by_thing: dict[int | None, Question] = {}
         motion = absent = None
         for _ in range(8):
-            for question in ask(rng, scene, absent=1.0):
-                if question.kind == "absent":
-                    absent = absent or question
-                elif question.kind == "motion":
-                    motion = motion or question
+            for query in ask(rng, scene, absent=1.0):
+                if query.kind == "absent":
+                    absent = absent or query
+                elif query.kind == "motion":
+                    motion = motion or query
                 else:
-                    questions.setdefault(question.thing if question.thing is not None else -1, question)
-        named = list(questions.values())
+                    by_thing.setdefault(query.thing, query)
+        named = list(by_thing.values())
         if absent is None or (motion is None if motion_only else not named):
             continue
         first, second = (*named, None, None)[:2]
@@ -97,30 +94,23 @@ def clip_path(clip: HeldOutClip, folder: Path) -> Path:
     path = folder / f"{clip.index:03d}.mp4"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.mp4")
-        write_clip(clip.scene, partial, frame_rate=FRAME_RATE)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            write_clip(clip.scene, partial, frame_rate=FRAME_RATE)
     return path
 
 
-def frames_and_boxes(result: Grounding, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of the frame times [n] a result covers, and its boxes [n, 4] xyxy in pixels there."""
-    covered, boxes = np.zeros(len(times), bool), np.zeros((len(times), 4), np.float32)
+def score(clip: HeldOutClip, query: Question, result: Grounding) -> tuple[float, float]:
+    """Return tIoU and vIoU of a result on the clip's frames."""
+    truth, truth_boxes = clip.truth(query)
+    covered, boxes = np.zeros(len(truth), bool), np.zeros((len(truth), 4), np.float32)
     if result.found and result.boxes is not None:
-        at = np.abs(times[:, None] - result.boxes.times[None]).argmin(0)
+        at = np.abs(clip.times[:, None] - result.boxes.times[None]).argmin(0)
         covered[at], boxes[at] = True, result.boxes.boxes
-    return covered, boxes
-
-
-def score(clip: HeldOutClip, question: Question, result: Grounding) -> tuple[float, float]:
-    """Return tIoU and vIoU of a result on the clip's own frames."""
-    truth, truth_boxes = clip.truth(question)
-    covered, boxes = frames_and_boxes(result, clip.times)
     return frame_iou(truth, covered), tube_iou(truth, truth_boxes, covered, boxes)
 
 
-def figures_of_scenes(grounder: Grounder, count: int) -> dict[str, float]:
-    """Return m_tIoU and m_vIoU on a few held-out scenes that are rendered, not encoded."""
+def score_rendered_scenes(grounder: Grounder, count: int) -> dict[str, float]:
+    """Return m_tIoU and m_vIoU on a few held-out scenes that are rendered, not encoded as video."""
     scores, motion = [], []
     for clip in held_out_clips(count, seed=HELD_OUT_SEED + 1):
         frames = clip.scene.render(clip.times, clip.scene.width, clip.scene.height)
@@ -136,19 +126,16 @@ def figures_of_scenes(grounder: Grounder, count: int) -> dict[str, float]:
     return figures
 
 
-class Remembered(SessionWrapper):
-    """A session without a cache that does not compute again what it was asked before; `forget` between clips."""
+class Memoized(SessionWrapper):
+    """A session without a KV cache that stores its outputs by the bytes of the inputs, until `clear`."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self._known: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
-
-    def forget(self) -> None:
-        """Drop all that was computed."""
-        self._known.clear()
+        self.clear = self._known.clear
 
     def infer(self, feeds: Mapping[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
-        """Look the inputs up by their bytes, else run."""
+        """Return stored outputs, or run the graph."""
         key = tuple((name, array.shape, hash(array.tobytes())) for name, array in feeds.items())
         if key not in self._known:
             self._known[key] = self.session.infer(feeds, cache=cache)
@@ -156,7 +143,7 @@ class Remembered(SessionWrapper):
 
 
 class ShuffledTimes(SessionWrapper):
-    """A language model session that reads each group's tokens behind another group's time text."""
+    """A language model session in which each group's visual tokens follow the time text of another group."""
 
     def __init__(self, session: Session, tokens_per_group: Callable[[], int], seed: int) -> None:
         super().__init__(session)
@@ -164,38 +151,29 @@ class ShuffledTimes(SessionWrapper):
         self._order: np.ndarray | None = None
 
     def infer(self, feeds: Mapping[str, np.ndarray], *, cache: Any = None) -> dict[str, np.ndarray]:
-        """Permute the groups of visual_tokens, then run."""
+        """Permute the groups of visual_tokens, then run the graph."""
         tokens, size = feeds["visual_tokens"], self._tokens()
         groups = (tokens.shape[1] - 1) // size
         if groups > 1 and feeds["visual_index"].any():
             order = self._rng.permutation(groups) if self._order is None or len(self._order) != groups else self._order
             self._order = order
             shuffled = tokens[:, 1:].reshape(tokens.shape[0], groups, size, -1)[:, order]
-            feeds = {
-                **feeds,
-                "visual_tokens": np.concatenate([tokens[:, :1], shuffled.reshape(tokens[:, 1:].shape)], 1),
-            }
+            tokens = np.concatenate([tokens[:, :1], shuffled.reshape(tokens[:, 1:].shape)], 1)
+            feeds = {**feeds, "visual_tokens": tokens}
         return self.session.infer(feeds, cache=cache)
-
-
-def merged_tokens(spec: ModelSpec, scene: Scene) -> int:
-    """Return the visual tokens of one coarse group."""
-    factor = spec.vision.patch_size * spec.vision.merge_size
-    (height, width), _ = frame_sizes(scene.height, scene.width, spec)
-    return (height // factor) * (width // factor)
 
 
 def measure(
     sessions: dict[str, Session], spec: ModelSpec, tokenizer: Any, *, clips: int, folder: Path
 ) -> dict[str, Any]:
-    """Return all figures of one model on `clips` held-out clips, and half as many for motion, kept in `folder`."""
-    current: list[int] = [1]
-    encoder = Remembered(sessions["vision_encoder"])
+    """Return the scores of a model and of the controls on `clips` held-out clips, and half as many for motion."""
+    tokens_per_group = 1
+    encoder = Memoized(sessions["vision_encoder"])
     sessions = {**sessions, "vision_encoder": encoder}
     plain = Grounder(sessions, spec, tokenizer)
     no_margin = dataclasses.replace(spec, span=dataclasses.replace(spec.span, margin_s=0.0))
     as_answered = dataclasses.replace(spec, span=dataclasses.replace(spec.span, margin_s=0.0, presence_threshold=0.0))
-    shuffler = ShuffledTimes(sessions["language_model"], lambda: current[0], seed=0)
+    shuffler = ShuffledTimes(sessions["language_model"], lambda: tokens_per_group, seed=0)
     shuffled = {**sessions, "language_model": shuffler}
     others = {
         "margin 0": Grounder(sessions, no_margin, tokenizer),
@@ -204,49 +182,48 @@ def measure(
         "time texts shuffled, span as answered": Grounder(shuffled, as_answered, tokenizer),
     }
 
-    rows: dict[str, list[tuple[float, float]]] = {}
-    swapped: list[float] = []
-    shares: list[float] = []
-    present_scores, absent_scores, answered = [], [], []
+    rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    swapped, ratios, present_scores, absent_scores, found = [], [], [], [], []
     for clip in tqdm(held_out_clips(clips), "held-out clips", total=clips, unit="clip"):
         path = clip_path(clip, folder)
-        encoder.forget()
-        current[0] = merged_tokens(spec, clip.scene)
+        encoder.clear()
+        (height, width), _ = frame_sizes(clip.scene.height, clip.scene.width, spec)
+        tokens_per_group = height * width // (spec.vision.patch_size * spec.vision.merge_size) ** 2
         named = clip.named
         assert named is not None
-        add = functools.partial(_add, rows, clip, named)
         with plain.open(path) as video:
             result = video.ground(named.text)
-            add("named", result)
+            rows["named"].append(score(clip, named, result))
             present_scores.append(result.scores["absent"])
-            shares.append(result.tokens["ratio"])
+            ratios.append(result.tokens["ratio"])
             if clip.other is not None:
                 swapped.append(score(clip, named, video.ground(clip.other.text))[1])
             absent = video.ground(clip.absent.text)
             absent_scores.append(absent.scores["absent"])
-            answered.append((result.found, absent.found))
-            add("query blanked", video.ground(NEUTRAL_QUERY))
+            found.append((result.found, absent.found))
+            rows["query blanked"].append(score(clip, named, video.ground(NEUTRAL_QUERY)))
         for name, grounder in others.items():
-            add(name, grounder.ground(path, named.text))
+            rows[name].append(score(clip, named, grounder.ground(path, named.text)))
         grey = np.full((clip.scene.height, clip.scene.width, 3), 128, np.uint8)
-        add("frames blanked", plain.ground(((float(t), grey) for t in clip.times), named.text))
-        rows.setdefault("whole clip, centre box", []).append(_centre_box(clip, named))
+        blank = plain.ground(((float(t), grey) for t in clip.times), named.text)
+        rows["frames blanked"].append(score(clip, named, blank))
+        rows["whole clip, centre box"].append(_centre_box(clip, named))
     motion = []
-    clips_of_motion = held_out_clips(max(1, clips // 2), MOTION_SEED, motion_only=True)
-    for clip in tqdm(clips_of_motion, "motion clips", total=max(1, clips // 2), unit="clip"):
+    motion_clips = held_out_clips(max(1, clips // 2), MOTION_SEED, motion_only=True)
+    for clip in tqdm(motion_clips, "motion clips", total=max(1, clips // 2), unit="clip"):
         assert clip.motion is not None
-        encoder.forget()
+        encoder.clear()
         motion.append(score(clip, clip.motion, plain.ground(clip_path(clip, folder / "motion"), clip.motion.text)))
-    found = np.asarray(answered)
+    present_found, absent_found = np.mean(found, 0)
     return {
         "named": tube_scores(*zip(*rows.pop("named"))),
         "motion": tube_scores(*zip(*motion)),
         "absent_auroc": auroc(absent_scores, present_scores),
-        "absent_recognized": float(1 - found[:, 1].mean()),
-        "present_found": float(found[:, 0].mean()),
+        "absent_recognized": float(1 - absent_found),
+        "present_found": float(present_found),
         "swapped_query_vIoU": float(np.mean(swapped)) if swapped else None,
         "swapped_clips": len(swapped),
-        "visual_tokens_ratio": float(np.mean(shares)),
+        "visual_tokens_ratio": float(np.mean(ratios)),
         "margin_0": tube_scores(*zip(*rows.pop("margin 0"))),
         "span_as_answered": tube_scores(*zip(*rows.pop("span as answered"))),
         "controls": {name: tube_scores(*zip(*pairs)) for name, pairs in sorted(rows.items())},
@@ -257,15 +234,15 @@ def evaluate_demo(
     out: Path, *, clips: int = 200, bundle: Path | None = None, checkpoint: Path | None = None,
     folder: Path = Path("build/held-out"), variant: str | None = None,
 ) -> str:  # fmt: skip
-    """Measure a bundle, or a checkpoint in eager torch, write the figures as JSON and return them as text.
+    """Evaluate a bundle, or a checkpoint in eager torch; write the scores as JSON and return them as text.
 
     Args:
         out: the JSON file.
-        clips: how many held-out clips.
-        bundle: measured if given, or if no checkpoint is given (the demo bundle).
-        checkpoint: measured in eager torch if given.
-        folder: where the clips are kept.
-        variant: of the bundle.
+        clips: number of held-out clips.
+        bundle: bundle to evaluate; None without a checkpoint: the demo bundle.
+        checkpoint: checkpoint to evaluate in eager torch, instead of a bundle.
+        folder: folder that the clips are written to, or read from.
+        variant: variant of the bundle's graphs; None: the default.
     """
     if checkpoint is not None:
         from bridge_stg.checkpoint.checkpoint import load_checkpoint
@@ -286,59 +263,22 @@ def evaluate_demo(
         what = f"bundle, {sessions['language_model'].graph.variant}"
     figures = {"model": what, "seed": HELD_OUT_SEED, **measure(sessions, spec, tokenizer, clips=clips, folder=folder)}
     text = json.dumps(_rounded(figures), indent=2)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, out)
+    with replacing(out) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     return text
 
 
-def compare_models(
-    reference: Grounder, others: dict[str, Grounder], *, clips: int, folder: Path
-) -> dict[str, dict[str, float]]:
-    """Compare grounders on held-out clips: share of identical answers, and box IoU where both found a tube."""
-    agree: dict[str, list[bool]] = {name: [] for name in others}
-    ious: dict[str, list[np.ndarray]] = {name: [] for name in others}
-    for clip in tqdm(held_out_clips(clips), "parity", total=clips, unit="clip"):
-        path = clip_path(clip, folder)
-        texts = [q.text for q in (clip.named, clip.absent) if q is not None]
-        with reference.open(path) as video:
-            expected = video.ground_many(texts)
-        for name, grounder in others.items():
-            with grounder.open(path) as video:
-                for first, second in zip(expected, video.ground_many(texts)):
-                    agree[name].append(first.answer == second.answer and first.span == second.span)
-                    if first.tube is not None and second.tube is not None and len(first.tube) == len(second.tube):
-                        ious[name].append(box_iou(first.tube.boxes, second.tube.boxes))
-    return {
-        name: {
-            "queries": len(agree[name]),
-            "identical_answers": float(np.mean(agree[name])),
-            "box_iou_mean": float(np.concatenate(ious[name]).mean()),
-            "box_iou_min": float(np.concatenate(ious[name]).min()),
-        }
-        for name in others
-    }
-
-
-def _add(rows: dict[str, list[Any]], clip: HeldOutClip, question: Question, name: str, result: Grounding) -> None:
-    rows.setdefault(name, []).append(score(clip, question, result))
-
-
-def _centre_box(clip: HeldOutClip, question: Question) -> tuple[float, float]:
-    """Score a guess that has seen nothing: the whole clip, a box of the mean size in the middle."""
-    truth, truth_boxes = clip.truth(question)
-    width, height, side = clip.scene.width, clip.scene.height, 0.2
-    box = np.array(
-        [(0.5 - side / 2) * width, (0.5 - side / 2) * height, (0.5 + side / 2) * width, (0.5 + side / 2) * height]
-    )
+def _centre_box(clip: HeldOutClip, query: Question) -> tuple[float, float]:
+    """Score a guess without any input: the whole clip, with a box of the mean size in the middle."""
+    truth, truth_boxes = clip.truth(query)
+    side = 0.2
+    corners = np.repeat([0.5 - side / 2, 0.5 + side / 2], 2) * np.tile([clip.scene.width, clip.scene.height], 2)
     everywhere = np.ones(len(truth), bool)
-    boxes = np.repeat(box[None].astype(np.float32), len(truth), 0)
+    boxes = np.repeat(corners[None].astype(np.float32), len(truth), 0)
     return frame_iou(truth, everywhere), tube_iou(truth, truth_boxes, everywhere, boxes)
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4)
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+        return {name: _rounded(member) for name, member in value.items()}
+    return round(value, 4) if isinstance(value, float) else value

@@ -1,8 +1,8 @@
-"""Questions about synthetic scenes: by name, colour and motion, about what is not there, and by a first box."""
+"""Queries about synthetic scenes: by name, colour and motion, about absent things, and by a first box."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from bridge_stg.demo.synthetic import DIRECTION_NAMES, Scene, Thing
 
 @dataclass(frozen=True)
 class Question:
-    """A sentence about a scene. `thing` is the index of what it names, None if it is not there."""
+    """A query about a scene. `thing` is the index of its target, None if the target is absent."""
 
     text: str
     thing: int | None
@@ -24,23 +24,19 @@ class Question:
 
 
 def ask(rng: np.random.Generator, scene: Scene, *, absent: float = 0.2) -> list[Question]:
-    """Return one unambiguous question a thing, in random order; a share `absent` of them about what is not there."""
-    questions = []
-    for index, thing in enumerate(scene.things):
-        question = _question_about(rng, scene, index, thing)
-        if question is not None:
-            questions.append(question)
-    order = rng.permutation(len(questions))
-    questions = [questions[i] for i in order]
-    if rng.random() < absent * max(len(questions), 1):
-        missing = _absent_question(rng, scene)
+    """Return one unambiguous query per thing, in random order; a share `absent` of all is about absent things."""
+    made = (_query_about(rng, scene, index, thing) for index, thing in enumerate(scene.things))
+    queries = [query for query in made if query is not None]
+    queries = [queries[i] for i in rng.permutation(len(queries))]
+    if rng.random() < absent * max(len(queries), 1):
+        missing = _absent_query(rng, scene)
         if missing is not None:
-            questions.insert(int(rng.integers(len(questions) + 1)), missing)
-    return questions
+            queries.insert(int(rng.integers(len(queries) + 1)), missing)
+    return queries
 
 
 def ask_to_track(rng: np.random.Generator, scene: Scene, index: int) -> Question:
-    """Return what to track a thing by: nothing but its box in one of two cases, else its name and colour."""
+    """Return the query to track a thing: half of them are "the object", the others its colour and name."""
     thing = scene.things[index]
     named = rng.random() < 0.5
     text = f"the {COLOUR_NAMES[thing.colour]} {NAMES[thing.name]}" if named else "the object"
@@ -50,8 +46,8 @@ def ask_to_track(rng: np.random.Generator, scene: Scene, index: int) -> Question
 PHRASES = ("the {}", "the {}", "the {}", "{}", "a {}", "find the {}", "where is the {}", "show the {}")
 
 
-def _question_about(rng: np.random.Generator, scene: Scene, index: int, thing: Thing) -> Question | None:
-    """Name a thing by traits that no other thing shares, with as few of them as a coin decides."""
+def _query_about(rng: np.random.Generator, scene: Scene, index: int, thing: Thing) -> Question | None:
+    """Name a thing by a random choice of traits that no other thing shares."""
 
     def rivals(name: bool, colour: bool, direction: bool) -> bool:
         return any(
@@ -68,37 +64,33 @@ def _question_about(rng: np.random.Generator, scene: Scene, index: int, thing: T
         if not rivals(True, False, False):
             options += ["name"] * 3
         if thing.direction is not None:
-            options += ["colour+motion"] * 1
+            options += ["colour+motion"]
     elif thing.direction is not None and not rivals(True, True, True):
-        options += (
-            ["colour+motion", "colour+motion", "name+motion"] if not rivals(True, False, True) else ["colour+motion"]
-        )
+        options += ["colour+motion"]
+        if not rivals(True, False, True):
+            options += ["colour+motion", "name+motion"]
         if not rivals(False, False, True):
             options += ["motion"]
     if not options:
         return None
     form = str(rng.choice(options))
     decided_by_motion = rivals("name" in form or "colour" in form, "colour" in form, False) or form == "motion"
-    return _phrase(
-        rng, index, "motion" if decided_by_motion else form.split("+")[0],
-        None if form == "motion" else thing.name, thing.colour if "colour" in form else None,
-        thing.direction if "motion" in form else None,
-    )  # fmt: skip
+    kind = "motion" if decided_by_motion else form.partition("+")[0]
+    name, colour = None if form == "motion" else thing.name, thing.colour if "colour" in form else None
+    return _phrase(rng, Question("", index, kind, name, colour, thing.direction if "motion" in form else None))
 
 
-def _phrase(
-    rng: np.random.Generator, index: int | None, kind: str, name: int | None, colour: int | None, direction: int | None
-) -> Question:
-    words = [COLOUR_NAMES[colour]] if colour is not None else []
-    words.append(NAMES[name] if name is not None else "object")
-    if direction is not None:
-        words.append(("moving " if rng.random() < 0.7 else "that moves ") + DIRECTION_NAMES[direction])
-    text = PHRASES[rng.integers(len(PHRASES))].format(" ".join(words))
-    return Question(text, index, kind, name, colour, direction)
+def _phrase(rng: np.random.Generator, query: Question) -> Question:
+    """Return the query with a random text that names its traits."""
+    words = [COLOUR_NAMES[query.colour]] if query.colour is not None else []
+    words.append(NAMES[query.name] if query.name is not None else "object")
+    if query.direction is not None:
+        words.append(("moving " if rng.random() < 0.7 else "that moves ") + DIRECTION_NAMES[query.direction])
+    return replace(query, text=PHRASES[rng.integers(len(PHRASES))].format(" ".join(words)))
 
 
-def _absent_question(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """Ask for something near to what is there: same name in another colour, same colour, or neither."""
+def _absent_query(rng: np.random.Generator, scene: Scene) -> Question | None:
+    """Return a query about an absent thing: with the name or the colour of a present one, or neither."""
     present = {(t.name, t.colour) for t in scene.things}
     model = scene.things[rng.integers(len(scene.things))] if scene.things else None
     for _ in range(20):
@@ -110,5 +102,5 @@ def _absent_question(rng: np.random.Generator, scene: Scene) -> Question | None:
             colour = model.colour
         named_only = rng.random() < 0.3 and all(name != n for n, _ in present)
         if (name, colour) not in present:
-            return _phrase(rng, None, "absent", name, None if named_only else colour, None)
+            return _phrase(rng, Question("", None, "absent", name, None if named_only else colour))
     return None

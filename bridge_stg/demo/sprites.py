@@ -1,4 +1,4 @@
-"""What synthetic scenes are drawn from: tinted sprites, photographs, a camera's marks. Knows nothing of time."""
+"""Images of synthetic scenes: tinted sprites, photographs and camera artefacts. Must not know time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _sheet() -> Image.Image:
 
 @functools.lru_cache(maxsize=30_000)
 def sprite(name: int, colour: int, flipped: bool, width: int, height: int) -> Image.Image:
-    """Return a tinted sprite; at width 0 in the sheet's own size, cropped to its ink."""
+    """Return a tinted sprite; with width 0, in the size of the sheet, cropped to its opaque part."""
     if width == 0:
         cell = _sheet().height
         image = _sheet().crop((name * cell, 0, (name + 1) * cell, cell))
@@ -58,13 +58,13 @@ def paste(frame: np.ndarray, box: np.ndarray, name: int, colour: int, flipped: b
 
 
 def gain_table(gain: float) -> np.ndarray:
-    """Return uint8 [256]: what each brightness becomes."""
+    """Return the new value of each brightness, uint8 [256]."""
     table: np.ndarray = np.clip(np.arange(256) * gain, 0, 255).astype(np.uint8)
     return table
 
 
 def jpeg(frame: np.ndarray, quality: int) -> np.ndarray:
-    """Return a frame as it looks after compression."""
+    """Return a frame after JPEG compression."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer))
@@ -80,7 +80,7 @@ def _photos(split: str) -> tuple[np.ndarray, ...]:
 
 
 def background(rng: np.random.Generator, split: str, aspect: float) -> np.ndarray:
-    """Return a random crop of a photograph (one in five in training: blurred colour noise), with changed light."""
+    """Return a random crop of a photograph with changed light; in training, one in five is blurred colour noise."""
     if split == "train" and rng.random() < 0.2:
         grid = rng.integers(0, 256, (int(rng.integers(2, 12)), int(rng.integers(2, 12)), 3)).astype(np.uint8)
         image = Image.fromarray(grid).resize((256, round(256 / aspect)), Image.Resampling.BICUBIC)

@@ -1,7 +1,7 @@
 """Synthetic scenes from seeds: coloured sprites that appear, move and leave over photographs.
 
-A `Scene` is continuous in time and free of resolution: it renders any instant at any size, so that training renders
-just the frames that it samples, and held-out clips are encoded as ordinary video files. Knows nothing of torch.
+A `Scene` renders any time at any size: training renders only the sampled frames, and held-out clips are encoded as
+video files. Must not know torch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import numpy as np
 from PIL import Image
 
 from bridge_stg.demo.sprites import COLOURS, NAMES, background, gain_table, jpeg, paste, sprite
+from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy
 
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 DIRECTION_NAMES = tuple(DIRECTIONS)
 FRAME_SIZES = ((320, 320), (640, 360), (480, 360), (360, 640))
+Look = tuple[int, int, int | None]
+"""Indices of name, colour and direction."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Thing:
     name: int
     colour: int
     direction: int | None
-    """Index into DIRECTION_NAMES, None if it stands still or moves at a slant."""
+    """Index into DIRECTION_NAMES, None if it does not move or moves diagonally."""
     start: float
     end: float
     first: tuple[float, float]
@@ -42,7 +45,7 @@ class Thing:
         return (times >= self.start - 1e-6) & (times < self.end - 1e-6)
 
     def boxes(self, times: np.ndarray) -> np.ndarray:
-        """Return boxes [n, 4] cxcywh in 0..1; outside its span the nearest instant's box."""
+        """Return boxes [n, 4] cxcywh in 0..1; outside its span, the box at the nearest time within."""
         progress = np.clip((times - self.start) / max(self.end - self.start, 1e-6), 0, 1)[:, None]
         centre = np.asarray(self.first) + (np.asarray(self.last) - np.asarray(self.first)) * progress
         size = np.asarray(self.size) * (1 + (self.growth - 1) * progress)
@@ -89,12 +92,11 @@ class Scene:
 
     def boxes_pixels(self, thing: int, times: np.ndarray) -> np.ndarray:
         """Return boxes [n, 4] xyxy in pixels of the scene's own size."""
-        centre_x, centre_y, width, height = self.things[thing].boxes(times).T
-        corners = np.stack([centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2])
-        return corners.T * [self.width, self.height, self.width, self.height]
+        boxes: np.ndarray = box_cxcywh_to_xyxy(self.things[thing].boxes(times)) * np.tile([self.width, self.height], 2)
+        return boxes
 
     def first_box(self, thing: int) -> np.ndarray:
-        """Return the box [4] xyxy in 0..1 of a thing when it appears."""
+        """Return the box [4] xyxy in 0..1 of a thing at its first time."""
         start = np.array([self.things[thing].start])
         box: np.ndarray = self.boxes_pixels(thing, start)[0] / [self.width, self.height, self.width, self.height]
         return box
@@ -107,14 +109,14 @@ def make_scene(
     """Draw a scene: 2 to 4 things, spans of 15–60 % of the clip, boxes of 1–10 % of its area.
 
     Args:
-        rng: source of all randomness.
+        rng: generator of all random choices.
         split: `train` or `held_out`; their backgrounds are disjoint.
         still: a single image; everything is visible and nothing moves.
-        frame_rate: round spans to whole frames of this rate (frames a second), as an annotation would.
+        frame_rate: frames per second that spans are rounded to; None: not rounded.
         size: (width, height) in pixels; drawn from FRAME_SIZES if None.
         duration: seconds; 6–12 if None.
-        twins: share of the clips with a moving first thing in which a second differs from it in direction only.
-        from_start: chance that a thing is there from the first instant (the first thing: certainly, if above 0).
+        twins: share of clips with a moving first thing in which the second differs in direction only.
+        from_start: probability that a thing is present from the start; if above 0, the first thing always is.
     """
     width, height = size or FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
     duration = 0.0 if still else duration or float(rng.integers(12, 25)) / 2
@@ -124,7 +126,7 @@ def make_scene(
         things = []
         for look in looks:
             for _ in range(20):
-                thing = _make_thing(rng, look, width, height, duration, still, frame_rate)
+                thing = _make_thing(rng, look, (width, height), duration, frame_rate)
                 if from_start and (not things or rng.random() < from_start):
                     thing = dataclasses.replace(thing, start=0.0, end=thing.end - thing.start)
                 if not any(_overlap(thing, other) > 0.3 for other in things):
@@ -157,8 +159,8 @@ def write_clip(scene: Scene, path: Path | str, *, frame_rate: float = 8.0, crf: 
     return times
 
 
-def _pick_looks(rng: np.random.Generator, count: int, still: bool, twins: float) -> list[tuple[int, int, int | None]]:
-    """Return (name, colour, direction) of each thing; hard distractors share a trait with the first."""
+def _pick_looks(rng: np.random.Generator, count: int, still: bool, twins: float) -> list[Look]:
+    """Return the look of each thing; most seconds share a trait with the first."""
     first = (int(rng.integers(len(NAMES))), int(rng.integers(len(COLOURS))), _direction(rng, still))
     looks = [first]
     twin = not still and first[2] is not None and rng.random() < twins
@@ -184,10 +186,11 @@ def _direction(rng: np.random.Generator, still: bool) -> int | None:
 
 
 def _make_thing(
-    rng: np.random.Generator, look: tuple[int, int, int | None], width: int, height: int, duration: float,
-    still: bool, frame_rate: float | None,
-) -> Thing:  # fmt: skip
+    rng: np.random.Generator, look: Look, frame: tuple[int, int], duration: float, frame_rate: float | None
+) -> Thing:
+    """Draw size, span and path of a thing; a still image has duration 0."""
     name, colour, direction = look
+    (width, height), still = frame, duration == 0
     aspect = sprite(name, colour, False, 0, 0).width / sprite(name, colour, False, 0, 0).height
     growth = 1.0 if still or rng.random() < 0.5 else float(rng.uniform(0.7, 1.4))
     side = float(rng.uniform(0.11, 0.30)) / max(1.0, growth) ** 0.5
@@ -225,12 +228,11 @@ def _make_thing(
 
 
 def _overlap(a: Thing, b: Thing) -> float:
-    """Return the largest share of the smaller box that is covered while both are visible."""
+    """Return the largest covered share of the smaller box while both are visible."""
     times = np.linspace(max(a.start, b.start), min(a.end, b.end), 9)
     if times[-1] < times[0]:
         return 0.0
-    first, second = a.boxes(times), b.boxes(times)
-    low = np.maximum(first[:, :2] - first[:, 2:] / 2, second[:, :2] - second[:, 2:] / 2)
-    high = np.minimum(first[:, :2] + first[:, 2:] / 2, second[:, :2] + second[:, 2:] / 2)
-    shared = np.clip(high - low, 0, None).prod(1)
-    return float((shared / np.minimum(first[:, 2:].prod(1), second[:, 2:].prod(1))).max())
+    boxes = np.stack([a.boxes(times), b.boxes(times)])
+    corners, smaller = box_cxcywh_to_xyxy(boxes), boxes[..., 2:].prod(-1).min(0)
+    shared = np.clip(corners[..., 2:].min(0) - corners[..., :2].max(0), 0, None).prod(1)
+    return float((shared / smaller).max())

@@ -23,7 +23,7 @@ WORDS = (
 
 
 def demo_tokenizer_json() -> dict[str, Any]:
-    """Return a `tokenizer.json`: whole words, digits one by one, bytes for everything else; lower case."""
+    """Return a `tokenizer.json` in lower case: whole words, single digits, and bytes for everything else."""
     byte_characters = _byte_characters()
     vocabulary: dict[str, int] = {}
     for piece in itertools.chain(byte_characters, WORDS, (byte_characters[ord(" ")] + word for word in WORDS)):
@@ -89,7 +89,7 @@ def write_demo_tokenizer(path: Any) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """Return the printable stand-in of each byte (the alphabet of byte-level BPE, as `tokenizers` has it)."""
+    """Return the printable character of each byte, as in byte-level BPE of `tokenizers`."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     shifted = iter(range(256, 512))
     return [chr(byte) if byte in visible else chr(next(shifted)) for byte in range(256)]

@@ -1,7 +1,7 @@
-"""Stage two of the demo's training: everything but the vision blocks, on clips with three questions each.
+"""Second stage of the demo's training: all parts except the vision blocks, on clips with three queries each.
 
-The prefix of a clip is computed once and shared by its questions, as in the runtime. Auxiliary heads on the LLM's
-hidden states (what is present, enters, leaves and moves, and which group an answer points at) are thrown away.
+Auxiliary heads on the LLM's hidden states (what is present, enters, leaves and moves, and which group an answer names)
+are discarded after training.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from bridge_stg.demo.batches import ASKED, LOOKS, QUERIES_PER_CLIP, BatchMaker, GroundingBatch
 from bridge_stg.demo.train_vision import position_tensors
 from bridge_stg.model.model import BridgeSTG
-from bridge_stg.model.vision import rms_normalize
 from bridge_stg.training.losses import spatial_losses
-from bridge_stg.training.prefix_cache import PrefixCache
+from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
 from bridge_stg.training.train_loop import run_stage
 
 SEEN_LAYER, CHANGED_LAYER, POINTER_LAYER = 1, 2, 3
@@ -26,7 +25,7 @@ MAX_SECONDS = 32
 
 
 class AuxiliaryHeads(nn.Module):
-    """Training only: linear readings of the LLM's hidden states."""
+    """Linear predictions from the LLM's hidden states, for training only."""
 
     def __init__(self, hidden_size: int, width: int = 64) -> None:
         super().__init__()
@@ -41,16 +40,17 @@ class AuxiliaryHeads(nn.Module):
 class GroundingTask:
     """The loss of a batch."""
 
-    def __init__(self, model: BridgeSTG, heads: AuxiliaryHeads, *, freeze_vision: bool = True) -> None:
-        self.model, self.heads, self.freeze_vision = model, heads, freeze_vision
+    def __init__(self, model: BridgeSTG, heads: AuxiliaryHeads) -> None:
+        self.model, self.heads = model, heads
 
     def __call__(self, batch: GroundingBatch, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss and figures to log."""
+        """Return the loss, and values to log."""
+        encoder, language, clips = self.model.vision_encoder, self.model.language_model, len(batch.frames)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens, _ = self.encode(batch.frames.flatten(0, 1))
-            prefix, suffix = self.language(batch, tokens)
+            tokens = encoder.merge(self.encode(batch.frames.flatten(0, 1)))
+            prefix, suffix = prefix_and_suffix_states(language, batch.prefix, tokens, batch.input_ids, clips=clips)
             feature_map = self.fine_map(batch)
-            taps = self.taps(batch, suffix)
+            taps = bridging_taps(language, suffix, batch.length, clips=clips)
             found = self.model.spatial_decoder.localize(feature_map, taps, batch.fine_times, batch.mask)
             choices = batch.target >= 0
             logits = self.model.language_model.logits(suffix[-1][choices])
@@ -67,53 +67,22 @@ class GroundingTask:
         figures["presence_accuracy"] = 1 - wrong[batch.mask].float().mean().item()
         return torch.stack(list(parts.values())).sum(), figures
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Return visual tokens [1+D, n, H] and the last states [G, N, C] of frames uint8 [G, P, h, w, 3]."""
-        encoder = self.model.vision_encoder
-        positions = position_tensors(self.model.spec, *frames.shape[2:4])
-        with torch.set_grad_enabled(not self.freeze_vision):
-            states = encoder.hidden_states(frames, *positions)
-        return encoder.merge(states), states[-1]
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> list[Tensor]:
+        """Return the residual streams [G, N, C] of frames uint8 [G, P, height, width, 3]; the blocks are frozen."""
+        return self.model.vision_encoder.hidden_states(frames, *position_tensors(self.model.spec, *frames.shape[2:4]))
 
     def fine_map(self, batch: GroundingBatch) -> Tensor:
         """Return the feature map [V, F, h, w, C] of the fine frames, each repeated to fill its group."""
-        encoder, spec = self.model.vision_encoder, self.model.spec.vision
+        spec = self.model.spec.vision
         frames = batch.fine.flatten(0, 1)[:, None].expand(-1, spec.temporal_patch_size, -1, -1, -1)
-        height, width = frames.shape[2:4]
-        with torch.set_grad_enabled(not self.freeze_vision):
-            states = encoder.hidden_states(frames, *position_tensors(self.model.spec, height, width))
-            maps = encoder.feature_map(states[-1], height // spec.patch_size, width // spec.patch_size)
+        rows, columns = (size // spec.patch_size for size in frames.shape[2:4])
+        maps = self.model.vision_encoder.feature_map(self.encode(frames)[-1], rows, columns)
         by_clip: Tensor = maps.unflatten(0, batch.fine.shape[:2])
         return by_clip
 
-    def language(self, batch: GroundingBatch, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the residual streams of the prefixes [V, L0, H] and of the suffixes [V·B, L, H]."""
-        model = self.model.language_model
-        clips, prefix = batch.frames.shape[0], batch.prefix
-        ids, index = torch.from_numpy(prefix.input_ids), torch.from_numpy(prefix.visual_index)
-        visual = tokens.unflatten(1, (clips, -1)).float()
-        visual = F.pad(visual, (0, 0, 1, 0))[:, :, index]
-        x = torch.where((index > 0)[:, None], visual[0], model.embed(ids[None]))
-        positions = torch.from_numpy(prefix.positions)[:, None].expand(-1, clips, -1)
-        cache = PrefixCache(QUERIES_PER_CLIP)
-        prefix_states = model.hidden_states(x, positions, None, cache, visual[1:])
-        rows, length = batch.input_ids.shape
-        positions = (prefix.next_position + torch.arange(length)).expand(3, rows, -1)
-        mask = torch.ones(length, len(prefix) + length, dtype=torch.bool).tril(len(prefix))[None, None]
-        suffix_states = model.hidden_states(model.embed(batch.input_ids), positions, mask, cache, None)
-        return prefix_states, suffix_states
-
-    def taps(self, batch: GroundingBatch, suffix: list[Tensor]) -> Tensor:
-        """Return taps [T, V, B, Q, H] of the bridging queries, which end each row."""
-        spec = self.model.spec.language
-        index = batch.length[:, None] - spec.num_bridging_queries + torch.arange(spec.num_bridging_queries)
-        rows = torch.arange(len(index))[:, None]
-        taps = torch.stack([rms_normalize(suffix[layer][rows, index]) for layer in spec.tapped_layers])
-        by_clip: Tensor = taps.unflatten(1, (-1, QUERIES_PER_CLIP))
-        return by_clip
-
     def asked(self, batch: GroundingBatch, taps: Tensor) -> Tensor:
-        """Return the loss of reading off the bridging queries, at each tap, what the question names."""
+        """Return the loss of predicting name, colour and direction of a query from each tap of the bridging queries."""
         logits = self.heads.asked(taps.mean(3)).float().flatten(1, 2)
         parts = logits.split([count + 1 for count in ASKED], -1)
         losses = [
@@ -122,7 +91,7 @@ class GroundingTask:
         return 0.5 * torch.stack(losses).sum()
 
     def auxiliary(self, batch: GroundingBatch, prefix: list[Tensor], suffix: list[Tensor]) -> dict[str, Tensor]:
-        """Return the losses on hidden states at the token that closes each group, and at the answer's tokens."""
+        """Return the losses on hidden states at the last token of each group, and at the answer's tokens."""
         groups = batch.frames.shape[1]
         visual = torch.from_numpy(batch.prefix.visual_index)
         last = visual.view(-1).eq(torch.arange(1, groups + 1)[:, None] * (visual.max() // groups)).float().argmax(-1)
@@ -140,9 +109,8 @@ class GroundingTask:
         )
         before = F.pad(batch.looks, (0, 0, 1, 0))[:, :-1]
         edges = torch.cat([(batch.looks > before).float(), (before > batch.looks).float()], -1)
-        losses["changed"] = 20 * F.binary_cross_entropy_with_logits(
-            heads.changed(closing[CHANGED_LAYER]).float(), edges
-        )
+        changed = heads.changed(closing[CHANGED_LAYER]).float()
+        losses["changed"] = 20 * F.binary_cross_entropy_with_logits(changed, edges)
         moving = heads.moving(closing[CHANGED_LAYER]).float()
         losses["moving"] = 40 * F.binary_cross_entropy_with_logits(moving, batch.moving.flatten(2))
         pointing = batch.pointer >= 0
@@ -165,7 +133,7 @@ def train_grounding(
     model: BridgeSTG, folder: Path, tokenizer: Path, *, seed: int, steps: int, resume: bool = True,
     peak_rate: float = 1.5e-3, clips: int = 8, every: Callable[[int], dict[str, float]] | None = None,
 ) -> None:  # fmt: skip
-    """Train the LLM, mergers, bridging queries and spatial decoder; the vision blocks stay as they are."""
+    """Train the LLM, mergers, bridging queries and spatial decoder; the vision blocks are frozen."""
     heads = AuxiliaryHeads(model.spec.language.hidden_size)
     both = nn.ModuleDict({"model": model, "heads": heads})
     task = GroundingTask(model, heads)

@@ -1,4 +1,4 @@
-"""Stage one of the demo's training: the vision encoder alone, on single groups of frames, with losses a patch."""
+"""First stage of the demo's training: only the vision encoder, on single groups of frames, with losses per patch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from bridge_stg.demo.synthetic import FRAME_SIZES, make_scene
 from bridge_stg.model.vision import VisionEncoder
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import merge_order, vision_tables
+from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.training.train_loop import run_stage
 
 PAIR_GAP_S = 0.5
 
 
 class DenseHead(nn.Module):
-    """Training only: objectness, name, colour, box and displacement of whatever covers a patch."""
+    """Predictions per patch, for training only: objectness, name, colour, box and displacement of what covers it."""
 
     def __init__(self, channels: int, merged: int) -> None:
         super().__init__()
@@ -29,22 +30,18 @@ class DenseHead(nn.Module):
 
 
 def position_tensors(spec: ModelSpec, height: int, width: int) -> list[Tensor]:
-    """Return the encoder's position inputs for a frame size in pixels, in the order of its arguments."""
+    """Return the encoder's position tables for a frame size in pixels."""
     patch = spec.vision.patch_size
-    tables = vision_tables(spec.vision, height // patch, width // patch)
-    return [torch.from_numpy(tables[name]) for name in ("pos_index", "pos_weight", "rotary_cos", "rotary_sin")]
+    return [torch.from_numpy(table) for table in vision_tables(spec.vision, height // patch, width // patch).values()]
 
 
 def vision_batch(spec: ModelSpec, seed: int, step: int, *, patches: int = 9000) -> dict[str, Tensor]:
-    """Render groups of frames with what covers each patch.
+    """Render groups of frames, and label their patches (in merge order) with the thing that covers them.
 
     Returns:
-        frames uint8 [G, P, height, width, 3]; name, colour int64 [G, N], −1 where nothing is; box float [G, N, 4],
+        frames uint8 [G, P, height, width, 3]; name, colour int64 [G, N], −1 for background; box float [G, N, 4],
         centre offset and size in patches / 4; shift float [G, N, 2], displacement within the group in patches.
-        Patches are in merge order.
     """
-    from bridge_stg.runtime.video.sizes import frame_sizes
-
     rng = np.random.default_rng((seed, 1, step))
     source = FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
     fine = bool(step % 2)
@@ -89,7 +86,7 @@ def vision_batch(spec: ModelSpec, seed: int, step: int, *, patches: int = 9000) 
 def vision_loss(
     encoder: VisionEncoder, head: DenseHead, spec: ModelSpec, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the dense loss and its parts."""
+    """Return the loss, and its parts to log."""
     frames = batch["frames"]
     positions = position_tensors(spec, *frames.shape[2:4])
     with torch.autocast("cpu", torch.bfloat16):
@@ -123,7 +120,7 @@ def train_vision(
     encoder: VisionEncoder, spec: ModelSpec, folder: Path, *, seed: int, steps: int, resume: bool = True,
     patches: int = 9000,
 ) -> None:  # fmt: skip
-    """Train the vision encoder from scratch; the dense head is thrown away."""
+    """Train the vision encoder from scratch; the dense head is discarded."""
     head = DenseHead(spec.vision.hidden_size, spec.language.hidden_size)
     both = nn.ModuleDict({"encoder": encoder, "head": head})
     run_stage(

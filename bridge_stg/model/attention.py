@@ -1,7 +1,7 @@
-"""Attention functions that enter transformers' models through their own registry.
+"""The attention function `bridge_matmul`, registered with transformers: two matmuls and a softmax.
 
-`bridge_matmul` is plain products and a softmax: on CPU in bf16 it trains about twice as fast as torch's fused kernel
-for the short sequences of the demo, and it is what the `primitive` lowering exports.
+On CPU in bf16 it trains about twice as fast as torch's fused kernel for the short sequences of the demo, and it is what
+the `primitive` lowering exports.
 """
 
 from __future__ import annotations
@@ -16,21 +16,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 MATMUL = "bridge_matmul"
 
 
-def matmul_attention(
+def matmul_attention(  # noqa: PLR0917 - the signature that the registry calls
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attend with products and a softmax; a causal module without a mask takes torch's fused kernel.
+    """Attend with two matmuls and a softmax; a causal module without a mask uses torch's fused kernel.
 
-    Args:
-        module: unused; part of the registry's signature.
-        query: [B, heads, L, head_dim].
-        key: [B, kv_heads, S, head_dim]; kv_heads divides heads.
-        value: [B, kv_heads, S, head_dim].
-        mask: bool, True where visible, or None; broadcasts to [B, 1, L, S].
-        scaling: factor on the scores.
-
-    Returns:
-        [B, L, heads, head_dim] and None.
+    `query` is [B, heads, L, head_dim], `key` and `value` are [B, kv_heads, S, head_dim], where kv_heads divides heads.
+    The bool `mask`, True where visible, broadcasts to [B, 1, L, S]. Returns [B, L, heads, head_dim], and None in place
+    of the attention weights.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

@@ -1,4 +1,4 @@
-"""STSB: bridging queries into the LLM, and what their tapped hidden states become for the spatial decoder."""
+"""STSB: the learned bridging queries, and the aggregation of their tapped hidden states for the spatial decoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class BridgingQueries(nn.Embedding):
-    """The table [Q, H] of learned queries that follow the answer; their ids are vocab … vocab + Q − 1."""
+    """The table [Q, H] of learned queries that follow the answer; their ids are vocab to vocab + Q − 1."""
 
     def __init__(self, num_queries: int, hidden_size: int) -> None:
         super().__init__(num_queries, hidden_size)
@@ -15,7 +15,7 @@ class BridgingQueries(nn.Embedding):
 
 
 class BridgingAggregator(nn.Module):
-    """Bring the queries' states of several taps to the decoder's width, and sum them up in one vector."""
+    """Project the bridging queries' states of all taps to the decoder's width, and summarize them in one vector."""
 
     def __init__(self, num_taps: int, num_queries: int, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -27,11 +27,7 @@ class BridgingAggregator(nn.Module):
         )
 
     def forward(self, taps: Tensor) -> tuple[Tensor, Tensor]:
-        """Aggregate taps [T, B, Q, H].
-
-        Returns:
-            memory [B, T·Q, width], to attend to, and summary [B, width].
-        """
+        """Return memory [B, T·Q, width], to attend to, and summary [B, width] of taps [T, B, Q, H]."""
         levels = torch.cat([projection(tap) for projection, tap in zip(self.projections, taps)], 1)
         memory = self.norm(levels + self.slot.flatten(0, 1))
         return memory, self.summary(memory.flatten(1))

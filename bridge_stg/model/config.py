@@ -1,7 +1,7 @@
-"""The model's configuration: every number that the paper leaves open is a field here.
+"""The model's configuration, stored as `config.json` in the checkpoint folder.
 
-Stored as `config.json` in the checkpoint folder. The sections `frames`, `prompt` and `span` are the runtime's own
-dataclasses; `model_spec` derives the rest of what the runtime must know.
+Every number that the paper leaves open is a field here. The sections `frames`, `prompt` and `span` are the runtime's
+own dataclasses; `model_spec` derives the rest of what the runtime needs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MODEL_TYPE = "bridge_stg"
 
 @dataclass(frozen=True)
 class BridgingConfig:
-    """STSB: learned queries that follow the answer, and the decoder layers that their states are tapped from."""
+    """STSB: the learned queries that follow the answer, and the LLM layers whose hidden states are tapped."""
 
     num_queries: int = 8
     tapped_layers: tuple[int, ...] = ()
-    """Indices of LLM decoder layers; empty: the last layer of each third."""
+    """Indices of LLM decoder layers; if empty, the last layer of each third."""
 
     def __post_init__(self) -> None:
         _check_count("num_queries", self.num_queries, 2**10)
@@ -35,7 +35,7 @@ class BridgingConfig:
 
 @dataclass(frozen=True)
 class SpatialDecoderConfig:
-    """QGSL: by default the sizes of TubeDETR (arXiv 2203.16434) and CG-STVG (arXiv 2401.01578)."""
+    """QGSL; the defaults are the sizes of TubeDETR (arXiv 2203.16434) and CG-STVG (arXiv 2401.01578)."""
 
     width: int = 256
     num_layers: int = 6
@@ -46,7 +46,7 @@ class SpatialDecoderConfig:
         for name, most in {"width": 2**14, "num_layers": 2**8, "num_heads": 2**8, "ffn_width": 2**16}.items():
             _check_count(name, getattr(self, name), most)
         if self.width % self.num_heads:
-            raise ValueError(f"spatial_decoder.width {self.width} does not divide by num_heads {self.num_heads}")
+            raise ValueError(f"spatial_decoder.width {self.width} is not a multiple of num_heads {self.num_heads}")
 
 
 def _check_count(name: str, value: Any, most: int) -> None:
@@ -66,7 +66,7 @@ class LossConfig:
     contrastive: float = 0.1
     contrastive_temperature: float = 0.07
     auxiliary: float = 1.0
-    """Scale of the demo's losses on the LLM's hidden states (what is present, enters, leaves, moves)."""
+    """Weight of the demo's auxiliary losses on the LLM's hidden states."""
 
 
 @dataclass(frozen=True)
@@ -85,49 +85,31 @@ class BridgeSTGConfig:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def backbone_config(self) -> Any:
-        """Return transformers' config object of the backbone.
-
-        Raises:
-            CheckpointError: the architecture is not supported, or its config cannot be used.
-        """
+        """Return transformers' config object of the backbone; see `Backbone.config` for its errors."""
         return backbone(self.backbone).config(self.backbone)
 
-    @property
-    def tapped_layers(self) -> tuple[int, ...]:
-        """Indices of the tapped LLM layers, in order."""
-        return self._tapped_layers(self.backbone_config())
+    def model_spec(self) -> ModelSpec:
+        """Derive what the runtime needs: the geometry of the graphs and the rules around them.
 
-    def _tapped_layers(self, values: Any) -> tuple[int, ...]:
+        Raises:
+            CheckpointError: the backbone's config cannot be used, or a tapped layer does not exist.
+        """
+        family, values = backbone(self.backbone), self.backbone_config()
         depth = values.text_config.num_hidden_layers
         layers = tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
         if any(not 0 <= layer < depth for layer in layers):
-            raise CheckpointError(
-                "checkpoint.bad_config",
-                f"bridging.tapped_layers is {list(layers)}, but the LLM has layers 0 to {depth - 1}",
-            )
-        return layers
-
-    def model_spec(self) -> ModelSpec:
-        """Derive what the runtime must know: geometry of the graphs and the rules around them.
-
-        Raises:
-            CheckpointError: see `backbone_config`; or a tapped layer is not there.
-        """
-        family, values = backbone(self.backbone), self.backbone_config()
+            message = f"bridging.tapped_layers is {list(layers)}, but the LLM has layers 0 to {depth - 1}"
+            raise CheckpointError("checkpoint.bad_config", message)
         return ModelSpec(
             vision=family.vision_spec(values, mean=self.image_mean, std=self.image_std),
-            language=family.language_spec(
-                values,
-                num_bridging_queries=self.bridging.num_queries,
-                tapped_layers=self._tapped_layers(values),
-            ),
+            language=family.language_spec(values, num_bridging_queries=self.bridging.num_queries, tapped_layers=layers),
             frames=self.frames,
             prompt=self.prompt,
             span=self.span,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the values of `config.json`."""
         return {"model_type": MODEL_TYPE, **dataclasses.asdict(self), "backbone": dict(self.backbone)}
 
     def save(self, folder: Path) -> None:
@@ -137,25 +119,27 @@ class BridgeSTGConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> BridgeSTGConfig:
-        """Read JSON values.
+        """Check and convert the values of a `config.json`.
+
+        Args:
+            values: the values; not changed.
+            where: file name for error messages.
 
         Raises:
-            CheckpointError: not a Bridge-STG config, or a field is unknown, missing or of a wrong kind.
+            CheckpointError: it is no Bridge-STG config, or a field is unknown, missing or of a wrong type.
         """
         values = dict(values)
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:
-            raise CheckpointError(
-                "checkpoint.wrong_model_type", f"{where}: model_type is {model_type!r}, expected {MODEL_TYPE!r}"
-            )
+            message = f"{where}: model_type is {model_type!r}, expected {MODEL_TYPE!r}"
+            raise CheckpointError("checkpoint.wrong_model_type", message)
         try:
             config = from_json(cls, values)
             config.model_spec()
         except (CheckpointError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(
-                "checkpoint.bad_config", f"{detail if where in detail else f'{where}: {detail}'}"
-            ) from error
+            code = error.code if isinstance(error, CheckpointError) else "checkpoint.bad_config"
+            raise CheckpointError(code, detail if where in detail else f"{where}: {detail}") from error
         return config
 
     @classmethod
@@ -166,16 +150,18 @@ class BridgeSTGConfig:
             CheckpointError: the file is missing, not JSON, or does not describe a Bridge-STG model.
         """
         path = Path(folder) / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                "checkpoint.missing_file", f"{path}: no such file; a checkpoint is a folder with a config.json"
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError("checkpoint.bad_config", f"{path}: cannot be read as JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(
-                "checkpoint.bad_config", f"{path}: holds a JSON {type(values).__name__}, expected an object"
-            )
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_json(path, hint="a checkpoint is a folder with a config.json"), str(path))
+
+
+def read_json(path: Path, *, hint: str) -> dict[str, Any]:
+    """Return the JSON object in a file; `hint` is the advice if the file does not exist."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("checkpoint.missing_file", f"{path}: no such file; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError("checkpoint.bad_config", f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        message = f"{path}: contains a JSON {type(values).__name__}, expected an object"
+        raise CheckpointError("checkpoint.bad_config", message)
+    return values

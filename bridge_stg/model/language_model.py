@@ -1,7 +1,7 @@
-"""The language model: prefill, decode and the bridging step in one function of ids, positions and a KV cache.
+"""The language model: one function of ids, positions and a KV cache for prefill, decode and the bridging step.
 
-Runs transformers' own decoder layers. Attention and cache enter through transformers' extension points: the attention
-registry, and a cache-shaped object. Knows nothing of tokens' meaning.
+Runs transformers' own decoder layers, with attention and cache passed through transformers' extension points (the
+attention registry, and an object with the cache's `update`). Must not know the meaning of tokens.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from bridge_stg.runtime.bundle.spec import LanguageSpec
 
 
 class KeyValueCache(Protocol):
-    """What a decoder layer calls: takes its new keys and values, returns those to attend to."""
+    """The part of transformers' cache that a decoder layer calls."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Take [B, kv_heads, L, head_dim] of one layer; return the keys and values to attend to."""
+        """Store the new keys and values [B, kv_heads, L, head_dim] of a layer; return those to attend to."""
         ...
 
 
 class BufferCache:
-    """The contract's cache in eager torch: buffers of capacity S, new rows written at `cache_position`.
+    """The KV cache of the graph contract in eager torch: copies of buffers [B, kv_heads, S, head_dim].
 
-    Args:
-        past: key_0, value_0, key_1 …, each [B, kv_heads, S, head_dim]; not changed.
-        cache_position: int64 [B], where each row's new tokens begin.
+    `past` is key_0, value_0, key_1 …; new rows are written from `cache_position`, int64 [B].
     """
 
     def __init__(self, past: list[Tensor], cache_position: Tensor) -> None:
@@ -46,14 +44,14 @@ class BufferCache:
 
 
 class LanguageModel(nn.Module):
-    """The decoder with the bridging queries' table, visual rows, deepstack and taps.
+    """The decoder with bridging queries, visual tokens, deepstack and taps.
 
     Args:
-        model: the backbone's decoder, see `bridge_stg.model.backbones.interface.Backbone.text_model`.
-        lm_head: hidden states to logits.
-        bridging: the queries' table.
+        model: the backbone's decoder, see `Backbone.text_model`.
+        lm_head: projection of hidden states to logits.
+        bridging: table of the bridging queries.
         spec: sizes.
-        rotary_axis: int64 [head_dim / 2], which of the three positions each rotary frequency reads.
+        rotary_axis: int64 [head_dim / 2], index of the position (0 time, 1 row, 2 column) of each rotary frequency.
     """
 
     model: Any  # transformers' module
@@ -72,9 +70,9 @@ class LanguageModel(nn.Module):
         self.register_buffer("rotary_axis", rotary_axis, persistent=False)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [B, L, head_dim] of positions [3, B, L]: each frequency turns with one of the three.
+        """Return cos and sin [B, L, head_dim] of positions [3, B, L], each frequency by the position of its axis.
 
-        Same values as transformers' module, which assigns into strided slices: a trace turns those into scatters.
+        Same values as transformers' module, whose assignments to strided slices would be traced as scatters.
         """
         rotary = self.model.rotary_emb
         angles = positions.index_select(0, self.rotary_axis).permute(1, 2, 0).float() * rotary.inv_freq.float()
@@ -82,7 +80,7 @@ class LanguageModel(nn.Module):
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([sin, sin], -1).to(dtype)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Embed ids [B, L]; ids from vocab on are bridging queries, chosen by Where over two gathers."""
+        """Embed ids [B, L]; ids from vocab_size on are bridging queries, selected by Where over two gathers."""
         vocab = self.spec.vocab_size
         text = self.model.embed_tokens(input_ids.clamp(max=vocab - 1))
         queries = self.bridging((input_ids - vocab).clamp(min=0))
@@ -94,10 +92,10 @@ class LanguageModel(nn.Module):
         """Return the residual stream [B, L, H] after each decoder layer.
 
         Args:
-            x: [B, L, H], embedded.
-            positions: int64 [3, B, L], MRoPE.
-            mask: bool, True where visible, broadcasts to [B, 1, L, S]; None is causal over the new tokens.
-            cache: takes and returns keys and values; None attends to the new tokens alone.
+            x: embedded tokens [B, L, H].
+            positions: MRoPE positions, int64 [3, B, L].
+            mask: bool, True where visible, broadcasts to [B, 1, L, S]; None: causal over the new tokens.
+            cache: KV cache; None: attend to the new tokens only.
             visual: deepstack rows [D, B, L, H] to add after the first D layers, zero at text; or None.
         """
         rotary = self.rotary(positions, x.dtype)
@@ -114,28 +112,21 @@ class LanguageModel(nn.Module):
         logits: Tensor = self.lm_head(self.model.norm(x))
         return logits.float()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        visual_index: Tensor,
-        visual_tokens: Tensor,
-        positions: Tensor,
-        cache_position: Tensor,
-        output_index: Tensor,
-        mask: Tensor,
-        cache: KeyValueCache,
-    ) -> tuple[Tensor, Tensor]:
-        """Run L new tokens a row.
+    def forward(  # noqa: PLR0917 - the graph's inputs
+        self, input_ids: Tensor, visual_index: Tensor, visual_tokens: Tensor, positions: Tensor,
+        cache_position: Tensor, output_index: Tensor, mask: Tensor, cache: KeyValueCache,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Run L new tokens per row.
 
         Args:
             input_ids: int64 [B, L].
             visual_index: int64 [B, L]; 0 = text, k = row k of visual_tokens.
             visual_tokens: [1+D, V, H], row 0 all zero.
             positions: int64 [3, B, L].
-            cache_position: int64 [B], tokens already cached in each row.
-            output_index: int64 [B, K], positions within this call that are asked for.
+            cache_position: int64 [B], number of tokens already cached in each row.
+            output_index: int64 [B, K], indices among the L tokens of the requested outputs.
             mask: bool, see `visible_keys`.
-            cache: receives the new keys and values.
+            cache: KV cache that the new keys and values are written to.
 
         Returns:
             logits float32 [B, K, vocab] and taps [T, B, K, H], RMS-normalised in fp32.

@@ -23,14 +23,14 @@ KEY_PREFIXES = {
     "language_model.bridging.": "bridging.queries.",
     "spatial_decoder.": "spatial_decoder.",
 }
-"""This module's names → the names in a checkpoint, which are the backbone's own on Hugging Face."""
+"""Prefixes of parameter names → prefixes of checkpoint keys, which are the backbone's own on Hugging Face."""
 
 
 class BridgeSTG(nn.Module):
     """The model (Tu et al., arXiv 2604.08014).
 
     Args:
-        config: all sizes.
+        config: configuration of all parts.
         tokenizer: needed by `torch_session.torch_grounder`.
         attention: name in transformers' attention registry.
     """
@@ -54,11 +54,9 @@ class BridgeSTG(nn.Module):
         queries = BridgingQueries(self.spec.language.num_bridging_queries, text.hidden_size)
         axes = family.rotary_axes(text)
         if len(axes) != self.spec.language.head_dim // 2:
-            raise CheckpointError(
-                "checkpoint.bad_config",
-                f"the backbone's mrope_section covers {len(axes)} rotary frequencies, but a head of "
-                f"{self.spec.language.head_dim} channels has {self.spec.language.head_dim // 2}",
-            )
+            channels = self.spec.language.head_dim
+            message = f"the backbone's mrope_section covers {len(axes)} rotary frequencies, but a head of {channels} "
+            raise CheckpointError("checkpoint.bad_config", f"{message}channels has {channels // 2}")
         self.language_model = LanguageModel(language, lm_head, queries, self.spec.language, axes)
         self.spatial_decoder = SpatialDecoder(
             config.spatial_decoder,
@@ -70,19 +68,19 @@ class BridgeSTG(nn.Module):
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding table."""
+        """Whether the head shares its weight with the embedding table."""
         return self.language_model.lm_head.weight is self.language_model.model.embed_tokens.weight
 
     def fixed_buffers(self) -> dict[str, Tensor]:
-        """Compute all buffers that no checkpoint holds, by name: a model of meta or fake tensors lacks their values.
+        """Compute, by name, all buffers that checkpoints do not contain and that a meta or fake model has no values of.
 
-        To be called outside of `FakeTensorMode` and of a meta device context.
+        Must be called outside of `FakeTensorMode` and of a meta device context.
         """
         scale, shift = normalization(self.spec.vision)
         axes = backbone(self.config.backbone).rotary_axes(self.language_model.model.config)
         found = {"vision_encoder.scale": scale, "vision_encoder.shift": shift, "language_model.rotary_axis": axes}
         for name, module in self.named_modules():
-            if "inv_freq" in module._buffers:  # transformers' rotary embeddings follow from their config alone
+            if hasattr(module, "inv_freq"):  # transformers' rotary embeddings follow from their config alone
                 fresh = type(module)(module.config)
                 found |= {f"{name}.{buffer}": value for buffer, value in fresh.named_buffers(recurse=False)}
         return found

@@ -1,13 +1,14 @@
-"""QGSL: the spatial decoder. Driven by the bridging queries, it finds a box and a presence score in each frame.
+"""QGSL: the spatial decoder. From the bridging queries, it computes a box and a presence score in each frame.
 
-A first reference box comes from a heat map: query against patch, each patch voting for a box. Each layer then attends
-to the queries of all taps, across frames, and to the frame's fine feature map, and moves the box (iterative
-refinement, arXiv 2010.04159). Votes are in patches and moves in boxes, so that both mean the same on wide and on
-upright frames. Knows nothing of text and of how frames were chosen.
+The first reference box comes from a heat map of query against patch, in which each patch votes for a box. Each layer
+then attends to the queries of all taps, across frames, and to the frame's fine feature map, and moves the box
+(iterative refinement, arXiv 2010.04159). Votes are in units of patches and moves in units of boxes, so that both mean
+the same on landscape and portrait frames. Must not know text and the choice of frames.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -28,18 +29,13 @@ VOTE_PATCHES = 4.5
 
 @dataclass(frozen=True)
 class Localization:
-    """What training sees of a pass. V = videos, B = queries a video, F = frames, N = patches, d = width."""
+    """Outputs for training. V = videos, B = queries per video, F = frames, N = patches, d = width."""
 
-    boxes: list[Tensor]
-    """The reference box, then one after each layer: float32 [V, B, F, 4] cxcywh in 0..1."""
-    presence: list[Tensor]
-    """Logits [V, B, F] after each layer."""
-    heat: Tensor
-    """Logits [V, B, F, N] in raster order."""
-    content: Tensor
-    """[V, B, F, d], the features under the heat map."""
-    summary: Tensor
-    """[V, B, d], the bridging queries in one vector."""
+    boxes: list[Tensor]  # the reference box, then one after each layer: float32 [V, B, F, 4] cxcywh in 0..1
+    presence: list[Tensor]  # logits [V, B, F] after each layer
+    heat: Tensor  # logits [V, B, F, N] in raster order
+    content: Tensor  # [V, B, F, d], the features weighted by the heat map
+    summary: Tensor  # [V, B, d], the bridging queries in one vector
 
 
 class MLP(nn.Sequential):
@@ -47,7 +43,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, *sizes: int) -> None:
         layers: list[nn.Module] = []
-        for first, second in zip(sizes, sizes[1:]):
+        for first, second in itertools.pairwise(sizes):
             layers += [nn.Linear(first, second), nn.GELU()]
         super().__init__(*layers[:-1])
 
@@ -93,12 +89,7 @@ class DecoderLayer(nn.Module):
 class SpatialDecoder(nn.Module):
     """Localize the target of each query in each frame.
 
-    Args:
-        config: width, depth and heads.
-        channels: C of the feature map.
-        num_taps: T.
-        num_queries: Q.
-        hidden_size: H of the LLM.
+    The feature map has `channels` channels, and the taps are those of `num_taps` layers of width `hidden_size`.
     """
 
     def __init__(
@@ -124,13 +115,9 @@ class SpatialDecoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def localize(self, feature_map: Tensor, taps: Tensor, frame_times: Tensor, frame_mask: Tensor) -> Localization:
-        """Run all layers on several videos with the same number of queries and frames.
+        """Run all layers on V videos with equal numbers of queries and frames; see `forward` for one video.
 
-        Args:
-            feature_map: [V, F, h, w, C].
-            taps: [T, V, B, Q, H].
-            frame_times: float32 [V, F], seconds.
-            frame_mask: bool [V, B, F]; masked frames take no part in attention across frames.
+        Shapes: feature_map [V, F, h, w, C], taps [T, V, B, Q, H], frame_times [V, F], frame_mask [V, B, F].
         """
         videos, frames, rows, columns, _ = feature_map.shape
         queries = taps.shape[2]
@@ -170,8 +157,8 @@ class SpatialDecoder(nn.Module):
             x = x + layer.feed_forward(layer.norms[3](x))
             reference = move_boxes(reference, box_head(x).float())
             boxes.append(reference)
-            told = torch.cat([x, content, peak.to(x.dtype)], -1)
-            presence.append(presence_head(told)[..., 0].float())
+            evidence = torch.cat([x, content, peak.to(x.dtype)], -1)
+            presence.append(presence_head(evidence)[..., 0].float())
             if self.training:
                 reference = reference.detach()
         shape = (videos, queries, frames)
@@ -202,7 +189,7 @@ class SpatialDecoder(nn.Module):
             feature_map: [F, h, w, C].
             taps: [T, B, Q, H].
             frame_times: float32 [F], seconds.
-            frame_mask: bool [B, F], at least one True a row.
+            frame_mask: bool [B, F], at least one True per row; False frames are excluded from attention across frames.
 
         Returns:
             boxes float32 [B, F, 4] cxcywh in 0..1, and presence float32 [B, F] in 0..1.
@@ -219,7 +206,7 @@ def patch_centres(rows: int, columns: int) -> Tensor:
 
 
 def patch_sides(rows: int, columns: int) -> Tensor:
-    """Return the reach [4] (left, up, right, down), in 0..1, of a vote of 1: as many patches at any aspect ratio."""
+    """Return the reach [4] (left, up, right, down), in 0..1, of a vote of 1: VOTE_PATCHES patches in each direction."""
     x = torch.ones(1, dtype=torch.float32) * VOTE_PATCHES / columns
     y = torch.ones(1, dtype=torch.float32) * VOTE_PATCHES / rows
     return torch.cat([x, y, x, y])
@@ -228,7 +215,7 @@ def patch_sides(rows: int, columns: int) -> Tensor:
 def move_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Shift centres by deltas in units of the box, and scale sides by their exponential (arXiv 1311.2524, app. C).
 
-    Unlike an offset of the logits, it means the same at every aspect ratio of the frame. Both are [..., 4].
+    Unlike an offset of logits, it does not depend on the aspect ratio of the frame. Both are [..., 4].
     """
     centre = boxes[..., :2] + deltas[..., :2].clamp(-2.0, 2.0) * boxes[..., 2:]
     size = boxes[..., 2:] * deltas[..., 2:].clamp(-2.0, 2.0).exp()

@@ -1,72 +1,30 @@
-"""The three graphs as sessions of the runtime, computed by eager torch: the reference of every export."""
+"""Runtime sessions that run the three graphs in eager torch: the reference of every export."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from bridge_stg.model.language_model import BufferCache, visible_keys
 from bridge_stg.model.model import BridgeSTG
+from bridge_stg.runtime.backends.kv_cache import BufferedCache, cache_spec, own_cache
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
 from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
-from bridge_stg.runtime.bundle.manifest import GraphSpec
-from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.grounder import Grounder
 
 
-class TorchCache:
-    """KV buffers of a torch session."""
-
-    def __init__(self, graph: GraphSpec, batch: int, capacity: int) -> None:
-        assert graph.cache is not None
-        shape = (batch, graph.cache.kv_heads, capacity, graph.cache.head_dim)
-        self.names = graph.cache.past_names
-        self.buffers = [torch.zeros(shape) for _ in self.names]
-
-    @property
-    def batch(self) -> int:
-        """Rows."""
-        return self.buffers[0].shape[0]
-
-    @property
-    def capacity(self) -> int:
-        """Positions a row."""
-        return self.buffers[0].shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(b.numel() * b.element_size() for b in self.buffers)
-
-    def copy_prefix(self, source: KVCache, length: int, rows: Sequence[int] | None = None) -> None:
-        """Copy the first `length` positions of `source` into `rows` (None: all); see `KVCache`."""
-        if not isinstance(source, TorchCache):
-            raise EngineError(
-                "engine.bad_cache", f"a cache of {type(source).__name__} cannot be copied into a torch cache"
-            )
-        into = list(range(self.batch)) if rows is None else list(rows)
-        for mine, theirs in zip(self.buffers, source.buffers):
-            mine[into, :, :length] = theirs[:, :, :length]
+class TorchCache(BufferedCache[np.ndarray]):
+    """KV cache of a torch session, in numpy memory."""
 
     def read(self) -> dict[str, np.ndarray]:
-        """Return a copy of the buffers by name."""
-        return {name: buffer.numpy().copy() for name, buffer in zip(self.names, self.buffers)}
-
-    def write(self, values: Mapping[str, np.ndarray]) -> None:
-        """Overwrite the buffers."""
-        for name, buffer in zip(self.names, self.buffers):
-            buffer.copy_(torch.from_numpy(values[name]))
+        """See `KVCache.read`."""
+        return {name: buffer.copy() for name, buffer in self.buffers.items()}
 
 
 class TorchSession:
-    """One graph of a `BridgeSTG`, behind the runtime's session protocol.
-
-    Args:
-        name: `vision_encoder`, `language_model` or `spatial_decoder`.
-        model: in eval mode.
-    """
+    """One graph of a `BridgeSTG` in eval mode as a session of the runtime."""
 
     preferences = Preferences()
     device = None
@@ -86,36 +44,32 @@ class TorchSession:
         return {t.name: output.float().numpy() for t, output in zip(self.graph.outputs, outputs)}
 
     def _infer_cached(self, tensors: dict[str, torch.Tensor], cache: KVCache | None) -> dict[str, np.ndarray]:
-        assert self.graph.cache is not None
-        names = self.graph.cache.past_names
-        if cache is None:
-            past = [tensors.pop(name) for name in names]
+        contract, kv = cache_spec(self.graph), own_cache(self.graph, cache, TorchCache)
+        if kv is None:
+            past = [tensors.pop(name) for name in contract.past_names]
         else:
-            if not isinstance(cache, TorchCache):
-                raise EngineError("engine.bad_cache", f"{self.graph}: was given a cache of {type(cache).__name__}")
-            past = cache.buffers
+            past = [torch.from_numpy(buffer) for buffer in kv.buffers.values()]
         position = tensors["cache_position"]
         buffers = BufferCache(past, position)
         mask = visible_keys(position, tensors["input_ids"].shape[1], past[0].shape[2])
         logits, taps = self._model.language_model(**tensors, mask=mask, cache=buffers)
+        present = [buffer.numpy() for buffer in buffers.present]
         outputs = {"logits": logits.numpy(), "taps": taps.numpy()}
-        if isinstance(cache, TorchCache):
-            cache.buffers = buffers.present
-            return outputs
-        return outputs | {n: b.numpy() for n, b in zip(self.graph.cache.written_names, buffers.present)}
+        if kv is None:
+            return outputs | dict(zip(contract.written_names, present))
+        kv.buffers = dict(zip(contract.past_names, present))
+        return outputs
 
     def allocate_cache(self, *, batch: int, capacity: int) -> TorchCache:
-        """Return zero-filled KV buffers."""
-        if self.graph.cache is None:
-            raise EngineError("engine.bad_cache", f"{self.graph}: this graph keeps no cache")
-        return TorchCache(self.graph, batch, capacity)
+        """See `Session.allocate_cache`."""
+        return TorchCache(cache_spec(self.graph), batch=batch, capacity=capacity, zeros=np.zeros)
 
     def close(self) -> None:
         """Nothing to free: the model owns its weights."""
 
 
 def torch_grounder(model: BridgeSTG) -> Grounder:
-    """Return the runtime's chain over a model's torch graphs: the reference that exports are compared with.
+    """Return a `Grounder` that runs a model's graphs in eager torch.
 
     Raises:
         ValueError: the model has no tokenizer.

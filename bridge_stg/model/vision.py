@@ -1,8 +1,8 @@
 """The vision encoder: uint8 frames to visual tokens for the LLM and a feature map for the spatial decoder.
 
 Shared by the families: patches, attention within a group of frames, and the feature map. Each family's blocks are
-transformers' submodules (`bridge_stg.model.backbones`), with the groups as the batch, so that no index arithmetic and no
-data-dependent split enters the graph. Must not know text, time or queries.
+transformers' submodules (see `backbones/`). The groups are the batch, so that the graph has no index arithmetic and no
+data-dependent split. Must not know text, time or queries.
 """
 
 from __future__ import annotations
@@ -25,14 +25,11 @@ def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class Windows(NamedTuple):
-    """How patches are gathered into windows and back; see `bridge_stg.runtime.chain.positions.window_tables`."""
+    """Index tables that gather patches into windows and back; see `runtime.chain.positions.window_tables`."""
 
-    places: Tensor
-    """int64 [W, M]."""
-    mask: Tensor
-    """bool [W, M]."""
-    back: Tensor
-    """int64 [N]."""
+    places: Tensor  # int64 [W, M]
+    mask: Tensor  # bool [W, M]
+    back: Tensor  # int64 [N]
 
     def split(self, x: Tensor) -> Tensor:
         """Gather x [G, heads, N, head_dim] into windows [G·W, heads, M, head_dim]."""
@@ -41,7 +38,7 @@ class Windows(NamedTuple):
         return x.transpose(1, 2).reshape(groups * windows, heads, places, head_dim)
 
     def visible(self, groups: int) -> Tensor:
-        """Return bool [G·W, 1, M, M]: every place of a window sees its filled places."""
+        """Return the mask bool [G·W, 1, M, M]: every place of a window attends to its filled places."""
         windows, places = self.mask.shape
         mask = self.mask[None, :, None].expand(groups, windows, places, places)
         return mask.reshape(groups * windows, 1, places, places)
@@ -60,7 +57,7 @@ class VisionEncoder(nn.Module):
 
     Args:
         model: the family's vision model: `patch_embed.proj` is a Conv3d, `blocks` have an `attn` with `qkv` and `proj`.
-        spec: its geometry.
+        spec: geometry of the encoder.
     """
 
     model: Any  # transformers' module
@@ -91,7 +88,7 @@ class VisionEncoder(nn.Module):
         weight = conv.weight.reshape(channels, 3 * self.spec.temporal_patch_size, patch, patch)
         x = F.conv2d(x, weight, conv.bias, stride=patch)
         x = x.reshape(groups, channels, rows // merge, merge, columns // merge, merge)
-        # For some sizes the reshape is a view, which the family's mergers cannot take.
+        # For some sizes the reshape is a view, which the mergers do not accept.
         return x.permute(0, 2, 4, 3, 5, 1).reshape(groups, rows * columns, channels).contiguous()
 
     def attend(self, block: Any, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None = None) -> Tensor:
@@ -106,7 +103,7 @@ class VisionEncoder(nn.Module):
         if windows is not None:
             query, key, value = windows.split(query), windows.split(key), windows.split(value)
             mask = windows.visible(groups)
-        attend = ALL_ATTENTION_FUNCTIONS[self.model.config._attn_implementation]
+        attend = ALL_ATTENTION_FUNCTIONS[self.model.config._attn_implementation]  # noqa: SLF001 - no public accessor
         out, _ = attend(attention, query, key, value, mask, scaling=attention.scaling, dropout=0.0, is_causal=False)
         if windows is not None:
             out = windows.join(out, groups)
@@ -128,7 +125,7 @@ class VisionEncoder(nn.Module):
 
 
 def normalization(spec: VisionSpec) -> tuple[Tensor, Tensor]:
-    """Return scale and shift [3] that bring bytes to the values that the encoder was trained on."""
+    """Return scale and shift [3] that normalize bytes 0–255 by the mean and deviation of the encoder's training."""
     std = torch.tensor(spec.image_std) * 255
     return 1 / std, -torch.tensor(spec.image_mean) * 255 / std
 

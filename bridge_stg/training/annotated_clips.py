@@ -1,4 +1,4 @@
-"""A person's annotations as clips to train on, checked against the media before any work is done."""
+"""Read a user's annotations as clips for training, and check them against the media before training starts."""
 
 from __future__ import annotations
 
@@ -10,61 +10,47 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.prompt import check_query
 from bridge_stg.runtime.errors import AnnotationError, QueryError
 from bridge_stg.runtime.video.open import open_source
-from bridge_stg.training.clip_batches import Clip, ClipQuestion
+from bridge_stg.training.clip_batches import Clip, ClipQuery
 
 
 def read_clips(annotations: Path, media: Path) -> list[Clip]:
-    """Return the annotated media with their questions, in the order of the file.
-
-    Raises:
-        AnnotationError: the annotations cannot be read, or media are missing.
-    """
+    """Return the annotated media with their queries, in the order of the file."""
     if not media.is_dir():
-        raise AnnotationError(
-            "annotation.no_media_folder",
-            f"{media}: no such folder; expected the folder that the annotations' paths start from",
-        )
+        message = f"{media}: no such folder; expected the folder that the annotations' paths are relative to"
+        raise AnnotationError("annotation.no_media_folder", message)
     by_media: dict[str, list[Annotation]] = {}
     for annotation in read_annotations(annotations):
         by_media.setdefault(annotation.media, []).append(annotation)
     missing = [found[0] for name, found in by_media.items() if not (media / name).is_file()]
     if missing:
         more = f", and {len(missing) - 1} more media are missing" if len(missing) > 1 else ""
-        raise AnnotationError(
-            "annotation.missing_media",
-            f"{missing[0].where}: {media / missing[0].media} is no file{more}; give another --media",
-        )
-    return [Clip(media / name, tuple(map(question_of, found))) for name, found in by_media.items()]
+        message = f"{missing[0].where}: {media / missing[0].media} is no file{more}; give another --media"
+        raise AnnotationError("annotation.missing_media", message)
+    return [Clip(media / name, tuple(map(query_from, found))) for name, found in by_media.items()]
 
 
-def question_of(annotation: Annotation) -> ClipQuestion:
-    """Return an annotation as a question; that of an image has a span that holds its only frame."""
+def query_from(annotation: Annotation) -> ClipQuery:
+    """Return the query of an annotation; for an image, its span contains the only frame."""
     a = annotation
     span = (0.0, 1.0) if a.task == "image" and a.present else a.span
-    return ClipQuestion(a.where, a.query, span, a.times, a.boxes, track=a.task == "track")
+    return ClipQuery(a.where, a.query, span, a.times, a.boxes, track=a.task == "track")
 
 
 def check_clips(clips: Iterable[Clip], spec: ModelSpec) -> None:
-    """Open every medium and check what can be checked without reading all of it.
-
-    Raises:
-        AnnotationError: a query cannot be asked, or a box lies outside of its picture.
-        VideoError: a medium cannot be read.
-    """
+    """Check queries and boxes against the media, without decoding all frames."""
     for clip in clips:
         with open_source(clip.path, spec) as source:
             width, height = source.width, source.height
-        for question in clip.questions:
+        for query in clip.queries:
             try:
-                check_query(spec.prompt, question.query)
+                check_query(spec.prompt, query.text)
             except QueryError as error:
-                raise AnnotationError("annotation.bad_field", f"{question.where}: the field 'query': {error}") from None
-            boxes = question.boxes
+                raise AnnotationError("annotation.bad_field", f"{query.where}: the field 'query': {error}") from None
+            boxes = query.boxes
             outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
             if outside.any():
                 box = [round(float(side), 1) for side in boxes[outside.argmax()]]
-                raise AnnotationError(
-                    "annotation.bad_field",
-                    f"{question.where}: the field 'boxes' holds {box}, which lies outside of {clip.path} of {width} × "
-                    f"{height} pixels; expected left, top, right, bottom in pixels",
+                message = (
+                    f"{query.where}: the field 'boxes': {box} is outside of {clip.path} ({width} × {height} pixels)"
                 )
+                raise AnnotationError("annotation.bad_field", f"{message}; expected left, top, right, bottom in pixels")

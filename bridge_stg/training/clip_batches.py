@@ -1,7 +1,7 @@
-"""Batches of annotated clips: frames as the runtime reads them, questions, the answers' ids, labels. No torch modules.
+"""Batches of annotated clips: frames, queries, answer ids and labels. No torch modules.
 
-Frames, prompt, grammar and the rule from spans to groups are the runtime's own, so that a model is trained on what it
-will be asked. Knows nothing of files of annotations.
+Frames, prompt, grammar and the mapping of spans to groups are the runtime's own, so that training matches inference.
+Must not know annotation files.
 """
 
 from __future__ import annotations
@@ -23,45 +23,52 @@ from bridge_stg.runtime.errors import AnnotationError, BridgeError
 from bridge_stg.runtime.video.open import open_source
 
 TRACKED = 0.125
-"""Share of questions about what is there from the start that are asked by the first box."""
+"""Share of queries for targets present from the start that are given by the first box."""
 NEAR_AN_END = 5
-"""Fine frames of a clip that lie side by side around an end of a span; the rest are spread."""
+"""Number of consecutive fine frames around an end of a span; the others are spread."""
 AROUND_S = 1.0
-"""Seconds around a span that most of the spread frames come from."""
+"""Most of the spread frames are at most this many seconds outside of the span."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of a training run."""
+
+    epochs: int = 10
+    clips: int = 1  # per step
+    questions: int = 4  # largest number of queries per clip and step
+    fine_frames: int = 16  # per clip
+    learning_rate: float = 1e-4  # peak, of the bridging and spatial parts
+    backbone_scale: float = 0.1  # factor on the learning rate of the backbone's weights
+    parts: tuple[str, ...] = ("bridging", "spatial", "mergers", "llm")  # trained parts, from `train_clips.PARTS`
+    max_visual_tokens: int | None = None  # per video; None: the model's own limit
+    seed: int = 0  # of the random order of clips and choice of queries and frames
+    bf16: bool = True  # whether matmuls are computed in bfloat16
 
 
 @dataclass(frozen=True, eq=False)
-class ClipQuestion:
-    """One question about a clip, and what is true.
+class ClipQuery:
+    """One query about a clip, with its ground truth."""
 
-    Attributes:
-        where: `file:line`, for errors.
-        query: the sentence.
-        span: start and end in seconds; None if the target is not there.
-        times: float64 [N], of the boxes, increasing; none where only the span is known.
-        boxes: float32 [N, 4], left, top, right, bottom in pixels of the video as it is shown.
-        track: whether it is asked by its first box only.
-    """
-
-    where: str
-    query: str
-    span: tuple[float, float] | None
-    times: np.ndarray
-    boxes: np.ndarray
-    track: bool = False
+    where: str  # `file:line` for error messages
+    text: str
+    span: tuple[float, float] | None  # start and end in seconds; None if the target is absent
+    times: np.ndarray  # times of the boxes, float64 [N], increasing; empty if only the span is known
+    boxes: np.ndarray  # float32 [N, 4], left, top, right, bottom in pixels of the displayed video
+    track: bool = False  # whether the query is given by the first box only
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video or image with its questions."""
+    """A video or image with its queries."""
 
     path: Path
-    questions: tuple[ClipQuestion, ...]
+    queries: tuple[ClipQuery, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ClipBatch:
-    """One clip with B questions. Rows of text are right-padded."""
+    """One clip with B queries. Rows of text are right-padded."""
 
     frames: Tensor  # uint8 [G, P, height, width, 3]
     fine: Tensor  # uint8 [F, height, width, 3]
@@ -71,44 +78,28 @@ class ClipBatch:
     length: Tensor  # int64 [B], without padding
     target: Tensor  # int64 [B, L], the id that follows each position; −100 where the grammar leaves no choice
     boxes: Tensor  # float32 [B, F, 4], cxcywh in 0..1
-    positive: Tensor  # bool [B, F], the target is there
-    mask: Tensor  # bool [B, F], frames that the question looks at
-    counted: Tensor  # bool [B, F], of these the ones with a known truth
+    positive: Tensor  # bool [B, F], the target is present
+    mask: Tensor  # bool [B, F], frames that the query attends to
+    counted: Tensor  # bool [B, F], of these, the frames whose truth is known
 
 
 class ClipBatches:
-    """Makes batch number `step`; picklable, so that a worker process can hold it.
+    """Make batch number `step`, which depends on the seed and the step only; picklable for worker processes."""
 
-    Args:
-        spec: the model's rules.
-        tokenizer: path of its tokenizer.json.
-        clips: all of them.
-        seed: batch `step` follows from it and the step alone.
-        clips_per_step: clips of a batch.
-        questions: most questions of a clip that are asked at once.
-        fine_frames: fine frames of a clip.
-        max_visual_tokens: what a video may take of the prompt; None: the model's own bound.
-    """
-
-    def __init__(
-        self, spec: ModelSpec, tokenizer: Path, clips: Sequence[Clip], *, seed: int, clips_per_step: int = 1,
-        questions: int = 4, fine_frames: int = 16, max_visual_tokens: int | None = None,
-    ) -> None:  # fmt: skip
-        self.spec, self.tokenizer_path, self.clips, self.seed = spec, tokenizer, tuple(clips), seed
-        self.clips_per_step, self.questions, self.fine_frames = clips_per_step, questions, fine_frames
-        self.max_visual_tokens = max_visual_tokens
+    def __init__(self, spec: ModelSpec, tokenizer: Path, clips: Sequence[Clip], options: TrainingOptions) -> None:
+        self.spec, self.tokenizer_path, self.clips, self.options = spec, tokenizer, tuple(clips), options
 
     def __call__(self, step: int) -> list[ClipBatch] | BridgeError:
-        """Return the clips of a step; every epoch goes through all of them in another order.
+        """Return the clips of a step; every epoch has all clips in another random order.
 
-        An error is returned, not raised: it would leave a worker process with that process's traceback as its message.
+        An error is returned, not raised, since raising in a worker process replaces the message by a traceback.
         """
-        tokenizer = Tokenizer.from_file(self.tokenizer_path)
+        tokenizer, seed, count = Tokenizer.from_file(self.tokenizer_path), self.options.seed, self.options.clips
         made = []
-        for place in range(step * self.clips_per_step, (step + 1) * self.clips_per_step):
+        for place in range(step * count, (step + 1) * count):
             epoch, index = divmod(place, len(self.clips))
-            order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.clips))
-            rng = np.random.default_rng((self.seed, 1, place))
+            order = np.random.default_rng((seed, 0, epoch)).permutation(len(self.clips))
+            rng = np.random.default_rng((seed, 1, place))
             try:
                 made.append(self.batch(rng, tokenizer, self.clips[order[index]]))
             except BridgeError as error:
@@ -116,48 +107,44 @@ class ClipBatches:
         return made
 
     def batch(self, rng: np.random.Generator, tokenizer: Tokenizer, clip: Clip) -> ClipBatch:
-        """Return one clip with some of its questions.
-
-        Raises:
-            BridgeError: the video cannot be read, a question cannot be asked, or its truth lies outside of the video.
-        """
-        spec, asked = self.spec, list(clip.questions)
-        if len(asked) > self.questions:
-            asked = [asked[i] for i in sorted(rng.choice(len(asked), self.questions, replace=False))]
-        with open_source(clip.path, spec, budget=video_budget(tokenizer, spec, self.max_visual_tokens)) as source:
+        """Return one clip with some of its queries."""
+        spec, options, queries = self.spec, self.options, list(clip.queries)
+        if len(queries) > options.questions:
+            queries = [queries[i] for i in sorted(rng.choice(len(queries), options.questions, replace=False))]
+        with open_source(clip.path, spec, budget=video_budget(tokenizer, spec, options.max_visual_tokens)) as source:
             coarse, grid, size = source.coarse(), source.fine_grid(), (source.width, source.height)
-            for question in asked:
-                check_span(question, source.duration_s, is_image=source.is_image)
-            spans = [q.span for q in asked if q.span is not None]
-            fine = source.fine(choose_fine(rng, grid, spans, rate=spec.frames.fine_fps, count=self.fine_frames))
+            for query in queries:
+                check_span(query, source.duration_s, is_image=source.is_image)
+            spans = [query.span for query in queries if query.span is not None]
+            fine = source.fine(choose_fine(rng, grid, spans, rate=spec.frames.fine_fps, count=options.fine_frames))
         strings = time_strings(coarse.group_times, spec.prompt)
         prefix = video_segment(tokenizer, spec, coarse.group_times, merged_grid(coarse.frames, spec))
         free = AnswerGrammar(tokenizer, spec.prompt, strings)
         from_first = AnswerGrammar(tokenizer, spec.prompt, strings, allow_none=False, first_start=0)
-        shape = (len(asked), len(fine.times))
+        shape = (len(queries), len(fine.times))
         boxes, positive = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool)
         mask, counted, rows = np.ones(shape, bool), np.ones(shape, bool), []
-        for b, question in enumerate(asked):
-            groups = None if question.span is None else groups_of_span(*question.span, coarse.times)
+        for b, query in enumerate(queries):
+            groups = None if query.span is None else groups_of_span(*query.span, coarse.times)
             first_box = None
-            if question.span is not None:
-                start, end = question.span
+            if query.span is not None:
+                start, end = query.span
                 positive[b] = (fine.times >= start - TIME_TOLERANCE_S) & (fine.times < end - TIME_TOLERANCE_S)
                 near = (fine.times > start - rng.uniform(0.3, 1.2)) & (fine.times < end + rng.uniform(0.3, 1.2))
                 if rng.random() < 0.5 and near.any():
                     mask[b] = near
-                if len(question.times):
-                    boxes[b] = boxes_at(question, fine.times, size)
+                if len(query.times):
+                    boxes[b] = boxes_at(query, fine.times, size)
                     tracked = groups is not None and groups[0] == 0 and rng.random() < TRACKED
-                    if question.track or tracked:
-                        first_box = (question.boxes[0] / np.array([*size, *size])).clip(0, 1)
+                    if query.track or tracked:
+                        first_box = (query.boxes[0] / np.array([*size, *size])).clip(0, 1)
                 else:
                     counted[b] = ~positive[b]
             if first_box is not None and groups is not None:
                 groups = (0, groups[1])
-            query = query_segment(tokenizer, spec, question.query, prefix.next_position, first_box=first_box)
+            segment = query_segment(tokenizer, spec, query.text, prefix.next_position, first_box=first_box)
             grammar = free if first_box is None else from_first
-            rows.append(answer_row(query.input_ids, grammar, groups, spec.language.bridging_ids))
+            rows.append(answer_row(segment.input_ids, grammar, groups, spec.language.bridging_ids))
         ids, target, length = pad_rows(rows)
         return ClipBatch(
             frames=torch.from_numpy(coarse.frames),
@@ -169,22 +156,21 @@ class ClipBatches:
         )  # fmt: skip
 
 
-def check_span(question: ClipQuestion, duration_s: float, *, is_image: bool) -> None:
-    """Raise AnnotationError if a question's span begins behind the end of its video."""
-    if question.span is not None and not is_image and question.span[0] >= duration_s:
-        raise AnnotationError(
-            "annotation.bad_field",
-            f"{question.where}: the field 'span' begins at {question.span[0]:g} s, but the video is {duration_s:.2f} s "
-            "long; expected seconds from its first frame",
+def check_span(query: ClipQuery, duration_s: float, *, is_image: bool) -> None:
+    """Raise AnnotationError if a query's span begins after the end of the video."""
+    if query.span is not None and not is_image and query.span[0] >= duration_s:
+        message = (
+            f"{query.where}: the field 'span' begins at {query.span[0]:g} s, but the video is {duration_s:.2f} s long"
         )
+        raise AnnotationError("annotation.bad_field", f"{message}; expected seconds from its first frame")
 
 
 def choose_fine(
     rng: np.random.Generator, grid: np.ndarray, spans: Sequence[tuple[float, float]], *, rate: float, count: int
 ) -> np.ndarray:
-    """Return sorted times of the fine grid [K]: a run around one end of one span, the rest around it and anywhere.
+    """Return sorted times [count] of the fine grid: some around one end of one span, the others around it or anywhere.
 
-    A clip without spans gives any frames; one with few fine frames all of them.
+    Without spans, all times are random. A grid of at most `count` times is returned completely.
     """
     if len(grid) <= count:
         return grid
@@ -201,13 +187,13 @@ def choose_fine(
     return grid[sorted(chosen)]
 
 
-def boxes_at(question: ClipQuestion, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return a question's boxes at times [F], cxcywh in 0..1, float32 [F, 4].
+def boxes_at(query: ClipQuery, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a query's boxes at times [F], cxcywh in 0..1, [F, 4].
 
-    Between two annotated times they are interpolated; before the first and behind the last the nearest one holds.
+    They are interpolated between annotated times; before the first and after the last, the nearest box is used.
     """
     width, height = size
-    corners = np.stack([np.interp(times, question.times, question.boxes[:, i]) for i in range(4)], -1)
+    corners = np.stack([np.interp(times, query.times, query.boxes[:, i]) for i in range(4)], -1)
     corners = (corners / np.array([width, height, width, height])).clip(0, 1)
     return np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], -1)
 
@@ -215,9 +201,9 @@ def boxes_at(question: ClipQuestion, times: np.ndarray, size: tuple[int, int]) -
 def answer_row(
     query_ids: np.ndarray, grammar: AnswerGrammar, groups: tuple[int, int] | None, bridging_ids: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Return ids and targets of one row: the query, its answer, the bridging ids.
+    """Return ids and targets of one row: query, answer and bridging ids.
 
-    Targets are the ids that the grammar leaves to the model; what follows without a choice is never asked for.
+    Targets are the answer ids among which the grammar leaves a choice; all others are −100.
     """
     answer, state = grammar.answer_ids(groups), grammar.start()
     ids = [*map(int, query_ids), *answer, *bridging_ids]
@@ -238,6 +224,6 @@ def pad_rows(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tenso
 
 
 def pad_right(rows: Sequence[list[int]], fill: int) -> Tensor:
-    """Return int64 [B, L]: rows of up to L values, filled up."""
+    """Pad rows on the right to int64 [B, L]."""
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])

@@ -1,7 +1,6 @@
-"""The loss of annotated clips: the chain's forward pass with the answers given, on any device.
+"""The loss of annotated clips: the chain's forward pass with given answers, on any device.
 
-The prefix of a clip is computed once and shared by its questions, as in the runtime. The losses are those of the demo,
-without its heads on hidden states. Knows nothing of where clips come from.
+The losses are those of the demo without its auxiliary heads. Must not know where clips come from.
 """
 
 from __future__ import annotations
@@ -13,22 +12,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bridge_stg.model.model import BridgeSTG
-from bridge_stg.model.vision import rms_normalize
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.training.clip_batches import ClipBatch
 from bridge_stg.training.losses import spatial_losses
-from bridge_stg.training.prefix_cache import PrefixCache
+from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
 
 
 class ClipTask:
     """The loss of a batch.
 
     Args:
-        model: on `device`.
-        device: where it computes.
-        train_vision: whether the vision blocks are trained; the mergers may be in any case.
-        bf16: whether products are computed in bfloat16.
+        model: the model, on `device`.
+        device: device of all computation.
+        train_vision: whether the vision blocks get gradients; the mergers always do.
+        bf16: whether matmuls are computed in bfloat16.
     """
 
     def __init__(
@@ -37,11 +35,11 @@ class ClipTask:
         self.model, self.device, self.train_vision, self.bf16 = model, device, train_vision, bf16
 
     def __call__(self, batch: Sequence[ClipBatch] | BridgeError, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the mean loss of the clips, and figures to log."""
+        """Return the mean loss of a batch, and values to log."""
         if isinstance(batch, BridgeError):
             raise batch
         losses, figures = [], []
-        # The device context places what the modules make on the way: centres of patches, masks, ranges.
+        # The device context applies to tensors that the modules create: centres of patches, masks, ranges.
         with self.device:
             for clip in batch:
                 parts, more = self.clip(clip)
@@ -52,7 +50,7 @@ class ClipTask:
         return torch.stack(losses).mean(), {name: sum(values) / len(values) for name, values in means.items()}
 
     def clip(self, batch: ClipBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weighted losses of one clip by name, and other figures."""
+        """Return the weighted losses of one clip by name, and other values to log."""
         config = self.model.config.losses
         ids, target, positive, mask, counted = (
             self.here(t) for t in (batch.input_ids, batch.target, batch.positive, batch.mask, batch.counted)
@@ -66,7 +64,7 @@ class ClipTask:
             taps = self.taps(batch, suffix)
             found = self.model.spatial_decoder.localize(feature_map[None], taps, times[None], mask[None])
         parts, more = {}, {}
-        if choices.any():  # tracking in a single group leaves none
+        if choices.any():  # tracking in a single group has no choices
             parts["language"] = config.language * F.cross_entropy(logits, target[choices])
             more["token_accuracy"] = (logits.argmax(-1) == target[choices]).float().mean()
         if counted.any():
@@ -78,7 +76,7 @@ class ClipTask:
             if (positive & counted).any():
                 parts |= spatial
                 more["iou"] = iou
-            else:  # nothing to find in these frames: the other terms are means of nothing
+            else:  # without positive frames, the other losses are means of no values
                 parts["presence"] = spatial["presence"]
         return parts, more
 
@@ -87,7 +85,7 @@ class ClipTask:
         return tensor.to(self.device, non_blocking=True)
 
     def encoded(self, frames: Tensor) -> Iterator[tuple[list[Tensor], tuple[int, int]]]:
-        """Yield the residual streams of groups uint8 [G, P, height, width, 3] in chunks, with rows and columns."""
+        """Yield the residual streams of chunks of groups uint8 [G, P, height, width, 3], with rows and columns."""
         spec = self.model.spec
         rows, columns = frames.shape[2] // spec.vision.patch_size, frames.shape[3] // spec.vision.patch_size
         tables = [self.here(torch.from_numpy(table)) for table in vision_tables(spec.vision, rows, columns).values()]
@@ -108,23 +106,9 @@ class ClipTask:
         return torch.cat([encoder.feature_map(states[-1], *grid) for states, grid in self.encoded(groups)])
 
     def language(self, batch: ClipBatch, tokens: Tensor, ids: Tensor) -> list[Tensor]:
-        """Return the residual streams [B, L, H] of the rows, after the prefix that they share."""
-        model, prefix = self.model.language_model, batch.prefix
-        text, index, positions = (
-            self.here(torch.from_numpy(array)) for array in (prefix.input_ids, prefix.visual_index, prefix.positions)
-        )
-        visual = F.pad(tokens.float(), (0, 0, 1, 0))[:, index]
-        x = torch.where((index > 0)[:, None], visual[0], model.embed(text[None])[0])[None]
-        rows, length = ids.shape
-        cache = PrefixCache(rows)
-        model.hidden_states(x, positions[:, None], None, cache, visual[1:, None])
-        positions = (prefix.next_position + torch.arange(length)).expand(3, rows, -1)
-        mask = torch.ones(length, len(prefix) + length, dtype=torch.bool).tril(len(prefix))[None, None]
-        return model.hidden_states(model.embed(ids), positions, mask, cache, None)
+        """Return the residual streams [B, L, H] of the rows, after their common prefix."""
+        return prefix_and_suffix_states(self.model.language_model, batch.prefix, tokens, ids, clips=1)[1]
 
     def taps(self, batch: ClipBatch, suffix: list[Tensor]) -> Tensor:
-        """Return taps [T, 1, B, Q, H] of the bridging queries, which end each row."""
-        spec = self.model.spec.language
-        index = self.here(batch.length)[:, None] - spec.num_bridging_queries + torch.arange(spec.num_bridging_queries)
-        rows = torch.arange(len(index))[:, None]
-        return torch.stack([rms_normalize(suffix[layer][rows, index]) for layer in spec.tapped_layers])[:, None]
+        """Return taps [T, 1, B, Q, H] of the bridging queries."""
+        return bridging_taps(self.model.language_model, suffix, self.here(batch.length), clips=1)

@@ -1,4 +1,4 @@
-"""The losses of the spatial side. Boxes are cxcywh in 0..1, float32."""
+"""The losses of the spatial decoder. Boxes are cxcywh in 0..1, float32."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def box_iou_giou(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def heat_target(boxes: Tensor, rows: int, columns: int) -> Tensor:
-    """Return a distribution [..., rows·columns]: patches centred in the box's inner 80 %, else the nearest."""
+    """Return a distribution [..., rows·columns] over patches with centres in the box's inner 80 %, else the nearest."""
     offset = patch_centres(rows, columns) - boxes[..., None, :2]
     inside = (offset.abs() < boxes[..., None, 2:] * 0.4).all(-1).float()
     target = inside + 1e-6 * torch.exp(-50 * offset.pow(2).sum(-1))
     return target / target.sum(-1, keepdim=True)
 
 
-def spatial_losses(
+def spatial_losses(  # noqa: PLR0917 - each is a different tensor or config
     found: Localization, boxes: Tensor, positive: Tensor, valid: Tensor, grid: tuple[int, int], config: LossConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return weighted losses by name, and the mean IoU of the last boxes.
 
     Args:
-        found: a pass of the spatial decoder.
-        boxes: truth [V, B, F, 4]; read at positive frames only.
-        positive: bool [V, B, F], the target is in the frame.
-        valid: bool [V, B, F], the frame counts for the query.
+        found: output of the spatial decoder.
+        boxes: true boxes [V, B, F, 4]; only those of positive frames are read.
+        positive: bool [V, B, F], whether the target is in the frame.
+        valid: bool [V, B, F], whether the frame counts for the query.
         grid: (rows, columns) of the feature map.
-        config: weights.
+        config: loss weights.
     """
     positive = positive & valid
     weights = [0.5] * (len(found.boxes) - 1) + [1.0]
@@ -72,7 +72,7 @@ def spatial_losses(
 def contrastive_loss(found: Localization, positive: Tensor, valid: Tensor, temperature: float) -> Tensor:
     """Return InfoNCE (van den Oord et al., arXiv 1807.03748) between bridging queries and frames.
 
-    A query's summary is pulled to the content of the frames of its tube, and pushed from its frames without the target.
+    A query's summary is attracted by the content of frames with the target, and repelled by its other frames.
     """
     summary, content = F.normalize(found.summary.float(), dim=-1), F.normalize(found.content.float(), dim=-1)
     similarity = (summary[:, :, None] * content).sum(-1) / temperature

@@ -1,22 +1,62 @@
-"""Training's KV cache: the prefix of a video is computed once, with gradients, and shared by its questions."""
+"""The LLM's forward pass in training: a video's prefix is computed once, with gradients, and shared by its queries."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from bridge_stg.model.language_model import LanguageModel
+from bridge_stg.model.vision import rms_normalize
+from bridge_stg.runtime.chain.prompt import Segment
 
 
 class PrefixCache:
-    """Keys and values of V prefixes, then of V·B suffixes that follow them."""
+    """Keys and values of V prefixes, then of the V·B suffixes that follow them."""
 
     def __init__(self, rows_per_prefix: int) -> None:
         self.rows = rows_per_prefix
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store the first call of a layer; in the second, put what was stored in front."""
+        """Store the keys and values of a layer's first call; return them before those of its second call."""
         if layer_idx not in self.stored:
             self.stored[layer_idx] = (key, value)
             return key, value
         old = (tensor.repeat_interleave(self.rows, 0) for tensor in self.stored[layer_idx])
         return tuple(torch.cat([before.to(new.dtype), new], 2) for before, new in zip(old, (key, value)))  # type: ignore[return-value]
+
+
+def prefix_and_suffix_states(
+    model: LanguageModel, prefix: Segment, tokens: Tensor, input_ids: Tensor, *, clips: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the residual streams of the prefixes [V, L0, H] of V clips, and of the B rows [V·B, L, H] after each.
+
+    `prefix` is the prompt's video segment, `tokens` are the visual tokens [1+D, V·n, H] of all clips, and `input_ids`,
+    int64 [V·B, L], are the rows.
+    """
+    text, index, positions = (
+        torch.from_numpy(array).to(input_ids.device, non_blocking=True)
+        for array in (prefix.input_ids, prefix.visual_index, prefix.positions)
+    )
+    visual = F.pad(tokens.unflatten(1, (clips, -1)).float(), (0, 0, 1, 0))[:, :, index]
+    x = torch.where((index > 0)[:, None], visual[0], model.embed(text[None]))
+    rows, length = input_ids.shape
+    cache = PrefixCache(rows // clips)
+    prefix_states = model.hidden_states(x, positions[:, None].expand(-1, clips, -1), None, cache, visual[1:])
+    positions = (prefix.next_position + torch.arange(length)).expand(3, rows, -1)
+    mask = torch.ones(length, len(prefix) + length, dtype=torch.bool).tril(len(prefix))[None, None]
+    return prefix_states, model.hidden_states(model.embed(input_ids), positions, mask, cache, None)
+
+
+def bridging_taps(model: LanguageModel, states: list[Tensor], length: Tensor, *, clips: int) -> Tensor:
+    """Return taps [T, V, B, Q, H] of the bridging queries, which end each row of `states`.
+
+    `length`, int64 [V·B], are the lengths of the rows without padding.
+    """
+    count = model.spec.num_bridging_queries
+    index = length[:, None] - count + torch.arange(count)
+    rows = torch.arange(len(index))[:, None]
+    taps = torch.stack([rms_normalize(states[layer][rows, index]) for layer in model.spec.tapped_layers])
+    by_clip: Tensor = taps.unflatten(1, (clips, -1))
+    return by_clip

@@ -1,43 +1,30 @@
-"""A resumable training loop: steps, learning rate, checkpoints and a log. Knows nothing of what is trained."""
+"""A resumable training loop: steps, learning rate, saved states and a log. Must not know the model and its data."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.host.files import replacing
 
 CHECKPOINT_SECONDS = 300.0
 LOG_EVERY = 50
 
 
-class BatchesByStep(Dataset[Any]):
-    """Batch number `step` follows from the seed and the step alone, so that a resumed run sees the same data."""
-
-    def __init__(self, make: Callable[[int], Any], first: int, total: int) -> None:
-        self.make, self.first, self.total = make, first, total
-
-    def __len__(self) -> int:
-        return self.total - self.first
-
-    def __getitem__(self, index: int) -> Any:
-        return self.make(self.first + index)
-
-
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
-    """Return the rate at `step`: linear warm-up, then a cosine to 3 % of the peak."""
+    """Return the learning rate of `step`: linear warm-up, then a cosine down to 3 % of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
     return peak * min(1.0, (step + 1) / warmup) * (0.97 * cosine + 0.03)
 
@@ -60,28 +47,28 @@ def run_stage(
     """Train `model` for `total_steps`, saving to `folder/<name>.safetensors` at least every five minutes.
 
     Args:
-        name: the stage, used for file names and in the log.
-        model: what is saved.
-        groups: AdamW parameter groups; `scale` multiplies the rate of a group.
-        loss: takes (batch, step), returns the loss and figures to log.
-        make_batch: takes a step, returns its batch; runs in a worker process.
-        folder: where state and `log.jsonl` go.
-        total_steps: steps of the whole stage, resumed ones included.
+        name: name of the stage, for file names and the log.
+        model: module to save.
+        groups: AdamW parameter groups; an entry `scale` multiplies the learning rate of a group.
+        loss: function of (batch, step) that returns the loss and values to log.
+        make_batch: function that returns the batch of a step, independent of earlier steps; runs in a worker process.
+        folder: folder of the state and `log.jsonl`.
+        total_steps: number of steps of the whole stage, including those before resuming.
         peak_rate: largest learning rate.
-        warmup: steps of linear warm-up.
-        resume: go on from the saved state if there is one.
-        workers: data processes; 0 makes batches in this process.
-        every: called at each checkpoint with the step; returns figures to log.
+        warmup: number of steps of linear warm-up.
+        resume: whether to continue from the saved state, if one exists.
+        workers: number of worker processes; 0: make batches in this process.
+        every: function of the step that returns more values to log; called at each save.
     """
     scales = [group.pop("scale", 1.0) for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.02)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     path = folder / f"{name}.safetensors"
     first, seconds = load_state(path, model, optimizer) if resume and path.exists() else (0, 0.0)
+    steps, collate, prefetch = range(first, total_steps), cast(Any, make_batch), 4 if workers else None
     loader: Iterable[Any] = DataLoader(
-        BatchesByStep(make_batch, first, total_steps), batch_size=None, num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )  # fmt: skip
+        cast(Any, steps), batch_size=None, collate_fn=collate, num_workers=workers, prefetch_factor=prefetch
+    )
     started, saved, sums = time.monotonic() - seconds, time.monotonic(), []
     progress = tqdm(loader, name, total=total_steps, initial=first, unit="step", mininterval=5)
     for step, batch in enumerate(progress, first):
@@ -89,10 +76,8 @@ def run_stage(
             group["lr"] = scale * learning_rate(step, total_steps, peak_rate, warmup)
         value, figures = loss(batch, step)
         if not torch.isfinite(value):
-            raise CheckpointError(
-                "training.diverged",
-                f"stage {name}: the loss is {value.item()} at step {step}; {path} holds an earlier state",
-            )
+            message = f"stage {name}: the loss is {value.item()} at step {step}; {path} contains an earlier state"
+            raise CheckpointError("training.diverged", message)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -112,24 +97,23 @@ def run_stage(
 
 
 def log(folder: Path, **figures: Any) -> None:
-    """Append one line of figures to `folder/log.jsonl`."""
+    """Append one line to `folder/log.jsonl`."""
     rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
     with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(rounded) + "\n")
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
-    """Write model, optimizer moments and step, by rename, so that a kill leaves the last state whole."""
+    """Write model, optimizer moments and step; an interrupted write leaves the previous state."""
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in state.items()}
-    partial = path.with_suffix(".partial")
-    save_file(_without_sharing(tensors), partial, {"step": str(step), "seconds": str(seconds)})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(_without_sharing(tensors), partial, {"step": str(step), "seconds": str(seconds)})
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[int, float]:
-    """Read what `save_state` wrote, and return (step, seconds)."""
+    """Load a state written by `save_state`, and return (step, seconds)."""
     moments: dict[int, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
         meta, names = file.metadata(), list(file.keys())
@@ -141,16 +125,14 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {k for k in missing if k.endswith("lm_head.weight")}
     if set(missing) - tied or unexpected:
-        raise CheckpointError(
-            "training.wrong_state",
-            f"{path}: does not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]})",
-        )
+        message = f"{path}: does not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]})"
+        raise CheckpointError("training.wrong_state", message)
     if optimizer is not None:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(meta["step"]), float(meta["seconds"])
 
 
 def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop tied duplicates: safetensors stores no shared memory."""
+    """Drop tied duplicates, since safetensors does not store shared memory."""
     seen: dict[int, str] = {}
     return {k: v for k, v in tensors.items() if v.numel() == 0 or seen.setdefault(v.data_ptr(), k) == k}

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bridge_stg.checkpoint.checkpoint import build_model, check_folder, check_weights, load_tokenizer, open_weights
+from bridge_stg.checkpoint.checkpoint import open_checkpoint
 from bridge_stg.checkpoint.weight_store import WeightStore
-from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.model import BridgeSTG
 
 
@@ -28,14 +27,8 @@ def open_skeleton(checkpoint: Path | str) -> tuple[BridgeSTG, WeightStore]:
     Raises:
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or of another shape.
     """
-    folder = Path(checkpoint)
-    check_folder(folder)
-    config = BridgeSTGConfig.load(folder)
-    store = open_weights(folder, config)
-    tokenizer = load_tokenizer(folder)
     with torch.device("meta"):
-        model = build_model(config, tokenizer, where=folder / "config.json")
-    check_weights(model, store)
+        model, store = open_checkpoint(checkpoint)
     for name, value in model.fixed_buffers().items():
         owner, _, buffer = name.rpartition(".")
         setattr(model.get_submodule(owner), buffer, value)

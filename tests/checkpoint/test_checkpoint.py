@@ -1,4 +1,4 @@
-"""Checkpoint folders: what is written is read back, and what is damaged is named."""
+"""Checkpoint folders: round trips, and errors that name the damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bridge_stg.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from bridge_stg.model.config import BridgeSTGConfig
-from bridge_stg.runtime.errors import CheckpointError
+from tests.errors import raises
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_half_precision_overflow_is_named(tiny_model, tokenizer_path, tmp_path):
     before = weight.data.clone()
     try:
         weight.data[0] = 1e6
-        with pytest.raises(CheckpointError, match=r"spatial_decoder\.vote\.0\.bias"):
+        with raises("checkpoint.not_finite", "spatial_decoder.vote.0.bias", "torch.float16"):
             save_checkpoint(tiny_model, tmp_path / "c", tokenizer_path)
         assert not (tmp_path / "c").exists()
     finally:
@@ -66,65 +66,77 @@ def change_weights(folder: Path, change) -> None:
 
 
 BREAKAGES = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "config is not json": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected an object"),
-    "another model": (lambda f: change_config(f, model_type="llama"), "model_type is 'llama'"),
-    "another backbone": (lambda f: change_config(f, backbone={"model_type": "llava"}), "backbone"),
-    "unknown field": (lambda f: change_config(f, colour=1), "unknown field colour"),
-    "tap beyond the layers": (lambda f: change_config(f, bridging={"num_queries": 3, "tapped_layers": [9]}), r"\[9\]"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
-    "cut weights": (lambda f: (f / "model.safetensors").write_bytes(b"\x10" * 99), "not a whole safetensors file"),
-    "missing key": (lambda f: change_weights(f, lambda t: t.pop("bridging.queries.weight")), "misses bridging.queries"),
-    "extra key": (lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(1))), "unexpectedly, extra"),
+    "no config": (lambda f: (f / "config.json").unlink(), "missing_file", ["config.json"]),
+    "config is not json": (lambda f: (f / "config.json").write_text("{"), "bad_config", ["config.json"]),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "bad_config", ["config.json", "list"]),
+    "another model": (lambda f: change_config(f, model_type="llama"), "wrong_model_type", ["'llama'"]),
+    "another backbone": (
+        lambda f: change_config(f, backbone={"model_type": "llava"}), "unsupported_backbone", ["config.json", "'llava'"]
+    ),
+    "unknown field": (lambda f: change_config(f, colour=1), "bad_config", ["config.json", "colour"]),
+    "tap beyond the layers": (
+        lambda f: change_config(f, bridging={"num_queries": 3, "tapped_layers": [9]}), "bad_config", ["[9]"]
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "missing_file", ["model.safetensors"]),
+    "cut weights": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x10" * 99), "damaged", ["model.safetensors", "99"]
+    ),
+    "missing key": (
+        lambda f: change_weights(f, lambda t: t.pop("bridging.queries.weight")), "missing_tensor",
+        ["bridging.queries.weight"],
+    ),
+    "extra key": (
+        lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(1))), "unexpected_tensor", ["extra"]
+    ),
     "wrong shape": (
         lambda f: change_weights(f, lambda t: t.update({"bridging.queries.weight": torch.ones(2, 2)})),
-        r"bridging\.queries\.weight has shape \[2, 2\]",
+        "wrong_shape", ["bridging.queries.weight", "[2, 2]"],
     ),
     "not finite": (
-        lambda f: change_weights(f, lambda t: t["bridging.queries.weight"].fill_(float("nan"))), "not finite"
+        lambda f: change_weights(f, lambda t: t["bridging.queries.weight"].fill_(float("nan"))),
+        "not_finite", ["model.safetensors", "bridging.queries.weight"],
     ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "is not a tokenizer.json"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "missing_file", ["tokenizer.json"]),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "bad_tokenizer", ["tokenizer.json"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_damage_is_named(folder, name):
-    damage, message = BREAKAGES[name]
+    damage, code, values = BREAKAGES[name]
     damage(folder)
-    with pytest.raises(CheckpointError, match=message):
+    with raises(f"checkpoint.{code}", *values):
         load_checkpoint(folder)
 
 
-def test_pickle_is_refused_by_name(folder):
+def test_pickle_is_rejected_by_name(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin, but pickle files are never read"):
+    with raises("checkpoint.missing_file", "pytorch_model.bin", "pickle"):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("path, message", [("nowhere", "no such folder"), ("file", "is a file")])
-def test_not_a_folder(tmp_path, path, message):
+@pytest.mark.parametrize("path", ["nowhere", "file"])
+def test_not_a_folder(tmp_path, path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=message):
+    with raises("checkpoint.not_found", tmp_path / path):
         load_checkpoint(tmp_path / path)
 
 
 @pytest.mark.parametrize(
-    "section, name, value, message",
+    "section, name, value, printed",
     [
-        ("spatial_decoder", "num_heads", 0, "num_heads is 0"),
-        ("spatial_decoder", "num_heads", -1, "num_heads is -1"),
-        ("spatial_decoder", "num_heads", 7, "does not divide by num_heads 7"),
-        ("spatial_decoder", "num_layers", 10**12, "num_layers is 1000000000000"),
-        ("spatial_decoder", "width", float("nan"), "width is NaN"),
-        ("bridging", "num_queries", True, "num_queries is true"),
+        ("spatial_decoder", "num_heads", 0, 0),
+        ("spatial_decoder", "num_heads", -1, -1),
+        ("spatial_decoder", "num_heads", 7, 7),
+        ("spatial_decoder", "num_layers", 10**12, 10**12),
+        ("spatial_decoder", "width", float("nan"), "NaN"),
+        ("bridging", "num_queries", True, "true"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused(tiny_model, section, name, value, message):
+def test_sizes_that_no_model_has_are_rejected(tiny_model, section, name, value, printed):
     values = json.loads(json.dumps(tiny_model.config.to_dict()))
     values[section][name] = value
-    with pytest.raises(CheckpointError, match=message):
+    with raises("checkpoint.bad_config", name, printed):
         BridgeSTGConfig.from_dict(values)
 
 

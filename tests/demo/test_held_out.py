@@ -1,11 +1,11 @@
-"""The figures themselves: a perfect answer scores 1, a missing one 0, and the controls change what they say."""
+"""The held-out scores: 1 for a perfect result, 0 for a missing one, and controls that manipulate their inputs."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from bridge_stg.demo.held_out import Remembered, ShuffledTimes, held_out_clips, measure, score
+from bridge_stg.demo.held_out import Memoized, ShuffledTimes, held_out_clips, measure, score
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
@@ -15,14 +15,14 @@ def clip():
     return next(iter(held_out_clips(1)))
 
 
-def grounding(clip, question, *, found: bool = True, shift: float = 0.0) -> Grounding:
-    """Return the true tube of a question as a result, its boxes moved by `shift` widths."""
-    truth, boxes = clip.truth(question)
+def grounding(clip, query, *, found: bool = True, shift: float = 0.0) -> Grounding:
+    """Return the true tube of a query as a result, with boxes moved by `shift` widths."""
+    truth, boxes = clip.truth(query)
     boxes = boxes[truth] + (boxes[truth][:, 2:3] - boxes[truth][:, :1]) * [shift, 0, shift, 0]
     ones = np.ones(len(boxes), np.float32)
     frames = FrameBoxes(clip.times[truth], boxes.astype(np.float32), ones, ones > 0, ones < 0)
     return Grounding(
-        query=question.text, found=found, span=(0.0, 1.0) if found else None, tube=None,
+        query=query.text, found=found, span=(0.0, 1.0) if found else None, tube=None,
         boxes=frames if found else None, size=(clip.scene.width, clip.scene.height), answer="",
         coarse=CoarseChoice(2.0, (192, 192), 1, 36, None),
         named_span=None, scores={}, tokens={}, timings={},
@@ -33,7 +33,7 @@ def test_a_perfect_tube_scores_one(clip):
     assert score(clip, clip.named, grounding(clip, clip.named)) == pytest.approx((1, 1), abs=1e-5)
 
 
-def test_half_a_box_aside_scores_a_third(clip):
+def test_a_shift_by_half_a_box_scores_a_third(clip):
     assert score(clip, clip.named, grounding(clip, clip.named, shift=0.5)) == pytest.approx((1, 1 / 3), abs=1e-3)
 
 
@@ -42,7 +42,7 @@ def test_nothing_found_scores_zero(clip):
 
 
 class Echo:
-    """A session that returns what it was fed, and counts."""
+    """A session that returns its inputs and counts its calls."""
 
     graph = allocate_cache = None
 
@@ -57,13 +57,13 @@ class Echo:
         pass
 
 
-def test_remembered_computes_once_until_it_forgets():
+def test_memoized_computes_once_until_it_is_cleared():
     echo = Echo()
-    session = Remembered(echo)
+    session = Memoized(echo)
     for value in (1, 1, 2, 1):
         assert session.infer({"x": np.full(3, value)})["x"][0] == value
     assert echo.calls == 2
-    session.forget()
+    session.clear()
     session.infer({"x": np.full(3, 1)})
     assert echo.calls == 3
 

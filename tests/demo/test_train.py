@@ -14,8 +14,8 @@ from bridge_stg.demo.batches import QUERIES_PER_CLIP, BatchMaker
 from bridge_stg.demo.train import train_demo
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.chain.prompt import Tokenizer
-from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.training.train_loop import learning_rate, run_stage
+from tests.errors import raises
 
 
 def stage(folder, total: int, *, stop_at: int | None = None, resume: bool = True, bad_at: int | None = None):
@@ -57,7 +57,7 @@ def test_the_log_holds_figures_of_every_step(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_reason(tmp_path):
-    with pytest.raises(CheckpointError, match="loss is nan at step 4"):
+    with raises("training.diverged", "nan", "step 4"):
         stage(tmp_path / "run", 20, bad_at=4)
 
 

@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from bridge_stg.checkpoint.checkpoint import checkpoint_key
+from bridge_stg.checkpoint.safetensors_file import rename_key
 from bridge_stg.model.backbones import backbone
 from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
 from bridge_stg.model.model import BridgeSTG
@@ -83,7 +84,7 @@ def our_model(folder: Path) -> BridgeSTG:
     )  # fmt: skip
     model = BridgeSTG(config).eval()
     stored = {
-        our_key(key, family.key_prefixes): value for key, value in load_file(folder / "model.safetensors").items()
+        rename_key(key, family.key_prefixes): value for key, value in load_file(folder / "model.safetensors").items()
     }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,14 +92,6 @@ def our_model(folder: Path) -> BridgeSTG:
                 parameter.copy_(stored.pop(checkpoint_key(name)))
     assert not stored
     return model
-
-
-def our_key(key: str, prefixes: Any) -> str:
-    """Return a published key in our spelling: the longest prefix that fits counts."""
-    for prefix in sorted(prefixes, key=len, reverse=True):
-        if key.startswith(prefix):
-            return prefixes[prefix] + key[len(prefix) :]
-    return key
 
 
 @dataclass

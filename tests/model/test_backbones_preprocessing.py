@@ -119,7 +119,7 @@ def test_a_video_is_cut_into_temporal_patches_as_by_the_processor(family: str) -
 def test_group_times_are_printed_as_by_the_processor(count: int) -> None:
     indices, fps = [15 * i for i in range(count)], 30.0
     times = np.array([i / fps for i in indices] + [indices[-1] / fps] * (count % 2)).reshape(-1, 2)
-    theirs = Qwen3VLProcessor._calculate_timestamps(None, list(indices), fps, 2)
+    theirs = Qwen3VLProcessor._calculate_timestamps(None, list(indices), fps, 2)  # noqa: SLF001 - no public way
     np.testing.assert_allclose(times.mean(1), theirs)
     ours = time_strings(times.mean(1), model_spec("qwen3_vl").prompt)
     assert ours == [f"<{time:.1f} seconds>" for time in theirs]

@@ -1,7 +1,4 @@
-"""What a backbone must provide: a config, two torch modules, and the family's rules around them.
-
-docs/adapters.md explains each part and adds a family step by step.
-"""
+"""The interface of a backbone: a config, two torch modules, and the family's rules. docs/adapters.md explains it."""
 
 from __future__ import annotations
 
@@ -25,15 +22,21 @@ class Backbone(ABC):
     """One family of vision-language models.
 
     Attributes:
-        family: its `model_type`.
-        key_prefixes: beginnings of the keys found in published folders → ours, which are those of transformers 5
-            (`model.visual.`, `model.language_model.`, `lm_head.`); the longest that fits counts, other keys stay.
-        image_mean: of the family's image processor, RGB in 0..1.
-        image_std: likewise.
+        family: value of `model_type`.
+        key_prefixes: prefixes of published keys → prefixes in transformers 5 (`model.visual.`,
+            `model.language_model.`, `lm_head.`), which are used here. The longest match is replaced; other keys stay.
+        image_mean: mean that the family's image processor subtracts, RGB in 0..1.
+        image_std: standard deviation that it divides by, RGB in 0..1.
     """
 
     family: ClassVar[str]
-    key_prefixes: ClassVar[Mapping[str, str]]
+    key_prefixes: ClassVar[Mapping[str, str]] = {
+        "visual.": "model.visual.",
+        "model.layers.": "model.language_model.layers.",
+        "model.embed_tokens.": "model.language_model.embed_tokens.",
+        "model.norm.": "model.language_model.norm.",
+        "language_model.": "model.language_model.",
+    }
     image_mean: ClassVar[tuple[float, float, float]]
     image_std: ClassVar[tuple[float, float, float]]
 
@@ -43,73 +46,60 @@ class Backbone(ABC):
 
     @abstractmethod
     def vision_spec(self, config: Any, *, mean: Sequence[float], std: Sequence[float]) -> VisionSpec:
-        """Return the vision encoder's geometry; it says which position tables the encoder is fed."""
+        """Return the geometry of the vision encoder, which decides the position tables among its inputs."""
 
     @abstractmethod
     def vision_encoder(self, config: Any, spec: VisionSpec, *, attention: str) -> VisionEncoder:
-        """Return the vision encoder with random weights in float32.
-
-        Args:
-            config: what `config` returned.
-            spec: what `vision_spec` returned.
-            attention: name in transformers' attention registry.
-        """
+        """Return the vision encoder with random weights in float32, which calls a registered attention function."""
 
     @abstractmethod
     def text_model(self, config: Any, *, attention: str) -> nn.Module:
         """Return the decoder with random weights in float32: `embed_tokens`, `layers`, `norm` and `rotary_emb`.
 
         A layer is called as `layer(x, position_embeddings=(cos, sin), attention_mask=…, past_key_values=cache)`, and
-        hands other keyword arguments on to the attention function.
+        passes other keyword arguments to the attention function.
         """
 
     @abstractmethod
     def rotary_axes(self, text_config: Any) -> Tensor:
-        """Return int64 [head_dim / 2]: which position (0 time, 1 row, 2 column) each rotary frequency reads."""
+        """Return the position (0 time, 1 row, 2 column) of each rotary frequency, int64 [head_dim / 2]."""
 
     @abstractmethod
     def prompt(self) -> PromptSpec:
-        """Return the prompt that a new checkpoint of this family starts from: the chat template around one video."""
+        """Return the prompt of a new checkpoint: the family's chat template around one video."""
 
     @abstractmethod
     def frames(self) -> FramesSpec:
-        """Return the frame rates and sizes that a new checkpoint of this family starts from."""
+        """Return the frame rates and sizes of a new checkpoint."""
 
     def config(self, values: Mapping[str, Any]) -> Any:
-        """Return transformers' config object of a backbone.
-
-        Args:
-            values: the backbone's own `config.json`.
+        """Return transformers' config object for the values of a backbone's `config.json`.
 
         Raises:
-            CheckpointError: transformers refuses it, or it asks for what the graphs cannot do.
+            CheckpointError: transformers rejects the config, or the graphs do not support it.
         """
         # A copy, since transformers completes nested values in place.
         values = {key: copy.deepcopy(value) for key, value in values.items() if key != "model_type"}
         if values.get("quantization_config"):
             method = dict(values["quantization_config"]).get("quant_method", "an unnamed method")
-            raise CheckpointError(
-                "checkpoint.unsupported_dtype",
-                f"the backbone's weights are quantized ({method}); start from the model that they were made from",
-            )
+            message = f"the backbone's weights are quantized ({method}); start from the model that they were made from"
+            raise CheckpointError("checkpoint.unsupported_dtype", message)
         for part, named in (("vision_config", ()), ("text_config", ("num_hidden_layers", "hidden_size"))):
             if not values.get(part) and not (named and all(name in values for name in named)):
-                raise CheckpointError(
-                    "checkpoint.bad_config", f"the backbone's config has no {part}; a {self.family} model has one"
-                )
+                message = f"the backbone's config has no {part}; a {self.family} model has one"
+                raise CheckpointError("checkpoint.bad_config", message)
         for part in ("vision_config", "text_config"):
             check_counts(values.get(part) or values, f"the backbone's {part if values.get(part) else 'config'}")
         try:
             config = self.build_config(values)
         except Exception as error:  # transformers validates configs with many exception types
-            raise CheckpointError(
-                "checkpoint.bad_config", f"the backbone's config is refused by transformers ({error})"
-            ) from error
+            message = f"transformers rejects the backbone's config ({error})"
+            raise CheckpointError("checkpoint.bad_config", message) from error
         check_text(config.text_config)
         return config
 
     def language_spec(self, config: Any, *, num_bridging_queries: int, tapped_layers: Sequence[int]) -> LanguageSpec:
-        """Return the sizes that shape the KV cache and the ids."""
+        """Return the sizes of the KV cache and the vocabulary."""
         text = config.text_config
         heads = text.num_attention_heads
         return LanguageSpec(
@@ -130,47 +120,61 @@ MOST = {
     "out_hidden_size": 2**20, "vocab_size": 2**24, "max_position_embeddings": 2**30, "patch_size": 2**10,
     "spatial_merge_size": 2**6, "temporal_patch_size": 2**6,
 }  # fmt: skip
-"""Beyond any model that is known; a slip of the pen would otherwise be built, layer by layer."""
+"""Upper limits, larger than in any known model, so that a typo does not start to build a huge model."""
 
 
 def check_counts(section: Mapping[str, Any], where: str) -> None:
-    """Refuse counts and sizes that no model has; one that is missing or None is left to transformers.
-
-    Raises:
-        CheckpointError: the message names the field.
-    """
+    """Raise CheckpointError if a count or size is beyond MOST; missing values are left to transformers."""
     for name, most in MOST.items():
         value = section.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise CheckpointError(
-                "checkpoint.bad_config", f"{where} has {name} {value!r}; expected a whole number from 1 to {most}"
-            )
+            message = f"{where} has {name} {value!r}; expected a whole number from 1 to {most}"
+            raise CheckpointError("checkpoint.bad_config", message)
 
 
 def check_text(text: Any) -> None:
-    """Refuse what the language model's graph does not do.
-
-    Raises:
-        CheckpointError: sliding-window attention, or rotary frequencies that follow the input's length.
-    """
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        raise CheckpointError(
-            "checkpoint.unsupported_backbone",
-            "the backbone's text_config asks for sliding-window attention (use_sliding_window), but the graphs attend "
-            "to their whole KV cache; set use_sliding_window to false if the model was not trained with it",
-        )
+    """Raise CheckpointError for sliding-window attention and rotary frequencies that depend on the input's length."""
     kind = (text.rope_parameters or {}).get("rope_type", "default")
-    if kind not in FIXED_ROTARY:
-        raise CheckpointError(
-            "checkpoint.unsupported_backbone",
-            f"the backbone's text_config has rope_type {kind!r}, whose frequencies follow the input's length; "
-            f"supported: {', '.join(FIXED_ROTARY)}",
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        problem = (
+            "has sliding-window attention (use_sliding_window), but the graphs attend to their whole KV cache; set "
+            "use_sliding_window to false if the model was not trained with it"
         )
+    elif kind not in FIXED_ROTARY:
+        problem = f"has rope_type {kind!r}, which depends on the input's length; supported: {', '.join(FIXED_ROTARY)}"
+    else:
+        return
+    raise CheckpointError("checkpoint.unsupported_backbone", f"the backbone's text_config {problem}")
 
 
 def build(model: type, config: Any, *, attention: str) -> nn.Module:
-    """Return a model of transformers' in float32, whatever dtype its config names."""
-    built: nn.Module = model._from_config(config, attn_implementation=attention, dtype=torch.float32)  # type: ignore[attr-defined]
+    """Return a model of transformers with random weights in float32, whatever dtype its config names."""
+    options = {"attn_implementation": attention, "dtype": torch.float32}
+    built: nn.Module = model._from_config(config, **options)  # type: ignore[attr-defined]  # noqa: SLF001 - no public way
     return built
+
+
+def vision_geometry(family: str, vision: Any, mean: Sequence[float], std: Sequence[float], **more: Any) -> VisionSpec:
+    """Return the spec of an encoder whose `vision_config` has Qwen's field names; `more` holds the family's fields."""
+    return VisionSpec(
+        family=family,
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        hidden_size=vision.hidden_size,
+        head_dim=vision.hidden_size // vision.num_heads,
+        rope_theta=float(vision.rope_parameters["rope_theta"]),
+        image_mean=tuple(mean),
+        image_std=tuple(std),
+        **more,
+    )
+
+
+def frames_for(token_pixels: int) -> FramesSpec:
+    """Return frame sizes of at most 128 visual tokens per coarse group and 256 per fine frame."""
+    return FramesSpec(
+        coarse_fps=2.0, coarse_max_pixels=128 * token_pixels, coarse_min_pixels=16 * token_pixels, max_coarse_groups=64,
+        fine_fps=4.0, fine_max_pixels=256 * token_pixels, fine_min_pixels=64 * token_pixels, max_fine_frames=64,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (arXiv 2502.13923): most blocks of the encoder attend in windows, and MRoPE is split in sections."""
+"""Qwen2.5-VL (arXiv 2502.13923): windowed attention in most blocks of the encoder, and MRoPE in sections."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 
-from bridge_stg.model.backbones.interface import Backbone, build
+from bridge_stg.model.backbones.interface import Backbone, build, frames_for, vision_geometry
 from bridge_stg.model.vision import VisionEncoder, Windows
 from bridge_stg.runtime.bundle.spec import FramesSpec, PromptSpec, VisionSpec
 
 
-class Qwen2_5VLEncoder(VisionEncoder):  # noqa: N801
+class Qwen2_5VLEncoder(VisionEncoder):
     """Encode groups of frames; the blocks of `fullatt_block_indexes` attend to the whole group, others in windows.
 
-    transformers reorders the patches window by window, and back at the end. Here they stay in merge order, and only
-    queries, keys and values are gathered: what comes out is the same, and feature maps need no order of their own.
+    transformers reorders the patches by window, and back at the end. Here they stay in merge order, and only queries,
+    keys and values are gathered: the results are equal, and feature maps need no reordering.
     """
 
-    def hidden_states(
+    def hidden_states(  # noqa: PLR0917 - the graph's inputs
         self, frames: Tensor, cos: Tensor, sin: Tensor, window_index: Tensor, window_mask: Tensor, window_place: Tensor
     ) -> list[Tensor]:
         """Return the residual stream [G, N, C] after each block, in merge order."""
@@ -44,15 +44,10 @@ class Qwen2_5VLEncoder(VisionEncoder):  # noqa: N801
         merged: Tensor = self.model.merger(states[-1].flatten(0, 1))
         return merged[None]
 
-    def forward(
-        self,
-        frames: Tensor,
-        rotary_cos: Tensor,
-        rotary_sin: Tensor,
-        window_index: Tensor,
-        window_mask: Tensor,
+    def forward(  # noqa: PLR0917 - the graph's inputs
+        self, frames: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, window_index: Tensor, window_mask: Tensor,
         window_place: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Encode frames.
 
         Args:
@@ -70,43 +65,29 @@ class Qwen2_5VLEncoder(VisionEncoder):  # noqa: N801
         return self.outputs(frames, states)
 
 
-class Qwen2_5VL(Backbone):  # noqa: N801
-    """The adapter."""
+class Qwen2_5VL(Backbone):
+    """Encode frames uint8 [G, P, height, width, 3], given the tables of `chain.positions.vision_tables`.
+
+    Returns visual_tokens [1+D, G·N/merge², H] and feature_map [G, h, w, C], taken before the patch merger.
+    """
 
     family = "qwen2_5_vl"
-    key_prefixes = {
-        "visual.": "model.visual.",
-        "model.layers.": "model.language_model.layers.",
-        "model.embed_tokens.": "model.language_model.embed_tokens.",
-        "model.norm.": "model.language_model.norm.",
-        "language_model.": "model.language_model.",
-    }
     image_mean = (0.48145466, 0.4578275, 0.40821073)
     image_std = (0.26862954, 0.26130258, 0.27577711)
 
     def build_config(self, values: Mapping[str, Any]) -> Qwen2_5_VLConfig:
-        """See `Backbone.build_config`. Published configs are flat: the text's values stand beside `vision_config`."""
+        """See `Backbone.build_config`. Published configs are flat: text values are siblings of `vision_config`."""
         return Qwen2_5_VLConfig(**values)
 
     def vision_spec(self, config: Any, *, mean: Sequence[float], std: Sequence[float]) -> VisionSpec:
         """See `Backbone.vision_spec`."""
         vision = config.vision_config
         merge = vision.spatial_merge_size
-        return VisionSpec(
-            family=self.family,
-            patch_size=vision.patch_size,
-            merge_size=merge,
-            temporal_patch_size=vision.temporal_patch_size,
-            hidden_size=vision.hidden_size,
-            head_dim=vision.hidden_size // vision.num_heads,
-            deepstack_levels=0,
-            position_grid=0,
-            rope_theta=float(vision.rope_parameters["rope_theta"]),
-            image_mean=tuple(mean),
-            image_std=tuple(std),
+        return vision_geometry(
+            self.family, vision, mean, std, deepstack_levels=0, position_grid=0,
             window_patches=vision.window_size // merge // vision.patch_size * merge,
             tokens_per_second=float(vision.tokens_per_second),
-        )
+        )  # fmt: skip
 
     def vision_encoder(self, config: Any, spec: VisionSpec, *, attention: str) -> VisionEncoder:
         """See `Backbone.vision_encoder`."""
@@ -118,21 +99,17 @@ class Qwen2_5VL(Backbone):  # noqa: N801
         return build(Qwen2_5_VLTextModel, config.text_config, attention=attention)
 
     def rotary_axes(self, text_config: Any) -> Tensor:
-        """Sectioned MRoPE: first the frequencies that read the time, then those of the row, then of the column."""
+        """Return sectioned MRoPE: first the frequencies of the time, then of the row, then of the column."""
         sections = text_config.rope_parameters.get("mrope_section", (16, 24, 24))
         return torch.tensor([i % 3 for i, length in enumerate(sections) for _ in range(length)])
 
     def prompt(self) -> PromptSpec:
-        """The chat template opens with a system message. It prints no times; those are Bridge-STG's own."""
+        """Return the chat template, which begins with a system message; the printed times are added by Bridge-STG."""
         return PromptSpec(head="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
 
     def frames(self) -> FramesSpec:
-        """One visual token covers 28 × 28 pixels: up to 128 tokens a coarse group, 256 a fine frame."""
-        token = 28 * 28
-        return FramesSpec(
-            coarse_fps=2.0, coarse_max_pixels=128 * token, coarse_min_pixels=16 * token, max_coarse_groups=64,
-            fine_fps=4.0, fine_max_pixels=256 * token, fine_min_pixels=64 * token, max_fine_frames=64,
-        )  # fmt: skip
+        """See `Backbone.frames`. One visual token covers 28 × 28 pixels."""
+        return frames_for(28 * 28)
 
 
 BACKBONE = Qwen2_5VL()

@@ -1,4 +1,4 @@
-"""Qwen3-VL (arXiv 2511.21631): learned positions in the encoder, deepstack, times printed in the prompt."""
+"""Qwen3-VL (arXiv 2511.21631): learned positions in the encoder, deepstack, and times printed in the prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
 
-from bridge_stg.model.backbones.interface import Backbone, build
+from bridge_stg.model.backbones.interface import Backbone, build, frames_for, vision_geometry
 from bridge_stg.model.vision import VisionEncoder
 from bridge_stg.runtime.bundle.spec import FramesSpec, PromptSpec, VisionSpec
 
@@ -32,7 +32,7 @@ class Qwen3VLEncoder(VisionEncoder):
         return states
 
     def merge(self, states: list[Tensor]) -> Tensor:
-        """Return visual tokens [1+D, G·N/merge², H]: the merger's output, then one row a deepstack level."""
+        """Return visual tokens [1+D, G·N/merge², H]: the merger's output, then one row per deepstack level."""
         levels = list(self.model.deepstack_visual_indexes)
         deep = [merger(states[level].flatten(0, 1)) for merger, level in zip(self.model.deepstack_merger_list, levels)]
         return torch.stack([self.model.merger(states[-1].flatten(0, 1)), *deep])
@@ -40,32 +40,17 @@ class Qwen3VLEncoder(VisionEncoder):
     def forward(
         self, frames: Tensor, pos_index: Tensor, pos_weight: Tensor, rotary_cos: Tensor, rotary_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Encode frames.
+        """Encode frames uint8 [G, P, height, width, 3], given the tables of `chain.positions.vision_tables`.
 
-        Args:
-            frames: uint8 [G, P, height, width, 3], RGB.
-            pos_index: int64 [N, 4], see `bridge_stg.runtime.chain.positions.vision_tables`.
-            pos_weight: float32 [N, 4].
-            rotary_cos: float32 [N, head_dim].
-            rotary_sin: float32 [N, head_dim].
-
-        Returns:
-            visual_tokens [1+D, G·N/merge², H] and feature_map [G, h, w, C], taken before the patch merger.
+        Returns visual_tokens [1+D, G·N/merge², H] and feature_map [G, h, w, C], taken before the patch merger.
         """
         return self.outputs(frames, self.hidden_states(frames, pos_index, pos_weight, rotary_cos, rotary_sin))
 
 
 class Qwen3VL(Backbone):
-    """The adapter."""
+    """Adapter of Qwen3-VL."""
 
     family = "qwen3_vl"
-    key_prefixes = {
-        "visual.": "model.visual.",
-        "model.layers.": "model.language_model.layers.",
-        "model.embed_tokens.": "model.language_model.embed_tokens.",
-        "model.norm.": "model.language_model.norm.",
-        "language_model.": "model.language_model.",
-    }
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.5, 0.5, 0.5)
 
@@ -76,19 +61,10 @@ class Qwen3VL(Backbone):
     def vision_spec(self, config: Any, *, mean: Sequence[float], std: Sequence[float]) -> VisionSpec:
         """See `Backbone.vision_spec`."""
         vision = config.vision_config
-        return VisionSpec(
-            family=self.family,
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            hidden_size=vision.hidden_size,
-            head_dim=vision.hidden_size // vision.num_heads,
-            deepstack_levels=len(vision.deepstack_visual_indexes),
+        return vision_geometry(
+            self.family, vision, mean, std, deepstack_levels=len(vision.deepstack_visual_indexes),
             position_grid=round(vision.num_position_embeddings**0.5),
-            rope_theta=float(vision.rope_parameters["rope_theta"]),
-            image_mean=tuple(mean),
-            image_std=tuple(std),
-        )
+        )  # fmt: skip
 
     def vision_encoder(self, config: Any, spec: VisionSpec, *, attention: str) -> VisionEncoder:
         """See `Backbone.vision_encoder`."""
@@ -99,7 +75,7 @@ class Qwen3VL(Backbone):
         return build(Qwen3VLTextModel, config.text_config, attention=attention)
 
     def rotary_axes(self, text_config: Any) -> Tensor:
-        """Interleaved MRoPE: time, row, column, time, row, column …, and time alone at the slow end."""
+        """Return interleaved MRoPE: time, row, column, time, row, column …, then only time at the low frequencies."""
         _, rows, columns = text_config.rope_parameters.get("mrope_section", (24, 20, 20))
         axes = torch.zeros(text_config.head_dim // 2, dtype=torch.int64)
         axes[1 : 3 * rows : 3] = 1
@@ -107,9 +83,9 @@ class Qwen3VL(Backbone):
         return axes
 
     def prompt(self) -> PromptSpec:
-        """The chat template has no system message; the processor prints each group's time as text.
+        """Return the chat template, which has no system message; the processor prints each group's time as text.
 
-        The template's own markers stay around all groups (transformers since 5.10; before, they were replaced).
+        The template's own markers stay around all groups (since transformers 5.10; earlier, they were replaced).
         """
         return PromptSpec(
             head="<|im_start|>user\n<|vision_start|>",
@@ -118,12 +94,8 @@ class Qwen3VL(Backbone):
         )
 
     def frames(self) -> FramesSpec:
-        """One visual token covers 32 × 32 pixels: up to 128 tokens a coarse group, 256 a fine frame."""
-        token = 32 * 32
-        return FramesSpec(
-            coarse_fps=2.0, coarse_max_pixels=128 * token, coarse_min_pixels=16 * token, max_coarse_groups=64,
-            fine_fps=4.0, fine_max_pixels=256 * token, fine_min_pixels=64 * token, max_fine_frames=64,
-        )  # fmt: skip
+        """See `Backbone.frames`. One visual token covers 32 × 32 pixels."""
+        return frames_for(32 * 32)
 
 
 BACKBONE = Qwen3VL()

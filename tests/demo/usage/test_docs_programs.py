@@ -12,7 +12,7 @@ import pytest
 
 from bridge_stg.runtime import Grounder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLIP = ROOT / "assets/demo/clips/1-named.mp4"
 
 

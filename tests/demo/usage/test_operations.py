@@ -18,7 +18,7 @@ from bridge_stg.triton.repository import Serving, write_repository
 from tests.fakes import triton as fake_triton
 from tests.triton.test_model import as_json
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CLIPS = ROOT / "assets/demo/clips"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.evaluation.official import ALL, video
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TASKS = {
     "vidstg": {"tube", "tube / declarative", "tube / interrogative"},
     "hc-stvg-v1": {"tube"},

@@ -16,7 +16,7 @@ from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.resize import resize
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLIPS = sorted((ROOT / "assets" / "demo" / "clips").glob("*.mp4"))
 QUERIES = ("the blue bird", "the bus")
 

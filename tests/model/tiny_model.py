@@ -6,10 +6,9 @@ import copy
 import dataclasses
 from pathlib import Path
 
-import pytest
 import torch
 
-from bridge_stg.demo.tiny_model import demo_config, write_demo_tokenizer
+from bridge_stg.demo.tiny_model import demo_config
 from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.spec import FramesSpec
@@ -39,15 +38,7 @@ def tiny_config() -> BridgeSTGConfig:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    write_demo_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tokenizer_path: Path) -> BridgeSTG:
+def make_tiny_model(tokenizer_path: Path) -> BridgeSTG:
     torch.manual_seed(0)
     model = BridgeSTG(tiny_config(), Tokenizer.from_file(tokenizer_path)).eval()
     with torch.no_grad():

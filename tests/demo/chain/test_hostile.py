@@ -28,7 +28,7 @@ from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
 from tests.calibration.hostile import hostile_bundle
 
-DEMO = Path(__file__).parents[2] / "assets" / "demo"
+DEMO = Path(__file__).parents[3] / "assets" / "demo"
 LIMIT = 1.0
 """Points of m_tIoU and m_vIoU that may be lost: the default of the automatic mode."""
 

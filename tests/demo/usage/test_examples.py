@@ -15,7 +15,7 @@ from PIL import Image
 from bridge_stg.runtime import Grounder
 from tests.examples.loading import EXAMPLES, load
 
-CLIPS = sorted((Path(__file__).parents[2] / "assets" / "demo" / "clips").glob("*.mp4"))
+CLIPS = sorted((Path(__file__).parents[3] / "assets" / "demo" / "clips").glob("*.mp4"))
 QUERY = "the blue bird"
 
 
@@ -63,7 +63,7 @@ def test_draw_with_supervision(demo_bundle: Path, tmp_path: Path) -> None:
         if abs(boxes.times[index] - plain.time) > 1e-3:
             assert (differs > 100).mean() < 1e-3  # nothing is drawn outside the span
             continue
-        left, top, right, bottom = boxes.boxes[index].astype(int)
+        left, top, _, bottom = boxes.boxes[index].astype(int)
         assert (differs[top:bottom, left : left + 2] > 60).mean() > 0.5  # the box's left side is where it should be
 
 

@@ -31,7 +31,7 @@ def clip(tmp_path):
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize("variant", ["standard", "primitive"])
-def test_the_chain_on_the_device_equals_the_chain_on_the_cpu(
+def test_the_chain_on_the_device_equals_the_chain_on_the_cpu(  # noqa: PLR0917 - fixtures
     demo_bundle, clip, tmp_path, monkeypatch, variant, schedule
 ):
     path, texts = clip

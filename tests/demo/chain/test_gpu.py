@@ -30,7 +30,7 @@ from bridge_stg.runtime.video.resize import resize
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 INSTALLED = [backend.name for backend in BACKENDS if backend.on_gpu and backend.version() is not None]
 NATIVE = [name for name in INSTALLED if name in ("tensorrt", "tensorrt-rtx")]
 
