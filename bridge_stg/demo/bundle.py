@@ -15,7 +15,7 @@ BUILT = Path("build/demo/bundle")
 CHECKPOINT = Path("assets/demo/checkpoint")
 
 
-def demo_bundle(*, progress: Callable[[str], None] | None = None) -> Path:
+def demo_bundle(*, progress: Callable[[str], None] = lambda stage: None) -> Path:
     """Return a demo bundle: ./build/demo/bundle, else the one in the user's cache, which is exported if missing.
 
     Raises:
