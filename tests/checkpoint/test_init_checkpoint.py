@@ -38,7 +38,7 @@ def folder(published, tmp_path) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_backbone_stays_as_it_is_and_answers(tmp_path, family, tied):
+def test_the_backbone_is_unchanged_and_answers(tmp_path, family, tied):
     plain = publish(tmp_path / "model", family, tied=tied)
     out = init_checkpoint(tmp_path / "model", tmp_path / "made" / "checkpoint", spatial_decoder=DECODER)
     model = load_checkpoint(out)
@@ -165,7 +165,7 @@ def test_what_cannot_be_a_backbone_is_named(folder, tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} <= {"model"}
 
 
-def test_what_is_there_is_not_replaced(folder, tmp_path):
+def test_an_existing_folder_is_not_replaced(folder, tmp_path):
     (tmp_path / "checkpoint").mkdir()
     with raises("output.exists", tmp_path / "checkpoint"):
         init_checkpoint(folder, tmp_path / "checkpoint")

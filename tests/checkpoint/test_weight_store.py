@@ -55,7 +55,7 @@ def test_what_transformers_saved_is_read(tmp_path, family, dtype, options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_spelling_of_older_folders_is_read(tmp_path, family):
+def test_keys_of_older_folders_are_read(tmp_path, family):
     model = publish(tmp_path / "model", family)
     path = tmp_path / "model" / "model.safetensors"
     old = {}
@@ -147,7 +147,7 @@ def test_damage_is_named(folder, name):
         open_store(folder)
 
 
-def test_the_way_to_convert_pickles_works(tmp_path):
+def test_the_command_to_convert_pickles_works(tmp_path):
     tensors = {"a": torch.randn(3), "b": torch.randn(2, 2)}
     torch.save({"a": tensors["a"]}, tmp_path / "pytorch_model-00001-of-00002.bin")
     torch.save({"b": tensors["b"], "same": tensors["b"]}, tmp_path / "pytorch_model-00002-of-00002.bin")

@@ -114,7 +114,7 @@ def test_rows_hold_query_answer_and_bridging_ids(model, checkpoint, annotations,
     assert answers == ["<1.2 seconds> to <2.2 seconds>", "none", "<0.2 seconds> to <1.2 seconds>"]
 
 
-def test_truth_is_interpolated_held_and_left_open_where_it_is_not_known(model, checkpoint, annotations, media):
+def test_truth_is_interpolated_and_extended_and_not_counted_where_unknown(model, checkpoint, annotations, media):
     batch = video_batch(model, checkpoint, annotations, media, fine_frames=100)
     times = batch.fine_times.numpy()
     assert np.allclose(times, np.arange(12) / 4, atol=0.051)
@@ -133,7 +133,7 @@ def test_an_image_is_one_frame_at_time_zero(model, checkpoint, annotations, medi
     assert batch.positive.all() and batch.boxes[0, 0].tolist() == [0.25, 0.25, 0.5, 0.5]
 
 
-def test_tracking_is_asked_by_the_first_box(model, checkpoint, tmp_path, media):
+def test_tracking_queries_print_the_first_box(model, checkpoint, tmp_path, media):
     boxes = [{"time": 0.0, "box": [0, 0, 48, 32]}, {"time": 2.9, "box": [0, 0, 48, 32]}]
     lines = [{"video": "a.mp4", "task": "track", "boxes": boxes}]
     batch = video_batch(model, checkpoint, annotate(tmp_path / "t.jsonl", lines), media)
@@ -198,7 +198,7 @@ def test_the_forward_pass_is_that_of_the_chain(of_each_family, annotations, medi
 
 
 def test_everything_is_computed_on_the_models_device(of_each_family, annotations, media):
-    """On `meta`, which mixes with no other device: what holds there holds on CUDA."""
+    """On `meta`, which mixes with no other device: what works there works on CUDA."""
     meta = torch.device("meta")
     model = load_checkpoint(of_each_family, attention="sdpa").to(meta)
     batch = video_batch(model, of_each_family, annotations, media)
@@ -247,7 +247,7 @@ def changed_parts(before: BridgeSTG, after: BridgeSTG) -> set[str]:
 
 
 @pytest.mark.parametrize("parts", [PARTS[:-1], ("bridging", "spatial"), PARTS], ids=["default", "frozen", "all"])
-def test_what_is_chosen_is_trained_and_nothing_else(of_each_family, annotations, media, tmp_path, parts):
+def test_only_the_chosen_parts_are_trained(of_each_family, annotations, media, tmp_path, parts):
     out = run(of_each_family, annotations, media, tmp_path / "new", parts=parts, backbone_scale=100.0)
     model, trained = load_checkpoint(of_each_family), load_checkpoint(out)
     assert changed_parts(model, trained) == set(parts) and trained.config == model.config
@@ -295,7 +295,7 @@ def test_a_clip_can_be_learned(checkpoint, tmp_path, media):
     assert after["language"] < 0.3 * before["language"] and after["iou"] > before["iou"] + 0.3
 
 
-def test_tracking_in_an_image_leaves_nothing_to_say(model, checkpoint, annotations, media, monkeypatch):
+def test_tracking_in_an_image_has_no_language_loss(model, checkpoint, annotations, media, monkeypatch):
     monkeypatch.setattr("bridge_stg.training.clip_batches.TRACKED", 1.0)
     batch = batches(model, checkpoint, read_clips(annotations, media)[1:])(0)
     assert batch[0].target.max() < 0
