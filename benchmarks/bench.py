@@ -1,7 +1,7 @@
-"""The speed benchmark: this runtime against torch and other runtimes, side by side on the same weights and inputs.
+"""Measure the speed of this runtime, torch and other runtimes on the same weights and inputs.
 
-The quick form takes the demo and a 0.5B model at 32 coarse frames; the full form adds 8 and 128 frames, a 2B model,
-every peer, and how cost grows. A run that was stopped goes on where it was (`--fresh` begins anew). The full form
+The quick form measures the demo and a 0.5B model at 32 coarse frames; the full form adds 8 and 128 frames, a 2B model,
+every peer, and how the cost grows with the input. An interrupted run resumes (`--fresh` starts again). The full form
 writes benchmarks/results/speed.json, the tables of docs/performance.md and its plots.
 
 Usage: python benchmarks/bench.py [--full] [--model NAME] [--frames 8,32,128] [--peers all|none|NAME,…]
@@ -34,7 +34,7 @@ from bridge_stg.runtime.host.machine import describe
 from bridge_stg.runtime.host.memory import available_bytes
 
 MODELS = ("qwen3_vl_0_5b", "demo", "qwen3_vl_2b")
-"""In the order of their turns: what the ratios are of comes first."""
+"""Models in the order in which they are measured; the one used for the ratios comes first."""
 SIZE = (384, 216)
 FOLDER, RESULT, DOCUMENT, IMAGES = (
     Path("build/bench"), Path("benchmarks/results/speed.json"), Path("docs/performance.md"), Path("docs/images"),
@@ -43,36 +43,36 @@ PRECISIONS = ("fp32", "int8", "int4")
 
 
 class Names(click.ParamType):
-    """Names with commas between them."""
+    """Comma-separated names."""
 
     name = "NAME,…"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """Return the names."""
+        """Split the option's value into names."""
         return value if isinstance(value, tuple) else tuple(filter(None, value.split(",")))
 
 
 @click.command()
-@click.option("--full", is_flag=True, help="Every model, 8, 32 and 128 frames, every peer, growth.")
-@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="May be repeated.")
-@click.option("--frames", type=Names(), help="Coarse frames.  [quick: 32; full: 32,8,128]")
-@click.option("--rounds", type=click.IntRange(1), help="Turns of every row.  [quick: 2; full: 3]")
-@click.option("--peers", type=Names(), help="`all`, `none`, or names.  [quick: none; full: all]")
-@click.option("--own", type=Names(), default=",".join(OURS), show_default=True, help="Of the runners of the chain.")
+@click.option("--full", is_flag=True, help="Measure every model, 8, 32 and 128 frames, every peer, and growth.")
+@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Model to measure; may be repeated.")
+@click.option("--frames", type=Names(), help="Numbers of coarse frames.  [quick: 32; full: 32,8,128]")
+@click.option("--rounds", type=click.IntRange(1), help="Measurements per row.  [quick: 2; full: 3]")
+@click.option("--peers", type=Names(), help="Peers to measure: `all`, `none`, or names.  [quick: none; full: all]")
+@click.option("--own", type=Names(), default=",".join(OURS), show_default=True, help="Runners of the chain.")
 @click.option("--precisions", type=Names(), default=",".join(PRECISIONS), show_default=True)
-@click.option("--rows", type=Names(), default=",".join(ROWS), help="Of these alone; `none` for growth only.")
-@click.option("--growth/--no-growth", default=None, help="Whether to vary frames, tube, queries, batch, resolution.")
+@click.option("--rows", type=Names(), default=",".join(ROWS), help="Rows to measure; `none`: growth only.")
+@click.option("--growth/--no-growth", default=None, help="Vary frames, tube, queries, batch and resolution.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--given", multiple=True, help="What exists: MODEL.checkpoint=DIR, MODEL.fp32=DIR, …")
+@click.option("--given", multiple=True, help="Existing folders: MODEL.checkpoint=DIR, MODEL.fp32=DIR, …")
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="For all that is made."
+    "--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Folder of generated files."
 )
-@click.option("--out", type=click.Path(path_type=Path), help=f"The result.  [quick: in --folder; full: {RESULT}]")
-@click.option("--document/--no-document", default=None, help="Whether to write the tables and plots.  [full: yes]")
-@click.option("--fresh", is_flag=True, help="Forget all that was measured before.")
-@click.option("--again", is_flag=True, help="Forget what was measured before of these models and frames.")
+@click.option("--out", type=click.Path(path_type=Path), help=f"Result file.  [quick: in --folder; full: {RESULT}]")
+@click.option("--document/--no-document", default=None, help="Write the tables and plots.  [full: yes]")
+@click.option("--fresh", is_flag=True, help="Discard all earlier measurements.")
+@click.option("--again", is_flag=True, help="Discard earlier measurements of these models and frames.")
 def main(full: bool, **options: Any) -> None:
-    """Measure, print the ratios, and write them with everything that they are made of."""
+    """Measure, print the ratios, and write them with all underlying figures."""
     folder, form = options["folder"], "full" if full else "quick"
     models = options["models"] or (MODELS if full else MODELS[:2])
     frames = tuple(map(int, options["frames"] or (("32", "8", "128") if full else ("32",))))
@@ -103,8 +103,8 @@ def main(full: bool, **options: Any) -> None:
             for count in frames_of(name, frames) if options["rows"] != ("none",) else ():
                 inputs = {count: make_inputs(model.checkpoint, model.work, count, SIZE)}
                 results.facts[f"{name}/{count}"] = facts(model, inputs[count])
-                spare = () if full or peers else ("prefill_text",)
-                rows = tuple(row for row in options["rows"] if row not in (*spare, "none"))
+                skipped = () if full or peers else ("prefill_text",)
+                rows = tuple(row for row in options["rows"] if row not in (*skipped, "none"))
                 turns = rounds_of(rounds, count)
                 measure_in_groups(name, specs, model, inputs, results, turns, options["threads"], progress, rows)
             if name == "demo":
@@ -124,7 +124,7 @@ def main(full: bool, **options: Any) -> None:
 def chosen_peers(
     names: tuple[str, ...] | None, *, full: bool, precisions: tuple[str, ...]
 ) -> tuple[list[RunnerSpec], dict[str, str]]:
-    """Return the peers' runners, and the reasons of those that are not there."""
+    """Return the runners of the peers, and the reason for each peer that is not available."""
     from speed.peers.install import peers
 
     wanted = names if names is not None else (("all",) if full else ("none",))
@@ -134,18 +134,18 @@ def chosen_peers(
 
 
 def affordable(specs: list[RunnerSpec], model: str, full: bool) -> list[RunnerSpec]:
-    """Return the runners in their order, the reference first; what compiles for minutes is not of the quick form."""
+    """Sort the runners, reference first; the quick form leaves out torch_compile, which compiles for minutes."""
     kept = [spec for spec in specs if full or not (spec.name == "torch_compile" and model != "demo")]
     return sorted(kept, key=lambda spec: spec.name != "torch_eager")
 
 
 def frames_of(model: str, frames: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the numbers of frames that a model is measured at: 128 frames of a 2B model take an hour."""
+    """Return the frame counts to measure a model at; 128 frames of a 2B model would take an hour."""
     return tuple(count for count in frames if not (model == "qwen3_vl_2b" and count > 32))
 
 
 def rounds_of(rounds: int, frames: int) -> int:
-    """Return the turns at so many frames: long runs vary less."""
+    """Return the number of rounds for a frame count: long runs vary less."""
     return 1 if frames > 32 else rounds
 
 
@@ -160,10 +160,10 @@ def measure_in_groups(
     progress: Any,
     rows: Sequence[str] = ROWS,
 ) -> None:
-    """Measure runners together as far as memory allows."""
+    """Measure as many runners together as memory allows."""
     weights = sum(file.stat().st_size for file in model.checkpoint.glob("*.safetensors"))
     groups = grouped(specs, weights, 0.75 * (available_bytes() or 16 * 2**30))
-    told = {
+    model_request = {
         "name": name,
         "checkpoint": str(model.checkpoint.resolve()),
         "folder": str((model.work / "peers").resolve()),
@@ -172,7 +172,7 @@ def measure_in_groups(
     (model.work / "peers").mkdir(parents=True, exist_ok=True)
     for group in groups:
         measure(
-            told,
+            model_request,
             group,
             inputs,
             results,
@@ -185,23 +185,23 @@ def measure_in_groups(
 
 
 def grouped(specs: Sequence[RunnerSpec], weights: int, room: float) -> list[list[RunnerSpec]]:
-    """Return the runners in groups that memory holds; every later group has our own of its precisions in it again.
+    """Group the runners so that each group fits in memory; later groups repeat our runner of each precision.
 
     Args:
-        specs: the reference first.
+        specs: runners, reference first.
         weights: bytes of the bf16 checkpoint.
-        room: bytes that the runners of one group may hold together.
+        room: bytes of memory available to the runners of one group together.
     """
     ours = {spec.precision: spec for spec in specs if spec.name == "ours"}
     kept = tuple(row for row in CHAIN_ROWS if row != "end_to_end")
     groups: list[list[RunnerSpec]] = [[]]
 
     def added(spec: RunnerSpec) -> list[RunnerSpec]:
-        """What a runner brings to the last group: itself, and ours beside it where that is not there yet."""
+        """Return what a runner adds to the last group: itself, and our runner of its precision if that is missing."""
         if len(groups) == 1 or spec.name == "ours" or spec.precision not in ours:
             return [spec]
         anchor = replace(ours[spec.precision], name=f"ours@{len(groups)}", rows=kept)
-        return [*([] if anchor in groups[-1] else [anchor]), replace(spec, beside=anchor.name)]
+        return [*([] if anchor in groups[-1] else [anchor]), replace(spec, compared_with=anchor.name)]
 
     for spec in specs:
         if groups[-1] and sum(needs(one, weights) for one in (*groups[-1], *added(spec))) > room:
@@ -211,12 +211,12 @@ def grouped(specs: Sequence[RunnerSpec], weights: int, room: float) -> list[list
 
 
 def needs(spec: RunnerSpec, weights: int) -> float:
-    """Return about how many bytes a runner holds, of a bf16 checkpoint of so many bytes."""
+    """Estimate a runner's memory in bytes from the size of the bf16 checkpoint."""
     return {"int8": 1.4, "int4": 1.2}.get(spec.precision, 2.6) * weights + 1e9
 
 
 def facts(model: Model, inputs: Path) -> dict[str, Any]:
-    """Return what work is counted from: the backbone's configuration and the sizes of the inputs."""
+    """Return the backbone's configuration and the input sizes, from which the operations are counted."""
     backbone = json.loads((model.checkpoint / "config.json").read_text(encoding="utf-8"))["backbone"]
     patch = model.spec.vision.patch_size
     with np.load(inputs / "vision.npz") as vision, np.load(inputs / "prefill.npz") as prompt:
@@ -227,7 +227,7 @@ def facts(model: Model, inputs: Path) -> dict[str, Any]:
 
 
 def limits_of_now(results: Results, threads: int, progress: Any) -> None:
-    """Measure the machine's limits in a process of its own, beside the figures that are held against them."""
+    """Measure the machine's limits in a subprocess, in the same run as the figures that are compared with them."""
     progress("limits of the machine")
     program = Path(__file__).parent / "speed" / "limits.py"
     done = subprocess.run(
@@ -238,7 +238,7 @@ def limits_of_now(results: Results, threads: int, progress: Any) -> None:
 
 
 def cold_start(model: Model, results: Results, progress: Any, *, runs: int) -> None:
-    """Time `infer` on a sample clip as a process, from its start to its result."""
+    """Time whole `infer` processes on a sample clip, from process start to result."""
     path = sorted(Path("assets/demo/clips").glob("*.mp4"))[0]
     query = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
     bundle = str(model.bundles["fp32"])
@@ -252,14 +252,14 @@ def cold_start(model: Model, results: Results, progress: Any, *, runs: int) -> N
 
 
 def grow(model: Model, results: Results, threads: int, progress: Any, *, repeat: int) -> None:
-    """Vary what there is to do, in int8."""
+    """Measure how the cost of our int8 runner grows with each axis."""
     spec = own_runners(("int8",), ("ours",))[0]
-    told = {
+    model_request = {
         "name": model.name, "checkpoint": str(model.checkpoint), "folder": str(model.work / "peers"),
         "bundles": {precision: str(path) for precision, path in model.bundles.items()},
     }  # fmt: skip
     try:
-        runner = start(spec, told, threads=threads, log=model.work / "logs" / "growth.log")
+        runner = start(spec, model_request, threads=threads, log=model.work / "logs" / "growth.log")
     except RunnerError as error:
         results.missing["growth"] = str(error)
         return
@@ -276,7 +276,7 @@ def grow(model: Model, results: Results, threads: int, progress: Any, *, repeat:
 
 
 def gather(results: Results, *, threads: int) -> dict[str, Any]:
-    """Return the result: ratios first, then all that they are made of."""
+    """Return the result: the ratios, followed by all figures that they are computed from."""
     limits = Limits.best(results.limits)
     machine = describe("onnxruntime", "numpy", "torch", "transformers")
     vnni = bool({"avx512_vnni", "avx_vnni"} & set(machine["flags"]))  # type: ignore[call-overload]
@@ -308,7 +308,7 @@ def gather(results: Results, *, threads: int) -> dict[str, Any]:
 
 
 def out_file(path: Path) -> Path:
-    """Return a file whose folder is there."""
+    """Create the parent folder of a file and return the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

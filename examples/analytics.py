@@ -1,9 +1,9 @@
-"""Ask every video of a folder the same questions: a row each in Parquet, and a plot of what was found when.
+"""Run the same queries on every video of a folder; write one Parquet row per video and query, and a plot.
 
 python examples/analytics.py BUNDLE FOLDER tubes.parquet summary.png QUERY...
 
 Needs pyarrow and matplotlib: pip install "bridge-stg[cpu,examples]". For large folders, `bridge-stg infer-many`
-does the same work in many processes, and goes on where it was stopped.
+runs in many processes and resumes after a stop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
 
 def row_of(video: Path, result: Grounding) -> dict[str, Any]:
-    """Return a row of plain columns: where and how far the target went, beside when."""
+    """Return one result as a row of plain columns: time span, positions and distance covered."""
     row: dict[str, Any] = {
         "video": video.name, "query": result.query, "found": result.found, "error": None,
         "absent": float(result.scores["absent"]), "start_s": None, "end_s": None, "presence": None,
@@ -43,7 +43,7 @@ def row_of(video: Path, result: Grounding) -> dict[str, Any]:
 
 
 def ask(bundle: str, folder: Path, queries: list[str]) -> list[dict[str, Any]]:
-    """Return the rows; a video that cannot be read is a row with its error for each query."""
+    """Return one row per video and query; for an unreadable video the row has the error."""
     rows = []
     videos = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     with Grounder.load(bundle) as grounder:
@@ -69,7 +69,7 @@ def write_table(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
-    """Draw a line a video with the spans of each query on it, and how often each query was found."""
+    """Plot the spans of each query, one line per video, and how often each query was found."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed

@@ -1,8 +1,8 @@
-"""Draw tubes with the annotators of `supervision`: several queries, each with its colour, label and trace.
+"""Draw tubes with the annotators of `supervision`, with a colour, label and trace per query.
 
 python examples/draw_with_supervision.py BUNDLE VIDEO OUT.mp4 QUERY...
 
-Needs supervision: pip install "bridge-stg[cpu,examples]". The same `Detections` go into its zones,
+Needs supervision: pip install "bridge-stg[cpu,examples]". The same `Detections` work with its zones,
 counters and trackers.
 """
 
@@ -22,7 +22,7 @@ from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index
 
 
 def detections_at(results: list[Grounding], time_s: float) -> sv.Detections:
-    """Return the boxes of all queries on the frame at `time_s`; class and tracker id are the query's place."""
+    """Return the boxes of all queries in the frame at `time_s`; class and tracker id are the query's index."""
     shown = [
         (place, result.boxes, index)
         for place, result in enumerate(results)
@@ -41,7 +41,7 @@ def detections_at(results: list[Grounding], time_s: float) -> sv.Detections:
 
 
 def drawn(video: str, results: list[Grounding]) -> Iterator[tuple[float, Any]]:
-    """Yield (time, picture with the boxes drawn) for every frame."""
+    """Yield (time in seconds, RGB frame with boxes) for every frame."""
     boxes, labels, traces = sv.BoxAnnotator(), sv.LabelAnnotator(), sv.TraceAnnotator()
     with play(video) as source:
         for time_s, frame in source.frames:

@@ -1,4 +1,4 @@
-"""Ask a video some questions: the least that a program needs. python examples/embed.py BUNDLE VIDEO QUERY..."""
+"""Run queries on a video; the smallest program. Usage: python examples/embed.py BUNDLE VIDEO QUERY..."""
 
 import sys
 

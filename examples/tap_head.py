@@ -1,11 +1,11 @@
-"""Another head than boxes on the hidden states: a linear classifier of what was grounded, trained in a second.
+"""Train a linear classifier on the hidden states of grounded targets, as a second head besides the boxes.
 
 python examples/tap_head.py BUNDLE LABELLED.jsonl head.npz             train; one {"video", "query", "label"} a line
 python examples/tap_head.py BUNDLE --ask head.npz VIDEO QUERY          classify
 
-The bridging queries' hidden states (`Grounding.taps`, [taps, queries, width]) hold what the language model understood
-of the target. The boxes are found from them; so may be what it does, or whether it is worth an alarm. The backbone
-stays as it is, and one pass of it serves all heads.
+The boxes are computed from the bridging queries' hidden states (`Grounding.taps`, [taps, queries, width]). Other heads
+can predict from them what the target does, or whether to raise an alarm. The backbone is unchanged, and one pass of it
+serves all heads.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 from bridge_stg.runtime import Grounder
 
 RIDGE = 1.0
-"""Of the normalised features: there are far more of them than examples."""
+"""Ridge penalty on the normalised features, of which there are far more than examples."""
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Scores of labels [C] from features [N]: weight [N + 1, C], the last row a bias, behind a normalisation."""
+    """Linear head from normalised features [N] to label scores [C]: weight [N + 1, C], whose last row is the bias."""
 
     labels: list[str]
     mean: np.ndarray
@@ -34,7 +34,7 @@ class LinearHead:
 
     @classmethod
     def fit(cls, features: np.ndarray, labels: list[str]) -> LinearHead:
-        """Solve one ridge regression a label, for features [M, N] of M examples; by the M × M kernel, since M << N."""
+        """Fit one ridge regression per label to features [M, N] of M examples, with the M × M kernel since M << N."""
         names = sorted(set(labels))
         targets = np.array([[1.0 if label == name else -1.0 for name in names] for label in labels])
         mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-6
@@ -43,11 +43,11 @@ class LinearHead:
         return cls(names, mean, scale, normal.T @ dual)
 
     def scores(self, features: np.ndarray) -> np.ndarray:
-        """Return scores [M, C] of features [M, N]."""
+        """Return label scores [M, C] for features [M, N]."""
         return _normal(features, self.mean, self.scale) @ self.weight
 
     def label(self, features: np.ndarray) -> list[str]:
-        """Return the likeliest label of each example."""
+        """Return the most likely label of each example."""
         return [self.labels[i] for i in self.scores(features).argmax(axis=1)]
 
 
@@ -56,14 +56,14 @@ def _normal(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.nda
 
 
 def features_of(grounder: Grounder, video: str, queries: list[str]) -> np.ndarray:
-    """Return the taps of each query as one row: asked so that the target is there, only the time span is computed."""
+    """Return the taps of each query as one row; computes only the time span, and assumes that the target is present."""
     with grounder.open(video) as opened:
         taps = [opened.span(query, allow_none=False).taps for query in queries]
     return np.stack([tap.astype(np.float64).reshape(-1) for tap in taps if tap is not None])
 
 
 def left_out_accuracy(features: np.ndarray, labels: list[str]) -> float:
-    """Return the accuracy on each example of a head that was trained on the others."""
+    """Return the leave-one-out accuracy."""
     right = 0
     for i in range(len(labels)):
         others = [j for j in range(len(labels)) if j != i]

@@ -2,8 +2,8 @@
 
 Usage: python assets/demo/fill_readme.py [REPORTS]
 
-REPORTS, if given, holds what `python cli.py evaluate jsonl` wrote for each task, in folders named by the task, the
-checkpoint first and the bundle second; tasks.json is made from it.
+REPORTS, if given, contains one output folder of `python cli.py evaluate jsonl` per task, named after the task, with the
+checkpoint as first and the bundle as second model; tasks.json is made from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMES = {
     "tube": "when and where (`ground`)",
     "span": "only when (`span`)",
     "image": "a box in an image (`locate`)",
-    "track": "from a first box, not named (`track`)",
+    "track": "from a first box, without a query (`track`)",
 }
 
 
@@ -39,7 +39,7 @@ def table(figures: dict[str, Any]) -> str:
         row("**by name and colour**", figures["named"]),
         row("**decided by motion only**", figures["motion"]),
         row("name and colour, span margin 0", figures["margin_0"]),
-        row("name and colour, span as answered (presence moves no end)", figures["span_as_answered"]),
+        row("name and colour, span as answered (not adjusted by presence)", figures["span_as_answered"]),
         *(row(f"control: {name}", scores) for name, scores in figures["controls"].items()),
         "",
         f"Absent targets: AUROC {figures['absent_auroc']:.3f}; `none` is answered for "
@@ -51,7 +51,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def collect(reports: Path) -> dict[str, Any]:
-    """Return the figures of each task: samples, those of the checkpoint, and how far the bundle's are from them."""
+    """Return each task's sample counts, figures of checkpoint and bundle, and the largest difference between them."""
     tasks = {}
     for task in NAMES:
         report = json.loads((reports / task / "report.json").read_text(encoding="utf-8"))
@@ -76,13 +76,13 @@ def tasks_table(tasks: dict[str, Any]) -> str:
 
 
 def fill(text: str, marker: str, content: str) -> str:
-    """Return the text with `content` between `<!-- marker:begin -->` and its end."""
+    """Return the text with `content` between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
     pattern = re.compile(f"<!-- {marker}:begin -->.*<!-- {marker}:end -->", re.S)
     return pattern.sub(lambda _: f"<!-- {marker}:begin -->\n{content}\n<!-- {marker}:end -->", text)
 
 
 def main() -> None:
-    """Replace what stands between the markers."""
+    """Update README.md between the markers."""
     if len(sys.argv) > 1:
         TASKS.write_text(json.dumps(collect(Path(sys.argv[1])), indent=2) + "\n", encoding="utf-8")
     text = fill(README.read_text(encoding="utf-8"), "figures", table(json.loads(FIGURES.read_text(encoding="utf-8"))))

@@ -1,7 +1,7 @@
-"""Write clips and images with annotations to calibrate on, and others to choose what stays in float.
+"""Write annotated clips and images for calibration, and others to choose the blocks that stay in float.
 
-Two files: calibration.jsonl (64 questions of every kind that a model is asked) and select.jsonl (100 about clips). Both
-come from seeds of their own, before the photographs of the training: nothing in them is one of `make_held_out.py`.
+Two files: calibration.jsonl (64 queries of all kinds) and select.jsonl (100 queries on clips). Both use their own seeds
+and the training photographs as backgrounds, so they share no sample with `make_held_out.py`.
 
 Usage: python assets/demo/make_calibration.py build/calibration
 """
@@ -23,37 +23,37 @@ CALIBRATION_SEED, SELECT_SEED = HELD_OUT_SEED + 11, HELD_OUT_SEED + 12
 IMAGE_SEED, TRACK_SEED = HELD_OUT_SEED + 13, HELD_OUT_SEED + 14
 CALIBRATION = {"named": 28, "motion": 10, "absent": 10}
 SELECT = {"named": 75, "motion": 15, "absent": 10}
-"""Questions about clips, by kind."""
+"""Number of queries on clips by kind."""
 IMAGES, TRACKS = 8, 8
 SPLIT = "train"
 
 
 def clip_lines(folder: Path, name: str, seed: int, counts: dict[str, int]) -> Iterator[Line]:
-    """Yield so many questions of each kind about the clips of a seed, which are written to `folder`/`name`."""
+    """Yield `counts[kind]` queries of each kind on the clips of a seed, which are written to `folder`/`name`."""
     left = dict(counts)
     for clip in held_out_clips(100 * max(counts.values()), seed, split=SPLIT):
-        asked = {"named": clip.named, "motion": clip.motion, "absent": clip.absent}
-        for kind, question in asked.items():
-            if question is not None and left[kind]:
+        queries = {"named": clip.named, "motion": clip.motion, "absent": clip.absent}
+        for kind, query in queries.items():
+            if query is not None and left[kind]:
                 left[kind] -= 1
-                yield clip_line(clip, question, kind, f"{name}/{clip_path(clip, folder / name).name}")
+                yield clip_line(clip, query, kind, f"{name}/{clip_path(clip, folder / name).name}")
         if not any(left.values()):
             return
 
 
-def clip_line(clip: HeldOutClip, question: Question, kind: str, video: str) -> Line:
-    """Return the annotation of one question about a clip."""
+def clip_line(clip: HeldOutClip, query: Question, kind: str, video: str) -> Line:
+    """Return the annotation line of one query on a clip."""
     name = video.partition(".")[0].replace("/", "-")
-    line: Line = {"id": f"{name}-{kind}", "group": kind, "video": video, "query": question.text}
-    if question.thing is None:
+    line: Line = {"id": f"{name}-{kind}", "group": kind, "video": video, "query": query.text}
+    if query.thing is None:
         return line | {"span": None}
-    thing = clip.scene.things[question.thing]
+    thing = clip.scene.things[query.thing]
     visible = clip.times[thing.visible(clip.times)]
-    return line | {"span": [thing.start, thing.end], "boxes": boxes_of(clip.scene, question.thing, visible)}
+    return line | {"span": [thing.start, thing.end], "boxes": boxes_of(clip.scene, query.thing, visible)}
 
 
 def grouped(lines: Iterator[Line], kind: str) -> Iterator[Line]:
-    """Yield lines whose ids and groups say their kind."""
+    """Yield the lines with their kind as group and in their id."""
     return (line | {"id": f"{line['id']}-{kind}", "group": kind} for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""Write the sample clips of `make demo` from the generator, with held-out backgrounds.
+"""Write the sample clips of `make demo` with the generator, on held-out backgrounds.
 
 Usage: python assets/demo/make_clips.py [FOLDER]
 """
@@ -19,17 +19,17 @@ CLIPS = {
     "2-moving": (23, "motion", (480, 360)),
     "3-upright": (5, "name", (360, 640)),
 }
-"""File name → seed, kind of the question, size in pixels."""
+"""File name → seed, kind of the query, size in pixels."""
 
 
 def main(folder: Path) -> None:
-    """Write each clip as H.264 mp4, and its question beside it."""
+    """Write each clip as H.264 mp4 and its query as a .txt of the same name."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (seed, kind, size) in CLIPS.items():
         rng = np.random.default_rng((777, seed))
         while True:
             scene = make_scene(rng, split="held_out", frame_rate=FRAME_RATE, size=size, duration=9.0)
-            texts = [question.text for question in ask(rng, scene) if question.kind == kind]
+            texts = [query.text for query in ask(rng, scene) if query.kind == kind]
             if texts:
                 break
         write_clip(scene, folder / f"{name}.mp4", frame_rate=FRAME_RATE)

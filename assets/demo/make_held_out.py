@@ -1,4 +1,4 @@
-"""Write held-out clips and images with annotations of the four tasks, for `python cli.py evaluate jsonl`.
+"""Write held-out clips and images annotated for the four tasks, for `python cli.py evaluate jsonl`.
 
 Usage: python assets/demo/make_held_out.py build/tasks [--count 200]
 """
@@ -27,41 +27,41 @@ Line = dict[str, Any]
 
 
 def boxes_of(scene: Scene, thing: int, times: np.ndarray) -> list[Line]:
-    """Return a box, left, top, right, bottom in pixels, for each of the times."""
+    """Return the box of a thing at each time: left, top, right, bottom in pixels."""
     boxes = scene.boxes_pixels(thing, times)
     return [{"time": float(t), "box": [round(float(side), 2) for side in box]} for t, box in zip(times, boxes)]
 
 
 def videos(folder: Path, count: int) -> Iterator[tuple[Line, Line]]:
-    """Yield the lines of a clip for spatio-temporal and for temporal grounding."""
+    """Yield the tube line and the span line of each clip."""
     for clip in held_out_clips(count):
-        question, scene = clip.named, clip.scene
-        assert question is not None and question.thing is not None
-        thing = scene.things[question.thing]
+        query, scene = clip.named, clip.scene
+        assert query is not None and query.thing is not None
+        thing = scene.things[query.thing]
         name = clip_path(clip, folder / "clips").name
-        line = {"id": name[:-4], "video": f"clips/{name}", "query": question.text, "span": [thing.start, thing.end]}
+        line = {"id": name[:-4], "video": f"clips/{name}", "query": query.text, "span": [thing.start, thing.end]}
         visible = clip.times[thing.visible(clip.times)]
-        yield line | {"boxes": boxes_of(scene, question.thing, visible)}, line
+        yield line | {"boxes": boxes_of(scene, query.thing, visible)}, line
 
 
 def images(folder: Path, count: int, *, seed: int = IMAGE_SEED, split: str = "held_out") -> Iterator[Line]:
-    """Yield a line for each of `count` pictures; `split` is that of the backgrounds."""
+    """Yield a line for each of `count` images; `split` is the split of the backgrounds."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     index = 0
     while index < count:
         rng = np.random.default_rng((seed, index))
         scene = make_scene(rng, split=split, still=True)
-        question = next(q for q in ask(rng, scene, absent=0.0) if q.thing is not None)
-        assert question.thing is not None
+        query = next(q for q in ask(rng, scene, absent=0.0) if q.thing is not None)
+        assert query.thing is not None
         name = f"images/{index:03d}.png"
         Image.fromarray(scene.render([0.0], scene.width, scene.height)[0]).save(folder / name)
-        box = boxes_of(scene, question.thing, np.zeros(1))[0]["box"]
-        yield {"id": f"{index:03d}", "image": name, "query": question.text, "boxes": [{"box": box}]}
+        box = boxes_of(scene, query.thing, np.zeros(1))[0]["box"]
+        yield {"id": f"{index:03d}", "image": name, "query": query.text, "boxes": [{"box": box}]}
         index += 1
 
 
 def tracks(folder: Path, count: int, *, seed: int = TRACK_SEED, split: str = "held_out") -> Iterator[Line]:
-    """Yield a line for each of `count` clips whose first thing is there from the start; only its box is told."""
+    """Yield a tracking line, without a query, for each of `count` clips whose first thing is visible from the start."""
     (folder / "tracks").mkdir(parents=True, exist_ok=True)
     for index in range(count):
         rng = np.random.default_rng((seed, index))
@@ -82,7 +82,7 @@ def main() -> None:
     """Write tube.jsonl, span.jsonl, image.jsonl, track.jsonl and their media into a folder."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=200, help="samples of each task")
+    parser.add_argument("--count", type=int, default=200, help="samples per task")
     options = parser.parse_args()
     if options.count < 1:
         sys.exit("--count must be 1 or more")

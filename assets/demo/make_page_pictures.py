@@ -1,6 +1,6 @@
-"""Make the pictures of the server's page in the README: `python assets/demo/make_page_pictures.py BUNDLE`.
+"""Make the screenshots of the web page in the README: `python assets/demo/make_page_pictures.py BUNDLE`.
 
-Starts the server on the demo bundle, asks about two of the sample clips in the machine's Chromium, and writes
+Starts the server on BUNDLE, runs queries on two sample clips in the machine's Chromium, and writes
 docs/images/page_desktop.png and page_phone.png. Needs the extras `serve` and `dev`, and Chromium.
 """
 
@@ -25,7 +25,7 @@ MOST_BYTES = 400_000
 
 @contextmanager
 def server(bundle: str) -> Iterator[str]:
-    """Serve a bundle on a free port; yields the address."""
+    """Serve a bundle on a free port and yield the address."""
     command = [sys.executable, str(ROOT / "cli.py"), "serve", bundle, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -40,7 +40,7 @@ def server(bundle: str) -> Iterator[str]:
 
 
 def ask(page: Any, clip: str, queries: list[str], *, shown_at: float) -> None:
-    """Choose a clip, ask, and go to a share of its length."""
+    """Choose a clip, run the queries, and seek to a fraction of its length."""
     page.set_input_files("#file", str(CLIPS / clip))
     for number, query in enumerate(queries, start=1):
         row = page.get_by_label(f"Query {number}", exact=True)
@@ -57,7 +57,7 @@ def ask(page: Any, clip: str, queries: list[str], *, shown_at: float) -> None:
 
 
 def write(picture: bytes, name: str) -> None:
-    """Write a PNG of 256 colours, which is a quarter of one of all colours."""
+    """Write a PNG with 256 colours, a quarter of the size with all colours."""
     IMAGES.mkdir(exist_ok=True)
     image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(IMAGES / name, optimize=True)

@@ -17,7 +17,7 @@ CELL = 128
 
 
 def main(font_path: str, out: str) -> None:
-    """Draw each emoji at the font's bitmap size, crop it to its ink and centre it in a CELL × CELL square."""
+    """Draw each emoji at the font's bitmap size, crop it and centre it in a CELL × CELL square."""
     font = ImageFont.truetype(font_path, 109)
     sheet = Image.new("RGBA", (CELL * len(EMOJI), CELL))
     for column, character in enumerate(EMOJI.values()):

@@ -1,4 +1,4 @@
-"""Compare a bundle's chain with eager torch on held-out clips, every variant: answers, spans and boxes.
+"""Compare every variant of a bundle with eager torch on held-out clips: answers, spans and boxes.
 
 Usage: python benchmarks/accuracy/parity.py [--bundle DIR] [--checkpoint DIR] [--clips 200] [--out FILE.json]
 """

@@ -1,8 +1,8 @@
-"""fp32, fp16, int8 and int4 of the demo side by side in one run: size, stage times, memory, metrics on held-out clips.
+"""Measure size, stage times, memory and held-out metrics of the demo in fp32, fp16, int8 and int4.
 
-The fp16 bundle is exported, the others calibrated where they are not there yet. Metrics are those of `evaluate`, each
-precision in a process of its own, which also tells its memory; times are taken in one process, the precisions in turn.
-Results go to benchmarks/results/precision_demo.json.
+Missing bundles are exported (fp16) or calibrated (int8, int4). Metrics are those of `evaluate`, computed in one
+subprocess per precision, which also reports its peak memory; stage times are taken in one process, the precisions in
+turn. Results go to benchmarks/results/precision_demo.json.
 
 Usage: python benchmarks/accuracy/precision.py --bundle build/demo/bundle --samples build/calibration/calibration.jsonl
     --select build/calibration/select.jsonl --evaluate build/tasks/tube.jsonl [--folder build/precision]
@@ -38,22 +38,22 @@ FILE = click.Path(exists=True, path_type=Path)
 
 @click.command()
 @click.option("--bundle", type=FILE, default=Path("build/demo/bundle"), show_default=True, help="The fp32 bundle.")
-@click.option("--samples", type=FILE, required=True, help="To calibrate on.")
-@click.option("--select", type=FILE, required=True, help="To choose the blocks that stay in float.")
-@click.option("--evaluate", "judged", type=FILE, required=True, help="To judge the result.")
+@click.option("--samples", type=FILE, required=True, help="Calibration samples.")
+@click.option("--select", type=FILE, required=True, help="Samples that decide which blocks stay in float.")
+@click.option("--evaluate", "evaluated", type=FILE, required=True, help="Samples to score the result on.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/precision"), show_default=True)
-@click.option("--timed", default=20, show_default=True, help="Clips that stage times are taken on.")
+@click.option("--timed", default=20, show_default=True, help="Number of clips to time.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/precision_demo.json"))
 def main(
-    bundle: Path, samples: Path, select: Path, judged: Path, folder: Path, timed: int, threads: int, out: Path
+    bundle: Path, samples: Path, select: Path, evaluated: Path, folder: Path, timed: int, threads: int, out: Path
 ) -> None:
-    """Make the bundles that are missing, judge and time all of them, and write what was measured."""
+    """Make the missing bundles, score and time all of them, and write the results."""
     folder.mkdir(parents=True, exist_ok=True)
     bundles = {name: bundle if name == "fp32" else folder / name for name in PRECISIONS}
     make_missing(bundles, samples=samples, select=select)
-    found = {name: measured_apart(bundles, name, judged, folder, threads) for name in PRECISIONS}
-    seconds = stage_seconds(bundles, judged, clips=timed, threads=threads)
+    found = {name: measured_in_subprocess(bundles, name, evaluated, folder, threads) for name in PRECISIONS}
+    seconds = stage_seconds(bundles, evaluated, clips=timed, threads=threads)
     result: dict[str, Any] = {
         "clips": found["fp32"]["samples"],
         "timed_clips": timed,
@@ -68,7 +68,7 @@ def main(
 
 
 def make_missing(bundles: dict[str, Path], *, samples: Path, select: Path) -> None:
-    """Export and calibrate by the command line, as anybody would."""
+    """Export or calibrate each missing bundle with the command line."""
     for name, path in bundles.items():
         if (path / "manifest.json").is_file():
             continue
@@ -77,26 +77,28 @@ def make_missing(bundles: dict[str, Path], *, samples: Path, select: Path) -> No
         else:
             command = ["calibrate", bundles["fp32"], "--samples", samples, "--select", select, "--out", path]
             command += ["--recipe", RECIPES[name]]
-            # What a precision costs and gains is measured here, whether or not a gate would have it.
+            # Measure the precision even if the speed gate would keep a graph in float.
             command += ["--force-int8", "vision_encoder", "--force-int8", "language_model"]
         subprocess.run([sys.executable, "cli.py", *map(str, command)], check=True)
 
 
-def measured_apart(bundles: dict[str, Path], name: str, judged: Path, folder: Path, threads: int) -> dict[str, Any]:
-    """Judge one precision in a process of its own."""
-    places = {"fp32": bundles["fp32"], "bundle": bundles[name], "samples": judged, "answers": folder / "answers"}
+def measured_in_subprocess(
+    bundles: dict[str, Path], name: str, evaluated: Path, folder: Path, threads: int
+) -> dict[str, Any]:
+    """Score one precision in a subprocess."""
+    places = {"fp32": bundles["fp32"], "bundle": bundles[name], "samples": evaluated, "answers": folder / "answers"}
     job = {"name": name, "threads": threads, "places": {place: str(path) for place, path in places.items()}}
     values: dict[str, Any] = run_in_subprocess("precision:measure", job, purpose=f"measures {name}")
     return values
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Return metrics, agreement with fp32, bytes and peak memory of one bundle; answers are kept in `answers`."""
+    """Return metrics, agreement with fp32, size and peak memory of one bundle; answers are stored in `answers`."""
     name, threads = job["name"], job["threads"]
-    first, path, judged, answers = (Path(job["places"][key]) for key in ("fp32", "bundle", "samples", "answers"))
-    dataset = read_jsonl([judged], judged.parent)
+    first, path, evaluated, answers = (Path(job["places"][key]) for key in ("fp32", "bundle", "samples", "answers"))
+    dataset = read_jsonl([evaluated], evaluated.parent)
     options: dict[str, Any] = {"backend": "auto", "variant": None, "threads": threads}
-    memory = peak_of_asking(path, dataset.samples[:4], threads)
+    memory = peak_memory(path, dataset.samples[:4], threads)
     found = score_model(bundle_model(path, name, **options), dataset, folder=answers)
     if name != "fp32":
         reference = score_model(bundle_model(first, "fp32", **options), dataset, folder=answers)
@@ -118,8 +120,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def peak_of_asking(path: Path, samples: Sequence[Sample], threads: int) -> int:
-    """Load a bundle, ask a few clips, and return the process's peak of memory; answers may be kept from earlier."""
+def peak_memory(path: Path, samples: Sequence[Sample], threads: int) -> int:
+    """Load a bundle, ground a few clips, and return the peak memory of this process in bytes."""
     with Grounder.load(path, threads=threads) as grounder:
         for sample in samples:
             grounder.ground(str(sample.media), sample.query, allow_none=False)
@@ -127,13 +129,15 @@ def peak_of_asking(path: Path, samples: Sequence[Sample], threads: int) -> int:
 
 
 def graph_bytes(path: Path) -> int:
-    """Return the bytes of a bundle's graphs and weights, all variants."""
+    """Return the size of all graphs and weights of a bundle in bytes, all variants."""
     return sum(file.stat().st_size for file in (path / "graphs").rglob("*") if file.is_file())
 
 
-def stage_seconds(bundles: dict[str, Path], judged: Path, *, clips: int, threads: int) -> dict[str, dict[str, float]]:
-    """Return the median seconds of each stage, every clip asked of every precision in turn in one process."""
-    samples = [sample for sample in read_jsonl([judged], judged.parent).samples if sample.media is not None][
+def stage_seconds(
+    bundles: dict[str, Path], evaluated: Path, *, clips: int, threads: int
+) -> dict[str, dict[str, float]]:
+    """Return the median seconds per stage and precision; each clip runs in all precisions in turn, in one process."""
+    samples = [sample for sample in read_jsonl([evaluated], evaluated.parent).samples if sample.media is not None][
         : clips + 1
     ]
     grounders = {name: Grounder.load(path, threads=threads) for name, path in bundles.items()}
@@ -141,7 +145,7 @@ def stage_seconds(bundles: dict[str, Path], judged: Path, *, clips: int, threads
     for place, sample in enumerate(samples):
         for name, grounder in grounders.items():
             found = grounder.ground(str(sample.media), sample.query, allow_none=False)
-            if place:  # the first clip warms every engine up
+            if place:  # the first clip is the warm-up
                 for stage, seconds in found.timings.items():
                     taken[name].setdefault(stage, []).append(seconds)
     for grounder in grounders.values():

@@ -1,8 +1,8 @@
-"""What fewer visual tokens cost: m_tIoU and m_vIoU of the demo on held-out clips against the work that is saved.
+"""Measure how m_tIoU and m_vIoU of the demo on held-out clips change with fewer visual tokens, and the time saved.
 
-Two ways to save: a budget of the prompt (`max_visual_tokens`: smaller frames, then fewer of them), and groups of frames
-that hardly change and are not encoded again (`unchanged_tolerance`). Every setting answers the same clips; drops are
-taken clip by clip against no saving, with the interval that holds the mean with 95 % confidence (bootstrap).
+Two settings vary: the token budget of the prompt (`max_visual_tokens`: smaller frames, then fewer of them), and the
+tolerance below which a group of nearly equal frames is not encoded again (`unchanged_tolerance`). All settings run on
+the same clips; losses are paired per clip with the default setting and have a 95 % bootstrap confidence interval.
 Results go to benchmarks/results/token_budget.json.
 
 Usage:
@@ -36,7 +36,7 @@ FILE = click.Path(exists=True, path_type=Path)
 
 @dataclass
 class Spent:
-    """What a setting's calls took, one entry a clip."""
+    """Tokens, groups and CPU seconds of the calls under one setting, one entry per clip."""
 
     tokens: list[int] = field(default_factory=list)
     encoded: list[int] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Spent:
     coarse_cpu_s: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, float]:
-        """Return means, and the median CPU seconds of coarse vision, prefill and answer; none of a run that went on."""
+        """Return means, and the median CPU seconds of coarse vision, prefill and answer; empty for a resumed run."""
         if not self.tokens:
             return {}
         return {
@@ -56,13 +56,13 @@ class Spent:
 
 
 class Saving:
-    """A grounder that answers under one setting, and notes what its graphs were fed."""
+    """A grounder with one setting that records how many groups and tokens its graphs process."""
 
     def __init__(self, grounder: Grounder, budget: int | None, spent: Spent) -> None:
         self._grounder, self._budget, self._spent = grounder, budget, spent
 
     def ground(self, video: Any, query: str, **options: Any) -> Grounding:
-        """Answer one query; the coarse part of its CPU time is what passes before the spatial pass."""
+        """Answer one query; the coarse CPU time is that of everything before the spatial pass."""
         session: Any = self._grounder.sessions["vision_encoder"]
         infer, encoded = type(session).infer, 0
 
@@ -87,7 +87,7 @@ class Saving:
 
 
 def setting(path: Path, label: str, spent: Spent, *, budget: int | None, tolerance: float, threads: int) -> Model:
-    """Return a bundle under one setting as a model to evaluate."""
+    """Return a bundle with one setting as a model to evaluate."""
     plain = bundle_model(path, label, threads=threads)
 
     @contextmanager
@@ -106,7 +106,7 @@ def setting(path: Path, label: str, spent: Spent, *, budget: int | None, toleran
 @click.option("--threads", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/token_budget.json"))
 def main(bundle: Path, tasks: Path, clips: int, folder: Path, threads: int, out: Path) -> None:
-    """Answer the clips under every setting, and write what each costs and saves."""
+    """Evaluate the clips with every setting, and write accuracy and cost of each."""
     dataset = read_jsonl([tasks], tasks.parent)
     dataset = Dataset(**{**vars(dataset), "samples": dataset.samples[:clips]})
     rows: list[dict[str, Any]] = []
@@ -127,7 +127,7 @@ def main(bundle: Path, tasks: Path, clips: int, folder: Path, threads: int, out:
 
 
 def described(found: Scores) -> dict[str, Any]:
-    """Return metrics, and what is lost against the reference, in points with its interval."""
+    """Return metrics, and the points lost against the reference with their confidence interval."""
     return {
         "failed": found.failed,
         **{metric: round(interval.value, 4) for metric, interval in found.metrics.items()},

@@ -1,7 +1,7 @@
-"""How long prefill and vision encoder take by the size of their calls, with attention in tiles and in whole rows.
+"""Time prefill and vision encoder with different chunk sizes, with tiled and untiled attention.
 
-All settings take turns, and the least of `--runs` counts; what they give is compared with what the last one gives.
-Frames and ids are random: the time does not depend on what they show. Results go to benchmarks/results/chunks.json.
+The settings run in turn; the fastest of `--runs` counts, and outputs are compared with those of the last setting.
+Frames and ids are random, since the time does not depend on them. Results go to benchmarks/results/chunks.json.
 
 Usage: python benchmarks/chain/chunks.py --model NAME BUNDLE [--model …] [--tokens 1498] [--groups 16] [--size 384 224]
 """
@@ -31,7 +31,7 @@ ATTENTION = {"tiles": "0", "whole rows": "1"}
 
 
 def loaded(bundle: Path, attention: str, threads: int) -> Grounder:
-    """Return a bundle whose attention is computed in one of two ways."""
+    """Load a bundle with tiled or untiled attention."""
     os.environ[SWITCH] = ATTENTION[attention]
     try:
         return Grounder.load(bundle, threads=threads)
@@ -40,11 +40,11 @@ def loaded(bundle: Path, attention: str, threads: int) -> Grounder:
 
 
 def quiet(*_: Any) -> None:
-    """Take a report, and do nothing."""
+    """Ignore a progress report."""
 
 
 def prefilled(grounder: Grounder, length: int) -> Callable[[int], np.ndarray]:
-    """Return what prefills so many tokens of text in chunks of a size, and returns the last layer's values."""
+    """Return a function of the chunk size that prefills `length` text tokens and returns the last layer's values."""
     session: Any = grounder.sessions["language_model"]
     spec = grounder.spec
     ids = np.random.default_rng(0).integers(0, min(300, spec.language.vocab_size), length)
@@ -61,7 +61,7 @@ def prefilled(grounder: Grounder, length: int) -> Callable[[int], np.ndarray]:
 
 
 def encoded(grounder: Grounder, groups: int, width: int, height: int) -> Callable[[int], np.ndarray]:
-    """Return what encodes so many groups in calls of a number of patches."""
+    """Return a function of the patches per call that encodes `groups` frame groups."""
     session: Any = grounder.sessions["vision_encoder"]
     spec = grounder.spec
     shape = (groups, spec.vision.temporal_patch_size, height, width, 3)
@@ -75,7 +75,7 @@ def encoded(grounder: Grounder, groups: int, width: int, height: int) -> Callabl
 
 
 def in_turns(runs: dict[str, Callable[[int], np.ndarray]], sizes: tuple[int, ...], repeat: int) -> dict[str, Any]:
-    """Return the least seconds of every way and size, and the largest difference to the last size, relative."""
+    """Return the fastest time of every setting and size, and the largest relative difference to the last output."""
     seconds: dict[str, dict[str, float]] = {name: {} for name in runs}
     made: dict[tuple[str, int], np.ndarray] = {}
     for _ in range(repeat):
@@ -93,8 +93,8 @@ def in_turns(runs: dict[str, Callable[[int], np.ndarray]], sizes: tuple[int, ...
 
 @click.command()
 @click.option("--model", "models", type=(str, Path), multiple=True, required=True, help="NAME BUNDLE")
-@click.option("--tokens", default=1498, show_default=True, help="Of the prompt.")
-@click.option("--groups", default=16, show_default=True, help="Of coarse frames.")
+@click.option("--tokens", default=1498, show_default=True, help="Tokens of the prompt.")
+@click.option("--groups", default=16, show_default=True, help="Groups of coarse frames.")
 @click.option("--size", type=(int, int), default=(384, 224), show_default=True, help="Width and height of a frame.")
 @click.option("--runs", default=4, show_default=True)
 @click.option("--threads", default=2, show_default=True)
@@ -108,7 +108,7 @@ def main(
     threads: int,
     out: Path,
 ) -> None:
-    """Measure every model, and write what was found."""
+    """Measure every model, and write the results."""
     found: dict[str, Any] = {}
     for name, bundle in models:
         grounders = {attention: loaded(bundle, attention, threads) for attention in ATTENTION}

@@ -1,8 +1,8 @@
-"""Time `infer` as a whole process on sample clips: from its start to its end, imports and video decoding included.
+"""Time whole `infer` processes on sample clips, imports and video decoding included.
 
-Commands are run in turn, so that what else the machine does falls on all alike; wall time and CPU seconds of each are
-noted. Bytecode is cached, as it is of an installed package. `--before DIR` names another checkout to compare with;
-its printed results must be the same. `--realtime` (Linux, as root) lets the commands run before other work.
+Commands run in turn, so that other load on the machine affects all of them equally; wall and CPU seconds of each are
+recorded. Bytecode is cached, as for an installed package. `--before DIR` names another checkout to compare with; it
+must print the same results. `--realtime` (Linux, as root) runs the commands with real-time priority.
 
 Usage:
 python benchmarks/chain/infer_time.py [--bundle NAME=DIR]… [--before DIR] [--runs 7] [--realtime] [--out FILE.json]
@@ -28,16 +28,16 @@ from bridge_stg.runtime.host.machine import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAUSE_S = 0.3
-"""Between two commands: real-time work is held back by Linux where it takes more than 0.95 s of each second."""
+"""Pause between two commands; Linux throttles real-time processes that use more than 0.95 s of each second."""
 Timed = tuple[float, float, str]
 RESULT = re.compile(r"^  seconds: .*\n?", re.MULTILINE)
-"""What differs from run to run in what `infer` prints."""
+"""The part of `infer`'s output that differs between runs."""
 
 
 def timed(
     command: Sequence[str], folder: Path, environment: dict[str, str], realtime: bool
 ) -> tuple[float, float, str]:
-    """Run a command to its end; return its wall seconds, its CPU seconds and what it printed."""
+    """Run a command; return its wall seconds, CPU seconds and output."""
 
     def first() -> None:
         if realtime:
@@ -63,7 +63,7 @@ def timed(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median and range, to the millisecond."""
+    """Return median and range, rounded to milliseconds."""
     return {
         "median": round(statistics.median(values), 3),
         "min": round(min(values), 3),
@@ -72,7 +72,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def commands(bundles: dict[str, Path]) -> dict[str, list[str]]:
-    """Return what is timed, by name."""
+    """Return the commands to time, by name."""
     made = {"import bridge_stg.runtime": ["-c", "import cli, bridge_stg.runtime"]}
     for name, bundle in bundles.items():
         for clip in sorted((ROOT / "assets/demo/clips").glob("*.mp4")):
@@ -99,7 +99,7 @@ def main(given: tuple[str, ...], before: Path | None, runs: int, realtime: bool,
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         for name, command in todo.items():
             runs_of: dict[str, list[Timed]] = {tree: [] for tree in trees}
-            for count in range(runs + 1):  # the first fills the caches of bytecode and files
+            for count in range(runs + 1):  # the first run fills the bytecode and file caches
                 for tree, folder in trees.items():
                     time.sleep(PAUSE_S)
                     measured = timed([sys.executable, *command], folder, environment, realtime)

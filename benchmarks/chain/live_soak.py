@@ -1,6 +1,6 @@
-"""Watch an hour of a stream, fed as fast as it is taken: memory and cost a frame over time, and the rebuild's spike.
+"""Measure memory, cost per frame and the longest window rebuild while watching an hour of stream at full speed.
 
-The stream is the sample clips, over and over, at eight frames a second. Usage:
+The stream repeats the sample clips at 8 frames per second. Usage:
 python benchmarks/chain/live_soak.py [--bundle DIR] [--seconds 3600] [--out FILE.json]
 """
 
@@ -28,7 +28,7 @@ MODEL_S = ("encode_s", "extend_s", "rebuild_s", "answer_s")
 
 
 def stream(seconds: float, clips: list[Path]) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (time, frame) for so many seconds; all in the first clip's size."""
+    """Yield (time, frame) for `seconds` of stream, all frames in the size of the first clip."""
     frames: list[np.ndarray] = []
     for clip in clips:
         with play(clip) as video:
@@ -39,40 +39,40 @@ def stream(seconds: float, clips: list[Path]) -> Iterator[tuple[float, np.ndarra
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds now."""
+    """Return the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def cost_ms(before: LiveStats, now: LiveStats) -> dict[str, float]:
-    """Return the model's milliseconds a coarse frame between two moments, by part."""
+    """Return the model's milliseconds per coarse frame between two moments, by part."""
     frames = now.coarse_frames - before.coarse_frames
     parts = {part: 1000 * (getattr(now, part) - getattr(before, part)) / frames for part in MODEL_S}
     return {part: round(value, 3) for part, value in {**parts, "all": sum(parts.values())}.items()}
 
 
 def by_third(samples: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Return the median of a cost over the first and over the last third of the steps."""
+    """Return the median of a cost over the first and over the last third of the samples."""
     values = [sample[name]["all"] if isinstance(sample[name], dict) else sample[name] for sample in samples]
     third = len(values) // 3
     halves = {"first_third": values[:third], "last_third": values[-third:]}
     return {part: round(float(np.median(costs)), 3) for part, costs in halves.items()}
 
 
-def held(samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the most memory of the steps: of the first one, and of all."""
+def peak_memory(samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the peak memory of the first and last sample, and the largest of all."""
     most = [sample["resident_bytes"]["most"] for sample in samples]
     return {"first": most[0], "largest": max(most), "last": most[-1], "largest_to_first": round(max(most) / most[0], 5)}
 
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("build/demo/bundle"), show_default=True)
-@click.option("--seconds", default=3600.0, show_default=True, help="Of the stream.")
+@click.option("--seconds", default=3600.0, show_default=True, help="Length of the stream.")
 @click.option("--every", "every_s", default=1.0, show_default=True)
 @click.option("--window", default=32, show_default=True)
 @click.option("--query", default="the blue bird", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
-@click.option("--return-freed/--keep-freed", default=True, help="As `watch` does, or as a program does by itself.")
+@click.option("--return-freed/--keep-freed", default=True, help="Return freed memory at once, as `watch` does.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/live_soak.json"))
 def main(
     bundle: Path,
@@ -84,7 +84,7 @@ def main(
     return_freed: bool,
     out: Path,
 ) -> None:
-    """Write what was measured as JSON. The first tenth of the stream is the warm-up."""
+    """Watch the stream and write the figures as JSON. The first tenth of the stream is the warm-up."""
     returns_freed = return_freed and return_freed_memory()
     clips = sorted(Path("assets/demo/clips").glob("*.mp4"))
     step_s, warm_up_s = seconds / 60, seconds / 10
@@ -121,7 +121,7 @@ def main(
         "return_freed": returns_freed,
         "stats": stats.to_json(),
         "events": events,
-        "most_resident_bytes_of_each_step": held(warm),
+        "most_resident_bytes_of_each_step": peak_memory(warm),
         "model_ms_a_coarse_frame": by_third(warm, "cost_ms"),
         "process_ms_a_coarse_frame": by_third(warm, "process_ms"),
         "rebuild_spike_ms": round(1000 * stats.longest_rebuild_s, 1),

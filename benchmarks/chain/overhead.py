@@ -1,7 +1,7 @@
-"""What the chain costs beside its graphs, what more queries on one video cost, and what an empty cache costs a step.
+"""Measure the overhead outside the graphs, the cost of more queries on one video, and of unused cache positions.
 
-Seconds of wall and of CPU (all threads; steadier where other work shares the machine) of one query and of several on
-one video, least of `--runs`, of each graph, and of reading the video. Results go to benchmarks/results/chain.json.
+Wall and CPU seconds (all threads; steadier on a shared machine) of one query and of several queries on one video, of
+each graph and of reading the video; the fastest of `--runs` counts. Results go to benchmarks/results/chain.json.
 
 Usage: python benchmarks/chain/overhead.py --model NAME BUNDLE CLIP [--model …] [--queries 8] [--runs 3]
 """
@@ -26,19 +26,19 @@ from bridge_stg.runtime.host.machine import describe
 
 QUERIES = ("the red circle", "the blue square that moves", "the green triangle", "the yellow star", "the white ring",
            "the black cross", "the orange disc", "the one on the left")  # fmt: skip
-SPARE_POSITIONS = (0, 256, 512, 1536)
+UNUSED_POSITIONS = (0, 256, 512, 1536)
 GRAPHS = ("vision_encoder", "language_model", "spatial_decoder")
 
 
 class Clock:
-    """Adds up wall and CPU seconds by name."""
+    """Sums wall and CPU seconds by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Count what runs inside the block."""
+        """Add the time of the block to `name`."""
         began = time.perf_counter(), time.process_time()
         try:
             yield
@@ -48,7 +48,7 @@ class Clock:
 
 
 def timed_queries(grounder: Grounder, clip: str, count: int) -> dict[str, Any]:
-    """Open a video and ask so many queries together; return seconds by graph and in all."""
+    """Open a video and run `count` queries together; return seconds per graph and in total."""
     clock, fine = Clock(), []
     for name in GRAPHS:
         session: Any = grounder.sessions[name]
@@ -81,7 +81,7 @@ def timed_queries(grounder: Grounder, clip: str, count: int) -> dict[str, Any]:
 
 
 def step_by_capacity(session: Session, spec: Any, *, cached: int, rows: int) -> dict[str, float]:
-    """Return milliseconds of one decode step behind `cached` tokens, least of 5, by the cache's capacity."""
+    """Return the milliseconds of one decode step after `cached` tokens by cache capacity, fastest of 6."""
     language, levels = spec.language, 1 + spec.vision.deepstack_levels
     feeds = {
         "input_ids": np.full((rows, 1), 7),
@@ -92,7 +92,7 @@ def step_by_capacity(session: Session, spec: Any, *, cached: int, rows: int) -> 
         "output_index": np.zeros((rows, 1), np.int64),
     }
     least = -(-(cached + 1) // 256) * 256
-    caches = {least + more: session.allocate_cache(batch=rows, capacity=least + more) for more in SPARE_POSITIONS}
+    caches = {least + more: session.allocate_cache(batch=rows, capacity=least + more) for more in UNUSED_POSITIONS}
     best = dict.fromkeys(caches, float("inf"))
     for _ in range(6):
         for capacity, cache in caches.items():
@@ -106,10 +106,10 @@ def step_by_capacity(session: Session, spec: Any, *, cached: int, rows: int) -> 
 @click.option("--model", "models", type=(str, Path, Path), multiple=True, required=True, help="NAME BUNDLE CLIP")
 @click.option("--queries", default=8, show_default=True)
 @click.option("--runs", default=3, show_default=True)
-@click.option("--cached", default=1480, show_default=True, help="Tokens in the cache of the steps.")
+@click.option("--cached", default=1480, show_default=True, help="Tokens in the cache before a step.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/chain.json"))
 def main(models: tuple[tuple[str, Path, Path], ...], queries: int, runs: int, cached: int, out: Path) -> None:
-    """Measure every model, and write what was found."""
+    """Measure every model, and write the results."""
     found: dict[str, Any] = {}
     for name, bundle, clip in models:
         with Grounder.load(bundle) as grounder:

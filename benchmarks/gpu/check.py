@@ -1,7 +1,7 @@
-"""What `make gpu-test` checks, and whether this machine can: needs nothing but Python.
+"""List what `make gpu-test` checks, and whether this machine can run it; needs only Python.
 
 Usage: python benchmarks/gpu/check.py [--wheels DIR]. Lists every test with the marker `gpu` and the benchmark; exits
-with 0 if the machine has a GPU, else with 2 and what is missing.
+with 0 if the machine has a GPU, otherwise prints what is missing and exits with 2.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ sys.path.insert(0, str(ROOT))
 from bridge_stg.runtime.host.machine import Machine, machine  # noqa: E402
 
 BENCHMARK = (
-    "benchmarks/gpu/stages.py: seconds a stage and parity at every boundary, side by side for every backend here"
+    "benchmarks/gpu/stages.py: seconds per stage and parity at every boundary, for every backend of this machine"
 )
 
 
 def gpu_tests(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (file::test, what it shows) of every test that carries the marker `gpu`, by itself or by its module."""
+    """Yield (file::test, description) of every test with the marker `gpu`, on the test, its class or its module."""
     for file in sorted(folder.rglob("test_*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         whole = any(isinstance(node, ast.Assign) and _names(node.targets) & {"pytestmark"} and _marks(node.value)
@@ -46,7 +46,7 @@ def _names(targets: Sequence[ast.expr]) -> set[str]:
 
 
 def _marks(node: ast.AST) -> bool:
-    """Whether an expression holds `….mark.gpu`."""
+    """Return whether an expression contains `….mark.gpu`."""
     return any(
         isinstance(part, ast.Attribute) and part.attr == "gpu" and getattr(part.value, "attr", "") == "mark"
         for part in ast.walk(node)
@@ -58,13 +58,13 @@ def _words(test: ast.FunctionDef) -> str:
 
 
 def missing(found: Machine, wheels: Path | None) -> list[str]:
-    """Say what keeps the tests from running here."""
+    """Return what the tests need and this machine lacks."""
     lacks = []
     if not found.devices:
         lacks.append(f"an NVIDIA GPU with its driver: {found.device_problem}")
     if wheels is not None and not list(wheels.glob("*.whl")):
         lacks.append(
-            f"wheels in WHEELS={wheels}: there is no .whl file. Make them where there is a network, with the same "
+            f"wheels in WHEELS={wheels}: no .whl file found. Build them on a machine with a network and the same "
             f"Python and processor: pip wheel -w {wheels} -c constraints.txt '.[dev,tensorrt]' setuptools"
         )
     return lacks
@@ -72,14 +72,14 @@ def missing(found: Machine, wheels: Path | None) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--wheels", type=Path, help="a folder to install from instead of from an index")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--wheels", type=Path, help="folder to install from instead of an index")
+    options = parser.parse_args(arguments)
     print("make gpu-test checks on a machine with an NVIDIA GPU:")
     for name, words in gpu_tests(ROOT / "tests"):
         print(f"  {name}: {words}")
     print(f"  {BENCHMARK}")
     found = machine()
-    lacks = missing(found, asked.wheels)
+    lacks = missing(found, options.wheels)
     for item in lacks:
         print(f"missing: {item}", file=sys.stderr)
     if lacks:

@@ -1,8 +1,8 @@
-"""Stage times and parity of the whole chain, side by side for every backend that this machine has.
+"""Measure stage times and parity of the whole chain on every backend of this machine.
 
 Usage: python benchmarks/gpu/stages.py [--bundle DIR] [--clip FILE] [--runs 5] [--out FILE.json]. Native TensorRT needs
-engines: `python cli.py build BUNDLE --target this` first. A backend whose golden cases drift is listed, and the exit
-code is 1: its times do not count.
+engines: `python cli.py build BUNDLE --target this` first. If golden cases fail on a backend, it is listed, its times do
+not count, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CLIPS = Path(__file__).resolve().parents[2] / "assets/demo/clips"
 
 
 def boundaries(bundle: Bundle, backend: str) -> dict[str, Any]:
-    """Replay the golden cases on a backend; return the worst boundary of each graph, and whether all hold."""
+    """Replay the golden cases on a backend; return the worst boundary of each graph and the failed boundaries."""
     sessions = open_sessions(bundle, backend=backend)
     try:
         found = replay(bundle, sessions)
@@ -51,7 +51,7 @@ def boundaries(bundle: Bundle, backend: str) -> dict[str, Any]:
 
 
 def timed(grounder: Grounder, clips: list[tuple[Path, str]], runs: int) -> tuple[dict[str, float], list[Grounding]]:
-    """Ground each clip once to warm up, then `runs` times; return the median seconds of each stage, and the answers."""
+    """Ground each clip once to warm up, then `runs` times; return the median seconds per stage and the answers."""
     answers = [grounder.ground(clip, query) for clip, query in clips]
     stages: dict[str, list[float]] = {}
     for _ in range(runs):
@@ -62,7 +62,7 @@ def timed(grounder: Grounder, clips: list[tuple[Path, str]], runs: int) -> tuple
 
 
 def agreement(answers: list[Grounding], reference: list[Grounding]) -> dict[str, Any]:
-    """Compare answers with those of the first backend: texts, and the smallest overlap of their boxes."""
+    """Compare answers with those of the first backend: share of equal texts, and smallest box IoU."""
     overlaps = [1.0]
     for ours, theirs in zip(answers, reference, strict=True):
         if ours.boxes is not None and theirs.boxes is not None and len(ours.boxes) == len(theirs.boxes):
@@ -73,11 +73,17 @@ def agreement(answers: list[Grounding], reference: list[Grounding]) -> dict[str,
 
 @click.command()
 @click.option("--bundle", "path", type=click.Path(path_type=Path), help="Default: the demo bundle.")
-@click.option("--clip", "clips", multiple=True, type=click.Path(path_type=Path), help="Beside a .txt with its query.")
+@click.option(
+    "--clip",
+    "clips",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Clip with its query in a .txt of the same name.",
+)
 @click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/gpu_stages.json"), show_default=True)
 def main(path: Path | None, clips: tuple[Path, ...], runs: int, out: Path) -> None:
-    """Write the figures as JSON."""
+    """Measure every backend, and write the figures as JSON."""
     bundle = Bundle.load(path or demo_bundle())
     pairs = [(clip, clip.with_suffix(".txt").read_text().strip()) for clip in clips or sorted(CLIPS.glob("*.mp4"))]
     found = machine()
@@ -110,7 +116,7 @@ def main(path: Path | None, clips: tuple[Path, ...], runs: int, out: Path) -> No
 
 
 def table(report: dict[str, Any]) -> str:
-    """Lay out the report: parity stands beside every time."""
+    """Return the report as a table with parity and times per backend."""
     stages = list(dict.fromkeys(stage for entry in report.values() for stage in entry.get("seconds", {})))
     lines = [f"{'backend':26} {'parity':18} {'IoU':>7} " + " ".join(f"{stage:>14}" for stage in stages)]
     for name, entry in report.items():

@@ -1,7 +1,7 @@
-"""Compile the language model of a large bundle ahead of time, and measure it: peak memory, time, size of the engine.
+"""Compile the language model of a large bundle ahead of time, and measure peak memory, time and engine size.
 
-Make the bundle first: python benchmarks/large/export.py qwen3_vl_2b --keep. The compilation runs in a process of its
-own, as `bridge-stg build` does. The result goes to benchmarks/results/build_<bundle>.json; it tells no speed on a GPU.
+Make the bundle first: python benchmarks/large/export.py qwen3_vl_2b --keep. `bridge-stg build` compiles it in a
+subprocess. The result goes to benchmarks/results/build_<bundle>.json; it does not include speed on a GPU.
 
 Usage: python benchmarks/large/build.py build/large/qwen3_vl_2b_fp16 [--target rtx-ampere] [--graph language_model]
 """
@@ -35,9 +35,9 @@ RESULTS = Path("benchmarks/results")
 @click.option("--target", default="rtx-ampere", show_default=True)
 @click.option("--graph", default="language_model", show_default=True)
 @click.option("--variant", default="standard", show_default=True)
-@click.option("--keep/--no-keep", default=False, help="Whether to keep the engine.")
+@click.option("--keep/--no-keep", default=False, help="Keep the engine.")
 def main(bundle: Path, target: str, graph: str, variant: str, keep: bool) -> None:
-    """Compile GRAPH of BUNDLE, and write what was measured."""
+    """Compile a graph of BUNDLE, and write the measurements."""
     options = ["--target", target, "--graph", graph, "--variant", variant, "--overwrite", "--no-check-memory"]
     began = time.monotonic()
     subprocess.run([sys.executable, "cli.py", "build", str(bundle), *options], check=True)
@@ -54,7 +54,7 @@ def main(bundle: Path, target: str, graph: str, variant: str, keep: bool) -> Non
 
 
 def measured(entry: EngineEntry) -> dict[str, Any]:
-    """Return what an engine's own record says."""
+    """Return the measurements in an engine's build record."""
     weights, peak = int(entry.built["weight_bytes"]), int(entry.built["peak_memory_bytes"])
     return {
         "target": entry.target,

@@ -1,7 +1,7 @@
-"""Calibrate a bundle of a real model's size, and measure: peak memory and time of each step, and size.
+"""Calibrate a bundle of a real model's size, and measure peak memory and time of each step, and the size.
 
-The bundle is one of large/export.py --keep. Its weights are random, so that no metric is judged; what is shown is that
-the statistics, the ranges and the quantized weights stream. Each step runs in a process of its own. Results go to
+BUNDLE comes from large/export.py --keep. Its weights are random, so no metric is evaluated; the benchmark shows that
+statistics, ranges and quantized weights are streamed. Each step runs in a subprocess. Results go to
 benchmarks/results/calibrate_<bundle>_<recipe>.json.
 
 Usage: python benchmarks/large/calibrate.py BUNDLE --samples build/calibration/calibration.jsonl [--recipe w4]
@@ -38,11 +38,11 @@ STEPS = ("collect", "quantize")
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--samples", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="w4", show_default=True)
-@click.option("--count", default=4, show_default=True, help="Samples that are run through the chain.")
+@click.option("--count", default=4, show_default=True, help="Number of samples to run through the chain.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/large"), show_default=True)
-@click.option("--keep/--no-keep", default=False, help="Whether to keep the quantized bundle and the statistics.")
+@click.option("--keep/--no-keep", default=False, help="Keep the quantized bundle and the statistics.")
 def main(bundle: Path, samples: Path, recipe: str, count: int, folder: Path, keep: bool) -> None:
-    """Calibrate BUNDLE step by step, and write what was measured."""
+    """Calibrate BUNDLE step by step, and write the measurements."""
     work, out = folder / f"{bundle.name}-{recipe}.calibration", folder / f"{bundle.name}-{recipe}"
     work.mkdir(parents=True, exist_ok=True)
     steps = {}
@@ -76,7 +76,7 @@ def main(bundle: Path, samples: Path, recipe: str, count: int, folder: Path, kee
 
 
 def run_step(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one step of a calibration in this process, and return its seconds and its peak memory."""
+    """Run one step of a calibration in this process; return its seconds and peak memory."""
     began = time.monotonic()
     paths = {name: Path(path) for name, path in job["paths"].items()}
     source = Bundle.load(paths["bundle"])
@@ -85,23 +85,23 @@ def run_step(job: dict[str, Any]) -> dict[str, Any]:
     if job["step"] == "quantize":
         chosen = RECIPES[job["recipe"]]
         smoothing = choose_smoothing(statistics, chosen).vectors
-        products: list[Matmul] = []
+        matmuls: list[Matmul] = []
         for graph, of_graph in chosen.graphs.items():
             if of_graph.activations == "int8":
                 variant = next(iter(source.manifest.graphs[graph]))
-                products += find_matmuls(ir.load(source.graph_path(graph, variant)), graph)
-        ranges = choose_ranges(statistics, products, smoothing=smoothing)
+                matmuls += find_matmuls(ir.load(source.graph_path(graph, variant)), graph)
+        ranges = choose_ranges(statistics, matmuls, smoothing=smoothing)
         quantize_bundle(source, paths["out"], recipe=chosen, ranges=ranges, smoothing=smoothing, overwrite=True)
     return {"seconds": round(time.monotonic() - began, 1), "peak_bytes": peak_bytes()}
 
 
 def weight_bytes(bundle: Path, graph: str) -> int:
-    """Return the bytes of a graph's weights."""
+    """Return the size of a graph's weights in bytes."""
     return sum(file.stat().st_size for file in (bundle / "graphs" / graph).glob("*.data"))
 
 
 def total(bundle: Path) -> int:
-    """Return the bytes of all graphs and their weights."""
+    """Return the size of all graphs and their weights in bytes."""
     return sum(file.stat().st_size for file in (bundle / "graphs").rglob("*") if file.is_file())
 
 

@@ -1,8 +1,8 @@
-"""Export a random checkpoint of a real model's size, and measure it: peak memory, time, disk, parity, and one query.
+"""Export a random checkpoint of a real model's size, and measure peak memory, time, disk, parity and one query.
 
-The checkpoint has the shapes of a published model and random bf16 weights, written tensor by tensor; the export runs in
-a process of its own, as `bridge-stg export` does, and so does the query. Results go to
-benchmarks/results/export_<shape>_<dtype>.json, and all of them into the table of docs/performance.md.
+The checkpoint has the shapes of a published model and random bf16 weights, written tensor by tensor. `bridge-stg
+export` and the query run in subprocesses. Results go to benchmarks/results/export_<shape>_<dtype>.json; the table of
+docs/performance.md is made from all of these files.
 
 Usage: python benchmarks/large/export.py SHAPE [--dtype fp16] [--variant standard] [--folder /tmp/large] [--keep]
 """
@@ -28,7 +28,7 @@ RESULTS, TABLE = Path("benchmarks/results"), Path("docs/performance.md")
 MARKS = ("<!-- export_large: begin -->", "<!-- export_large: end -->")
 QUERIES = ("the red square", "a blue ball that moves to the left")
 BAR = 1.3, 1.5e9
-"""The peak that an export of a 2B model may reach: so many times its weights, and so many bytes."""
+"""Allowed peak memory of an export: a multiple of the weights, plus a constant in bytes."""
 
 
 @click.command()
@@ -36,10 +36,10 @@ BAR = 1.3, 1.5e9
 @click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), default="fp16", show_default=True)
 @click.option("--variant", "variants", multiple=True, default=("standard", "primitive"), show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/large"), show_default=True)
-@click.option("--keep/--no-keep", default=False, help="Whether to keep checkpoint and bundle.")
-@click.option("--query/--no-query", default=True, help="Whether to ask the bundle a query on CPU.")
+@click.option("--keep/--no-keep", default=False, help="Keep checkpoint and bundle.")
+@click.option("--query/--no-query", default=True, help="Run a query on the bundle, on CPU.")
 def main(shape: str, dtype: str, variants: tuple[str, ...], folder: Path, keep: bool, query: bool) -> None:
-    """Make a checkpoint of SHAPE, export it, ask it a query, and write what was measured."""
+    """Make a checkpoint of SHAPE, export it, run a query, and write the measurements."""
     checkpoint, bundle = folder / shape, folder / f"{shape}_{dtype}"
     made = None
     began = time.monotonic()
@@ -84,7 +84,7 @@ def main(shape: str, dtype: str, variants: tuple[str, ...], folder: Path, keep: 
 
 
 def summary(parity: dict[str, Any]) -> dict[str, Any]:
-    """Return the worst relative error of each boundary and the smallest IoU of a box."""
+    """Return the worst relative error of each boundary and the smallest box IoU."""
     worst: dict[str, float] = {}
     for boundary in parity["boundaries"]:
         name = boundary["name"].split(" ")[0]
@@ -94,7 +94,7 @@ def summary(parity: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(bundle: str) -> dict[str, Any]:
-    """Load a bundle in onnxruntime, ask two queries on a clip and one on its mirror image, and say what it took."""
+    """Run two queries on a clip and one on its mirror image in onnxruntime; return times and peak memory."""
     from bridge_stg.runtime import Grounder
     from bridge_stg.runtime.host.memory import peak_bytes
 
@@ -104,12 +104,12 @@ def ask(bundle: str) -> dict[str, Any]:
         began = time.monotonic()
         boxes = [grounder.ground(clip(mirrored), query, allow_none=False).boxes.boxes
                  for query, mirrored in ((QUERIES[0], False), (QUERIES[1], False), (QUERIES[0], True))]  # fmt: skip
-        asked = time.monotonic() - began
+        query_seconds = time.monotonic() - began
     first, other_query, other_frames = (np.asarray(found) / [128, 96, 128, 96] for found in boxes)
     return {
         "load_seconds": round(loaded, 1),
         "load_peak_rss_bytes": load_peak,
-        "seconds_a_query": round(asked / 3, 1),
+        "seconds_a_query": round(query_seconds / 3, 1),
         "peak_rss_bytes": peak_bytes(),
         "box_moved_by_other_query": moved(first, other_query),
         "box_moved_by_other_frames": moved(first, other_frames),
@@ -117,7 +117,7 @@ def ask(bundle: str) -> dict[str, Any]:
 
 
 def moved(first: np.ndarray, other: np.ndarray) -> float:
-    """Return how far apart the first boxes lie at most, in frame widths or heights."""
+    """Return the largest difference of a box coordinate, in frame widths or heights."""
     count = min(len(first), len(other))
     return round(float(np.abs(first[:count] - other[:count]).max()), 4)
 
@@ -132,13 +132,13 @@ def clip(mirrored: bool) -> Any:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Read a JSON file."""
+    """Return the contents of a JSON file."""
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return values
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
+    """Return the total size of all files below a folder in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -149,8 +149,8 @@ def fill_table() -> None:
     rows = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for file in sorted(RESULTS.glob("export_*_*.json")):
         r = read(file)
-        asked = r["query"]
-        query = "–" if asked is None else f"{asked['load_seconds']:.0f} s, {gigabytes(asked['peak_rss_bytes'])}"
+        ran = r["query"]
+        query = "–" if ran is None else f"{ran['load_seconds']:.0f} s, {gigabytes(ran['peak_rss_bytes'])}"
         rows.append(
             f"| {r['shape']} | {r['dtype']} | {gigabytes(r['weight_bytes'])} | {gigabytes(r['peak_rss_bytes'])} "
             f"| {gigabytes(r['allowed_peak_bytes'])} | {r['seconds'] / 60:.1f} min | {gigabytes(r['bundle_bytes'])} "
@@ -163,7 +163,7 @@ def fill_table() -> None:
 
 
 def gigabytes(count: float) -> str:
-    """Return bytes for people."""
+    """Format a number of bytes in GB."""
     return f"{count / 1e9:.2f} GB"
 
 

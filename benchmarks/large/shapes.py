@@ -1,4 +1,4 @@
-"""Random checkpoints with the shapes of published models, written tensor by tensor."""
+"""Write random checkpoints with the shapes of published models, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
             "deepstack_visual_indexes": [2, 5],
         },
     },
-    # Qwen2.5-0.5B's text model as a Qwen3-VL one, behind a vision encoder of ViT-B's width and depth.
+    # Qwen2.5-0.5B's text model in Qwen3-VL form, with a vision encoder of ViT-B's width and depth.
     "qwen3_vl_0_5b": {
         "model_type": "qwen3_vl", "tie_word_embeddings": True, **QWEN3_TOKENS,
         "text_config": {
@@ -80,16 +80,16 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         },
     },
 }  # fmt: skip
-"""By name, the backbone's config.json. The first one is small enough for a quick look, and large enough to stream."""
+"""config.json of each backbone by name. The first is small enough for quick runs, and large enough to be streamed."""
 
 
 SCALES = {"spatial_decoder.box_heads.": 0.4, "spatial_decoder.heat_": 6.0}
-"""By beginning of a key. Six box heads in a row would otherwise shrink most boxes to nothing; and a heat map of plain
-products is flat, so that every query would begin with the same box."""
+"""Scale of random weights by key prefix. Without it six successive box heads would shrink most boxes to zero, and the
+heat map would be flat, so that every query would start from the same box."""
 
 
 def config_of(shape: str) -> BridgeSTGConfig:
-    """Return the configuration of a shape: the family's frames and normalization, the demo's prompt."""
+    """Return the configuration of a shape, with the family's frames and normalization and the demo's prompt."""
     values = SHAPES[shape]
     family = backbone(values)
     return BridgeSTGConfig(
@@ -123,9 +123,9 @@ def write_checkpoint(shape: str, folder: Path, *, seed: int = 0) -> None:
 
 
 def random_weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Return values that keep the size of what passes, so that taps and boxes depend on the input.
+    """Return random values that preserve the magnitude of activations, so that taps and boxes depend on the input.
 
-    Matrices have a standard deviation of 1/√inputs, times what `SCALES` says; norms are near 1 and biases near 0.
+    Matrices have a standard deviation of 1/√inputs times `SCALES`; norms are near 1 and biases near 0.
     """
     if len(shape) == 1:
         around = 1.0 if "norm" in key.rpartition(".")[0].rpartition(".")[2] and key.endswith("weight") else 0.0

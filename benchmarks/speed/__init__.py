@@ -1,6 +1,7 @@
-"""The speed benchmark: runners of the chain and of its peers, on the same weights and inputs, in one run.
+"""Run the chain and other runtimes on the same weights and inputs.
 
-Programs of this folder import it first: in a checkout that is not installed, it lets them find the project.
+Programs in this folder import this package first: it makes the project importable from a checkout that is not
+installed.
 """
 
 import sys
@@ -14,5 +15,5 @@ except ModuleNotFoundError:
     sys.path.append(str(ROOT))
     try:
         import bridge_stg
-    except ModuleNotFoundError:  # a peer's environment, which lacks what the project needs
+    except ModuleNotFoundError:  # a peer's environment, without the project's dependencies
         bridge_stg = None  # type: ignore[assignment]

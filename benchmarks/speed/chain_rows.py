@@ -1,4 +1,4 @@
-"""The rows of a whole chain, whichever engine computes its graphs: work that is the same for every runner."""
+"""Benchmark rows of a whole chain, independent of the engine that computes its graphs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from speed.watching import Watch, answer_marker
 
 
 class ChainRows:
-    """The rows of one grounder.
+    """Benchmark rows of one grounder.
 
     Args:
-        grounder: whose graphs run.
-        sessions: its three sessions.
+        grounder: grounder to measure.
+        sessions: the grounder's three sessions by graph.
     """
 
     def __init__(self, grounder: Grounder, sessions: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class ChainRows:
         self._cached: bytes | None = None
 
     def rows(self) -> dict[str, Callable[[Arrays], Work]]:
-        """Return what makes the work of each row."""
+        """Return the function that prepares each row's work, by row."""
         return {
             "vision": self.vision,
             "prefill": self.prefill,
@@ -58,7 +58,7 @@ class ChainRows:
         return Work(timed)
 
     def prefill(self, inputs: Arrays) -> Work:
-        """Run the whole prompt in the chain's own chunks; logits [vocab] behind its last token."""
+        """Run the whole prompt in the chain's own chunks; outputs logits [vocab] of its last token."""
         length = inputs["input_ids"].shape[1]
         cache = self._room(length + 64)
 
@@ -69,7 +69,7 @@ class ChainRows:
         return Work(timed, tokens=length)
 
     def decode(self, inputs: Arrays) -> Work:
-        """Feed given ids one by one behind a prefix of text; logits [n, vocab]."""
+        """Feed given ids one by one after a text prefix; outputs logits [n, vocab]."""
         prefix, steps = inputs["prefix_ids"], inputs["step_ids"]
         length = prefix.shape[1]
         cache = self._room(length + 64)
@@ -84,7 +84,7 @@ class ChainRows:
         return Work(timed, before=lambda: self._prefix(cache, prefix), tokens=len(steps))
 
     def bridge(self, inputs: Arrays) -> Work:
-        """Feed the bridging queries in one step behind a prefix of text; taps [T, Q, H]."""
+        """Feed the bridging queries in one step after a text prefix; outputs taps [T, Q, H]."""
         prefix, ids = inputs["prefix_ids"], inputs["bridging_ids"]
         length = prefix.shape[1]
         cache = self._room(length + 64)
@@ -96,19 +96,19 @@ class ChainRows:
         return Work(timed, before=lambda: self._prefix(cache, prefix), tokens=len(ids))
 
     def spatial(self, inputs: Arrays) -> Work:
-        """Run the spatial decoder once on given maps and taps."""
+        """Run the spatial decoder once on given feature maps and taps."""
         return Work(lambda: {k: np.asarray(v) for k, v in self.sessions["spatial_decoder"].infer(dict(inputs)).items()})
 
     def end_to_end(self, inputs: Arrays) -> Work:
-        """From a file to a tube, the answer given beforehand."""
-        return self._asked(inputs, 1)
+        """Ground one query on a video file, with a fixed answer."""
+        return self._grounded(inputs, 1)
 
     def queries(self, inputs: Arrays) -> Work:
-        """`count` queries on one video: opened once, asked together."""
-        return self._asked(inputs, int(inputs["count"]))
+        """Ground `count` queries together on a video that is opened once."""
+        return self._grounded(inputs, int(inputs["count"]))
 
     def batch(self, inputs: Arrays) -> Work:
-        """Feed given ids [B, n] one by one to B rows behind prefixes [B, L] of text."""
+        """Feed given ids [B, n] one by one to B rows after text prefixes [B, L]."""
         prefix, steps = inputs["prefix_ids"], inputs["step_ids"]
         rows, length = prefix.shape
         cache = self.sessions["language_model"].allocate_cache(batch=rows, capacity=bucketed(length + steps.shape[1]))
@@ -121,8 +121,8 @@ class ChainRows:
 
         return Work(timed, tokens=steps.size)
 
-    def _asked(self, inputs: Arrays, count: int) -> Work:
-        clip, asked = str(inputs["clip"]), [str(query) for query in inputs["queries"][:count]]
+    def _grounded(self, inputs: Arrays, count: int) -> Work:
+        clip, queries = str(inputs["clip"]), [str(query) for query in inputs["queries"][:count]]
 
         def timed() -> Arrays:
             self._cached = None
@@ -130,10 +130,10 @@ class ChainRows:
             self.watch.answer = inputs["answer_ids"].tolist()
             began = time.perf_counter()
             if count == 1:
-                found = [self.grounder.ground(clip, asked[0], allow_none=False)]
+                found = [self.grounder.ground(clip, queries[0], allow_none=False)]
             else:
                 with self.grounder.open(clip) as video:
-                    found = video.ground_many(asked, allow_none=False)
+                    found = video.ground_many(queries, allow_none=False)
             total = time.perf_counter() - began
             self.watch.answer = None
             first = next((call.ended for call in self.watch.calls if call.answers), began)
@@ -155,24 +155,24 @@ class ChainRows:
         return Work(timed)
 
     def _prefix(self, cache: Any, ids: np.ndarray) -> None:
-        """Let the cache hold these ids; steps behind them do not change them."""
+        """Prefill the cache with these ids unless it already contains them; later steps do not change them."""
         if self._cached != ids.tobytes():
             self._run(cache, {"input_ids": ids}, 0)
             self._cached = ids.tobytes()
 
     def _room(self, positions: int) -> Any:
-        """Return a cache of one row, as large as the chain would take."""
+        """Return a cache of one row with the capacity that the chain would choose."""
         capacity = bucketed(positions)
         if self._cache is None or self._cache.capacity != capacity:
             self._cached = None
             self._cache = self.sessions["language_model"].allocate_cache(batch=1, capacity=capacity)
         return self._cache
 
-    def _run(self, cache: Any, inputs: Arrays, behind: int, *, outputs: int = 1) -> dict[str, Any]:
-        """Feed ids [B, L], in chunks, behind so many cached tokens; text where nothing else is given."""
+    def _run(self, cache: Any, inputs: Arrays, past: int, *, outputs: int = 1) -> dict[str, Any]:
+        """Feed ids [B, L] in chunks after `past` cached tokens; as text unless visual inputs are given."""
         ids, width = inputs["input_ids"], self.spec.language.hidden_size
         rows, length = ids.shape
-        text = np.broadcast_to(behind + np.arange(length, dtype=np.int64), (3, rows, length))
+        text = np.broadcast_to(past + np.arange(length, dtype=np.int64), (3, rows, length))
         nothing = np.zeros((1 + self.spec.vision.deepstack_levels, 2, width), np.float32)
         visual_tokens = inputs.get("visual_tokens", nothing)
         index, positions = inputs.get("visual_index", np.zeros_like(ids)), inputs.get("positions", text)
@@ -185,7 +185,7 @@ class ChainRows:
                 "visual_index": np.ascontiguousarray(index[:, start:stop]),
                 "visual_tokens": visual_tokens,
                 "positions": np.ascontiguousarray(positions[:, :, start:stop]),
-                "cache_position": np.full(rows, behind + start, np.int64),
+                "cache_position": np.full(rows, past + start, np.int64),
                 "output_index": np.tile(np.arange(stop - start - outputs, stop - start, dtype=np.int64), (rows, 1)),
             }
             found = self.sessions["language_model"].infer(feeds, cache=cache)

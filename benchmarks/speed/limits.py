@@ -1,4 +1,4 @@
-"""The physical limits of the machine, measured in the same run: memory bandwidth and the peak of matrix products.
+"""Measure the physical limits of the machine: memory bandwidth and the peak rate of matmuls.
 
 Usage: python benchmarks/speed/limits.py [--threads 2] [--seconds 2] (prints JSON)
 """
@@ -15,16 +15,16 @@ import click
 import numpy as np
 
 BUFFER_BYTES = 2**29
-"""Read by the bandwidth test: many times any last-level cache."""
+"""Bytes read by the bandwidth test, many times the size of any last-level cache."""
 
 GEMMS = ((512, 896, 4864), (1024, 1024, 4096), (2048, 2048, 6144), (1024, 4096, 4096))
-"""Rows, inputs and outputs of the products; the fastest one is the peak."""
+"""Rows, inputs and outputs of the matmuls; the fastest one counts."""
 
 
 def bandwidth(threads: int, *, buffer_bytes: int = BUFFER_BYTES, repeats: int = 5) -> float:
-    """Return bytes a second that `threads` threads read from memory together: the best of several passes.
+    """Return the bytes per second that `threads` threads read from memory together, best of several passes.
 
-    Two ways to read are tried, numpy's maximum and its dot product, which keep nothing; the faster one counts.
+    The buffer is read by numpy's maximum and by its dot product, which write nothing; the faster one counts.
     """
     buffer = np.ones(buffer_bytes // 4, np.float32)
     parts = np.array_split(buffer, threads)
@@ -43,7 +43,7 @@ def _dot(part: np.ndarray) -> float:
 
 
 def gemm_peaks(threads: int, *, shapes: Sequence[tuple[int, int, int]] = GEMMS, seconds: float = 1.0) -> dict[str, Any]:
-    """Return the most operations a second of each way to multiply, and the shape that reached it."""
+    """Return the peak operations per second of each implementation, and the shape that reached it."""
     ways: dict[str, Callable[..., Callable[[], Any]]] = {
         "onnxruntime_fp32": _onnxruntime_fp32,
         "onnxruntime_int8": _onnxruntime_int8,
@@ -83,7 +83,7 @@ def _session(nodes: list[Any], initializers: dict[str, np.ndarray], shape: list[
 
     graph = onnx.helper.make_graph(
         nodes,
-        "product",
+        "matmul",
         [onnx.helper.make_tensor_value_info("x", dtype, shape)],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
         [onnx.numpy_helper.from_array(value, name) for name, value in initializers.items()],
@@ -107,7 +107,7 @@ def _onnxruntime_fp32(m: int, k: int, n: int, threads: int) -> Callable[[], Any]
 
 
 def _onnxruntime_int8(m: int, k: int, n: int, threads: int) -> Callable[[], Any]:
-    """MatMulIntegerToFloat of uint8 by int8: what the variant `ort-cpu` is made of."""
+    """Return a MatMulIntegerToFloat of uint8 × int8, as used in the variant `ort-cpu`."""
     import onnx
 
     generator = np.random.default_rng(0)
@@ -138,7 +138,7 @@ def _torch_fp32(m: int, k: int, n: int, threads: int) -> Callable[[], Any]:
 
 @click.command()
 @click.option("--threads", default=2, show_default=True)
-@click.option("--seconds", default=2.0, show_default=True, help="For each way to multiply.")
+@click.option("--seconds", default=2.0, show_default=True, help="Seconds per implementation.")
 def main(threads: int, seconds: float) -> None:
     """Print the limits as JSON."""
     limits = {"bandwidth": bandwidth(threads), "gemm": gemm_peaks(threads, seconds=seconds), "threads": threads}

@@ -1,6 +1,7 @@
-"""All runners of one model on the same inputs, in turn: every row's times, memory and parity, kept as they come in.
+"""Measure all runners of one model on the same inputs in turn: times, memory and parity of every row.
 
-A run that was stopped goes on where it was. A runner that fails is named with its reason, and the others go on.
+Each result is saved at once, so an interrupted run resumes. A failed runner is recorded with its error; the others
+continue.
 """
 
 from __future__ import annotations
@@ -23,58 +24,58 @@ from speed.runners import Runner, RunnerError, RunnerSpec, start
 ROWS = ("vision", "prefill", "prefill_text", "decode", "bridge", "spatial", "end_to_end", "queries")
 REFERENCE = "torch_eager_fp32"
 LONG_S, MOST_REPEATS = 1.0, 5
-"""A row shorter than this is repeated, at most so many times."""
+"""A row that takes less than `LONG_S` seconds is repeated, at most `MOST_REPEATS` times."""
 
 WARM = ("end_to_end", "queries")
-"""Rows of a chain that the rows before them have warmed up: their first turn counts."""
+"""Rows that earlier rows have already warmed up, so their first turn counts."""
 
 Progress = Callable[[str], Any]
 
 
 class Results:
-    """Figures in a JSON file, written after each of them.
+    """Results in a JSON file, saved after each measurement.
 
     Attributes:
-        runners: key → what a runner said when it had loaded, or `error`.
+        runners: key → the runner's answer to `load`, or `error`.
         rows: key → row → seconds of each round, tokens, peak memory, parity, details; or `error`.
-        facts: by model/frames, what work is counted from.
-        missing: what was not measured, and why.
-        limits: of the machine, each time that they were measured.
-        cold_start: seconds of single runs of `infer`.
-        growth: points of all axes.
+        facts: model/frames → configuration and input sizes, from which operations are counted.
+        missing: name → reason, for everything that was not measured.
+        limits: the machine's limits, one entry per measurement.
+        cold_start: seconds of single `infer` processes.
+        growth: measured points of all axes.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        self.runners: dict[str, dict[str, Any]] = held.get("runners", {})
-        self.rows: dict[str, dict[str, dict[str, Any]]] = held.get("rows", {})
-        self.facts: dict[str, dict[str, Any]] = held.get("facts", {})
-        self.missing: dict[str, str] = held.get("missing", {})
-        self.limits: list[dict[str, Any]] = held.get("limits", [])
-        self.cold_start: list[float] = held.get("cold_start", [])
-        self.growth: list[dict[str, Any]] = held.get("growth", [])
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.runners: dict[str, dict[str, Any]] = saved.get("runners", {})
+        self.rows: dict[str, dict[str, dict[str, Any]]] = saved.get("rows", {})
+        self.facts: dict[str, dict[str, Any]] = saved.get("facts", {})
+        self.missing: dict[str, str] = saved.get("missing", {})
+        self.limits: list[dict[str, Any]] = saved.get("limits", [])
+        self.cold_start: list[float] = saved.get("cold_start", [])
+        self.growth: list[dict[str, Any]] = saved.get("growth", [])
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as temporary:
-            held = {name: value for name, value in vars(self).items() if name != "file"}
-            text = json.dumps(held, indent=1)
+            saved = {name: value for name, value in vars(self).items() if name != "file"}
+            text = json.dumps(saved, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def forget(self, models: Sequence[str], frames: Sequence[int], *, growth: bool) -> None:
-        """Drop the figures of these models at these numbers of frames, and the limits, which belong to a run."""
+        """Drop the results of these models at these frame counts, and the limits, which belong to a run."""
         dropped = {f"{model}/{count}" for model in models for count in frames}
         self.rows = {key: rows for key, rows in self.rows.items() if key.rpartition("/")[0] not in dropped}
-        self.runners = {key: told for key, told in self.runners.items() if key.partition("/")[0] not in models}
+        self.runners = {key: loaded for key, loaded in self.runners.items() if key.partition("/")[0] not in models}
         self.limits, self.cold_start = [], [] if "demo" in models else self.cold_start
         if growth:
             self.growth = []
         self.save()
 
     def row(self, key: str, row: str) -> dict[str, Any]:
-        """Return the figures of a row, to be filled in."""
+        """Return the figures of a row, created empty if missing."""
         return self.rows.setdefault(key, {}).setdefault(row, {"seconds": []})
 
 
@@ -84,15 +85,15 @@ def key_of(model: str, frames: int, label: str) -> str:
 
 
 def make_inputs(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -> Path:
-    """Return the folder of the inputs of one number of frames, recorded if need be in a process of its own."""
+    """Return the folder of the inputs for one frame count; a subprocess records them if they are missing."""
     inputs = folder / "inputs" / f"{size[0]}x{size[1]}_{frames}"
     if not (inputs / "end_to_end.npz").is_file():
         program = Path(__file__).with_name("workload") / "inputs.py"
         command = [sys.executable, program, checkpoint, inputs, frames, *size]
         subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
-    with np.load(inputs / "end_to_end.npz", allow_pickle=False) as asked:
+    with np.load(inputs / "end_to_end.npz", allow_pickle=False) as recorded:
         for count in (1, 8):
-            np.savez(inputs / f"queries_{count}.npz", **{**dict(asked), "count": np.array(count)})
+            np.savez(inputs / f"queries_{count}.npz", **{**dict(recorded), "count": np.array(count)})
     return inputs
 
 
@@ -109,15 +110,19 @@ def measure(
     progress: Progress = lambda text: None,
     timeout_s: float = 1200,
 ) -> None:
-    """Start the runners of one model, and measure every row of every number of frames, round robin.
+    """Start the runners of one model, and measure every row at every frame count, round robin.
 
     Args:
-        model: `name`, `checkpoint`, `folder`, `bundles`, as the protocol has it.
-        specs: in the order of their turns; the reference first, since the others are compared with what it gives.
-        inputs: folder by number of coarse frames.
-        rounds: turns, by number of frames.
-        work: for logs and outputs.
-        timeout_s: how long one answer may take.
+        model: `name`, `checkpoint`, `folder` and `bundles` of the protocol's `load` request.
+        specs: runners in the order of their turns, reference first, since the others are compared with its outputs.
+        inputs: input folder by number of coarse frames.
+        results: receives the measurements.
+        rounds: number of rounds by number of coarse frames.
+        threads: threads per runner.
+        work: folder for logs and outputs.
+        rows: rows to measure.
+        progress: called with a line of text before each step.
+        timeout_s: limit for one answer in seconds.
     """
     name = model["name"]
     runners: list[Runner] = []
@@ -144,16 +149,18 @@ def measure(
 
 
 def done(results: Results, model: str, frames: int, spec: RunnerSpec, rounds: int, rows: Sequence[str]) -> bool:
-    """Tell whether a runner has nothing left to measure of these frames."""
+    """Return whether a runner has no rows left to measure at this frame count."""
     loaded = results.runners.get(f"{model}/{spec.label}", {})
     if not loaded or "error" in loaded:
         return False
-    held = results.rows.get(key_of(model, frames, spec.label), {})
+    measured = results.rows.get(key_of(model, frames, spec.label), {})
     wanted = [row for row in rows if row in loaded["rows"] and (spec.rows is None or row in spec.rows)]
     names = [name for row in wanted for name in (("queries_1", "queries_8") if row == "queries" else (row,))]
     if "vision" not in loaded["rows"] and "prefill_text" in loaded["rows"]:
         names = [name for name in names if name != "prefill"]
-    return all(name in held and ("error" in held[name] or len(held[name]["seconds"]) >= rounds) for name in names)
+    return all(
+        name in measured and ("error" in measured[name] or len(measured[name]["seconds"]) >= rounds) for name in names
+    )
 
 
 def turns(
@@ -168,7 +175,7 @@ def turns(
     progress: Progress,
     timeout_s: float,
 ) -> None:
-    """Measure one row: every runner once to warm up, then in turn; the first outputs are compared."""
+    """Measure one row: every runner warms up once, then they take turns; the first outputs are compared."""
     name = file.stem
     outputs = work / "outputs" / f"{model}_{frames}"
     outputs.mkdir(parents=True, exist_ok=True)
@@ -176,7 +183,7 @@ def turns(
     for turn in range(row in WARM, rounds + 1):
         for runner in list(runners):
             label = runner.spec.label
-            if asked_row(runner, row) is None:
+            if not measures(runner, row):
                 continue
             found = results.row(key_of(model, frames, label), name)
             if "error" in found or len(found["seconds"]) >= rounds:
@@ -195,7 +202,7 @@ def turns(
                     runners.remove(runner)
             else:
                 keep(found, answer, out if request["outputs"] else None, turn, row)
-                found["beside"] = runner.spec.beside
+                found["beside"] = runner.spec.compared_with
                 found["text_alone"] = Path(request["inputs"]).stem == "prefill_text"
                 slowest = max(answer["seconds"])
                 repeats[label] = max(1, min(MOST_REPEATS, int(LONG_S / max(slowest, 1e-6))))
@@ -206,12 +213,12 @@ def turns(
 
 
 def keep(found: dict[str, Any], answer: Mapping[str, Any], out: Path | None, turn: int, row: str) -> None:
-    """Put an answer into a row's figures. The first turn's time is a cold one, of compilers above all."""
+    """Add an answer to a row's figures. The first turn includes warm-up and compilation."""
     found["tokens"], found["peak_bytes"] = answer["tokens"], answer["peak_bytes"]
     found["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if turn:
         found["seconds"].append(statistics.median(answer["seconds"]))
-        if "cpu_seconds" in answer:  # of all threads: what it took even where other work disturbed it
+        if "cpu_seconds" in answer:  # of all threads; hardly affected by other load
             found.setdefault("cpu_seconds", []).append(statistics.median(answer["cpu_seconds"]))
     else:
         found["first_s"] = answer["seconds"][0]
@@ -222,29 +229,26 @@ def keep(found: dict[str, Any], answer: Mapping[str, Any], out: Path | None, tur
 
 
 def compared(row: str, out: Path, reference: Path) -> dict[str, Any]:
-    """Compare the arrays of two files; say so where there is no reference."""
+    """Compare the arrays of two files; return an error if the reference is missing."""
     if not reference.is_file():
         return {"error": "the reference did not run"}
     with np.load(out, allow_pickle=False) as mine, np.load(reference, allow_pickle=False) as theirs:
         return parity(row, dict(mine), dict(theirs))
 
 
-def asked_row(runner: Runner, row: str) -> str | None:
-    """Return the row's name if this runner measures it. A peer that knows language alone prefills text alone."""
-    if row not in runner.rows:
-        return None
-    if row == "prefill" and "vision" not in runner.rows:
-        return None if "prefill_text" in runner.rows else row
-    return row
+def measures(runner: Runner, row: str) -> bool:
+    """Return whether this runner measures a row. A peer without a vision encoder prefills only text."""
+    text_only = row == "prefill" and "vision" not in runner.rows
+    return row in runner.rows and not (text_only and "prefill_text" in runner.rows)
 
 
 def chosen_input(runner: Runner, row: str, file: Path) -> Path:
-    """Return the file of a row's inputs for this runner."""
+    """Return the input file of a row for this runner."""
     if row == "prefill" and "vision" not in runner.rows:
         return file.with_name("prefill_text.npz")
     return file
 
 
 def median(found: Mapping[str, Any]) -> float | None:
-    """Return the median seconds of a row; None where there are none."""
+    """Return the median seconds of a row, or None if it has none."""
     return statistics.median(found["seconds"]) if found.get("seconds") else None

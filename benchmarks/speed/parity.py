@@ -1,4 +1,4 @@
-"""How close a runner's outputs are to the torch reference's: no speed is reported without it."""
+"""Compare a runner's outputs with the torch reference; every reported time has its parity."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def parity(row: str, found: Arrays, reference: Arrays) -> dict[str, Any]:
     """Compare one row's outputs.
 
     Returns:
-        `cosine` (the worst of all vectors along the last axis is `worst_cosine`) and, of logits, `same_choice`, the
-        share of positions whose likeliest token is the reference's; of boxes `iou` and `worst_iou`, over the
-        reference's frames, an unanswered frame counting 0. Empty where the runner gave nothing to compare.
+        `cosine` and `worst_cosine`, mean and minimum over all vectors along the last axis; for logits also
+        `same_choice`, the share of positions with the reference's most likely token. For boxes `iou` and `worst_iou`
+        over the reference's frames, where a missing frame counts 0. Empty if the runner returned no such output.
     """
     if row in ("spatial", "end_to_end"):
         return _boxes(row, found, reference) if "boxes" in found else {}

@@ -1,4 +1,4 @@
-"""A runner of the whole chain: this runtime on a bundle, or the torch model itself, eager or compiled.
+"""Serve the whole chain as a runner: this runtime on a bundle, or the torch model, eager or compiled.
 
 Usage: python benchmarks/speed/run_chain.py ours|torch_eager|torch_compile (requests on stdin; see peers/protocol.py)
 """
@@ -19,7 +19,7 @@ from bridge_stg.runtime import Grounder
 
 
 def load_ours(model: Model, precision: str, threads: int) -> Loaded:
-    """Load this project's bundle of a precision."""
+    """Load this project's bundle in a precision."""
     grounder = Grounder.load(model.bundles[precision], threads=threads)
     variants = {} if grounder.target is None else dict(grounder.target.variants)
     words = f"{precision}; variants {', '.join(f'{k} {v}' for k, v in variants.items())}"
@@ -29,7 +29,7 @@ def load_ours(model: Model, precision: str, threads: int) -> Loaded:
 def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = False) -> Loaded:
     """Load the checkpoint as a torch model in fp32."""
     if precision != "fp32":
-        raise PeerError(f"torch is the reference in fp32; {precision} was asked for")
+        raise PeerError(f"precision {precision}: torch is the reference and runs in fp32 only")
     import torch
 
     from bridge_stg.checkpoint.checkpoint import load_checkpoint
@@ -39,8 +39,8 @@ def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = F
     loaded = load_checkpoint(model.checkpoint)
     words = "fp32, eager"
     if compiled:
-        words = "fp32, torch.compile (inductor) of the three parts, their sizes left open"
-        # Compiled code is kept: of a model of 24 layers it takes minutes to make.
+        words = "fp32, torch.compile (inductor) of the three parts, dynamic shapes"
+        # Keep compiled code: compiling a model of 24 layers takes minutes.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(model.folder.resolve().parent / "inductor"))
         compile_parts(loaded)
     grounder = torch_grounder(loaded)
@@ -48,7 +48,7 @@ def load_torch(model: Model, precision: str, threads: int, *, compiled: bool = F
 
 
 def compile_parts(model: object) -> None:
-    """Compile the three parts; a size that changes does not compile them again."""
+    """Compile the three parts with dynamic shapes, so that a new size does not recompile them."""
     import torch
 
     torch._dynamo.config.cache_size_limit = 64  # noqa: SLF001 - torch has no public setting

@@ -1,4 +1,4 @@
-"""Runner programs seen from the orchestrator: started in their own environment, asked one line at a time."""
+"""Start runner programs in their own environments and exchange requests with them line by line."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ HERE = Path(__file__).resolve().parent
 OURS = ("ours", "torch_eager", "torch_compile")
 PEERS = HERE / "peers"
 AUTO, CHOOSE_THEMSELVES = "auto", ("openvino", "openvino_genai")
-"""Peers that compute a graph in fp32 in bf16 where the CPU can, unless they are told not to: also as they choose."""
+"""Peers that by default compute fp32 graphs in bf16 if the CPU supports it; measured with and without that choice."""
 
 CHAIN_ROWS = ("vision", "prefill", "prefill_text", "decode", "bridge", "spatial", "end_to_end")
-"""What is compared; the rest is this runtime's alone, and measured in int8."""
+"""Rows that are compared; the others are measured only for this runtime, in int8."""
 
 
 class RunnerError(Exception):
-    """A runner that does not start, does not answer, or says that it cannot; the message is one line."""
+    """A runner failed to start, to answer, or to run a request; the message is one line."""
 
 
 @dataclass(frozen=True)
 class RunnerSpec:
-    """Which program runs what.
+    """A runner program and what it measures.
 
     Attributes:
-        name: of the engine: one of `OURS` or of the peers.
+        name: name of the engine: one of `OURS` or a peer.
         precision: fp32, int8 or int4.
-        command: the program.
-        rows: the only rows to measure; None: all that it has.
-        beside: the name of our own runner that took turns with it, where there was no memory for all at once.
+        command: command line of the program.
+        rows: rows to measure; None: all that it has.
+        compared_with: name of our runner that takes turns with it, since not all runners may fit in memory at once.
     """
 
     name: str
     precision: str
     command: tuple[str, ...]
     rows: tuple[str, ...] | None = None
-    beside: str = "ours"
+    compared_with: str = "ours"
 
     @property
     def label(self) -> str:
-        """The name under which its figures stand, such as `ours_int8`."""
+        """Name of the runner in the results, such as `ours_int8`."""
         return f"{self.name}_{self.precision}"
 
 
 @dataclass(eq=False)
 class Runner:
-    """A started program that has loaded a model.
+    """A running program that has loaded a model.
 
     Attributes:
-        spec: what it is.
+        spec: the program and what it measures.
         loaded: its answer to `load`.
     """
 
@@ -68,7 +68,7 @@ class Runner:
 
     @property
     def rows(self) -> list[str]:
-        """The rows that it can measure and is to."""
+        """Rows to measure that the program supports."""
         rows = list(self.loaded.get("rows", []))
         return rows if self.spec.rows is None else [row for row in rows if row in self.spec.rows]
 
@@ -76,7 +76,7 @@ class Runner:
         """Send a request and return the answer.
 
         Raises:
-            RunnerError: it ended, took too long (and was ended for it), or answered with an error.
+            RunnerError: the program ended, exceeded `timeout_s` (it is then stopped), or answered with an error.
         """
         assert self.process.stdin is not None
         try:
@@ -96,13 +96,13 @@ class Runner:
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
-            raise RunnerError(f"{self.spec.label} answered something else than JSON: {line[:200]!r}") from None
+            raise RunnerError(f"{self.spec.label} answered invalid JSON: {line[:200]!r}") from None
         if not answer.get("ok"):
             raise RunnerError(str(answer.get("error", "no reason given"))[:500])
         return answer
 
     def end(self) -> None:
-        """Let it quit; one that does not is killed. May be called again."""
+        """Ask the program to quit and kill it if it does not; may be called again."""
         if self.process.poll() is None:
             try:
                 assert self.process.stdin is not None
@@ -120,20 +120,22 @@ class Runner:
             lines = Path(self.errors.name).read_text(encoding="utf-8", errors="replace").split("\n")
         except (OSError, subprocess.TimeoutExpired):
             return "no reason given"
-        said = [line.strip() for line in lines if line.strip()]
-        return f"exit status {self.process.returncode}; {said[-1][:300] if said else 'it said nothing'}"
+        printed = [line.strip() for line in lines if line.strip()]
+        return f"exit status {self.process.returncode}; {printed[-1][:300] if printed else 'no error output'}"
 
 
 def start(spec: RunnerSpec, model: Mapping[str, Any], *, threads: int, log: Path, timeout_s: float = 1800) -> Runner:
-    """Start a program and let it load a model.
+    """Start a program and load a model in it.
 
     Args:
-        spec: what to start.
-        model: `name`, `checkpoint`, `folder` and `bundles`, as the protocol has it.
-        log: file that its stderr goes to.
+        spec: program to start.
+        model: `name`, `checkpoint`, `folder` and `bundles` of the protocol's `load` request.
+        threads: threads to compute with.
+        log: file for the program's stderr.
+        timeout_s: limit for loading in seconds.
 
     Raises:
-        RunnerError: it does not start, or cannot load.
+        RunnerError: the program does not start, or cannot load the model.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     errors = log.open("w", encoding="utf-8")
@@ -169,10 +171,11 @@ def _read(stream: IO[str], answers: queue.Queue[str | None]) -> None:
 
 
 def peer_runners(names: Sequence[str], precisions: Sequence[str]) -> tuple[list[RunnerSpec], dict[str, str]]:
-    """Return the runners of other runtimes, each installed in its own environment, and why some are missing.
+    """Install peers in their own environments; return their runners, and the reason for each missing peer.
 
     Args:
-        names: of the peers; none that is unknown or does not install stops the others.
+        names: names of the peers; an unknown name or failed installation does not affect the others.
+        precisions: precisions to run each peer in.
     """
     sys.path.insert(0, str(PEERS))
     from speed.peers.install import InstallError, install
@@ -184,14 +187,14 @@ def peer_runners(names: Sequence[str], precisions: Sequence[str]) -> tuple[list[
         except (InstallError, OSError, subprocess.SubprocessError) as error:
             missing[name] = " ".join(str(error).split())[:500]
             continue
-        spare = (AUTO,) if name in CHOOSE_THEMSELVES and "fp32" in precisions else ()
-        for precision in (*precisions, *spare):
+        extra = (AUTO,) if name in CHOOSE_THEMSELVES and "fp32" in precisions else ()
+        for precision in (*precisions, *extra):
             specs.append(RunnerSpec(name, precision, (str(python), str(PEERS / f"run_{name}.py"))))
     return specs, missing
 
 
 def own_runners(precisions: Sequence[str], engines: Sequence[str] = OURS) -> list[RunnerSpec]:
-    """Return this runtime in each precision, and torch as it is and compiled."""
+    """Return the runners of this runtime in each precision, and of eager and compiled torch."""
     program = str(HERE / "run_chain.py")
     found = []
     for engine in engines:

@@ -1,7 +1,8 @@
-"""What happens inside a chain while it runs: the calls of its graphs, and an answer that is given beforehand.
+"""Record the graph calls of a chain while it runs, and force a fixed answer.
 
-Models of random weights answer anything, and another answer is another amount of work: so every runner is made to give
-the same one. The language model computes its logits as ever; then those of the wanted answer are raised.
+Models with random weights give arbitrary answers, and a different answer means a different amount of work, so every
+runner must give the same one. The language model computes its logits as usual; then those of the fixed answer are
+raised.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ class Call:
     """One call of a graph.
 
     Attributes:
-        graph: its name.
-        began, ended: seconds of `time.perf_counter`.
-        feeds: what went in; only where they are kept.
-        tokens: new tokens of all rows, of the language model.
-        answers: whether the first token of an answer was chosen from its logits.
+        graph: name of the graph.
+        began, ended: start and end, seconds of `time.perf_counter`.
+        feeds, outputs: inputs and outputs, if `Watch` keeps them.
+        tokens: number of new tokens in all rows; language model only.
+        answers: whether the first token of an answer is chosen from its logits.
     """
 
     graph: str
@@ -38,12 +39,12 @@ class Call:
 
 
 class Watch:
-    """Wraps the sessions of a grounder, whose `infer` it replaces.
+    """Wraps the `infer` of each session of a grounder.
 
     Args:
-        sessions: by name.
-        marker: ids that stand right before an answer.
-        keep: whether to keep feeds and outputs.
+        sessions: sessions by graph name.
+        marker: ids that precede an answer.
+        keep: whether to keep inputs and outputs.
     """
 
     def __init__(self, sessions: Mapping[str, Any], *, marker: Sequence[int], keep: bool = False) -> None:
@@ -61,7 +62,7 @@ class Watch:
         self._starts = {}
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of all calls, by graph."""
+        """Return the total seconds of all calls by graph."""
         found: dict[str, float] = {}
         for call in self.calls:
             found[call.graph] = found.get(call.graph, 0.0) + call.ended - call.began
@@ -85,7 +86,7 @@ class Watch:
     def _raise_logits(self, feeds: Mapping[str, Any], outputs: dict[str, Any], cache: Any, call: Call) -> None:
         ids, begin = np.asarray(feeds["input_ids"]), np.asarray(feeds["cache_position"])
         for row in range(len(ids)):
-            place = _behind(ids[row], self._marker)
+            place = _end_of(self._marker, ids[row])
             if place is not None:
                 self._starts[id(cache), row] = int(begin[row]) + place
                 call.answers = True
@@ -100,8 +101,8 @@ class Watch:
                     logits[row, k, self.answer[step]] += 1000.0
 
 
-def _behind(ids: np.ndarray, marker: np.ndarray) -> int | None:
-    """Return the place behind the last occurrence of a marker in ids; None where there is none."""
+def _end_of(marker: np.ndarray, ids: np.ndarray) -> int | None:
+    """Return the index after the last occurrence of a marker in ids, or None."""
     size = len(marker)
     for start in range(len(ids) - size, -1, -1):
         if np.array_equal(ids[start : start + size], marker):
@@ -110,5 +111,5 @@ def _behind(ids: np.ndarray, marker: np.ndarray) -> int | None:
 
 
 def answer_marker(encode: Callable[[str], Sequence[int]], query_form: str) -> list[int]:
-    """Return the ids of what the prompt's form of a query ends with."""
+    """Return the ids that follow the query in the prompt's query template."""
     return list(encode(query_form.partition("{query}")[2]))

@@ -1,8 +1,8 @@
-"""A ROS 2 node: images in, detections of standing queries out. See README.md beside it.
+"""ROS 2 node that runs standing queries on an image topic; see README.md in this folder.
 
-Subscribes to `image` (sensor_msgs/Image); publishes `detections` (vision_msgs/Detection2DArray), one message a round,
-and `events` (std_msgs/String, JSON): appeared, moved, left. The callback only takes the picture; the model runs in a
-thread of its own, on the newest frames.
+Subscribes to `image` (sensor_msgs/Image); publishes `detections` (vision_msgs/Detection2DArray), one message per round,
+and `events` (std_msgs/String, JSON): appeared, moved, left. The callback only queues the image; the model runs in its
+own thread on the newest frames.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ WAITING_IMAGES = 8
 
 
 def rgb_of(message: Any) -> np.ndarray:
-    """Return the picture of a sensor_msgs/Image as uint8 [height, width, 3] in RGB, without cv_bridge.
+    """Convert a sensor_msgs/Image to uint8 RGB [height, width, 3] without cv_bridge.
 
     Raises:
-        ValueError: its encoding is none of `CHANNELS`.
+        ValueError: the encoding is not in `CHANNELS`.
     """
     order = CHANNELS.get(message.encoding)
     if order is None:
@@ -44,12 +44,12 @@ def rgb_of(message: Any) -> np.ndarray:
 
 
 def seconds_of(stamp: Any) -> float:
-    """Return a builtin_interfaces/Time as seconds."""
+    """Convert a builtin_interfaces/Time to seconds."""
     return stamp.sec + stamp.nanosec * 1e-9
 
 
 class GroundingNode(Node):
-    """Asks its standing queries about the newest seconds of an image topic.
+    """Runs standing queries on the newest seconds of an image topic.
 
     Parameters: `bundle` (folder), `queries` (list of strings), `every_s`, `window` (coarse frames), `stall_s`.
     """
@@ -75,7 +75,7 @@ class GroundingNode(Node):
         self.worker.start()
 
     def destroy_node(self) -> None:
-        """End the watch, free the model."""
+        """Stop the watch and free the model."""
         self._watch.stop()
         self._put(None)
         self.worker.join(10)
@@ -83,7 +83,7 @@ class GroundingNode(Node):
         super().destroy_node()
 
     def _take(self, message: Any) -> None:
-        """Keep the newest images; a repeated or late one is left out."""
+        """Queue an image; repeated and late ones are dropped."""
         time_s = seconds_of(message.header.stamp)
         if time_s > self._newest_s:
             self._newest_s = time_s
@@ -122,7 +122,7 @@ class GroundingNode(Node):
             rclpy.try_shutdown()  # the launch file starts the node again
 
     def _message(self, update: LiveUpdate) -> Any:
-        """Return the newest box of every target that is in view at the end of what is known."""
+        """Return the newest box of every target that is in view at `known_s`."""
         message = Detection2DArray()
         self._stamp(message.header, update.known_s)
         for result in update.groundings:
@@ -154,7 +154,7 @@ def main() -> None:
     node = GroundingNode()
     try:
         rclpy.spin(node)
-    except (KeyboardInterrupt, ExternalShutdownException):  # SIGINT; SIGTERM, or a watch that broke off
+    except (KeyboardInterrupt, ExternalShutdownException):  # SIGINT; SIGTERM or a failed watch
         node.get_logger().info("stopped")
     finally:
         node.destroy_node()

@@ -1,4 +1,4 @@
-"""Start the node: ros2 launch ./watch.launch.py bundle:=/data/bundle image:=/camera/image_raw query:="the red car"."""
+"""Launch the node: ros2 launch ./watch.launch.py bundle:=/data/bundle image:=/camera/image_raw query:="the red car"."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from launch.substitutions import LaunchConfiguration
 
 NODE = Path(__file__).parent / "grounding_node.py"
 ARGUMENTS = {
-    "bundle": ("bundle", "The bundle: a folder."),
-    "image": ("/camera/image_raw", "The topic of images."),
-    "query": ("the red car", "What to look for; for several, edit `queries` here or set the parameter."),
-    "every_s": ("1.0", "Seconds between two rounds."),
-    "window": ("32", "Coarse frames that the model looks back at."),
+    "bundle": ("bundle", "Folder of the bundle."),
+    "image": ("/camera/image_raw", "Image topic."),
+    "query": ("the red car", "Query; for several, edit `queries` here or set the parameter."),
+    "every_s": ("1.0", "Seconds between rounds."),
+    "window": ("32", "Length of the window in coarse frames."),
 }
 
 
 def generate_launch_description() -> LaunchDescription:
-    """Describe the arguments and the one process, which is started again if it dies."""
+    """Return the launch arguments and the node's process, which is restarted if it ends."""
     given = {name: LaunchConfiguration(name) for name in ARGUMENTS}
     command = ["python3", str(NODE), "--ros-args", "-r", ["image:=", given["image"]]]
     command += ["-p", ["bundle:=", given["bundle"]], "-p", ["queries:=['", given["query"], "']"]]

@@ -1,4 +1,4 @@
-"""Let tests import `speed`, as the programs of benchmarks/ do."""
+"""Make `speed` importable, as in the programs of benchmarks/."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ KIND, LOG = sys.argv[1], Path(sys.argv[2])
 def load(model, precision, threads):
     with LOG.open("a") as log:
         log.write(f"load {{KIND}}\\n")
-    if KIND == "refuses":
-        raise PeerError("this model is of no kind that\\nI know")
+    if KIND == "rejects":
+        raise PeerError("this model is\\nnot supported")
     print("a library prints this")
 
     def decode(inputs):
@@ -55,7 +55,7 @@ serve(load)
 
 @pytest.fixture
 def fake_runner(tmp_path: Path) -> Path:
-    """A runner program, given its kind and a file to log to: good, slow, refuses, raises, dies, hangs."""
+    """Write a runner program that takes its kind (good, slow, rejects, raises, dies, hangs) and a log file."""
     program = tmp_path / "run_fake.py"
     program.write_text(FAKE.format(peers=str(BENCHMARKS / "speed" / "peers")), encoding="utf-8")
     return program

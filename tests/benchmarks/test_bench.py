@@ -1,4 +1,4 @@
-"""The command: what it measures in which order, what it writes, and which runners share the memory."""
+"""benchmarks/bench.py: order of the measurements, files written, and grouping of runners by memory."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def spec(name: str, precision: str = "fp32") -> RunnerSpec:
     return RunnerSpec(name, precision, ("true",))
 
 
-def test_runners_that_do_not_fit_have_ours_beside_them() -> None:
+def test_every_group_of_runners_contains_ours() -> None:
     own = [spec("torch_eager"), spec("ours"), spec("ours", "int8")]
     peers = [spec("rival"), spec("rival", "int8"), spec("rival", "int4")]
     assert bench.grouped([*own, *peers], 10**9, 1e12) == [[*own, *peers]]
-    # Of weights of 1 GB a runner in fp32 is taken to hold 3.6 GB, in int8 2.4, in int4 2.2.
+    # With 1 GB of weights a runner is estimated at 3.6 GB in fp32, 2.4 GB in int8 and 2.2 GB in int4.
     first, second, third = bench.grouped([*own, *peers], 10**9, 1e10)
     assert [one.label for one in first] == ["torch_eager_fp32", "ours_fp32", "ours_int8"]
     assert [one.label for one in second] == ["ours@2_fp32", "rival_fp32"]
     assert [one.label for one in third] == ["ours@3_int8", "rival_int8", "rival_int4"]
-    assert second[1].beside == "ours@2" and third[1].beside == "ours@3" and own[1].beside == "ours"
+    assert second[1].compared_with == "ours@2" and third[1].compared_with == "ours@3" and own[1].compared_with == "ours"
 
 
 def test_how_many_turns_and_frames() -> None:
@@ -43,7 +43,7 @@ def test_how_many_turns_and_frames() -> None:
 
 @pytest.fixture
 def faked(fake_runner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """All but the runners, the turns and the result, taken out of the command."""
+    """Replace everything in the command except runners, turns and the result."""
 
     class Toy(Model):
         spec = None  # type: ignore[assignment]
@@ -87,7 +87,7 @@ def test_the_command_measures_and_prints_ratios(faked: Path) -> None:
     ]
     done = CliRunner().invoke(bench.main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "decode_int8_of_bandwidth" in done.output and "not measured: no_such_peer: no peer is called" in done.output
+    assert "decode_int8_of_bandwidth" in done.output and "not measured: no_such_peer: unknown peer" in done.output
     result = json.loads((faked / "work" / "quick.json").read_text())
     assert {row["runner"] for row in result["rows"]} == {"torch_eager", "ours"} and result["machine"]["cpu"]
     assert 0 < result["ratios"]["decode_int8_of_bandwidth"] < 1
@@ -95,7 +95,7 @@ def test_the_command_measures_and_prints_ratios(faked: Path) -> None:
     assert result["ratios"]["end_to_end_int8_vs_torch_fp32"] is None and len(result["limits"]["samples"]) == 2
     before = (faked / "log").read_text()
     CliRunner().invoke(bench.main, arguments, catch_exceptions=False)
-    assert (faked / "log").read_text() == before  # it went on where it was: at the end
+    assert (faked / "log").read_text() == before  # resumed after the last measurement
     CliRunner().invoke(bench.main, [*arguments, "--again"], catch_exceptions=False)
     assert (faked / "log").read_text().count("load") == 2 * before.count("load") == 6
     state = json.loads((faked / "work" / "quick_state.json").read_text())

@@ -1,4 +1,4 @@
-"""The chain's own runner on the tiny model: torch and the bundle on the same inputs, every row, the answer given."""
+"""Every row of the chain's runner on the tiny model: torch and the bundle on the same inputs, with a fixed answer."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 FRAMES, SIZE = 6, (128, 96)
 ROWS = ("vision", "prefill", "prefill_text", "decode", "bridge", "spatial", "end_to_end")
-Asked = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+Answers = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recorded inputs of every row."""
+    """Record the inputs of every row."""
     made = tmp_path_factory.mktemp("bench") / "inputs"
     record(checkpoint, made, FRAMES, SIZE)
     return made
 
 
 @pytest.fixture(scope="module")
-def ask(checkpoint: Path, exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Load], Asked]:
-    """Answers requests in this process, the model loaded first."""
+def ask(checkpoint: Path, exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Load], Answers]:
+    """Return a function that loads a model in this process and answers requests."""
     model = {"name": "tiny", "checkpoint": str(checkpoint), "folder": ".", "bundles": {"fp32": str(exported.path)}}
 
-    def of(load: Load) -> Asked:
-        def asked(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def of(load: Load) -> Answers:
+        def answered(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
             first = {"do": "load", "model": model, "precision": "fp32", "threads": 1}
             answers = io.StringIO()
             answer_requests(load, io.StringIO("".join(json.dumps(r) + "\n" for r in (first, *requests))), answers)
@@ -51,7 +51,7 @@ def ask(checkpoint: Path, exported: Bundle, tmp_path_factory: pytest.TempPathFac
             assert all(answer["ok"] for answer in found), found
             return found
 
-        return asked
+        return answered
 
     return of
 
@@ -60,7 +60,7 @@ def request(row: str, inputs: Path, out: Path) -> dict[str, Any]:
     return {"do": "run", "row": row, "inputs": str(inputs), "repeat": 1, "outputs": str(out)}
 
 
-def test_every_row_agrees_with_the_reference(folder: Path, ask: Callable[[Load], Asked], tmp_path: Path) -> None:
+def test_every_row_agrees_with_the_reference(folder: Path, ask: Callable[[Load], Answers], tmp_path: Path) -> None:
     outputs: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for name, load in (("torch", load_torch), ("ours", load_ours)):
         files = {row: tmp_path / f"{row}_{name}.npz" for row in ROWS}
@@ -80,7 +80,7 @@ def test_every_row_agrees_with_the_reference(folder: Path, ask: Callable[[Load],
 
 
 def test_the_answer_is_the_one_that_was_given(
-    folder: Path, exported: Bundle, ask: Callable[[Load], Asked], tmp_path: Path
+    folder: Path, exported: Bundle, ask: Callable[[Load], Answers], tmp_path: Path
 ) -> None:
     spec, tokenizer = exported.manifest.spec, Tokenizer.from_file(exported.tokenizer_path)
     said = []
@@ -116,7 +116,7 @@ def test_a_clip_has_the_frames_it_is_named_for(exported: Bundle, tmp_path: Path)
             coarse = source.coarse()
         assert coarse.frames.shape[0] * coarse.frames.shape[1] == frames
         assert coarse.duration_s == pytest.approx(frames / spec.frames.coarse_fps)
-        assert float(coarse.frames.astype(float).std()) > 10  # something is to be seen
+        assert float(coarse.frames.astype(float).std()) > 10  # not a flat image
 
 
 def test_growth_varies_what_it_says(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

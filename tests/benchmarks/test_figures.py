@@ -1,4 +1,4 @@
-"""Counting work, ratios, parity, powers of growth, tables and plots: each against figures worked out by hand."""
+"""Operation counts, ratios, parity, growth powers, tables and plots against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def test_work_of_vision_against_a_hand_count() -> None:
     linear = 3 * 2 * 2 * 2 * 6 + 3 * (6 * 18 + 6 * 6 + 6 * 10 + 10 * 6)  # patch embedding; qkv, out, two of the MLP
     merger = (24 * 24 + 24 * 8) * 2  # the last one and one deepstack level, a row for every four patches
     found = vision_work(VISION, groups=5, rows=4, columns=6)
-    assert found.products == 2 * patches * linear + 2 * (patches // 4) * merger
+    assert found.matmuls == 2 * patches * linear + 2 * (patches // 4) * merger
     assert found.attention == 3 * 5 * (2 * 24 * 24 * 6 * 2)  # scores and weighted values of 24 patches a group
 
 
 def test_work_of_prefill_and_bytes_of_decode_against_a_hand_count() -> None:
     layer = 8 * 16 + 2 * 8 * 8 + 16 * 8 + 3 * 8 * 16  # q, k and v, o, and the MLP's three
     work = prefill_work(TEXT, 3)
-    assert work.products == 2 * 3 * 2 * layer + 2 * 8 * 100
-    assert work.attention == 2 * 4 * (1 + 2 + 3) * 16  # layers, two products, pairs, channels of all heads
+    assert work.matmuls == 2 * 3 * 2 * layer + 2 * 8 * 100
+    assert work.attention == 2 * 4 * (1 + 2 + 3) * 16  # layers, two matmuls, pairs, channels of all heads
     keys = 2 * 2 * (2 * 4) * (9 + 1) * 4
     assert decode_bytes(TEXT, 9, "fp32") == 4 * (2 * layer + 800) + keys
     assert decode_bytes(TEXT, 9, "int8") == 2 * layer + 800 + keys
@@ -83,7 +83,7 @@ def test_ratios_of_known_figures() -> None:
     assert peer_ratios(rows())["rival"]["rows"] == {"fp32/prefill": 0.75, "fp32/decode": 1.5, "int8/decode": 2.0}
 
 
-def test_ratios_without_figures_are_none_and_judge_nothing() -> None:
+def test_ratios_without_figures_are_none() -> None:
     held = rows()
     held["qwen3_vl_0_5b/32/ours_int8"] = {"vision": {"seconds": [], "error": "it broke"}}
     found = main_ratios(held, LIMITS, TEXT, 4)
@@ -97,7 +97,7 @@ def test_ratios_without_figures_are_none_and_judge_nothing() -> None:
     assert chain_overhead(held, "ours_int8", model="qwen3_vl_0_5b", frames=32) is None
 
 
-def test_limits_are_the_best_that_was_seen() -> None:
+def test_limits_are_the_best_measurements() -> None:
     def seen(bandwidth: float, fp32: float, torch: float, int8: float) -> dict[str, Any]:
         names = {"onnxruntime_fp32": fp32, "torch_fp32": torch, "onnxruntime_int8": int8}
         return {"bandwidth": bandwidth, "gemm": {name: {"flops": value} for name, value in names.items()}}
@@ -146,18 +146,18 @@ def result() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_tables_hold_the_figures(result: dict[str, Any], tmp_path: Path) -> None:
+def test_tables_contain_the_figures(result: dict[str, Any], tmp_path: Path) -> None:
     by_name = {(row["runner"], row["precision"], row["row"]): row for row in result["rows"]}
     vision = vision_work(VISION, 5, 4, 6)
     assert by_name["ours", "int8", "vision"]["of_limit"] == pytest.approx(
-        (vision.products / 400 + vision.attention / 100) / 2, abs=1e-4
+        (vision.matmuls / 400 + vision.attention / 100) / 2, abs=1e-4
     )
     assert by_name["ours", "int8", "decode"]["of_limit"] == result["ratios"]["decode_int8_of_bandwidth"]
     text = markdown(result)
     line = next(line for line in text.split("\n") if line.startswith("| ours int8"))
     assert "| 3.00 |" in line and "| 10.0 (" in line and "| 1.5 |" in line
     rival = next(line for line in text.split("\n") if line.startswith("| rival fp32")).split(" | ")
-    assert rival[2] == "–" and rival[3].startswith("3 (")  # of text alone, so it stands in that column
+    assert rival[2] == "–" and rival[3].startswith("3 (")  # text only, so it is in that column
     assert "`chain_overhead` | 0.04 | ≤ 0.03 | **not reached**" in text and "peer: does not install" in text
     document = tmp_path / "page.md"
     document.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n", encoding="utf-8")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def planned(*arguments: str, python: tuple[str, ...] = ("-S",)) -> subprocess.CompletedProcess[str]:
-    """Run it without any installed package, as on a machine that was just set up."""
+    """Run check.py without installed packages, as on a newly set up machine."""
     command = [sys.executable, *python, str(ROOT / "benchmarks/gpu/check.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
@@ -40,7 +40,7 @@ def test_it_lists_every_gpu_test_and_says_what_is_missing(has_gpu: bool) -> None
     assert has_gpu or ("missing: an NVIDIA GPU" in done.stderr and "Nothing was checked" in done.stderr)
 
 
-def test_an_empty_folder_of_wheels_is_refused(tmp_path: Path) -> None:
+def test_an_empty_wheel_folder_is_reported(tmp_path: Path) -> None:
     done = planned("--wheels", str(tmp_path))
     assert done.returncode == 2
     assert f"pip wheel -w {tmp_path}" in done.stderr
@@ -63,7 +63,7 @@ def test_marks_are_found_on_modules_classes_and_functions(tmp_path: Path) -> Non
 
 def test_make_stops_before_it_installs(has_gpu: bool, tmp_path: Path) -> None:
     make = shutil.which("make")
-    assert make, "make is not there"
+    assert make, "make is not installed"
     command = [make, "gpu-test", f"PYTHON={sys.executable}", f"GPU_VENV={tmp_path / 'venv'}", f"WHEELS={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=dict(os.environ))
     assert done.returncode == 2 and "make gpu-test checks" in done.stdout

@@ -1,4 +1,4 @@
-"""Runners of other runtimes, as far as it goes without them: the protocol, the folder they read, their installation."""
+"""Runners of other runtimes without the runtimes: the protocol, the folder they read, their installation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "speed" / "peers"
 
 @pytest.fixture(autouse=True, scope="module")
 def importable() -> Iterator[None]:
-    """Runners import the modules beside them by their bare names."""
+    """Make the modules of the runners' folder importable by their bare names."""
     sys.path.insert(0, str(PEERS))
     yield
     sys.path.remove(str(PEERS))
 
 
-def asked(load: Any, *requests: Any) -> list[dict[str, Any]]:
-    """Return the answers to requests; one that is a str is sent as it is."""
+def answers_of(load: Any, *requests: Any) -> list[dict[str, Any]]:
+    """Return the answers to requests; a str is sent unchanged."""
     from protocol import answer_requests
 
     answers = io.StringIO()
@@ -39,7 +39,7 @@ def load_request(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def doubling(model: Any, precision: str, threads: int) -> Any:
-    """A peer whose only row doubles its input, one more at every repetition unless it is set back before it."""
+    """A peer whose only row doubles its input and adds the number of repetitions since `before`."""
     from protocol import Loaded, PeerError, Work
 
     if precision != "fp32":
@@ -60,7 +60,7 @@ def test_a_runner_answers_each_request_with_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "in.npz", input_ids=np.arange(6)[None])
     run = {"do": "run", "row": "prefill_text", "inputs": str(tmp_path / "in.npz"), "repeat": 3}
     outputs = {"outputs": str(tmp_path / "out.npz")}
-    loaded, first, second = asked(doubling, load_request(tmp_path), run | outputs, run | {"outputs": None})
+    loaded, first, second = answers_of(doubling, load_request(tmp_path), run | outputs, run | {"outputs": None})
     assert loaded["ok"] and loaded["rows"] == ["prefill_text"] and loaded["precision"] == "bundle on 2"
     assert loaded["versions"] == {"numpy": np.__version__} and loaded["load_s"] >= 0
     assert first["ok"] and first["tokens"] == 6 and len(first["seconds"]) == len(first["cpu_seconds"]) == 3
@@ -68,13 +68,13 @@ def test_a_runner_answers_each_request_with_one_line(tmp_path: Path) -> None:
     if sys.platform == "linux":
         assert first["peak_bytes"] > 2**20
     with np.load(tmp_path / "out.npz") as file:
-        assert (file["logits"] == np.arange(6)[None] * 2 + 1).all()  # set back before each repetition
+        assert (file["logits"] == np.arange(6)[None] * 2 + 1).all()  # reset before each repetition
 
 
-def test_what_a_runner_cannot_do_is_one_line_and_the_next_request_is_answered(tmp_path: Path) -> None:
+def test_an_unsupported_request_is_a_one_line_error_and_the_next_one_is_answered(tmp_path: Path) -> None:
     np.savez(tmp_path / "in.npz", input_ids=np.arange(6)[None])
     run = {"do": "run", "row": "prefill_text", "inputs": str(tmp_path / "in.npz"), "repeat": 1, "outputs": None}
-    answers = asked(
+    answers = answers_of(
         doubling,
         run,
         "no JSON",
@@ -91,7 +91,7 @@ def test_what_a_runner_cannot_do_is_one_line_and_the_next_request_is_answered(tm
     errors = [answer.get("error", "") for answer in answers]
     assert "nothing is loaded" in errors[0] and "JSONDecodeError" in errors[1]
     assert errors[2] == "PeerError: not in int4, sorry"
-    assert "no row 'vision'" in errors[4] and "none.npz" in errors[5] and "'dance'" in errors[6]
+    assert "'vision'" in errors[4] and "none.npz" in errors[5] and "'dance'" in errors[6]
     assert not any("\n" in error for error in errors)
 
 
@@ -103,7 +103,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_qwen3_folder(PEERS.parents[2] / "assets" / "demo" / "checkpoint", folder)
 
 
-def test_the_text_part_alone_computes_what_the_whole_model_computes(demo_folder: Path) -> None:
+def test_the_text_part_computes_the_same_as_the_whole_model(demo_folder: Path) -> None:
     import torch
     from transformers import Qwen3ForCausalLM
 
@@ -120,7 +120,7 @@ def test_the_text_part_alone_computes_what_the_whole_model_computes(demo_folder:
 
 
 def text_logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    """Return the logits [vocab] behind text ids [1, L], by the runtime's own calls of the torch model."""
+    """Return the logits [vocab] after text ids [1, L], by the runtime's own calls of the torch model."""
     from bridge_stg.model.torch_session import torch_grounder
     from bridge_stg.runtime.chain.decode import feed
     from bridge_stg.runtime.chain.prompt import text_segment
@@ -134,7 +134,7 @@ def text_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     return logits
 
 
-def test_a_folder_is_written_once_and_named_only_when_whole(demo_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_is_written_once_and_renamed_when_complete(demo_folder: Path, tmp_path: Path) -> None:
     from convert.qwen3_folder import write_qwen3_folder
 
     before = (demo_folder / "model.safetensors").stat().st_mtime_ns
@@ -145,7 +145,7 @@ def test_a_folder_is_written_once_and_named_only_when_whole(demo_folder: Path, t
     assert not (tmp_path / "qwen3").exists()
 
 
-def test_checkpoints_that_are_no_qwen3_are_refused(tmp_path: Path) -> None:
+def test_checkpoints_of_other_families_are_rejected(tmp_path: Path) -> None:
     from convert.qwen3_folder import write_qwen3_folder
     from protocol import PeerError
 
@@ -153,7 +153,7 @@ def test_checkpoints_that_are_no_qwen3_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="qwen2_5_vl"):
         write_qwen3_folder(tmp_path, tmp_path / "qwen3")
     (tmp_path / "config.json").write_text(json.dumps({"backbone": {"model_type": "qwen3_vl"}}), encoding="utf-8")
-    with pytest.raises(PeerError, match="found: none"):
+    with pytest.raises(PeerError, match="none"):
         write_qwen3_folder(tmp_path, tmp_path / "qwen3")
     assert not (tmp_path / "qwen3").exists()
 
@@ -171,7 +171,7 @@ def test_stored_values_are_read_without_torch(tmp_path: Path) -> None:
         assert read[name].dtype == np.float32 and (read[name] == values.to(dtype).float().numpy()).all()
 
 
-def test_what_is_built_stands_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_built_folder_is_complete_or_absent(tmp_path: Path) -> None:
     from built import built
     from protocol import PeerError
 
@@ -222,10 +222,10 @@ def test_a_peer_that_does_not_install_says_why(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(InstallError, match=r"^lost: ERROR.*lost-1\.0"):
         install("lost", requirements=requirements, venvs=venvs)
     assert not (venvs / "lost" / ".installed").exists()
-    with pytest.raises(InstallError, match="no peer is called 'other'; there are: lost"):
+    with pytest.raises(InstallError, match=r"'other'.*lost"):
         install("other", requirements=requirements, venvs=venvs)
     assert main(["other"]) == 1
-    assert "no peer is called 'other'" in capsys.readouterr().err
+    assert "'other'" in capsys.readouterr().err
 
 
 def test_every_peer_has_a_program_and_pinned_requirements() -> None:

@@ -1,4 +1,4 @@
-"""Other runtimes on the same weights: one runner program each, in a virtual environment of its own.
+"""Runner programs of other runtimes on the same weights, each in its own virtual environment.
 
-A runner imports the peer, numpy, and the modules beside it by their bare names; never this project's packages.
+A runner imports the peer, numpy, and the modules of this folder by their bare names; never this project's packages.
 """

@@ -1,4 +1,4 @@
-"""What a runner builds once of a model: by a process of its own, and under its final name only when it is whole."""
+"""Build a runner's files for a model once, in a subprocess; the folder gets its final name only when complete."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from protocol import PeerError
 
 
 def built(folder: Path, command: Callable[[Path], Sequence[str]]) -> float:
-    """Make a folder unless it is there; return the seconds that it took, 0 where it was there.
+    """Build a folder unless it exists; return the seconds it took, 0 if it existed.
 
     Args:
-        folder: what is made.
-        command: of a folder to write into, the arguments of Python that fill it.
+        folder: folder to build.
+        command: given a folder to write into, returns the arguments of Python that fill it.
 
     Raises:
-        PeerError: the command failed; the message ends with what it said last.
+        PeerError: the command failed; the message ends with its last line of output.
     """
     if folder.exists():
         return 0.0
@@ -35,7 +35,7 @@ def built(folder: Path, command: Callable[[Path], Sequence[str]]) -> float:
     )
     if done.returncode:
         shutil.rmtree(partial, ignore_errors=True)
-        said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["it said nothing"]
-        raise PeerError(f"building {folder.name} failed: {said[-1][:1000]}")
+        printed = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["no output"]
+        raise PeerError(f"building {folder.name} failed: {printed[-1][:1000]}")
     os.replace(partial, folder)
     return time.perf_counter() - began

@@ -1,6 +1,6 @@
-"""Make the virtual environments of the peers: python benchmarks/speed/peers/install.py [NAME ...].
+"""Create the virtual environments of the peers: python benchmarks/speed/peers/install.py [NAME ...].
 
-Each is made once of `requirements/NAME.txt`, where every version is pinned, and again when that file has changed.
+Each is created once from `requirements/NAME.txt`, which pins every version, and again when that file changes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements"
 VENVS = HERE.parents[2] / "build" / "bench" / "venvs"
 SECONDS = {"llama_cpp": 3600}
-"""How long an installation may take; llama.cpp is compiled."""
+"""Time limit of an installation in seconds; llama.cpp is compiled."""
 ENVIRONMENT = {
-    # Compiled for this machine's own instructions, and nothing but the library.
+    # Compile only the library, for the instructions of this machine.
     "llama_cpp": {
         "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF "
         "-DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF"
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 
 
 class InstallError(Exception):
-    """A peer that could not be installed; the message says why in one line."""
+    """A peer could not be installed; the message gives the reason in one line."""
 
 
 def peers(folder: Path = REQUIREMENTS) -> list[str]:
@@ -37,17 +37,17 @@ def peers(folder: Path = REQUIREMENTS) -> list[str]:
 
 
 def install(name: str, *, requirements: Path = REQUIREMENTS, venvs: Path = VENVS) -> Path:
-    """Return the Python of a peer's environment, made where it is missing or not what the requirements say.
+    """Return the Python of a peer's environment; create it if it is missing or differs from the requirements.
 
-    A second file `NAME.nodeps.txt` lists what is installed without its dependencies: packages that ask for what they
-    do not need here.
+    A second file `NAME.nodeps.txt` lists packages that are installed without their dependencies, which are not needed
+    here.
 
     Raises:
-        InstallError: there is no such peer, or a package does not install.
+        InstallError: the peer is unknown, or a package does not install.
     """
     files = [path for path in (requirements / f"{name}.txt", requirements / f"{name}.nodeps.txt") if path.exists()]
     if requirements / f"{name}.txt" not in files:
-        raise InstallError(f"no peer is called {name!r}; there are: {', '.join(peers(requirements)) or 'none'}")
+        raise InstallError(f"unknown peer {name!r}; known: {', '.join(peers(requirements)) or 'none'}")
     environment = {**os.environ, **ENVIRONMENT.get(name, {})}
     wanted = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
     folder = venvs / name
@@ -81,13 +81,13 @@ def _run(name: str, command: Sequence[str], environment: dict[str, str]) -> None
     except subprocess.TimeoutExpired as error:
         raise InstallError(f"{name}: not installed within {limit} seconds") from error
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in said if line.lower().startswith("error")] or said or ["pip said nothing"]
+        printed = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in printed if line.lower().startswith("error")] or printed or ["pip printed nothing"]
         raise InstallError(f"{name}: {errors[0][:500]}")
 
 
 def main(names: Sequence[str]) -> int:
-    """Install the peers named, or all; one that fails does not keep the others from it. Return 1 if one failed."""
+    """Install the named peers, or all, continuing after a failure; return 1 if any failed."""
     failed = 0
     for name in names or peers():
         try:

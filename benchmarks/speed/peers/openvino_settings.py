@@ -1,4 +1,4 @@
-"""How OpenVINO is told to compute on this CPU, and a decoder's cache of it."""
+"""Settings of OpenVINO on CPU, and of its KV cache."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import openvino as ov
 
 AUTO = "auto"
-"""fp32 weights, computed as OpenVINO chooses: in bf16 where the CPU has it, with a cache of 8 bits."""
+"""fp32 weights, computed as OpenVINO chooses: in bf16 if the CPU supports it, with an 8-bit cache."""
 
 
 def settings(precision: str, threads: int) -> dict[str, Any]:
     """Return the properties of a compiled model.
 
-    fp32 is held to fp32; the other precisions are left to OpenVINO, which then computes what is not in integers in
-    bf16 where the CPU has it, and keeps its KV cache in 8 bits.
+    fp32 is forced to fp32; for other precisions OpenVINO chooses: floats in bf16 if the CPU supports it, and an 8-bit
+    KV cache.
     """
     chosen: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if precision == "fp32":
@@ -30,6 +30,6 @@ def compile_file(path: Path, precision: str, threads: int) -> ov.CompiledModel:
 
 
 def words(compiled: ov.CompiledModel) -> str:
-    """Say what a compiled model's own properties say of its precision."""
+    """Describe a compiled model's precision by its properties."""
     names = {"INFERENCE_PRECISION_HINT": "computes in", "KV_CACHE_PRECISION": "KV cache"}
     return ", ".join(f"{word} {compiled.get_property(name).get_type_name()}" for name, word in names.items())

@@ -1,4 +1,4 @@
-"""How a runner talks with the orchestrator: one JSON object a line on stdin and stdout, arrays in .npz files.
+"""Protocol between a runner and the orchestrator: one JSON object per line on stdin and stdout, arrays in .npz files.
 
     {"do": "load", "model": {"name", "checkpoint", "folder", "bundles"}, "precision": "int8", "threads": 2}
     → {"ok": true, "load_s", "build_s", "versions", "rows", "precision"}
@@ -6,7 +6,7 @@
     → {"ok": true, "seconds": [3 floats], "cpu_seconds": [3 floats], "tokens", "peak_bytes"}
     {"do": "quit"}
 
-An error is {"ok": false, "error": "one line"}. What libraries print goes to stderr. Knows nothing of any peer.
+An error is {"ok": false, "error": "one line"}. Output of libraries goes to stderr. Must not depend on any peer.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class PeerError(Exception):
-    """A request that this peer cannot do; the message says why in one line."""
+    """A request that this peer does not support; the message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is run.
+    """The model to run.
 
     Attributes:
-        name: of the shape, or `demo`.
+        name: name of the shape, or `demo`.
         checkpoint: folder of the checkpoint.
-        folder: where a runner keeps what it builds once of this model.
-        bundles: folder of this project's bundle in each precision, for peers that run its graphs.
+        folder: folder for files that a runner builds once per model.
+        bundles: precision → folder of this project's bundle, for peers that run its graphs.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Work:
     """One repetition of a row.
 
     Attributes:
-        timed: does the work and returns its outputs; called once or more.
-        before: brings the state back to where the work begins; not timed.
-        tokens: tokens that one repetition computes; None where the row has no tokens.
+        timed: does the work and returns its outputs; called at least once.
+        before: restores the initial state; not timed.
+        tokens: number of tokens that one repetition computes; None if the row has no tokens.
     """
 
     timed: Callable[[], Arrays]
@@ -67,10 +67,10 @@ class Loaded:
     """A model that is ready to run.
 
     Attributes:
-        rows: by name, what makes a `Work` of the row's inputs.
-        precision: what really computes, in words.
+        rows: row → function that makes a `Work` from the row's inputs.
+        precision: description of the precision that is computed in.
         versions: distributions whose versions are reported.
-        build_s: seconds spent on files that are kept; 0 where they were there.
+        build_s: seconds spent on building files that are kept; 0 if they existed.
     """
 
     rows: Mapping[str, Callable[[Arrays], Work]]
@@ -83,14 +83,14 @@ Load = Callable[[Model, str, int], Loaded]
 
 
 def serve(load: Load) -> None:
-    """Answer requests from stdin until `quit` or its end. `load` takes the model, the precision and the threads."""
+    """Answer requests from stdin until `quit` or end of file; `load` takes model, precision and threads."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints must not stand between the answers
+    os.dup2(2, 1)  # keep output of libraries out of the answers
     answer_requests(load, sys.stdin, answers)
 
 
 def answer_requests(load: Load, requests: TextIO, answers: TextIO) -> None:
-    """Answer one JSON object a line, each by one line."""
+    """Answer each line, a JSON object, with one line."""
     loaded: Loaded | None = None
     for line in requests:
         try:
@@ -131,7 +131,7 @@ def _run(loaded: Loaded | None, request: Mapping[str, Any]) -> dict[str, Any]:
         raise PeerError("nothing is loaded; send load first")
     make = loaded.rows.get(request["row"])
     if make is None:
-        raise PeerError(f"this peer has no row {request['row']!r}; it has: {', '.join(loaded.rows)}")
+        raise PeerError(f"unknown row {request['row']!r}; this peer has: {', '.join(loaded.rows)}")
     with np.load(request["inputs"], allow_pickle=False) as file:
         work = make(dict(file))
     seconds: list[float] = []
@@ -150,7 +150,7 @@ def _run(loaded: Loaded | None, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_bytes() -> int | None:
-    """Return the most memory that this process has held, or None where the system does not say."""
+    """Return the peak resident memory of this process in bytes, or None if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:

@@ -1,8 +1,8 @@
-"""Runner of onnxruntime-genai: the language model on text, from its own model builder, teacher-forced.
+"""Run the language model on text with onnxruntime-genai, exported by its model builder, teacher-forced.
 
-The builder's defaults for CPU: GroupQueryAttention over one buffer for past and present, q, k and v fused; weights of
-8 and 4 bits as MatMulNBits that computes in int8 (accuracy level 4). `prune_lm_head` spares it the logits of all
-tokens but the last, as the other runners do.
+The builder's defaults for CPU: GroupQueryAttention over one buffer for past and present; q, k and v fused; 8-bit and
+4-bit weights as MatMulNBits that computes in int8 (accuracy level 4). `prune_lm_head` computes only the logits of the
+last token, as in the other runners.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 class LanguageModel:
-    """One generator, kept as long as it has room and the prompt is the same."""
+    """A generator that is created per prompt and rewound between repetitions."""
 
     def __init__(self, model: og.Model) -> None:
         self.model = model
@@ -61,13 +61,13 @@ class LanguageModel:
         return Work(timed, before, tokens=len(steps))
 
     def _generator(self, capacity: int) -> og.Generator:
-        self.generator = None  # its cache is given back before the next one is made
+        self.generator = None  # free its cache before the next one is allocated
         parameters = og.GeneratorParams(self.model)
         parameters.set_search_options(max_length=capacity, batch_size=1)
         return og.Generator(self.model, parameters)
 
     def _append(self, ids: np.ndarray) -> np.ndarray:
-        """Run ids [L] behind what is cached; return the logits [vocab] of the last."""
+        """Run ids [L] after the cached tokens; return the logits [vocab] of the last."""
         assert self.generator is not None
         self.generator.append_tokens(ids)
         return self.generator.get_logits()[0, -1].copy()

@@ -1,7 +1,7 @@
-"""Runner of transformers' own exporters with onnxruntime: the language model on text, teacher-forced.
+"""Run the language model on text with onnxruntime, exported by transformers' own exporters, teacher-forced.
 
-Two graphs, prefill and decode, each with the weights. A step's new cache is bound as the next one's input without a
-copy of this program's.
+Two graphs, prefill and decode, each with its weights. The cache output of a step is bound as the next step's input
+without a copy by this program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class LanguageModel:
-    """The two graphs and what they have cached."""
+    """The two graphs and their KV cache."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         options = ort.SessionOptions()
@@ -55,7 +55,7 @@ class LanguageModel:
         return Work(timed, before, tokens=len(steps))
 
     def _run(self, name: str, ids: np.ndarray, start: int) -> np.ndarray:
-        """Run ids [1, L] behind `start` cached tokens; return the logits [1, vocab] of the last."""
+        """Run ids [1, L] after `start` cached tokens; return the logits [1, vocab] of the last."""
         session, length = self.sessions[name], ids.shape[1]
         binding = session.io_binding()
         feeds = {
@@ -87,7 +87,7 @@ def _layer(name: str) -> str:
 def load(model: Model, precision: str, threads: int) -> Loaded:
     """See `protocol.serve`."""
     if precision not in WORDS:
-        raise PeerError(f"transformers' exporter makes {' and '.join(WORDS)} here, not {precision}")
+        raise PeerError(f"precision {precision}: this runner of transformers' exporter supports {' and '.join(WORDS)}")
     source = write_qwen3_folder(model.checkpoint, model.folder / "qwen3")
     target = model.folder / f"hf_exporters-{precision}"
     build_s = built(target, lambda out: [str(HERE / "convert/hf_export.py"), str(source), str(out), precision])

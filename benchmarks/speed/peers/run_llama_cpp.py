@@ -1,7 +1,7 @@
-"""Runner of llama.cpp, compiled for this machine's instructions: the language model on text, teacher-forced.
+"""Run the language model on text with llama.cpp, compiled for this machine's instructions, teacher-forced.
 
-The prompt goes in as one batch, computed in llama.cpp's own pieces; logits are computed for its last token alone.
-Attention is llama.cpp's choice (flash attention where it has it). The cache is f32 in fp32, else its default, f16.
+The prompt is one batch, which llama.cpp splits by itself; logits are computed only for the last token. llama.cpp
+chooses the attention kernel (flash attention if available). The cache is f32 in fp32, otherwise f16, the default.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class LanguageModel:
-    """A model, and a context with room for what is asked next."""
+    """A model, and a context of the required capacity."""
 
     def __init__(self, path: Path, *, threads: int, f32_cache: bool) -> None:
         self.threads, self.f32_cache = threads, f32_cache
@@ -35,7 +35,7 @@ class LanguageModel:
             str(path).encode(), llama_cpp.llama_model_default_params()
         )  # mapped into memory and repacked for this CPU, as by default
         if not self.model:
-            raise PeerError(f"llama.cpp refuses {path}; see what it printed")
+            raise PeerError(f"llama.cpp cannot load {path}; its output gives the reason")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def prefill(self, inputs: Arrays) -> Work:
@@ -63,13 +63,13 @@ class LanguageModel:
             parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
         if not self.context:
-            raise PeerError(f"llama.cpp makes no context of {capacity} tokens; see what it printed")
+            raise PeerError(f"llama.cpp cannot create a context of {capacity} tokens; its output gives the reason")
 
     def _rewind(self, length: int) -> None:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, length, -1)
 
     def _append(self, ids: np.ndarray) -> np.ndarray:
-        """Run ids [L] behind what is cached; return the logits [vocab] of the last."""
+        """Run ids [L] after the cached tokens; return the logits [vocab] of the last."""
         tokens = (llama_cpp.llama_token * len(ids))(*ids.tolist())
         failed = llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(tokens, len(ids)))
         if failed:
@@ -83,7 +83,7 @@ class LanguageModel:
 def load(model: Model, precision: str, threads: int) -> Loaded:
     """See `protocol.serve`."""
     if precision not in KINDS:
-        raise PeerError(f"run here as {', '.join(KINDS)}, not {precision}")
+        raise PeerError(f"precision {precision}: this runner supports {', '.join(KINDS)}")
     source = write_qwen3_folder(model.checkpoint, model.folder / "qwen3")
     kind = KINDS[precision]
     target = model.folder / f"llama_cpp-{kind}"

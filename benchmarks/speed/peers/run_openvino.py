@@ -1,7 +1,7 @@
-"""Runner of OpenVINO on this project's graphs: vision encoder, prefill, spatial decoder of the `primitive` variant.
+"""Run this project's graphs with OpenVINO: vision encoder, language model and spatial decoder in `primitive`.
 
-The int8 graphs are the same Q/DQ graphs that this runtime computes. The language model's cache here is an input and
-its new rows an output, so that the rows of a step are put behind the others by this program, as by this runtime.
+The int8 graphs are the Q/DQ graphs that this runtime runs. In this variant the language model's cache is an input and
+its new rows an output; this program appends the rows, as the runtime does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Graph:
 
 
 class LanguageModel:
-    """The language model's graph, with buffers [1, heads, S, head_dim] for what it has computed."""
+    """The language model's graph with its KV cache, buffers [1, heads, S, head_dim]."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -43,7 +43,7 @@ class LanguageModel:
         self.cache: dict[str, np.ndarray] = {}
 
     def prefill(self, inputs: Arrays) -> Work:
-        """All of a prompt with its visual tokens, from the graph's own inputs."""
+        """Run a whole prompt with its visual tokens from the graph's own inputs."""
         return self._prompt(inputs)
 
     def prefill_text(self, inputs: Arrays) -> Work:
@@ -73,7 +73,7 @@ class LanguageModel:
             self.cache[name] = np.zeros((1, heads, capacity, size), np.float32)
 
     def _text(self, ids: np.ndarray, start: int) -> dict[str, np.ndarray]:
-        """Inputs of text [1, L] behind `start` tokens."""
+        """Return the graph's inputs for text ids [1, L] after `start` tokens."""
         length = ids.shape[1]
         positions = np.broadcast_to(np.arange(start, start + length), (3, 1, length))
         return {
@@ -86,7 +86,7 @@ class LanguageModel:
         }
 
     def _step(self, feeds: Arrays, length: int) -> np.ndarray:
-        """Run L tokens behind what is cached, keep their rows; return the logits [1, vocab] of the last."""
+        """Run L tokens after the cached ones and append their rows; return the logits [1, vocab] of the last."""
         outputs = self.graph({**feeds, **self.cache})
         start = int(feeds["cache_position"][0])
         for name, buffer in self.cache.items():
@@ -98,7 +98,7 @@ def load(model: Model, precision: str, threads: int) -> Loaded:
     """See `protocol.serve`."""
     bundle = model.bundles.get("fp32" if precision == AUTO else precision)
     if bundle is None:
-        raise PeerError(f"there is no bundle in {precision} to run; there are: {', '.join(model.bundles) or 'none'}")
+        raise PeerError(f"no bundle in {precision}; existing precisions: {', '.join(model.bundles) or 'none'}")
     graphs = {
         row: Graph(bundle / "graphs" / name / "primitive.onnx", precision, threads) for row, name in GRAPHS.items()
     }

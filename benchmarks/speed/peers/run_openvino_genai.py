@@ -1,8 +1,8 @@
-"""Runner of OpenVINO's own way with language models: optimum-intel's export, weights of 8 or 4 bits by NNCF.
+"""Run a language model exported by optimum-intel with OpenVINO, its 8-bit or 4-bit weights quantized by NNCF.
 
-The stateful model is run by OpenVINO itself, teacher-forced, since OpenVINO GenAI's pipeline returns no logits; like
-the pipeline, it computes the logits of the last token alone. The row `generate` is that pipeline: the same prompt and
-as many tokens, chosen greedily, first token included.
+The stateful model is run directly, teacher-forced, since OpenVINO GenAI's pipeline returns no logits; as in the
+pipeline, only the logits of the last token are computed. The row `generate` runs that pipeline with the same prompt and
+number of tokens, chosen greedily, including the first one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMATS = {
 
 
 class LanguageModel:
-    """The stateful model: its cache is OpenVINO's, and is brought back to a prefix by setting its states."""
+    """The stateful model; setting OpenVINO's states restores the cache of a prefix."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
         core = ov.Core()
@@ -57,7 +57,7 @@ class LanguageModel:
         return Work(timed, before, tokens=len(steps))
 
     def _append(self, ids: np.ndarray, start: int) -> np.ndarray:
-        """Run ids [1, L] behind `start` cached tokens; return the logits [1, vocab] of the last."""
+        """Run ids [1, L] after `start` cached tokens; return the logits [1, vocab] of the last."""
         length = ids.shape[1]
         feeds = {
             "input_ids": ids,
@@ -70,19 +70,19 @@ class LanguageModel:
 
 
 def keep_last_token(model: ov.Model) -> None:
-    """Cut the hidden states in front of the head to the last token, as OpenVINO GenAI does."""
+    """Slice the hidden states before the head to the last token, as OpenVINO GenAI does."""
     node = model.get_results()[0].input_value(0).get_node()
     while node.get_type_name() not in ("MatMul", "Parameter"):
         node = node.input_value(0).get_node()
     if node.get_type_name() != "MatMul":
-        raise PeerError("the exported model has no product in front of its logits")
+        raise PeerError("the exported model has no MatMul before its logits")
     last = ops.slice(node.input_value(0), [-1], [2**31 - 1], [1], [1])
     node.input(0).replace_source_output(last.output(0))
     model.validate_nodes_and_infer_types()
 
 
 def generate(folder: Path, precision: str, threads: int) -> Any:
-    """Return the row of OpenVINO GenAI's pipeline, which is opened when it is first asked for."""
+    """Return the row of OpenVINO GenAI's pipeline, which is opened on first use."""
     pipelines: list[openvino_genai.LLMPipeline] = []
 
     def make(inputs: Arrays) -> Work:
@@ -106,7 +106,7 @@ def generate(folder: Path, precision: str, threads: int) -> Any:
 def load(model: Model, precision: str, threads: int) -> Loaded:
     """See `protocol.serve`."""
     if precision not in FORMATS:
-        raise PeerError(f"run here as {', '.join(FORMATS)}, not {precision}")
+        raise PeerError(f"precision {precision}: this runner supports {', '.join(FORMATS)}")
     source = write_qwen3_folder(model.checkpoint, model.folder / "qwen3")
     kind, options = FORMATS[precision]
     target = model.folder / f"openvino_genai-{kind}"

@@ -1,1 +1,1 @@
-"""From measured times to tables, ratios and plots."""
+"""Compute ratios, tables and plots from measured times."""

@@ -1,4 +1,4 @@
-"""How the cost of this runtime grows: with frames, tube length, queries a video, batch and resolution."""
+"""Measure how the cost of this runtime grows with frames, tube length, queries per video, batch and resolution."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ AXES: Mapping[str, Sequence[int]] = {
     "batch": (1, 2, 4, 8, 16),
     "resolution": (128, 192, 256, 352, 512),
 }
-"""What is varied: coarse frames; frames of the tube in a clip of 128; queries on a video of 32; rows of a decode step;
-width and height in pixels of a video of 16."""
+"""Values of each axis: coarse frames; coarse frames of the tube in a clip of 128; queries on a video of 32 frames; rows
+of a decode step; width and height in pixels of a video of 16 frames."""
 
 UNITS = {
     "frames": "coarse frames", "tube": "coarse frames in the tube", "queries": "queries on one video",
@@ -32,17 +32,17 @@ UNITS = {
 
 
 def answer_ids(spec: ModelSpec, tokenizer: Tokenizer, frames: int, groups: tuple[int, int]) -> list[int]:
-    """Return the ids of the answer that names groups first … last of a clip of so many coarse frames."""
+    """Return the ids of the answer for groups (first, last) of a clip of `frames` coarse frames."""
     each = spec.vision.temporal_patch_size
     times = (np.arange(frames) / spec.frames.coarse_fps).reshape(-1, each).mean(1)
     return AnswerGrammar(tokenizer, spec.prompt, time_strings(times, spec.prompt), allow_none=False).answer_ids(groups)
 
 
 def cases(spec: ModelSpec, tokenizer: Tokenizer, folder: Path, axes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield one point after the other: `axis`, `x`, the `row` to run and its `inputs`."""
+    """Yield the points to measure: `axis`, `x`, the `row` to run and its `inputs`."""
     each = spec.vision.temporal_patch_size
 
-    def asked(frames: int, length: int, count: int = 1, size: tuple[int, int] = (384, 216)) -> dict[str, Any]:
+    def inputs_of(frames: int, length: int, count: int = 1, size: tuple[int, int] = (384, 216)) -> dict[str, Any]:
         groups = frames // each
         taken = max(1, length // each)
         first = (groups - taken) // 2
@@ -65,10 +65,10 @@ def cases(spec: ModelSpec, tokenizer: Tokenizer, folder: Path, axes: Sequence[st
                 }
                 continue
             inputs = {
-                "frames": lambda x=x: asked(x, 4),
-                "tube": lambda x=x: asked(128, x),
-                "queries": lambda x=x: asked(32, 8, x),
-                "resolution": lambda x=x: asked(16, 4, size=(x, x)),
+                "frames": lambda x=x: inputs_of(x, 4),
+                "tube": lambda x=x: inputs_of(128, x),
+                "queries": lambda x=x: inputs_of(32, 8, x),
+                "resolution": lambda x=x: inputs_of(16, 4, size=(x, x)),
             }[axis]()
             yield {"axis": axis, "x": x**2 if axis == "resolution" else x, "row": "queries", "inputs": inputs}
 
@@ -78,15 +78,15 @@ def measure_growth(
     spec: ModelSpec,
     tokenizer: Tokenizer,
     folder: Path,
-    held: list[dict[str, Any]],
+    measured: list[dict[str, Any]],
     *,
     axes: Sequence[str],
     repeat: int,
     save: Callable[[], Any],
     progress: Callable[[str], Any],
 ) -> None:
-    """Measure the points that `held` lacks, and append them to it; the smallest of `repeat` times counts."""
-    known = {(point["axis"], point["x"]) for point in held}
+    """Measure the points missing in `measured`, and append them; the fastest of `repeat` runs counts."""
+    known = {(point["axis"], point["x"]) for point in measured}
     inputs, outputs = folder / "growth_in.npz", folder / "growth_out.npz"
     for case in cases(spec, tokenizer, folder, axes):
         if (case["axis"], case["x"]) in known:
@@ -102,12 +102,12 @@ def measure_growth(
 
                 details = json.loads(str(arrays["details"]))
                 point |= {key: details[key] for key in ("calls", "language_steps", "graphs", "tokens")}
-        held.append(point)
+        measured.append(point)
         save()
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """Return the slope of log y over log x by least squares: y grows as x to this power; None of fewer than two."""
+    """Fit y ∝ x^power by least squares on logarithms; return the power, or None for fewer than two points."""
     if len(points) < 2:
         return None
     x, y = (np.log(np.array(values, np.float64)) for values in zip(*points, strict=True))
@@ -115,21 +115,21 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def last_step(points: Sequence[tuple[float, float]]) -> float | None:
-    """Return the power of the last doubling alone, where constant costs count least."""
+    """Return the power between the last two points, where constant costs matter least."""
     if len(points) < 2:
         return None
     (x0, y0), (x1, y1) = sorted(points)[-2:]
     return round(math.log(y1 / y0) / math.log(x1 / x0), 3)
 
 
-def summary(held: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return, by axis, the points and the powers that they grow by."""
+def summary(measured: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the fitted powers and the unit of each axis."""
     found: dict[str, dict[str, Any]] = {}
     for axis in AXES:
-        points = [(point["x"], point["seconds"]) for point in held if point["axis"] == axis]
+        points = [(point["x"], point["seconds"]) for point in measured if point["axis"] == axis]
         if points:
             found[axis] = {"exponent": exponent(points), "last_step": last_step(points), "unit": UNITS[axis]}
-            steps = [point.get("language_steps") for point in held if point["axis"] == axis]
+            steps = [point.get("language_steps") for point in measured if point["axis"] == axis]
             if axis == "tube":
                 found[axis]["language_steps"] = steps
     return found

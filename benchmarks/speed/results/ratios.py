@@ -1,4 +1,4 @@
-"""From figures to what is claimed: ratios of one run, shares of the machine's limits, and what each was to reach."""
+"""Compute the ratios of a run, the shares of the machine's limits, and the target of each ratio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from speed.measure import REFERENCE, key_of, median
 Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 MODEL, FRAMES = "qwen3_vl_0_5b", 32
-"""Where the ratios are taken."""
+"""Model and number of coarse frames that the ratios are computed for."""
 
 OWN = ("ours", "torch_eager", "torch_compile")
 BEST_FP32, ALLOWED_QUERIES, ALLOWED_OVERHEAD = 0.95, 2.5, 0.03
@@ -23,11 +23,11 @@ PEAK_SHARE, BANDWIDTH_SHARE = 0.75, 0.75
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do, measured in the same run.
+    """Limits of the machine, measured in the same run.
 
     Attributes:
-        bandwidth: bytes a second read from memory.
-        fp32, int8: the most operations a second of matrix products.
+        bandwidth: bytes per second read from memory.
+        fp32, int8: peak operations per second of matmuls.
     """
 
     bandwidth: float
@@ -36,7 +36,7 @@ class Limits:
 
     @classmethod
     def best(cls, measured: Sequence[Mapping[str, Any]]) -> Limits:
-        """Return the best of several measurements: whatever disturbs one makes it lower, never higher."""
+        """Return the best of several measurements; other load can only lower them."""
 
         def most(*names: str) -> float:
             return max(found["gemm"][name]["flops"] for found in measured for name in names)
@@ -44,27 +44,27 @@ class Limits:
         fastest = max(found["bandwidth"] for found in measured)
         return cls(fastest, most("onnxruntime_fp32", "torch_fp32"), most("onnxruntime_int8"))
 
-    def products(self, precision: str) -> float:
-        """Return the peak that a precision is held against; weights in int4 are multiplied in int8."""
+    def matmul_peak(self, precision: str) -> float:
+        """Return the peak that applies to a precision; int4 weights are multiplied in int8."""
         return self.fp32 if precision == "fp32" else self.int8
 
     def least_seconds(self, work: Work, precision: str) -> float:
-        """Return the time of some work at the peaks; attention is computed in fp32 everywhere."""
-        return work.products / self.products(precision) + work.attention / self.fp32
+        """Return the seconds of some work at peak rates; attention is always computed in fp32."""
+        return work.matmuls / self.matmul_peak(precision) + work.attention / self.fp32
 
 
 def seconds(rows: Rows, label: str, row: str, *, model: str = MODEL, frames: int = FRAMES) -> float | None:
-    """Return the median seconds of a row; None where there are none."""
+    """Return the median seconds of a row, or None if it has none."""
     return median(rows.get(key_of(model, frames, label), {}).get(row, {}))
 
 
 def ratio(over: float | None, under: float | None) -> float | None:
-    """Return over / under; None where one is missing."""
+    """Return over / under, or None if one is missing."""
     return None if over is None or not under else round(over / under, 4)
 
 
 def summed(*values: float | None) -> float | None:
-    """Return the sum; None where one is missing."""
+    """Return the sum, or None if a value is missing."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
 
@@ -72,11 +72,15 @@ def summed(*values: float | None) -> float | None:
 def main_ratios(
     rows: Rows, limits: Limits, text: Mapping[str, Any], past: int, *, model: str = MODEL, frames: int = FRAMES
 ) -> dict[str, Any]:
-    """Return the ratios that the project is held to, those that cannot be taken None.
+    """Return the project's main ratios; a ratio is None if a figure is missing.
 
     Args:
+        rows: measured figures by key and row.
+        limits: limits of the machine.
         text: the backbone's `text_config`.
-        past: tokens in the cache where decoding began.
+        past: number of cached tokens when decoding starts.
+        model: model to compute the ratios for.
+        frames: number of coarse frames to compute the ratios for.
     """
 
     def of(label: str, row: str) -> float | None:
@@ -99,7 +103,7 @@ def main_ratios(
 
 
 def targets(limits: Limits, *, vnni: bool) -> dict[str, dict[str, Any]]:
-    """Return what each ratio is to reach: at least, or at most."""
+    """Return the target of each ratio: `least` or `most`."""
     return {
         "prefill_vision_int8_vs_torch_fp32": {"least": round(PEAK_SHARE * limits.int8 / limits.fp32, 3)},
         "end_to_end_int8_vs_torch_fp32": {"least": 3.0 if vnni else 1.8},
@@ -111,7 +115,7 @@ def targets(limits: Limits, *, vnni: bool) -> dict[str, dict[str, Any]]:
 
 
 def met(value: float | None, target: Mapping[str, float]) -> bool | None:
-    """Tell whether a ratio is what it is to be; None where it was not taken."""
+    """Return whether a ratio meets its target, or None if it was not measured."""
     if value is None:
         return None
     return value >= target["least"] if "least" in target else value <= target["most"]
@@ -120,7 +124,7 @@ def met(value: float | None, target: Mapping[str, float]) -> bool | None:
 def decode_share(
     rows: Rows, limits: Limits, text: Mapping[str, Any], past: int, precision: str, *, model: str, frames: int
 ) -> float | None:
-    """Return the time that reading the weights, keys and values of a token takes, over that of decoding it."""
+    """Return the time to read a token's weights, keys and values at full bandwidth, over the time to decode it."""
     found = rows.get(key_of(model, frames, f"ours_{precision}"), {}).get("decode", {})
     taken = median(found)
     if taken is None or not found.get("tokens"):
@@ -131,9 +135,9 @@ def decode_share(
 
 
 def chain_overhead(rows: Rows, label: str, *, model: str, frames: int) -> float | None:
-    """Return end to end over the sum of its graphs and of video decoding, less 1: the median of all runs.
+    """Return end-to-end time over the sum of graphs and video decoding, minus 1: the median of all runs.
 
-    Below 0 where stages overlap.
+    It is negative if stages overlap.
     """
     details = rows.get(key_of(model, frames, label), {}).get("end_to_end", {}).get("details", [])
     found = [one["total"] / (sum(one["graphs"].values()) + video_seconds(one)) - 1 for one in details]
@@ -141,21 +145,21 @@ def chain_overhead(rows: Rows, label: str, *, model: str, frames: int) -> float 
 
 
 def video_seconds(details: Mapping[str, Any]) -> float:
-    """Return what reading and resizing frames took in one run."""
+    """Return the seconds that reading and resizing frames took in one run."""
     return sum(value for stage, value in details["timings"].items() if stage in ("decode_video", "decode_fine"))
 
 
 def engines(rows: Rows, model: str, frames: int) -> dict[str, tuple[str, str]]:
-    """Return (engine, precision) of each label that has figures."""
+    """Return (engine, precision) by label, for all labels with figures."""
     prefix = f"{model}/{frames}/"
     labels = [key.removeprefix(prefix) for key in rows if key.startswith(prefix)]
     return {label: (label.rpartition("_")[0], label.rpartition("_")[2]) for label in labels}
 
 
 def peer_ratios(rows: Rows, *, model: str = MODEL, frames: int = FRAMES) -> dict[str, dict[str, Any]]:
-    """Return, for each engine that is not ours, its time over that of our runner beside it, at equal precision.
+    """Return each other engine's time over that of the runner of ours measured with it, at equal precision.
 
-    `mean` is the geometric mean of `rows`, which are named `precision/row`.
+    `mean` is the geometric mean of `rows`, whose keys are `precision/row`.
     """
     found: dict[str, dict[str, float]] = {}
     for label, (engine, precision) in engines(rows, model, frames).items():
@@ -174,12 +178,12 @@ def peer_ratios(rows: Rows, *, model: str = MODEL, frames: int = FRAMES) -> dict
 
 
 def row_of_ours(row: str, figures: Mapping[str, Any]) -> str:
-    """Return which of our rows a peer's is held against: one that was given text alone, against text alone."""
+    """Return our row that a peer's row is compared with; text-only prefill is compared with text-only prefill."""
     return "prefill_text" if row == "prefill" and figures.get("text_alone") else row
 
 
 def best_fp32(rows: Rows, *, model: str = MODEL, frames: int = FRAMES) -> dict[str, float]:
-    """Return, row by row, the fastest other engine's fp32 time over ours."""
+    """Return the fastest other engine's fp32 time over ours, by row."""
     found: dict[str, float] = {}
     for values in peer_ratios(rows, model=model, frames=frames).values():
         for name, value in values["rows"].items():

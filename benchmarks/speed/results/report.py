@@ -1,4 +1,4 @@
-"""The result file, the tables and the plots, all made of the same figures."""
+"""Make the result file, tables and plots from the same figures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ TITLES = {
 def flat_rows(
     rows: Mapping[str, Any], runners: Mapping[str, Any], facts: Mapping[str, Any], limits: Limits
 ) -> list[Any]:
-    """Return one object a measured row.
+    """Return one object per measured row.
 
     Args:
-        facts: by `model/frames`, the backbone's configuration (`vision_config`, `text_config`) and the `sizes` of the
-            inputs: `groups`, `rows`, `columns`, `length`.
+        rows: measured figures by key and row.
+        runners: each runner's answer to `load` by key.
+        facts: model/frames → the backbone's `vision_config` and `text_config`, and the input `sizes`: `groups`, `rows`,
+            `columns`, `length`.
+        limits: limits of the machine.
     """
     found = []
     for key, of_runner in rows.items():
@@ -71,7 +74,7 @@ def share_of_limit(
     precision: str,
     limits: Limits,
 ) -> float | None:
-    """Return the least time that the machine's limits allow for a row's work, over the time that it took."""
+    """Return the shortest time that the machine's limits allow for a row's work, over its measured time."""
     if taken is None or fact is None or precision not in WEIGHT_BYTES:
         return None
     sizes = fact["sizes"]
@@ -88,7 +91,7 @@ def share_of_limit(
 
 
 def table(model: str, frames: int, rows: Sequence[Mapping[str, Any]], runners: Mapping[str, Any]) -> list[str]:
-    """Return the Markdown table of one model and number of frames: a line a runner, a column a stage."""
+    """Return the Markdown table of one model and frame count: one line per runner, one column per stage."""
     mine = [row for row in rows if row["model"] == model and row["frames"] == frames]
     columns = ["vision", "prefill", "prefill_text", "first_token", "decode", "bridge", "spatial", "end_to_end"]
     lines = [
@@ -108,7 +111,7 @@ def table(model: str, frames: int, rows: Sequence[Mapping[str, Any]], runners: M
 
 
 def cell(column: str, own: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one figure for people, with its share of the machine's limit where that is known."""
+    """Format one figure with its share of the machine's limit, if known."""
     if column == "first_token":
         value = own.get("end_to_end", {}).get("first_token")
         return "–" if value is None else f"{value:.2f}"
@@ -127,7 +130,7 @@ def cell(column: str, own: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def parity_cell(own: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the worst cosine of any row, and the box IoU end to end, else of the spatial decoder."""
+    """Return the worst cosine of all rows, and the box IoU end to end or else of the spatial decoder."""
     found = [row.get("parity") or {} for row in own.values()]
     cosines = [one["worst_cosine"] for one in found if "worst_cosine" in one]
     boxes = (own.get("end_to_end") or own.get("spatial") or {}).get("parity") or {}
@@ -136,7 +139,7 @@ def parity_cell(own: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def ratio_table(result: Mapping[str, Any]) -> list[str]:
-    """Return the Markdown table of the ratios, beside what they were to reach."""
+    """Return the Markdown table of the ratios and their targets."""
     lines = ["| ratio | measured | to reach | |", "|---|--:|--:|---|"]
     for name, value in result["ratios"].items():
         target = result["targets"].get(name)
@@ -150,14 +153,14 @@ def ratio_table(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def growth_table(held: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the Markdown table of how costs grow."""
+def growth_table(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the Markdown table of cost growth."""
     lines = [
         "| what grows | seconds | power | power of the last doubling | steps of the language model |",
         "|---|---|--:|--:|---|",
     ]
-    for axis, found in summary(held).items():
-        points = [point for point in held if point["axis"] == axis]
+    for axis, found in summary(measured).items():
+        points = [point for point in measured if point["axis"] == axis]
         times = ", ".join(f"{point['x']}: {point['seconds']:.2f}" for point in points)
         steps = ", ".join(str(step) for step in found.get("language_steps", []))
         lines.append(f"| {UNITS[axis]} | {times} | {found['exponent']} | {found['last_step']} | {steps or '–'} |")
@@ -165,11 +168,11 @@ def growth_table(held: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Return everything that goes between the marks of docs/performance.md."""
+    """Return the text between the marks of docs/performance.md."""
     machine, limits = result["machine"], result["limits"]
     parts = [
         f"Machine: {machine['cpu']}, {result['threads']} threads, {', '.join(machine['flags'])}. Memory is read at "
-        f"{limits['bandwidth'] / 1e9:.1f} GB/s; matrix products reach {limits['fp32'] / 1e9:.0f} GF/s in fp32 and "
+        f"{limits['bandwidth'] / 1e9:.1f} GB/s; matmuls reach {limits['fp32'] / 1e9:.0f} GF/s in fp32 and "
         f"{limits['int8'] / 1e9:.0f} G operations/s in int8, {limits['int8'] / limits['fp32']:.1f} × as many. Measured "
         f"{result['measured']}.",
         "",
@@ -193,20 +196,20 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def fill_in(document: Path, text: str) -> None:
-    """Put text between the marks of a document.
+    """Write text between the marks of a document.
 
     Raises:
-        ValueError: the document lacks the marks.
+        ValueError: the document does not contain the marks.
     """
-    held = document.read_text(encoding="utf-8")
-    if MARKS[0] not in held or MARKS[1] not in held:
+    text_now = document.read_text(encoding="utf-8")
+    if MARKS[0] not in text_now or MARKS[1] not in text_now:
         raise ValueError(f"{document}: expected a line {MARKS[0]} and a line {MARKS[1]} to write between")
-    before, after = held.split(MARKS[0])[0], held.split(MARKS[1])[1]
+    before, after = text_now.split(MARKS[0])[0], text_now.split(MARKS[1])[1]
     document.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def plots(result: Mapping[str, Any], folder: Path, *, model: str, frames: int) -> list[Path]:
-    """Write the plots that there are figures for, as SVG; return their files."""
+    """Write the plots that have figures as SVG; return their files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -243,13 +246,13 @@ def _plot_stages(result: Mapping[str, Any], path: Path, model: str, frames: int)
     return path
 
 
-def _plot_growth(held: Sequence[Mapping[str, Any]], path: Path) -> Path:
+def _plot_growth(measured: Sequence[Mapping[str, Any]], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    found = summary(held)
+    found = summary(measured)
     figure, axes = plt.subplots(1, len(found), figsize=(3.1 * len(found), 3.0), squeeze=False)
     for axis, (name, what) in zip(axes[0], found.items(), strict=True):
-        points = sorted((point["x"], point["seconds"]) for point in held if point["axis"] == name)
+        points = sorted((point["x"], point["seconds"]) for point in measured if point["axis"] == name)
         x, y = zip(*points, strict=True)
         axis.loglog(x, y, "o-", color="#1f6f8b", label="measured")
         axis.loglog(x, [y[-1] * value / x[-1] for value in x], "--", color="#b9b9b9", label="in proportion")

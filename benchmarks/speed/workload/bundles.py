@@ -1,7 +1,7 @@
-"""What is compared: one checkpoint, and the bundles made of it: fp32, int8 (w8a8) and int4 (w4).
+"""Make the checkpoint and bundles to compare: fp32, int8 (w8a8) and int4 (w4).
 
-Missing ones are made by the same parts as `export` and `calibrate`: of random weights no metric can be judged, so that
-nothing is searched. Each step runs in a process of its own, since they take memory.
+Missing bundles are made with the parts of `export` and `calibrate`, without a search, since no metric can be evaluated
+with random weights. Each step runs in a subprocess to free its memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ DEMO = Path("assets/demo/checkpoint")
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint and where its bundles lie.
+    """A checkpoint and its bundles.
 
     Attributes:
         name: `demo`, or a key of `shapes.SHAPES`.
-        checkpoint: its folder.
-        bundles: folder of each precision.
-        work: where clips, inputs and half-made things go.
+        checkpoint: folder of the checkpoint.
+        bundles: bundle folder by precision.
+        work: folder for clips, inputs and intermediate files.
     """
 
     name: str
@@ -43,18 +43,18 @@ class Model:
 
     @property
     def spec(self) -> ModelSpec:
-        """What the chain knows of the model."""
+        """The model's specification, read from a bundle."""
         return Bundle.load(next(iter(self.bundles.values()))).manifest.spec
 
 
 def prepare(name: str, folder: Path, precisions: tuple[str, ...], given: dict[str, Path] | None = None) -> Model:
-    """Return a model whose checkpoint and bundles are there, making what is missing.
+    """Return a model, making its checkpoint and bundles if they are missing.
 
     Args:
         name: see `Model.name`.
-        folder: everything is below it, in a folder of the model's name.
-        precisions: of `fp32`, `int8` and `int4`.
-        given: a checkpoint (`checkpoint`) or bundles (by precision) that exist elsewhere.
+        folder: parent of the model's folder, which has the model's name.
+        precisions: any of `fp32`, `int8` and `int4`.
+        given: existing checkpoint (key `checkpoint`) and bundles (keys are precisions) in other places.
     """
     work, given = folder / name, given or {}
     checkpoint = given.get("checkpoint", DEMO if name == "demo" else work / "checkpoint")
@@ -71,7 +71,7 @@ def prepare(name: str, folder: Path, precisions: tuple[str, ...], given: dict[st
 
 
 def make(precision: str, checkpoint: Path, bundles: dict[str, Path], work: Path) -> None:
-    """Make one bundle in a process of its own."""
+    """Make one bundle in a subprocess."""
     print(f"making {bundles[precision]} ({precision})", file=sys.stderr)
     if precision == "fp32":
         command = ["cli.py", "export", checkpoint, "--out", bundles["fp32"], "--dtype", "fp32", "--overwrite"]
@@ -81,7 +81,7 @@ def make(precision: str, checkpoint: Path, bundles: dict[str, Path], work: Path)
 
 
 def quantize(source: Path, out: Path, recipe: str, work: Path) -> None:
-    """Collect statistics of a bundle on two clips (once), and write it by a recipe."""
+    """Collect statistics of a bundle on two clips, once, and write the bundle quantized by a recipe."""
     import onnx_ir as ir
 
     from bridge_stg.calibration.collect.collect import collect
@@ -98,24 +98,24 @@ def quantize(source: Path, out: Path, recipe: str, work: Path) -> None:
     if folder.is_dir() and stale(folder, bundle):
         shutil.rmtree(folder)
     statistics = collect(bundle, samples, folder=folder, low_memory=True, variant="standard")
-    # Random weights have no outliers to move, and ranges that are searched for are no faster: that takes minutes.
+    # Random weights have no outliers to smooth, and a search of ranges takes minutes without changing the speed.
     searched = source_is_trained(work)
     smoothing = choose_smoothing(statistics, chosen).vectors if searched else {}
-    products: list[Matmul] = []
+    matmuls: list[Matmul] = []
     for graph, of_graph in chosen.graphs.items():
         if of_graph.activations == "int8":
-            products += find_matmuls(ir.load(bundle.graph_path(graph, "standard")), graph)
-    ranges = choose_ranges(statistics, products, smoothing=smoothing, method=None if searched else "minmax")
+            matmuls += find_matmuls(ir.load(bundle.graph_path(graph, "standard")), graph)
+    ranges = choose_ranges(statistics, matmuls, smoothing=smoothing, method=None if searched else "minmax")
     quantize_bundle(bundle, out, recipe=chosen, ranges=ranges, smoothing=smoothing, overwrite=True)
 
 
 def source_is_trained(work: Path) -> bool:
-    """Tell whether the model's weights mean something: only the demo's do."""
+    """Return whether the model's weights are trained, which is true only for the demo."""
     return work.name == "demo"
 
 
 def stale(folder: Path, bundle: Bundle) -> bool:
-    """Tell whether statistics are of another bundle than this one."""
+    """Return whether stored statistics belong to another bundle."""
     file = folder / "collection.json"
     return not file.is_file() or json.loads(file.read_text())["fingerprint"] != bundle.manifest.fingerprint
 

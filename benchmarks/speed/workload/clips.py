@@ -1,4 +1,4 @@
-"""Synthetic clips of an exact number of coarse frames, and samples to calibrate bundles of random weights on."""
+"""Make synthetic clips with an exact number of coarse frames, and calibration samples for random weights."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ QUERIES = (
 
 
 def clip(folder: Path, spec: ModelSpec, frames: int, *, size: tuple[int, int] = (384, 216), seconds: float = 0) -> Path:
-    """Return an H.264 clip that the chain samples at exactly `frames` coarse frames; written once.
+    """Return an H.264 clip with exactly `frames` coarse frames; an existing file is reused.
 
     Args:
+        folder: folder of the clips.
+        spec: the model's specification, which gives the coarse frame rate.
+        frames: number of coarse frames.
         size: width and height in pixels, even numbers.
-        seconds: its length; 0: as long as `frames` samples of the model's coarse rate.
+        seconds: length in seconds; 0: `frames` divided by the model's coarse frame rate.
     """
     width, height = size
     length = seconds or frames / spec.frames.coarse_fps
@@ -49,7 +52,7 @@ def clip(folder: Path, spec: ModelSpec, frames: int, *, size: tuple[int, int] = 
 
 
 def write(path: Path, *, width: int, height: int, count: int) -> None:
-    """Encode a red square and a blue disc that cross a shaded, slightly noisy background."""
+    """Encode a clip of a red square and a blue disc that cross a shaded, slightly noisy background."""
     import av
 
     noise = np.random.default_rng(0).integers(-6, 7, (8, height, width, 1))
@@ -71,7 +74,7 @@ def write(path: Path, *, width: int, height: int, count: int) -> None:
 
 
 def calibration_samples(folder: Path, spec: ModelSpec) -> Path:
-    """Write two short clips and the file that names them and their queries; return the file."""
+    """Write two short clips and a JSON lines file with their queries; return the file."""
     lines = []
     for frames, size in ((4, (384, 216)), (6, (256, 256))):
         path = clip(folder, spec, frames, size=size)

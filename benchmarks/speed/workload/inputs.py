@@ -1,4 +1,4 @@
-"""The inputs of every row, recorded once from a run of the torch reference, and shared by all runners.
+"""Record the inputs of every row from one run of the torch reference, shared by all runners.
 
 Usage: python benchmarks/speed/workload/inputs.py CHECKPOINT FOLDER FRAMES WIDTH HEIGHT
 """
@@ -21,11 +21,11 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.host.files import replacing
 
 STEPS = 16
-"""Tokens that are decoded."""
+"""Number of tokens to decode."""
 
 
 def middle_quarter(spec: ModelSpec, encode: Any, frames: int) -> list[int]:
-    """Return the ids of the answer that names the middle quarter of a clip of so many coarse frames."""
+    """Return the ids of the answer for the middle quarter of a clip of `frames` coarse frames."""
     from bridge_stg.runtime.chain.grammar import AnswerGrammar
     from bridge_stg.runtime.chain.prompt import time_strings
 
@@ -38,7 +38,7 @@ def middle_quarter(spec: ModelSpec, encode: Any, frames: int) -> list[int]:
 
 
 def record(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -> None:
-    """Run the reference once, and write vision, prefill, prefill_text, decode, bridge, spatial and end_to_end."""
+    """Run the reference once, and write the inputs of each row to FOLDER/<row>.npz."""
     from bridge_stg.checkpoint.checkpoint import load_checkpoint
     from bridge_stg.model.torch_session import torch_grounder
 
@@ -51,7 +51,7 @@ def record(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -
     watch.answer = answer
     grounder.ground(str(path), QUERIES[0], allow_none=False)
     folder.mkdir(parents=True, exist_ok=True)
-    asked = {"clip": np.array(str(path)), "queries": np.array(QUERIES), "answer_ids": np.array(answer, np.int64)}
+    end_to_end = {"clip": np.array(str(path)), "queries": np.array(QUERIES), "answer_ids": np.array(answer, np.int64)}
     prompt = prompt_of(watch.calls)
     length = prompt["input_ids"].shape[1]
     generator = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def record(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -
         "decode": {"prefix_ids": text[:, :length], "step_ids": text[0, length:]},
         "bridge": {"prefix_ids": text[:, :length], "bridging_ids": np.array(spec.language.bridging_ids, np.int64)},
         "spatial": dict(next(call.feeds for call in watch.calls if call.graph == "spatial_decoder")),
-        "end_to_end": asked,
+        "end_to_end": end_to_end,
     }
     for name, arrays in found.items():
         with replacing(folder / f"{name}.npz") as temporary, temporary.open("wb") as stream:
@@ -71,14 +71,14 @@ def record(checkpoint: Path, folder: Path, frames: int, size: tuple[int, int]) -
 
 
 def frames_of(calls: list[Call]) -> dict[str, np.ndarray]:
-    """Return what the vision encoder was fed before the language model was asked, its chunks put together."""
+    """Return the vision encoder's inputs before the first call of the language model, chunks concatenated."""
     first = next(i for i, call in enumerate(calls) if call.graph == "language_model")
     chunks = [call.feeds for call in calls[:first]]
     return {**chunks[0], "frames": np.concatenate([feeds["frames"] for feeds in chunks])}
 
 
 def prompt_of(calls: list[Call]) -> dict[str, np.ndarray]:
-    """Return what the language model was fed up to the first choice, as the inputs of one call without a past."""
+    """Return the language model's inputs up to the first answer token, as one call without cached tokens."""
     language = [call for call in calls if call.graph == "language_model"]
     last = next(i for i, call in enumerate(language) if call.answers)
     fed = [call.feeds for call in language[: last + 1]]

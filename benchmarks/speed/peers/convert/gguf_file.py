@@ -1,7 +1,7 @@
-"""A Qwen3ForCausalLM folder as a GGUF file: python gguf_file.py FOLDER OUT {f32,q8_0,q4_0}.
+"""Convert a Qwen3ForCausalLM folder to a GGUF file: python gguf_file.py FOLDER OUT {f32,q8_0,q4_0}.
 
-Written in f32 by the `gguf` package; q8_0 and q4_0 are llama.cpp's own quantization of that file. Without a
-vocabulary, since the runner feeds ids.
+The `gguf` package writes it in f32; llama.cpp quantizes that file to q8_0 or q4_0. It has no vocabulary, since the
+runner feeds ids.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TYPES = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYP
 
 
 def write_f32(folder: Path, target: Path) -> None:
-    """Write config.json and model.safetensors of a Qwen3 in float32."""
+    """Write a Qwen3 folder as a GGUF file in float32."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     arch, layers = gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
@@ -39,7 +39,7 @@ def write_f32(folder: Path, target: Path) -> None:
     for key, values in tensors(folder / "model.safetensors"):
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise SystemExit(f"{key}: GGUF has no such tensor in a Qwen3")
+            raise SystemExit(f"{key}: not a tensor of a Qwen3 in GGUF")
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -48,7 +48,7 @@ def write_f32(folder: Path, target: Path) -> None:
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
-    """Let llama.cpp quantize an f32 file, by its own choice of types a tensor."""
+    """Quantize an f32 file with llama.cpp, which chooses the type of each tensor."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = TYPES[kind]
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters):

@@ -1,8 +1,8 @@
-"""Export a Qwen3ForCausalLM folder by transformers' own exporter: python hf_export.py FOLDER OUT {fp32,int8}.
+"""Export a Qwen3ForCausalLM folder with transformers' exporter: python hf_export.py FOLDER OUT {fp32,int8}.
 
-Writes OUT/prefill/model.onnx and OUT/decode/model.onnx, fused into onnxruntime's operators for CPU. The exporter takes
-`logits_to_keep` out of what `generate` passes, so that its prefill would compute the logits of all tokens; it is put
-back. int8 is the exporter's dynamic quantization by onnxruntime, a channel at a time.
+Writes OUT/prefill/model.onnx and OUT/decode/model.onnx, fused into onnxruntime's CPU operators. The exporter drops
+`logits_to_keep` from the arguments of `generate`, which would make prefill compute the logits of all tokens; it is
+added again. int8 is the exporter's dynamic quantization with onnxruntime, one scale per channel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The text part of a Qwen3-VL checkpoint as a plain Qwen3ForCausalLM folder, as language-model runtimes read it.
+"""Write the text part of a Qwen3-VL checkpoint as a Qwen3ForCausalLM folder, for language-model runtimes.
 
-A Qwen3-VL text model is a Qwen3 with positions of three axes; on text the three are equal, and so are the two models.
-The bytes of the weights are copied; nothing is converted.
+A Qwen3-VL text model is a Qwen3 with three-axis positions; on text the axes are equal, and so are the two models.
+The weights are copied byte by byte.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _COPY = 64 * 2**20
 
 
 def write_qwen3_folder(checkpoint: Path, folder: Path) -> Path:
-    """Write config.json, model.safetensors and the tokenizer; return the folder. One that is there is kept.
+    """Write config.json, model.safetensors and the tokenizer unless they exist; return the folder.
 
     Raises:
-        PeerError: the checkpoint is not of a Qwen3-VL, or lacks a text part.
+        PeerError: the checkpoint is not a Qwen3-VL, or lacks a text part.
     """
     if (folder / "config.json").exists():
         return folder
     backbone = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["backbone"]
     if backbone.get("model_type") != "qwen3_vl":
-        raise PeerError(f"{checkpoint}: its text part is {backbone.get('model_type')}'s; only qwen3_vl is a Qwen3")
+        raise PeerError(f"{checkpoint}: model_type is {backbone.get('model_type')}, expected qwen3_vl")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -45,11 +45,11 @@ def write_qwen3_folder(checkpoint: Path, folder: Path) -> Path:
 
 
 def qwen3_config(backbone: Mapping[str, Any], dtype: str, end: int) -> dict[str, Any]:
-    """Return a Qwen3 configuration, its defaults written out, since not all who read it know them.
+    """Return a Qwen3 configuration with all defaults written out, since some readers do not know them.
 
     Args:
-        backbone: the configuration of a Qwen3-VL.
-        dtype: in transformers' spelling.
+        backbone: configuration of a Qwen3-VL.
+        dtype: name of the dtype in transformers.
         end: id of the token that ends an answer.
     """
     text = backbone["text_config"]
@@ -83,16 +83,16 @@ def qwen3_config(backbone: Mapping[str, Any], dtype: str, end: int) -> dict[str,
 
 
 def copy_text_weights(checkpoint: Path, target: Path) -> str:
-    """Write the tensors of the text part under a Qwen3's names; return their dtype in transformers' spelling.
+    """Write the tensors of the text part with the names of a Qwen3; return their dtype as transformers names it.
 
     Raises:
-        PeerError: there are none, or they are of more than one dtype, or of one that peers do not read.
+        PeerError: no tensors found, or they have several dtypes or one that peers do not read.
     """
     found = {_name(key): (path, at, entry) for path, at, key, entry in _stored(checkpoint) if _name(key)}
     dtypes = {entry["dtype"] for _, _, entry in found.values()}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         kinds = ", ".join(sorted(dtypes)) or "none"
-        raise PeerError(f"{checkpoint}: weights of a text part in one of {', '.join(DTYPES)} expected, found: {kinds}")
+        raise PeerError(f"{checkpoint}: dtypes of the text weights: {kinds}; expected one of {', '.join(DTYPES)}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (_, _, entry) in found.items():
@@ -109,7 +109,7 @@ def copy_text_weights(checkpoint: Path, target: Path) -> str:
 
 
 def write_tokenizer(checkpoint: Path, folder: Path) -> int:
-    """Copy the tokenizer beside a configuration that transformers reads; return the id that ends an answer."""
+    """Copy the tokenizer, write its configuration for transformers, and return the id that ends an answer."""
     shutil.copyfile(checkpoint / "tokenizer.json", folder / "tokenizer.json")
     added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
@@ -118,12 +118,12 @@ def write_tokenizer(checkpoint: Path, folder: Path) -> int:
 
 
 def _name(key: str) -> str:
-    """A tensor's name in a Qwen3; empty for what is not of the text part."""
+    """Return a tensor's name in a Qwen3, empty if it does not belong to the text part."""
     return "model." + key.removeprefix(TEXT) if key.startswith(TEXT) else key if key == HEAD else ""
 
 
 def _stored(checkpoint: Path) -> Iterator[tuple[Path, int, str, dict[str, Any]]]:
-    """File, offset of its data, key and header entry of each tensor."""
+    """Yield file, offset of the file's data, key and header entry of each tensor."""
     for path in sorted(checkpoint.glob("*.safetensors")):
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")

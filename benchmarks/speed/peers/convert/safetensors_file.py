@@ -1,4 +1,4 @@
-"""Tensors of a .safetensors file as float32, one at a time, with numpy alone (which knows no bf16)."""
+"""Read tensors of a .safetensors file as float32, one at a time, with only numpy (which lacks bf16)."""
 
 from __future__ import annotations
 
