@@ -42,9 +42,10 @@ def table(figures: dict[str, Any]) -> str:
         row("name and colour, span as answered (not adjusted by presence)", figures["span_as_answered"]),
         *(row(f"control: {name}", scores) for name, scores in figures["controls"].items()),
         "",
-        f"Absent targets: AUROC {figures['absent_auroc']:.3f}; `none` is answered for "
-        f"{figures['absent_recognized']:.0%} of what is not there and {1 - figures['present_found']:.0%} of what is. "
-        f"Asked for the other thing, the tube overlaps the first one's by {figures['swapped_query_vIoU']:.3f}. "
+        f"Absent targets: AUROC {figures['absent_auroc']:.3f}; the answer is `none` for "
+        f"{figures['absent_recognized']:.0%} of absent and {1 - figures['present_found']:.0%} of present targets. "
+        f"With the query of another object, the tube's vIoU with the first object is "
+        f"{figures['swapped_query_vIoU']:.3f}. "
         f"The two passes compute {figures['visual_tokens_ratio']:.0%} of the visual tokens of a dense fine pass.",
     ]
     return "\n".join(lines)
