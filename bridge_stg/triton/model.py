@@ -110,16 +110,15 @@ class GroundingModel:
                 raise QueryError("query.empty", "the input QUERY is missing; expected one text per query")
             videos, contents = self._input(request, "VIDEO"), self._input(request, "VIDEO_BYTES")
             if (videos is None) == (contents is None):
-                message = "give either VIDEO, a path below the server's media folder, or VIDEO_BYTES, a file"
-                raise VideoError("video.bad_source", message)
+                raise VideoError("video.bad_source", "give either VIDEO, a path, or VIDEO_BYTES, a file")
             allow_none = self._input(request, "ALLOW_NONE")
             sources: list[str | bytes] = (
                 [bytes(content) for content in contents] if videos is None else [self._path(_text(v)) for v in videos]
             )
             allowed = [True] * len(queries) if allow_none is None else [bool(value) for value in allow_none]
             if not len(sources) == len(queries) == len(allowed):
-                message = f"{len(queries)} queries about {len(sources)} videos; give as many of each"
-                raise QueryError("query.wrong_count", message)
+                text = f"{len(queries)} queries about {len(sources)} videos; give as many of each"
+                raise QueryError("query.wrong_count", text)
             rows = zip(sources, queries, allowed, strict=True)
             return [_Query(request, video, _text(query), allow) for video, query, allow in rows]
         except Exception as error:  # noqa: BLE001  # any error belongs to this request alone
@@ -133,13 +132,11 @@ class GroundingModel:
     def _path(self, name: str) -> str:
         """Resolve a path below the media folder. Raises VideoError without one, or if the path leaves it."""
         if not self._options.media:
-            message = "this server has no media folder, so VIDEO names nothing; send the file as VIDEO_BYTES"
-            raise VideoError("server.no_media_folder", message)
+            raise VideoError("server.no_media_folder", "this server has no media folder; send the file as VIDEO_BYTES")
         media = Path(self._options.media).resolve()
         path = (media / name).resolve()
         if not path.is_relative_to(media):
-            message = f"VIDEO {name!r} is outside the server's media folder; give a path below it"
-            raise VideoError("video.outside_media", message)
+            raise VideoError("video.outside_media", f"VIDEO {name!r} is outside the media folder; give a path below it")
         return str(path)
 
     def _answer(self, source: str | bytes, queries: list[_Query], allow_none: bool) -> None:
@@ -232,8 +229,7 @@ def _text(value: Any) -> str:
     try:
         return value.decode("utf-8") if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError as error:
-        message = f"a text is not UTF-8 ({error}); send queries and paths in UTF-8"
-        raise QueryError("query.bad_characters", message) from error
+        raise QueryError("query.bad_characters", f"a text is not UTF-8 ({error})") from error
 
 
 def _key(path: str) -> str:

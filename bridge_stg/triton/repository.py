@@ -83,12 +83,11 @@ def write_repository(
 
 def _check(serving: Serving, bundle: Bundle) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", serving.name):
-        message = f"--name {serving.name!r}: expected letters, digits, dots, dashes and underscores."
-        raise BridgeError("options.invalid", message)
+        raise BridgeError("options.invalid", f"--name {serving.name!r}: expected letters, digits, '.', '-' and '_'.")
     backends = ("auto", *(backend.name for backend in BACKENDS))
     if serving.backend not in backends:
-        message = f"backend {serving.backend!r} is unknown; known: {', '.join(backends)}."
-        raise EngineError("engine.unknown_backend", message)
+        text = f"backend {serving.backend!r} is unknown; known: {', '.join(backends)}."
+        raise EngineError("engine.unknown_backend", text)
     variants = sorted({graph.variant for graph in bundle.manifest.all_graphs()})
     if serving.variant is not None and serving.variant not in variants:
         message = f"{bundle.path}: no graph has the variant {serving.variant!r}; known: {', '.join(variants)}."

@@ -39,9 +39,7 @@ class Bundle:
     def load(cls, path: str | os.PathLike[str], *, check: Literal["sizes", "all"] = "sizes") -> Bundle:
         """Open the bundle in a folder.
 
-        Args:
-            path: the bundle's folder.
-            check: "sizes" hashes files up to 64 MiB and compares the sizes of larger ones; "all" hashes everything.
+        check="sizes" hashes files up to 64 MiB and compares the sizes of larger ones; "all" hashes everything.
 
         Raises:
             BundleError: the folder is not a bundle, is damaged or incomplete, has an unknown schema version, or
@@ -81,26 +79,20 @@ class Bundle:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read manifest.json and check its schema version, fingerprint, field types and paths, but no other file.
-
-    Raises:
-        BundleError: the folder is not a bundle, or one of these checks fails.
-    """
+    """Read manifest.json and check its schema version, fingerprint, field types and paths, but no other file."""
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
         raise BundleError("bundle.not_found", f"{root}: {found}, expected the folder of a bundle (made by `export`).")
     file = root / MANIFEST
     if not file.is_file():
-        text = f"{root}: no {MANIFEST} in this folder, so it is not a bundle. Give the folder that `export` wrote."
-        raise BundleError("bundle.not_found", text)
+        raise BundleError("bundle.not_found", f"{root}: no {MANIFEST} in it. Give the folder that `export` wrote.")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError("bundle.unreadable", f"{file}: cannot be read as JSON ({error}). {COPY_AGAIN}") from error
     _check_schema_version(file, values)
     if values.get("fingerprint") != canonical_sha256(values, without="fingerprint"):
-        text = f"{file}: the fingerprint does not match the manifest, so it was changed after the export. {COPY_AGAIN}"
-        raise BundleError("bundle.hash_mismatch", text)
+        raise BundleError("bundle.hash_mismatch", f"{file}: does not match its fingerprint. {COPY_AGAIN}")
     try:
         manifest = Manifest.from_dict(values)
         entries = manifest.entries()
@@ -122,20 +114,15 @@ def _check_schema_version(file: Path, values: Any) -> None:
         found = f"schema_version {version!r}" if isinstance(values, dict) else type(values).__name__
         raise BundleError("bundle.schema", f"{file}: found {found}, expected a schema version (integer). {COPY_AGAIN}")
     if version != SCHEMA_VERSION:
-        age, hint = ("newer", "Upgrade") if version > SCHEMA_VERSION else ("older", "Export the checkpoint again with")
-        text = f"{file}: schema version {version} is {age} than {SCHEMA_VERSION}, which is supported."
-        raise BundleError("bundle.schema", f"{text} {hint} this bridge-stg.")
+        hint = "newer: upgrade" if version > SCHEMA_VERSION else "older: export the checkpoint again with"
+        text = f"{file}: schema version {version}, expected {SCHEMA_VERSION}; it is {hint} this bridge-stg."
+        raise BundleError("bundle.schema", text)
 
 
 def check_relative(path: str, *, where: Path) -> None:
-    """Check that a path stays below the bundle's folder on every operating system.
-
-    Raises:
-        BundleError: the path is empty or absolute, or has `..`, a drive letter or a backslash.
-    """
+    """Raise BundleError for a path that leaves the bundle's folder on any operating system."""
     if any(part in ("", ".", "..") for part in path.split("/")) or any(mark in path for mark in "\\:\0"):
-        text = f"{where}: the path {path!r} leaves the bundle, or is not a plain relative path. {COPY_AGAIN}"
-        raise BundleError("bundle.outside_path", text)
+        raise BundleError("bundle.outside_path", f"{where}: {path!r} is not a path below the bundle. {COPY_AGAIN}")
 
 
 def _check_files(root: Path, manifest: Manifest, *, hash_all: bool) -> None:
@@ -159,37 +146,27 @@ def _check_file(root: Path, entry: FileEntry, *, hash_it: bool) -> None:
     file = root / entry.path
     try:
         if not file.resolve(strict=True).is_relative_to(root.resolve()):
-            text = f"{file}: a link that leads out of the bundle, to {file.resolve()}. {COPY_AGAIN}"
-            raise BundleError("bundle.outside_path", text)
+            raise BundleError("bundle.outside_path", f"{file}: links out of the bundle, to {file.resolve()}.")
         if not file.is_file():
             raise BundleError("bundle.missing_file", f"{file}: expected a file, found a folder. {COPY_AGAIN}")
         if (size := file.stat().st_size) != entry.size:
-            text = f"{file}: {size} bytes, but the manifest says {entry.size}. {COPY_AGAIN}"
-            raise BundleError("bundle.hash_mismatch", text)
+            raise BundleError("bundle.hash_mismatch", f"{file}: {size} bytes, expected {entry.size}. {COPY_AGAIN}")
         if hash_it and (found := file_sha256(file)) != entry.sha256:
             text = f"{file}: changed or damaged: SHA-256 {found[:12]}…, expected {entry.sha256[:12]}…. {COPY_AGAIN}"
             raise BundleError("bundle.hash_mismatch", text)
     except FileNotFoundError as error:
-        text = f"{file}: is listed in the manifest, but missing. {COPY_AGAIN}"
-        raise BundleError("bundle.missing_file", text) from error
+        raise BundleError("bundle.missing_file", f"{file}: is listed but missing. {COPY_AGAIN}") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise BundleError("bundle.unreadable", f"{file}: cannot be read ({error}). {COPY_AGAIN}") from error
 
 
 def check_external_data(root: Path, graph: GraphSpec) -> None:
-    """Check that a graph's .onnx file reads weights only from data files that the manifest lists for it.
-
-    Raises:
-        BundleError: it names other files, so a backend would open a file that was not checked; or it is not ONNX.
-    """
+    """Raise BundleError if a graph's .onnx file reads weights from files that the manifest does not list for it."""
     file = root / graph.file
     listed = {PurePosixPath(entry.path).name for entry in graph.data}
     if unlisted := sorted(external_locations(file) - listed):
-        raise BundleError(
-            "bundle.unlisted_file",
-            f"{file}: reads weights from {unlisted[0]!r}, which the manifest does not list as a data file of this "
-            f"graph (listed: {', '.join(sorted(listed)) or 'none'}). {COPY_AGAIN}",
-        )
+        text = f"{file}: reads weights from a file that the manifest does not list: {unlisted[0]!r}"
+        raise BundleError("bundle.unlisted_file", f"{text} (listed: {', '.join(sorted(listed)) or 'none'}).")
 
 
 def unlisted_files(root: Path, listed: dict[str, FileEntry]) -> list[str]:

@@ -38,9 +38,8 @@ def graph_contract(
     }[name](spec, io_dtype)  # fmt: skip
     cache = None
     if name == "language_model":
-        language = spec.language
-        heads, head_dim = language.kv_heads, language.head_dim
-        cache = CacheSpec(cache_update, language.num_layers, heads, head_dim, cache_dtype)
+        heads, head_dim = spec.language.kv_heads, spec.language.head_dim
+        cache = CacheSpec(cache_update, spec.language.num_layers, heads, head_dim, cache_dtype)
         inputs += [TensorSpec(n, cache_dtype, ("B", heads, "S", head_dim)) for n in cache.past_names]
         length = "S" if cache_update == "in_place" else "L"
         outputs += [TensorSpec(n, cache_dtype, ("B", heads, length, head_dim)) for n in cache.written_names]

@@ -143,24 +143,16 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:
-        """Build a manifest from JSON values.
-
-        Raises:
-            ValueError: a field is missing, unknown, of a wrong type, or contradicts another; the message names it.
-        """
+        """Build a manifest from JSON values. Raises ValueError, naming the field, if one is wrong or missing."""
         manifest = from_json(cls, values)
-        keys = [(name, variant) for name, variants in manifest.graphs.items() for variant in variants]
-        for (name, variant), graph in zip(keys, manifest.all_graphs(), strict=True):
-            if (graph.name, graph.variant) != (name, variant):
-                raise ValueError(f"graphs.{name}.{variant} has name and variant {graph}")
+        for name, variants in manifest.graphs.items():
+            for variant, graph in variants.items():
+                if (graph.name, graph.variant) != (name, variant):
+                    raise ValueError(f"graphs.{name}.{variant} has name and variant {graph}")
         return manifest
 
     def entries(self) -> dict[str, FileEntry]:
-        """Return every file under the fingerprint, by path.
-
-        Raises:
-            ValueError: one path is listed with two sizes or hashes.
-        """
+        """Return every file under the fingerprint, by path. Raises ValueError if two entries of a path differ."""
         found: dict[str, FileEntry] = {}
         of_graphs = [e for g in self.all_graphs() for e in (FileEntry(g.file, g.size, g.sha256), *g.data)]
         for entry in (*of_graphs, *self.files):

@@ -28,11 +28,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def external_locations(path: Path) -> set[str]:
-    """Return the `location` of every tensor whose data is stored outside the .onnx file.
-
-    Raises:
-        BundleError: the file cannot be read, or is not an ONNX model (not protobuf, or without a graph).
-    """
+    """Return the `location` of every tensor stored outside the .onnx file. Raises BundleError if it is not ONNX."""
     found: set[str] = set()
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -40,8 +36,7 @@ def external_locations(path: Path) -> set[str]:
                 raise ValueError("it contains no graph")
             _collect(content, 0, len(content), "model", found)
     except (OSError, ValueError, RecursionError) as error:  # mmap raises ValueError for an empty file
-        text = f"{path}: is not an ONNX graph ({error}). Copy the file again from its source, or export it again."
-        raise BundleError("bundle.not_onnx", text) from error
+        raise BundleError("bundle.not_onnx", f"{path}: is not an ONNX graph ({error}). Copy it again.") from error
     return found
 
 

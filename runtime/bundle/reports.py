@@ -23,10 +23,8 @@ def write_report(
 ) -> Path:
     """Write reports/<name>.json (and .html), each atomically. Return the JSON file's path.
 
-    The JSON object gains `sha256` over all its other keys, and `html_sha256` if there is a page.
-
-    Raises:
-        BundleError: the name leaves the folder, or the folder cannot be written.
+    The JSON object gains `sha256` over all its other keys, and `html_sha256` if a page is given. Raises BundleError if
+    the folder cannot be written.
     """
     folder = Path(bundle_path) / REPORTS
     check_relative(name, where=folder)
@@ -42,17 +40,12 @@ def write_report(
             with replacing(folder / f"{name}.{suffix}") as partial:
                 partial.write_bytes(text.encode())
     except OSError as error:
-        text = f"{folder}: the report {name!r} cannot be written ({error}). Is the bundle read-only?"
-        raise BundleError("output.not_writable", text) from error
+        raise BundleError("output.not_writable", f"{folder}: report {name!r}: {error}. Is it read-only?") from error
     return folder / f"{name}.json"
 
 
 def read_report(bundle_path: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    """Read reports/<name>.json and check its hash.
-
-    Raises:
-        BundleError: the file is missing, is not JSON, or was changed.
-    """
+    """Read reports/<name>.json. Raises BundleError if it is missing, is not JSON, or was changed."""
     file = Path(bundle_path) / REPORTS / f"{name}.json"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))

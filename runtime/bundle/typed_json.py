@@ -15,14 +15,8 @@ T = TypeVar("T")
 def from_json(kind: type[T], value: Any, where: str = "") -> T:
     """Build a dataclass from JSON values; a field may be a dataclass, tuple, mapping, union or scalar.
 
-    Args:
-        kind: the dataclass.
-        value: the values that `json.loads` returned.
-        where: path of the values, with which messages begin.
-
-    Raises:
-        ValueError: a field is unknown, missing, of a wrong type or rejected by the dataclass itself; the message names
-            the field by its path, such as `graphs.vision_encoder.standard.opset`.
+    Raises ValueError if a field is unknown, missing, of a wrong type or rejected by the dataclass itself; the message
+    names the field by its path below `where`, such as `graphs.vision_encoder.standard.opset`.
     """
     return typing.cast(T, _read(kind, value, where))
 

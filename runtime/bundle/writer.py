@@ -40,17 +40,12 @@ class BundleWriter:
         self._graphs: dict[str, dict[str, GraphSpec]] = {}
 
     def __enter__(self) -> BundleWriter:
-        """Make the temporary folder.
-
-        Raises:
-            BundleError: the target exists and must not be replaced, or its parent cannot be written.
-        """
+        """Make the temporary folder. Raises BundleError if the target must not be replaced or cannot be written."""
         self._check_target()
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
-            text = f"{self.path}: the folder cannot be made ({error}). Choose another place."
-            raise BundleError("output.not_writable", text) from error
+            raise BundleError("output.not_writable", f"{self.path}: {error}. Choose another folder.") from error
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -59,19 +54,19 @@ class BundleWriter:
     def add_graph(self, graph: GraphSpec, source: str | os.PathLike[str] | None = None) -> Path:
         """Add one variant as graphs/<name>/<variant>.onnx. Return its path in the temporary folder.
 
-        Args:
-            graph: the variant's contract.
-            source: .onnx file to copy together with its external data files; None: the files are already in place.
-
-        Raises:
-            BundleError: the file is missing or not ONNX, or a data file of the same name has other content.
+        `source` is an .onnx file to copy with its external data files; None: the files are already in place. Raises
+        BundleError if it is missing or not ONNX, or a data file of the same name has other content.
         """
         folder = self.folder / GRAPHS / graph.name
         file = folder / f"{graph.variant}.onnx"
         if source is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for location in _data_files(Path(source)):
-                _share(Path(source).parent / location, folder / location)
+                data, target = Path(source).parent / location, folder / location
+                if not target.exists():
+                    shutil.copyfile(data, target)
+                elif file_sha256(data) != file_sha256(target):  # another variant's
+                    raise BundleError("bundle.data_conflict", f"{data}: another {location} is already in {folder}.")
             shutil.copyfile(source, file)
         if not file.is_file():
             raise BundleError("bundle.missing_file", f"{file}: graph {graph} was added, but its file does not exist.")
@@ -79,11 +74,7 @@ class BundleWriter:
         return file
 
     def add_file(self, relative: str, source: str | os.PathLike[str] | bytes) -> Path:
-        """Copy a file, or write bytes, to a path below the bundle. Return its path in the temporary folder.
-
-        Raises:
-            BundleError: the path leaves the bundle.
-        """
+        """Copy a file, or write bytes, to a path below the bundle. Return its path in the temporary folder."""
         check_relative(relative, where=self.path)
         file = self.folder / relative
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -97,10 +88,8 @@ class BundleWriter:
         """Write the manifest and rename the bundle into place. Return its path.
 
         The writer fills in `graphs` (those added), `files`, hashes, sizes and the fingerprint. With `overwrite`, an
-        older bundle at the path is replaced, including its engines and reports.
-
-        Raises:
-            BundleError: graphs/ contains files of no graph, or the target cannot be replaced.
+        older bundle at the path is replaced, including its engines and reports. Raises BundleError if graphs/ contains
+        files of no graph, or the target cannot be replaced.
         """
         graphs = {n: {v: self._with_hashes(g) for v, g in sorted(vs.items())} for n, vs in self._graphs.items()}
         paths = sorted(f.relative_to(self.folder).as_posix() for f in self.folder.rglob("*") if f.is_file())
@@ -108,8 +97,7 @@ class BundleWriter:
         files = tuple(self._entry(path) for path in paths if PurePosixPath(path).parts[0] not in excluded)
         manifest = dataclasses.replace(manifest, graphs=graphs, files=files)
         if extra := unlisted_files(self.folder, manifest.entries()):
-            text = f"{self.path}: {', '.join(extra)} belongs to no graph that was added."
-            raise BundleError("bundle.unlisted_file", text)
+            raise BundleError("bundle.unlisted_file", f"{self.path}: {', '.join(extra)} belongs to no added graph.")
         values = json.loads(json.dumps(dataclasses.asdict(manifest)))  # as a reader gets them: tuples become lists
         values["fingerprint"] = canonical_sha256(values, without="fingerprint")
         (self.folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -121,11 +109,9 @@ class BundleWriter:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not is_bundle(self.path):
-            text = f"{self.path}: exists and is not a bundle, so it is not replaced. Choose another folder."
-            raise BundleError("output.exists", text)
+            raise BundleError("output.exists", f"{self.path}: exists and is not a bundle. Choose another folder.")
         if not self._overwrite:
-            text = f"{self.path}: the bundle already exists. Allow overwriting it, or choose another folder."
-            raise BundleError("output.exists", text)
+            raise BundleError("output.exists", f"{self.path}: exists. Allow overwriting, or choose another folder.")
 
     def _with_hashes(self, graph: GraphSpec) -> GraphSpec:
         file = self._entry(f"{GRAPHS}/{graph.name}/{graph.variant}.onnx")
@@ -148,19 +134,10 @@ def is_bundle(path: Path) -> bool:
     return isinstance(values, dict) and {"schema_version", "fingerprint"} <= set(values)
 
 
-def _share(source: Path, target: Path) -> None:
-    if not target.exists():
-        shutil.copyfile(source, target)
-    elif file_sha256(source) != file_sha256(target):
-        text = f"{source}: another data file named {target.name} is already in this graph's folder."
-        raise BundleError("bundle.data_conflict", text)
-
-
 def _data_files(file: Path) -> list[str]:
     """Return the names of a graph's external data files, which must be in the same folder, sorted."""
     locations = sorted(external_locations(file))
     for location in locations:
         if "/" in location or "\\" in location or location in ("", ".", ".."):
-            text = f"{file}: its external data {location!r} must be a plain name of a file in the same folder."
-            raise BundleError("bundle.outside_path", text)
+            raise BundleError("bundle.outside_path", f"{file}: its data file {location!r} is not in the same folder.")
     return locations

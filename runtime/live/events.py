@@ -52,13 +52,8 @@ class EventTracker:
     """Detects the events of one standing query.
 
     A target is present if its span ends less than `settle_s` before the known end of the stream. An earlier span gives
-    `appeared` and `left` once. `moved` means that the box overlaps the last reported one by less than `moved_iou`.
-
-    Args:
-        query: the standing query.
-        settle_s: how long before the known end a span may end with the target still present, and how much a span must
-            extend past the reported end to count as another visit; usually one coarse group and one fine frame.
-        moved_iou: overlap below which a box has moved; 0 disables `moved`.
+    `appeared` and `left` once; a span that extends past the reported end by more than `settle_s` is another visit.
+    `moved` means that the box overlaps the last reported one by less than `moved_iou` (0: never).
     """
 
     def __init__(self, query: str, *, settle_s: float, moved_iou: float) -> None:

@@ -22,23 +22,14 @@ PlanOf = Callable[[int, int], "LivePlan"]
 
 @dataclass(frozen=True, eq=False)
 class LivePlan:
-    """How the frames of one stream are sampled.
-
-    Attributes:
-        width, height: size of the stream's frames, in pixels.
-        coarse_fps, stride: every `stride`-th point of a grid with this rate is sampled for the language model.
-        group: samples per group.
-        groups: most groups in a window.
-        fine_fps: rate of the fine grid, in frames per second.
-        coarse_size, fine_size: (height, width) of the samples, in pixels.
-    """
+    """How the frames of one stream are sampled. Sizes are in pixels, rates in frames per second."""
 
     width: int
     height: int
-    coarse_fps: float
+    coarse_fps: float  # every `stride`-th point of a grid with this rate is sampled for the language model
     stride: int
-    group: int
-    groups: int
+    group: int  # samples per group
+    groups: int  # most groups in a window
     fine_fps: float
     coarse_size: Size
     fine_size: Size
@@ -59,24 +50,18 @@ class LivePlan:
 
 
 def check_window(window: int, spec: ModelSpec) -> int:
-    """Return the number of groups in a window of `window` coarse frames.
-
-    Raises:
-        VideoError: `window` is not a whole number, or too small or too large for the model.
-    """
+    """Return the number of groups in a window of `window` coarse frames. Raises VideoError if that does not fit."""
     group = spec.vision.temporal_patch_size
     least, most = 2 * group, spec.frames.max_coarse_groups * group
     if isinstance(window, bool) or not isinstance(window, int) or not least <= window <= most:
-        text = f"window={window!r}: expected a whole number of coarse frames, {least} to {most} for this model"
-        raise VideoError("live.bad_option", text)
+        raise VideoError("live.bad_option", f"window={window!r}: expected {least} to {most} coarse frames")
     return window // group
 
 
 def plan_stream(height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, *, window: int) -> LivePlan:
     """Choose rates and sizes so that a full window of coarse frames fits the model's prompt, with room for a query.
 
-    Raises:
-        VideoError: the window does not fit even with the smallest frames, or the frames' shape is unsupported.
+    Raises VideoError if the window does not fit even with the smallest frames, or the frames' shape is unsupported.
     """
     groups, group = check_window(window, spec), spec.vision.temporal_patch_size
     stride = 1
@@ -88,9 +73,8 @@ def plan_stream(height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, 
     sizes = CoarsePlan(height, width, spec, video_budget(tokenizer, spec, None))
     size = sizes.size_of(times)
     if size is None:
-        text = f"window={window}: {groups} groups of the smallest frames of {width} × {height} pixels do not fit the"
-        text += f" model's {spec.language.max_positions} positions; give a smaller window"
-        raise VideoError("live.window_too_large", text)
+        text = f"window={window}: {width} × {height} pixels do not fit in {spec.language.max_positions} positions"
+        raise VideoError("live.window_too_large", f"{text} of the prompt; give a smaller window")
     frames, fine_size = spec.frames, frame_sizes(height, width, spec)[1]
     return LivePlan(
         width, height, frames.coarse_fps, stride, group, groups, frames.fine_fps, size, fine_size, _sizes=sizes

@@ -74,19 +74,12 @@ class GroupQueue:
 
 
 class LiveReader:
-    """Reads one source from start to end in its own thread; `queue` receives the groups, and the end or the error.
-
-    Attributes:
-        frames: number of frames read.
-        newest_s: time of the newest frame, on the source's clock.
-        plan, origin_s: set by the first frame, before the first group.
-        gaps: see `LiveSampler`.
-    """
+    """Reads one source from start to end in its own thread; `queue` receives the groups, and the end or the error."""
 
     def __init__(self, source: LiveSource, plan_of: PlanOf, queue: GroupQueue, *, hold_s: float) -> None:
         self.frames, self.gaps = 0, 0
-        self.newest_s: float | None = None
-        self.origin_s = 0.0
+        self.newest_s: float | None = None  # time of the newest frame, on the source's clock
+        self.origin_s = 0.0  # set by the first frame, as is the plan
         self.plan: LivePlan | None = None
         self._source, self._plan_of, self._queue, self._hold_s = source, plan_of, queue, hold_s
         self._stop = threading.Event()
@@ -117,8 +110,7 @@ class LiveReader:
         except BridgeError as error:
             self._queue.end(error)
         except Exception as error:  # noqa: BLE001 - the caller's iterator may raise anything
-            text = f"{self._source.name} broke off with {type(error).__name__}: {error}"
-            wrapped = VideoError("live.connection_lost", text)
+            wrapped = VideoError("live.connection_lost", f"{self._source.name}: {type(error).__name__}: {error}")
             wrapped.__cause__ = error
             self._queue.end(wrapped)
 

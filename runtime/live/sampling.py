@@ -21,32 +21,20 @@ TOLERANCE_S = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class FineSample:
-    """A frame kept for the spatial pass.
+    """A frame kept for the spatial pass."""
 
-    Attributes:
-        place: index on the stream's fine grid.
-        time_s: the frame's own time, in seconds from the first frame of the stream.
-        frame: uint8 [h, w, 3], RGB.
-    """
-
-    place: int
-    time_s: float
-    frame: np.ndarray
+    place: int  # index on the stream's fine grid
+    time_s: float  # the frame's own time, in seconds from the first frame of the stream
+    frame: np.ndarray  # uint8 [h, w, 3], RGB
 
 
 @dataclass(frozen=True, eq=False)
 class LiveGroup:
-    """P consecutive coarse samples, and the fine frames of the same time range.
+    """P consecutive coarse samples, and the fine frames of the same time range."""
 
-    Attributes:
-        place: index of the first sample on the stream's coarse grid, a multiple of P.
-        frames: uint8 [P, h, w, 3], RGB.
-        fine: the fine frames in order of time.
-    """
-
-    place: int
-    frames: np.ndarray
-    fine: tuple[FineSample, ...]
+    place: int  # index of the first sample on the stream's coarse grid, a multiple of P
+    frames: np.ndarray  # uint8 [P, h, w, 3], RGB
+    fine: tuple[FineSample, ...]  # in order of time
 
 
 class _Shown:
@@ -72,17 +60,12 @@ class _Shown:
 class LiveSampler:
     """Turns frames into groups.
 
-    Args:
-        plan: rates and sizes.
-        hold_s: seconds for which a frame is shown if none follows. After that the stream has a gap without samples, so
-            that queries never see a frozen frame.
-
-    Attributes:
-        gaps: number of gaps so far.
+    A frame is shown for at most `hold_s` seconds. After that the stream has a gap without samples, so that queries
+    never see a frozen frame.
     """
 
     def __init__(self, plan: LivePlan, *, hold_s: float) -> None:
-        self.gaps = 0
+        self.gaps = 0  # so far
         self._origin_s: float | None = None
         self._plan, self._hold_s = plan, hold_s
         self._shown: _Shown | None = None
@@ -92,11 +75,9 @@ class LiveSampler:
         self._fine_samples: list[FineSample] = []
 
     def add(self, time_s: float, frame: Callable[[], np.ndarray]) -> Iterator[LiveGroup]:
-        """Add the next frame, and yield the groups that it completes.
+        """Add the next frame, with its own time in seconds, and yield the groups that it completes.
 
-        Args:
-            time_s: the frame's own time in seconds, later than the previous frame's.
-            frame: returns the frame, uint8 [H, W, 3] in RGB; called at most once, within the next two calls of `add`.
+        `frame` returns it, uint8 [H, W, 3] in RGB, and is called at most once, within the next two calls of `add`.
         """
         if self._origin_s is None:
             self._origin_s = time_s
@@ -120,14 +101,14 @@ class LiveSampler:
         plan, shown = self._plan, self._shown
         assert shown is not None
         while True:
-            end = self._end_of_group()
+            coarse, fine = self._coarse * plan.interval_s, self._fine / plan.fine_fps
             # Times are rounded, so grid points are compared with a tolerance far below their distance.
-            if len(self._samples) == plan.group and self._fine / plan.fine_fps > end - TOLERANCE_S:
-                yield LiveGroup(self._coarse - plan.group, np.stack(self._samples), tuple(self._fine_samples))
-                self._samples, self._fine_samples = [], []
-                end = self._end_of_group()
-            coarse = self._coarse * plan.interval_s if len(self._samples) < plan.group else math.inf
-            fine = self._fine / plan.fine_fps
+            if len(self._samples) == plan.group:
+                if fine > coarse - TOLERANCE_S:
+                    yield LiveGroup(self._coarse - plan.group, np.stack(self._samples), tuple(self._fine_samples))
+                    self._samples, self._fine_samples = [], []
+                else:
+                    coarse = math.inf
             if min(coarse, fine) >= until:
                 return
             if coarse <= fine + TOLERANCE_S:
@@ -136,10 +117,6 @@ class LiveSampler:
             else:
                 self._fine_samples.append(FineSample(self._fine, shown.time_s, shown.at(plan.fine_size)))
                 self._fine += 1
-
-    def _end_of_group(self) -> float:
-        first = self._coarse - len(self._samples)
-        return (first + self._plan.group) * self._plan.interval_s
 
     def _skip(self, until: float) -> None:
         """Leave the grid points before `until` empty, and continue with the next whole group."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import TypeAlias
 from urllib.parse import urlsplit
@@ -32,9 +33,8 @@ DISCONTINUITY_S = 10.0
 class LiveSource:
     """Frames that are read once. `open_live` makes one; nothing is opened before the first frame is read.
 
-    Attributes:
-        name: name in messages, without the password of an address.
-        keeps_pace: whether frames arrive at their own pace, so that a slow reader drops some; else the source waits.
+    `name` is without the password of an address. If the source `keeps_pace`, frames arrive at their own pace, and a
+    slow reader drops some; otherwise the source waits.
     """
 
     def __init__(self, name: str, *, keeps_pace: bool, read: Callable[[threading.Event], Frames]) -> None:
@@ -53,18 +53,14 @@ def open_live(
     latest_wins: bool | None = None,
     timeout_s: float = 10.0,
 ) -> LiveSource:
-    """Make a live source.
+    """Make a live source. Raises VideoError if it is of no known kind, or the file does not exist.
 
     Args:
         source: the path of a video file; an address such as rtsp://camera/stream; a camera's number or device file,
-            such as 0 or /dev/video0; or an iterable of (time in seconds, RGB uint8 [H, W, 3]). A `LiveSource` is
-            returned unchanged.
+            such as 0 or /dev/video0; an iterable of (time in seconds, RGB uint8 [H, W, 3]); or a `LiveSource`.
         realtime: play a file at its own pace instead of as fast as possible.
         latest_wins: see `LiveSource.keeps_pace`; None: False for files and iterables, True otherwise.
         timeout_s: longest time for a network stream to connect, and longest silence, in seconds.
-
-    Raises:
-        VideoError: `source` is none of these, or the file does not exist.
     """
     if isinstance(source, LiveSource):
         return source
@@ -73,8 +69,7 @@ def open_live(
         keeps_pace = latest_wins is not False
         if scheme := re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE):
             if scheme[1].lower() not in PROTOCOLS:
-                known = ", ".join(PROTOCOLS)
-                raise VideoError("live.bad_source", f"{_shown(text)}: {scheme[1]}:// is none of: {known}")
+                raise VideoError("live.bad_source", f"{_shown(text)}: expected one of: {', '.join(PROTOCOLS)}")
             options = {"rtsp_transport": "tcp"} if text.lower().startswith("rtsp") else {}
             read = partial(_captured, text, None, options, timeout_s)
             return LiveSource(_shown(text), keeps_pace=keeps_pace, read=read)
@@ -85,11 +80,8 @@ def open_live(
         return LiveSource(path, keeps_pace=keeps_pace, read=partial(_file, path, realtime))
     if isinstance(source, Iterable) and not isinstance(source, (bytes, dict, np.ndarray)):
         return LiveSource(STREAM, keeps_pace=bool(latest_wins), read=partial(_iterable, source))
-    raise VideoError(
-        "live.bad_source",
-        f"cannot watch a {type(source).__name__}: expected a path, an address, a camera's number, or an iterator of "
-        "(time in seconds, uint8 array [height, width, 3])",
-    )
+    expected = "a path, an address, a camera's number, or an iterator of (time in seconds, uint8 [height, width, 3])"
+    raise VideoError("live.bad_source", f"cannot watch a {type(source).__name__}: expected {expected}")
 
 
 def _iterable(frames: Iterable[tuple[float, np.ndarray]], stop: threading.Event) -> Frames:
@@ -106,10 +98,9 @@ def _iterable(frames: Iterable[tuple[float, np.ndarray]], stop: threading.Event)
 
 
 def _file(path: str, realtime: bool, stop: threading.Event) -> Frames:
-    decoder = Decoder(path)
-    clock, began = StreamClock(float(decoder.time_base), float(decoder.frame_s or 0) or None), time.monotonic()
     time_s = None
-    try:
+    with closing(Decoder(path)) as decoder:
+        clock, began = StreamClock(float(decoder.time_base), float(decoder.frame_s or 0) or None), time.monotonic()
         for frame in decoder.frames():
             time_s = clock.add(frame.pts)
             if stop.wait(max(0.0, began + time_s - time.monotonic()) if realtime else 0.0):
@@ -117,8 +108,6 @@ def _file(path: str, realtime: bool, stop: threading.Event) -> Frames:
             yield time_s, partial(shown_rgb, frame)
         if time_s is None:
             raise decoder.no_frames()
-    finally:
-        decoder.close()
 
 
 def _camera(device: str, timeout_s: float, stop: threading.Event) -> Frames:
@@ -169,10 +158,7 @@ def _captured(
 class StreamClock:
     """Turns any time stamps into strictly increasing seconds from the first frame, in constant memory.
 
-    Args:
-        tick_s: seconds per tick of the time stamps.
-        frame_s: nominal seconds per frame; None: 0.04.
-        live: whether frames arrive in real time, so that local time replaces missing or wrong time stamps.
+    For a live source, local time replaces missing or wrong time stamps; otherwise `frame_s` does (None: 0.04 s).
     """
 
     def __init__(self, tick_s: float, frame_s: float | None, *, live: bool = False) -> None:

@@ -12,20 +12,15 @@ class LiveStats:
 
     Attributes:
         frames: frames read from the source.
-        groups: groups added to the window; each was encoded once.
-        coarse_frames: samples of these groups.
-        dropped_groups: groups replaced by later ones before the model used them, since the machine was too slow.
-        dropped_coarse_frames: samples of the dropped groups.
+        groups, coarse_frames: groups added to the window, and their samples; each was encoded once.
+        dropped_groups, dropped_coarse_frames: those replaced by later ones, since the machine was too slow.
         gaps: number of gaps in the stream.
-        answers: rounds of the standing queries.
+        answers, late_answers: rounds of the standing queries, and those of them that were stopped at `deadline_s`.
         skipped_answers: rounds left out because the machine was busy when they were due.
-        late_answers: rounds stopped at `deadline_s`.
         prefilled_tokens: tokens prefilled for the window, including rebuilds.
         rebuilds: number of times that the window was full.
-        encode_s, extend_s, answer_s: total seconds of the vision encoder, of extending the prefix, of the rounds.
-        rebuild_s: total seconds of rebuilding the prefix, including the new group of that step.
-        longest_extend_s, longest_rebuild_s, longest_answer_s: longest single step, in seconds. Rebuilds cause a latency
-            peak twice per window.
+        encode_s, extend_s, rebuild_s, answer_s: total seconds of encoding, extending and rebuilding, and of the rounds.
+        longest_extend_s, longest_rebuild_s, longest_answer_s: longest single step, in seconds.
         ended: why the watch ended: "" while it runs, then "source", "stopped", "duration" or "error".
     """
 
@@ -59,13 +54,12 @@ class LiveStats:
         """Count a group that was added to the window."""
         self.groups += 1
         self.encode_s += timings.get("vision_coarse", 0.0)
+        took = timings.get("rebuild" if rebuilt else "prefill", 0.0)
         if rebuilt:
-            took = timings.get("rebuild", 0.0)
             self.rebuilds += 1
             self.rebuild_s += took
             self.longest_rebuild_s = max(self.longest_rebuild_s, took)
         else:
-            took = timings.get("prefill", 0.0)
             self.extend_s += took
             self.longest_extend_s = max(self.longest_extend_s, took)
 

@@ -103,10 +103,6 @@ class LiveWatch(Iterator[LiveUpdate]):
 
     The model runs in the thread that iterates; a slow consumer makes the queue drop frames, or the source wait.
     `stop` and `set_queries` may be called from other threads.
-
-    Attributes:
-        options: how the stream is watched.
-        queries: the standing queries.
     """
 
     def __init__(

@@ -39,31 +39,24 @@ class _Encoded:
 
 
 class LiveWindow:
-    """The window, for one thread; its fine feature maps take at most `feature_budget_bytes`.
-
-    Attributes:
-        prefilled: tokens that the language model has prefilled so far.
-        settle_s: see `EventTracker`: one coarse group and one fine frame.
-    """
+    """The window, for one thread; its fine feature maps take at most `feature_budget_bytes`."""
 
     def __init__(self, chain: Chain, plan: LivePlan, *, feature_budget_bytes: int) -> None:
         self._chain, self._plan = chain, plan
         full = self._segment(np.arange(plan.groups) * plan.group)
         if full.next_position > chain.spec.language.max_positions:
-            text = f"a window of {plan.groups * plan.group} coarse frames takes {full.next_position} positions of the"
-            text += f" prompt, more than the model's {chain.spec.language.max_positions}; give a smaller window"
-            raise VideoError("live.window_too_large", text)
-        cache = chain.pool.take(batch=1, positions=len(full) + QUERY_POSITIONS)
-        self._own = dataclasses.replace(chain, pool=_WindowPool(cache, chain.pool))
-        self._cache = cache
+            text = f"{full.next_position} of the prompt's {chain.spec.language.max_positions} positions"
+            raise VideoError("live.window_too_large", f"the window takes {text}; give a smaller window")
+        self._cache = chain.pool.take(batch=1, positions=len(full) + QUERY_POSITIONS)
+        self._own = dataclasses.replace(chain, pool=_WindowPool(self._cache, chain.pool))
         self._features = FineFeatures(
             chain.vision_encoder, chain.spec, read=self._read_fine, budget_bytes=feature_budget_bytes
         )
         self._groups: list[_Encoded] = []
         self._fine: dict[int, FineSample] = {}
         self._prefix: Prefix | None = None
-        self.prefilled = 0
-        self.settle_s = plan.group * plan.interval_s + 1 / plan.fine_fps
+        self.prefilled = 0  # tokens that the language model has prefilled so far
+        self.settle_s = plan.group * plan.interval_s + 1 / plan.fine_fps  # see `EventTracker`
 
     @property
     def start_s(self) -> float:
@@ -175,7 +168,6 @@ class _WindowFeatures:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cached maps."""
         return self._features.nbytes
 
 

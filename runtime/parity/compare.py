@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,23 +44,18 @@ _EXACT = Tolerance(max_abs=0.0, rel_l2=0.0)
 
 @dataclass(frozen=True)
 class Boundary:
-    """Difference of one tensor from its reference.
-
-    `max_abs` is the largest difference, `rel_l2` the norm of the difference over the reference's norm, `cosine` that of
-    the angle between both, `scale` the reference's largest magnitude. If `problem` is not empty, the arrays cannot be
-    compared (another shape or dtype, NaN or infinity in other places), and the figures are infinite (cosine: 0).
-    """
+    """Difference of one tensor from its reference."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    max_abs: float
-    rel_l2: float
-    cosine: float
-    scale: float
+    max_abs: float  # largest difference
+    rel_l2: float  # norm of the difference over the reference's norm
+    cosine: float  # of the angle between both
+    scale: float  # the reference's largest magnitude
     tolerance: Tolerance
-    problem: str = ""
-    iou: float | None = None
+    problem: str = ""  # why they cannot be compared; then the figures are infinite (cosine: 0)
+    iou: float | None = None  # smallest IoU of boxes
 
     @property
     def passed(self) -> bool:
@@ -84,12 +79,7 @@ def tolerance_of(precision: str, tensor: str) -> Tolerance | None:
 
 
 def compare(
-    name: str,
-    reference: np.ndarray,
-    actual: np.ndarray,
-    *,
-    tolerance: Tolerance | None = None,
-    boxes: bool = False,
+    name: str, reference: np.ndarray, actual: np.ndarray, *, tolerance: Tolerance | None = None, boxes: bool = False
 ) -> Boundary:
     """Compare one tensor with its reference, in float64; of boxes [..., 4] cxcywh, compute the smallest IoU too.
 
@@ -97,10 +87,9 @@ def compare(
     """
     dtype = str(actual.dtype)
     tolerance = tolerance or TOLERANCES.get(dtype, _EXACT)
-    x, y = reference.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
     if problem := _problem(reference, actual):
-        inf = float("inf")
-        return Boundary(name, dtype, actual.shape, inf, inf, 0.0, 0.0, tolerance, problem)
+        return Boundary(name, dtype, actual.shape, np.inf, np.inf, 0.0, 0.0, tolerance, problem)
+    x, y = reference.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
     finite = np.isfinite(x)
     x, y = x[finite], y[finite]
     norm_x, norm_y, difference = (float(np.linalg.norm(v)) for v in (x, y, x - y))
@@ -167,7 +156,7 @@ def replay(
     cases: Bundle | Iterable[Path],
     sessions: Mapping[str, Session],
     *,
-    graphs: Iterable[str] | None = None,
+    graphs: Collection[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Boundary]:
     """Run every recorded call of golden cases and compare each recorded output.
@@ -184,21 +173,13 @@ def replay(
 
     Returns:
         One boundary per output, named `case/graph_i.tensor`.
-
-    Raises:
-        BundleError: a case cannot be read or does not fit its graph.
-        EngineError: a graph has no session, or a session failed.
     """
-    wanted = None if graphs is None else set(graphs)
     found: list[Boundary] = []
     for case in map(read_case, cases.golden_cases() if isinstance(cases, Bundle) else cases):
         caches: dict[str, KVCache] = {}
-        for call in case.calls:
-            if wanted is not None and call.graph not in wanted:
-                continue
+        for call in case.calls if graphs is None else (call for call in case.calls if call.graph in graphs):
             if call.graph not in sessions:
-                text = f"golden case {case.name!r} needs graph {call.graph!r}, for which no session is open."
-                raise EngineError("engine.no_session", text)
+                raise EngineError("engine.no_session", f"golden case {case.name!r}: no session for {call.graph!r}.")
             if progress is not None:
                 progress(f"{case.name}/{call.name}")
             found += _replay_call(case, call, sessions[call.graph], caches)
@@ -210,46 +191,38 @@ def _replay_call(case: GoldenCase, call: GoldenCall, session: Session, caches: d
     past_names = session.graph.cache.past_names if session.graph.cache is not None else ()
     past = {name: inputs.pop(name) for name in past_names if name in inputs}
     cache: KVCache | None = None
-    if past_names:
-        cache = caches[call.graph] = _cache_for(case, call, session, inputs, past=past, before=caches.get(call.graph))
+    if past:
+        cache = caches[call.graph] = _cache_with(session, past)
+    elif past_names:
+        cache = caches[call.graph] = _next_cache(case, call, session, inputs, caches.get(call.graph))
     outputs = session.infer(as_contract(session.graph, inputs), cache=cache)
     if cache is not None:
         buffers = cache.read()
         for old in past_names:
             if (new := old.replace("past_", "present_", 1)) in expected:
                 outputs[new] = buffers[old][:, :, : expected[new].shape[2]]  # an engine's buffers may be larger
-    missing = sorted(set(expected) - set(outputs))
-    if missing:
-        text = f"{call.path}: contains the output {missing[0]!r}, which graph {session.graph} does not have."
-        raise BundleError("bundle.bad_golden_case", text)
-    return [
-        compare(
-            f"{case.name}/{call.name}.{name}",
-            value,
-            np.asarray(outputs[name]),
-            tolerance=case.tolerance_of(call.graph, name),
-            boxes=name == "boxes",
-        )
-        for name, value in expected.items()
-    ]
+    found = []
+    for name, value in expected.items():
+        if name not in outputs:
+            raise BundleError("bundle.bad_golden_case", f"{call.path}: graph {session.graph} has no output {name!r}.")
+        tolerance, boundary = case.tolerance_of(call.graph, name), f"{case.name}/{call.name}.{name}"
+        actual = np.asarray(outputs[name])
+        found.append(compare(boundary, value, actual, tolerance=tolerance, boxes=name == "boxes"))
+    return found
 
 
-def _cache_for(
-    case: GoldenCase,
-    call: GoldenCall,
-    session: Session,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    past: Mapping[str, np.ndarray],
-    before: KVCache | None,
+def _cache_with(session: Session, past: Mapping[str, np.ndarray]) -> KVCache:
+    batch, _, capacity, _ = next(iter(past.values())).shape
+    cache = session.allocate_cache(batch=batch, capacity=capacity)
+    missing = cache.capacity - capacity  # an engine's capacity may be fixed
+    padded = {name: np.pad(buffer, ((0, 0), (0, 0), (0, missing), (0, 0))) for name, buffer in past.items()}
+    cache.write(as_contract(session.graph, padded))
+    return cache
+
+
+def _next_cache(
+    case: GoldenCase, call: GoldenCall, session: Session, inputs: Mapping[str, np.ndarray], before: KVCache | None
 ) -> KVCache:
-    if past:
-        batch, _, capacity, _ = next(iter(past.values())).shape
-        cache = session.allocate_cache(batch=batch, capacity=capacity)
-        missing = cache.capacity - capacity  # an engine's capacity may be fixed
-        padded = {name: np.pad(buffer, ((0, 0), (0, 0), (0, missing), (0, 0))) for name, buffer in past.items()}
-        cache.write(as_contract(session.graph, padded))
-        return cache
     positions = inputs.get("cache_position")
     if positions is None or (before is None and case.about.cache_capacity is None):
         text = f"{call.path}: needs in.cache_position, and either in.past_* or cache_capacity in case.json."

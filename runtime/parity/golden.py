@@ -46,11 +46,7 @@ class GoldenCall:
         return f"{self.graph}_{self.index}"
 
     def load(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Return (inputs, outputs) by tensor name.
-
-        Raises:
-            BundleError: the file is not an .npz of plain arrays, or an array's name has neither prefix.
-        """
+        """Return (inputs, outputs) by tensor name. Raises BundleError if the file is not one of recorded arrays."""
         found: dict[str, dict[str, np.ndarray]] = {"in": {}, "out": {}}
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
@@ -60,8 +56,7 @@ class GoldenCall:
                         raise ValueError(f"array {key!r} begins with neither 'in.' nor 'out.'")
                     found[prefix][name] = arrays[key]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            text = f"{self.path}: this recorded call cannot be read ({error}). {COPY_AGAIN}"
-            raise BundleError("bundle.bad_golden_case", text) from error
+            raise BundleError("bundle.bad_golden_case", f"{self.path}: {error}. {COPY_AGAIN}") from error
         return found["in"], found["out"]
 
 
@@ -94,17 +89,12 @@ class CaseFile:
 
 
 def read_case(folder: Path) -> GoldenCase:
-    """Read the description and the list of calls of a case's folder; `GoldenCall.load` reads a call's arrays.
-
-    Raises:
-        BundleError: case.json is missing or wrong.
-    """
+    """Read case.json and the list of calls. Raises BundleError if case.json is missing or wrong."""
     file = folder / "case.json"
     try:
         about = from_json(CaseFile, json.loads(file.read_text(encoding="utf-8")), "case")
     except (OSError, ValueError) as error:
-        text = f"{file}: this golden case cannot be read ({error}). {COPY_AGAIN}"
-        raise BundleError("bundle.bad_golden_case", text) from error
+        raise BundleError("bundle.bad_golden_case", f"{file}: cannot be read ({error}). {COPY_AGAIN}") from error
     names = [(*path.stem.rpartition("_")[::2], path) for path in folder.glob("*.npz")]
     calls = sorted((graph, int(index), path) for graph, index, path in names if graph and index.isdecimal())
     return GoldenCase(folder.name, about, tuple(GoldenCall(*call) for call in calls))

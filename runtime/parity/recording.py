@@ -14,28 +14,21 @@ Call = tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 class RecordingSession(SessionWrapper):
-    """Run a graph on another session and copy the inputs and outputs of every call to the host.
+    """Run a graph on another session, and append host copies of the inputs and outputs of every call to `calls`.
 
     The KV cache is not copied: a replay fills its own.
-
-    Args:
-        session: session that runs the graph.
-        calls: list that every call is appended to; sessions of one chain share it.
-
-    Attributes:
-        capacity: positions of the largest KV cache that was used.
     """
 
     def __init__(self, session: Session, calls: list[Call]) -> None:
         super().__init__(session)
         self._calls = calls
-        self.capacity = 0
+        self.capacity = 0  # positions of the largest KV cache that was used
 
     def infer(self, feeds: Mapping[str, Any], *, cache: KVCache | None = None) -> dict[str, Any]:
         """Run the graph and record the call; see `Session.infer`."""
         outputs = self.session.infer(feeds, cache=cache)
         if cache is not None:
             self.capacity = max(self.capacity, cache.capacity)
-        copies = [{name: np.array(array) for name, array in arrays.items()} for arrays in (feeds, outputs)]
-        self._calls.append((self.graph.name, copies[0], copies[1]))
+        inputs, results = ({name: np.array(array) for name, array in arrays.items()} for arrays in (feeds, outputs))
+        self._calls.append((self.graph.name, inputs, results))
         return outputs

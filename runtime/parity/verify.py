@@ -16,25 +16,19 @@ from bridge_stg.runtime.parity.compare import Boundary, format_table, replay
 class DriftError(BundleError):
     """Outputs of golden cases that differ from the recorded ones by more than their tolerance.
 
-    Attributes:
-        bundle: the bundle, whose files are unchanged.
-        replayed: every boundary that was compared, by variant; at least one failed.
-        variant: variant of the first failed output in chain order.
-        boundary: this output.
-        graph: the graph of this output.
+    `variant`, `graph` and `boundary` are those of the first failed output in chain order; `replayed` contains every
+    boundary that was compared, by variant.
     """
 
     def __init__(self, bundle: Bundle, replayed: dict[str, list[Boundary]]) -> None:
         failed = [(name, boundary) for name, found in replayed.items() for boundary in found if not boundary.passed]
-        self.variant, self.boundary = min(
-            failed, key=lambda pair: (*GRAPHS, graph_of(pair[1])).index(graph_of(pair[1]))
-        )
+        order = {graph: place for place, graph in enumerate(GRAPHS)}
+        self.variant, self.boundary = min(failed, key=lambda pair: order.get(graph_of(pair[1]), len(order)))
         self.bundle, self.replayed, self.graph = bundle, replayed, graph_of(self.boundary)
         super().__init__(
             "bundle.drift",
-            f"{bundle.path}: {len(failed)} outputs of the golden cases differ from the recorded ones by more than "
-            f"their tolerance, first {self.boundary.name} of variant {self.variant} (relative error "
-            f"{self.boundary.rel_l2:.2e}). The backend on this machine computes different values: try another "
+            f"{bundle.path}: {len(failed)} outputs of the golden cases exceed their tolerance, first "
+            f"{self.boundary.name} of variant {self.variant} (relative error {self.boundary.rel_l2:.2e}). Try another "
             "--variant, or another version of the backend; --bisect names the block where the difference starts.",
         )
 

@@ -48,11 +48,9 @@ def check_path(path: str | bytes) -> str:
         with open(path, "rb"):
             pass
     except FileNotFoundError:
-        text = f"{path}: no such file; expected a video or image (looked from {os.getcwd()})"
-        raise VideoError("video.not_found", text) from None
+        raise VideoError("video.not_found", f"{path}: no such file (looked from {os.getcwd()})") from None
     except PermissionError:
-        text = f"{path}: no permission to read this file; change its mode or owner, or copy it"
-        raise VideoError("video.no_permission", text) from None
+        raise VideoError("video.no_permission", f"{path}: no permission to read it; change its mode") from None
     except (OSError, ValueError) as error:
         raise VideoError("video.unreadable", f"{path!r} cannot be opened: {error}; expected a video or image") from None
     if status.st_size == 0:
@@ -61,27 +59,19 @@ def check_path(path: str | bytes) -> str:
 
 
 class Decoder:
-    """A video file that is open for decoding.
-
-    Attributes:
-        time_base: seconds per tick of the stream's clock.
-        frame_s: nominal seconds per frame; None if the file does not say.
-        duration_s: length according to the file, in seconds; None if it does not say.
-        damaged: whether something could not be decoded so far.
-    """
+    """A video file that is open for decoding. What the file does not say is None."""
 
     def __init__(self, path: str) -> None:
         self._av = load_package("av", "av")
         self._path = path
-        self.damaged = False
+        self.damaged = False  # whether something could not be decoded so far
         try:
             # With the prefix, a colon in the name is no protocol, and playlists cannot open connections.
             options = dict(_codec_options)
             self._container = self._av.open(f"file:{path}", options=options, metadata_errors="replace")
         except (self._av.FFmpegError, OSError, ValueError) as error:
-            text = f"{path} is not a video or image, or it is truncated ({getattr(error, 'strerror', None) or error}): "
-            text += "expected a whole file such as MP4, MKV, WebM, AVI or JPEG, so copy, record or convert it again"
-            raise VideoError("video.unreadable", text) from error
+            text = f"{path} is not a video or image, or it is truncated ({getattr(error, 'strerror', None) or error})"
+            raise VideoError("video.unreadable", f"{text}; copy, record or convert it again") from error
         try:
             self._stream = self._moving_stream()
         except BaseException:
@@ -89,9 +79,9 @@ class Decoder:
             raise
         self._stream.thread_type = "AUTO"
         self._stream.codec_context.options = options
-        self.time_base: Fraction = self._stream.time_base or Fraction(1, 1000)
+        self.time_base: Fraction = self._stream.time_base or Fraction(1, 1000)  # seconds per tick of the clock
         rate = self._stream.average_rate or self._stream.guessed_rate
-        self.frame_s = 1 / rate if rate else None
+        self.frame_s = 1 / rate if rate else None  # nominal seconds per frame
         length = self._container.duration
         self.duration_s = length / self._av.time_base if length and length > 0 else None
 
@@ -103,13 +93,11 @@ class Decoder:
         moving = [stream for stream in videos if not stream.disposition & disposition.attached_pic]
         if not moving:
             kinds = sorted({stream.type for stream in streams} - {"video"}) + (["cover picture"] if videos else [])
-            found = ", ".join(kinds) or "none of any kind"
-            text = f"{self._path} has no video stream (found: {found}); expected a video or image file"
-            raise VideoError("video.no_stream", text)
+            text = f"{self._path} has no video stream (found: {', '.join(kinds) or 'none of any kind'})"
+            raise VideoError("video.no_stream", f"{text}; expected a video or image file")
         best = next((stream for stream in moving if stream.disposition & disposition.default), moving[0])
         if best.codec_context is None:
-            text = f"{self._path}: PyAV has no decoder for its video codec; convert it to H.264 with ffmpeg"
-            raise VideoError("video.unsupported_codec", text)
+            raise VideoError("video.unsupported_codec", f"{self._path}: PyAV has no decoder; convert it to H.264")
         return best
 
     def frames(self) -> Iterator[Any]:
@@ -138,9 +126,8 @@ class Decoder:
 
     def no_frames(self) -> VideoError:
         """Return the error for a video without a decodable frame."""
-        codec = self._stream.codec_context.name
-        text = f"{self._path}: no frame of its {codec} video stream can be decoded; it is truncated, damaged or empty"
-        return VideoError("video.no_frames", f"{text}, so copy, record or export it again")
+        text = f"{self._path}: no frame of its {self._stream.codec_context.name} stream can be decoded; copy it again"
+        return VideoError("video.no_frames", text)
 
     def close(self) -> None:
         """Close the file."""
@@ -150,18 +137,13 @@ class Decoder:
 class Timeline:
     """Turns any time stamps of one pass into strictly increasing seconds from the first frame.
 
-    Attributes:
-        times: seconds of each frame.
-        pts: time stamp of each frame in ticks, 0 if it has none.
-        prints: fingerprint of each frame's pixels, to recognize it.
-        regular: whether every frame has a time stamp and these increase, so that they identify the frames.
-        tolerance_s: largest rounding error of a time: just under half a tick.
+    Each frame has its seconds in `times`, its time stamp in ticks (0: none) in `pts` and a checksum in `prints`.
     """
 
     def __init__(self, time_base: Fraction, frame_s: Fraction | None) -> None:
         self.times, self.pts, self.prints = array("d"), array("q"), array("I")
-        self.regular = True
-        self.tolerance_s = max(min(0.49 * float(time_base), MAX_TOLERANCE_S), 1e-6)
+        self.regular = True  # whether every frame has a time stamp and these increase, so that they identify frames
+        self.tolerance_s = max(min(0.49 * float(time_base), MAX_TOLERANCE_S), 1e-6)  # largest rounding error
         self._time_base, self._frame_s = time_base, frame_s
         self._origin: Fraction | None = None
 
@@ -207,8 +189,8 @@ def shown_rgb(frame: Any) -> np.ndarray:
     try:
         rgb = frame.to_ndarray(format="rgba" if alpha else "rgb24")
     except (load_package("av", "av").FFmpegError, ValueError, OSError) as error:
-        text = f"pixel format {frame.format.name} cannot be converted to RGB ({error}); convert it with ffmpeg"
-        raise VideoError("video.unsupported_codec", text) from error
+        text = f"pixel format {frame.format.name} cannot be converted to RGB ({error})"
+        raise VideoError("video.unsupported_codec", f"{text}; convert the video to H.264") from error
     rgb = over_white(rgb) if alpha else rgb
     transposed, flip_rows, flip_columns = _display(frame)
     rgb = rgb.transpose(1, 0, 2) if transposed else rgb

@@ -29,12 +29,7 @@ SEEK_GAIN_FRAMES = 16
 
 
 class VideoFile(VideoSource):
-    """A video file. The coarse pass decodes all of it once.
-
-    Attributes:
-        kept: decoded frames of the fine grid, if they fit `KEPT_BYTES`; otherwise fine frames are decoded again.
-        seekable: whether seeking returns the same frames as reading from the start.
-    """
+    """A video file. The coarse pass decodes all of it once; fine frames beyond `KEPT_BYTES` are decoded again."""
 
     read_ahead = True
 
@@ -54,7 +49,7 @@ class VideoFile(VideoSource):
         self._timeline = Timeline(self._decoder.time_base, self._decoder.frame_s)
         self._keys = np.zeros(1, np.int64)
         self.kept = KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
-        self.seekable = self._closed = False
+        self.seekable = self._closed = False  # seekable: seeking returns the same frames as reading from the start
 
     def close(self) -> None:
         """Close the file; frames can no longer be read from it."""
@@ -80,9 +75,7 @@ class VideoFile(VideoSource):
         self.kept = kept = KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
         timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler(length_s or decoder.duration_s)
         self._tolerance_s = timeline.tolerance_s
-        keys = [0]
-
-        batch = _Batch(sampler)
+        keys, batch = [0], _Batch(sampler)
 
         def keep(index: int, until: float) -> None:
             batch.offer(last, until - self._tolerance_s)
@@ -108,13 +101,12 @@ class VideoFile(VideoSource):
         return sampler
 
     def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
-        indices = self._shown(times)
+        indices = np.maximum(np.searchsorted(self._times, times + self._tolerance_s, side="right") - 1, 0)
         wanted, places = np.unique(indices, return_inverse=True)
         frames = np.empty((len(wanted), *self.fine_size, 3), np.uint8)
 
         def put(numbered: tuple[int, Any]) -> None:
-            place, frame = numbered
-            frames[place] = resize(shown_rgb(frame), self.fine_size)
+            frames[numbered[0]] = resize(shown_rgb(numbered[1]), self.fine_size)
 
         numbered = enumerate(self._frames_at(wanted, limits))
         while some := list(islice(numbered, RESIZED_TOGETHER)):
@@ -133,20 +125,17 @@ class VideoFile(VideoSource):
             key = self._keys[np.searchsorted(self._keys, index, side="right") - 1]
             if walk is None or (self.seekable and key > at + SEEK_GAIN_FRAMES):
                 walk = self._walk_to(int(index), limits)
-            at, frame = self._advance(walk, int(index))
-            if self.seekable and (at != index or self._timeline.prints[at] != fingerprint(frame)):
+            while True:
+                at, frame = next((item for item in walk if item[0] >= index), (-1, None))
+                if not self.seekable or (at == index and self._timeline.prints[at] == fingerprint(frame)):
+                    break
                 # Seeking returns other frames than reading from the start: do not seek in this file again.
                 self.seekable = False
                 walk = self._walk_to(int(index), limits)
-                at, frame = self._advance(walk, int(index))
             if at != index:
-                text = f"{self.name}: the frame at {self._times[index]:.3f} s cannot be decoded again: the file changed"
-                raise VideoError("video.changed", f"{text}; open it again")
+                text = f"{self.name} changed: its frame at {self._times[index]:.3f} s cannot be decoded; open it again"
+                raise VideoError("video.changed", text)
             yield frame
-
-    @staticmethod
-    def _advance(walk: Iterator[tuple[int, Any]], index: int) -> tuple[int, Any]:
-        return next(((at, frame) for at, frame in walk if at >= index), (-1, None))
 
     def _walk_to(self, index: int, limits: Limits) -> Iterator[tuple[int, Any]]:
         """Return (index, frame) pairs from a key frame at or before `index`, or from the start."""
@@ -204,19 +193,17 @@ class _Batch:
 
     def fill(self) -> None:
         """Fill the sampler with the waiting frames."""
-        sampler, size = self._sampler, self._sampler.size
-        made: dict[int, np.ndarray] = {}
+        sampler, made = self._sampler, {}
 
-        def make(place: int) -> None:
-            made[place] = resize(shown_rgb(self._waiting[place][0]), size)
-
-        def made_at_size(place: int) -> np.ndarray:
-            # The sampler's size shrinks if the video is longer than expected.
-            return made[place] if sampler.size == size else resize(shown_rgb(self._waiting[place][0]), sampler.size)
+        def make(place: int) -> np.ndarray:
+            size = sampler.size  # it shrinks if the video is longer than expected
+            if (place, size) not in made:
+                made[place, size] = resize(shown_rgb(self._waiting[place][0]), size)
+            return made[place, size]
 
         for_each(make, range(len(self._waiting)), threads=usable_cpus())
         for place, (_, until) in enumerate(self._waiting):
-            sampler.fill(until, partial(made_at_size, place))
+            sampler.fill(until, partial(make, place))
         self._waiting, self._places = [], 0
 
 

@@ -76,8 +76,7 @@ def open_image(path: str) -> Any | None:
         return image.open(path, formats=[name for name in FORMATS if name in image.OPEN])
     except image.UnidentifiedImageError as error:
         if is_picture:  # FFmpeg would read one tile of it as a video
-            text = f"{path} is a HEIF or AVIF image, which this build of Pillow cannot read; convert it to JPEG or PNG"
-            raise VideoError("video.unsupported_codec", text) from error
+            raise VideoError("video.unsupported_codec", f"{path}: a HEIF or AVIF image; convert it to JPEG") from error
         return None
     except (image.DecompressionBombError, *DAMAGE) as error:
         raise _unreadable(path, error) from error
@@ -138,5 +137,4 @@ def _rgb(picture: Any) -> np.ndarray:
 
 
 def _unreadable(path: str, error: Exception) -> VideoError:
-    text = f"{path}: the image cannot be read ({error}); it is truncated, damaged or too large"
-    return VideoError("video.unreadable", f"{text}; expected an intact JPEG, PNG, WebP, BMP, TIFF or GIF file")
+    return VideoError("video.unreadable", f"{path}: a truncated, damaged or too large image ({error}); copy it again")

@@ -26,18 +26,12 @@ def open_source(
     budget: Budget | None = None,
     device: DeviceContext | None = None,
 ) -> VideoSource:
-    """Open a video, an image or a stream of frames.
+    """Open a video, an image or a stream of frames. Raises VideoError if it cannot be read.
 
-    Args:
-        video: the path of a video or image; an image, uint8 [H, W, 3] in RGB; or an iterable of (time in seconds,
-            such an image), with strictly increasing times and one size, which is read once.
-        spec: rates, sizes and limits of the model.
-        buffer_frames: how many frames of an iterable are kept, at fine size.
-        budget: what the coarse frames may take of the prompt; None: the spec's `max_visual_tokens`.
-        device: device on which frames of an iterable may also be, as DLPack arrays; they stay there.
-
-    Raises:
-        VideoError: the video cannot be read; the message says why, and what to do.
+    `video` is the path of a video or image; an image, uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such
+    an image), with strictly increasing times and one size. An iterable is read once, and at most `buffer_frames` of its
+    frames are kept, at fine size; they may also be DLPack arrays on `device`, and stay there. Without a budget for the
+    coarse frames, the spec's `max_visual_tokens` applies.
     """
     if isinstance(video, (str, os.PathLike)):
         path = check_path(os.fspath(video))
@@ -51,8 +45,5 @@ def open_source(
         return StillImage(check_frame(video, "the image"), spec, budget=budget, name="the image")
     if isinstance(video, Iterable) and not isinstance(video, (bytes, dict)):
         return FrameStream(video, spec, buffer_frames=buffer_frames, budget=budget, device=device)
-    raise VideoError(
-        "video.bad_type",
-        f"cannot read a video from a {type(video).__name__}: expected a path, a uint8 array [height, width, 3], or an "
-        "iterator of (time in seconds, such an array)",
-    )
+    expected = "expected a path, a uint8 array [height, width, 3], or an iterator of (time in seconds, such an array)"
+    raise VideoError("video.bad_type", f"cannot read a video from a {type(video).__name__}: {expected}")

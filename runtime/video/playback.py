@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -23,19 +23,12 @@ SAME_TIME_S = 1e-6
 
 @dataclass(eq=False)
 class Playback:
-    """Frames that can be read once.
-
-    Attributes:
-        pictures: yields (seconds from the first frame, function that returns the frame).
-        duration_s: length if known before reading, else None; 0 for an image.
-        is_image: whether this is one frame without a time.
-        end_s: end of the frames that `intervals` has yielded.
-    """
+    """Frames that can be read once, each as (seconds from the first frame, function that returns it)."""
 
     pictures: Iterator[tuple[float, Picture]]
-    duration_s: float | None
+    duration_s: float | None  # None if not known before reading; 0 for an image
     is_image: bool = False
-    end_s: float = 0.0
+    end_s: float = 0.0  # end of the frames that `intervals` has yielded
 
     @property
     def frames(self) -> Iterator[tuple[float, np.ndarray]]:
@@ -43,11 +36,7 @@ class Playback:
         return ((time_s, picture()) for time_s, picture in self.pictures)
 
     def intervals(self) -> Iterator[tuple[float, Picture]]:
-        """Yield start and function of each frame, once its end is known; the last lasts as long as the one before.
-
-        Raises:
-            VideoError: the video has no frames.
-        """
+        """Yield start and function of each frame, once its end is known; the last lasts as long as the one before."""
         last_s, gap, last = 0.0, float(DEFAULT_FRAME_S), None
         for time_s, picture in self.pictures:
             if last is not None:
@@ -76,11 +65,7 @@ class Playback:
 
 @contextmanager
 def play(video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]) -> Iterator[Playback]:
-    """Open any video that `Grounder.ground` takes: a path, an image, or an iterable of (time_s, RGB frame).
-
-    Raises:
-        VideoError: the video cannot be read.
-    """
+    """Open any video that `Grounder.ground` takes. Raises VideoError if it cannot be read."""
     source: np.ndarray | Iterable[tuple[float, np.ndarray]] | None
     if isinstance(video, (str, os.PathLike)):
         path = check_path(os.fspath(video))
@@ -92,11 +77,8 @@ def play(video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.n
     elif source is not None:
         yield Playback(_from_zero(source), None)
     else:
-        decoder = Decoder(path)
-        try:
+        with closing(Decoder(path)) as decoder:
             yield Playback(_decoded(decoder), decoder.duration_s and float(decoder.duration_s))
-        finally:
-            decoder.close()
 
 
 def _decoded(decoder: Decoder) -> Iterator[tuple[float, Picture]]:

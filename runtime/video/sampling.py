@@ -23,9 +23,7 @@ class GridSampler(Generic[T]):
     """
 
     def __init__(self, rate: float, *, capacity: int, stride: int = 1) -> None:
-        self.rate = rate
-        self.capacity = capacity
-        self.stride = stride
+        self.rate, self.capacity, self.stride = rate, capacity, stride
         self.items: list[T] = []
 
     @property

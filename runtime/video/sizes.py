@@ -12,14 +12,11 @@ def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pix
     """Return the (height, width) that a frame is resized to: multiples of `factor`, close to its aspect ratio.
 
     The rule of Qwen2-VL's and Qwen3-VL's image processors (transformers, `smart_resize`): round each side to a
-    multiple of the factor, then scale both into min_pixels … max_pixels.
-
-    Raises:
-        VideoError: a side is 0, or the aspect ratio is above 200.
+    multiple of the factor, then scale both into min_pixels … max_pixels. Raises VideoError for a side of 0 or an
+    aspect ratio above 200.
     """
     if height < 1 or width < 1 or max(height, width) / min(height, width) > 200:
-        text = f"a frame of {width} × {height} pixels cannot be used: expected an aspect ratio of at most 200"
-        raise VideoError("video.bad_shape", text)
+        raise VideoError("video.bad_shape", f"a frame of {width} × {height} pixels: the aspect ratio must be up to 200")
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
         scale = math.sqrt(height * width / max_pixels)

@@ -28,34 +28,21 @@ MAX_FINE_PLACES = 2**26
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """N frames of a video.
+    """N frames of a video, with their own times in seconds from its first frame."""
 
-    Attributes:
-        frames: uint8 [N, h, w, 3], RGB.
-        times: float64 [N], the frames' own times in seconds from the first frame of the video.
-    """
-
-    frames: Array
-    times: np.ndarray
+    frames: Array  # uint8 [N, h, w, 3], RGB
+    times: np.ndarray  # float64 [N]
 
 
 @dataclass(frozen=True, eq=False)
 class CoarseFrames:
-    """The whole video, sampled evenly: G groups of P consecutive samples.
+    """The whole video, sampled evenly: G groups of P consecutive samples, the last one padded with its last sample."""
 
-    Attributes:
-        frames: uint8 [G, P, h, w, 3], RGB. The last group is filled up by repeating its last sample.
-        times: float64 [G, P], the points of the sampling grid in seconds from the first frame.
-        interval_s: seconds between two samples.
-        duration_s: length of the video in seconds.
-        choice: the rate and size chosen for the budget.
-    """
-
-    frames: Array
-    times: np.ndarray
-    interval_s: float
+    frames: Array  # uint8 [G, P, h, w, 3], RGB
+    times: np.ndarray  # float64 [G, P], points of the sampling grid in seconds from the first frame
+    interval_s: float  # seconds between two samples
     duration_s: float
-    choice: CoarseChoice
+    choice: CoarseChoice  # rate and size chosen for the budget
 
     @property
     def group_times(self) -> np.ndarray:
@@ -66,16 +53,12 @@ class CoarseFrames:
 class VideoSource(ABC):
     """One video, image or stream. A context manager; not for use by two threads at once.
 
-    Attributes:
-        name: name in messages: the path, or the kind of source.
-        width, height: size of the frames as shown (rotation applied), in pixels.
-        fine_size: (height, width) of the fine frames, in pixels.
-        is_image: whether this is a still image: one frame at time 0 that lasts one coarse sample interval.
-        read_ahead: whether reading fine frames releases the GIL, so that another thread should do it.
+    `width` and `height` are those of the frames as shown (rotation applied), `fine_size` is the (height, width) of fine
+    frames, all in pixels. Messages begin with `name`: the path, or the kind of source.
     """
 
     is_image = False
-    read_ahead = False
+    read_ahead = False  # whether reading fine frames releases the GIL, so that another thread should do it
 
     def __init__(self, spec: ModelSpec, *, width: int, height: int, name: str, budget: Budget | None = None) -> None:
         self.width, self.height, self.name = width, height, name
@@ -133,8 +116,8 @@ class VideoSource(ABC):
         """
         wanted = np.asarray(times, np.float64).reshape(-1)
         if not np.isfinite(wanted).all():
-            text = f"{self.name}: no frame at the time {wanted[~np.isfinite(wanted)][0]}; expected seconds"
-            raise VideoError("video.bad_time", text)
+            bad = wanted[~np.isfinite(wanted)][0]
+            raise VideoError("video.bad_time", f"{self.name}: no frame at the time {bad}; expected seconds")
         limits = limits or Limits()
         self.coarse(limits)
         if not wanted.size:
@@ -166,10 +149,6 @@ class VideoSource(ABC):
         while stride * group / frames.coarse_fps < 10.0**-self._spec.prompt.time_decimals:
             stride *= 2
         return CoarseSampler(self._plan, frames.coarse_fps, group=group, stride=stride, length_s=length_s)
-
-    def _shown(self, times: np.ndarray) -> np.ndarray:
-        """Return the index of the frame shown at each time, int64 [N]."""
-        return np.maximum(np.searchsorted(self._times, times + self._tolerance_s, side="right") - 1, 0)
 
     def _group(self, sampler: CoarseSampler) -> CoarseFrames:
         group, decimals = self._spec.vision.temporal_patch_size, self._spec.prompt.time_decimals

@@ -27,10 +27,9 @@ STREAM = "the stream of frames"
 
 
 def check_frame(frame: Any, what: str, device: DeviceContext | None = None) -> Any:
-    """Check that a frame is an array, uint8 [H, W, 3], on the host or on `device`, and return it.
+    """Return a frame if it is an array, uint8 [H, W, 3], on the host or on `device`; else raise VideoError.
 
-    Raises:
-        VideoError: the frame has another type, dtype or shape, or is on another device; the message begins with `what`.
+    Messages begin with `what`.
     """
     expected = "expected a uint8 array [height, width, 3] in RGB"
     if is_on_gpu(frame):

@@ -7,8 +7,9 @@ and shape, and on the budget. Knows nothing of files, text and graphs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,72 +27,42 @@ ROWS_MARGIN = 64
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits for the coarse frames of one video.
+    """Limits for the coarse frames of one video; None: no limit."""
 
-    Attributes:
-        visual_tokens: most visual tokens of all groups together; None: no limit.
-        positions: most rotary positions of the whole prompt; None: no limit.
-        capacity: most tokens of the whole prompt, if an engine's KV cache has a fixed size; None: no limit.
-        text_positions: returns how many positions the text of the prompt takes, for groups at these times [G].
-    """
-
-    visual_tokens: int | None = None
-    positions: int | None = None
-    capacity: int | None = None
-    text_positions: Callable[[np.ndarray], int] | None = None
+    visual_tokens: int | None = None  # of all groups together
+    positions: int | None = None  # rotary positions of the whole prompt
+    capacity: int | None = None  # tokens of the whole prompt, if an engine's KV cache has a fixed size
+    text_positions: Callable[[np.ndarray], int] = lambda group_times: 0  # those of the text, for groups at times [G]
 
     def __post_init__(self) -> None:
         tokens = self.visual_tokens
         if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
-            raise VideoError(
-                "video.bad_option", f"max_visual_tokens={tokens!r}: expected 1 or more, or None for no limit"
-            )
+            raise VideoError("video.bad_option", f"max_visual_tokens={tokens!r}: expected 1 or more, or None")
 
 
 @dataclass(frozen=True)
 class CoarseChoice:
-    """How a video was sampled for the language model.
+    """How a video was sampled for the language model."""
 
-    Attributes:
-        fps: samples per second.
-        size: width and height of the samples, in pixels.
-        groups: number of groups of samples, each with its own time in the prompt.
-        tokens: visual tokens of all groups.
-        max_visual_tokens: the budget; None: no limit.
-        limited_by: the limits that reduced the model's own rate or size, from `LIMITS`.
-    """
-
-    fps: float
-    size: tuple[int, int]
-    groups: int
-    tokens: int
-    max_visual_tokens: int | None
-    limited_by: tuple[str, ...] = ()
+    fps: float  # samples per second
+    size: tuple[int, int]  # width and height of the samples, in pixels
+    groups: int  # groups of samples, each with its own time in the prompt
+    tokens: int  # visual tokens of all groups
+    max_visual_tokens: int | None  # the budget; None: no limit
+    limited_by: tuple[str, ...] = ()  # the limits that reduced the model's own rate or size, from `LIMITS`
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {
-            "fps": round(self.fps, 6),
-            "size": {"width": self.size[0], "height": self.size[1]},
-            "groups": self.groups,
-            "tokens": self.tokens,
-            "max_visual_tokens": self.max_visual_tokens,
-            "limited_by": list(self.limited_by),
-        }
+        size = {"width": self.size[0], "height": self.size[1]}
+        return {**asdict(self), "fps": round(self.fps, 6), "size": size, "limited_by": list(self.limited_by)}
 
 
 class CoarsePlan:
     """The possible sizes and numbers of groups of the coarse frames of one video of height × width pixels.
 
-    Attributes:
-        sizes: all possible sizes, largest first.
-        rungs: some of them, each with at most half the pixels of the one before; samples are kept at these sizes while
-            the video is read.
-        capacity: the most groups that can fit.
-        capacity_limits: the limits that set the capacity.
-
-    Raises:
-        VideoError: the budget is too small for one group, or the video's shape is unsupported.
+    `sizes` are all possible sizes, largest first; `rungs` are some of them, each with at most half the pixels of the
+    one before, at which samples are kept while the video is read. At most `capacity` groups can fit, because of
+    `capacity_limits`. Raises VideoError if not even one group fits, or the video's shape is unsupported.
     """
 
     def __init__(self, height: int, width: int, spec: ModelSpec, budget: Budget) -> None:
@@ -109,9 +80,8 @@ class CoarsePlan:
         if budget.visual_tokens is not None:
             capacities["max_visual_tokens"] = budget.visual_tokens // self._tokens(self.smallest)
             if not capacities["max_visual_tokens"]:
-                needed = f"{self._tokens(self.smallest)} tokens or more"
-                text = f"max_visual_tokens={budget.visual_tokens}: a group at {width} × {height} pixels takes {needed}"
-                raise VideoError("video.budget_too_small", text)
+                text = f"a group of {width} × {height} pixels takes {self._tokens(self.smallest)} tokens or more"
+                raise VideoError("video.budget_too_small", f"max_visual_tokens={budget.visual_tokens}: {text}")
         self.capacity = min(capacities.values())
         self.capacity_limits = [name for name, groups in capacities.items() if groups == self.capacity]
 
@@ -160,16 +130,13 @@ class CoarsePlan:
             return [largest]
         pixels = (tokens * side**2 for tokens in range(1, most))
         found = {smart_size(height, width, factor=side, min_pixels=1, max_pixels=count) for count in pixels}
-        narrower = [size for size in found if size[0] <= largest[0] and size[1] <= largest[1]]
-        between = [size for size in narrower if least < self._tokens(size) < most]
+        narrower = (size for size in found if size[0] <= largest[0] and size[1] <= largest[1])
+        between = (size for size in narrower if least < self._tokens(size) < most)
         return [largest, *sorted(between, key=self._tokens, reverse=True), smallest]
 
     def _best(self, groups: int, side: int | None, tokens: int | None) -> Size | None:
-        fits = (
-            size
-            for size in self.sizes
-            if (tokens is None or groups * self._tokens(size) <= tokens) and (side is None or self._cells(size) <= side)
-        )
+        most_cells, most_tokens = math.inf if side is None else side, math.inf if tokens is None else tokens
+        fits = (s for s in self.sizes if groups * self._tokens(s) <= most_tokens and self._cells(s) <= most_cells)
         return next(fits, None)
 
     def _most_tokens(self, group_times: np.ndarray) -> int | None:
@@ -177,16 +144,14 @@ class CoarsePlan:
         budget = self._budget
         if budget.capacity is None:
             return budget.visual_tokens
-        text = budget.text_positions(group_times) if budget.text_positions else 0
-        room = budget.capacity - text - ROWS_MARGIN
+        room = budget.capacity - budget.text_positions(group_times) - ROWS_MARGIN
         return room if budget.visual_tokens is None else min(room, budget.visual_tokens)
 
     def _longest_side(self, group_times: np.ndarray) -> int | None:
         """Return the most visual tokens along a group's longer side, which determines its positions."""
         if self._budget.positions is None:
             return None
-        text = self._budget.text_positions
-        return (self._budget.positions - (text(group_times) if text else 0)) // len(group_times)
+        return (self._budget.positions - self._budget.text_positions(group_times)) // len(group_times)
 
     def _cells(self, size: Size) -> int:
         return max(size) // self._side

@@ -29,12 +29,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class FramePainter:
-    """Draws box, query, time and a progress bar on frames of one size.
+    """Draws box, query, time and a progress bar on frames of `size` (width, height).
 
-    Args:
-        grounding: the result to draw.
-        size: width and height of the frames.
-        duration_s: length of the video; None draws no bar, 0 (an image) no time either.
+    Without the video's length (None) no bar is drawn, and for an image (0) no time either.
     """
 
     def __init__(self, grounding: Grounding, size: tuple[int, int], duration_s: float | None) -> None:
@@ -97,17 +94,14 @@ def annotate(
     """Write the whole video with box, query and time as H.264; an image is written as an image.
 
     Frame times and size are those of the video as it is shown; an odd side gains one pixel, as H.264 requires. A box is
-    dashed if the target is probably not visible, thinner if it is interpolated. Sound is left out.
+    dashed if the target is probably not visible, thinner if it is interpolated. Sound is left out. `video` and errors
+    are as in `contact_sheet`.
 
     Args:
-        video: the grounded video: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]).
+        video: the grounded video.
         grounding: the result to draw.
         out: a .mp4 file; .png or .jpg if the video is an image. Replaced only when complete.
         progress: called as progress("annotate", seconds done, seconds in all).
-
-    Raises:
-        VideoError: the video cannot be read.
-        BridgeError: `out` cannot be written, or has a wrong suffix.
     """
     with play(video) as source, replacing(out) as temporary:
         check_suffix(source, out)
@@ -120,12 +114,11 @@ def annotate(
 
 
 def check_suffix(source: Playback, out: str | os.PathLike[str]) -> None:
-    """Check the suffix of the output file. Raises BridgeError if it is not one for this video or image."""
+    """Raise BridgeError if the output file has a suffix for another kind of video."""
     expected = IMAGE_SUFFIXES if source.is_image else (".mp4",)
     if Path(out).suffix.lower() not in expected:
-        kind = "an image" if source.is_image else "a video"
-        message = f"{out}: the result of {kind} is written to a file with the suffix {' or '.join(expected)}"
-        raise BridgeError("output.bad_suffix", message)
+        kind = "image" if source.is_image else "video"
+        raise BridgeError("output.bad_suffix", f"{out}: expected the suffix {' or '.join(expected)} for this {kind}")
 
 
 def paint_frames(
@@ -147,31 +140,24 @@ def paint_frames(
 
 
 def encode_h264(frames: Iterable[tuple[float, Image.Image]], out: Path) -> None:
-    """Encode (time_s, image) pairs with strictly increasing times, keeping the times.
-
-    Raises:
-        BridgeError: this build of PyAV has no H.264 encoder.
-        VideoError: `frames` is empty.
-    """
+    """Encode (time_s, image) pairs with strictly increasing times, keeping the times."""
     import av
 
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
-        message = "the video has no frames to draw on; expected at least one (time in seconds, RGB image)"
-        raise VideoError("video.no_frames", message)
+        raise VideoError("video.no_frames", "the video has no frames to draw on; expected at least one")
     with av.open(str(out), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         try:
             stream: Any = container.add_stream("libx264", rate=30, options={"crf": "18", "preset": "veryfast"})
         except av.error.FFmpegError as error:
-            message = 'this build of PyAV cannot write H.264: pip install "av>=14"'
-            raise BridgeError("output.no_encoder", message) from error
+            raise BridgeError("output.no_encoder", 'PyAV cannot write H.264: pip install "av>=14"') from error
         stream.width, stream.height = (side + side % 2 for side in first[1].size)
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = TIME_BASE
         previous, gap = -1, round(DEFAULT_FRAME_S / TIME_BASE)
         for time_s, image in itertools.chain([first], frames):
-            frame = av.VideoFrame.from_ndarray(even_sides(np.asarray(image)), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(_even_sides(np.asarray(image)), format="rgb24")
             ticks = max(previous + 1, round(time_s / TIME_BASE))
             frame.pts, frame.time_base = ticks, TIME_BASE
             gap, previous = gap if previous < 0 else ticks - previous, ticks
@@ -181,7 +167,6 @@ def encode_h264(frames: Iterable[tuple[float, Image.Image]], out: Path) -> None:
             container.mux(packet)
 
 
-def even_sides(pixels: np.ndarray) -> np.ndarray:
-    """Repeat the last row and column of [H, W, 3] where a side is odd."""
+def _even_sides(pixels: np.ndarray) -> np.ndarray:
     height, width = pixels.shape[:2]
     return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else pixels

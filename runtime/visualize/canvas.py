@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 from collections.abc import Sequence
@@ -57,14 +58,12 @@ def fit_text(text: str, text_font: Font, width: float) -> str:
     text = " ".join(text.split())
     if text_font.getlength(text) <= width:
         return text
-    low, high = 0, len(text)  # the longest prefix that fits, by bisection: queries may have thousands of characters
-    while low < high:
-        middle = (low + high + 1) // 2
-        if text_font.getlength(text[:middle].rstrip() + "…") <= width:
-            low = middle
-        else:
-            high = middle - 1
-    return text[:low].rstrip() + "…"
+
+    def too_long(length: int) -> bool:
+        return text_font.getlength(text[:length].rstrip() + "…") > width
+
+    # The longest prefix that fits, by bisection: queries may have thousands of characters.
+    return text[: bisect.bisect(range(1, len(text) + 1), False, key=too_long)].rstrip() + "…"
 
 
 def draw_box(
@@ -78,13 +77,8 @@ def draw_box(
 ) -> None:
     """Draw a box in a colour between dark lines, which are visible on any background.
 
-    Args:
-        draw: the image to draw on.
-        box: left, top, right, bottom in pixels; sides outside the image are drawn along its border.
-        size: width and height of the image.
-        thickness: thickness of the coloured line in pixels.
-        dashed: whether to dash the line: the target is probably not visible.
-        colour: colour of the target.
+    `box` is left, top, right, bottom, `size` the image's width and height, all in pixels. Sides outside the image are
+    drawn along its border. A dashed box says that the target is probably not visible.
     """
     # The line is drawn around the box, so that it does not hide a small target.
     left, top = (max(round(float(side)) - thickness, 0) for side in box[:2])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
+from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.video.playback import Playback, play
 from bridge_stg.runtime.visualize.canvas import INK, TARGET, WHITE, Colour, draw_box, fit_text, font, font_for
@@ -34,14 +34,8 @@ def contact_sheet(video: Any, grounding: Grounding, out: str | os.PathLike[str])
 
     The sheet of an absent target shows frames of the whole video.
 
-    Args:
-        video: the grounded video: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]).
-        grounding: the result to draw.
-        out: the file to write; replaced only when complete.
-
-    Raises:
-        VideoError: the video cannot be read.
-        BridgeError: `out` cannot be written.
+    `video` is the grounded one: a path, an array [H, W, 3], or an iterable of (time_s, RGB uint8 [H, W, 3]). `out` is
+    replaced only when complete. Raises VideoError if the video cannot be read, BridgeError if `out` cannot be written.
     """
     boxes = grounding.boxes
     with play(video) as source:
@@ -113,9 +107,13 @@ def compose(grounding: Grounding, shown: Sequence[tuple[float, np.ndarray]], dur
         label = (left, upper + height + 5)
         if duration_s:
             draw.text(label, f"{time_s:.2f} s", INK, font(15))
-        if grounding.boxes is not None:
-            _box(cell, grounding, time_s)
-            _presence(draw, grounding.boxes, time_s, (left + width, label[1]), short=width < 150)
+        if (boxes := grounding.boxes) is not None:
+            index = int(np.searchsorted(boxes.times, time_s))
+            box = boxes.boxes[index] * np.tile(np.divide(cell.size, grounding.size), 2)
+            draw_box(ImageDraw.Draw(cell), box, cell.size, thickness=3, dashed=not boxes.visible[index])
+            note = f"{'' if width < 150 else 'presence '}{boxes.presence[index]:.2f}"
+            colour = GREY if boxes.visible[index] else DOUBT
+            draw.text((left + width, label[1]), note, colour, font(15), anchor="ra")
         page.paste(cell, (left, upper))
     if duration_s:
         _timeline(page, grounding, [time_s for time_s, _ in shown], duration_s, grid_bottom)
@@ -136,24 +134,6 @@ def _title(draw: ImageDraw.ImageDraw, grounding: Grounding, duration_s: float) -
         line = f"from {start:.2f} s to {end:.2f} s of {duration_s:.2f} s, presence {scores.get('presence', 0):.2f}"
         colour = GREY
     draw.text((MARGIN, MARGIN + 36), line, colour, small)
-
-
-def _box(cell: Image.Image, grounding: Grounding, time_s: float) -> None:
-    from PIL import ImageDraw
-
-    assert grounding.boxes is not None
-    index = int(np.searchsorted(grounding.boxes.times, time_s))
-    box = grounding.boxes.boxes[index] * np.tile(np.divide(cell.size, grounding.size), 2)
-    dashed = not grounding.boxes.visible[index]
-    draw_box(ImageDraw.Draw(cell), box, cell.size, thickness=3, dashed=dashed)
-
-
-def _presence(
-    draw: ImageDraw.ImageDraw, boxes: FrameBoxes, time_s: float, corner: tuple[int, int], *, short: bool
-) -> None:
-    index = int(np.searchsorted(boxes.times, time_s))
-    note = f"{boxes.presence[index]:.2f}" if short else f"presence {boxes.presence[index]:.2f}"
-    draw.text(corner, note, GREY if boxes.visible[index] else DOUBT, font(15), anchor="ra")
 
 
 def _timeline(page: Image.Image, grounding: Grounding, shown: Sequence[float], duration_s: float, top: int) -> None:
