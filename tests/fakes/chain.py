@@ -1,4 +1,4 @@
-"""A chain without weights: sessions in numpy whose every output depends on all that the real one's would depend on.
+"""A chain without weights: sessions in numpy whose outputs depend on the same inputs as those of the real graphs.
 
 The language model's logits and taps are random numbers seeded by the sequence that a position sees: a token too many, a
 wrong position or a stale cache entry changes them. A script can give it the answer to a query.
@@ -24,7 +24,7 @@ PIECES = re.compile(r"<\|[a-z_]+\|>|.", re.DOTALL)
 
 
 class FakeTokenizer:
-    """One id a character, and one for each special token."""
+    """Tokenizer with one id per character and per special token."""
 
     def __init__(self) -> None:
         self.special: dict[str, int] = {}
@@ -41,7 +41,7 @@ class FakeTokenizer:
 
 
 class FakeCache:
-    """Keeps what was fed instead of keys and values: id, digest of the visual row, three positions."""
+    """Cache of the inputs instead of keys and values: id, digest of the visual row, three positions."""
 
     def __init__(self, batch: int, capacity: int) -> None:
         self.batch, self.capacity = batch, capacity
@@ -57,7 +57,7 @@ class FakeCache:
 
 
 class FakeSession:
-    """Records its calls, and runs `before` ahead of each, which may fail or wait."""
+    """Session that records its calls, and runs `before`, which may raise or wait, before each call."""
 
     device = None
 
@@ -83,7 +83,7 @@ class FakeSession:
 
 
 class FakeVisionEncoder(FakeSession):
-    """Visual tokens and feature map are the mean colours of merged cells and of patches."""
+    """Vision encoder whose visual tokens and feature map are mean colours of merged cells and of patches."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class FakeVisionEncoder(FakeSession):
 
 
 class FakeLanguageModel(FakeSession):
-    """Says what its script says for a query, and random things else."""
+    """Language model that gives the scripted answer to a query, or otherwise random tokens."""
 
     def __init__(self, tokenizer: FakeTokenizer) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class FakeLanguageModel(FakeSession):
 
 
 class FakeSpatialDecoder(FakeSession):
-    """Presence is the mean red of a frame; a box depends on the taps, its frame and, a little, on its row's others."""
+    """Spatial decoder: presence is a frame's mean red; a box depends on taps, its frame and the row's other frames."""
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: Any) -> dict[str, np.ndarray]:
         features, taps, mask = feeds["feature_map"], feeds["taps"], feeds["frame_mask"]
@@ -172,7 +172,7 @@ class FakeSpatialDecoder(FakeSession):
 
 
 def fake_spec(**frames: Any) -> ModelSpec:
-    """Return a small model's rules: 2 coarse samples a second in groups of 2, 4 fine frames a second."""
+    """Return the spec of a small model: 2 coarse samples per second in groups of 2, 4 fine frames per second."""
     return ModelSpec(
         vision=VisionSpec(
             family="qwen3_vl",

@@ -1,4 +1,4 @@
-"""Small test videos, and the plain decode that they are compared with."""
+"""Small test videos, and a plain decoder to compare with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOP = "keyint=20:min-keyint=20:scenecut=0:bframes=3"
 
 
 def pictures(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Return frames that all differ: moving smooth noise, with the index as a bar code."""
+    """Return distinct frames: moving smooth noise with the index as a bar code."""
     rng = np.random.default_rng(0)
     noise = rng.integers(40, 200, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
     noise = np.kron(noise, np.ones((8, 8, 1), np.uint8))[:height, :width]
@@ -65,7 +65,7 @@ def write(
 
 
 def decoded(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return every frame of a file in RGB from one plain pass, and the times that the file contains."""
+    """Decode a whole file; return its frames in RGB and their times."""
     with av.open(str(path)) as file:
         frames = list(file.decode(video=0))
         times = [(f.pts - frames[0].pts) * float(file.streams.video[0].time_base) for f in frames if f.pts is not None]
@@ -77,7 +77,7 @@ def scaled(rgb: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 class Counter:
-    """A cancel signal that counts how often it is checked, and cancels at the check number `stop_at`."""
+    """Cancel signal that counts its checks, and cancels at check number `stop_at`."""
 
     def __init__(self, stop_at: int = 0) -> None:
         self.count, self.stop_at = 0, stop_at

@@ -1,7 +1,7 @@
-"""CUDA's runtime as `cuda.bindings.runtime` shows it, without a device: memory and copies, on pretended streams.
+"""Fake of `cuda.bindings.runtime` without a device: memory and copies on fake streams.
 
-Device addresses are no addresses of this process. Fresh memory is full of NaN; memory that was freed, copies out of
-bounds and from pageable memory are caught.
+Device addresses are not valid in this process. New memory is filled with NaN; use of freed memory, copies out of bounds
+and copies from pageable memory raise AssertionError.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ DEVICE_BASE = 0x7E00_0000_0000
 
 
 class FakeCuda(FakeStreams):
-    """Stands in for the module. Breaking CUDA's rules raises AssertionError, which nothing in the runtime catches.
+    """Fake module. Breaking CUDA's rules raises AssertionError, which the runtime never catches.
 
     Args:
-        eager: as of `FakeStreams`.
-        memory: bytes of the device.
-        addressable: device addresses are addresses of this process after all, for an engine that computes on the CPU.
+        eager: see `FakeStreams`.
+        memory: memory of the device in bytes.
+        sm: compute capability of the device.
+        addressable: whether device addresses are valid in this process, for an engine that computes on the CPU.
     """
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
@@ -61,11 +62,11 @@ class FakeCuda(FakeStreams):
     # Memory
 
     def view(self, address: int, size: int) -> np.ndarray:
-        """Bytes of device memory; AssertionError where they were never allocated, or freed."""
+        """Return bytes of device memory; raise AssertionError if they are not allocated."""
         if address in self.adopted:
             return self.adopted[address][:size]
         place = bisect.bisect_right(self.starts, address) - 1
-        assert place >= 0, f"{address:#x} is no device memory"
+        assert place >= 0, f"{address:#x} is not device memory"
         start = self.starts[place]
         block = self.allocations[start]
         assert address + size <= start + block.size, f"{size} bytes at {address:#x} leave their memory, or are freed"
@@ -78,7 +79,7 @@ class FakeCuda(FakeStreams):
         raise AssertionError(f"{address:#x} is not pinned memory: the copy would not be asynchronous")
 
     def adopt(self, address: int, size: int) -> None:
-        """Take memory that an engine has allocated itself for the device's."""
+        """Register memory that an engine has allocated itself as device memory."""
         place = bisect.bisect_right(self.starts, address) - 1
         if place < 0 or address >= self.starts[place] + self.allocations[self.starts[place]].size:
             self.adopted[address] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))

@@ -1,4 +1,4 @@
-"""NVRTC and the driver's module calls, without a compiler: kernels of this project, computed in numpy."""
+"""Fakes of NVRTC and of the driver's module calls that compute this project's kernels in numpy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.fakes.streams import OK, cudaError_t
 
 
 class FakeNvrtc:
-    """The compiler `cuda.bindings.nvrtc`; it takes what it is given for right."""
+    """Fake of the compiler `cuda.bindings.nvrtc` that accepts any source."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.fails = fails
@@ -36,7 +36,7 @@ class FakeNvrtc:
 
 
 class FakeDriver:
-    """The part of `cuda.bindings.driver` that launches the one kernel; it computes the same in numpy."""
+    """Fake of the part of `cuda.bindings.driver` that launches the kernel; it computes the result in numpy."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda

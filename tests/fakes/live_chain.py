@@ -1,4 +1,4 @@
-"""A chain for live tests: a language model that reads brightness, sessions that count calls, and test streams."""
+"""Fakes for live tests: a language model that reads brightness, sessions that count calls, and test streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIME = re.compile(r"<[0-9.]+ seconds>")
 
 
 class SeeingLanguageModel(FakeLanguageModel):
-    """Answers with the last run of bright groups, like a trained model with the target's."""
+    """Language model that answers with the last run of bright groups, as a trained model would for a white target."""
 
     def scripted(self, visible: np.ndarray) -> np.ndarray:
         wish = np.zeros(VOCAB, np.float32)
@@ -48,7 +48,7 @@ class SeeingLanguageModel(FakeLanguageModel):
 
 
 class Counting:
-    """A session that counts its inputs without keeping them, so that it can run for an hour."""
+    """Session that counts its inputs without keeping them, so that it can run for an hour."""
 
     def __init__(self, session: Any) -> None:
         self.session = session
@@ -74,7 +74,7 @@ class Counting:
 
 
 def live_grounder(spec: ModelSpec | None = None, *, seeing: bool = True, **options: Any) -> Grounder:
-    """Return a Grounder over counting fakes; they are at `grounder.sessions`."""
+    """Return a Grounder over counting fake sessions, available as `grounder.sessions`."""
     spec = spec or fake_spec()
     tokenizer: Any = FakeTokenizer()
     language = (SeeingLanguageModel if seeing else FakeLanguageModel)(tokenizer)

@@ -1,4 +1,4 @@
-"""A machine with a GPU and TensorRT that are pretended: packages, device, and engines in the user's cache."""
+"""A machine with a fake GPU and fake TensorRT: packages, device, and engines in the user's cache."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ CHAIN_PROFILES: Mapping[str, list[dict[str, tuple[int, int, int]]]] = {
 
 
 class FakeMachine:
-    """Put in place by `pretend`.
+    """The fake machine that `pretend` installs.
 
     Attributes:
-        cuda, module: the pretended CUDA runtime and TensorRT.
+        cuda, module: the fake CUDA runtime and the fake TensorRT.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path, *, family: str, eager: tuple[int, ...]) -> None:
@@ -65,7 +65,7 @@ class FakeMachine:
         monkeypatch.setattr(device_resize, "_bindings", lambda: (FakeNvrtc(), FakeDriver(self.cuda)))
 
     def build(self, bundle: Bundle, variant: str, *, capacity: int = 1024) -> None:
-        """Put an engine of every graph into the user's cache."""
+        """Write an engine of every graph to the user's cache."""
         for name in bundle.manifest.graphs:
             self.build_graph(bundle, bundle.graph(name, variant), CHAIN_PROFILES[name], capacity=capacity)
 

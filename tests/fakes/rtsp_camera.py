@@ -1,4 +1,4 @@
-"""A camera on loopback: the part of RTSP (RFC 2326) that players need, with MPEG-TS in RTP on one connection."""
+"""Fake camera on loopback: the part of RTSP (RFC 2326) that players need, with MPEG-TS in RTP on one connection."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def answer(request: str) -> str:
 
 
 def play(connection: socket.socket, stream: bytes, pace_s: float) -> None:
-    """Send a transport stream in RTP packets (RFC 2250), as channel 0 of the connection."""
+    """Send a transport stream in RTP packets (RFC 2250) on channel 0 of the connection."""
     size = TS_PACKETS * TS_BYTES
     for number, start in enumerate(range(0, len(stream), size)):
         payload = stream[start : start + size]
@@ -67,7 +67,7 @@ def camera(stream: bytes, *, hang: bool = False, pace_s: float = 0.001) -> Itera
     def guarded() -> None:
         try:
             serve()
-        except OSError:  # the player went away
+        except OSError:  # the player disconnected
             return
 
     thread = threading.Thread(target=guarded, daemon=True)

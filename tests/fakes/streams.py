@@ -1,7 +1,7 @@
-"""CUDA's streams, events and graphs, without a device: in which order work runs.
+"""Fakes of CUDA's streams, events and graphs, which define the order in which work runs.
 
-Nothing that is put on a stream runs before somebody waits for it, except on streams that are chosen to hurry; so a
-missing wait reads or overwrites too early, whichever way round.
+Work on a stream runs only when something waits for it, except on eager streams, where it runs at once. So a missing
+wait reads or overwrites data too early, in either direction.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OK = cudaError_t.cudaSuccess
 
 
 class Event:
-    """`recorded` counts its recordings, `done` those that were reached; a wait is for the count at its time."""
+    """Event: `recorded` counts its recordings, `done` the reached ones; a wait is for the count when it was issued."""
 
     def __init__(self) -> None:
         self.recorded = self.done = 0
@@ -52,11 +52,10 @@ class Stream:
 
 
 class FakeStreams:
-    """The part of the pretended CUDA that orders work. Breaking CUDA's rules raises AssertionError.
+    """The part of the fake CUDA that orders work. Breaking CUDA's rules raises AssertionError.
 
     Args:
-        eager: numbers of the streams, by order of creation, that run at once what is put on them (if nothing that they
-            wait for is missing).
+        eager: indices of eager streams in order of creation; they run work at once, unless they wait for an event.
     """
 
     cudaStreamNonBlocking, cudaEventDisableTiming = 1, 2
@@ -174,7 +173,7 @@ class FakeStreams:
     # How work runs
 
     def _stream(self, handle: int) -> Stream:
-        assert handle in self.streams, f"{handle:#x} is no stream: work belongs on a stream that was made for it"
+        assert handle in self.streams, f"{handle:#x} is not a stream; work must use a stream that was created"
         return self.streams[handle]
 
     def _capturing_here(self) -> bool:
@@ -189,7 +188,7 @@ class FakeStreams:
         self._hurry()
 
     def _hurry(self) -> None:
-        """Let the eager streams run as far as nothing is missing."""
+        """Run the work of eager streams up to the first event that they wait for."""
         moved = True
         while moved:
             moved = False
@@ -211,7 +210,7 @@ class FakeStreams:
             self._reach(*what)
 
     def _reach(self, event: Event, count: int) -> None:
-        """Run what stands before the recording of an event."""
+        """Run the work before the recording of an event."""
         while event.done < count:
             assert event.stream is not None
             self._step(event.stream)

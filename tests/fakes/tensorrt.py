@@ -1,10 +1,10 @@
-"""TensorRT's Python interface over onnxruntime and the pretended CUDA: it computes what the graph says.
+"""Fake of TensorRT's Python interface that computes graphs with onnxruntime on the fake CUDA.
 
-It holds to the rules that TensorRT's documentation states and its bindings' names (tensorrt_rtx_bindings 1.7.1):
-every tensor has an address, aligned to 256 bytes and inside of one allocation; shapes lie in the active profile; an
-output that the engine writes over an input has that input's address, and no other tensors overlap; scratch memory is
-given where the context was asked to have none; work is captured only after it ran once with these shapes, in a
-context that nobody changes afterwards. Breaking one raises AssertionError.
+It has the names of the bindings (tensorrt_rtx_bindings 1.7.1) and enforces the rules of TensorRT's documentation: every
+tensor has an address, aligned to 256 bytes and inside one allocation; shapes are within the active profile; an output
+that the engine writes in place has its input's address, and no other tensors overlap; scratch memory is set if the
+context was created without it; work is captured only after it ran once with these shapes, and the context does not
+change afterwards. Breaking a rule raises AssertionError.
 """
 
 from __future__ import annotations
@@ -68,12 +68,15 @@ def make_plan(
     sizes: Mapping[str, str] | None = None,
     aliased: int | None = None,
 ) -> bytes:
-    """Return what stands for a serialized engine.
+    """Return a fake serialized engine.
 
     Args:
+        path: path of the .onnx file.
+        graph: specification of the graph.
+        profiles: symbol → (min, opt, max) per profile.
         capacity: S of a cache that is updated in place.
-        aliased: how many of the cache's outputs are written over their inputs; None: all.
-        sizes: symbols of outputs that follow from the inputs', as expressions ({"h": "height // 16"}).
+        sizes: output symbols as expressions of input symbols ({"h": "height // 16"}).
+        aliased: number of cache outputs that are written in place; None: all.
     """
     in_place = graph.cache is not None and graph.cache.update == "in_place"
     ranges = [{s: (p[s][0], p[s][2]) for s in p} for p in profiles]
@@ -92,7 +95,7 @@ def make_plan(
 
 
 class FakeTensorRT:
-    """Stands in for the module `tensorrt` or, with its runtime config, `tensorrt_rtx`."""
+    """Fake module `tensorrt` or, with its runtime config, `tensorrt_rtx`."""
 
     TensorIOMode, TensorLocation, DataType, ILogger = TensorIOMode, TensorLocation, DataType, ILogger
     ExecutionContextAllocationStrategy, CudaGraphStrategy = ExecutionContextAllocationStrategy, CudaGraphStrategy
@@ -119,7 +122,7 @@ class Runtime:
 
 
 class Config:
-    """An RTX runtime config."""
+    """Fake of TensorRT-RTX's runtime config."""
 
     def __init__(self) -> None:
         self.strategy = ExecutionContextAllocationStrategy.STATIC
@@ -210,7 +213,7 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.ran_with: tuple[Any, ...] | None = None
         self.captured = self.changed_after_capture = False
-        self.refuses_capture = False
+        self.rejects_capture = False
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         assert stream in self.cuda.streams
@@ -253,7 +256,7 @@ class Context:
         return tuple(d if isinstance(d, int) else int(eval(d, {}, sizes)) for d in dims)
 
     def _tried_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an output that no symbol of the inputs gives, which TensorRT derives from the layers."""
+        """Return the shape of an output with symbols that the inputs lack; TensorRT derives it from the layers."""
         key = (name, tuple(sorted(self.shapes.items())))
         if key not in self.engine.tried:
             tensors = self.engine.tensors
@@ -270,7 +273,7 @@ class Context:
         return True
 
     def is_stream_capturable(self, stream: int) -> bool:
-        return not self.refuses_capture
+        return not self.rejects_capture
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream in self.cuda.streams, "TensorRT runs on a stream of its own, not on the default stream"
@@ -283,11 +286,11 @@ class Context:
             spans[name] = (self.addresses[name], self.addresses[name] + size)
         aliases = self.engine.about["aliases"]
         for output, source in aliases.items():
-            assert self.addresses[output] == self.addresses[source], f"{output} must lie over {source}"
+            assert self.addresses[output] == self.addresses[source], f"{output} must have the address of {source}"
         for output in (n for n, t in self.engine.tensors.items() if not t["input"]):
             for other, (start, stop) in spans.items():
-                apart = stop <= spans[output][0] or spans[output][1] <= start
-                assert apart or other in (output, aliases.get(output)), f"{output} overlaps {other}"
+                disjoint = stop <= spans[output][0] or spans[output][1] <= start
+                assert disjoint or other in (output, aliases.get(output)), f"{output} overlaps {other}"
         scratch = self.scratch
         assert self.own_scratch or scratch is not None, "the context has no scratch memory"
         if scratch is not None:

@@ -1,4 +1,4 @@
-"""The names that the pretended CUDA and TensorRT have are those of the real packages."""
+"""The fakes of CUDA and TensorRT have the names of the real packages."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A stand-in for `triton_python_backend_utils`, and a server that calls a Python model as the backend's README says.
+"""Fake of `triton_python_backend_utils`, and a server that calls a Python model as the backend's README describes.
 
-It enforces what the README and the real module do: responses are InferenceResponse objects, one a request and none used
-twice; tensors are numpy arrays without str dtypes; outputs have the names, dtypes and dims of config.pbtxt; an error
-comes instead of tensors; codes are those of TritonError; arrays of requests are gone when `execute` has returned.
+It enforces the rules of the README and the real module: responses are InferenceResponse objects, one per request and
+none used twice; tensors are numpy arrays without str dtypes; outputs have the names, dtypes and dims of config.pbtxt; a
+response has either an error or tensors; error codes are those of TritonError; arrays of requests are invalid after
+`execute` has returned.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def as_module() -> ModuleType:
 
 
 class Server:
-    """Loads a model class with a config, hands it batches, and checks what comes back."""
+    """Server that loads a model class with a config, passes batches to it, and checks its responses."""
 
     def __init__(self, model: type, config: Mapping[str, Any], repository: str, *, kind: str = "CPU") -> None:
         self.config = config
@@ -122,11 +123,11 @@ class Server:
         )  # fmt: skip
 
     def request(self, *, cancelled: bool = False, **inputs: Any) -> InferenceRequest:
-        """A request whose inputs are lists of one value a query; texts go as bytes, as over HTTP and gRPC."""
+        """Return a request with one value per query in each input; texts are bytes, as over HTTP and gRPC."""
         arrays = {}
         for entry in self.config["input"]:
             if entry["name"] not in inputs:
-                assert entry.get("optional"), f"Triton refuses a request without {entry['name']}"
+                assert entry.get("optional"), f"Triton rejects a request without {entry['name']}"
                 continue
             values = inputs.pop(entry["name"])
             array = np.empty((len(values), *map(int, entry["dims"])), NUMPY[entry["data_type"]])
@@ -138,7 +139,7 @@ class Server:
         return InferenceRequest(arrays, names, cancelled=cancelled)
 
     def infer(self, *requests: InferenceRequest) -> list[InferenceResponse]:
-        """Run one batch as the dynamic batcher would hand it over."""
+        """Run one batch as the dynamic batcher would pass it."""
         responses: list[InferenceResponse] = self.model.execute(list(requests))
         assert isinstance(responses, list) and len(responses) == len(requests)
         assert len({id(response) for response in responses}) == len(responses)
@@ -146,7 +147,7 @@ class Server:
             assert isinstance(response, InferenceResponse)
             if not response.has_error():
                 self._check(request, response)
-            for tensor in request.inputs():  # the server's memory: written over by what comes next
+            for tensor in request.inputs():  # the server reuses this memory
                 tensor.as_numpy()[...] = b"gone" if tensor.as_numpy().dtype == np.object_ else 0
         return responses
 

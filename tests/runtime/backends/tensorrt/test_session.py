@@ -153,7 +153,7 @@ def test_steps_that_repeat_are_launched_as_cuda_graphs(machine, session, on_cpu)
 def test_an_engine_that_cannot_be_captured_runs_all_the_same(machine, session, on_cpu):
     ours, theirs = (s.allocate_cache(batch=1, capacity=CAPACITY) for s in (session, on_cpu))
     for context in machine.module.engines[0].contexts:
-        context.refuses_capture = True
+        context.rejects_capture = True
     machine.module.engines[0].create_execution_context = refusing(machine.module.engines[0])
     for position in range(6):
         call = feeds([[position]], [position])
@@ -165,7 +165,7 @@ def test_an_engine_that_cannot_be_captured_runs_all_the_same(machine, session, o
 def refusing(engine):
     def create(how):
         context = type(engine).create_execution_context(engine, how)
-        context.refuses_capture = True
+        context.rejects_capture = True
         return context
 
     return create
