@@ -59,10 +59,10 @@ class Names(click.ParamType):
 @click.option("--rounds", type=click.IntRange(1), help="Measurements per row.  [quick: 2; full: 3]")
 @click.option("--peers", type=Names(), help="Peers to measure: `all`, `none`, or names.  [quick: none; full: all]")
 @click.option("--own", type=Names(), default=",".join(OURS), show_default=True, help="Runners of the chain.")
-@click.option("--precisions", type=Names(), default=",".join(PRECISIONS), show_default=True)
+@click.option("--precisions", type=Names(), default=",".join(PRECISIONS), show_default=True, help="Precisions.")
 @click.option("--rows", type=Names(), default=",".join(ROWS), help="Rows to measure; `none`: growth only.")
 @click.option("--growth/--no-growth", default=None, help="Vary frames, tube, queries, batch and resolution.")
-@click.option("--threads", default=2, show_default=True)
+@click.option("--threads", default=2, show_default=True, help="CPU threads per runner.")
 @click.option("--given", multiple=True, help="Existing folders: MODEL.checkpoint=DIR, MODEL.fp32=DIR, …")
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Folder of generated files."

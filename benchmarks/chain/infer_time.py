@@ -39,7 +39,7 @@ def timed(
 ) -> tuple[float, float, str]:
     """Run a command; return its wall seconds, CPU seconds and output."""
 
-    def first() -> None:
+    def set_priority() -> None:
         if realtime:
             os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
@@ -50,7 +50,7 @@ def timed(
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=first,  # noqa: PLW1509 - this program has no threads
+        preexec_fn=set_priority,  # noqa: PLW1509 - this program has no threads
     )
     assert process.stdout is not None
     printed = process.stdout.read()

@@ -76,7 +76,7 @@ class LanguageModel:
 def load(model: Model, precision: str, threads: int) -> Loaded:
     """See `protocol.serve`."""
     if precision not in WORDS:
-        raise PeerError(f"onnxruntime-genai's builder makes {', '.join(WORDS)} for CPUs, not {precision}")
+        raise PeerError(f"precision {precision}: this runner supports {', '.join(WORDS)}")
     source = write_qwen3_folder(model.checkpoint, model.folder / "qwen3")
     target = model.folder / f"genai-{precision}"
     build_s = built(
