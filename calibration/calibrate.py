@@ -104,7 +104,10 @@ def calibrate(
             warnings.append(saturation.sentence)
             requested = requested.with_reduced_range()
         with run.timed("collect"):
-            statistics = collect_statistics(run)
+            statistics = collect(
+                run.source, inputs.calibration, folder=folder / "statistics" / run.statistics_name, seed=chosen.seed,
+                threads=chosen.threads, low_memory=run.large, progress=run.progress,
+            )  # fmt: skip
         entries = quantizable(run.source, statistics.variants)
         with run.timed("ranges"):
             trials = prepare_trials(run, statistics, entries, requested)
@@ -185,14 +188,6 @@ class Run:
         self.seconds[step] = self.seconds.get(step, 0.0) + round(time.monotonic() - began, 2)
 
 
-def collect_statistics(run: Run) -> Statistics:
-    """Run the calibration samples, and collect statistics of the activations."""
-    return collect(
-        run.source, run.inputs.calibration, folder=run.work / "statistics" / run.statistics_name,
-        seed=run.options.seed, threads=run.options.threads, low_memory=run.large, progress=run.progress,
-    )  # fmt: skip
-
-
 def quantizable(bundle: Bundle, variants: Mapping[str, str]) -> Entries:
     """Return the matmuls and tables of all graphs."""
     matmuls: list[Matmul] = []
@@ -231,7 +226,7 @@ def record_calls(run: Run) -> list[Path]:
     name = digest(run.source.manifest.fingerprint, run.inputs.calibration.digest, ids)
     run.progress("recording calls", 0, len(recorded))
     (run.work / "recorded").mkdir(exist_ok=True)
-    return record(run.source, recorded, run.work / "recorded" / name, allow_none=False, options=run.session)
+    return record(run.source, recorded, run.work / "recorded" / name, options=run.session)
 
 
 def measure_gates(run: Run, trials: RecipeTrials, requested: Recipe, cases: Sequence[Path]) -> dict[str, Gate]:
@@ -250,20 +245,13 @@ def measure_gates(run: Run, trials: RecipeTrials, requested: Recipe, cases: Sequ
 
 
 def without_slow_graphs(requested: Recipe, gates: Mapping[str, Gate]) -> Recipe:
-    """Return the recipe with graphs in float that gain nothing.
-
-    Raises:
-        BridgeError: no graph gains.
-    """
+    """Return the recipe with graphs in float that gain nothing. Raises BridgeError if none gains."""
     closed = {name: GraphRecipe() for name, gate in gates.items() if not gate.open}
     recipe = dataclasses.replace(requested, graphs={**requested.graphs, **closed})
     if not any(recipe.of(name).quantizes for name in GRAPHS):
         found = "; ".join(f"{name}: {gate.why}" for name, gate in gates.items()) or "the recipe keeps all in float"
-        raise BridgeError(
-            "calibration.no_gain",
-            f"no graph gains from {requested.name} on this machine, so no bundle was written. {found}. Give "
-            "--force-int8 GRAPH to quantize a graph anyway",
-        )
+        message = f"no graph gains from {requested.name} here ({found}); give --force-int8 GRAPH to quantize it anyway"
+        raise BridgeError("calibration.no_gain", message)
     return recipe
 
 

@@ -73,11 +73,7 @@ def read_inputs(
     own_tubes: bool = False,
     overwrite: bool = False,
 ) -> Inputs:
-    """Read and check all inputs; see `calibrate` for the arguments.
-
-    Raises:
-        BridgeError: an input is missing, does not fit the others, or would make the scores meaningless.
-    """
+    """Read and check all inputs; see `calibrate` for the arguments and errors."""
     require_packages()
     source = Bundle.load(bundle)
     _check_source(source)
@@ -113,36 +109,36 @@ def read_sets(
     Raises:
         BridgeError: a file is missing, required labels are missing, or selection and evaluation share media.
     """
-    sets = {"calibration": _read(samples, media, "--samples")}
-    for name, option, file in (("select", "--select", select), ("evaluation", "--evaluate", evaluate)):
-        if file is not None:
-            sets[name] = _read(file, media, option)
-            if not sets[name].labelled and not own_tubes:
-                raise BridgeError(
-                    "calibration.no_labels",
-                    f"{file}: not every line has labels (span, boxes). Add them, or give --own-tubes to score against "
-                    "the float bundle's own answers",
-                )
+    sets: dict[str, CalibrationSet] = {}
+    files = {
+        "calibration": ("--samples", samples),
+        "select": ("--select", select),
+        "evaluation": ("--evaluate", evaluate),
+    }
+    for name, (option, file) in files.items():
+        if file is None:
+            continue
+        if not file.is_file():
+            found = "is a folder" if file.is_dir() else "does not exist"
+            raise BridgeError(
+                "annotation.not_found", f"{option} {file} {found}; expected JSON lines (docs/annotations.md)."
+            )
+        sets[name] = read_samples(file, media)
+        if name != "calibration" and not sets[name].labelled and not own_tubes:
+            what = f"{file}: not every line has labels (span, boxes); add them, or give --own-tubes"
+            raise BridgeError("calibration.no_labels", what)
     both = [sets[name].entries for name in ("select", "evaluation") if name in sets]
     if len(both) == 2 and (shared := overlap(*both)):
-        raise BridgeError(
-            "calibration.shared_samples",
-            f"{select} and {evaluate} share {len(shared)} samples or their media, the first {shared[0]!r}. Scores are "
-            "only valid on samples that were not used for the selection: give other clips to one of them",
-        )
+        what = f"share {len(shared)} samples or their media, the first {shared[0]!r}; give other clips to one of them"
+        raise BridgeError("calibration.shared_samples", f"{select} and {evaluate} {what}")
     return sets
 
 
 def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> Recipe:
-    """Return the recipe of the options and overrides, with all other blocks quantized.
-
-    Raises:
-        BridgeError: a name is unknown, or a limit is not positive.
-    """
+    """Return the recipe of the options and overrides, with all other blocks quantized."""
     if options.recipe not in RECIPES:
-        raise BridgeError(
-            "calibration.bad_recipe", f"recipe {options.recipe!r} is unknown; expected one of: {', '.join(RECIPES)}."
-        )
+        known = ", ".join(RECIPES)
+        raise BridgeError("calibration.bad_recipe", f"recipe {options.recipe!r} is unknown; expected one of: {known}.")
     if not (options.max_drop > 0 and options.max_changed > 0):
         limits = f"max_drop {options.max_drop:g} and max_changed {options.max_changed:g}"
         raise BridgeError("options.invalid", f"the limits are {limits}; expected more than 0.")
@@ -152,8 +148,7 @@ def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> 
     for name in options.force_int8:
         if not recipe.of(name).quantizes:
             raise BridgeError(
-                "options.conflict",
-                f"--force-int8 {name}: the recipe keeps this graph in float; choose a recipe for it first.",
+                "options.conflict", f"--force-int8 {name}: the recipe keeps this graph in float; change it."
             )
     if options.int8_cache:
         recipe = recipe.with_int8_cache()
@@ -162,11 +157,7 @@ def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> 
 
 
 def check_backends(bundle: Bundle, recipes: Sequence[str], backends: Sequence[str]) -> list[str]:
-    """Return warnings for backends that support one of the recipes (of `support.RECIPES`) only partly.
-
-    Raises:
-        EngineError: a backend supports a recipe in no variant of the bundle.
-    """
+    """Return warnings for backends that support a recipe only partly. Raises EngineError if one does not at all."""
     warnings: dict[str, None] = {}
     graphs = bundle.manifest.all_graphs()
     dtype = "fp16" if graphs[0].precision == "fp16" else "fp32"
@@ -179,15 +170,6 @@ def check_backends(bundle: Bundle, recipes: Sequence[str], backends: Sequence[st
             if len(able) < len(variants):
                 warnings[f"{backend} supports {recipe} only in the variant {' or '.join(able)}."] = None
     return list(warnings)
-
-
-def _read(file: Path, media: Path | None, option: str) -> CalibrationSet:
-    if not file.is_file():
-        found = "is a folder" if file.is_dir() else "does not exist"
-        raise BridgeError(
-            "annotation.not_found", f"{option} {file} {found}; expected a file of JSON lines (docs/annotations.md)."
-        )
-    return read_samples(file, media)
 
 
 def _check_names(overrides: Overrides, bundle: Bundle) -> None:
@@ -206,19 +188,15 @@ def _check_names(overrides: Overrides, bundle: Bundle) -> None:
         if name not in blocks and (name not in nodes or name in overrides.keep_float):
             near = [block for block in blocks if block.partition(".")[0] == name.partition(".")[0]] or list(blocks)
             more = f" and {len(near) - LISTED} more." if len(near) > LISTED else "."
-            raise BridgeError(
-                "calibration.unknown_block",
-                f"overrides: {name!r} is not a block of this bundle; its blocks: {', '.join(near[:LISTED])}{more}",
-            )
+            what = f"overrides: {name!r} is not a block of this bundle; its blocks: {', '.join(near[:LISTED])}{more}"
+            raise BridgeError("calibration.unknown_block", what)
 
 
 def _check_source(source: Bundle) -> None:
     quantized = [graph for graph in source.manifest.all_graphs() if graph.precision.split()[0] in ("int8", "int4")]
     if quantized or source.manifest.calibration is not None:
-        what = f"graph {quantized[0]} is {quantized[0].precision}" if quantized else "its manifest has a calibration"
-        raise BundleError(
-            "bundle.quantized", f"{source.path}: is already quantized ({what}); give the float bundle it was made from."
-        )
+        found = f"graph {quantized[0]} is {quantized[0].precision}" if quantized else "its manifest has a calibration"
+        raise BundleError("bundle.quantized", f"{source.path}: is already quantized ({found}); give the float bundle.")
     check_precision(source)
 
 
@@ -227,17 +205,12 @@ def _check_out(source: Bundle, out: Path, *, overwrite: bool) -> None:
         raise BundleError("output.is_input", f"{out}: is the input bundle; give another --out.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not is_bundle(out):
-            raise BundleError(
-                "output.exists", f"{out}: exists and is not a bundle, so it is not replaced. Give another --out."
-            )
+            raise BundleError("output.exists", f"{out}: exists and is not a bundle. Give another --out.")
         if not overwrite:
             raise BundleError("output.exists", f"{out} exists. Give --overwrite to replace it, or another --out.")
     folder = next(path for path in (out, *out.resolve().parents) if path.exists())
     weights = sum(entry.size for entry in source.manifest.entries().values())
     needed, free = 2 * weights + RESERVED_BYTES, shutil.disk_usage(folder).free
     if free < needed:
-        raise EngineError(
-            "output.disk_full",
-            f"{out}: the calibration needs {needed / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB are free; make room, "
-            "or give another --out",
-        )
+        what = f"{out}: needs {needed / 1e9:.1f} GB of disk, of which {free / 1e9:.1f} GB are free; make room"
+        raise EngineError("output.disk_full", what)

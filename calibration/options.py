@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bridge_stg.export.engines.support import TARGETS as BACKENDS
+from bridge_stg.export.engines.support import BACKENDS
 from bridge_stg.runtime.errors import BridgeError
 
 RECIPE_NAMES = ("w8a8", "w8", "w4")
@@ -60,17 +60,11 @@ class Options:
 
 
 def require_packages() -> None:
-    """Check that the packages of a calibration are installed, without importing them.
-
-    Raises:
-        BridgeError: a package is missing.
-    """
+    """Raise BridgeError if a package of the calibration is not installed, without importing it."""
     if missing := [package for package in PACKAGES if not _installed(package)]:
         extra = "calibrate,cpu" if "onnxruntime" in missing else "calibrate"
-        raise BridgeError(
-            "host.missing_package",
-            f'calibrate needs the package {missing[0]}, which is not installed: pip install "bridge-stg[{extra}]"',
-        )
+        what = f'calibrate needs the package {missing[0]}, which is not installed: pip install "bridge-stg[{extra}]"'
+        raise BridgeError("host.missing_package", what)
 
 
 def _installed(package: str) -> bool:

@@ -65,11 +65,7 @@ def write_overrides(path: str | os.PathLike[str], overrides: Overrides) -> None:
 
 
 def read_overrides(path: str | os.PathLike[str]) -> Overrides:
-    """Read overrides from a YAML file.
-
-    Raises:
-        BridgeError: the file cannot be read, or has an unknown key, method, graph or strength.
-    """
+    """Read overrides from a YAML file. Raises BridgeError for unreadable YAML, unknown names, or bad strengths."""
     file = Path(path)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -41,15 +41,10 @@ class GraphRecipe:
     reduced_range: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("weights", (FLOAT, INT8, INT4)),
-            ("activations", (FLOAT, INT8)),
-            ("cache", (FLOAT, INT8)),
-            ("embedding", (FLOAT, INT8)),
-            ("block_size", BLOCK_SIZES),
-        ):
-            if getattr(self, name) not in known:
-                expected = ", ".join(map(str, known))
+        known: dict[str, tuple[str | int, ...]] = dict.fromkeys(("activations", "cache", "embedding"), (FLOAT, INT8))
+        for name, values in (known | {"weights": (FLOAT, INT8, INT4), "block_size": BLOCK_SIZES}).items():
+            if getattr(self, name) not in values:
+                expected = ", ".join(map(str, values))
                 raise _error(f"{name} is {getattr(self, name)!r}; expected one of: {expected}.")
         if self.activations == INT8 and self.weights != INT8:
             raise _error(f"int8 activations need int8 weights, but weights is {self.weights!r}.")
@@ -116,11 +111,7 @@ class Recipe:
         return dataclasses.replace(self, graphs={**self.graphs, graph: changed})
 
     def with_graph(self, graph: str, name: str) -> Recipe:
-        """Return the recipe with another one of `GRAPH_RECIPES` for a graph; its `cache` and `keep_float` stay.
-
-        Raises:
-            BridgeError: the graph or the name is unknown.
-        """
+        """Return the recipe with another one of `GRAPH_RECIPES` for a graph; its `cache` and `keep_float` stay."""
         if graph not in GRAPHS or name not in GRAPH_RECIPES:
             known = f"{', '.join(GRAPH_RECIPES)}, for one of the graphs {', '.join(GRAPHS)}"
             raise _error(f"the recipe of {graph} is {name!r}; expected one of {known}.")
@@ -175,16 +166,11 @@ RECIPES: Mapping[str, Recipe] = {name: _recipe(name) for name in RECIPE_NAMES}
 
 
 def graph_of(block: str) -> str:
-    """Return the graph of a block.
-
-    Raises:
-        BridgeError: the name does not begin with a graph.
-    """
+    """Return the graph with which the name of a block begins. Raises BridgeError."""
     graph = block.partition(".")[0]
     if graph not in GRAPHS:
-        raise BridgeError(
-            "calibration.unknown_block", f"block {block!r}: its name must begin with one of: {', '.join(GRAPHS)}."
-        )
+        expected = ", ".join(GRAPHS)
+        raise BridgeError("calibration.unknown_block", f"block {block!r}: its name must begin with one of: {expected}.")
     return graph
 
 

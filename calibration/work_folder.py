@@ -43,32 +43,21 @@ def write_json(path: Path, values: Any) -> None:
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[Path]:
-    """Lock a work folder for this process.
-
-    Raises:
-        BridgeError: another process has locked it, it is not a work folder, or its disk is full.
-    """
+    """Lock a work folder. Raises BridgeError if it is locked, is not a work folder, or its disk is full."""
     note = folder / NOTE
     if folder.exists() and not note.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BridgeError(
-            "calibration.not_a_work_folder",
-            f"{folder}: exists and is not the work folder of a calibration. Move it away, or give another --out.",
-        )
+        what = f"{folder}: exists and is not the work folder of a calibration. Move it away, or give another --out."
+        raise BridgeError("calibration.not_a_work_folder", what)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text("Work of `calibrate`. The same command resumes from here; delete the folder when done.\n")
         with note.open("r+") as locked:
-            lock_file(
-                locked.fileno(), message=f"{folder}: another calibration runs there. Wait, or give another --out."
-            )
+            lock_file(locked.fileno(), message=f"{folder}: another calibration runs there. Wait, or change --out.")
             for left in folder.rglob(LEFT_BY_KILLED):
                 shutil.rmtree(left, ignore_errors=True)
             yield folder
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise BridgeError(
-            "output.disk_full",
-            f"{folder}: the disk is full ({error.strerror}), and no bundle was written. Make room, and run the same "
-            "command again: it resumes",
-        ) from error
+        what = f"{folder}: the disk is full ({error.strerror}). Make room, and run the same command again: it resumes"
+        raise BridgeError("output.disk_full", what) from error

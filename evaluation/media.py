@@ -29,10 +29,8 @@ class MediaFolder:
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
-            raise AnnotationError(
-                "annotation.no_media_folder",
-                f"{root} {found}; expected the folder that holds the videos or images. Give --media.",
-            )
+            what = f"{root} {found}; expected the folder that holds the videos or images. Give --media."
+            raise AnnotationError("annotation.no_media_folder", what)
         self.root = root
 
     def at(self, path: str) -> Path | None:
@@ -63,11 +61,7 @@ class MediaFolder:
 
 
 def video_input(sample: Sample) -> str | Iterator[tuple[float, np.ndarray]]:
-    """Return a sample's medium as `Grounder` takes it: a path, or (seconds from the clip's start, RGB frame) in turn.
-
-    Raises:
-        VideoError: the medium is missing, or cannot be read.
-    """
+    """Return a sample's medium as `Grounder` takes it: a path, or pairs (seconds from the clip's start, RGB frame)."""
     if sample.media is None:
         raise VideoError("video.not_found", f"{sample.media_name}: was not found in the folder of media")
     if sample.frame_rate is not None:
@@ -92,11 +86,8 @@ def clip_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[floa
                 empty = False
                 yield max(0.0, time - start_s), shown_rgb(frame)
         if empty:
-            raise VideoError(
-                "video.too_short",
-                f"{path}: has no frame between {start_s:.2f} s and {end_s:.2f} s, the part that the annotation names; "
-                "it is shorter than the published video, so fetch it again",
-            )
+            what = f"{path}: has no frame between {start_s:.2f} s and {end_s:.2f} s, as annotated; fetch it again"
+            raise VideoError("video.too_short", what)
 
 
 def frame_files(folder: Path) -> list[Path]:

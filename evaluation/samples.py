@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,15 +84,10 @@ class Dataset:
     allow_none: bool = False
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for sample in self.samples:
-            if sample.id in seen:
-                raise AnnotationError(
-                    "annotation.duplicate_id",
-                    f"{self.name}: two samples have the id {sample.id!r}; expected each once. The annotation file may "
-                    "hold a line twice: remove one, or give them different ids.",
-                )
-            seen.add(sample.id)
+        (most, count), *_ = Counter(sample.id for sample in self.samples).most_common(1) or [("", 0)]
+        if count > 1:
+            what = f"{self.name}: {count} samples have the id {most!r}; remove all but one, or give them different ids."
+            raise AnnotationError("annotation.duplicate_id", what)
 
     def chosen(self, *, limit: int | None = None, shard: tuple[int, int] = (1, 1)) -> list[Sample]:
         """Return the first `limit` samples, of these every n-th beginning with the i-th for shard (i, n)."""

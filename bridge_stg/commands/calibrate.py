@@ -28,18 +28,14 @@ from bridge_stg.commands.options import (
     threads_option,
 )
 from bridge_stg.commands.progress import ProgressBar
-from bridge_stg.export.engines.support import TARGETS
+from bridge_stg.export.engines.support import BACKENDS
 from bridge_stg.runtime.errors import BridgeError
 
 recipe_type = click.Choice(GRAPH_RECIPE_NAMES)
 
 
 def check_int8(int8: bool, dtype: str, given: Mapping[str, Path | None]) -> None:
-    """Check that the options of `export` fit each other.
-
-    Raises:
-        BridgeError: an option of the calibration is given without --int8, or --int8 without what it needs.
-    """
+    """Raise BridgeError if `export` is given calibration options without --int8, or --int8 without what it needs."""
     named = [f"--{'evaluate' if name == 'judged' else name}" for name, value in given.items() if value is not None]
     if named and not int8:
         raise BridgeError("options.conflict", f"{named[0]} is an option of the calibration; add --int8, or omit it.")
@@ -51,11 +47,7 @@ def check_int8(int8: bool, dtype: str, given: Mapping[str, Path | None]) -> None
 
 @contextlib.contextmanager
 def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
-    """Check the samples, yield a temporary folder for the float bundle of `export --int8`, and remove it afterwards.
-
-    Raises:
-        BridgeError: the samples cannot be used, which is better known before the export than after it.
-    """
+    """Check the samples, yield a temporary folder for the float bundle of `export --int8`, and remove it afterwards."""
     import shutil
 
     require_packages()
@@ -94,7 +86,7 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
     help="Quantize this graph even if that makes nothing faster here; repeatable.",
 )  # fmt: skip
 @click.option(
-    "--target", "targets", multiple=True, type=click.Choice(TARGETS),
+    "--target", "targets", multiple=True, type=click.Choice(BACKENDS),
     help="Backend that the bundle is for; default: onnxruntime-cpu; repeatable.",
 )  # fmt: skip
 @click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks scored one by one.")
@@ -122,7 +114,7 @@ def calibrate_bundle(
     graphs = {graph: name for option, graph in GRAPH_OPTIONS.items() if (name := given.pop(option, None)) is not None}
     inputs = ("samples", "media", "select", "own_tubes", "overwrite")
     files = {name: given.pop(name) for name in inputs if name in given}
-    options = Options(graphs=graphs, int8_cache=kv8, backends=targets or TARGETS[:1], **given)
+    options = Options(graphs=graphs, int8_cache=kv8, backends=targets or BACKENDS[:1], **given)
     with ProgressBar(lines=True) as progress:
         report = calibrate(bundle, out, evaluate=judged, options=options, progress=progress, **files)
     work = out.with_name(f"{out.name}.calibration")

@@ -84,11 +84,8 @@ def evaluate(
     click.echo(f"wrote {out / 'report.json'} and {out / 'report.html'}")
     for label, failures in values["failed"].items():
         if failures and len(failures) == values["finished"][label]:
-            raise BridgeError(
-                "evaluation.all_failed",
-                f"every sample of {label} failed, the first with {failures[0]['error']}. Fix that, and run the command "
-                "again with --retry-failed.",
-            )
+            what = f"every sample of {label} failed, the first with {failures[0]['error']}"
+            raise BridgeError("evaluation.all_failed", f"{what}. Fix that, and run it again with --retry-failed.")
 
 
 @click.command("infer-many")
@@ -154,11 +151,7 @@ def evaluate_demo(out: Path, **options: Any) -> None:
 
 
 def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, threads: int | None) -> list[Model]:
-    """Return models with unique labels: the folder's name, or as much of its path as makes it unique.
-
-    Raises:
-        BridgeError: a path is neither a bundle nor a checkpoint, or is given twice.
-    """
+    """Return models with unique labels: the folder's name, or as much of its path as makes it unique."""
     from bridge_stg.evaluation.run.evaluate import bundle_model
 
     resolved = [path.resolve() for path in paths]
@@ -177,10 +170,8 @@ def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, th
             models.append(checkpoint_model(path, label))
         else:
             found = "does not exist" if not path.exists() else "is a file" if path.is_file() else "has neither"
-            raise BridgeError(
-                "evaluation.no_model",
-                f"{path} {found}; expected the folder of a bundle (manifest.json) or of a checkpoint (config.json).",
-            )
+            what = f"{path} {found}; expected the folder of a bundle (manifest.json) or checkpoint (config.json)."
+            raise BridgeError("evaluation.no_model", what)
     return models
 
 

@@ -85,11 +85,7 @@ def infer(**given: Any) -> None:
 
 
 def check(request: Request) -> None:
-    """Check what click does not: options that exclude each other, and files named twice.
-
-    Raises:
-        BridgeError: two options conflict, the query is missing, or an output is the video.
-    """
+    """Raise BridgeError for what click does not check: options that exclude each other, and files named twice."""
     drawn = request.annotate or request.sheet
     if request.first_box is None and not request.queries:
         raise BridgeError("options.missing", "Missing argument 'QUERY...': what to find, such as \"the red car\".")
@@ -103,9 +99,7 @@ def check(request: Request) -> None:
         if output.exists() and Path(request.video).exists() and output.samefile(request.video):
             raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")
     if request.annotate and request.sheet and request.annotate.resolve() == request.sheet.resolve():
-        raise BridgeError(
-            "options.conflict", f"{request.sheet} is given as --annotate and as --sheet; give two different names."
-        )
+        raise BridgeError("options.conflict", f"{request.sheet} is both --annotate and --sheet; give two names.")
 
 
 def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding], ChosenBackend | None]:

@@ -25,7 +25,6 @@ from bridge_stg.calibration.collect.statistics import FILE, SCHEMA, Statistics
 from bridge_stg.calibration.work_folder import read_json, write_json
 from bridge_stg.evaluation.run.evaluate import ask
 from bridge_stg.evaluation.run.results import check_identity
-from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
@@ -151,7 +150,10 @@ def _record(
     arrays: dict[str, np.ndarray] = {}
     info: dict[str, Any] = {"id": sample.id}
     try:
-        info |= _answer(grounder, sample, allow_none=samples.dataset.allow_none)
+        # The tube of a span is computed too, so that the spatial decoder runs.
+        asked = dataclasses.replace(sample, task="tube") if sample.task == "span" else sample
+        result = ask(grounder, asked, sample.read_truth(), allow_none=samples.dataset.allow_none)
+        info |= {"answer": result.answer, "span": None if result.span is None else list(result.span)}
     except (VideoError, QueryError) as error:
         info["skipped"] = str(error)
     else:
@@ -167,14 +169,6 @@ def _record(
         os.fsync(stream.fileno())
 
 
-def _answer(grounder: Grounder, sample: Sample, *, allow_none: bool) -> dict[str, Any]:
-    """Run a sample; for a span its tube is computed too, so that the spatial decoder runs."""
-    truth = sample.read_truth()
-    asked = dataclasses.replace(sample, task="tube") if sample.task == "span" else sample
-    result = ask(grounder, asked, truth, allow_none=allow_none)
-    return {"answer": result.answer, "span": None if result.span is None else list(result.span)}
-
-
 def _shard(folder: Path, place: int) -> Path:
     return folder / f"{place:06d}.npz"
 
@@ -185,15 +179,11 @@ def _finish(
     """Turn the shards into one file per tensor, then write the file that marks the collection as finished."""
     tensors: dict[str, dict[str, Any]] = {name: {} for name in activations}
     with ExitStack() as stack:
-        opened = [
-            stack.enter_context(np.load(_shard(folder / SHARDS, place), allow_pickle=False)) for place in range(count)
-        ]
+        opened = [stack.enter_context(np.load(_shard(folder / SHARDS, place))) for place in range(count)]
         infos = [json.loads(str(shard["info"])) for shard in opened]
         if all("skipped" in info for info in infos):
-            raise BridgeError(
-                "calibration.all_samples_failed",
-                f"all {count} calibration samples failed, the first with: {infos[0]['skipped']}",
-            )
+            what = f"all {count} calibration samples failed, the first with: {infos[0]['skipped']}"
+            raise BridgeError("calibration.all_samples_failed", what)
         for name, observed in activations.items():
             (folder / TENSORS / name).mkdir(parents=True, exist_ok=True)
             for activation in observed:

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
+from bridge_stg.calibration.quantize.smoothing_groups import shared_activations
 from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.bundle import Bundle
@@ -65,23 +66,13 @@ class Instrumented:
 
 
 def instrument(bundle: Bundle, name: str, variant: str, folder: Path) -> Instrumented:
-    """Write a graph with statistics outputs into a folder; existing files are overwritten.
-
-    Raises:
-        BundleError: the bundle has no such graph.
-        OSError: the folder cannot be written.
-    """
+    """Write a graph with statistics outputs into a folder; existing files are overwritten."""
     graph, source = bundle.graph(name, variant), bundle.graph_path(name, variant)
     folder.mkdir(parents=True, exist_ok=True)
     model = onnx.load(os.fspath(source), load_external_data=False)
-    readers: dict[str, list[str]] = {}
-    channels: dict[str, int] = {}
-    for matmul in find_matmuls(ir.load(source), name):
-        readers.setdefault(matmul.activation, []).append(matmul.node)
-        channels[matmul.activation] = matmul.k
     found = [
-        (tensor, Activation(f"calibration_{i}", tuple(nodes), channels[tensor]), False)
-        for i, (tensor, nodes) in enumerate(readers.items())
+        (group[0].activation, Activation(f"calibration_{i}", tuple(m.node for m in group), group[0].k), False)
+        for i, group in enumerate(shared_activations(find_matmuls(ir.load(source), name)))
     ]
     if graph.cache is not None:
         k = graph.cache.kv_heads * graph.cache.head_dim

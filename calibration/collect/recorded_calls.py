@@ -22,30 +22,24 @@ from bridge_stg.runtime.parity.golden import write_case
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
 
 
-def record(
-    bundle: Bundle, samples: Sequence[Sample], folder: Path, *, allow_none: bool = True, options: Mapping[str, Any]
-) -> list[Path]:
+def record(bundle: Bundle, samples: Sequence[Sample], folder: Path, *, options: Mapping[str, Any]) -> list[Path]:
     """Evaluate samples and write the calls of all graphs into `folder`/<place>, unless `folder` exists.
 
-    The folder appears when it is complete. Return the folders of the cases, one per sample that did not fail.
-
-    Raises:
-        BridgeError: every sample failed.
+    The folder appears when it is complete. Return the folders of the cases, one per sample that did not fail; if every
+    sample failed, raise BridgeError.
     """
     if not folder.is_dir():
         partial = folder.with_name(f".{folder.name}.partial{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            _record(bundle, samples, partial, allow_none=allow_none, options=options)
+            _record(bundle, samples, partial, options)
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def _record(
-    bundle: Bundle, samples: Sequence[Sample], folder: Path, *, allow_none: bool, options: Mapping[str, Any]
-) -> None:
+def _record(bundle: Bundle, samples: Sequence[Sample], folder: Path, options: Mapping[str, Any]) -> None:
     calls: list[Call] = []
     opened = {name: RecordingSession(session, calls) for name, session in open_sessions(bundle, **options).items()}
     failure: Exception | None = None
@@ -54,14 +48,12 @@ def _record(
             calls.clear()
             opened["language_model"].capacity = 0
             try:
-                ask(grounder, sample, sample.read_truth(), allow_none=allow_none)
+                ask(grounder, sample, sample.read_truth(), allow_none=False)
             except BridgeError as error:  # the other samples are still recorded
                 failure = error
                 continue
             capacity = opened["language_model"].capacity
             write_case(folder / f"{place:03d}", calls, kind="recorded", note=sample.id, cache_capacity=capacity)
     if not folder.is_dir():
-        raise BridgeError(
-            "calibration.all_samples_failed",
-            f"none of the {len(samples)} samples could be recorded; the last failed with: {failure}",
-        )
+        what = f"none of the {len(samples)} samples could be recorded; the last failed with: {failure}"
+        raise BridgeError("calibration.all_samples_failed", what)

@@ -89,11 +89,7 @@ class CalibrationSet:
 
 
 def read_samples(path: Path, media: Path | None = None, *, limit: int | None = None) -> CalibrationSet:
-    """Read a file of at most `limit` samples, and hash their media in the folder `media` (None: that of the file).
-
-    Raises:
-        AnnotationError: a line does not follow the format, or none of the media exists.
-    """
+    """Read a file of at most `limit` samples, and hash their media in the folder `media` (None: that of the file)."""
     folder = MediaFolder(media or path.parent)
     hashes: dict[Path, str] = {}
     samples, entries, missing, labelled, absent = [], [], [], True, False
@@ -110,12 +106,9 @@ def read_samples(path: Path, media: Path | None = None, *, limit: int | None = N
         samples.append(sample)
         entries.append(Entry(sample.id, "absent" if gone else sample.task, sample.media_name, hashes[sample.media]))
     if not samples:
-        raise AnnotationError(
-            "annotation.no_media",
-            f"{path}: none of the media of its {len(missing)} samples exists in {folder.root}"
-            + (f"; the first is that of sample {missing[0]!r}" if missing else "")
-            + ". Give their folder with --media.",
-        )
+        first = f"; the first is that of sample {missing[0]!r}" if missing else ""
+        what = f"none of the media of its {len(missing)} samples exists in {folder.root}{first}"
+        raise AnnotationError("annotation.no_media", f"{path}: {what}. Give their folder with --media.")
     sha256 = digest(path)
     dataset = Dataset("jsonl", path.stem, tuple(samples), sha256, allow_none=absent)
     return CalibrationSet(path, sha256, dataset, tuple(entries), labelled, tuple(missing))
@@ -169,5 +162,4 @@ def _sample(record: Record, folder: MediaFolder) -> tuple[Sample, Truth | None]:
         placeholder = {"boxes": [{"box": [0, 0, 1, 1]}]} if "image" in values else {"span": None}
         a = annotation_from(Record(record.where, {**values, **placeholder}))
         truth, read = None, partial(span_truth, None)
-    sample = Sample(a.id, a.task, folder.at(a.media), a.media, a.query, read, group=a.group)
-    return sample, truth
+    return Sample(a.id, a.task, folder.at(a.media), a.media, a.query, read, group=a.group), truth

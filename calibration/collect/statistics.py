@@ -55,11 +55,7 @@ class Statistics:
 
     @classmethod
     def load(cls, folder: Path, bundle: Path) -> Statistics:
-        """Read the finished statistics in a folder.
-
-        Raises:
-            BridgeError: the statistics are missing, damaged, of another schema, or of another bundle.
-        """
+        """Read the finished statistics in a folder. Raises BridgeError if they are missing or of another bundle."""
         file = folder / FILE
         advice = "Collect them again, into another folder"
         try:
@@ -73,10 +69,8 @@ class Statistics:
             raise _error(f"{file}: has schema {found!r}, expected {SCHEMA}. {advice}.")
         fingerprint = read_manifest(bundle).fingerprint
         if values["fingerprint"] != fingerprint:
-            raise _error(
-                f"{folder}: has statistics of the bundle {values['fingerprint'][:12]}…, but {bundle} is "
-                f"{fingerprint[:12]}…. {advice}."
-            )
+            found = f"{values['fingerprint'][:12]}…, but {bundle} is {fingerprint[:12]}…"
+            raise _error(f"{folder}: has statistics of the bundle {found}. {advice}.")
         tensors = {
             graph: {name: Collected(**tensor) for name, tensor in found.items()}
             for graph, found in values["tensors"].items()
@@ -114,10 +108,8 @@ class Statistics:
         try:
             return self.tensors[graph][name]
         except KeyError:
-            raise _error(
-                f"{self.folder}: has no statistics of {name!r} of the {graph}: they are of another model. Collect "
-                "them again with this bundle."
-            ) from None
+            what = f"has no statistics of {name!r} of the {graph}; collect them again with this bundle"
+            raise _error(f"{self.folder}: {what}.") from None
 
 
 def _error(message: str) -> BridgeError:

@@ -16,6 +16,7 @@ import numpy as np
 from bridge_stg.calibration.judge.agreement import agreement
 from bridge_stg.evaluation.run.evaluate import Model, evaluate
 from bridge_stg.evaluation.samples import Dataset
+from bridge_stg.evaluation.scoring import MAIN
 from bridge_stg.runtime.errors import BridgeError
 
 METRICS: Mapping[str, Mapping[str, str]] = {
@@ -143,11 +144,8 @@ def score_rows(
     """Score finished rows; see `score_model`."""
     failures = [row["error"] for row in rows.values() if "error" in row]
     if failures and len(failures) == len(rows):
-        raise BridgeError(
-            "calibration.all_samples_failed",
-            f"all {len(rows)} samples failed with {label}, the first with: {failures[0]}. Check the bundle with "
-            "`infer` on one of them",
-        )
+        what = f"all {len(rows)} samples failed with {label}, the first with: {failures[0]}. Try `infer` on one of them"
+        raise BridgeError("calibration.all_samples_failed", what)
     shares = {name: _agreement(reference.rows[name] if reference else row, row) for name, row in rows.items()}
     values = _by_metric(rows) if labelled else _by_metric(rows, shares)
     seconds = [row["seconds"] for row in rows.values()]
@@ -165,7 +163,7 @@ def score_rows(
     before = _by_metric(reference.rows) if labelled else {m: dict.fromkeys(found, 1.0) for m, found in values.items()}
     boxes = [share["boxes"] for share in shares.values() if "boxes" in share]
     tubes = [_main(share) for share in shares.values()]
-    same = [_answer(reference.rows[name]) == _answer(row) for name, row in rows.items()]
+    same = [reference.rows[name].get("answer") == row.get("answer") for name, row in rows.items()]
     return dataclasses.replace(
         scores,
         drops={
@@ -195,7 +193,9 @@ def worst_cases(scores: Scores, reference: Scores, *, count: int = 6) -> list[di
         {
             "id": name,
             "why": f"its tube shares {share:.2f} with that of {reference.label}",
-            "scores": {one.label: _main_score(one.rows[name]) for one in (reference, scores)},
+            "scores": {
+                one.label: one.rows[name]["scores"].get(MAIN[one.rows[name]["task"]]) for one in (reference, scores)
+            },
         }
         for share, _, name in found[:count]
     ]
@@ -223,12 +223,3 @@ def _agreement(reference: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str
 
 def _main(shares: Mapping[str, float]) -> float:
     return shares.get("vIoU", next(iter(shares.values())))
-
-
-def _answer(row: Mapping[str, Any]) -> tuple[str, str]:
-    return ("failed", "") if "error" in row else ("answered", row["answer"])
-
-
-def _main_score(row: Mapping[str, Any]) -> float | None:
-    score: float | None = row["scores"].get({"tube": "vIoU", "track": "AO"}.get(row["task"], "IoU"))
-    return score

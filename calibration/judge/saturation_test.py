@@ -6,13 +6,13 @@ The matmuls are those of quantized graphs: Q/DQ around a MatMul, which onnxrunti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from bridge_stg.calibration.quantize.packing import INT8_LIMIT, REDUCED_LIMIT
-from bridge_stg.runtime.errors import EngineError
 
 ROWS, INNER, COLUMNS = (1, 33), (64, 1040), 48
 """One row has another kernel than many rows; 1040 is not a multiple of the larger vector tiles."""
@@ -56,53 +56,43 @@ def saturation_test(
     Args:
         multiply: multiplies int8 [M, K] with int8 [N, K], giving [M, N]; None: onnxruntime.
         limit: the largest magnitude of the weights: 127 for the test, 64 to check that the limit avoids saturation.
-
-    Raises:
-        EngineError: onnx or onnxruntime is missing.
     """
     matmul = multiply or multiply_in_onnxruntime
     worst, failed, cases = 0.0, [], 0
-    for rows in ROWS:
-        for inner in INNER:
-            for name, left, right in patterns(rows, inner, COLUMNS, limit):
-                exact = left.astype(np.int64) @ right.astype(np.int64).T
-                # Sums up to 2²⁴ are exact in float32; larger ones may be rounded in the last place.
-                allowed = np.maximum(np.abs(exact) * 2.0**-23, 0.01)
-                difference = np.abs(matmul(left, right).astype(np.float64) - exact)
-                cases += 1
-                worst = max(worst, float(difference.max()))
-                if (difference > allowed).any():
-                    failed.append(f"{name}, {rows} × {inner} × {COLUMNS}")
+    for rows, inner in itertools.product(ROWS, INNER):
+        for name, left, right in patterns(rows, inner, COLUMNS, limit):
+            exact = left.astype(np.int64) @ right.astype(np.int64).T
+            # Sums up to 2²⁴ are exact in float32; larger ones may be rounded in the last place.
+            allowed = np.maximum(np.abs(exact) * 2.0**-23, 0.01)
+            difference = np.abs(matmul(left, right).astype(np.float64) - exact)
+            cases += 1
+            worst = max(worst, float(difference.max()))
+            if (difference > allowed).any():
+                failed.append(f"{name}, {rows} × {inner} × {COLUMNS}")
     return SaturationTest(worst, cases, tuple(failed))
 
 
 def patterns(rows: int, inner: int, columns: int, limit: int = INT8_LIMIT) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Return named pairs of int8 activations [rows, inner] and weights [columns, inner] that are likely to saturate."""
     rng = np.random.default_rng(inner)
-    ones = np.ones((rows, inner), np.int8), np.ones((columns, inner), np.int8)
-    signs = rng.choice([-1, 1], (rows, inner)).astype(np.int8), rng.choice([-1, 1], (columns, inner)).astype(np.int8)
+    left, right = np.full((rows, inner), 127, np.int8), np.full((columns, inner), limit, np.int8)
     pairs = np.where(np.arange(inner) % 4 < 2, 1, -1).astype(np.int8)
+    signs = [rng.choice([-1, 1], side.shape).astype(np.int8) for side in (left, right)]
     return [
-        ("all at +127", ones[0] * np.int8(127), ones[1] * np.int8(limit)),
-        ("+127 times −127", ones[0] * np.int8(127), -ones[1] * np.int8(limit)),
-        ("−127 times +127", -ones[0] * np.int8(127), ones[1] * np.int8(limit)),
-        ("pairs of one sign", ones[0] * pairs * np.int8(127), ones[1] * pairs * np.int8(limit)),
-        ("random signs", signs[0] * np.int8(127), signs[1] * np.int8(limit)),
+        ("all at +127", left, right),
+        ("+127 times −127", left, -right),
+        ("−127 times +127", -left, right),
+        ("pairs of one sign", left * pairs, right * pairs),
+        ("random signs", left * signs[0], right * signs[1]),
     ]
 
 
 def multiply_in_onnxruntime(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Multiply int8 [M, K] with int8 [N, K] in onnxruntime, as a quantized graph does. Return float32 [M, N]."""
-    try:
-        import onnx
-        import onnxruntime
-        from onnx import numpy_helper
-    except ImportError as error:
-        raise EngineError(
-            "host.missing_package",
-            f"the self-test of INT8 matmuls needs onnx and onnxruntime ({error}). Install them: pip install "
-            '"bridge-stg[calibrate]"',
-        ) from error
+    import onnx
+    import onnxruntime
+    from onnx import numpy_helper
+
     columns, inner = right.shape
     model = onnx.parser.parse_model(
         f"""<ir_version: 10, opset_import: ["" : 21]>

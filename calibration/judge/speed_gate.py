@@ -56,7 +56,7 @@ class Gate:
         return self.forced or (self.faster and self.smaller)
 
     @property
-    def finding(self) -> str:
+    def sentence(self) -> str:
         """The measurement as a sentence."""
         times = f"{1e3 * self.int8_seconds:.1f} ms in INT8 against {1e3 * self.float_seconds:.1f} ms in float"
         sizes = f"{self.int8_bytes / 1e6:.2f} MB against {self.float_bytes / 1e6:.2f} MB"
@@ -69,8 +69,8 @@ class Gate:
     def why(self) -> str:
         """The measurement and its consequence as a sentence."""
         if self.faster and self.smaller:
-            return self.finding
-        return f"{self.finding}; {'it was requested anyway' if self.forced else 'the graph stays in float'}"
+            return self.sentence
+        return f"{self.sentence}; {'it was requested anyway' if self.forced else 'the graph stays in float'}"
 
 
 class TimedSession(SessionWrapper):

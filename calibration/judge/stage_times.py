@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.evaluation.media import video_input
-from bridge_stg.evaluation.run.evaluate import BUFFER_FRAMES
+from bridge_stg.evaluation.run.evaluate import ask
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
@@ -31,8 +31,10 @@ def stage_seconds(
         with contextlib.ExitStack() as stack:
             opened = {label: stack.enter_context(Grounder.load(bundles[label], **options)) for label in labels}
             for place, sample in enumerate(samples):
+                tube = dataclasses.replace(sample, task="tube")
                 try:
-                    found = {label: _timings(grounder, sample) for label, grounder in opened.items()}
+                    truth = tube.read_truth()
+                    found = {label: ask(g, tube, truth, allow_none=False).timings for label, g in opened.items()}
                 except BridgeError:
                     continue
                 clips += bool(place)
@@ -41,9 +43,3 @@ def stage_seconds(
                         taken[label].setdefault(stage, []).append(seconds)
     medians = {label: {stage: statistics.median(v) for stage, v in stages.items()} for label, stages in taken.items()}
     return {**medians, "clips": clips}
-
-
-def _timings(grounder: Grounder, sample: Sample) -> Mapping[str, float]:
-    video = video_input(sample)
-    options: dict[str, Any] = {} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}
-    return grounder.ground(video, sample.query, allow_none=False, **options).timings

@@ -30,22 +30,13 @@ def evaluate_in_subprocess(
     folder: Path,
     options: Mapping[str, Any],
 ) -> None:
-    """Write `folder`/samples/LABEL.jsonl with the first `limit` samples or all, and the peak memory into `PEAK`.
-
-    Raises:
-        BridgeError: the evaluation failed.
-        EngineError: the subprocess failed; see `run_in_subprocess`.
-    """
+    """Write `folder`/samples/LABEL.jsonl with the first `limit` samples or all, and the peak memory into `PEAK`."""
     job = {
         "bundle": str(bundle), "label": label, "samples": str(samples), "media": None if media is None else str(media),
         "ids": ids, "folder": str(folder), "limit": limit, "options": dict(options),
     }  # fmt: skip
-    run_in_subprocess(
-        "bridge_stg.calibration.judge.subprocess_judge:evaluate_job",
-        job,
-        purpose=f"evaluates {label}",
-        advice="Close other programs and run the same command again: it resumes at the next sample",
-    )
+    advice = "Close other programs and run the same command again: it resumes at the next sample"
+    run_in_subprocess(f"{__name__}:evaluate_job", job, purpose=f"evaluates {label}", advice=advice)
 
 
 def evaluate_job(job: Mapping[str, Any]) -> None:

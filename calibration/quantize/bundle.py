@@ -102,28 +102,21 @@ def _check(source: Bundle, recipe: Recipe, variants: Sequence[str] | None) -> li
     wanted = present if variants is None else list(dict.fromkeys(variants))
     for variant in wanted:
         if variant not in present or any(variant not in graphs for graphs in manifest.graphs.values()):
-            known = ", ".join(present)
-            raise BundleError(
-                "bundle.no_variant", f"{source.path}: not every graph has a variant {variant!r}; it has: {known}."
-            )
+            what = f"{source.path}: not every graph has a variant {variant!r}; known: {', '.join(present)}."
+            raise BundleError("bundle.no_variant", what)
     if not wanted:
         raise BundleError("bundle.no_variant", f"variants: found an empty list; choose from {', '.join(present)}.")
     for name in recipe.graphs:
         if name not in manifest.graphs:
-            known = ", ".join(manifest.graphs)
-            raise BundleError(
-                "bundle.no_graph", f"{source.path}: the recipe has a graph {name!r}; this bundle has: {known}."
-            )
+            what = f"{source.path}: the recipe has a graph {name!r}; this bundle has: {', '.join(manifest.graphs)}."
+            raise BundleError("bundle.no_graph", what)
         model = ir.load(source.graph_path(name, wanted[0]))
         entries: list[Matmul | Table] = [*find_matmuls(model, name), *find_tables(model, name)]
-        known_blocks = {entry.block for entry in entries}
+        blocks = sorted({entry.block for entry in entries})
         for block in recipe.of(name).keep_float:
-            if block not in known_blocks:
-                raise BridgeError(
-                    "calibration.unknown_block",
-                    f"block {block!r} is to stay in float, but graph {name} has no such block with matmuls; it has: "
-                    f"{', '.join(sorted(known_blocks))}.",
-                )
+            if block not in blocks:
+                what = f"block {block!r} is to stay in float, but the blocks of graph {name} are: {', '.join(blocks)}."
+                raise BridgeError("calibration.unknown_block", what)
     return wanted
 
 
@@ -131,11 +124,8 @@ def check_precision(source: Bundle) -> None:
     """Raise BundleError if a graph is neither fp32 nor fp16."""
     for graph in source.manifest.all_graphs():
         if graph.precision not in ("fp32", "fp16"):
-            raise BundleError(
-                "bundle.precision",
-                f"{source.path}: graph {graph} is {graph.precision}; expected a bundle that was exported with --dtype "
-                "fp32 or fp16.",
-            )
+            what = f"{source.path}: graph {graph} is {graph.precision}; expected a bundle in fp32 or fp16."
+            raise BundleError("bundle.precision", what)
 
 
 def _any_quantized(source: Bundle, graph: GraphSpec, recipe: GraphRecipe) -> bool:

@@ -60,11 +60,7 @@ class GraphQuantizer:
         self._copied: dict[tuple[Any, ...], ir.ExternalTensor] = {}
 
     def quantize(self, model: ir.Model) -> None:
-        """Quantize one float variant in place, except for keys and values.
-
-        Raises:
-            BridgeError: a matmul has no range, or a weight cannot be stored.
-        """
+        """Quantize one float variant in place, except for keys and values; see `quantize_bundle` for the errors."""
         matmuls, tables = find_matmuls(model, self._graph), find_tables(model, self._graph)
         forms, table_form = forms_of(self.recipe, matmuls, tables)
         factors = self._factors(model)
@@ -112,36 +108,24 @@ class GraphQuantizer:
             vector, k = np.asarray(vectors[0], np.float32), group.matmuls[0].k
             alike = len(vectors) == len(group.nodes) and all(np.array_equal(vector, other) for other in vectors)
             if not alike or vector.shape != (k,) or not (np.isfinite(vector).all() and (vector > 0).all()):
-                raise BridgeError(
-                    "calibration.bad_smoothing",
-                    f"smoothing of {', '.join(group.nodes)}: expected one vector of {k} positive numbers for all of "
-                    f"them, found {len(vectors)} of shape {list(vector.shape)}.",
-                )
+                found = f"{len(vectors)} vectors of shape {list(vector.shape)}; expected {k} positive numbers for all."
+                raise BridgeError("calibration.bad_smoothing", f"smoothing of {', '.join(group.nodes)}: found {found}")
             for matmul in group.matmuls:
                 columns[matmul.weight] = vector
             for name in group.divided:
                 rows[name] = 1 / vector
         if left:
-            raise BridgeError(
-                "calibration.bad_smoothing",
-                f"smoothing of {min(left)}: no node before it can be divided; leave it out.",
-            )
+            what = f"smoothing of {min(left)}: no node before it can be divided; leave it out."
+            raise BridgeError("calibration.bad_smoothing", what)
         return {name: Factors(columns.get(name), rows.get(name)) for name in {**columns, **rows}}
 
     def _scale(self, matmul: Matmul) -> float:
-        if matmul.node not in self.ranges:
-            raise BridgeError(
-                "calibration.missing_range",
-                f"{matmul.node}: its activation has no range; collect statistics of graph {matmul.graph} with the same "
-                "bundle first.",
-            )
-        scale = float(self.ranges[matmul.node].scale)
-        if not (np.isfinite(scale) and scale > 0):
-            raise BridgeError(
-                "calibration.missing_range",
-                f"{matmul.node}: its range has the scale {scale}; expected a positive number.",
-            )
-        return scale
+        found = self.ranges.get(matmul.node)
+        if found is None or not (np.isfinite(found.scale) and found.scale > 0):
+            problem = "has no range" if found is None else f"has the scale {found.scale}; expected a positive number"
+            what = f"{matmul.node}: its activation {problem}. Collect statistics with this bundle."
+            raise BridgeError("calibration.missing_range", what)
+        return float(found.scale)
 
     def _weight(self, edit: Edit, matmul: Matmul, form: str, factors: Factors) -> ir.Value:
         """Return a dequantized weight [K, N].
@@ -193,9 +177,7 @@ class GraphQuantizer:
             key = (*_place(tensor), *_bytes_of(source.factors))
             if key not in self._copied:
                 self._copied[key] = self._weights.write(name, tensor.dtype, source.shape, source.pieces())
-            written = self._copied[key]
-            place = int(written.offset or 0), int(written.length or 0)
-            value.const_value = self._weights.at(name, tensor.dtype, source.shape, place)
+            value.const_value = self._weights.again(self._copied[key], name)
 
 
 def forms_of(recipe: GraphRecipe, matmuls: list[Matmul], tables: list[Table]) -> tuple[dict[str, str], str]:

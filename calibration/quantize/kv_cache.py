@@ -18,23 +18,16 @@ from bridge_stg.runtime.errors import BridgeError
 
 
 def quantize_cache(model: ir.Model, spec: GraphSpec, ranges: Mapping[str, TensorRange]) -> GraphSpec:
-    """Quantize the cache of one variant in place, and return its spec with int8 buffers.
-
-    Raises:
-        BridgeError: the graph has no cache, or a buffer has no range.
-    """
+    """Quantize the cache of one variant in place, and return its spec with int8 buffers."""
     cache, graph = spec.cache, model.graph
-    if cache is None:
-        raise BridgeError("calibration.bad_recipe", f"{spec}: has no KV cache; leave int8 for the cache out.")
+    assert cache is not None
     edit = Edit(graph)
     inputs = {str(value.name): value for value in graph.inputs}
     outputs = {str(value.name): index for index, value in enumerate(graph.outputs)}
     for past, written in zip(cache.past_names, cache.written_names, strict=True):
         if past not in ranges:
-            raise BridgeError(
-                "calibration.missing_range",
-                f"{past} of {spec}: no range was found; collect statistics with the same bundle first.",
-            )
+            what = f"{past} of {spec} has no range; collect statistics with the same bundle first."
+            raise BridgeError("calibration.missing_range", what)
         scale, old, index = float(ranges[past].scale), inputs[past], outputs[written]
         new, dtype = graph.outputs[index], old.dtype
         assert dtype is not None

@@ -29,20 +29,14 @@ class MatmulWeights:
         return self._models[graph]
 
     def blocks(self, matmul: Matmul) -> Iterator[np.ndarray]:
-        """Yield a matmul's weight [N, K] as float32 [rows, K], a block of rows at a time.
-
-        Raises:
-            BundleError: the graph has no such weight, or one of another size.
-        """
+        """Yield a matmul's weight [N, K] as float32 [rows, K], a block of rows at a time. Raises BundleError."""
         value = self.model(matmul.graph).graph.initializers.get(matmul.weight)
         tensor = None if value is None else value.const_value
         shape = () if tensor is None else tuple(int(size) for size in tensor.shape)
         if tensor is None or shape not in ((matmul.n, matmul.k), (matmul.k, matmul.n)):
-            raise BundleError(
-                "bundle.weight",
-                f"{self._bundle.path}: the weight {matmul.weight!r} of graph {matmul.graph!r} is "
-                f"{'missing' if tensor is None else list(shape)}, expected [{matmul.n}, {matmul.k}]; export it again.",
-            )
+            found = "missing" if tensor is None else list(shape)
+            what = f"weight {matmul.weight!r} of graph {matmul.graph!r} is {found}, expected [{matmul.n}, {matmul.k}]"
+            raise BundleError("bundle.weight", f"{self._bundle.path}: the {what}; export it again.")
         if shape == (matmul.n, matmul.k):
             for _, block in StoredSource(tensor).rows():
                 yield block

@@ -64,11 +64,7 @@ class StoredSource:
         return tuple(int(size) for size in self.tensor.shape)
 
     def rows(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, float32 [rows, …]), a block of rows at a time.
-
-        Raises:
-            BridgeError: a value is not a finite number.
-        """
+        """Yield (first row, float32 [rows, …]), a block of rows at a time. Raises BridgeError for NaN and infinity."""
         dtype, factors = self.tensor.dtype.numpy(), self.factors
         for first, raw in self._blocks():
             block = raw.view(dtype).reshape(-1, *self.shape[1:]).astype(np.float32)
@@ -77,18 +73,12 @@ class StoredSource:
             if factors.rows is not None:
                 block *= factors.rows[first : first + len(block)].reshape(-1, *[1] * (block.ndim - 1))
             if not np.isfinite(block).all():
-                raise BridgeError(
-                    "calibration.not_finite",
-                    f"{self.tensor.name}: has values that are not finite numbers; export it again.",
-                )
+                what = f"{self.tensor.name}: has values that are not finite numbers; export it again."
+                raise BridgeError("calibration.not_finite", what)
             yield first, block
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the values in the tensor's own dtype.
-
-        Raises:
-            BridgeError: a multiplied value is outside the range of the dtype.
-        """
+        """Yield the values in the tensor's own dtype. Raises BridgeError if one is outside its range."""
         if self.factors.none:
             for _, raw in self._blocks():
                 yield raw.tobytes()
@@ -97,11 +87,8 @@ class StoredSource:
             with np.errstate(over="ignore"):
                 cast = block.astype(self.tensor.dtype.numpy())
             if not np.isfinite(cast.astype(np.float32)).all():
-                raise BridgeError(
-                    "calibration.not_finite",
-                    f"{self.tensor.name}: smoothing exceeds the range of {self.tensor.dtype}; calibrate with a smaller "
-                    "smoothing strength for its block (see the overrides file)",
-                )
+                what = f"smoothing exceeds the range of {self.tensor.dtype}; set a smaller strength in the overrides"
+                raise BridgeError("calibration.not_finite", f"{self.tensor.name}: {what}")
             yield cast.tobytes()
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -120,10 +107,8 @@ class StoredSource:
                 size = min(step, rows - first) * row_bytes
                 buffer = bytearray(size)
                 if file.readinto(buffer) != size:
-                    raise BridgeError(
-                        "bundle.truncated",
-                        f"{self.tensor.path}: ends in the middle of {self.tensor.name}; copy it again.",
-                    )
+                    what = f"{self.tensor.path}: ends in the middle of {self.tensor.name}; copy it again."
+                    raise BridgeError("bundle.truncated", what)
                 yield first, np.frombuffer(buffer, np.uint8)
 
 
@@ -179,25 +164,14 @@ class Int4Pieces:
 
 
 def int4_scales(values: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
-    """Return the scale with the least squared error of each block.
-
-    Args:
-        values: float32 [N, blocks, block_size].
-        dtype: dtype of stored scales.
-
-    Returns:
-        [N, blocks] of `dtype`.
-    """
+    """Return the scales [N, blocks] of `dtype` with the least squared error for float32 [N, blocks, block_size]."""
     largest = np.abs(values).max(-1)
-    best, least = storable(largest / INT4_DIVISORS[0], dtype), None
+    best, least = storable(largest / INT4_DIVISORS[0], dtype), np.float32(np.inf)
     for divisor in INT4_DIVISORS:
         scales = storable(largest / divisor, dtype)
         wide = scales.astype(np.float32)[..., None]
         errors = np.square(rounded(values, wide, INT4_LEAST, INT4_MOST) * wide - values).sum(-1)
-        if least is None:
-            best, least = scales, errors
-        else:
-            best, least = np.where(errors < least, scales, best), np.minimum(errors, least)
+        best, least = np.where(errors < least, scales, best), np.minimum(errors, least)
     return best
 
 

@@ -16,6 +16,7 @@ from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.overrides import Overrides
 from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows
+from bridge_stg.calibration.quantize.smoothing_groups import shared_activations
 from bridge_stg.export.graph.blocks import Matmul
 from bridge_stg.runtime.errors import BridgeError
 
@@ -73,9 +74,8 @@ def choose_ranges(
         BridgeError: the method is unknown, or the statistics are those of another model.
     """
     if method is not None and method not in CUT_OFFS:
-        raise BridgeError(
-            "calibration.bad_recipe", f"the method of ranges is {method!r}; expected one of: {', '.join(CUT_OFFS)}."
-        )
+        what = f"the method of ranges is {method!r}; expected one of: {', '.join(CUT_OFFS)}."
+        raise BridgeError("calibration.bad_recipe", what)
     groups = shared_activations(matmuls)
     found: dict[str, dict[str, TensorRange]] = {matmul.graph: {} for matmul in matmuls}
     caches = [(graph, name) for graph in found for name in statistics.caches(graph)]
@@ -99,14 +99,6 @@ def choose_ranges(
             found[graph][name] = range_of(rows, statistics.absmax(graph, name), method=method_of(name) or method)
     report("ranges", total, total)
     return found
-
-
-def shared_activations(matmuls: Iterable[Matmul]) -> list[list[Matmul]]:
-    """Return the matmuls in groups that read the same tensor, in their order."""
-    groups: dict[tuple[str, str], list[Matmul]] = {}
-    for matmul in matmuls:
-        groups.setdefault((matmul.graph, matmul.activation), []).append(matmul)
-    return list(groups.values())
 
 
 def range_of(

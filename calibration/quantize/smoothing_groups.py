@@ -6,6 +6,7 @@ a linear layer followed by an element-wise multiplication, produces X. In float,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -33,6 +34,14 @@ class SmoothingGroup:
         return tuple(matmul.node for matmul in self.matmuls)
 
 
+def shared_activations(matmuls: Iterable[Matmul]) -> list[list[Matmul]]:
+    """Return the matmuls in groups that read the same tensor, in their order."""
+    groups: dict[tuple[str, str], list[Matmul]] = {}
+    for matmul in matmuls:
+        groups.setdefault((matmul.graph, matmul.activation), []).append(matmul)
+    return list(groups.values())
+
+
 def smoothing_groups(model: ir.Model, graph: str) -> list[SmoothingGroup]:
     """Return the groups of a float graph that can be smoothed, in graph order; they are equal in every variant."""
     matmuls = find_matmuls(model, graph)
@@ -41,16 +50,12 @@ def smoothing_groups(model: ir.Model, graph: str) -> list[SmoothingGroup]:
     for matmul in matmuls:
         readers.setdefault(matmul.weight, set()).add(matmul.activation)
     own = {m.weight for m in matmuls if len(readers[m.weight]) == 1 and m.weight not in tables and m.form == FLOAT}
-    by_activation: dict[str, list[Matmul]] = {}
-    for matmul in matmuls:
-        by_activation.setdefault(matmul.activation, []).append(matmul)
     nodes = {str(node.name): node for node in model.graph}
     found = []
-    for group in by_activation.values():
+    for group in shared_activations(matmuls):
         value = nodes[group[0].node].inputs[0]
         assert value is not None
-        names = {matmul.node for matmul in group}
-        produced = _producer(value, names)
+        produced = _producer(value, {matmul.node for matmul in group})
         if produced is None or any(matmul.weight not in own for matmul in group):
             continue
         producer, divided = produced

@@ -100,10 +100,8 @@ def drift_rows(boundaries: Sequence[Boundary]) -> list[dict[str, Any]]:
     for boundary in boundaries:
         call, _, tensor = boundary.name.rpartition(".")
         graph = call.rpartition("/")[2].rpartition("_")[0]
-        row = worst.setdefault(
-            (graph, tensor),
-            {"graph": graph, "tensor": tensor, "cosine": 1.0, "max_abs": 0.0, "rel_l2": 0.0, "iou": None},
-        )
+        new = {"graph": graph, "tensor": tensor, "cosine": 1.0, "max_abs": 0.0, "rel_l2": 0.0, "iou": None}
+        row = worst.setdefault((graph, tensor), new)
         row["cosine"] = min(row["cosine"], boundary.cosine)
         for name in ("max_abs", "rel_l2"):
             row[name] = max(row[name], getattr(boundary, name))
@@ -120,7 +118,7 @@ def _graph_rows(
     for name, variants in bundle.manifest.graphs.items():
         gate, precision = gates.get(name), next(iter(variants.values())).precision
         if gate is not None and recipe.of(name).quantizes and not gate.open:  # two measurements of a noisy machine
-            why = f"{gate.finding}; it was faster when its gate was measured, so the difference is within noise"
+            why = f"{gate.sentence}; it was faster when its gate was measured, so the difference is within noise"
         elif gate is not None:
             why = gate.why
         else:
@@ -148,13 +146,8 @@ def _graph_rows(
 
 
 def _score_values(pair: ScorePair) -> dict[str, Any]:
-    before, after = pair
-    return {
-        "labelled": after.labelled,
-        "samples": after.samples,
-        "judgement": after.to_dict(),
-        "float": before.to_dict(),
-    }
+    before, after = (scores.to_dict() for scores in pair)
+    return {"labelled": after["labelled"], "samples": after["samples"], "judgement": after, "float": before}
 
 
 def _case_rows(pair: ScorePair, samples: CalibrationSet) -> list[dict[str, Any]]:
@@ -169,7 +162,6 @@ def _case_rows(pair: ScorePair, samples: CalibrationSet) -> list[dict[str, Any]]
             picture = case_picture(sample, {FLOAT: before.rows[sample.id], QUANTIZED: after.rows[sample.id]})
         except BridgeError as error:  # a video that cannot be read failed in both bundles too
             problem = str(error)
-        cases.append(
-            {**case, "query": sample.query, "media": sample.media_name, "picture": picture, "problem": problem}
-        )
+        about = {"query": sample.query, "media": sample.media_name, "picture": picture, "problem": problem}
+        cases.append({**case, **about})
     return cases

@@ -22,11 +22,7 @@ DECADES = 4
 
 
 def write_calibration_report(bundle_path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
-    """Write the values of `CalibrationResult.to_dict` into a bundle, each file atomically. Return the JSON file.
-
-    Raises:
-        BundleError: the folder cannot be written.
-    """
+    """Write the values of `CalibrationResult.to_dict` into a bundle, each file atomically. Return the JSON file."""
     return write_report(bundle_path, NAME, report_values(values), html_page(values))
 
 

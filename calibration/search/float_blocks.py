@@ -73,10 +73,9 @@ def rank_by_sensitivity(
 def choose_float_blocks(
     trials: RecipeTrials, recipe: Recipe, ranked: Sequence[Sensitivity], reference: Scores, options: Options
 ) -> tuple[Choice, list[dict[str, Any]]]:
-    """Find the fewest blocks in float that meet both limits. Return the choice, and every trial for the report.
+    """Find the fewest blocks in float that meet both limits; raise BridgeError if no trial does.
 
-    Raises:
-        BridgeError: no trial meets them.
+    Return the choice, and every trial for the report.
     """
     tried: list[dict[str, Any]] = []
 
@@ -91,11 +90,9 @@ def choose_float_blocks(
     choice = fewest_in_float([one.block for one in ranked], trial, limit=1.0, max_trials=options.max_trials)
     if not choice.within:
         best = next(one for one in tried if one["kept"] == list(choice.kept))
-        raise BridgeError(
-            "calibration.limit_exceeded",
-            f"none of {len(tried)} trials is within the limits of {options.max_drop:g} points and "
-            f"{options.max_changed:g} % of the answers: the best loses {best['drop']:.2f} points and changes "
-            f"{best['changed']:.1f} % of the answers. Raise --max-drop or --max-changed, give another --recipe, or "
-            "leave out --kv8",
-        )
+        limits = f"{options.max_drop:g} points and {options.max_changed:g} % of the answers"
+        found = f"the best loses {best['drop']:.2f} points and changes {best['changed']:.1f} % of the answers"
+        advice = "Raise --max-drop or --max-changed, give another --recipe, or leave out --kv8"
+        what = f"none of {len(tried)} trials is within {limits}: {found}. {advice}"
+        raise BridgeError("calibration.limit_exceeded", what)
     return choice, tried

@@ -67,10 +67,8 @@ class RecipeTrials:
         stage: str = "evaluating a quantized bundle",
     ) -> Scores:
         """Quantize with a recipe and score the answers on the samples `ids` or all; the bundle is removed again."""
-        chosen = None if ids is None else list(ids)
-        key = digest(
-            self.base, recipe.to_dict(), self.samples.digest, self.labelled, chosen, stop_above, dict(self.session)
-        )
+        session = dict(self.session)
+        key = digest(self.base, recipe.to_dict(), self.samples.digest, self.labelled, ids, stop_above, session)
         folder = self.work / "trials" / key
         score = partial(self.score, folder=folder, reference=reference, ids=ids, stop_above=stop_above, stage=stage)
         finished = folder / "trial.json"
@@ -107,17 +105,17 @@ class RecipeTrials:
         stage: str | None = None,
     ) -> Scores:
         """Score a bundle; a `Model` stands for one whose answers are all in `folder`."""
-        chosen, fill_rows = None if ids is None else list(ids), None
+        fill_rows = None
         if isinstance(bundle, Path) and self.in_subprocess:
             fill_rows = partial(
                 evaluate_in_subprocess, bundle=bundle, label=label, samples=self.samples.file, media=self.media,
-                ids=chosen, folder=folder, options=self.session,
+                ids=ids, folder=folder, options=self.session,
             )  # fmt: skip
         report = self.progress
         name = stage or f"evaluating the {label} bundle"
         return score_model(
             bundle if isinstance(bundle, Model) else bundle_model(bundle, label, **self.session),
-            self.samples.dataset.only(chosen),
+            self.samples.dataset.only(ids),
             folder=folder, reference=reference, labelled=self.labelled, stop_above=stop_above, fill_rows=fill_rows,
             progress=None if report is None else lambda _, done, total: report(name, done, total),
         )  # fmt: skip

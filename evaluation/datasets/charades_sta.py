@@ -20,11 +20,7 @@ from bridge_stg.evaluation.samples import Dataset, Sample, span_truth
 
 
 def read_charades_sta(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
-    """Return the sentences of an annotation file; the target is always present.
-
-    Raises:
-        AnnotationError: a line is not as published; the message names it.
-    """
+    """Return the sentences of an annotation file; the target is always present."""
     path, folder = annotations[0], MediaFolder(media)
     samples = []
     for where, line in numbered_lines(path):

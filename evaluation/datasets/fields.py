@@ -108,16 +108,7 @@ def join(where: str, field: str) -> str:
 
 
 def read_json_file(path: Path, kind: type, what: str) -> Any:
-    """Return the JSON document in a file, a list or dict.
-
-    Args:
-        path: the file.
-        kind: `list` or `dict`.
-        what: what the file should hold, for the error.
-
-    Raises:
-        AnnotationError: the file does not exist, is not JSON, or holds something else; the message names the line.
-    """
+    """Return the JSON document in a file, of the `kind` list or dict; `what` describes it in the AnnotationError."""
     try:
         values = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -130,11 +121,7 @@ def read_json_file(path: Path, kind: type, what: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, UTF-8 with or without a byte order mark.
-
-    Raises:
-        AnnotationError: the file does not exist, or is not text.
-    """
+    """Return the text of a file, UTF-8 with or without a byte order mark. Raises AnnotationError."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:

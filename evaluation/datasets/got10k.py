@@ -33,16 +33,11 @@ FRAME_RATE = 10.0
 
 
 def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
-    """Return the sequences of a split, `val` by default; `annotations` is the root that holds train, val and test.
-
-    Raises:
-        AnnotationError: a file or line is not as published.
-    """
+    """Return the sequences of a split, `val` by default; `annotations` is the root that holds train, val and test."""
     root, split = annotations[0], split or "val"
     if split not in SPLITS:
-        raise AnnotationError(
-            "annotation.unknown_split", f"got-10k has no split {split!r}; it has: {', '.join(SPLITS)}."
-        )
+        known = ", ".join(SPLITS)
+        raise AnnotationError("annotation.unknown_split", f"got-10k has no split {split!r}; it has: {known}.")
     samples, files = [], [root / split / "list.txt"]
     for where, line in numbered_lines(root / split / "list.txt"):
         name = line.strip()
@@ -123,10 +118,7 @@ def write_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> int:
     """Write a tracker's boxes in the server's layout: `NAME/NAME_001.txt` and `NAME/NAME_time.txt`.
 
     A line is x,y,width,height with three decimals; the times file has seconds per frame with eight. Zip the folder's
-    contents to submit them. Rows without boxes (failed samples) are omitted.
-
-    Returns:
-        The number of sequences that were written.
+    contents to submit them. Rows without boxes (failed samples) are omitted. Return the number of written sequences.
     """
     written = 0
     for row in rows:

@@ -56,13 +56,12 @@ def _read(
 
 
 def _check(record: Record, name: str) -> None:
-    mine, other, rest = ("caption", "English", "hc-stvg-v2") if name == "hc-stvg-v1" else (
-        "English", "caption", "hc-stvg-v1")  # fmt: skip
+    fields = {"hc-stvg-v1": "caption", "hc-stvg-v2": "English"}
+    mine = fields.pop(name)
+    ((rest, other),) = fields.items()
     if mine not in record.values and other in record.values:
-        raise AnnotationError(
-            "annotation.wrong_version",
-            f"{record.where}: has {other!r} where {name} has {mine!r}: this is the other version. Evaluate {rest}.",
-        )
+        what = f"{record.where}: has {other!r} where {name} has {mine!r}: this is the other version. Evaluate {rest}."
+        raise AnnotationError("annotation.wrong_version", what)
     record.whole("img_num", least=1)
     record.whole("st_frame", least=1)
     for i, box in enumerate(record.items("bbox")):

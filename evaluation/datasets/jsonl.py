@@ -61,11 +61,7 @@ class Annotation:
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """Read a file of annotations.
-
-    Raises:
-        AnnotationError: the message names file, line and field.
-    """
+    """Read a file of annotations. Raises AnnotationError, which names file, line and field."""
     found = [annotation_from(record) for record in json_lines(path)]
     if not found:
         raise AnnotationError("annotation.empty", f"{path} has no lines; expected one object per line.")

@@ -41,9 +41,6 @@ def read_refcoco(
         media: the folder of COCO's train2014 images.
         split: name of the split; val if None.
         name: name of the dataset: the three differ in their files, not in their format.
-
-    Raises:
-        AnnotationError: a file or field is not as published, or the split does not exist.
     """
     refs_path, instances_path = _files(annotations)
     split, folder = split or "val", MediaFolder(media)
@@ -73,11 +70,8 @@ def read_refcoco(
             for sentence in record.children("sentences")
         ]
     if not samples:
-        known = ", ".join(sorted(splits)) or "none"
-        raise AnnotationError(
-            "annotation.unknown_split",
-            f"{refs_path}: has no split {split!r}; it has: {known}. Give one of them with --split.",
-        )
+        what = f"{refs_path}: has no split {split!r}; give one of these with --split: {', '.join(sorted(splits))}."
+        raise AnnotationError("annotation.unknown_split", what)
     return Dataset(name, split, tuple(samples), digest(refs_path, instances_path))
 
 
@@ -91,17 +85,11 @@ def _files(annotations: Sequence[Path]) -> tuple[Path, Path]:
         *refs, instances = sorted(annotations, key=lambda path: path.name.startswith("instances"))
     if len(refs) != 1:
         found = ", ".join(path.name for path in refs) or "none"
-        raise AnnotationError(
-            "annotation.wrong_files",
-            "referring expressions take two --annotations, the refs as JSON and instances.json, or the folder of both; "
-            f"found these refs: {found}.",
-        )
+        what = f"expected the refs as JSON and instances.json, or the folder of both; found these refs: {found}."
+        raise AnnotationError("annotation.wrong_files", what)
     if refs[0].suffix in (".p", ".pkl", ".pickle"):
-        raise AnnotationError(
-            "annotation.unsafe_pickle",
-            f"{refs[0]} is a pickle, which is not read here. Convert it once: "
-            f"python cli.py convert-refs '{refs[0]}' '{refs[0].with_suffix('.json')}'",
-        )
+        command = f"python cli.py convert-refs '{refs[0]}' '{refs[0].with_suffix('.json')}'"
+        raise AnnotationError("annotation.unsafe_pickle", f"{refs[0]} is a pickle. Convert it once: {command}")
     return refs[0], instances
 
 
@@ -112,11 +100,8 @@ def _identity(truth: Truth) -> Truth:
 def _looked_up(record: Record, field: str, known: Mapping[int, Record]) -> Record:
     key = record.whole(field)
     if key not in known:
-        raise AnnotationError(
-            "annotation.mismatch",
-            f"{record.where}: the field {field!r} is {key}, which is not in instances.json; expected both files of the "
-            "same dataset (RefCOCO, RefCOCO+ and RefCOCOg each have their own).",
-        )
+        what = f"the field {field!r} is {key}, which is not in instances.json; give both files of the same dataset."
+        raise AnnotationError("annotation.mismatch", f"{record.where}: {what}")
     return known[key]
 
 
@@ -133,11 +118,7 @@ class _PlainUnpickler(pickle._Unpickler):  # noqa: SLF001 - in Python, its memo 
 
 
 def convert_refs(pickle_file: Path, out: Path) -> int:
-    """Write the refs of a pickle as JSON and return their number.
-
-    Raises:
-        AnnotationError: the file is not a complete pickle, holds anything but plain values, or is not a list of refs.
-    """
+    """Write the refs of a pickle as JSON and return their number. Raises AnnotationError for all but plain values."""
     # Texts of Python 2 are bytes: UTF-8, and Latin-1 where they are not.
     codecs.register_error("latin-1", _read_latin_1)
     try:
@@ -148,9 +129,8 @@ def convert_refs(pickle_file: Path, out: Path) -> int:
     try:
         refs = _PlainUnpickler(io.BytesIO(data), encoding="utf-8", errors="latin-1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) and "sentences" in ref for ref in refs):
-            raise AnnotationError(
-                "annotation.bad_file", f"{pickle_file}: holds no list of refs; expected a file such as refs(unc).p."
-            )
+            what = f"{pickle_file}: holds no list of refs; expected a file such as refs(unc).p."
+            raise AnnotationError("annotation.bad_file", what)
         with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
             size = 0
             for chunk in json.JSONEncoder(ensure_ascii=False).iterencode(refs):
@@ -159,9 +139,6 @@ def convert_refs(pickle_file: Path, out: Path) -> int:
                     raise ValueError("its values repeat each other without end")
     except (pickle.UnpicklingError, ArithmeticError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
             ValueError, AttributeError) as error:  # fmt: skip
-        raise AnnotationError(
-            "annotation.unsafe_pickle",
-            f"{pickle_file}: is not a complete pickle of lists, dictionaries, texts and numbers ({error}). Do not load "
-            "it; fetch it again from its publisher.",
-        ) from None
+        what = f"{pickle_file}: is not a complete pickle of plain values ({error}). Fetch it again from its publisher."
+        raise AnnotationError("annotation.unsafe_pickle", what) from None
     return len(refs)

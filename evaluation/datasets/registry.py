@@ -66,9 +66,8 @@ def read_dataset(
         AnnotationError: a file, line or field is not as published, or the split is unknown.
     """
     if name not in DATASETS:
-        raise AnnotationError(
-            "annotation.unknown_dataset", f"the dataset {name!r} is unknown; known: {', '.join(DATASETS)}."
-        )
+        what = f"the dataset {name!r} is unknown; known: {', '.join(DATASETS)}."
+        raise AnnotationError("annotation.unknown_dataset", what)
     entry = DATASETS[name]
     if not annotations:
         raise AnnotationError("annotation.wrong_files", f"{name} takes --annotations: {entry.annotations}.")
@@ -77,10 +76,8 @@ def read_dataset(
         raise AnnotationError("annotation.unknown_split", f"{name} has no split {split!r}; it {known}.")
     for path in annotations:
         if not path.exists():
-            raise AnnotationError(
-                "annotation.not_found",
-                f"{path}: no such file or folder; {name} takes --annotations: {entry.annotations}.",
-            )
+            what = f"{path}: no such file or folder; {name} takes --annotations: {entry.annotations}."
+            raise AnnotationError("annotation.not_found", what)
     if media is None:
         media = annotations[0] if annotations[0].is_dir() else annotations[0].parent
     name, _, function = entry.reader.partition(":")

@@ -28,19 +28,12 @@ GROUPS = {"captions": "declarative", "questions": "interrogative"}
 
 
 def read_vidstg(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
-    """Return the sentences of an annotation file; `annotations` are that file and the folder of VidOR's annotations.
-
-    Raises:
-        AnnotationError: a file or field is not as published, or a video's VidOR annotation is missing.
-    """
+    """Return the sentences of an annotation file; `annotations` are that file and the folder of VidOR's annotations."""
     files = [path for path in annotations if not path.is_dir()]
     folders = [path for path in annotations if path.is_dir()]
     if len(files) != 1 or len(folders) != 1:
-        raise AnnotationError(
-            "annotation.wrong_files",
-            f"vidstg takes two --annotations, a file like test_annotations.json and the folder of VidOR's annotations; "
-            f"found {len(files)} files and {len(folders)} folders.",
-        )
+        what = "vidstg takes two --annotations, test_annotations.json and the folder of VidOR's annotations"
+        raise AnnotationError("annotation.wrong_files", f"{what}; found {len(files)} files, {len(folders)} folders.")
     path, folder = files[0], MediaFolder(media)
     trajectories = {file.stem: file for file in sorted(folders[0].rglob("*.json"))}
     values = read_json_file(path, list, "the annotations of VidSTG")
@@ -49,11 +42,8 @@ def read_vidstg(annotations: Sequence[Path], media: Path, *, split: str | None =
     for index, record in enumerate(records(f"{path}: ", values)):
         video = record.name("vid")
         if video not in trajectories:
-            raise AnnotationError(
-                "annotation.not_found",
-                f"{folders[0]} has no {video}.json, which {record.where} needs for its boxes. Download VidOR's "
-                "annotations of the same split, and give the folder that holds them.",
-            )
+            what = f"{folders[0]} has no {video}.json, which {record.where} needs; download VidOR's same split."
+            raise AnnotationError("annotation.not_found", what)
         used[video] = trajectories[video]
         samples += _sentences(record, index, video, used[video], folder)
     if not samples:
@@ -99,11 +89,8 @@ def _truth(
     known = trajectories_of(file).get(target, {})
     annotated = np.asarray([frame for frame in range(*tube) if frame in known])
     if not len(annotated):
-        raise AnnotationError(
-            "annotation.mismatch",
-            f"{file}: trajectories hold no box of tid {target} in the frames {tube[0]} to {tube[1] - 1}, which the "
-            "VidSTG annotation needs. Fetch both from their publishers, in the same release.",
-        )
+        what = f"{file}: trajectories hold no box of tid {target} in the frames {tube[0]} to {tube[1] - 1}"
+        raise AnnotationError("annotation.mismatch", f"{what}; fetch it and VidSTG in the same release.")
     frames = np.arange(clip[0], max(clip[1], tube[1]))
     inside = (frames >= tube[0]) & (frames < tube[1])
     sides = np.asarray([known[frame] for frame in annotated], np.float64)

@@ -28,15 +28,10 @@ def colour_of(place: int) -> Colour:
 
 
 def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Return a PNG of a sample and its answers.
-
-    Args:
-        sample: the sample.
-        rows: its result rows, by model in the order of the report.
+    """Return a PNG of a sample and its answers: result rows by model, in the order of the report.
 
     Raises:
-        VideoError: the medium cannot be read.
-        AnnotationError: the truth is not as published.
+        BridgeError: the medium cannot be read, or the truth is not as published.
     """
     truth, image = sample.read_truth(), sample.task == "image"
     predictions = [row.get("prediction") or {} for row in rows.values()]

@@ -56,7 +56,10 @@ def report_values(evaluation: Evaluation) -> dict[str, Any]:
         "figures": evaluation.metrics,
         "differences": {label: _differences(rows, label) for label in list(rows)[1:]},
         "scores": {label: _histogram(_main_scores(found), 0.0, 1.0) for label, found in rows.items()},
-        "failed": {label: _failed(found) for label, found in rows.items()},
+        "failed": {
+            label: [{"id": name, "error": row["error"]} for name, row in found.items() if "error" in row]
+            for label, found in rows.items()
+        },
         "seconds_median": {
             label: float(np.median([row["seconds"] for row in found.values()])) if found else None
             for label, found in rows.items()
@@ -112,10 +115,6 @@ def _histogram(scores: Mapping[str, float], low: float, high: float) -> dict[str
     bins = BINS if low == 0 else 2 * BINS + 1  # an odd number, so that "no difference" is one bin
     counts, edges = np.histogram(np.clip(list(scores.values()), low, high), bins=bins, range=(low, high))
     return {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()}
-
-
-def _failed(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    return [{"id": name, "error": row["error"]} for name, row in rows.items() if "error" in row]
 
 
 def _worst(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:

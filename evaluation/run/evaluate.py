@@ -66,12 +66,7 @@ class Evaluation:
 def bundle_model(
     path: Path, label: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None
 ) -> Model:
-    """Return a bundle as a model, identified by its fingerprint, backend and variants.
-
-    Raises:
-        BundleError: the folder is not a bundle, or is damaged.
-        EngineError: no backend here can run it.
-    """
+    """Return a bundle as a model, identified by its fingerprint, backend and variants."""
     bundle = Bundle.load(path)
     chosen = choose(bundle, backend=backend, variant=variant)
     identity = {
@@ -107,11 +102,8 @@ def evaluate(
     samples = dataset.chosen(limit=limit)
     missing = [sample for sample in samples if sample.media is None]
     if len(missing) == len(samples):
-        raise BridgeError(
-            "evaluation.no_media",
-            f"none of the {len(samples)} media of {dataset.name} was found; the first is {missing[0].media_name!r}. "
-            "Give the folder that holds them with --media.",
-        )
+        what = f"none of the {len(samples)} media of {dataset.name} was found, the first is {missing[0].media_name!r}"
+        raise BridgeError("evaluation.no_media", f"{what}. Give the folder that holds them with --media.")
     todo = [sample for sample in dataset.chosen(limit=limit, shard=shard) if sample.media is not None]
     places = {sample.id: place for place, sample in enumerate(dataset.samples)}
     answer_sample = partial(answer, allow_none=dataset.allow_none)
@@ -198,10 +190,9 @@ def ask(grounder: Any, sample: Sample, truth: Truth, *, allow_none: bool) -> Gro
     """Call the method of a sample's task: `ground`, `span`, `locate` or `track`."""
     video = video_input(sample)
     options = {} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}
-    if sample.task == "tube":
-        result: Grounding = grounder.ground(video, sample.query, allow_none=allow_none, **options)
-    elif sample.task == "span":
-        result = grounder.span(video, sample.query, allow_none=allow_none, **options)
+    if sample.task in ("tube", "span"):
+        method = grounder.ground if sample.task == "tube" else grounder.span
+        result: Grounding = method(video, sample.query, allow_none=allow_none, **options)
     elif sample.task == "image":
         result = grounder.locate(video, sample.query)
     else:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bridge_stg.runtime.errors import BridgeError
 
-EXECUTORS: Mapping[str, str] = {"local": "executor:local_executor", "ray": "ray_executor:ray_executor"}
-"""Name of an executor → its module in this folder and the function that opens it."""
 Opener = Callable[[], AbstractContextManager[Any]]
 """Opens a model; the value of the context is the first argument of the function that answers units."""
 Answers = Generator[tuple[int, Any], None, None]
@@ -55,22 +52,13 @@ class LocalExecutor:
                 yield place, answer(model, unit)
 
 
-def local_executor(*, workers: int | None, threads: int | None) -> AbstractContextManager[Executor]:
-    """Return the executor that runs units in this process."""
-    if workers is not None:
-        raise BridgeError(
-            "options.conflict", "--workers was given, but the executor 'local' has one; add --executor ray."
-        )
-    return contextlib.nullcontext(LocalExecutor(threads))
-
-
 def open_executor(
     name: str, *, workers: int | None = None, threads: int | None = None
 ) -> AbstractContextManager[Executor]:
     """Return a context manager of an executor; leaving it ends the executor's processes.
 
     Args:
-        name: one of `EXECUTORS`.
+        name: `local` or `ray`.
         workers: number of models that `ray` loads; the local executor has one.
         threads: CPU threads of each model; None: the executor divides those of the machine.
 
@@ -78,9 +66,12 @@ def open_executor(
         BridgeError: the executor is unknown, or `workers` was given to `local`.
         ImportError: the executor's package is missing.
     """
-    if name not in EXECUTORS:
-        raise BridgeError("options.invalid", f"the executor {name!r} is unknown; known: {', '.join(EXECUTORS)}.")
-    file, _, function = EXECUTORS[name].partition(":")
-    module = importlib.import_module(f"bridge_stg.evaluation.run.{file}")
-    opener: Callable[..., AbstractContextManager[Executor]] = getattr(module, function)
-    return opener(workers=workers, threads=threads)
+    if name == "ray":
+        from bridge_stg.evaluation.run.ray_executor import ray_executor
+
+        return ray_executor(workers=workers, threads=threads)
+    if name != "local":
+        raise BridgeError("options.invalid", f"the executor {name!r} is unknown; known: local, ray.")
+    if workers is not None:
+        raise BridgeError("options.conflict", "--workers was given, but 'local' has one; add --executor ray.")
+    return contextlib.nullcontext(LocalExecutor(threads))

@@ -69,8 +69,7 @@ def infer_many(
         import pyarrow.parquet  # noqa: F401 - a missing package fails now, not after the work
 
         if out.exists() and not overwrite:
-            message = f"{out} already exists. Give --overwrite to replace it, or another --out."
-            raise BridgeError("output.exists", message)
+            raise BridgeError("output.exists", f"{out} exists. Give --overwrite to replace it, or another --out.")
     lines = out.with_name(f"{out.name}.partial.jsonl") if parquet else out
     options: dict[str, Any] = {"task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens}
     report = progress or (lambda label, done, total: None)
@@ -112,11 +111,7 @@ def units_of(queries: Iterable[Query]) -> list[list[Query]]:
 def answer_unit(
     grounder: Any, queries: Sequence[Query], *, task: str, allow_none: bool, max_visual_tokens: int | None
 ) -> list[dict[str, Any]]:
-    """Answer the queries of one video and return a row per query.
-
-    Raises:
-        ImportError: a package is missing, which would fail every query.
-    """
+    """Answer the queries of one video and return a row per query. A missing package, which fails all, is raised."""
     try:
         if queries[0].media is None:
             raise VideoError("video.not_found", f"{queries[0].video}: was not found in the folder of media")
@@ -156,9 +151,7 @@ def _is_left(query: Query, results: ResultFile, retry_failed: bool) -> bool:
     if row is None:
         return True
     if (row["video"], row["query"]) != (query.video, query.text):
-        raise BridgeError(
-            "evaluation.other_results",
-            f"{results.path} has another query with the id {query.id!r}: {row['query']!r} in {row['video']}, now it is "
-            f"{query.text!r} in {query.video}. {START_AGAIN}",
-        )
+        found, now = f"{row['query']!r} in {row['video']}", f"{query.text!r} in {query.video}"
+        what = f"{results.path} has another query with the id {query.id!r}: {found}, now it is {now}. {START_AGAIN}"
+        raise BridgeError("evaluation.other_results", what)
     return retry_failed and "error" in row

@@ -42,10 +42,7 @@ def answer_schema() -> Any:
 def write_parquet(lines: Path, ids: Sequence[str], out: Path) -> None:
     """Write the rows with these ids, in this order, as a complete file or not at all.
 
-    Args:
-        lines: JSON lines after a first line with other content; if two rows have one id, the last counts.
-        ids: ids of rows in it.
-        out: the file to write.
+    `lines` has them as JSON lines after a header; if two rows have one id, the last counts.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -54,11 +55,9 @@ def read_queries(
         queries = _folder_queries(table, media, texts, IMAGES if images else VIDEOS)
     else:
         queries = _table_queries(table, media, texts)
-    seen: set[str] = set()
-    for query in queries:
-        if query.id in seen:
-            raise fault(table, f"has the id {query.id!r} twice; expected each once", code="annotation.duplicate_id")
-        seen.add(query.id)
+    (most, count), *_ = Counter(query.id for query in queries).most_common(1)
+    if count > 1:
+        raise fault(table, f"has the id {most!r} {count} times; expected each once", code="annotation.duplicate_id")
     return queries
 
 
@@ -80,18 +79,13 @@ def _folder_queries(folder: Path, media: Path | None, texts: Sequence[str], suff
 def _table_queries(table: Path, media: Path | None, texts: Sequence[str]) -> list[Query]:
     readers = {".jsonl": json_lines, ".csv": _csv_lines}
     if not table.exists():
-        raise AnnotationError(
-            "annotation.not_found",
-            f"{table}: no such file or folder; expected a table (.jsonl, .csv) or a folder of videos.",
-        )
+        what = f"{table}: no such file or folder; expected a table (.jsonl, .csv) or a folder of videos."
+        raise AnnotationError("annotation.not_found", what)
     if table.suffix.lower() not in readers:
-        raise AnnotationError(
-            "annotation.bad_file", f"{table} is not a table; expected {' or '.join(readers)}, or a folder."
-        )
+        what = f"{table} is not a table; expected {' or '.join(readers)}, or a folder."
+        raise AnnotationError("annotation.bad_file", what)
     if texts:
-        raise BridgeError(
-            "options.conflict", f"{table} has a query in every line; leave out --query, which is for folders of videos."
-        )
+        raise BridgeError("options.conflict", f"{table} has a query in every line; leave out --query.")
     folder = MediaFolder(media or table.parent)
     queries = []
     for index, record in enumerate(readers[table.suffix.lower()](table)):

@@ -43,11 +43,7 @@ class RayExecutor:
     resources: dict[str, float]
 
     def answers(self, open_model: Opener, answer: Callable[[Any, Any], Any], units: Sequence[Any]) -> Answers:
-        """Yield the results; see `bridge_stg.evaluation.run.executor.Executor.answers`.
-
-        Raises:
-            EngineError: the processes that load the model die, or Ray fails.
-        """
+        """Yield the results; see `Executor.answers`. Raises EngineError if the processes that load the model die."""
         import ray
         import ray.data
         from ray import cloudpickle
@@ -199,11 +195,8 @@ class Answering:
         if self._model is None:
             started, opened = ray.get(self._ledger.opening.remote())
             if not opened and started > ATTEMPTS * self._job.workers:
-                raise EngineError(
-                    "evaluation.worker_died",
-                    f"{started - 1} worker processes died while they loaded the model, perhaps for lack of memory. "
-                    "Give fewer --workers, or try --executor local.",
-                )
+                what = f"{started - 1} worker processes died while they loaded the model, perhaps for lack of memory"
+                raise EngineError("evaluation.worker_died", f"{what}; give fewer --workers.")
             self._model = self._open.enter_context(self._job.open_model())
             ray.get(self._ledger.opened.remote())
         if ray.get(self._ledger.start.remote(place)) > ATTEMPTS:

@@ -95,11 +95,7 @@ class ResultFile:
 
 
 def read_results(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the rows of a file that another process may be writing.
-
-    Raises:
-        BridgeError: it has results of something else, or is damaged.
-    """
+    """Return the rows of a file that another process may be writing; see `ResultFile` for the errors."""
     header, rows, _ = _parsed(path.read_bytes(), path)
     if header is not None:
         check_identity(path, header, identity)
@@ -107,19 +103,13 @@ def read_results(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Compare the first line of a file with the identity of this run.
-
-    Raises:
-        BridgeError: they differ; the message names the first difference.
-    """
+    """Raise BridgeError if the first line of a file differs from the identity of this run."""
     expected: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **identity}))
     for name, wanted in flat(expected).items():
         found = flat(header).get(name)
         if found != wanted:
-            raise BridgeError(
-                "evaluation.other_results",
-                f"{path} has results of something else: its {name} is {found!r}, now it is {wanted!r}. {START_AGAIN}",
-            )
+            what = f"{path} has results of something else: its {name} is {found!r}, now it is {wanted!r}. {START_AGAIN}"
+            raise BridgeError("evaluation.other_results", what)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

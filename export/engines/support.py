@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bridge_stg.runtime.errors import EngineError
 
-TARGETS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt-10", "tensorrt-11", "tensorrt-rtx")
+BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt-10", "tensorrt-11", "tensorrt-rtx")
 RECIPES = ("w8a8", "w8", "w4", "kv8")
 VARIANTS = ("standard", "primitive", "ort-cpu")
 DTYPES = ("fp32", "fp16")
@@ -97,7 +97,7 @@ TABLE: tuple[Support, ...] = (
 
 def support(target: str, recipe: str, variant: str = "standard", dtype: str = "fp32") -> Support:
     """Return the row of a target, recipe, variant and dtype of floats; raise EngineError if a name is unknown."""
-    names = {"target": (target, TARGETS), "recipe": (recipe, RECIPES), "variant": (variant, VARIANTS),
+    names = {"target": (target, BACKENDS), "recipe": (recipe, RECIPES), "variant": (variant, VARIANTS),
              "dtype": (dtype, DTYPES)}  # fmt: skip
     for name, (value, known) in names.items():
         if value not in known:

@@ -51,7 +51,7 @@ def test_a_graph_that_does_not_stays_in_float(seconds: float, size: int, faster:
 
 def test_recorded_calls_of_a_bundle_replay_exactly_in_itself(exported: Bundle, inputs: Path, tmp_path: Path) -> None:
     samples = read_samples(write_samples(inputs)).dataset.samples[:3]
-    cases = record(exported, samples, tmp_path / "cases", allow_none=False, options=OPTIONS)
+    cases = record(exported, samples, tmp_path / "cases", options=OPTIONS)
     assert len(cases) == 3
     before = [path.stat().st_mtime_ns for path in cases]
     assert [p.stat().st_mtime_ns for p in record(exported, [], tmp_path / "cases", options=OPTIONS)] == before
@@ -71,7 +71,7 @@ def test_recorded_calls_of_a_bundle_replay_exactly_in_itself(exported: Bundle, i
 def test_samples_that_fail_are_left_out(exported: Bundle, inputs: Path, tmp_path: Path) -> None:
     samples = list(read_samples(write_samples(inputs)).dataset.samples[:2])
     (inputs / "a.mp4").write_bytes(b"no video")
-    assert len(record(exported, samples, tmp_path / "cases", allow_none=False, options=OPTIONS)) == 1
+    assert len(record(exported, samples, tmp_path / "cases", options=OPTIONS)) == 1
     with raises("calibration.all_samples_failed", 1):
         record(exported, samples[:1], tmp_path / "others", options=OPTIONS)
     assert not (tmp_path / "others").exists()

@@ -9,12 +9,12 @@ import onnx
 import pytest
 
 from bridge_stg.export.engines.support import (
+    BACKENDS,
     DTYPES,
     FALLS_BACK,
     NATIVE,
     RECIPES,
     TABLE,
-    TARGETS,
     UNSUPPORTED,
     VARIANTS,
     require,
@@ -30,7 +30,7 @@ CHECKED = [(v, d) for v in ("standard", "primitive") for d in DTYPES]
 
 
 def test_exactly_one_row_applies_to_every_combination() -> None:
-    for combination in itertools.product(TARGETS, RECIPES, VARIANTS, DTYPES):
+    for combination in itertools.product(BACKENDS, RECIPES, VARIANTS, DTYPES):
         assert sum(row.applies_to(*combination) for row in TABLE) == 1, combination
     assert all(row.evidence and row.checked in ("run", "compiled", "documentation") for row in TABLE)
 
