@@ -16,8 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from bridge_stg.calibration.quantize.smoothing_groups import shared_activations
-from bridge_stg.export.graph.blocks import find_matmuls
+from bridge_stg.export.graph.blocks import find_matmuls, shared_activations
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec, TensorSpec

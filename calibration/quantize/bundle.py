@@ -124,7 +124,7 @@ def check_precision(source: Bundle) -> None:
     """Raise BundleError if a graph is neither fp32 nor fp16."""
     for graph in source.manifest.all_graphs():
         if graph.precision not in ("fp32", "fp16"):
-            what = f"{source.path}: graph {graph} is {graph.precision}; expected a bundle in fp32 or fp16."
+            what = f"{source.path}: graph {graph} is {graph.precision}; expected one of --dtype fp32 or fp16."
             raise BundleError("bundle.precision", what)
 
 

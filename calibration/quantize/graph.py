@@ -108,8 +108,8 @@ class GraphQuantizer:
             vector, k = np.asarray(vectors[0], np.float32), group.matmuls[0].k
             alike = len(vectors) == len(group.nodes) and all(np.array_equal(vector, other) for other in vectors)
             if not alike or vector.shape != (k,) or not (np.isfinite(vector).all() and (vector > 0).all()):
-                found = f"{len(vectors)} vectors of shape {list(vector.shape)}; expected {k} positive numbers for all."
-                raise BridgeError("calibration.bad_smoothing", f"smoothing of {', '.join(group.nodes)}: found {found}")
+                found = f"found {len(vectors)} of shape {list(vector.shape)}; expected one, of {k} positive numbers"
+                raise BridgeError("calibration.bad_smoothing", f"smoothing of {', '.join(group.nodes)}: {found}.")
             for matmul in group.matmuls:
                 columns[matmul.weight] = vector
             for name in group.divided:

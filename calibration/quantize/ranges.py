@@ -16,8 +16,7 @@ from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.overrides import Overrides
 from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows
-from bridge_stg.calibration.quantize.smoothing_groups import shared_activations
-from bridge_stg.export.graph.blocks import Matmul
+from bridge_stg.export.graph.blocks import Matmul, shared_activations
 from bridge_stg.runtime.errors import BridgeError
 
 PERCENTILE = 99.99

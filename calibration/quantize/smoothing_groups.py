@@ -6,12 +6,11 @@ a linear layer followed by an element-wise multiplication, produces X. In float,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from bridge_stg.export.graph.blocks import FLOAT, Matmul, find_matmuls, find_tables, stored_weight
+from bridge_stg.export.graph.blocks import FLOAT, Matmul, find_matmuls, find_tables, shared_activations, stored_weight
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,6 @@ class SmoothingGroup:
     def nodes(self) -> tuple[str, ...]:
         """The matmuls' nodes."""
         return tuple(matmul.node for matmul in self.matmuls)
-
-
-def shared_activations(matmuls: Iterable[Matmul]) -> list[list[Matmul]]:
-    """Return the matmuls in groups that read the same tensor, in their order."""
-    groups: dict[tuple[str, str], list[Matmul]] = {}
-    for matmul in matmuls:
-        groups.setdefault((matmul.graph, matmul.activation), []).append(matmul)
-    return list(groups.values())
 
 
 def smoothing_groups(model: ir.Model, graph: str) -> list[SmoothingGroup]:

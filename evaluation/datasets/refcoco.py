@@ -70,7 +70,8 @@ def read_refcoco(
             for sentence in record.children("sentences")
         ]
     if not samples:
-        what = f"{refs_path}: has no split {split!r}; give one of these with --split: {', '.join(sorted(splits))}."
+        known = ", ".join(sorted(splits)) or "none"
+        what = f"{refs_path}: has no split {split!r}; it has: {known}. Give one of them with --split."
         raise AnnotationError("annotation.unknown_split", what)
     return Dataset(name, split, tuple(samples), digest(refs_path, instances_path))
 

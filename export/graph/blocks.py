@@ -7,6 +7,7 @@ once. Block names need no onnx package, so that reports on a device can use them
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,14 @@ def find_matmuls(model: ir.Model, graph: str) -> list[Matmul]:
         name, activation = str(node.name), _before_quantization(node.inputs[0])
         found.append(Matmul(name, graph, block_of(name), str(weight.name), str(activation.name), k, n, form))
     return found
+
+
+def shared_activations(matmuls: Iterable[Matmul]) -> list[list[Matmul]]:
+    """Return the matmuls in groups that read the same tensor, in their order."""
+    groups: dict[tuple[str, str], list[Matmul]] = {}
+    for matmul in matmuls:
+        groups.setdefault((matmul.graph, matmul.activation), []).append(matmul)
+    return list(groups.values())
 
 
 def find_tables(model: ir.Model, graph: str) -> list[Table]:

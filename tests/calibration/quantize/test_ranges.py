@@ -10,8 +10,7 @@ from bridge_stg.calibration.overrides import Overrides
 from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.ranges import CUT_OFFS, choose_ranges, range_of
 from bridge_stg.calibration.quantize.rounding import Candidate, relative_errors, rounded_rows
-from bridge_stg.calibration.quantize.smoothing_groups import shared_activations
-from bridge_stg.export.graph.blocks import Matmul, find_matmuls
+from bridge_stg.export.graph.blocks import Matmul, find_matmuls, shared_activations
 from bridge_stg.runtime.bundle.bundle import Bundle
 from tests.errors import raises
 
