@@ -24,8 +24,7 @@ from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.grounder import Grounder
 
-BOX_COLUMNS = ("time_s", "left", "top", "right", "bottom", "presence")
-"""The last dimension of BOXES; rows after a query's last box are NaN."""
+BOX_COLUMNS = ("time_s", "left", "top", "right", "bottom", "presence")  # of BOXES; rows after the last box are NaN
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,7 @@ class GroundingModel:
             )
             allowed = [True] * len(queries) if allow_none is None else [bool(value) for value in allow_none]
             if not len(sources) == len(queries) == len(allowed):
-                text = f"{len(queries)} queries about {len(sources)} videos; give as many of each"
-                raise QueryError("query.wrong_count", text)
+                raise QueryError("query.wrong_count", f"{len(queries)} queries but {len(sources)} videos; give as many")
             rows = zip(sources, queries, allowed, strict=True)
             return [_Query(request, video, _text(query), allow) for video, query, allow in rows]
         except Exception as error:  # noqa: BLE001  # any error belongs to this request alone

@@ -50,11 +50,8 @@ def write_repository(
     """Write <out>/<name>/config.pbtxt, 1/model.py and 1/bundle/, and return the model's folder.
 
     Other models of the repository are kept, one of the same name only without `overwrite`. The engines of the bundle
-    are copied, its reports are not.
-
-    Raises:
-        BridgeError: the bundle is damaged or lacks the variant, the backend is unknown, Triton does not accept the
-            name, or a model of this name exists.
+    are copied, its reports are not. Raises BridgeError if the bundle is damaged or lacks the variant, the backend is
+    unknown, Triton does not accept the name, or a model of this name exists.
     """
     serving = serving or Serving()
     loaded, repository = Bundle.load(bundle), Path(out)
@@ -86,8 +83,7 @@ def _check(serving: Serving, bundle: Bundle) -> None:
         raise BridgeError("options.invalid", f"--name {serving.name!r}: expected letters, digits, '.', '-' and '_'.")
     backends = ("auto", *(backend.name for backend in BACKENDS))
     if serving.backend not in backends:
-        text = f"backend {serving.backend!r} is unknown; known: {', '.join(backends)}."
-        raise EngineError("engine.unknown_backend", text)
+        raise EngineError("engine.unknown_backend", f"backend {serving.backend!r}: expected {', '.join(backends)}.")
     variants = sorted({graph.variant for graph in bundle.manifest.all_graphs()})
     if serving.variant is not None and serving.variant not in variants:
         message = f"{bundle.path}: no graph has the variant {serving.variant!r}; known: {', '.join(variants)}."

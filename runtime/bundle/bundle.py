@@ -22,8 +22,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GRAPHS, GOLDEN, ENGINES, REPORTS = "graphs", "golden", "engines", "reports"
 
-HASHED_BYTES_ON_LOAD = 64 * 2**20
-"""Files up to this size are hashed on every load; of larger ones only the size is compared, until `verify`."""
+HASHED_BYTES_ON_LOAD = 64 * 2**20  # larger files are hashed by `verify` only; a load compares their sizes
 
 COPY_AGAIN = "Copy the bundle again from its source, or export it again."
 
@@ -40,10 +39,8 @@ class Bundle:
         """Open the bundle in a folder.
 
         check="sizes" hashes files up to 64 MiB and compares the sizes of larger ones; "all" hashes everything.
-
-        Raises:
-            BundleError: the folder is not a bundle, is damaged or incomplete, has an unknown schema version, or
-                refers to files outside itself.
+        Raises BundleError if the folder is not a bundle, is damaged or incomplete, has an unknown schema version, or
+        refers to files outside itself.
         """
         if check not in ("sizes", "all"):
             raise ValueError(f"check is {check!r}, expected 'sizes' or 'all'")
@@ -80,12 +77,10 @@ class Bundle:
 
 def read_manifest(root: Path) -> Manifest:
     """Read manifest.json and check its schema version, fingerprint, field types and paths, but no other file."""
-    if not root.is_dir():
-        found = "is a file" if root.exists() else "does not exist"
-        raise BundleError("bundle.not_found", f"{root}: {found}, expected the folder of a bundle (made by `export`).")
     file = root / MANIFEST
     if not file.is_file():
-        raise BundleError("bundle.not_found", f"{root}: no {MANIFEST} in it. Give the folder that `export` wrote.")
+        found = f"has no {MANIFEST}" if root.is_dir() else "is a file" if root.exists() else "does not exist"
+        raise BundleError("bundle.not_found", f"{root}: {found}; expected the folder that `export` wrote.")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -137,8 +132,7 @@ def _check_files(root: Path, manifest: Manifest, *, hash_all: bool) -> None:
         check_external_data(root, graph)
     if extra := unlisted_files(root, entries):
         names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
-        text = f"{root}: files that the manifest does not list: {names}. Delete them, or export again."
-        raise BundleError("bundle.unlisted_file", text)
+        raise BundleError("bundle.unlisted_file", f"{root}: the manifest does not list {names}. Delete these files.")
 
 
 def _check_file(root: Path, entry: FileEntry, *, hash_it: bool) -> None:
@@ -171,13 +165,9 @@ def check_external_data(root: Path, graph: GraphSpec) -> None:
 
 def unlisted_files(root: Path, listed: dict[str, FileEntry]) -> list[str]:
     """Return files and linked folders below graphs/ and golden/ that are not in `listed`, sorted."""
-    extra = []
-    for top in (GRAPHS, GOLDEN):
-        for folder, folders, files in os.walk(root / top):
-            linked = [name for name in folders if (Path(folder) / name).is_symlink()]
-            paths = [(Path(folder) / name).relative_to(root).as_posix() for name in (*files, *linked)]
-            extra += [path for path in paths if path not in listed]
-    return sorted(extra)
+    paths = (path for top in (GRAPHS, GOLDEN) for path in (root / top).rglob("*"))
+    files = {path.relative_to(root).as_posix() for path in paths if path.is_symlink() or not path.is_dir()}
+    return sorted(files - listed.keys())
 
 
 def file_sha256(file: Path) -> str:

@@ -21,12 +21,9 @@ class FramesSpec:
     fine_max_pixels: int = 256 * 256
     fine_min_pixels: int = 32 * 32
     max_fine_frames: int = 64
-    encoder_chunk_groups: int = 16
-    """Most groups per call of the vision encoder; limits its memory on long videos."""
-    encoder_chunk_patches: int = 8192
-    """Most patches per call (but at least one group); limits its memory at high resolutions."""
-    max_visual_tokens: int | None = None
-    """Most visual tokens for all coarse frames of one video; None: as many as the fields above allow."""
+    encoder_chunk_groups: int = 16  # most groups per call of the vision encoder; limits its memory on long videos
+    encoder_chunk_patches: int = 8192  # most patches per call (but at least one group); limits its memory too
+    max_visual_tokens: int | None = None  # of all coarse frames of one video; None: as many as the other fields allow
 
 
 @dataclass(frozen=True)
@@ -40,15 +37,12 @@ class VisionSpec:
     hidden_size: int
     head_dim: int
     deepstack_levels: int
-    position_grid: int
-    """Side of the square grid of learned position embeddings; 0: the encoder has none."""
+    position_grid: int  # side of the square grid of learned position embeddings; 0: the encoder has none
     rope_theta: float = 10000.0
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    window_patches: int = 0
-    """Side of an attention window in patches; 0: every block attends to the whole group."""
-    tokens_per_second: float | None = None
-    """Time positions per second in a stock prompt; None: a stock prompt prints each group's time."""
+    window_patches: int = 0  # side of an attention window in patches; 0: every block attends to the whole group
+    tokens_per_second: float | None = None  # time positions per second in a stock prompt; None: it prints times
 
 
 @dataclass(frozen=True)
@@ -91,8 +85,7 @@ class PromptSpec:
 class SpanSpec:
     """How a named span becomes a tube."""
 
-    margin_s: float | None = None
-    """Seconds searched on each side of the named span; None: one coarse group interval."""
+    margin_s: float | None = None  # seconds searched on each side of the named span; None: one coarse group interval
     presence_threshold: float = 0.5
 
 

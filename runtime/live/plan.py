@@ -16,8 +16,7 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import CoarseChoice, CoarsePlan, Size
 
-PlanOf = Callable[[int, int], "LivePlan"]
-"""Returns the plan for frames of (height, width) pixels."""
+PlanOf = Callable[[int, int], "LivePlan"]  # returns the plan for frames of (height, width) pixels
 
 
 @dataclass(frozen=True, eq=False)

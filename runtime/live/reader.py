@@ -14,10 +14,8 @@ from bridge_stg.runtime.live.plan import LivePlan, PlanOf
 from bridge_stg.runtime.live.sampling import LiveGroup, LiveSampler
 from bridge_stg.runtime.live.source import LiveSource
 
-POLL_S = 0.05
-"""Seconds between checks of a thread that waits for the other one."""
-JOIN_S = 2.0
-"""How long closing waits for the thread of a silent source; after that it ends with the process."""
+POLL_S = 0.05  # seconds between checks of a thread that waits for the other one
+JOIN_S = 2.0  # how long closing waits for the thread of a silent source; after that it ends with the process
 
 
 class GroupQueue:

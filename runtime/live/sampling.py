@@ -15,8 +15,7 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.live.plan import LivePlan
 from bridge_stg.runtime.video.resize import resize
 
-TOLERANCE_S = 1e-6
-"""How much later than a grid point a frame may start and still be its sample; the same as in `FrameStream`."""
+TOLERANCE_S = 1e-6  # how much later than its grid point a sample may start; the same as in `FrameStream`
 
 
 @dataclass(frozen=True, eq=False)

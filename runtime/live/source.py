@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 from urllib.parse import urlsplit
@@ -26,10 +27,10 @@ from bridge_stg.runtime.video.stream import STREAM, checked_frames
 
 Frames: TypeAlias = Iterator[tuple[float, Callable[[], np.ndarray]]]
 PROTOCOLS = ("rtsp", "rtsps", "http", "https", "rtp", "udp", "srt", "tcp")
-DISCONTINUITY_S = 10.0
-"""If the time stamps jump by more than this, the source's clock was reset, and the local time counts instead."""
+DISCONTINUITY_S = 10.0  # if the time stamps jump by more, the source's clock was reset: the local time counts instead
 
 
+@dataclass(frozen=True)
 class LiveSource:
     """Frames that are read once. `open_live` makes one; nothing is opened before the first frame is read.
 
@@ -37,13 +38,9 @@ class LiveSource:
     slow reader drops some; otherwise the source waits.
     """
 
-    def __init__(self, name: str, *, keeps_pace: bool, read: Callable[[threading.Event], Frames]) -> None:
-        self.name, self.keeps_pace = name, keeps_pace
-        self._read = read
-
-    def frames(self, stop: threading.Event) -> Frames:
-        """Yield the frames until the source ends or `stop` is set. Raises VideoError if the source fails."""
-        return self._read(stop)
+    name: str
+    keeps_pace: bool
+    frames: Callable[[threading.Event], Frames]  # yields until the source ends or the event is set
 
 
 def open_live(
@@ -72,14 +69,14 @@ def open_live(
                 raise VideoError("live.bad_source", f"{_shown(text)}: expected one of: {', '.join(PROTOCOLS)}")
             options = {"rtsp_transport": "tcp"} if text.lower().startswith("rtsp") else {}
             read = partial(_captured, text, None, options, timeout_s)
-            return LiveSource(_shown(text), keeps_pace=keeps_pace, read=read)
+            return LiveSource(_shown(text), keeps_pace, read)
         if text.isdecimal() or text.startswith("/dev/"):
-            return LiveSource(text, keeps_pace=keeps_pace, read=partial(_camera, text, timeout_s))
+            return LiveSource(text, keeps_pace, partial(_camera, text, timeout_s))
         path = check_path(text)
         keeps_pace = realtime if latest_wins is None else latest_wins
-        return LiveSource(path, keeps_pace=keeps_pace, read=partial(_file, path, realtime))
+        return LiveSource(path, keeps_pace, partial(_file, path, realtime))
     if isinstance(source, Iterable) and not isinstance(source, (bytes, dict, np.ndarray)):
-        return LiveSource(STREAM, keeps_pace=bool(latest_wins), read=partial(_iterable, source))
+        return LiveSource(STREAM, bool(latest_wins), partial(_iterable, source))
     expected = "a path, an address, a camera's number, or an iterator of (time in seconds, uint8 [height, width, 3])"
     raise VideoError("live.bad_source", f"cannot watch a {type(source).__name__}: expected {expected}")
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ class LiveUpdate:
         }
 
 
-class LiveWatch(Iterator[LiveUpdate]):
+class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
     """Iterates over the rounds of standing queries on one stream; a context manager. `Grounder.watch` makes it.
 
     The model runs in the thread that iterates; a slow consumer makes the queue drop frames, or the source wait.
@@ -179,9 +180,6 @@ class LiveWatch(Iterator[LiveUpdate]):
     def __next__(self) -> LiveUpdate:
         return next(self._updates)
 
-    def __enter__(self) -> LiveWatch:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
@@ -237,8 +235,8 @@ class LiveWatch(Iterator[LiveUpdate]):
             elif self._queue.ended:
                 return
             elif self._reader.silent_s > self.options.stall_s:
-                text = f"{self._source.name}: no frame for {self.options.stall_s:g} s; is the source still running?"
-                raise VideoError("live.stalled", f"{text} Watch it again, or give it more time with stall_s")
+                text = f"{self._source.name}: no frame for {self.options.stall_s:g} s; watch it again, or raise stall_s"
+                raise VideoError("live.stalled", text)
 
     def _round(self, window: LiveWindow) -> Iterator[LiveUpdate]:
         """Answer the standing queries for the window; a round that passes its deadline yields nothing."""

@@ -25,8 +25,7 @@ from bridge_stg.runtime.live.plan import LivePlan
 from bridge_stg.runtime.live.sampling import FineSample, LiveGroup
 from bridge_stg.runtime.video.source import Samples
 
-QUERY_POSITIONS = 128
-"""Positions reserved after the longest prefix, so that one query fits the window's own cache."""
+QUERY_POSITIONS = 128  # positions reserved after the longest prefix, so that one query fits the window's own cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,10 +146,8 @@ class LiveWindow:
     def _read_fine(self, places: np.ndarray, limits: Limits) -> Samples:
         limits.check()
         samples = [self._fine[int(place)] for place in places]
-        return Samples(
-            frames=np.stack([sample.frame for sample in samples]),
-            times=np.array([sample.time_s for sample in samples]),
-        )
+        frames = np.stack([sample.frame for sample in samples])
+        return Samples(frames=frames, times=np.array([sample.time_s for sample in samples]))
 
 
 class _WindowFeatures:

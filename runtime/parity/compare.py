@@ -32,12 +32,9 @@ PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
 LEAST_IOU: Mapping[str, float] = {"fp16": 0.99, "bf16": 0.9, "int8": 0.7, "int4": 0.5}
 """Smallest IoU of a graph's boxes with the reference's, by the graph's precision."""
 
-IOU_SIDE = 0.1
-"""Boxes with a side below this share of the frame are compared by coordinates only: tiny rounding would lower their IoU
-too far."""
+IOU_SIDE = 0.1  # boxes with a smaller side (share of the frame) have no IoU: tiny rounding would lower it too far
 
-BOX_SHARE = 0.1
-"""Share of the tolerance of other tensors that box coordinates get."""
+BOX_SHARE = 0.1  # share of the tolerance of other tensors that box coordinates get
 
 _EXACT = Tolerance(max_abs=0.0, rel_l2=0.0)
 
@@ -159,7 +156,7 @@ def replay(
     graphs: Collection[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Boundary]:
-    """Run every recorded call of golden cases and compare each recorded output.
+    """Run every recorded call of golden cases; return one boundary per output, named `case/graph_i.tensor`.
 
     A recorded call with past_* gets a cache filled with them. Without past_* it continues with the cache of the graph's
     earlier calls of the case, empty at first; if the number of rows changes, each row begins with that cache's first
@@ -170,9 +167,6 @@ def replay(
         sessions: open session per graph.
         graphs: graphs to replay; None: all.
         progress: called with `case/graph_i` before each call.
-
-    Returns:
-        One boundary per output, named `case/graph_i.tensor`.
     """
     found: list[Boundary] = []
     for case in map(read_case, cases.golden_cases() if isinstance(cases, Bundle) else cases):

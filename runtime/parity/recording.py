@@ -9,8 +9,7 @@ import numpy as np
 
 from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 
-Call = tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]
-"""Graph name, inputs and outputs of one call, without the KV cache."""
+Call = tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]  # graph, inputs, outputs; without the KV cache
 
 
 class RecordingSession(SessionWrapper):

@@ -48,12 +48,8 @@ def verify_bundle(
 ) -> dict[str, list[Boundary]]:
     """Hash a bundle's files and replay its golden cases. Return the compared boundaries by variant; all have passed.
 
-    Args:
-        path: the bundle's folder.
-        backend: "auto", or the name of a backend.
-        variant: variant to replay; None: every variant of the bundle that runs on this machine.
-        threads: CPU threads of a backend; None: the backend's default.
-        report: called with lines and tables of the progress.
+    Without a variant, every variant of the bundle that runs on this machine is replayed. `report` is called with lines
+    and tables of the progress.
 
     Raises:
         BundleError: a hash differs; the message names the file.

@@ -10,6 +10,7 @@ import stat
 import zlib
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -21,8 +22,7 @@ from bridge_stg.runtime.host.packages import load_package
 MAX_TOLERANCE_S = 1e-3
 DEFAULT_FRAME_S = Fraction(1, 25)
 FFMPEG_PIXELS = 2**31 - 1
-DISCONTINUITY_S = 1.0
-"""A time stamp that goes back by more than this starts a new clock (joined recordings); by less, it is an error."""
+DISCONTINUITY_S = 1.0  # a time stamp that goes back by more starts a new clock (joined recordings)
 
 _codec_options = {"max_pixels": str(FFMPEG_PIXELS)}
 
@@ -38,23 +38,19 @@ def limit_frames(pixels: int | None) -> None:
 def check_path(path: str | bytes) -> str:
     """Return the path of a file that can be opened. Raises VideoError for any other."""
     path = os.fsdecode(path)
-    if not path:
-        raise VideoError("video.not_found", "the path of the video is empty ('')")
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        if not stat.S_ISREG(mode := os.stat(path).st_mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             raise VideoError("video.not_a_file", f"{path} is {kind}; expected a video or image file")
-        with open(path, "rb"):
-            pass
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise VideoError("video.unreadable", f"{path} is empty (0 bytes): copy or record it again")
     except FileNotFoundError:
-        raise VideoError("video.not_found", f"{path}: no such file (looked from {os.getcwd()})") from None
+        raise VideoError("video.not_found", f"{path or repr(path)}: no such file (looked from {os.getcwd()})") from None
     except PermissionError:
         raise VideoError("video.no_permission", f"{path}: no permission to read it; change its mode") from None
     except (OSError, ValueError) as error:
         raise VideoError("video.unreadable", f"{path!r} cannot be opened: {error}; expected a video or image") from None
-    if status.st_size == 0:
-        raise VideoError("video.unreadable", f"{path} is empty (0 bytes): copy or record it again")
     return path
 
 
@@ -111,10 +107,8 @@ class Decoder:
             return
         except self._av.FFmpegError:  # a container error: nothing after this point can be found
             self.damaged = True
-        try:
+        with suppress(self._av.FFmpegError):
             yield from self._stream.codec_context.decode(None)
-        except self._av.FFmpegError:
-            return
 
     def frames_from(self, pts: int) -> Iterator[Any]:
         """Seek to the key frame at `pts` ticks, and yield frames from there; it may land earlier or later."""

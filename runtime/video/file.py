@@ -20,12 +20,9 @@ from bridge_stg.runtime.video.sampling import CoarseSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
-KEPT_BYTES = 64 * 2**20
-"""Most bytes of decoded frames to keep for the fine pass, which otherwise decodes them again."""
-RESIZED_TOGETHER = 16
-"""Decoded frames that several threads resize at once."""
-SEEK_GAIN_FRAMES = 16
-"""Frames that a seek must skip to pay off: finding a key frame and refilling the decoder costs about as much."""
+KEPT_BYTES = 64 * 2**20  # most bytes of decoded frames to keep for the fine pass, which otherwise decodes them again
+RESIZED_TOGETHER = 16  # decoded frames that several threads resize at once
+SEEK_GAIN_FRAMES = 16  # a seek must skip more to pay off: it finds a key frame and refills the decoder
 
 
 class VideoFile(VideoSource):

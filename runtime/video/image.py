@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -24,8 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "AVIF", "H
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 MATROSKA = b"\x1a\x45\xdf\xa3"
-SHORTEST_FRAME_S = 0.011
-"""Browsers show frames of animations that request 10 ms or less for 100 ms."""
+SHORTEST_FRAME_S = 0.011  # browsers show frames of animations that request 10 ms or less for 100 ms
 
 # Raised by Pillow's plugins for damaged files.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error)
@@ -76,7 +76,8 @@ def open_image(path: str) -> Any | None:
         return image.open(path, formats=[name for name in FORMATS if name in image.OPEN])
     except image.UnidentifiedImageError as error:
         if is_picture:  # FFmpeg would read one tile of it as a video
-            raise VideoError("video.unsupported_codec", f"{path}: a HEIF or AVIF image; convert it to JPEG") from error
+            text = f"{path}: this build of Pillow cannot read HEIF or AVIF images; convert it to JPEG"
+            raise VideoError("video.unsupported_codec", text) from error
         return None
     except (image.DecompressionBombError, *DAMAGE) as error:
         raise _unreadable(path, error) from error
@@ -105,22 +106,20 @@ def read_rgb(picture: Any, path: str) -> np.ndarray:
 
 def animation_frames(picture: Any, path: str) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (time in seconds, RGB frame) for each frame of an animated image, up to the first damaged one."""
-    time, index = 0.0, 0
+    time = 0.0
     with picture:
-        while True:
+        for index in itertools.count():
             try:
                 picture.seek(index)
                 picture.load()
                 rgb = _rgb(picture)
-            except EOFError:
-                return
-            except DAMAGE as error:
-                if index == 0:
+            except DAMAGE as error:  # EOFError after the last frame
+                if index == 0 and not isinstance(error, EOFError):
                     raise _unreadable(path, error) from error
                 return
             yield time, rgb
             shown_s = float(picture.info.get("duration") or 0) / 1000
-            time, index = time + (shown_s if shown_s >= SHORTEST_FRAME_S else 0.1), index + 1
+            time += shown_s if shown_s >= SHORTEST_FRAME_S else 0.1
 
 
 def _rgb(picture: Any) -> np.ndarray:

@@ -7,8 +7,9 @@ graphs.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +23,7 @@ from bridge_stg.runtime.video.sampling import CoarseSampler, resize_all
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import Budget, CoarseChoice, CoarsePlan
 
-MAX_FINE_PLACES = 2**26
-"""Longest fine grid, some months; longer times are not in seconds, or damaged."""
+MAX_FINE_PLACES = 2**26  # longest fine grid, some months; longer times are not in seconds, or damaged
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class CoarseFrames:
         return np.asarray(self.times.mean(axis=1))
 
 
-class VideoSource(ABC):
+class VideoSource(AbstractContextManager["VideoSource"]):
     """One video, image or stream. A context manager; not for use by two threads at once.
 
     `width` and `height` are those of the frames as shown (rotation applied), `fine_size` is the (height, width) of fine
@@ -129,16 +129,12 @@ class VideoSource(ABC):
         rate = self._spec.frames.fine_fps
         places = 1 if self.is_image else max(1, math.ceil((self.duration_s - self._tolerance_s) * rate))
         if places > MAX_FINE_PLACES:
-            text = f"{self.name} lasts {self.duration_s:.3g} s, too long to sample; are its times in seconds?"
-            raise VideoError("video.too_long", text)
+            raise VideoError("video.too_long", f"{self.name} lasts {self.duration_s:.3g} s; are its times in seconds?")
         return np.arange(places) / rate
 
     @abstractmethod
     def close(self) -> None:
         """Close files and drop buffers; the result of `coarse` stays available."""
-
-    def __enter__(self) -> VideoSource:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

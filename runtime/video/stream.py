@@ -22,8 +22,7 @@ from bridge_stg.runtime.video.sampling import CoarseSampler, GridSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
-STREAM = "the stream of frames"
-"""Name of a stream in messages."""
+STREAM = "the stream of frames"  # name of a stream in messages
 
 
 def check_frame(frame: Any, what: str, device: DeviceContext | None = None) -> Any:

@@ -18,11 +18,9 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.sizes import frame_sizes, smallest_size, smart_size
 
-Size = tuple[int, int]
-"""(height, width) in pixels."""
+Size = tuple[int, int]  # (height, width) in pixels
 LIMITS = ("max_coarse_groups", "max_visual_tokens", "max_positions", "cache_capacity")
-ROWS_MARGIN = 64
-"""Positions of a cache after an answer that padded rows may write to (see `decode.positions_needed`)."""
+ROWS_MARGIN = 64  # positions of a cache after an answer that padded rows may write to (see `decode.positions_needed`)
 
 
 @dataclass(frozen=True)

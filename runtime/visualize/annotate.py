@@ -22,8 +22,7 @@ from bridge_stg.runtime.visualize.canvas import TARGET, WHITE, draw_box, fit_tex
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
-TIME_BASE = Fraction(1, 90000)
-"""Fine enough for all common frame rates, so that variable frame times are kept."""
+TIME_BASE = Fraction(1, 90000)  # fine enough for all common frame rates, so that variable frame times are kept
 SAME_FRAME_S = 1e-3
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -95,13 +94,8 @@ def annotate(
 
     Frame times and size are those of the video as it is shown; an odd side gains one pixel, as H.264 requires. A box is
     dashed if the target is probably not visible, thinner if it is interpolated. Sound is left out. `video` and errors
-    are as in `contact_sheet`.
-
-    Args:
-        video: the grounded video.
-        grounding: the result to draw.
-        out: a .mp4 file; .png or .jpg if the video is an image. Replaced only when complete.
-        progress: called as progress("annotate", seconds done, seconds in all).
+    are as in `contact_sheet`; `out` is a .mp4 file, or .png or .jpg if the video is an image, and is replaced only when
+    complete. Progress is reported as progress("annotate", seconds done, seconds in all).
     """
     with play(video) as source, replacing(out) as temporary:
         check_suffix(source, out)

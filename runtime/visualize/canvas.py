@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 
-TARGET: Colour = (255, 45, 190)
-"""A magenta that is rare in photographs and contrasts with foliage, sky, asphalt and skin."""
+TARGET: Colour = (255, 45, 190)  # rare in photographs, and in contrast with foliage, sky, asphalt and skin
 INK: Colour = (28, 30, 34)
 WHITE: Colour = (255, 255, 255)
 SYSTEM_FONTS = (
@@ -91,17 +91,15 @@ def draw_box(
         return
     inner = thickness - 1
     for fill, grown in ((INK, 1), (colour, 0)):
-        for first, last in _dashes(left, right, length=4 * thickness, gap=3 * thickness):
-            for y in (top, bottom - inner):
-                draw.rectangle((first - grown, y - grown, last + grown, y + inner + grown), fill=fill)
-        for first, last in _dashes(top, bottom, length=4 * thickness, gap=3 * thickness):
-            for x in (left, right - inner):
-                draw.rectangle((x - grown, first - grown, x + inner + grown, last + grown), fill=fill)
+        for (first, last), y in itertools.product(_dashes(left, right, thickness), (top, bottom - inner)):
+            draw.rectangle((first - grown, y - grown, last + grown, y + inner + grown), fill=fill)
+        for (first, last), x in itertools.product(_dashes(top, bottom, thickness), (left, right - inner)):
+            draw.rectangle((x - grown, first - grown, x + inner + grown, last + grown), fill=fill)
 
 
-def _dashes(start: int, end: int, *, length: int, gap: int) -> list[tuple[int, int]]:
-    """Divide the pixels start … end (inclusive) into dashes of about `length`, with one at each end."""
-    distance = end - start + 1
+def _dashes(start: int, end: int, thickness: int) -> list[tuple[int, int]]:
+    """Divide the pixels start … end (inclusive) into dashes of about 4 times the thickness, with one at each end."""
+    distance, length, gap = end - start + 1, 4 * thickness, 3 * thickness
     step = (distance + gap) / max(1, round((distance + gap) / (length + gap)))
     firsts = [start + round(i * step) for i in range(round((distance + gap) / step))]
     return [(first, max(first, min(first + round(step) - gap - 1, end))) for first in firsts]

@@ -21,8 +21,7 @@ MAX_FRAMES = 12
 PAGE_WIDTH, MARGIN, GAP = 1056, 28, 12
 LABEL_HEIGHT = 28
 CURVE_HEIGHT, BAR_HEIGHT = 64, 14
-LARGEST_PICTURE = 640 * 480
-"""Most pixels of a frame that is kept while a video is read."""
+LARGEST_PICTURE = 640 * 480  # most pixels of a frame that is kept while a video is read
 GREY: Colour = (104, 110, 120)
 PALE: Colour = (226, 229, 234)
 TINT: Colour = (255, 216, 244)
@@ -122,18 +121,15 @@ def compose(grounding: Grounding, shown: Sequence[tuple[float, np.ndarray]], dur
 
 def _title(draw: ImageDraw.ImageDraw, grounding: Grounding, duration_s: float) -> None:
     inner = PAGE_WIDTH - 2 * MARGIN
-    large, small = font_for(grounding.query, 30), font(18)
+    large, scores = font_for(grounding.query, 30), grounding.scores
     draw.text((MARGIN, MARGIN - 6), fit_text(grounding.query, large, inner), INK, large)
-    scores = grounding.scores
+    line = f"found, presence {scores.get('presence', 0):.2f}"
     if not grounding.found:
-        line, colour = f"not in this video (probability {scores.get('absent', 0):.2f})", DOUBT
-    elif grounding.span is None or not duration_s:
-        line, colour = f"found, presence {scores.get('presence', 0):.2f}", GREY
-    else:
+        line = f"not in this video (probability {scores.get('absent', 0):.2f})"
+    elif grounding.span is not None and duration_s:
         start, end = grounding.span
         line = f"from {start:.2f} s to {end:.2f} s of {duration_s:.2f} s, presence {scores.get('presence', 0):.2f}"
-        colour = GREY
-    draw.text((MARGIN, MARGIN + 36), line, colour, small)
+    draw.text((MARGIN, MARGIN + 36), line, GREY if grounding.found else DOUBT, font(18))
 
 
 def _timeline(page: Image.Image, grounding: Grounding, shown: Sequence[float], duration_s: float, top: int) -> None:
@@ -162,9 +158,8 @@ def _timeline(page: Image.Image, grounding: Grounding, shown: Sequence[float], d
         draw.text((left, floor - CURVE_HEIGHT + 4), "presence 1", GREY, small)
         draw.rounded_rectangle((start, bar[1], max(end, start + 4), bar[3]), radius=4, fill=TARGET)
     for time_s in shown:
-        draw.ellipse(
-            (x(time_s) - 2.5, bar[1] + 4.5, x(time_s) + 2.5, bar[3] - 4.5), fill=WHITE if grounding.found else GREY
-        )
+        mark = (x(time_s) - 2.5, bar[1] + 4.5, x(time_s) + 2.5, bar[3] - 4.5)
+        draw.ellipse(mark, fill=WHITE if grounding.found else GREY)
     step = tick_step(duration_s, room=(right - left) / 70)
     for tick in np.arange(0, duration_s + 1e-6, step):
         draw.line((x(tick), bar[3] + 2, x(tick), bar[3] + 6), fill=GREY, width=1)

@@ -17,7 +17,7 @@ class NewestFrame:
         self._inner = inner = open_live(address, realtime=True, timeout_s=timeout_s)
         self.address = inner.name
         self._newest: tuple[float, Callable[[], np.ndarray]] | None = None
-        self.source = LiveSource(inner.name, keeps_pace=inner.keeps_pace, read=self._read)
+        self.source = LiveSource(inner.name, inner.keeps_pace, self._read)
 
     def read(self) -> tuple[np.ndarray, float] | None:
         """Return the newest frame, uint8 [H, W, 3], and its time in the stream; None before the first frame."""
