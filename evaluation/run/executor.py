@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -67,9 +68,9 @@ def open_executor(
         ImportError: the executor's package is missing.
     """
     if name == "ray":
-        from bridge_stg.evaluation.run.ray_executor import ray_executor
-
-        return ray_executor(workers=workers, threads=threads)
+        module = importlib.import_module("bridge_stg.evaluation.run.ray_executor")  # by name, since it imports this one
+        executor: AbstractContextManager[Executor] = module.ray_executor(workers=workers, threads=threads)
+        return executor
     if name != "local":
         raise BridgeError("options.invalid", f"the executor {name!r} is unknown; known: local, ray.")
     if workers is not None:
