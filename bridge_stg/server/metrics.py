@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 QUERIES = (1, 2, 4, 8, 16, 32, 64)
-PREFIX = "bridge_stg_"
+NAMESPACE = "bridge_stg"
 
 
 class Metrics:
     """The metrics of one server; safe to use from many threads."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(PREFIX + name, text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=registry)
-
-        self.requests = counter("requests", "Requests answered.", "method", "route", "status")
-        self.errors = counter("errors", "HTTP errors and failed jobs.", "code")
-        self.jobs = counter("jobs", "Jobs that ended.", "outcome")
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
+        histogram = partial(Histogram, namespace=NAMESPACE, registry=self.registry)
+        self.requests = counter("requests", "Requests answered.", ["method", "route", "status"])
+        self.errors = counter("errors", "HTTP errors and failed jobs.", ["code"])
+        self.jobs = counter("jobs", "Jobs that ended.", ["outcome"])
         self.uploaded = counter("uploaded_bytes", "Bytes of uploads written.")
         self.videos_opened = counter("videos_opened", "Videos whose prefix was computed.")
         self.videos_reused = counter("videos_reused", "Batches that reused a computed prefix.")
-        self.live_updates = counter("live_updates", "Rounds of live queries.", "source")
-        self.live_dropped = counter("live_dropped_frames", "Coarse frames dropped for later ones.", "source")
-        self.live_skipped = counter("live_dropped_updates", "Updates that a slow client missed.", "source")
-        self.stages = histogram("stage_seconds", "Seconds per batch and stage.", SECONDS, "stage")
-        self.job_seconds = histogram("job_seconds", "Seconds from a job's arrival to its end.", SECONDS)
-        self.batch_queries = histogram("batch_queries", "Queries answered together.", QUERIES)
+        self.live_updates = counter("live_updates", "Rounds of live queries.", ["source"])
+        self.live_dropped = counter("live_dropped_frames", "Coarse frames dropped for later ones.", ["source"])
+        self.live_skipped = counter("live_dropped_updates", "Updates that a slow client missed.", ["source"])
+        self.stages = histogram("stage_seconds", "Seconds per batch and stage.", ["stage"], buckets=SECONDS)
+        self.job_seconds = histogram("job_seconds", "Seconds from a job's arrival to its end.", buckets=SECONDS)
+        self.batch_queries = histogram("batch_queries", "Queries answered together.", buckets=QUERIES)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is read with the metrics."""
-        Gauge(PREFIX + name, text, registry=self.registry).set_function(value)
+        Gauge(name, text, namespace=NAMESPACE, registry=self.registry).set_function(value)
 
     def text(self) -> bytes:
         """Return all metrics in the Prometheus text format."""

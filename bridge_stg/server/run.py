@@ -81,11 +81,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket that does not listen yet.
-
-    Raises:
-        BridgeError: the port is in use or not allowed, or the host is not an address of this machine.
-    """
+    """Return a bound socket that does not listen yet. Raises BridgeError with a code of REASONS."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -115,10 +111,7 @@ def serve(bundle: Path, settings: Settings, *, say: Callable[[str], Any], live: 
     """Load a bundle and serve it until SIGINT or SIGTERM; no temporary file remains.
 
     `say` is called with the URL once the server can be reached; `live` are the fields of `LiveOptions`, `engine` the
-    options of `Grounder.load`.
-
-    Raises:
-        BridgeError: the bundle cannot be loaded, or the port cannot be bound.
+    options of `Grounder.load`. Raises BridgeError.
     """
     with bind(settings.host, settings.port) as bound, Grounder.load(bundle, **engine) as grounder:
         service = Service(grounder, settings, bundle=bundle.resolve().name, live_options=live)

@@ -12,7 +12,7 @@ import bridge_stg
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.video.decoder import limit_frames
 from bridge_stg.server.http.errors import ApiError, logger, stopping
-from bridge_stg.server.http.schemas import NewJob
+from bridge_stg.server.http.schemas import Health, NewJob, Queue
 from bridge_stg.server.jobs.job import Job, job_not_found
 from bridge_stg.server.jobs.render import Renderer
 from bridge_stg.server.jobs.scheduler import Scheduler
@@ -32,18 +32,14 @@ T = TypeVar("T")
 
 
 class Service:
-    """The videos, jobs and live sources of one server over a grounder, which the caller closes after `close`.
-
-    Raises:
-        BridgeError: a live source cannot be watched.
-    """
+    """The videos, jobs and live sources of one server over a grounder, which the caller closes after `close`."""
 
     def __init__(
         self, grounder: Grounder, settings: Settings, *, bundle: str, live_options: dict[str, Any] | None = None
     ) -> None:
         self.settings, self.bundle, self.grounder = settings, bundle, grounder
         self.metrics = Metrics()
-        self.live = LiveHub(grounder, dict(settings.live), self.metrics, options=live_options)
+        self.live = LiveHub(grounder, settings.live, self.metrics, live_options or {})
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="bridge-stg files")
         self._probing = ThreadPoolExecutor(2, thread_name_prefix="bridge-stg probing")
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="bridge-stg drawing")
@@ -114,16 +110,11 @@ class Service:
         job = Job(upload, new, min(new.deadline_s or most, most))
         self.scheduler.add(job)
         self._jobs[job.id] = job
-        self._forget_surplus()
+        self._delete_surplus()
         return job
 
     def check_queries(self, queries: Sequence[str]) -> None:
-        """Check queries before a video is read for them.
-
-        Raises:
-            ApiError: 413 for too many or too long queries, 422 for none, 503 if the server shuts down.
-            QueryError: a query is not valid.
-        """
+        """Check queries before a video is read for them. Raises ApiError 413, 422 or 503, and QueryError."""
         count, most, most_chars = len(queries), self.settings.max_queries, self.settings.max_query_chars
         self.check_open()
         if not queries:
@@ -148,20 +139,20 @@ class Service:
             self.forget(job)
         self.store.remove(upload)
 
-    def health(self) -> dict[str, Any]:
-        """Return the state of the server as in `schemas.Health`."""
+    def health(self) -> Health:
+        """Return the state of the server."""
         settings, jobs, target = self.settings, self.scheduler, self.grounder.target
-        return {
-            "status": "stopping" if self.stopping else "ok",
-            "version": bridge_stg.__version__,
-            "bundle": self.bundle,
-            "backend": "unknown" if target is None else target.summary,
-            "verified": self.grounder.verified,
-            "queue": {"waiting": jobs.waiting, "running": jobs.running, "most_waiting": settings.max_queue},
-            "limits": {name: getattr(settings, f"max_{name}") for name in SHOWN_LIMITS},
-        }
+        return Health(
+            status="stopping" if self.stopping else "ok",
+            version=bridge_stg.__version__,
+            bundle=self.bundle,
+            backend="unknown" if target is None else target.summary,
+            verified=self.grounder.verified,
+            queue=Queue(waiting=jobs.waiting, running=jobs.running, most_waiting=settings.max_queue),
+            limits={name: getattr(settings, f"max_{name}") for name in SHOWN_LIMITS},
+        )
 
-    def _forget_surplus(self) -> None:
+    def _delete_surplus(self) -> None:
         """Delete the oldest ended jobs while there are too many or their results use too much memory."""
         ended = [job for job in self._jobs.values() if job.ended]
         nbytes = sum(job.nbytes for job in ended)
@@ -189,6 +180,6 @@ class Service:
             if job.ended and job.used < before:
                 self.forget(job)
         busy = {job.upload for job in self._jobs.values() if not job.ended}
-        for upload in self.store.expired():
+        for upload in self.store.expired(before):
             if upload not in busy:
                 self.remove_video(upload)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from bridge_stg.runtime.errors import BridgeError, EngineError, Interrupted, QueryError, VideoError
@@ -40,8 +41,9 @@ def api_error(error: BaseException, *, path: str = "", name: str = "the video") 
 
     Messages say `name` instead of `path`, the client's file on the server.
     """
-    if isinstance(error, RequestValidationError):
-        return invalid_request(error.errors())
+    if isinstance(error, (RequestValidationError, ValidationError)):
+        texts = [f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in error.errors()[:5]]
+        return ApiError(422, "server.invalid_request", f"The request does not match /docs: {'; '.join(texts)}.")
     if isinstance(error, HTTPException):
         return error if isinstance(error, ApiError) else _framework_error(error)
     if isinstance(error, (QueryError, VideoError, Interrupted)):
@@ -58,12 +60,6 @@ def _framework_error(error: HTTPException) -> ApiError:
     if error.status_code == 400:  # raised by FastAPI for JSON that is nested too deeply
         return ApiError(422, "server.invalid_request", "The body is not JSON that can be parsed.")
     return ApiError(error.status_code, FRAMEWORK_CODES.get(error.status_code, "server.http"), f"{error.detail}.")
-
-
-def invalid_request(errors: Any) -> ApiError:
-    """Return the error for a request that does not match its schema, from the errors that pydantic found."""
-    texts = [f"{'.'.join(map(str, error['loc'])) or 'the body'}: {error['msg']}" for error in list(errors)[:5]]
-    return ApiError(422, "server.invalid_request", f"The request does not match /docs: {'; '.join(texts)}.")
 
 
 def busy(message: str, retry_after_s: float) -> ApiError:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridge_stg.server.http.errors import ApiError, error_response
@@ -26,7 +26,7 @@ from bridge_stg.server.settings import Settings
 PUBLIC = frozenset({"/", "/health", "/health/live", "/docs", "/openapi.json"})
 """Paths that need no key, as do those below /page/: they hold no data of clients."""
 UPLOADS = frozenset({"/v1/videos", "/v1/ground"})
-"""Paths that limit their bodies themselves, while they write them to disk."""
+"""Paths that limit the forms they receive themselves, while they write the file to disk."""
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "DELETE")
 SAFE_METHODS = METHODS[:3]
 BODY_BYTES = 2**18
@@ -35,15 +35,15 @@ CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self' blob:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-HEADERS = (
-    (b"content-security-policy", CSP.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
-)
+HEADERS = {
+    "content-security-policy": CSP,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
 
 
 class Guard:
@@ -76,18 +76,17 @@ class Guard:
                 status, sent = message["status"], True
                 if status >= 400 and method == "POST":
                     await _read_rest(counted, lambda: more)
-                headers = [header for header in message.get("headers", []) if header[0].lower() != b"server"]
-                if not any(name.lower() == b"cache-control" for name, _ in headers):
-                    headers.append((b"cache-control", b"no-cache" if path.startswith("/page/") else b"no-store"))
-                message = {**message, "headers": [*headers, *HEADERS]}
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("cache-control", "no-cache" if path.startswith("/page/") else "no-store")
+                headers.update(HEADERS)
             await send(message)
 
         try:
             self._active += 1
             self._check(scope)
-            small = path not in UPLOADS and method not in SAFE_METHODS
-            received = await _received(counted, self._settings.idle_s) if small else counted
-            await self._app(scope, received, sending)
+            form = path in UPLOADS and not is_json(Headers(scope=scope))
+            read = counted if form or method in SAFE_METHODS else await _read_body(counted, self._settings.idle_s)
+            await self._app(scope, read, sending)
         except ApiError as error:
             if sent:
                 raise
@@ -122,31 +121,32 @@ class Guard:
         return hmac.compare_digest(_digest(key), self._key)
 
 
-async def read_body(receive: Receive, within_s: float) -> bytes:
-    """Read a small body. Raises ApiError: 408 after `within_s` seconds, 413 beyond BODY_BYTES."""
+def is_json(headers: Headers) -> bool:
+    """Return whether the body is JSON rather than a form."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
-    async def read() -> bytes:
-        body, more = bytearray(), True
+
+async def _read_body(receive: Receive, within_s: float) -> Receive:
+    """Read a body within BODY_BYTES and `within_s` seconds; return a `receive` that gives it to the route."""
+    body = bytearray()
+
+    async def read() -> None:
+        more = True
         while more:
             message = await receive()
-            body += message.get("body", b"")
+            body.extend(message.get("body", b""))
             more = message.get("more_body", False)
             if len(body) > BODY_BYTES:
                 raise ApiError(413, "server.body_too_large", f"The body is larger than {BODY_BYTES} bytes.")
-        return bytes(body)
 
     try:
-        return await asyncio.wait_for(read(), within_s)
+        await asyncio.wait_for(read(), within_s)
     except asyncio.TimeoutError:
         raise ApiError(408, "server.slow_request", f"The body took longer than {within_s:g} s.") from None
-
-
-async def _received(receive: Receive, within_s: float) -> Receive:
-    """Read a small body and return a `receive` that gives it to the route."""
-    first: list[Message] = [{"type": "http.request", "body": await read_body(receive, within_s), "more_body": False}]
+    unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
     async def receiving() -> Message:
-        return first.pop() if first else await receive()
+        return unread.pop() if unread else await receive()
 
     return receiving
 

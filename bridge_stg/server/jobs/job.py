@@ -13,12 +13,12 @@ from typing import Any
 from fastapi.sse import ServerSentEvent
 
 from bridge_stg.runtime.chain.results import Grounding
+from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.schemas import NewJob
 from bridge_stg.server.videos.uploads import Upload
 
 ENDED = ("done", "failed", "cancelled")
-PROGRESS_EVERY_S = 0.1
 
 
 def job_not_found() -> ApiError:
@@ -31,7 +31,8 @@ class Job:
 
     def __init__(self, upload: Upload, new: NewJob, deadline_s: float) -> None:
         self.id = secrets.token_urlsafe(18)
-        self.upload, self.queries, self.task, self.allow_none = upload, tuple(new.queries), new.task, new.allow_none
+        self.upload, self.queries, self.task = upload, tuple(new.queries), new.task
+        self.runtime_task = Task("span" if new.task == "span" else "tube", allow_none=new.allow_none)
         self.deadline_s = deadline_s
         self.status = "queued"
         self.over = threading.Event()  # set when nobody waits for the answer any more: its work may stop
@@ -42,7 +43,6 @@ class Job:
         self.began, self.used = time.monotonic(), time.time()
         self.version = 0  # number of changes
         self.timer: asyncio.TimerHandle | None = None  # ends the job at its deadline
-        self._progress_at = 0.0
         self._news = asyncio.Event()
 
     @property
@@ -78,25 +78,17 @@ class Job:
             self.notify()
 
     def report(self, stage: str, done: float, total: float | None) -> None:
-        """Set the progress; steps within a stage are skipped if they follow too fast."""
-        now = time.monotonic()
-        same = self.progress is not None and self.progress["stage"] == stage
-        if self.ended or (same and now < self._progress_at + PROGRESS_EVERY_S and done != total):
-            return
-        self._progress_at = now
-        self.progress = {"stage": stage, "done": round(done, 3), "total": None if total is None else round(total, 3)}
-        self.notify()
+        """Set the progress, unless the job has ended."""
+        if not self.ended:
+            total = None if total is None else round(total, 3)
+            self.progress = {"stage": stage, "done": round(done, 3), "total": total}
+            self.notify()
 
     def notify(self) -> None:
         """Wake up all that wait for a change."""
         self.version += 1
         self._news.set()
         self._news = asyncio.Event()
-
-    async def changed(self, version: int) -> None:
-        """Wait until the job is newer than `version`."""
-        while self.version <= version:
-            await self._news.wait()
 
     async def events(self, position: Callable[[Job], int | None]) -> AsyncIterator[ServerSentEvent]:
         """Yield the present state and every later one: queued, progress, then done, failed or cancelled."""
@@ -108,7 +100,8 @@ class Job:
                 yield event.model_copy(update={"id": str(version)})
             if ended:  # as of this event: the job may have ended while it was sent
                 return
-            await self.changed(version)
+            while self.version <= version:
+                await self._news.wait()
 
     def _event(self, position: int | None) -> ServerSentEvent:
         if self.status == "done":
@@ -121,4 +114,4 @@ class Job:
     async def end(self) -> None:
         """Wait until the job has ended."""
         while not self.ended:
-            await self.changed(self.version)
+            await self._news.wait()

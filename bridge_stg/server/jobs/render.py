@@ -18,6 +18,7 @@ from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index
 from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, draw_box, fit_text, font, shade
 from bridge_stg.server.http.errors import api_error, busy
 from bridge_stg.server.jobs.job import Job, job_not_found
+from bridge_stg.server.videos.probe import FileInfo
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -28,7 +29,6 @@ COLOURS: tuple[Colour, ...] = (
 )  # fmt: skip
 """Colours of the queries; the page uses the same, in the same order."""
 MOST_WAITING = 8
-MOST_WAITING = 8
 
 
 class Renderer:
@@ -37,7 +37,7 @@ class Renderer:
     def __init__(self, folder: Path, threads: Executor, *, within_s: float) -> None:
         self._folder, self._threads, self._within_s = folder, threads, within_s
         self._rendering: dict[str, asyncio.Future[None]] = {}
-        self._waiting: dict[str, int] = {}
+        self._waiting: dict[str, int] = {}  # number of requests per job
         self._closed = False
 
     async def file(self, job: Job) -> Path:
@@ -100,8 +100,7 @@ class Renderer:
         partial = path.with_suffix(".partial.mp4")
         try:
             with play(job.upload.file.path) as source:
-                frames = paint(source.frames, job.results, duration_s=job.upload.file.info.duration_s, check=check)
-                encode_h264(frames, partial)
+                encode_h264(paint(source.frames, job.results, info=job.upload.file.info, check=check), partial)
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -111,17 +110,16 @@ def paint(
     frames: Iterator[tuple[float, np.ndarray]],
     groundings: Sequence[Grounding],
     *,
-    duration_s: float,
+    info: FileInfo,
     check: Callable[[], None],
 ) -> Iterator[tuple[float, Image.Image]]:
-    """Yield (time_s, image) per frame with the boxes of all groundings, all in the size of the first frame."""
+    """Yield (time_s, image) per frame with the boxes of all groundings, all in the size of the file."""
     from PIL import Image
 
-    painter: _Painter | None = None
+    painter = _Painter((info.width, info.height), groundings, info.duration_s)
     for time_s, frame in frames:
         check()
         image = Image.fromarray(np.ascontiguousarray(frame))
-        painter = painter or _Painter(image.size, groundings, duration_s)
         image = image if image.size == painter.size else image.resize(painter.size)
         painter.paint(image, time_s)
         yield time_s, image

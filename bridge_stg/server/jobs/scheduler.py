@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ MOST_BATCH_QUERIES = 64
 VIDEO_STAGES = ("decode_video", "vision_coarse", "prefill")
 FIRST_GUESS_S = 2.0
 POLL_S = 0.02
+PROGRESS_EVERY_S = 0.1
 
 Outcome: TypeAlias = "tuple[tuple[Grounding, ...], str] | BaseException"
 """What a batch returns per job: the results, also as JSON; or the error."""
@@ -37,11 +39,10 @@ Outcome: TypeAlias = "tuple[tuple[Grounding, ...], str] | BaseException"
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Jobs about one video with the same task and options."""
+    """Jobs about one file with the same task and options."""
 
     file: StoredFile
-    task: str
-    allow_none: bool
+    task: Task
     jobs: list[Job]
 
     def over(self) -> bool:
@@ -82,9 +83,7 @@ class Scheduler:
         return self._waiting.index(job) if job in self._waiting else None
 
     def check_room(self) -> None:
-        """Raise ApiError if no job can be added: 429 if the queue is full, 503 if the server shuts down."""
-        if self._closed:
-            raise stopping()
+        """Raise ApiError 429 if the queue is full."""
         count = len(self._waiting)
         if count >= self._settings.max_queue:
             wait_s = min(self._settings.max_seconds, self._job_s * count / self._settings.workers)
@@ -112,9 +111,8 @@ class Scheduler:
         self._closed = True
         for job in list(self._waiting):
             self.cancel(job, error=stopping())
-        loop = asyncio.get_running_loop()
-        until = loop.time() + drain_s
-        while self._running and loop.time() < until and not self._hurried:
+        until = time.monotonic() + drain_s
+        while self._running and time.monotonic() < until and not self._hurried:
             await asyncio.sleep(POLL_S)
         for batch in list(self._running.values()):
             for job in batch.jobs:
@@ -136,19 +134,18 @@ class Scheduler:
         self.cancel(job, error=ApiError(408, "call.deadline", message))
 
     def _start_batches(self) -> None:
-        while len(self._running) < self._settings.workers:
-            first = next((job for job in self._waiting if job.upload.file.key not in self._running), None)
-            if first is None:
-                break
-            self._start(self._batch(first))
+        for first in list(self._waiting):
+            free = len(self._running) < self._settings.workers and first.upload.file.key not in self._running
+            if free and first in self._waiting:
+                self._start(self._batch(first))
         for job in self._waiting:
             job.notify()
 
     def _batch(self, first: Job) -> Batch:
         """Remove a job from the queue, with all jobs that have the same video, task and options."""
-        batch, queries = Batch(first.upload.file, first.task, first.allow_none, []), 0
+        batch, queries = Batch(first.upload.file, first.runtime_task, []), 0
         for job in list(self._waiting):
-            same = job.upload.file is batch.file and (job.task, job.allow_none) == (batch.task, batch.allow_none)
+            same = job.upload.file is batch.file and job.runtime_task == batch.task
             if same and (job is first or queries + len(job.queries) <= MOST_BATCH_QUERIES):
                 self._waiting.remove(job)
                 batch.jobs.append(job)
@@ -162,9 +159,9 @@ class Scheduler:
         for job in batch.jobs:
             job.change("running")
         self._metrics.batch_queries.observe(len(batch.queries))
-        began = loop.time()
+        began = time.monotonic()
         future = loop.run_in_executor(self._threads, self._run, batch, loop)
-        future.add_done_callback(lambda done: self._ended(batch, done, loop.time() - began))
+        future.add_done_callback(lambda done: self._ended(batch, done, time.monotonic() - began))
 
     def _ended(self, batch: Batch, done: asyncio.Future[list[Outcome]], took_s: float) -> None:
         del self._running[batch.file.key]
@@ -190,7 +187,7 @@ class Scheduler:
             job.timer.cancel()
         job.change(status)
         self._metrics.jobs.labels(status).inc()
-        self._metrics.job_seconds.observe(asyncio.get_running_loop().time() - job.began)
+        self._metrics.job_seconds.observe(time.monotonic() - job.began)
         if error is not None:
             self._metrics.errors.labels(error.code).inc()
 
@@ -218,8 +215,7 @@ class Scheduler:
 
     def _answer(self, video: OpenedVideo, batch: Batch, progress: Progress, *, new: bool) -> list[Outcome]:
         queries = batch.queries
-        task = Task("span" if batch.task == "span" else "tube", allow_none=batch.allow_none)
-        groundings = video.ground_within(Limits(cancel=batch.over, progress=progress), queries, task)
+        groundings = video.ground_within(Limits(cancel=batch.over, progress=progress), queries, batch.task)
         skipped = ("total",) if new else ("total", *VIDEO_STAGES)
         for stage, seconds in groundings[0].timings.items():
             if stage not in skipped:
@@ -247,8 +243,8 @@ class Scheduler:
                 if done > 1.1 * self._settings.max_duration_s + 1 or frames > self._settings.max_frames + 1:
                     message = "The video is longer than its header says, and than this server accepts."
                     raise ApiError(413, "video.too_long", message)
-            now = loop.time()
-            if stage != sent[0] or done == total or now > sent[1] + 0.1:
+            now = time.monotonic()
+            if stage != sent[0] or done == total or now > sent[1] + PROGRESS_EVERY_S:
                 sent = (stage, now)
                 loop.call_soon_threadsafe(report, stage, done, total)
 

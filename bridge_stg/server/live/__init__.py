@@ -1,1 +1,1 @@
-"""Live streams of the server: watches and their picture."""
+"""Live streams of the server: watches and their newest frame."""

@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 from fastapi.sse import ServerSentEvent
 
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.errors import BridgeError, VideoError
-from bridge_stg.runtime.live.source import open_live
+from bridge_stg.runtime.live.source import Frames, LiveSource, open_live
 from bridge_stg.runtime.live.watch import LiveOptions, LiveUpdate, LiveWatch
-from bridge_stg.server.http.errors import ApiError, api_error, busy, logger, stopping
-from bridge_stg.server.live.picture import NewestFrame
+from bridge_stg.server.http import schemas
+from bridge_stg.server.http.errors import ApiError, api_error, busy, logger
 from bridge_stg.server.metrics import Metrics
 
 MOST_QUERIES = 16
@@ -28,11 +31,36 @@ MOST_EVENTS = 64
 """Events that wait for one client; beyond it the oldest are dropped and counted."""
 
 
+class NewestFrame:
+    """A live source that keeps its newest frame. Messages of the runtime contain `address`; watch `source`."""
+
+    def __init__(self, address: str, *, timeout_s: float) -> None:
+        self._inner = inner = open_live(address, realtime=True, timeout_s=timeout_s)
+        self.address = inner.name
+        self._converting = threading.Lock()  # PyAV converts a frame in one thread at a time
+        self._newest: tuple[float, Callable[[], np.ndarray]] | None = None
+        self.source = LiveSource(inner.name, inner.keeps_pace, self._read)
+
+    def read(self) -> tuple[np.ndarray, float] | None:
+        """Return the newest frame, uint8 [H, W, 3], and its time in the stream; None before the first frame."""
+        newest = self._newest
+        return None if newest is None else (newest[1](), newest[0])
+
+    def _read(self, stop: threading.Event) -> Frames:
+        for time_s, frame in self._inner.frames(stop):
+            self._newest = time_s, partial(self._convert, frame)
+            yield self._newest
+
+    def _convert(self, frame: Callable[[], np.ndarray]) -> np.ndarray:
+        with self._converting:
+            return frame()
+
+
 class Viewer:
-    """One client of a source."""
+    """One client of a source, with distinct queries."""
 
     def __init__(self, queries: Sequence[str]) -> None:
-        self.queries = tuple(dict.fromkeys(queries))
+        self.queries = queries
         self._events: asyncio.Queue[ServerSentEvent | None] = asyncio.Queue(MOST_EVENTS)
 
     def put(self, event: ServerSentEvent | None) -> bool:
@@ -73,15 +101,14 @@ class UpdateText:
 class SharedWatch:
     """The watch of one source and its clients. Lives in the event loop; its thread calls back into it."""
 
-    def __init__(
-        self, name: str, watch: LiveWatch, newest: NewestFrame, metrics: Metrics, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, name: str, watch: LiveWatch, newest: NewestFrame, metrics: Metrics) -> None:
         self.name, self.watch, self.newest = name, watch, newest
         self.viewers: list[Viewer] = []
         self.ended = False
-        self._metrics, self._loop = metrics, loop
+        self._metrics, self._loop = metrics, asyncio.get_running_loop()
         self._dropped = 0
         self.thread = threading.Thread(target=self._run, name=f"bridge-stg live {name}", daemon=True)
+        self.thread.start()
 
     @property
     def queries(self) -> tuple[str, ...]:
@@ -124,15 +151,14 @@ class SharedWatch:
 class LiveHub:
     """All live sources of one server. Clients see their names, not their addresses, which may contain passwords.
 
-    Raises:
-        BridgeError: a source cannot be watched, such as a file that does not exist.
+    Raises BridgeError if a source cannot be watched, such as a file that does not exist. `options` are the fields of
+    `LiveOptions`.
     """
 
     def __init__(
-        self, grounder: Grounder, sources: dict[str, str], metrics: Metrics, *, options: dict[str, Any] | None = None
+        self, grounder: Grounder, sources: Mapping[str, str], metrics: Metrics, options: dict[str, Any]
     ) -> None:
-        self._grounder, self._sources, self._metrics = grounder, sources, metrics
-        self._options = options or {}
+        self._grounder, self._sources, self._metrics, self._options = grounder, sources, metrics, options
         for name, address in sources.items():
             try:
                 open_live(address)
@@ -140,50 +166,44 @@ class LiveHub:
                 raise BridgeError(error.code, f"--live {name}: {error}") from error
         self._watches: dict[str, SharedWatch] = {}
         self._ending: list[SharedWatch] = []
-        self._closed = False
         metrics.gauge("live_watches", "Sources that are watched.", lambda: len(self._watches))
         watches = self._watches
         metrics.gauge("live_clients", "Clients of live sources.", lambda: sum(len(w.viewers) for w in watches.values()))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the names of the sources and the queries on them."""
+    def sources(self) -> list[schemas.LiveSource]:
+        """Return the sources and the queries on them."""
         queries = {name: list(watch.queries) for name, watch in self._watches.items()}
-        return {
-            "live": [
-                {"name": name, "watched": name in queries, "queries": queries.get(name, [])} for name in self._sources
-            ]
-        }
+        return [
+            schemas.LiveSource(name=name, watched=name in queries, queries=queries.get(name, []))
+            for name in self._sources
+        ]
 
-    def join(self, name: str, queries: Sequence[str]) -> Viewer:
-        """Begin to watch; every viewer must `leave`.
+    @contextmanager
+    def viewer(self, name: str, queries: Sequence[str]) -> Iterator[Viewer]:
+        """Watch a source within the block. The last viewer ends the watch.
 
         Raises:
             ApiError: the source does not exist, or has too many clients or queries.
             QueryError: a query is not valid.
         """
-        if self._closed:
-            raise stopping()
         if name not in self._sources:
             message = "No live source has this name; GET /v1/live lists them."
             raise ApiError(404, "server.source_not_found", message)
-        viewer = Viewer(queries)
+        viewer = Viewer(list(dict.fromkeys(queries)))
         watch = self._watches.get(name)
-        if watch is not None and watch.ended:
-            watch = None
-        together = dict.fromkeys((*(() if watch is None else watch.queries), *viewer.queries))
-        if len(together) > MOST_QUERIES or (watch is not None and len(watch.viewers) >= MOST_CLIENTS):
+        current = None if watch is None or watch.ended else watch
+        together = list(dict.fromkeys([*(current.queries if current else ()), *viewer.queries]))
+        if len(together) > MOST_QUERIES or (current and len(current.viewers) >= MOST_CLIENTS):
             raise busy(f"A source has at most {MOST_QUERIES} different queries and {MOST_CLIENTS} clients.", 30)
-        if watch is None:
-            newest = self._open(name)
-            source: Any = newest.source
-            live = self._grounder.watch(source, list(viewer.queries), **self._options)
-            watch = SharedWatch(name, live, newest, self._metrics, asyncio.get_running_loop())
-            self._watches[name] = watch
-            watch.thread.start()
+        if current is None:
+            current = self._watches[name] = self._start(name, together)
         else:
-            watch.watch.set_queries(list(together))
-        watch.viewers.append(viewer)
-        return viewer
+            current.watch.set_queries(together)
+        current.viewers.append(viewer)
+        try:
+            yield viewer
+        finally:
+            self._leave(viewer, current)
 
     def newest_frame(self, name: str) -> NewestFrame:
         """Return the newest frame of a source. Raises ApiError 404 if nobody watches it."""
@@ -191,24 +211,8 @@ class LiveHub:
             raise ApiError(404, "server.frame_not_found", "Nobody watches this source, so it has no frame.")
         return self._watches[name].newest
 
-    def leave(self, viewer: Viewer) -> None:
-        """Stop watching; the last viewer ends the watch."""
-        for name, watch in list(self._watches.items()):
-            if viewer not in watch.viewers:
-                continue
-            watch.viewers.remove(viewer)
-            if watch.viewers and not watch.ended:
-                watch.watch.set_queries(list(watch.queries))
-            else:
-                watch.watch.stop()
-                if not watch.viewers:
-                    del self._watches[name]
-                    self._ending.append(watch)
-        self._ending = [watch for watch in self._ending if watch.thread.is_alive()]
-
     def stop(self) -> None:
         """Stop all watches, without waiting."""
-        self._closed = True
         for watch in [*self._watches.values(), *self._ending]:
             watch.watch.stop()
 
@@ -223,10 +227,22 @@ class LiveHub:
             if watch.thread.is_alive():
                 logger.error("the watch of %s did not end", watch.name)
 
-    def _open(self, name: str) -> NewestFrame:
+    def _start(self, name: str, queries: Sequence[str]) -> SharedWatch:
         try:
-            return NewestFrame(self._sources[name], timeout_s=LiveOptions(**self._options).stall_s)
+            newest = NewestFrame(self._sources[name], timeout_s=LiveOptions(**self._options).stall_s)
         except VideoError as error:  # it existed when the server started
             logger.error("the live source %s: %s", name, error)
             message = f"The source {name} does not exist now; the server's log says why."
             raise ApiError(404, "server.source_not_found", message) from None
+        source: Any = newest.source
+        return SharedWatch(name, self._grounder.watch(source, queries, **self._options), newest, self._metrics)
+
+    def _leave(self, viewer: Viewer, watch: SharedWatch) -> None:
+        watch.viewers.remove(viewer)
+        if watch.viewers and not watch.ended:
+            watch.watch.set_queries(watch.queries)
+            return
+        watch.watch.stop()
+        if not watch.viewers and self._watches.get(watch.name) is watch:
+            del self._watches[watch.name]
+            self._ending = [*(other for other in self._ending if other.thread.is_alive()), watch]

@@ -10,15 +10,15 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from bridge_stg.server.http import schemas
-from bridge_stg.server.http.errors import ApiError, invalid_request
-from bridge_stg.server.http.multipart import Form, read_form
+from bridge_stg.server.http.errors import ApiError
+from bridge_stg.server.http.multipart import read_form
+from bridge_stg.server.http.security import is_json
 from bridge_stg.server.jobs.job import Job
-from bridge_stg.server.routes.videos import TheService, file_response, form_or_json, is_json, read_json
+from bridge_stg.server.routes.videos import TheService, file_response, form_or_json
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.uploads import Upload
 
@@ -78,13 +78,14 @@ async def annotated(request: Request, found: TheJob, service: TheService) -> Fil
 async def ground(request: Request, service: TheService) -> Response:
     """Upload a video, send queries, and wait for the answers. Closing the connection cancels; nothing is kept."""
     service.check_open()
-    if is_json(request):
-        new = await read_json(request, service, schemas.NewJob)
+    if is_json(request.headers):
+        new = schemas.NewJob.model_validate_json(await request.body())
         return await _answer(request, service, service.store.get(new.video), new)
     service.scheduler.check_room()
     with service.store.receive() as incoming:
         form = await read_form(request, service.settings, incoming.write)
-        new = _new_job(form)
+        options = {name: value for name, value in form.fields if name in ("task", "allow_none", "deadline_s")}
+        new = schemas.NewJob.model_validate({"video": "", "queries": form.values("queries"), **options})
         service.check_queries(new.queries)
         upload = await service.store.finish(incoming, form.filename)
     try:
@@ -107,7 +108,7 @@ async def _answer(request: Request, service: Service, upload: Upload, new: schem
             raise job.error
         if job.status != "done":
             raise ApiError(409, "call.cancelled", "The job was cancelled.")
-        video = json.dumps(upload.to_json(service.settings.keep_s), ensure_ascii=False)
+        video = json.dumps(service.store.describe(upload).model_dump(), ensure_ascii=False)
         return Response(f'{{"video": {video}, "results": {job.results_text}}}', media_type="application/json")
     finally:
         service.forget(job)
@@ -129,12 +130,3 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     finally:
         working.cancel()
         leaving.cancel()
-
-
-def _new_job(form: Form) -> schemas.NewJob:
-    """Read the fields of a form. Raises ApiError 422."""
-    options = {name: value for name, value in form.fields if name in ("task", "allow_none", "deadline_s")}
-    try:
-        return schemas.NewJob.model_validate({"video": "", "queries": form.values("queries"), **options})
-    except ValidationError as error:
-        raise invalid_request(error.errors()) from error

@@ -22,17 +22,14 @@ async def viewer_of(
 ) -> AsyncIterator[Viewer]:
     """Watch a source until the answer has been sent."""
     service.check_queries(query)
-    viewer = service.live.join(name, query)
-    try:
+    with service.live.viewer(name, query) as viewer:
         yield viewer
-    finally:
-        service.live.leave(viewer)
 
 
 @router.get("")
 async def sources(service: TheService) -> LiveSources:
     """List the live sources of the operator."""
-    return LiveSources(**service.live.to_json())
+    return LiveSources(live=service.live.sources())
 
 
 @router.get("/{name}/events", response_class=EventSourceResponse)
@@ -47,14 +44,13 @@ async def frame(name: str, service: TheService) -> Response:
     """Return the newest frame of a watched source as JPEG; X-Frame-Time is its time in the stream."""
     newest = service.live.newest_frame(name)
 
-    def read() -> tuple[bytes, float] | None:
+    def read() -> tuple[bytes, float]:
         found = newest.read()
-        return None if found is None else (jpeg(found[0]), found[1])
+        if found is None:
+            raise ApiError(404, "server.frame_not_found", "The source has not delivered a frame yet.")
+        return jpeg(found[0]), found[1]
 
     try:
-        found = await service.in_thread(read)
+        return frame_response(await service.in_thread(read))
     except Exception as error:
         raise api_error(error) from error
-    if found is None:
-        raise ApiError(404, "server.frame_not_found", "The source has not delivered a frame yet.")
-    return frame_response(found)

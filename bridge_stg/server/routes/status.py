@@ -23,7 +23,7 @@ router = APIRouter(tags=["status"])
 @router.get("/health", responses={503: {"model": Health}})
 async def health(service: TheService) -> Response:
     """Return the state and the load of this server; 503 while it shuts down."""
-    value = Health(**service.health())
+    value = service.health()
     return JSONResponse(value.model_dump(), 200 if value.status == "ok" else 503)
 
 

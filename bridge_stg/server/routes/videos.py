@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from bridge_stg.server.http.errors import ApiError, api_error, invalid_request
+from bridge_stg.server.http.errors import ApiError, api_error
 from bridge_stg.server.http.multipart import read_form
 from bridge_stg.server.http.schemas import Video, VideoSource
-from bridge_stg.server.http.security import read_body
+from bridge_stg.server.http.security import is_json
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.stills import still
 from bridge_stg.server.videos.uploads import Upload
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-Model = TypeVar("Model", bound=BaseModel)
 FILE = {"type": "string", "format": "binary", "description": "The video."}
 JPEG: dict[int | str, Any] = {200: {"content": {"image/jpeg": {}}}}
 
@@ -50,45 +49,27 @@ async def upload_of(video: str, service: TheService) -> Upload:
 TheUpload = Annotated[Upload, Depends(upload_of)]
 
 
-def is_json(request: Request) -> bool:
-    """Return whether the body is JSON rather than a form."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
-
-
-async def read_json(request: Request, service: Service, model: type[Model]) -> Model:
-    """Read a JSON body. Raises ApiError: 408 if it is too slow, 413 if it is too long, 422 if it is not valid."""
-    body = await read_body(request.receive, service.settings.idle_s)
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_request(error.errors()) from error
-
-
 def file_response(path: str, media_type: str, name: str) -> FileResponse:
     """Return a file under its client's name, for display rather than download."""
     return FileResponse(path, media_type=media_type, filename=name, content_disposition_type="inline")
-
-
-def _video(upload: Upload, service: Service) -> Video:
-    return Video(**upload.to_json(service.settings.keep_s))
 
 
 @router.post("", status_code=201, openapi_extra=form_or_json(VideoSource, "source"))
 async def upload(request: Request, service: TheService) -> Video:
     """Upload a video or image, or name a file of the server's media folder."""
     service.check_open()
-    if is_json(request):
-        named = await read_json(request, service, VideoSource)
-        return _video(await service.store.refer(named.source), service)
+    if is_json(request.headers):
+        named = VideoSource.model_validate_json(await request.body())
+        return service.store.describe(await service.store.refer(named.source))
     with service.store.receive() as incoming:
         form = await read_form(request, service.settings, incoming.write)
-        return _video(await service.store.finish(incoming, form.filename), service)
+        return service.store.describe(await service.store.finish(incoming, form.filename))
 
 
 @router.get("/{video}")
 async def describe(found: TheUpload, service: TheService) -> Video:
     """Describe a video, and extend its time."""
-    return _video(found, service)
+    return service.store.describe(found)
 
 
 @router.delete("/{video}", status_code=204)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +46,7 @@ class FileInfo:
 
 
 def probe(path: str, name: str, limits: Settings) -> FileInfo:
-    """Inspect a file before any other code opens it. Messages call it `name`.
-
-    Raises:
-        ApiError: 413 if it has too many pixels, seconds or frames; 415 if its type is not accepted; 422 if it is
-            damaged or empty.
-    """
+    """Inspect a file, called `name` in messages, before any other code opens it. Raises ApiError 413, 415 and 422."""
     check = _Check(name, limits)
     try:
         image = check.open_image(path)
@@ -58,7 +54,7 @@ def probe(path: str, name: str, limits: Settings) -> FileInfo:
             return check.image(image, path)
         container = _container_of(path)
         if container is None:
-            raise ApiError(415, "video.unsupported_format", f"{name} is not a supported video or image; {ACCEPTED}.")
+            raise check.unsupported("not a supported video or image")
         duration_s, frames = check.container(path)
         width, height = _first_frame(path)
         check.pixels(width, height)
@@ -80,15 +76,12 @@ def _container_of(path: str) -> str | None:
 
 def _first_frame(path: str) -> tuple[int, int]:
     """Return width and height, as displayed, of the first frame that can be decoded."""
-    decoder = Decoder(path)
-    try:
+    with closing(Decoder(path)) as decoder:
         frame = next(decoder.frames(), None)
         if frame is None:
             raise decoder.no_frames()
         height, width = shown_size(frame)
         return width, height
-    finally:
-        decoder.close()
 
 
 @dataclass(frozen=True)
@@ -115,8 +108,7 @@ class _Check:
             raise
         if image is not None and image.format not in IMAGES:
             image.close()
-            message = f"{self.name} is a {image.format} image, which is not supported; {ACCEPTED}."
-            raise ApiError(415, "video.unsupported_format", message)
+            raise self.unsupported(f"a {image.format} image, which is not supported")
         return image
 
     def image(self, image: Any, path: str) -> FileInfo:
@@ -143,8 +135,7 @@ class _Check:
             frames, duration_s = frames + 1, duration_s + (frame_s if frame_s >= SHORTEST_FRAME_S else 0.1)
             self._length(duration_s, frames, end)
         if not frames:
-            message = f"{self.name} has no frame that can be decoded; save or download it again."
-            raise ApiError(422, "video.no_frames", message)
+            raise self._no_frames()
         return frames, round(duration_s, 6)
 
     def container(self, path: str) -> tuple[float, int]:
@@ -162,8 +153,7 @@ class _Check:
             raise self._damaged(getattr(error, "strerror", None) or "its header cannot be read") from error
         with container:
             if not set(container.format.name.split(",")) & set(CONTAINERS):
-                message = f"{self.name} is a {container.format.name} file; {ACCEPTED}."
-                raise ApiError(415, "video.unsupported_format", message)
+                raise self.unsupported(f"a {container.format.name} file")
             stream = self._stream(container)
             stated_s = float(container.duration / av.time_base) if container.duration else 0.0
             self._length(stated_s, stream.frames)
@@ -173,7 +163,6 @@ class _Check:
                 raise self._damaged(getattr(error, "strerror", None) or "its packets cannot be read") from error
 
     def _stream(self, container: Any) -> Any:
-        """Return the video stream to use."""
         count = len(container.streams)
         if count > MOST_STREAMS:
             message = f"{self.name} has {count} streams; expected at most {MOST_STREAMS}, one of them video."
@@ -212,8 +201,7 @@ class _Check:
                 last_s = max(last_s, end_s)
             self._length(last_s - (first_s or 0.0), count, end)
         if not count:
-            message = f"the video stream of {self.name} has no frames; record or export it again."
-            raise ApiError(422, "video.no_frames", message)
+            raise self._no_frames()
         whole = "avi" in container.format.name and reached_s > 0.95 * stated_s  # an AVI counts pauses as frames
         if broken or (count < stream.frames and not whole) or (stated_s and reached_s < 0.8 * stated_s - 1):
             frames = stream.frames
@@ -234,6 +222,13 @@ class _Check:
             f"{limits.max_frames} frames. Cut out the part that matters."
         )
         raise ApiError(413, "video.too_long", message)
+
+    def unsupported(self, found: str) -> ApiError:
+        return ApiError(415, "video.unsupported_format", f"{self.name} is {found}; {ACCEPTED}.")
+
+    def _no_frames(self) -> ApiError:
+        message = f"{self.name} has no frames that can be decoded; record, save or export it again."
+        return ApiError(422, "video.no_frames", message)
 
     def _too_many_pixels(self, found: str) -> ApiError:
         message = f"{self.name} has {found}; this server accepts at most {self.limits.max_pixels} per frame. Resize it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from contextlib import closing
 
 import numpy as np
 
@@ -18,12 +19,7 @@ SEEK_FROM_S = 2.0
 
 
 def still(path: str, info: FileInfo, time_s: float) -> tuple[bytes, float]:
-    """Return the frame that is displayed at a time as a JPEG, and its own time in seconds from the first frame.
-
-    Raises:
-        VideoError: the file cannot be read.
-        Interrupted: finding the frame takes too long.
-    """
+    """Return the frame displayed at a time as a JPEG, and its own time. Raises VideoError, and Interrupted if slow."""
     found = _seek(path, time_s) if info.media_type.startswith("video/") and time_s > SEEK_FROM_S else None
     rgb, at = found or _read(path, time_s)
     return jpeg(rgb), at
@@ -31,12 +27,11 @@ def still(path: str, info: FileInfo, time_s: float) -> tuple[bytes, float]:
 
 def _seek(path: str, time_s: float) -> tuple[np.ndarray, float] | None:
     """Decode from the key frame before the time; None where the timestamps of the file do not allow that."""
-    decoder, end = Decoder(path), time.monotonic() + WITHIN_S
-    try:
+    end, found = time.monotonic() + WITHIN_S, None
+    with closing(Decoder(path)) as decoder:
         first = next(decoder.frames(), None)
         if first is None or first.pts is None:
             return None
-        found = None
         for frame in decoder.frames_from(first.pts + int(time_s / decoder.time_base)):
             if frame.pts is None or time.monotonic() > end:
                 return None
@@ -45,8 +40,6 @@ def _seek(path: str, time_s: float) -> tuple[np.ndarray, float] | None:
                 break
             found = frame, at
         return None if found is None else (shown_rgb(found[0]), found[1])
-    finally:
-        decoder.close()
 
 
 def _read(path: str, time_s: float) -> tuple[np.ndarray, float]:

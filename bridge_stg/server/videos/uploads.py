@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.image import DAMAGE
 from bridge_stg.server.http.errors import ApiError
+from bridge_stg.server.http.schemas import Video
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.settings import MIB, Settings
 from bridge_stg.server.videos.prefix_cache import OpenVideos
@@ -53,11 +53,6 @@ class Upload:
     name: str
     file: StoredFile
     used: float = field(default_factory=time.time)
-
-    def to_json(self, keep_s: float) -> dict[str, Any]:
-        """Return the upload as in `schemas.Video`."""
-        expires = datetime.fromtimestamp(self.used + keep_s, timezone.utc).isoformat(timespec="seconds")
-        return {"id": self.id, "name": self.name, **dataclasses.asdict(self.file.info), "expires_at": expires}
 
 
 class Incoming:
@@ -114,13 +109,15 @@ class Store:
         upload.used = time.time()
         return upload
 
+    def describe(self, upload: Upload) -> Video:
+        """Return the description of an upload for clients."""
+        until = datetime.fromtimestamp(upload.used + self._settings.keep_s, timezone.utc)
+        info, expires = dataclasses.asdict(upload.file.info), until.isoformat(timespec="seconds")
+        return Video(id=upload.id, name=upload.name, **info, expires_at=expires)
+
     @contextmanager
     def receive(self) -> Iterator[Incoming]:
-        """Yield an upload to write to and to `finish`; otherwise its file is deleted at the end of the block.
-
-        Raises:
-            ApiError: 413 if the file grows too large, 503 if the server has no room for it.
-        """
+        """Yield an upload to write to and to `finish`; otherwise its file is deleted. Raises ApiError 413 and 503."""
         self._check_count()
         incoming = Incoming(self.folder / f"incoming-{secrets.token_hex(8)}", self._writing, self._reserve)
         self._incoming.add(incoming)
@@ -175,9 +172,8 @@ class Store:
         if self._uploads.pop(upload.id, None) is not None:
             self.release(upload.file)
 
-    def expired(self) -> list[Upload]:
-        """Return the uploads whose time is over."""
-        before = time.time() - self._settings.keep_s
+    def expired(self, before: float) -> list[Upload]:
+        """Return the uploads that were used last before a time."""
         return [upload for upload in self._uploads.values() if upload.used < before]
 
     def close(self) -> None:
