@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import bridge_stg
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.video.decoder import limit_frames
 from bridge_stg.server.http.errors import ApiError, logger, stopping
-from bridge_stg.server.http.schemas import Health, NewJob, Queue
+from bridge_stg.server.http.schemas import NewJob
 from bridge_stg.server.jobs.job import Job, job_not_found
 from bridge_stg.server.jobs.render import Renderer
 from bridge_stg.server.jobs.scheduler import Scheduler
@@ -26,7 +25,6 @@ MOST_KEPT_JOBS = 1024
 MOST_RESULT_BYTES = 2**28
 """Memory of the kept results; beyond it the oldest are deleted early."""
 SWEEP_S = 5.0
-SHOWN_LIMITS = ("upload_bytes", "duration_s", "pixels", "queries", "query_chars", "seconds")
 
 T = TypeVar("T")
 
@@ -138,19 +136,6 @@ class Service:
         for job in [job for job in self._jobs.values() if job.upload is upload]:
             self.forget(job)
         self.store.remove(upload)
-
-    def health(self) -> Health:
-        """Return the state of the server."""
-        settings, jobs, target = self.settings, self.scheduler, self.grounder.target
-        return Health(
-            status="stopping" if self.stopping else "ok",
-            version=bridge_stg.__version__,
-            bundle=self.bundle,
-            backend="unknown" if target is None else target.summary,
-            verified=self.grounder.verified,
-            queue=Queue(waiting=jobs.waiting, running=jobs.running, most_waiting=settings.max_queue),
-            limits={name: getattr(settings, f"max_{name}") for name in SHOWN_LIMITS},
-        )
 
     def _delete_surplus(self) -> None:
         """Delete the oldest ended jobs while there are too many or their results use too much memory."""

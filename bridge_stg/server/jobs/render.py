@@ -13,6 +13,7 @@ import numpy as np
 
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import Interrupted
+from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index
 from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, draw_box, fit_text, font, shade
@@ -41,11 +42,7 @@ class Renderer:
         self._closed = False
 
     async def file(self, job: Job) -> Path:
-        """Return a job's annotated video. Rendering stops when the last one that waits for it is cancelled.
-
-        Raises:
-            ApiError: 404 if the job is deleted meanwhile, 429 if too many videos wait, and as in `api_error`.
-        """
+        """Return a job's annotated video. Rendering stops when the last request for it ends. Raises ApiError."""
         path = self._path(job)
         if path.exists():
             return path
@@ -97,13 +94,8 @@ class Renderer:
             if self._closed or not self._waiting.get(job.id):
                 raise Interrupted("call.cancelled", "nobody waits for this video any more")
 
-        partial = path.with_suffix(".partial.mp4")
-        try:
-            with play(job.upload.file.path) as source:
-                encode_h264(paint(source.frames, job.results, info=job.upload.file.info, check=check), partial)
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with play(job.upload.file.path) as source, replacing(path) as temporary:
+            encode_h264(paint(source.frames, job.results, info=job.upload.file.info, check=check), temporary)
 
 
 def paint(

@@ -180,12 +180,7 @@ class LiveHub:
 
     @contextmanager
     def viewer(self, name: str, queries: Sequence[str]) -> Iterator[Viewer]:
-        """Watch a source within the block. The last viewer ends the watch.
-
-        Raises:
-            ApiError: the source does not exist, or has too many clients or queries.
-            QueryError: a query is not valid.
-        """
+        """Watch a source within the block; the last viewer ends the watch. Raises ApiError, and QueryError."""
         if name not in self._sources:
             message = "No live source has this name; GET /v1/live lists them."
             raise ApiError(404, "server.source_not_found", message)

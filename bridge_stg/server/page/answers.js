@@ -30,7 +30,7 @@ export class Answers {
    */
   show(groundings, video, live = false) {
     this.live = live;
-    this.kind = video.durationS > 0 ? "video" : "picture";
+    this.kind = video.durationS > 0 ? "video" : "image";
     this.groundings = groundings;
     this.ends = groundings.map((grounding) => endsOf(grounding, video.frameS));
     this.list.replaceChildren(...groundings.map((grounding, index) => this.#row(grounding, index, video)));

@@ -15,10 +15,10 @@ export class ServerError extends Error {
 }
 
 export class Api {
-  /** @param {(wrong: boolean) => Promise<string|null>} askKey asks the person for a key; null: none was given. */
+  /** @param {(wrong: boolean) => Promise<string|null>} askKey requests a key from the user; null: no key was given. */
   constructor(askKey) {
     this.askKey = askKey;
-    this.asking = null;
+    this.requestingKey = null;
     /** Called where there is another key. @type {(() => void)|null} */
     this.onKey = null;
   }
@@ -31,7 +31,7 @@ export class Api {
    * Send a request and return its response, which is a good one.
    *
    * @param {{method?: string, json?: any, signal?: AbortSignal, onWait?: (seconds: number) => void, quiet?: boolean}}
-   *   options `onWait` is told how long a busy server asks to wait; `quiet`: ask for no key, wait for nothing.
+   *   options `onWait` gets the seconds that a busy server requests to wait; `quiet`: request no key, do not wait.
    */
   async request(path, { method = "GET", json, signal, onWait, quiet = false } = {}) {
     const body = json === undefined ? undefined : JSON.stringify(json);
@@ -110,7 +110,7 @@ export class Api {
     return this.key ? { Authorization: `Bearer ${this.key}` } : {};
   }
 
-  /** Try until the server takes it: ask for a key where it wants one, wait where it is busy. */
+  /** Try until the server accepts it: request a key if it needs one, wait if it is busy. */
   async #persist(quiet, signal, onWait, attempt) {
     for (let busy = 0; ; ) {
       const used = this.key;
@@ -130,10 +130,10 @@ export class Api {
     }
   }
 
-  /** Ask for a key once, whoever needs it. Return whether there is one now. */
+  /** Request a key once for all callers. Return whether there is one now. */
   async #getKey(wrong) {
-    this.asking ??= this.askKey(wrong).finally(() => (this.asking = null));
-    const key = await this.asking;
+    this.requestingKey ??= this.askKey(wrong).finally(() => (this.requestingKey = null));
+    const key = await this.requestingKey;
     if (key && key !== this.key) {
       sessionStorage.setItem(KEY, key);
       this.onKey?.();

@@ -8,16 +8,16 @@ import { listSources, watch } from "./watching.js";
 
 byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  const asked = queries.values;
+  const requested = queries.values;
   if (state.running) return;
-  if (!state.current) say(byId("form-problem"), "Choose a video or a picture first.");
-  else if (asked.length === 0) say(byId("form-problem"), "Type what to look for.");
+  if (!state.current) say(byId("form-problem"), "Choose a video or an image first.");
+  else if (requested.length === 0) say(byId("form-problem"), "Type what to look for.");
   else say(byId("form-problem"), "");
   if (!state.current) return byId("choose").focus();
-  if (asked.length === 0) return queries.focus();
+  if (requested.length === 0) return queries.focus();
   failure.clear();
-  if (state.current.live) watch(state.current, asked);
-  else find(state.current, asked);
+  if (state.current.live) watch(state.current, requested);
+  else find(state.current, requested);
 });
 
 function choose() {

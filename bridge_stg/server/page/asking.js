@@ -1,4 +1,4 @@
-// Asking queries about a video: from the request to the answers on the page.
+// Sends queries about a video and shows the answers.
 
 import { ServerError } from "./api.js";
 import { byId } from "./elements.js";
@@ -27,10 +27,10 @@ export async function run(target, title, sending, task) {
   }
 }
 
-/** Ask the queries about the video, and show what comes. */
-export function find(target, asked) {
+/** Send the queries about the video and show the answers. */
+export function find(target, requested) {
   forgetAnswers();
-  const title = asked.length === 1 ? "Looking for it" : `Looking for ${asked.length} things`;
+  const title = requested.length === 1 ? "Looking for it" : `Looking for ${requested.length} things`;
   return run(target, title, !target.record, async (mine) => {
     const { signal } = mine.stop;
     const onWait = (seconds) => work.busy(seconds);
@@ -38,7 +38,7 @@ export function find(target, asked) {
     const task = byId("only-when").checked ? "span" : "ground";
     const start = async () => {
       const { id } = target.record ?? (await unlessAborted(send(target), signal));
-      const body = { video: id, queries: asked, task, allow_none: byId("allow-none").checked };
+      const body = { video: id, queries: requested, task, allow_none: byId("allow-none").checked };
       return api.json("v1/jobs", { method: "POST", json: body, signal, onWait });
     };
     let job;
@@ -83,7 +83,7 @@ function showAnswers(job) {
   viewer.setAnswers(job.results);
   byId("answers-title").textContent = answers.summary.replace(/\.$/, "");
   byId("save-drawn").hidden = viewer.player.isVideo === false && !job.results.some((result) => result.boxes);
-  byId("save-drawn").querySelector("span").textContent = durationS > 0 ? "Video with boxes" : "Picture with boxes";
+  byId("save-drawn").querySelector("span").textContent = durationS > 0 ? "Video with boxes" : "Image with boxes";
   byId("keys").hidden = !viewer.player.isVideo;
   byId("downloads").hidden = byId("answers").hidden = false;
   const first = answers.ends.find((ends) => ends !== null);

@@ -48,15 +48,15 @@ function gapAfter(boxes, index) {
 }
 
 /**
- * Return where a picture lies in an area that it is fitted into whole: left, top, width and height in the area's pixels.
+ * Return left, top, width and height, in the area's pixels, of an image that is fitted into an area as a whole.
  *
  * @param {{width: number, height: number}} area
- * @param {{width: number, height: number}} picture as it is shown, rotation applied.
+ * @param {{width: number, height: number}} image size as displayed, after rotation.
  */
-export function fitted(area, picture) {
-  if (!(area.width > 0 && area.height > 0 && picture.width > 0 && picture.height > 0)) return null;
-  const scale = Math.min(area.width / picture.width, area.height / picture.height);
-  const [width, height] = [picture.width * scale, picture.height * scale];
+export function fitted(area, image) {
+  if (!(area.width > 0 && area.height > 0 && image.width > 0 && image.height > 0)) return null;
+  const scale = Math.min(area.width / image.width, area.height / image.height);
+  const [width, height] = [image.width * scale, image.height * scale];
   return { left: (area.width - width) / 2, top: (area.height - height) / 2, width, height };
 }
 

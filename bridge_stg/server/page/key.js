@@ -1,4 +1,4 @@
-// Asking the person for the server's API key.
+// The dialog for the server's API key.
 
 import { byId } from "./elements.js";
 
@@ -6,7 +6,7 @@ import { byId } from "./elements.js";
 export function askKey(wrong) {
   const dialog = byId("key-dialog");
   const input = byId("key");
-  byId("key-title").textContent = wrong ? "The server did not take that key" : "This server asks for a key";
+  byId("key-title").textContent = wrong ? "The server did not accept this key" : "This server needs an API key";
   input.value = "";
   dialog.returnValue = "";
   return new Promise((resolve) => {

@@ -1,59 +1,59 @@
-// Watching a live source: its pictures, where the targets of the queries are, and what happened.
+// Watching a live source: its frames, where the targets of the queries are, and the events.
 
 import { sleep } from "./api.js";
 import { clock } from "./boxes.js";
 import { make } from "./elements.js";
 import { colourOf } from "./palette.js";
 
-const PICTURE_MS = 200;
-/** Pictures that may wait for their answers: some seconds of them. */
+const FRAME_MS = 200;
+/** Frames that may wait for their answers: some seconds of them. */
 const MOST_WAITING = 50;
-/** By how much the delay shrinks with a picture where it was longer than need be, in seconds. */
+/** Seconds by which the delay shrinks per frame while it is longer than necessary. */
 const CATCH_UP_S = 0.01;
 const MOST_EVENTS = 200;
 /** By how much a span may end before what is known and still be of now: about a group of coarse frames. */
 const SETTLE_S = 0.75;
 
 /**
- * Shows a live source's pictures, as often as the server gives one, so much later that the boxes in them are known: what
- * moves has left the box of a second ago. Has the interface of the other players.
+ * Shows a live source's frames as often as the server sends one, delayed until their boxes are known: a moving target
+ * has left the box of a second ago. Has the interface of the other players.
  */
 export class LivePlayer extends EventTarget {
-  /** @param {() => Promise<{time: number, blob: Blob}|null>} fetchPicture gets the newest; null: there is none. */
-  constructor(fetchPicture) {
+  /** @param {() => Promise<{time: number, blob: Blob}|null>} fetchFrame gets the newest frame; null: there is none. */
+  constructor(fetchFrame) {
     super();
-    this.element = make("canvas", { role: "img", "aria-label": "The live picture" });
+    this.element = make("canvas", { role: "img", "aria-label": "The live frame" });
     this.isVideo = false;
     this.playing = false;
     this.durationS = 0;
     this.frameS = 0.04;
     this.shown = { time: 0, exact: true };
-    this.picture = { width: 16, height: 9 };
-    this.fetchPicture = fetchPicture;
+    this.image = { width: 16, height: 9 };
+    this.fetchFrame = fetchFrame;
     this.waiting = [];
     this.knownS = 0;
     this.lagS = 0;
   }
 
-  /** Take up to which time of the stream the answers know it. */
+  /** Set the time of the stream up to which the answers are known. */
   know(time) {
     if (time < this.knownS) this.waiting = []; // it is watched anew, from its start
     this.knownS = time;
   }
 
-  /** Get pictures from now on, if that is not done already; the server has them while the source is watched. */
+  /** Get frames from now on, unless that is done already; the server has them while the source is watched. */
   async follow() {
     if (this.following) return;
     this.following = true;
-    while (!this.destroyed && (await this.#showNext())) await sleep(PICTURE_MS);
+    while (!this.destroyed && (await this.#showNext())) await sleep(FRAME_MS);
     this.following = false;
   }
 
-  /** Take the source's size in pixels where there is no picture to tell it. */
+  /** Set the source's size in pixels while there is no frame to take it from. */
   setSize({ width, height }) {
-    if (this.pictured || (this.picture.width === width && this.picture.height === height)) return;
-    this.picture = { width, height };
-    Object.assign(this.element, this.picture);
+    if (this.hasFrame || (this.image.width === width && this.image.height === height)) return;
+    this.image = { width, height };
+    Object.assign(this.element, this.image);
     this.dispatchEvent(new Event("frame"));
   }
 
@@ -67,28 +67,28 @@ export class LivePlayer extends EventTarget {
     this.element.remove();
   }
 
-  /** Return whether there was a picture. */
+  /** Return whether there was a frame. */
   async #showNext() {
-    const newest = await this.fetchPicture();
+    const newest = await this.fetchFrame();
     if (newest === null || this.destroyed) return false;
     this.waiting.push({ time: newest.time, bitmap: await createImageBitmap(newest.blob) });
     this.lagS = Math.max(newest.time - this.knownS, this.lagS - CATCH_UP_S);
     const until = Math.min(newest.time - this.lagS, this.knownS);
     const due = this.waiting.filter(({ time }) => time <= until).length;
-    if (due > 0 || !this.pictured || this.waiting.length > MOST_WAITING) this.#draw(Math.max(due, 1));
+    if (due > 0 || !this.hasFrame || this.waiting.length > MOST_WAITING) this.#draw(Math.max(due, 1));
     return true;
   }
 
-  /** Draw the last of the pictures that are due. */
+  /** Draw the last of the frames that are due. */
   #draw(due) {
-    const pictures = this.waiting.splice(0, due);
-    const { time, bitmap } = pictures[due - 1];
-    this.pictured = true;
+    const frames = this.waiting.splice(0, due);
+    const { time, bitmap } = frames[due - 1];
+    this.hasFrame = true;
     this.shown = { time, exact: true };
-    this.picture = { width: bitmap.width, height: bitmap.height };
-    Object.assign(this.element, this.picture);
+    this.image = { width: bitmap.width, height: bitmap.height };
+    Object.assign(this.element, this.image);
     this.element.getContext("2d").drawImage(bitmap, 0, 0);
-    for (const picture of pictures) picture.bitmap.close();
+    for (const frame of frames) frame.bitmap.close();
     this.dispatchEvent(new Event("frame"));
   }
 }

@@ -1,16 +1,16 @@
-// Boxes over a picture that is playing, in the look of annotated videos: a coloured line around the box between dark ones,
+// Boxes over a video that is playing, in the look of annotated videos: a coloured line around the box between dark ones,
 // dashed where the model doubts it, thinner where the box was interpolated.
 
 import { boxAt, fitted } from "./boxes.js";
 import { colourOf, INK } from "./palette.js";
 
 export class Overlay {
-  /** @param {HTMLCanvasElement} canvas lies exactly over the element that shows the picture. */
+  /** @param {HTMLCanvasElement} canvas lies exactly over the element that shows the frame. */
   constructor(canvas) {
     this.canvas = canvas;
     this.answers = [];
     this.hidden = new Set();
-    this.picture = { width: 0, height: 0 };
+    this.image = { width: 0, height: 0 };
     this.shown = { time: 0, exact: true };
     new ResizeObserver(() => this.draw()).observe(canvas);
   }
@@ -33,11 +33,11 @@ export class Overlay {
    * Draw the boxes of the frame that is on the page now.
    *
    * @param {{time: number, exact: boolean}} shown see `boxAt`.
-   * @param {{width: number, height: number}} picture its size in pixels, which gives the shape.
+   * @param {{width: number, height: number}} image its size in pixels, which gives the shape.
    */
-  show(shown, picture) {
+  show(shown, image) {
     this.shown = shown;
-    this.picture = picture;
+    this.image = image;
     this.draw();
   }
 
@@ -52,7 +52,7 @@ export class Overlay {
     const context = this.canvas.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, area.width, area.height);
-    const place = fitted(area, this.picture);
+    const place = fitted(area, this.image);
     if (place) paint(context, place, this.answers, this.shown, this.hidden);
   }
 }
@@ -60,7 +60,7 @@ export class Overlay {
 /**
  * Paint the boxes of one moment.
  *
- * @param {{left: number, top: number, width: number, height: number}} place where the picture lies.
+ * @param {{left: number, top: number, width: number, height: number}} place where the image lies.
  */
 export function paint(context, place, answers, shown, hidden = new Set()) {
   answers.forEach((answer, index) => {

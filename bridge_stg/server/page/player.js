@@ -1,18 +1,18 @@
-// What shows the picture: the browser's own video player, pictures fetched from the server one by one where the browser
-// cannot play the file, or a still picture. All have one interface and tell when another frame is on the page.
+// What shows a file: the browser's own video player, frames fetched from the server one by one where the browser cannot
+// play the file, or an image. All have one interface and dispatch an event when another frame is on the page.
 
 import { clock } from "./boxes.js";
 
 const USUAL_FRAME_S = 0.04;
-const CACHED_PICTURES = 240;
-/** Added to a frame's time where that frame is asked for, so that rounding never gives the one before. */
+const CACHED_FRAMES = 240;
+/** Added to a frame's time in its request, so that rounding never gives the one before. */
 const HALF_A_MILLISECOND_S = 5e-4;
 
 /**
  * Events: `frame` (another frame is shown), `state` (playing or paused, duration known), `fail` (cannot be shown).
  *
  * @property {{time: number, exact: boolean}} shown seconds from the first frame; see `boxAt`.
- * @property {{width: number, height: number}} picture its size as it is shown; 0 until it is known.
+ * @property {{width: number, height: number}} image its size as displayed; 0 until it is known.
  */
 class Player extends EventTarget {
   constructor(element) {
@@ -71,7 +71,7 @@ export class VideoPlayer extends Player {
     else this.#followClock();
   }
 
-  get picture() {
+  get image() {
     return { width: this.element.videoWidth, height: this.element.videoHeight };
   }
 
@@ -145,7 +145,7 @@ export class VideoPlayer extends Player {
   }
 }
 
-/** Pictures from the server, one by one, for what the browser cannot play. It shows the newest it can get in time. */
+/** Frames from the server, one by one, for files that the browser cannot play. Shows the newest that arrives in time. */
 export class FramePlayer extends Player {
   /** @param {(time: number) => Promise<{time: number, blob: Blob}>} fetchFrame gets the frame shown at a time. */
   constructor(record, fetchFrame) {
@@ -157,7 +157,7 @@ export class FramePlayer extends Player {
     this.playing = false;
     this.position = 0;
     this.target = null;
-    this.picture = { width: record.width, height: record.height };
+    this.image = { width: record.width, height: record.height };
     this.setRecord(record);
     this.seek(0);
   }
@@ -193,7 +193,7 @@ export class FramePlayer extends Player {
     super.destroy();
   }
 
-  /** Show one picture after the other: where the clock is while playing, else where it was put. */
+  /** Show one frame after the other: where the clock is while playing, else where it was put. */
   async #keepUp() {
     if (this.busy) return;
     this.busy = true;
@@ -201,9 +201,9 @@ export class FramePlayer extends Player {
       while (!this.destroyed && (this.playing || this.target !== null)) {
         if (this.playing) this.position = (performance.now() - this.began) / 1000;
         if (this.position >= this.durationS && this.isVideo) this.#end();
-        const asked = this.position;
-        await this.#show(this.playing ? Math.floor(asked / this.frameS + 1e-3) * this.frameS : asked);
-        if (asked === this.position) this.target = null;
+        const requested = this.position;
+        await this.#show(this.playing ? Math.floor(requested / this.frameS + 1e-3) * this.frameS : requested);
+        if (requested === this.position) this.target = null;
         if (this.playing) await new Promise(requestAnimationFrame);
       }
     } catch (error) {
@@ -228,7 +228,7 @@ export class FramePlayer extends Player {
     let frame = this.cache.get(place);
     if (!frame) {
       frame = await this.fetchFrame(time + HALF_A_MILLISECOND_S);
-      if (this.cache.size >= CACHED_PICTURES) this.cache.delete(this.cache.keys().next().value);
+      if (this.cache.size >= CACHED_FRAMES) this.cache.delete(this.cache.keys().next().value);
       this.cache.set(place, frame);
     }
     const bitmap = await createImageBitmap(frame.blob);
@@ -246,20 +246,20 @@ export class FramePlayer extends Player {
   }
 }
 
-/** A still picture. */
-export class PicturePlayer extends Player {
+/** An image. */
+export class ImagePlayer extends Player {
   constructor(url) {
     const image = document.createElement("img");
     super(image);
     this.isVideo = false;
     this.playing = false;
-    image.alt = "The picture";
+    image.alt = "The image";
     image.addEventListener("load", () => { this.tell("frame"); this.tell("state"); });
     image.addEventListener("error", () => this.tell("fail"));
     image.src = url;
   }
 
-  get picture() {
+  get image() {
     return { width: this.element.naturalWidth, height: this.element.naturalHeight };
   }
 }

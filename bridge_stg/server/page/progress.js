@@ -90,12 +90,12 @@ export class Work {
 
 const TITLES = {
   0: "The server cannot be reached",
-  401: "The server wants a key",
-  404: "The server does not have it any more",
+  401: "The server needs an API key",
+  404: "The server no longer has it",
   408: "It took too long",
-  413: "That is more than this server takes",
+  413: "That is more than this server accepts",
   415: "This file cannot be read",
-  422: "This cannot be asked",
+  422: "The request is not valid",
   429: "The server is busy",
   503: "The server is busy",
 };

@@ -1,30 +1,30 @@
-// Looking at a file: showing it here, sending it to the server, and getting pictures from there where this browser cannot.
+// Opens a file: shows it here, sends it to the server, and gets its frames from there if the browser cannot play it.
 
 import { ServerError } from "./api.js";
 import { byId, say } from "./elements.js";
 import {
   api, canRepeat, describe, facts, failure, leave, queries, show, showStage, size, state, viewer, work,
 } from "./parts.js";
-import { FramePlayer, PicturePlayer, VideoPlayer } from "./player.js";
+import { FramePlayer, ImagePlayer, VideoPlayer } from "./player.js";
 
 const NOT_PLAYABLE =
-  "This browser cannot play this file, so its pictures come one by one from the server. Times and boxes are the same.";
-const NOT_PLAYABLE_YET = "This browser cannot show this file; its pictures will come from the server.";
-const NOT_SHOWN = "This file's pictures can be shown neither by this browser nor by the server.";
+  "This browser cannot play this file, so its frames come one by one from the server. Times and boxes are the same.";
+const NOT_PLAYABLE_YET = "This browser cannot show this file; its frames will come from the server.";
+const NOT_SHOWN = "Neither this browser nor the server can show the frames of this file.";
 
 /** Look at a file: show it, and send it. */
 export function openFile(file) {
   leave();
   if (file.size > state.limits.upload_bytes) {
     showStage(false);
-    const text = `${file.name} has ${size(file.size)}; this server takes ${size(state.limits.upload_bytes)}.`;
+    const text = `${file.name} has ${size(file.size)}; this server accepts ${size(state.limits.upload_bytes)}.`;
     return failure.show(new ServerError(413, "size", text));
   }
   const url = URL.createObjectURL(file);
   state.current = { file, url, name: file.name, record: null };
   show(file.name, `${size(file.size)}, being sent`);
   const mine = state.current;
-  const player = file.type.startsWith("image/") ? new PicturePlayer(url) : new VideoPlayer(url);
+  const player = file.type.startsWith("image/") ? new ImagePlayer(url) : new VideoPlayer(url);
   player.addEventListener("fail", () => mine === state.current && fallBack(mine));
   player.addEventListener("state", () => mine === state.current && checkShape(mine));
   viewer.setPlayer(player);
@@ -64,11 +64,11 @@ export function send(target) {
 
 /** Say why a file is not on the server; one that the server will never take is put away. */
 function notSent(target, error) {
-  const asked = state.running?.target === target;
+  const requested = state.running?.target === target;
   facts("not on the server");
   if (error.name === "AbortError") return;
   if (canRepeat(error)) {
-    if (!asked) failure.show(error, () => send(target).catch(() => {}));
+    if (!requested) failure.show(error, () => send(target).catch(() => {}));
     return;
   }
   leave();
@@ -76,7 +76,7 @@ function notSent(target, error) {
   failure.show(error);
 }
 
-/** Get the pictures from the server, since this browser cannot show the file. */
+/** Get the frames from the server, because this browser cannot show the file. */
 function fallBack(target) {
   target.unplayable = true;
   if (!target.record) return say(byId("note"), NOT_PLAYABLE_YET);
@@ -91,13 +91,13 @@ function fallBack(target) {
   viewer.setPlayer(player);
 }
 
-/** A browser that turns the picture otherwise than the server would put boxes in wrong places. */
+/** A browser that rotates the image differently from the server would show boxes in wrong places. */
 function checkShape(target) {
-  const { picture } = viewer.player;
+  const { image } = viewer.player;
   const { record } = target;
   if (!record || target.fellBack) return;
-  if (viewer.player instanceof PicturePlayer && record.duration_s > 0) return fallBack(target); // a picture that moves
-  if (!picture.width || !record.width) return;
-  const turned = (picture.width > picture.height) !== (record.width > record.height);
-  if (turned && picture.width === record.height && picture.height === record.width) fallBack(target);
+  if (viewer.player instanceof ImagePlayer && record.duration_s > 0) return fallBack(target); // an animated image
+  if (!image.width || !record.width) return;
+  const turned = (image.width > image.height) !== (record.width > record.height);
+  if (turned && image.width === record.height && image.height === record.width) fallBack(target);
 }

@@ -76,9 +76,9 @@ export class Viewer {
     if (seams.length > 0) this.seek(direction > 0 ? seams[0] : seams[seams.length - 1]);
   }
 
-  /** Return the still picture with its boxes as a PNG. */
+  /** Return the image with its boxes as a PNG. */
   drawn() {
-    const { width, height } = this.player.picture;
+    const { width, height } = this.player.image;
     const canvas = Object.assign(document.createElement("canvas"), { width, height });
     const context = canvas.getContext("2d");
     context.drawImage(this.player.element, 0, 0, width, height);
@@ -92,12 +92,12 @@ export class Viewer {
   }
 
   #onFrame() {
-    const { picture, shown, durationS } = this.player;
-    if (picture.width > 0) {
-      this.frame.style.setProperty("--shape", `${picture.width} / ${picture.height}`);
-      this.frame.style.setProperty("--upright", String(picture.height > picture.width ? 1 : 0));
+    const { image, shown, durationS } = this.player;
+    if (image.width > 0) {
+      this.frame.style.setProperty("--shape", `${image.width} / ${image.height}`);
+      this.frame.style.setProperty("--upright", String(image.height > image.width ? 1 : 0));
     }
-    this.boxes.show(shown, picture);
+    this.boxes.show(shown, image);
     this.answers.setTime(shown.time, durationS);
     this.bar.setTime(shown.time, this.#inWords());
     this.time.textContent = clock(shown.time);

@@ -23,13 +23,13 @@ export function openLive(name) {
 }
 
 /** Follow what the server tells of the queries on a live source until it is cancelled. */
-export function watch(target, asked) {
+export function watch(target, requested) {
   forgetAnswers();
   const list = byId("events");
   return run(target, `Watching ${target.name}`, false, async (mine) => {
     const { signal } = mine.stop;
-    const asking = new URLSearchParams(asked.map((query) => ["query", query]));
-    const path = `v1/live/${encodeURIComponent(target.name)}/events?${asking}`;
+    const parameters = new URLSearchParams(requested.map((query) => ["query", query]));
+    const path = `v1/live/${encodeURIComponent(target.name)}/events?${parameters}`;
     byId("stages").hidden = true;
     try {
       for await (const { event, data } of api.events(path, { signal, isLast: (name) => ["end", "failed"].includes(name) })) {
@@ -40,8 +40,8 @@ export function watch(target, asked) {
         viewer.player.know(data.known_s);
         viewer.player.follow();
         answers.show(now, viewer.player, true);
-        viewer.setAnswers(viewer.player.pictured ? data.groundings : now);
-        noteEvents(list, data, asked);
+        viewer.setAnswers(viewer.player.hasFrame ? data.groundings : now);
+        noteEvents(list, data, requested);
         byId("answers-title").textContent = `${target.name} at ${clock(data.known_s)}`;
         byId("downloads").hidden = byId("keys").hidden = true;
         list.hidden = byId("answers").hidden = false;
@@ -56,7 +56,7 @@ export function watch(target, asked) {
 /**
  * Offer the server's live sources.
  *
- * @param {boolean} quiet whether a key that the server wants is not asked for now but by a button.
+ * @param {boolean} quiet whether a key that the server wants is requested by a button instead of at once.
  */
 export async function listSources(quiet) {
   byId("unlock").hidden = true;

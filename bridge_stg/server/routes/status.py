@@ -9,13 +9,15 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+import bridge_stg
 from bridge_stg.server.http.errors import ApiError
-from bridge_stg.server.http.schemas import Health
+from bridge_stg.server.http.schemas import Health, Queue
 from bridge_stg.server.routes.videos import TheService
 
 PAGE = Path(__file__).parents[1] / "page"
 TEMPLATES = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+SHOWN_LIMITS = ("upload_bytes", "duration_s", "pixels", "queries", "query_chars", "seconds")
 
 router = APIRouter(tags=["status"])
 
@@ -23,8 +25,17 @@ router = APIRouter(tags=["status"])
 @router.get("/health", responses={503: {"model": Health}})
 async def health(service: TheService) -> Response:
     """Return the state and the load of this server; 503 while it shuts down."""
-    value = service.health()
-    return JSONResponse(value.model_dump(), 200 if value.status == "ok" else 503)
+    settings, jobs, target = service.settings, service.scheduler, service.grounder.target
+    value = Health(
+        status="stopping" if service.stopping else "ok",
+        version=bridge_stg.__version__,
+        bundle=service.bundle,
+        backend="unknown" if target is None else target.summary,
+        verified=service.grounder.verified,
+        queue=Queue(waiting=jobs.waiting, running=jobs.running, most_waiting=settings.max_queue),
+        limits={name: getattr(settings, f"max_{name}") for name in SHOWN_LIMITS},
+    )
+    return JSONResponse(value.model_dump(), 503 if service.stopping else 200)
 
 
 @router.get("/health/live")

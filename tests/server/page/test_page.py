@@ -285,7 +285,7 @@ def test_an_image(visit: Callable[..., Visit], clips: Path, tmp_path: Path) -> N
     assert seen.page.locator("#scrubber").is_hidden()
     np.testing.assert_allclose(seen.measure()["drawn"], true_box(0, 0, WIDTH, HEIGHT), atol=2)
     with seen.page.expect_download() as download:
-        seen.page.get_by_role("button", name="Picture with boxes").click()
+        seen.page.get_by_role("button", name="Image with boxes").click()
     download.value.save_as(tmp_path / "drawn.png")
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert drawn.size == (WIDTH, HEIGHT)
@@ -323,7 +323,7 @@ def test_the_error_of_a_bad_file_is_shown(visit: Callable[..., Visit], clips: Pa
     failure = seen.page.get_by_role("alert").filter(has_text="cannot be read")
     failure.wait_for()
     assert "bad.mp4 is no video that can be read here." in failure.inner_text()
-    assert seen.page.get_by_role("button", name="Choose a video or picture").is_visible()
+    assert seen.page.get_by_role("button", name="Choose a video or image").is_visible()
     seen.choose(clips / "plain.mp4")
     seen.ask("the target")
     assert seen.answers().count() == 1
@@ -363,7 +363,7 @@ def test_without_a_key_nothing_goes_on(visit: Callable[..., Visit], clips: Path)
     seen = visit(Script(key="right"))
     seen.choose(clips / "plain.mp4")
     seen.page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
-    seen.page.get_by_role("heading", name="The server wants a key").wait_for()
+    seen.page.get_by_role("heading", name="The server needs an API key").wait_for()
     seen.page.get_by_role("button", name="Try again").click()
     seen.page.get_by_label("API key").fill("right")
     seen.page.get_by_label("API key").press("Enter")
@@ -436,10 +436,10 @@ def test_a_dropped_file_is_taken(visit: Callable[..., Visit], clips: Path) -> No
         list((clips / "plain.mp4").read_bytes()),
     )
     seen.page.dispatch_event("body", "dragenter", {"dataTransfer": data})
-    seen.page.get_by_text("Drop it to look at it").wait_for()
+    seen.page.get_by_text("Drop the file to open it").wait_for()
     seen.page.dispatch_event("body", "drop", {"dataTransfer": data})
     seen.page.get_by_text(f"{WIDTH} × {HEIGHT}").wait_for()
-    assert seen.page.get_by_text("Drop it to look at it").is_hidden()
+    assert seen.page.get_by_text("Drop the file to open it").is_hidden()
 
 
 def test_a_video_that_is_put_away_is_deleted(visit: Callable[..., Visit], clips: Path) -> None:
