@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 TIME_BASE = Fraction(1, 90000)  # fine enough for all common frame rates, so that variable frame times are kept
 SAME_FRAME_S = 1e-3
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class Painter(Protocol):
+    """Draws on frames of one size."""
+
+    size: tuple[int, int]
+
+    def paint(self, image: Image.Image, time_s: float) -> None:
+        """Draw on the frame shown at `time_s`, in place."""
 
 
 class FramePainter:
@@ -99,7 +108,7 @@ def annotate(
     """
     with play(video) as source, replacing(out) as temporary:
         check_suffix(source, out)
-        painted = paint_frames(source, grounding, progress=progress)
+        painted = paint_frames(source, lambda size: FramePainter(grounding, size, source.duration_s), progress=progress)
         if source.is_image:
             next(painted)[1].save(temporary, quality=95)
         else:
@@ -116,15 +125,15 @@ def check_suffix(source: Playback, out: str | os.PathLike[str]) -> None:
 
 
 def paint_frames(
-    source: Playback, grounding: Grounding, *, progress: Progress | None = None
+    source: Playback, painter_for: Callable[[tuple[int, int]], Painter], *, progress: Progress | None = None
 ) -> Iterator[tuple[float, Image.Image]]:
-    """Yield (time_s, painted image) for every frame; all have the size of the first."""
+    """Yield (time_s, painted image) for every frame; all have the size of the first, for which the painter is made."""
     from PIL import Image
 
-    painter: FramePainter | None = None
+    painter: Painter | None = None
     for time_s, frame in source.frames:
         image = Image.fromarray(np.ascontiguousarray(frame))
-        painter = painter or FramePainter(grounding, image.size, source.duration_s)
+        painter = painter or painter_for(image.size)
         if image.size != painter.size:
             image = image.resize(painter.size)
         painter.paint(image, time_s)

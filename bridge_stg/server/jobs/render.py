@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from bridge_stg.runtime.chain.results import Grounding
-from bridge_stg.runtime.errors import Interrupted
 from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video.playback import play
-from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index
+from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index, paint_frames
 from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, draw_box, fit_text, font, shade
 from bridge_stg.server.http.errors import api_error, busy
 from bridge_stg.server.jobs.job import Job, job_not_found
-from bridge_stg.server.videos.probe import FileInfo
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -86,35 +82,16 @@ class Renderer:
             self._waiting.pop(job_id, None)
 
     def _render(self, job: Job, path: Path) -> None:
-        end = time.monotonic() + self._within_s
+        limits = Limits(deadline_s=self._within_s, cancel=lambda: self._closed or not self._waiting.get(job.id))
 
-        def check() -> None:
-            if time.monotonic() > end:
-                raise Interrupted("call.deadline", f"drawing this video took more than {self._within_s:g} s")
-            if self._closed or not self._waiting.get(job.id):
-                raise Interrupted("call.cancelled", "nobody waits for this video any more")
+        def painter_for(size: tuple[int, int]) -> _Painter:
+            return _Painter(size, job.results, job.upload.file.info.duration_s)
+
+        def check(stage: str, done: float, total: float | None) -> None:
+            limits.check()
 
         with play(job.upload.file.path) as source, replacing(path) as temporary:
-            encode_h264(paint(source.frames, job.results, info=job.upload.file.info, check=check), temporary)
-
-
-def paint(
-    frames: Iterator[tuple[float, np.ndarray]],
-    groundings: Sequence[Grounding],
-    *,
-    info: FileInfo,
-    check: Callable[[], None],
-) -> Iterator[tuple[float, Image.Image]]:
-    """Yield (time_s, image) per frame with the boxes of all groundings, all in the size of the file."""
-    from PIL import Image
-
-    painter = _Painter((info.width, info.height), groundings, info.duration_s)
-    for time_s, frame in frames:
-        check()
-        image = Image.fromarray(np.ascontiguousarray(frame))
-        image = image if image.size == painter.size else image.resize(painter.size)
-        painter.paint(image, time_s)
-        yield time_s, image
+            encode_h264(paint_frames(source, painter_for, progress=check), temporary)
 
 
 class _Painter:

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import numpy as np
 
-from bridge_stg.runtime.errors import Interrupted
+from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video.decoder import Decoder, shown_rgb
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.server.videos.probe import FileInfo
@@ -44,14 +44,13 @@ def _seek(path: str, time_s: float) -> tuple[np.ndarray, float] | None:
 
 def _read(path: str, time_s: float) -> tuple[np.ndarray, float]:
     """Decode from the beginning."""
-    end = time.monotonic() + WITHIN_S
+    limits = Limits(deadline_s=WITHIN_S)
     with play(path) as source:
         at, rgb = next(source.frames)
         for later, frame in source.frames:
             if later > time_s + TOLERANCE_S:
                 break
-            if time.monotonic() > end:
-                raise Interrupted("call.deadline", f"finding the frame took more than {WITHIN_S:g} s")
+            limits.check()
             at, rgb = later, frame
     return rgb, at
 

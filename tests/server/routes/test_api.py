@@ -119,13 +119,13 @@ def test_a_job_that_is_deleted_while_it_is_drawn(
 ) -> None:
     came, going = threading.Event(), threading.Event()
 
-    def slow(*arguments: Any, check: Callable[[], None], **options: Any) -> Iterator[Any]:
+    def slow(*arguments: Any, progress: Callable[..., None]) -> Iterator[Any]:
         came.set()
         assert going.wait(20)
-        check()
+        progress("annotate", 0, None)
         yield from ()
 
-    monkeypatch.setattr(annotated, "paint", slow)
+    monkeypatch.setattr(annotated, "paint_frames", slow)
     running = served()
     with running.client() as client:
         video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
