@@ -162,10 +162,10 @@ def test_a_source_that_had_to_wait_was_not_silent() -> None:
     paused, slow_s = threading.Event(), [1.0]
 
     def frames() -> Iterator[tuple[float, np.ndarray]]:
-        for time_s, picture in stream(8.0):
+        for time_s, frame in stream(8.0):
             if paused.is_set() and slow_s:
                 time.sleep(slow_s.pop())  # longer than it takes to empty the queue
-            yield time_s, picture
+            yield time_s, frame
 
     with live_grounder().watch(frames(), ["the car"], stall_s=2.0, **OPTIONS) as watch:
         for _ in watch:

@@ -42,6 +42,6 @@ MEASURE = """([colour, size]) => {
 """JavaScript that takes [colour, size of the video] and returns {time, drawn, target}.
 
 `drawn`: left, top, right, bottom of the inner edges of the coloured box on the overlay, `target` of what is brighter
-than half in the picture below it, in pixels of the video; null where there is none. How the picture is fitted into its
+than half in the image below it, in pixels of the video; null where there is none. How the image is fitted into its
 element is computed here once more, not asked of the page.
 """

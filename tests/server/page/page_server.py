@@ -44,8 +44,8 @@ class Script:
         stage_s: how long a stage takes.
         fail: what a job ends with instead of an answer.
         live: events of a live source that is called "door".
-        picture: returns its picture at a time; None: there is none.
-        ahead_s: by how much the picture is newer than what is known.
+        image: returns its image at a time; None: there is none.
+        ahead_s: by how much the image is newer than what is known.
         seen: method and path of every request.
         cancelled: jobs that were.
     """
@@ -56,7 +56,7 @@ class Script:
     stage_s: float = 0.02
     fail: str | None = None
     live: list[dict[str, Any]] = field(default_factory=list)
-    picture: Callable[[float], np.ndarray] | None = None
+    image: Callable[[float], np.ndarray] | None = None
     ahead_s: float = 0.0
     known_s: float = 0.0
     seen: list[str] = field(default_factory=list)
@@ -148,10 +148,10 @@ class Handler(BaseHTTPRequestHandler):
         self._json(200, {"live": [{"name": "door"}] if self.script.live else []})
 
     def newest(self, **_: Any) -> None:
-        if self.script.picture is None:
+        if self.script.image is None:
             return self._json(404, {"error": "There is no frame.", "code": "server.frame_not_found"})
         time_s = self.script.known_s + self.script.ahead_s
-        return self._jpeg(self.script.picture(time_s), time_s)
+        return self._jpeg(self.script.image(time_s), time_s)
 
     def annotated(self, job: str) -> None:
         self._bytes(200, self.uploads[self.jobs[job]["video"]].data, "video/mp4")
@@ -214,11 +214,11 @@ class Handler(BaseHTTPRequestHandler):
         index = max(0, int(np.searchsorted(upload.times, time_s, side="right")) - 1)
         self._jpeg(upload.frames[index], upload.times[index])
 
-    def _jpeg(self, picture: np.ndarray, time_s: float) -> None:
+    def _jpeg(self, image: np.ndarray, time_s: float) -> None:
         from PIL import Image
 
         out = io.BytesIO()
-        Image.fromarray(picture).save(out, "JPEG")
+        Image.fromarray(image).save(out, "JPEG")
         self._bytes(200, out.getvalue(), "image/jpeg", {"X-Frame-Time": f"{time_s:.6f}"})
 
     def events(self, job_id: str) -> None:

@@ -1,7 +1,7 @@
 """The page in a real browser, before a stand-in of the server whose answers are known: boxes, keys, downloads, errors.
 
 The clips show a white target on black where the answers say that it is, so that what is drawn can be compared both with
-the JSON and with the picture below it.
+the JSON and with the image below it.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     matrix = data.index(b"tkhd") + 4 + 40  # ISO/IEC 14496-12, 8.3.2, version 0: a quarter turn clockwise
     data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
     (folder / "turned.mp4").write_bytes(data)
-    Image.fromarray(frames[0]).save(folder / "picture.png")
+    Image.fromarray(frames[0]).save(folder / "image.png")
     (folder / "bad.mp4").write_bytes(b"this is no video" * 64)
     return folder
 
 
 def scene(time_s: float, width: int, height: int) -> np.ndarray:
-    """A picture with the first query's target in white."""
-    picture = np.zeros((height, width, 3), np.uint8)
+    """An image with the first query's target in white."""
+    image = np.zeros((height, width, 3), np.uint8)
     left, top, right, bottom = (round(side) for side in true_box(0, time_s, width, height))
-    picture[top:bottom, left:right] = 255
-    return picture
+    image[top:bottom, left:right] = 255
+    return image
 
 
 class Visit:
@@ -175,7 +175,7 @@ def test_the_box_is_where_the_json_says(
             continue
         with_box += 1
         np.testing.assert_allclose(measured["drawn"], expected, atol=2)
-        np.testing.assert_allclose(measured["drawn"], measured["target"], atol=3)  # coded pictures blur edges
+        np.testing.assert_allclose(measured["drawn"], measured["target"], atol=3)  # coded frames blur edges
         second = seen.measure(width=width, height=height, colour=(25, 200, 255))["drawn"]
         np.testing.assert_allclose(second, expected_box(results, 1, measured["time"]), atol=2)
     assert with_box == 4
@@ -279,7 +279,7 @@ def test_downloads(visit: Callable[..., Visit], clips: Path, tmp_path: Path) -> 
 
 def test_an_image(visit: Callable[..., Visit], clips: Path, tmp_path: Path) -> None:
     seen = visit()
-    seen.choose(clips / "picture.png")
+    seen.choose(clips / "image.png")
     seen.ask("the target")
     assert "found" in seen.answers().inner_text()
     assert seen.page.locator("#scrubber").is_hidden()
@@ -444,7 +444,7 @@ def test_a_dropped_file_is_taken(visit: Callable[..., Visit], clips: Path) -> No
 
 def test_a_video_that_is_put_away_is_deleted(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit()
-    for name in ("plain.mp4", "picture.png"):
+    for name in ("plain.mp4", "image.png"):
         seen.choose(clips / name)
         seen.page.get_by_text(f"{WIDTH} × {HEIGHT}").wait_for()
     seen.page.wait_for_timeout(100)
@@ -487,8 +487,8 @@ def test_boxes_are_drawn_in_their_live_frame(visit: Callable[..., Visit]) -> Non
         boxes = [{**at, "time_s": time_s, "box": true_box(0, time_s, WIDTH, HEIGHT)} for time_s in before]
         update["groundings"][0]["boxes"] = [*boxes, at]
         updates.append(update)
-    picture = partial(scene, width=WIDTH, height=HEIGHT)
-    seen = visit(Script(live=updates, stage_s=0.15, picture=picture, ahead_s=0.7))
+    image = partial(scene, width=WIDTH, height=HEIGHT)
+    seen = visit(Script(live=updates, stage_s=0.15, image=image, ahead_s=0.7))
     seen.page.get_by_role("button", name="door").click()
     seen.ask("the dog")
     seen.until("document.getElementById('answers-title').textContent.includes('2.')")

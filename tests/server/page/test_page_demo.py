@@ -95,9 +95,9 @@ def test_the_annotated_video(page: Any, tmp_path: Path) -> None:
     with av.open(str(tmp_path / "drawn.mp4")) as video:
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
     box = result["boxes"][len(result["boxes"]) // 2]
-    picture = next(picture for time_s, picture in frames if abs(time_s - box["time_s"]) < 1e-3)
+    image = next(image for time_s, image in frames if abs(time_s - box["time_s"]) < 1e-3)
     left, top, _, bottom = (round(side) for side in box["box"])
-    edge = picture[(top + bottom) // 2, left - 6 : left + 3].astype(int)  # the line runs around the box
+    edge = image[(top + bottom) // 2, left - 6 : left + 3].astype(int)  # the line runs around the box
     assert (np.abs(edge - MAGENTA).max(axis=-1) < 70).any(), edge
 
 

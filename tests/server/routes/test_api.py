@@ -106,7 +106,7 @@ def test_the_annotated_video_shows_every_query(demo_server: Running) -> None:
             drawn = [frame.to_ndarray(format="rgb24").astype(int) for frame in file.decode(video=0)]
             shown = [frame.to_ndarray(format="rgb24").astype(int) for frame in plain.decode(video=0)]
         assert len(drawn) == len(shown) == 72
-        for result in results:  # where a box's left side lies, the picture has changed
+        for result in results:  # where a box's left side lies, the image has changed
             box = result["boxes"][len(result["boxes"]) // 2]
             index, (left, top, _, bottom) = round(box["time_s"] * 8), map(round, box["box"])
             row, column = (top + bottom) // 2, max(left - 2, 0)
@@ -166,8 +166,8 @@ def test_one_frame_as_jpeg(time_s: float, served: Callable[..., Running], tmp_pa
         answer = client.get(f"/v1/videos/{upload(client, path)['id']}/frame", params={"time": time_s})
     index = min(int(time_s * 8 + 1e-6), len(frames) - 1)
     assert answer.headers["content-type"] == "image/jpeg" and float(answer.headers["x-frame-time"]) == index / 8
-    picture = np.asarray(Image.open(io.BytesIO(answer.content))).astype(int)
-    assert np.abs(picture - frames[index]).mean() < 6
+    image = np.asarray(Image.open(io.BytesIO(answer.content))).astype(int)
+    assert np.abs(image - frames[index]).mean() < 6
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
@@ -193,8 +193,8 @@ def test_an_animated_image_is_a_video(
     form: str, frame_ms: int, duration_s: float, served: Callable[..., Running]
 ) -> None:
     file = io.BytesIO()
-    pictures = [Image.fromarray(np.full((48, 64, 3), 20 * i, np.uint8)) for i in range(10)]
-    pictures[0].save(file, form, save_all=True, append_images=pictures[1:], duration=frame_ms)
+    images = [Image.fromarray(np.full((48, 64, 3), 20 * i, np.uint8)) for i in range(10)]
+    images[0].save(file, form, save_all=True, append_images=images[1:], duration=frame_ms)
     with served().client() as client:
         video = client.post("/v1/videos", files={"file": (f"a.{form}", file.getvalue())}).json()
         assert (video["kind"], video["frames"], video["duration_s"]) == ("video", 10, duration_s)
