@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import takewhile
 from typing import Any
 
 from bridge_stg.runtime.backends import registry
-from bridge_stg.runtime.backends.pending import PendingSession, open_in_order
+from bridge_stg.runtime.backends.pending import open_in_order
 from bridge_stg.runtime.backends.registry import BACKENDS, Backend
 from bridge_stg.runtime.backends.session import Session
 from bridge_stg.runtime.bundle.bundle import Bundle
@@ -85,7 +86,7 @@ def choose(
     if backend != "auto" and backend not in known:
         raise EngineError("engine.unknown_backend", f"backend {backend!r} is unknown; known: auto, {', '.join(known)}.")
     candidates = [b for b in known.values() if b.automatic] if backend == "auto" else [known[backend]]
-    gpu, problems, code = _Gpu(), [], "engine.no_backend"
+    gpu, problems, code = cache(registry.gpu), [], "engine.no_backend"
     for candidate in candidates:
         try:
             version, device, variants = _fitting(candidate, bundle, variant, gpu)
@@ -99,33 +100,16 @@ def choose(
     raise EngineError(code, f"no backend can run this bundle here: {'; '.join(problems)}.")
 
 
-class _Gpu:
-    """Looks for the GPU once, and only if a backend needs it."""
-
-    def __init__(self) -> None:
-        self._found: DeviceFacts | EngineError | None = None
-
-    def facts(self) -> DeviceFacts:
-        if self._found is None:
-            try:
-                self._found = registry.gpu()
-            except EngineError as error:
-                self._found = error
-        if isinstance(self._found, EngineError):
-            raise self._found
-        return self._found
-
-
 def _fitting(
-    backend: Backend, bundle: Bundle | Manifest, variant: str | None, gpu: _Gpu
+    backend: Backend, bundle: Bundle | Manifest, variant: str | None, gpu: Callable[[], DeviceFacts]
 ) -> tuple[str, str, dict[str, str]]:
     """Return version, device and the variant of each graph. Raises EngineError that names what is missing."""
     version = backend.version()
     if version is None:
-        install = f'pip install "bridge-stg[{backend.extra}]"'
-        raise EngineError(
-            "engine.not_installed", f"backend {backend.name!r} is not installed (install it with: {install})"
+        message = (
+            f'backend {backend.name!r} is not installed (install it with: pip install "bridge-stg[{backend.extra}]")'
         )
+        raise EngineError("engine.not_installed", message)
     manifest = bundle.manifest if isinstance(bundle, Bundle) else bundle
     bases = {graph.derived_from for graph in manifest.all_graphs() if graph.variant == variant} - {None, variant}
     runnable = backend.variants(_numbers(version))
@@ -144,7 +128,7 @@ def _fitting(
     if not backend.on_gpu:
         return version, "CPU", {name: variants[0] for name, variants in able.items()}
     try:
-        facts = gpu.facts()
+        facts = gpu()
     except EngineError as error:
         raise EngineError(error.code, f"backend {backend.name!r} has no GPU: {error}") from error
     chosen = {}
@@ -183,17 +167,16 @@ def open_sessions(
     _log.info("running %s on %s", bundle.path, target)
     sessions = Sessions(target)
     if not wait and not _backend(target).on_gpu:
-        pending = {
-            name: PendingSession(bundle.graph(name, chosen), partial(open_graph, bundle, name, target, threads=threads))
-            for name, chosen in target.variants.items()
+        chain_order = sorted(target.variants, key=lambda name: (*GRAPHS, name).index(name))
+        openers = {
+            name: (
+                bundle.graph(name, target.variants[name]),
+                partial(open_graph, bundle, name, target, threads=threads),
+            )
+            for name in chain_order
         }
-        sessions.update(pending)
-        open_in_order(
-            [
-                pending[name]
-                for name in sorted(pending, key=lambda name: GRAPHS.index(name) if name in GRAPHS else len(GRAPHS))
-            ]
-        )
+        pending = open_in_order(openers)
+        sessions.update({name: pending[name] for name in target.variants})
         return sessions
     device = DeviceContext().open() if _backend(target).on_gpu else None
     try:
@@ -224,9 +207,4 @@ def _backend(target: ChosenBackend) -> Backend:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """Return the leading numbers of a version: "1.32.0rc1" → (1, 32)."""
-    numbers = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, takewhile(str.isdigit, version.split("."))))

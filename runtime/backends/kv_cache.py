@@ -21,14 +21,7 @@ Cache = TypeVar("Cache", bound="BufferedCache[Any]")
 class BufferedCache(Generic[Buffer]):
     """The KV buffers of one batch by past name, [batch, kv_heads, capacity, head_dim] each. See `KVCache`.
 
-    Args:
-        spec: the graph's cache contract.
-        batch: number of rows.
-        capacity: positions per row.
-        zeros: allocates one buffer: (shape, dtype).
-
-    Raises:
-        EngineError: a size is not positive, or the memory does not suffice.
+    `zeros` allocates one buffer: (shape, dtype). Raises EngineError if a size is not positive, or for lack of memory.
     """
 
     context: DeviceContext | None = None

@@ -65,11 +65,8 @@ class OnnxRuntimeSession:
         weights: str | os.PathLike[str] | None = None,
     ) -> None:
         if graph.precision == "bf16":
-            raise EngineError(
-                "engine.no_variant",
-                f"{graph}: is bf16, in which onnxruntime cannot compute on CPU. Export the checkpoint with "
-                "--dtype fp16 or fp32 to run it here; TensorRT takes this one",
-            )
+            message = f"{graph}: is bf16, which onnxruntime cannot run on CPU; use TensorRT, or --dtype fp16 or fp32"
+            raise EngineError("engine.no_variant", message)
         options = session_options(threads)
         if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -178,12 +175,7 @@ def open_file(
 ) -> Any:
     """Open a file in onnxruntime, and compare its inputs and outputs with the manifest.
 
-    Args:
-        path: the .onnx file.
-        graph: its manifest entry.
-        options: session options.
-        from_bytes: pass the file's bytes, because `options` set the folder of its external data.
-        **arguments: further arguments of `InferenceSession`.
+    `from_bytes` passes the file's bytes, because `options` set the folder of its external data.
 
     Raises:
         EngineError: onnxruntime rejects the file, or the file does not fit the manifest.
@@ -232,10 +224,8 @@ def _check_contract(graph: GraphSpec, session: Any, path: str) -> None:
         found = {node.name: node for node in nodes}
         if set(found) != {tensor.name for tensor in listed}:
             names = ", ".join(sorted(set(found) ^ {tensor.name for tensor in listed}))
-            raise EngineError(
-                "engine.rejected_graph",
-                f"{graph}: the {kind}s of {path} are not those of the manifest; they differ in: {names}.",
-            )
+            message = f"{graph}: the {kind}s of {path} are not those of the manifest; they differ in: {names}."
+            raise EngineError("engine.rejected_graph", message)
         for tensor in listed:
             node = found[tensor.name]
             inner = node.type.removeprefix("tensor(").removesuffix(")")
@@ -243,11 +233,8 @@ def _check_contract(graph: GraphSpec, session: Any, path: str) -> None:
             # onnxruntime may not know an output's shape.
             unknown = kind == "output" and not node.shape
             if dtype != tensor.dtype or not (unknown or _fits(node.shape, tensor.dims)):
-                found_as = f"{dtype} {node.shape}"
-                raise EngineError(
-                    "engine.rejected_graph",
-                    f"{graph}: {kind} {node.name!r} of {path} is {found_as}; the manifest says {tensor}.",
-                )
+                found_as = f"{kind} {node.name!r} of {path} is {dtype} {node.shape}"
+                raise EngineError("engine.rejected_graph", f"{graph}: {found_as}; the manifest says {tensor}.")
 
 
 def _fits(shape: Sequence[int | str | None], dims: Sequence[int | str]) -> bool:

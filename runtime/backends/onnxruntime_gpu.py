@@ -86,9 +86,8 @@ class OnnxRuntimeDeviceSession:
         self._run_options = import_onnxruntime().RunOptions()
         self._run_options.log_severity_level = 4
         self._staging = Staging(device, overlap=False)
-        self._usage = UseCount(
-            self._free, closed_error=EngineError("engine.closed", f"{graph}: this session is closed.")
-        )
+        closed = EngineError("engine.closed", f"{graph}: this session is closed.")
+        self._usage = UseCount(self._free, closed_error=closed)
 
     def __enter__(self) -> OnnxRuntimeDeviceSession:
         return self
@@ -148,11 +147,7 @@ class OnnxRuntimeDeviceSession:
         results = dict(zip((t.name for t in self.graph.outputs), binding.get_outputs(), strict=True))
         if cache is not None and contract is not None and contract.update == "append":
             cache.append({past: outputs[new] for new, past in written.items()}, np.asarray(feeds["cache_position"]))
-        return {
-            name: self._returned(name, value, outputs.get(name))
-            for name, value in results.items()
-            if name not in written
-        }
+        return {n: self._returned(n, value, outputs.get(n)) for n, value in results.items() if n not in written}
 
     def _place(
         self,
@@ -222,8 +217,7 @@ def _add_plugin(options: Any, settings: Mapping[str, str]) -> None:
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as plugin
     except ImportError as error:
-        install = "pip install onnxruntime-ep-nv-tensorrt-rtx"
-        message = f"the package {PLUGIN} cannot be imported ({error}). Install it: {install}"
+        message = f"{PLUGIN} cannot be imported ({error}). Install it: pip install onnxruntime-ep-nv-tensorrt-rtx"
         raise EngineError("engine.not_installed", message) from error
     name = plugin.get_ep_name()
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
@@ -231,7 +225,5 @@ def _add_plugin(options: Any, settings: Mapping[str, str]) -> None:
         ort.register_execution_provider_library(name, plugin.get_library_path())
         devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if not devices:
-        raise EngineError(
-            "engine.no_device", f"{PLUGIN} finds no device: it needs an RTX GPU of the Ampere generation or later"
-        )
+        raise EngineError("engine.no_device", f"{PLUGIN} finds no device: it needs an RTX GPU (Ampere or later)")
     options.add_provider_for_devices(devices[:1], dict(settings))

@@ -66,23 +66,6 @@ def gpu() -> DeviceFacts:
     return Cuda().facts()
 
 
-def _onnxruntime_variants(version: tuple[int, ...]) -> tuple[str, ...]:
-    return ("ort-cpu", "standard", "primitive") if version >= STANDARD_SINCE else ("primitive",)
-
-
-def _cuda_variants(version: tuple[int, ...]) -> tuple[str, ...]:
-    # `primitive` only has operators that old CUDA providers support.
-    return ("ort-cuda", "primitive", "standard") if version >= STANDARD_SINCE else ("ort-cuda", "primitive")
-
-
-def _tensorrt_variants(version: tuple[int, ...]) -> tuple[str, ...]:
-    return ("standard", "primitive") if version >= STANDARD_SINCE_TENSORRT else ("primitive",)
-
-
-def _both_variants(version: tuple[int, ...]) -> tuple[str, ...]:
-    return ("standard", "primitive")
-
-
 def _open_onnxruntime(
     bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
 ) -> Session:
@@ -162,7 +145,7 @@ BACKENDS: tuple[Backend, ...] = (
         name="tensorrt",
         distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
         extra="tensorrt",
-        variants=_tensorrt_variants,
+        variants=lambda v: ("standard", "primitive") if v >= STANDARD_SINCE_TENSORRT else ("primitive",),
         open=partial(_open_tensorrt, "tensorrt"),
         on_gpu=True,
         problem=partial(_without_engine, "tensorrt"),
@@ -171,7 +154,7 @@ BACKENDS: tuple[Backend, ...] = (
         name="tensorrt-rtx",
         distributions=("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
         extra="rtx",
-        variants=_both_variants,
+        variants=lambda v: ("standard", "primitive"),
         open=partial(_open_tensorrt, "tensorrt_rtx"),
         on_gpu=True,
         problem=partial(_without_engine, "tensorrt_rtx"),
@@ -180,7 +163,8 @@ BACKENDS: tuple[Backend, ...] = (
         name="onnxruntime-cuda",
         distributions=("onnxruntime-gpu",),
         extra="gpu",
-        variants=_cuda_variants,
+        # `primitive` only has operators that old CUDA providers support.
+        variants=lambda v: ("ort-cuda", "primitive", *(("standard",) if v >= STANDARD_SINCE else ())),
         open=partial(_open_provider, "CUDAExecutionProvider"),
         on_gpu=True,
         problem=_without_bf16,
@@ -208,7 +192,7 @@ BACKENDS: tuple[Backend, ...] = (
         name="onnxruntime",
         distributions=("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
         extra="cpu",
-        variants=_onnxruntime_variants,
+        variants=lambda v: ("ort-cpu", "standard", "primitive") if v >= STANDARD_SINCE else ("primitive",),
         open=_open_onnxruntime,
     ),
 )

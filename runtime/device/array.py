@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -18,9 +18,11 @@ from bridge_stg.runtime.device.cuda import DEVICE, Cuda, DeviceFacts
 from bridge_stg.runtime.device.memory import Block, MemoryPool, host_view
 from bridge_stg.runtime.errors import EngineError
 
+DType: TypeAlias = "np.dtype | type | str"
+
 
 class ArrayContext(Protocol):
-    """The parts of a `DeviceContext` that arrays use: its stream, lock and memory."""
+    """The parts of a `DeviceContext` that arrays use: its stream, lock, memory and methods."""
 
     cuda: Cuda
     device: DeviceFacts
@@ -29,10 +31,10 @@ class ArrayContext(Protocol):
     pinned: MemoryPool
     closed: bool
 
-    def empty(self, shape: Sequence[int], dtype: np.dtype | type | str) -> DeviceArray:
+    def empty(self, shape: Sequence[int], dtype: DType) -> DeviceArray:
         """Return an uninitialized array."""
 
-    def zeros(self, shape: Sequence[int], dtype: np.dtype | type | str) -> DeviceArray:
+    def zeros(self, shape: Sequence[int], dtype: DType) -> DeviceArray:
         """Return an array of zeros."""
 
     def upload(self, array: np.ndarray) -> DeviceArray:
@@ -69,7 +71,7 @@ class DeviceArray:
         context: ArrayContext,
         owner: Any,
         shape: Sequence[int],
-        dtype: np.dtype | type | str,
+        dtype: DType,
         *,
         strides: Sequence[int] | None = None,
         address: int | None = None,
@@ -139,11 +141,7 @@ class DeviceArray:
         self[index].write(value)
 
     def write(self, value: DeviceArray | np.ndarray) -> None:
-        """Overwrite this array or view, in the order of the stream.
-
-        Raises:
-            EngineError: shape or dtype differ.
-        """
+        """Overwrite this array or view, in the order of the stream. Raises EngineError: shape or dtype differ."""
         if tuple(value.shape) != self.shape or value.dtype != self.dtype:
             found = f"{value.dtype} {list(value.shape)}"
             expected = f"{self.dtype} {list(self.shape)}"
@@ -253,13 +251,7 @@ def copy_strided(
 ) -> None:
     """Put a copy between two views of one shape on the stream, in as few pieces as their strides allow.
 
-    Args:
-        context: the device.
-        target: address and strides in bytes of the view to write.
-        source: address and strides in bytes of the view to read.
-        shape: shape of both.
-        itemsize: bytes per element.
-        kind: CUDA's kind of the copy, such as host to device.
+    `target` and `source` are (address, strides in bytes); `kind` is CUDA's, such as host to device.
     """
     if 0 in shape:
         return

@@ -87,21 +87,17 @@ class Cuda:
             integrated=bool(properties.integrated),
         )
 
-    def free_bytes(self) -> int:
-        """Return the free bytes of the device's memory; 0 if unknown."""
-        status, free, _ = self.api.cudaMemGetInfo()
-        return int(free) if status == self.success else 0
-
     def malloc(self, size: int) -> int:
         """Return the address of `size` bytes on the device, aligned to 256 or more."""
         try:
             return int(self("cudaMalloc", size))
         except OutOfDeviceMemory as error:
-            free = self.free_bytes() / 2**20
+            status, free, _ = self.api.cudaMemGetInfo()
+            found = f"{int(free) / 2**20 if status == self.success else 0:.0f} MiB are free"
             raise OutOfDeviceMemory(
                 "engine.out_of_memory",
-                f"the GPU has no memory for {size / 2**20:.0f} MiB more ({free:.0f} MiB are free). Use smaller "
-                "budgets, a lower precision or shorter videos, or close other programs on this GPU.",
+                f"the GPU has no memory for {size / 2**20:.0f} MiB more ({found}). Use smaller budgets, a lower "
+                "precision or shorter videos, or close other programs on this GPU.",
             ) from error
 
     def malloc_host(self, size: int) -> int:

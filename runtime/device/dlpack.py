@@ -152,23 +152,11 @@ def import_array(value: Any, *, stream: int | None) -> ImportedArray:
 
 
 def capsule(
-    owner: Any,
-    address: int,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    dtype: np.dtype,
-    *,
-    device: tuple[int, int],
+    owner: Any, address: int, shape: Sequence[int], strides: Sequence[int], dtype: np.dtype, *, device: tuple[int, int]
 ) -> Any:
-    """Return a capsule that exports memory.
+    """Return a capsule that exports memory; `owner` stays alive until the other library releases it.
 
-    Args:
-        owner: object that stays alive until the other library releases the memory.
-        address: address of the first element.
-        shape: sizes of the dims.
-        strides: elements per step of each dim.
-        dtype: any numpy dtype.
-        device: DLPack device type and id.
+    `strides` are in elements; `device` is (DLPack device type, id).
     """
     dims = (ctypes.c_int64 * max(1, len(shape)))(*shape)
     steps = (ctypes.c_int64 * max(1, len(shape)))(*strides)

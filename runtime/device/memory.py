@@ -40,13 +40,7 @@ class Block:
 
 
 class MemoryPool:
-    """Blocks of one kind of memory; safe to use from many threads.
-
-    Args:
-        allocate: returns the address of new memory of a size in bytes.
-        free: frees the memory at an address.
-        wait: waits for all work on the device.
-    """
+    """Blocks of one kind of memory; safe to use from many threads. `wait` waits for all work on the device."""
 
     def __init__(self, allocate: Callable[[int], int], free: Callable[[int], object], wait: Callable[[], object]):
         self._allocate, self._free, self._wait = allocate, free, wait
@@ -55,12 +49,6 @@ class MemoryPool:
         self._returned: deque[tuple[int, int, bool]] = deque()
         self._sizes: dict[int, int] = {}
         self.closed = False
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes that the pool has allocated, in use or not."""
-        with self._lock:
-            return sum(self._sizes.values())
 
     def take(self, size: int) -> Block:
         """Return an uninitialized block of at least `size` bytes.

@@ -81,19 +81,18 @@ HostResize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 class DeviceResizer:
-    """Resizes images on one device.
-
-    Args:
-        context: the device.
-        bindings: modules with the names of `cuda.bindings.nvrtc` and `cuda.bindings.driver`; None: these.
-    """
+    """Resizes images on one device. `bindings` replaces the modules nvrtc and driver of `cuda.bindings`."""
 
     def __init__(self, context: ArrayContext, bindings: tuple[Any, Any] | None = None) -> None:
         self._context = context
         self._tables: dict[tuple[int, int], tuple[DeviceArray, ...]] = {}
         try:
-            nvrtc, self._driver = bindings or _bindings()
-            self._kernel: Any = self._compile(nvrtc)
+            if bindings is None:
+                from cuda.bindings import driver, nvrtc
+
+                bindings = nvrtc, driver
+            self._driver = bindings[1]
+            self._kernel: Any = self._compile(bindings[0])
         except (EngineError, ImportError, RuntimeError) as error:
             self._kernel = None
             _log.warning("frames on the GPU are resized on the host: %s", error)
@@ -155,9 +154,3 @@ def _checked(name: str, result: tuple[Any, ...]) -> Any:
     if int(status) != 0:
         raise EngineError("engine.device_failed", f"{name} failed: {getattr(status, 'name', status)}")
     return values[0] if values else None
-
-
-def _bindings() -> tuple[Any, Any]:
-    from cuda.bindings import driver, nvrtc
-
-    return nvrtc, driver

@@ -57,11 +57,7 @@ class Limits:
     """
 
     def __init__(
-        self,
-        *,
-        deadline_s: float | None = None,
-        cancel: Cancel | None = None,
-        progress: Progress | None = None,
+        self, *, deadline_s: float | None = None, cancel: Cancel | None = None, progress: Progress | None = None
     ) -> None:
         if deadline_s is not None and not (isinstance(deadline_s, Real) and not math.isnan(deadline_s)):
             message = f"deadline_s={deadline_s!r}: expected seconds from now, or None for no deadline"
@@ -101,11 +97,8 @@ class Limits:
             message = f"the call was cancelled during {self._stage}, {self.elapsed_s:.2f} s after it began"
             raise Interrupted("call.cancelled", message)
         if self.deadline_s is not None and self.elapsed_s >= self.deadline_s:
-            raise Interrupted(
-                "call.deadline",
-                f"deadline_s={self.deadline_s:g} passed during {self._stage}; "
-                "give the call more time, a shorter video or fewer queries",
-            )
+            advice = "give the call more time, a shorter video or fewer queries"
+            raise Interrupted("call.deadline", f"deadline_s={self.deadline_s:g} passed during {self._stage}; {advice}")
 
     def report(self, done: float, total: float | None) -> None:
         """Report progress to the callback, then check."""

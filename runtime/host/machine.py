@@ -191,16 +191,13 @@ def _devices(library: Any) -> tuple[str | None, tuple[Device, ...], str | None]:
         version = f"{number.value // 1000}.{number.value % 1000 // 10}"
     status = library.cuInit(0)
     if status:
-        return version, (), f"the NVIDIA driver finds no device (cuInit gives {status}: {_words(library, status)})"
+        text = ctypes.c_char_p()
+        library.cuGetErrorString(status, ctypes.byref(text))
+        words = (text.value or b"unknown error").decode()
+        return version, (), f"the NVIDIA driver finds no device (cuInit gives {status}: {words})"
     library.cuDeviceGetCount(ctypes.byref(number))
     found = tuple(_device(library, index) for index in range(number.value))
     return version, found, None if found else "the NVIDIA driver lists no device"
-
-
-def _words(library: Any, status: int) -> str:
-    text = ctypes.c_char_p()
-    library.cuGetErrorString(status, ctypes.byref(text))
-    return (text.value or b"unknown error").decode()
 
 
 def _device(library: Any, index: int) -> Device:

@@ -13,11 +13,7 @@ from bridge_stg.runtime.errors import BridgeError
 
 
 def load_package(module: str, package: str) -> ModuleType:
-    """Import a module at first use.
-
-    Raises:
-        BridgeError: the package that holds it is missing or broken.
-    """
+    """Import a module at first use. Raises BridgeError: the package that holds it is missing or broken."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

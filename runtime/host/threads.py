@@ -74,9 +74,7 @@ def for_each(function: Callable[[Item], object], items: Iterable[Item], *, threa
 class UseCount:
     """Counts the running calls of an object that several threads use, and frees it after `close` and the last call.
 
-    Args:
-        free: called once.
-        closed_error: raised by calls that begin after `close`.
+    `free` is called once; calls that begin after `close` raise `closed_error`.
     """
 
     def __init__(self, free: Callable[[], None], *, closed_error: BridgeError) -> None:

@@ -5,7 +5,6 @@ Knows nothing of caches and feeds: a call is a profile, a shape for every input 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,10 +105,8 @@ class TensorRTEngine:
         """Return a new context for a profile; each CUDA graph needs its own."""
         context = self.bindings.context(self._engine, cuda_graphs=self._cuda_graphs, kernels=self._kernels)
         if context is None:
-            raise EngineError(
-                "engine.out_of_memory",
-                f"{self.graph}: TensorRT has no memory for one more context: {self.bindings.reason()}",
-            )
+            message = f"{self.graph}: TensorRT has no memory for one more context: {self.bindings.reason()}"
+            raise EngineError("engine.out_of_memory", message)
         return _Context(self, context, profile)
 
     def context(self, profile: int) -> _Context:
@@ -148,27 +145,20 @@ class TensorRTEngine:
         expected = {t.name: (t, module.TensorIOMode.INPUT) for t in self.graph.inputs}
         expected |= {t.name: (t, module.TensorIOMode.OUTPUT) for t in self.graph.outputs}
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-        if names != set(expected):
-            differ = ", ".join(sorted(names ^ set(expected)))
-            raise EngineError(
-                "engine.rejected_engine",
-                f"{self.graph}: the engine's tensors are not those of the manifest; they differ in {differ}",
-            )
+        if differ := ", ".join(sorted(names ^ set(expected))):
+            message = f"{self.graph}: the engine's tensors differ from the manifest's: {differ}"
+            raise EngineError("engine.rejected_engine", message)
         for name, (tensor, mode) in expected.items():
             shape, dtype = tuple(engine.get_tensor_shape(name)), self.bindings.dtype(engine.get_tensor_dtype(name))
             fits = len(shape) == len(tensor.dims) and all(
                 found in (-1, dim) or not isinstance(dim, int) for found, dim in zip(shape, tensor.dims, strict=False)
             )
             if engine.get_tensor_location(name) != module.TensorLocation.DEVICE:
-                raise EngineError(
-                    "engine.rejected_engine",
-                    f"{self.graph}: the engine expects {name!r} on the host, but the chain's inputs are on the device",
-                )
+                message = f"{self.graph}: the engine expects {name!r} on the host, and the chain has it on the device"
+                raise EngineError("engine.rejected_engine", message)
             if engine.get_tensor_mode(name) != mode or dtype != tensor.dtype or not fits:
-                raise EngineError(
-                    "engine.rejected_engine",
-                    f"{self.graph}: {name!r} of the engine is {dtype} {list(shape)}; the manifest says {tensor}",
-                )
+                message = f"{self.graph}: {name!r} of the engine is {dtype} {list(shape)}; the manifest says {tensor}"
+                raise EngineError("engine.rejected_engine", message)
 
     def _spans(self, profile: int) -> dict[str, Span]:
         """Return least and largest size of every symbol in one profile."""
@@ -187,19 +177,12 @@ class _Context:
 
     def __init__(self, engine: TensorRTEngine, context: Any, profile: int) -> None:
         self._engine, self._context, self._profile = engine, context, profile
-        self._scratch: Block | None = None
+        self.scratch: Block | None = None  # what the last `bind` used
         device = engine.device
         if not context.set_optimization_profile_async(profile, device.stream):
-            raise EngineError(
-                "engine.failed", f"{engine.graph}: profile {profile} cannot be used: {engine.bindings.reason()}"
-            )
+            self._fail(f"cannot use profile {profile}")
         # The copies of this switch must be done before the context runs, or is captured, on any stream.
         device.cuda("cudaStreamSynchronize", device.stream)
-
-    @property
-    def scratch(self) -> Block | None:
-        """The scratch memory that the last `bind` used."""
-        return self._scratch
 
     def output_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Set the shapes of the inputs and return those of the outputs.
@@ -222,16 +205,14 @@ class _Context:
         """Set the address of every tensor, and the scratch memory if it has moved."""
         for name, address in addresses.items():
             if address % ALIGNMENT:
-                raise EngineError(
-                    "engine.failed",
-                    f"{self._engine.graph}: {name!r} is at {address:#x}, not a multiple of {ALIGNMENT}",
-                )
+                message = f"{self._engine.graph}: {name!r} is at {address:#x}, not a multiple of {ALIGNMENT}"
+                raise EngineError("engine.failed", message)
             if not self._context.set_tensor_address(name, address):
                 self._fail(f"rejects the address of {name!r}")
         scratch = self._engine.scratch(self._profile)
-        if scratch is not self._scratch:
+        if scratch is not self.scratch:
             self._engine.bindings.set_scratch(self._context, scratch.address, scratch.size)
-            self._scratch = scratch
+            self.scratch = scratch
 
     def execute(self, stream: int) -> None:
         """Put the engine's work on a stream."""
@@ -245,11 +226,6 @@ class _Context:
 
     def _fail(self, what: str) -> None:
         raise EngineError("engine.failed", f"{self._engine.graph}: TensorRT {what}: {self._engine.bindings.reason()}")
-
-
-def with_ranges(graph: GraphSpec, ranges: Mapping[str, tuple[int, int]]) -> GraphSpec:
-    """Return a graph's manifest entry with the ranges of an engine, which are narrower than the graph's own."""
-    return dataclasses.replace(graph, ranges={**graph.ranges, **ranges})
 
 
 def tensor_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

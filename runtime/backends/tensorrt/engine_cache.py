@@ -113,22 +113,8 @@ class EngineEntry:
         """Path of the serialized engine."""
         return Path(self.folder) / PLAN
 
-    def profile_for(self, sizes: Mapping[str, int]) -> str | None:
-        """Return the first profile that contains these sizes (symbol → size); None if no profile does.
-
-        A size below a profile's least does not fit it: frames are padded (see `frame_mask`) first.
-        """
-        for name, ranges in self.profiles.items():
-            if all(ranges[s][0] <= size <= ranges[s][2] for s, size in sizes.items() if s in ranges):
-                return name
-        return None
-
     def check_plan(self) -> None:
-        """Check the size of the serialized engine and, up to 64 MiB, its hash.
-
-        Raises:
-            EngineError: it was changed, or cannot be read.
-        """
+        """Check the plan's size and, up to 64 MiB, its hash. Raises EngineError: it was changed or cannot be read."""
         try:
             size = self.plan.stat().st_size
             if size != self.size or (size <= HASHED_BYTES_ON_LOAD and file_sha256(self.plan) != self.sha256):
@@ -223,14 +209,11 @@ def find_engine(bundle: Bundle, graph: GraphSpec, device: EngineDevice) -> Engin
         raise EngineError("engine.damaged", f"{damaged[0]} The command: {build}")
     if not built:
         raise EngineError(
-            "engine.not_built", f"{bundle.path}: no engine of {graph} has been built for {device}. Build it: {build}"
+            "engine.not_built", f"{bundle.path}: no engine of {graph} is built for {device}. Build: {build}"
         )
     closest = min(built, key=lambda e: len(list(_differences(e.key, graph, device))))
     why = " and ".join(_differences(closest.key, graph, device))
-    raise EngineError(
-        "engine.not_built",
-        f"{closest.folder}: this engine of {graph} {why}. It cannot be used; build it again: {build}",
-    )
+    raise EngineError("engine.not_built", f"{closest.folder}: this engine of {graph} {why}. Build it again: {build}")
 
 
 def _differences(key: EngineKey, graph: GraphSpec, device: EngineDevice) -> Iterator[str]:

@@ -35,11 +35,8 @@ def writable_folder(bundle: Bundle) -> Path:
             return folder
         except OSError as error:
             problems.append(f"{folder} ({error.strerror or error})")
-    raise EngineError(
-        "output.not_writable",
-        f"engines can be written neither to {' nor to '.join(problems)}. Make one writable, or name another cache: "
-        "XDG_CACHE_HOME=…",
-    )
+    message = f"engines can be written neither to {' nor to '.join(problems)}. Set another cache: XDG_CACHE_HOME=…"
+    raise EngineError("output.not_writable", message)
 
 
 @contextmanager
@@ -84,12 +81,7 @@ def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
     values = json.loads(json.dumps(dataclasses.asdict(entry)))
     values["about_sha256"] = canonical_sha256(values, without="")
     (partial / ABOUT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    place = engine_place(partial.parent, entry)
+    place = partial.parent / entry.key.folder(entry.graph, entry.variant)
     place.parent.mkdir(exist_ok=True)
     replace_folder(partial, place, aside=partial.with_suffix(".old"))
     return dataclasses.replace(entry, folder=str(place))
-
-
-def engine_place(folder: Path, entry: EngineEntry) -> Path:
-    """Return the folder of an engine below engines/."""
-    return folder / entry.key.folder(entry.graph, entry.variant)

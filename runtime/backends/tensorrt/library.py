@@ -68,10 +68,7 @@ class TensorRT:
     def context(self, engine: Any, *, cuda_graphs: bool, kernels: Any = None) -> Any:
         """Return an execution context that uses the scratch memory of `set_scratch`.
 
-        Args:
-            engine: the deserialized engine.
-            cuda_graphs: whether an RTX context may capture CUDA graphs itself.
-            kernels: an RTX runtime cache of the kernels that were compiled on this device before.
+        `cuda_graphs` (the context may capture them itself) and `kernels` (its runtime cache) are for TensorRT-RTX.
         """
         shared = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.is_rtx:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from bridge_stg.runtime.backends.kv_cache import DeviceKVCache, cache_spec, own_cache
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds, describe_call
 from bridge_stg.runtime.backends.tensorrt.cuda_graphs import PreparedCall, StepGraphs
-from bridge_stg.runtime.backends.tensorrt.engine import TensorRTEngine, tensor_shape, with_ranges
+from bridge_stg.runtime.backends.tensorrt.engine import TensorRTEngine, tensor_shape
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.device.array import DeviceArray, download
@@ -67,7 +68,7 @@ class TensorRTSession:
         except BaseException:
             device.close()
             raise
-        self.graph = with_ranges(graph, self._engine.ranges)
+        self.graph = dataclasses.replace(graph, ranges={**graph.ranges, **self._engine.ranges})
         self._on_device = frozenset(on_device)
         self._kernels, self._known_kernels = kernels, known
         self._staging = Staging(device, overlap=not keeps_cache)

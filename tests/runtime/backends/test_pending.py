@@ -31,10 +31,13 @@ class Opened:
         self.closed = True
 
 
+def opened_in_order(*openers: Any) -> Any:
+    return open_in_order({str(i): (GRAPH, open_it) for i, open_it in enumerate(openers)}).values()
+
+
 def test_a_call_waits_for_its_own_session_only() -> None:
     go = threading.Event()
-    first, second = PendingSession(GRAPH, Opened), PendingSession(GRAPH, lambda: go.wait(5) and Opened())
-    open_in_order([first, second])
+    first, second = opened_in_order(Opened, lambda: go.wait(5) and Opened())
     assert first.infer({"a": 1}, cache="kv") == ({"a": 1}, "kv")  # while the second is still being opened
     go.set()
     assert second.allocate_cache(batch=2, capacity=9) == (2, 9)
@@ -45,8 +48,7 @@ def test_what_the_opening_raised_is_raised_by_every_call_and_not_by_closing() ->
     def reject() -> Any:
         raise EngineError("engine.rejected_graph", "rejects the graph")
 
-    broken, behind = PendingSession(GRAPH, reject), PendingSession(GRAPH, Opened)
-    open_in_order([broken, behind])
+    broken, behind = opened_in_order(reject, Opened)
     for _ in range(2):
         with raises("engine.rejected_graph"):
             broken.infer({})
@@ -57,10 +59,8 @@ def test_what_the_opening_raised_is_raised_by_every_call_and_not_by_closing() ->
 def test_closing_waits_for_the_one_being_opened_and_spares_the_rest() -> None:
     go, opened = threading.Event(), Opened()
     made: list[str] = []
-    first = PendingSession(GRAPH, lambda: go.wait(5) and opened)
-    second = PendingSession(GRAPH, lambda: made.append("second") or Opened())
-    open_in_order([first, second])
-    closing = threading.Thread(target=second.close)  # waits until the first one is open
+    first, second = opened_in_order(lambda: go.wait(5) and opened, lambda: made.append("second") or Opened())
+    closing = threading.Thread(target=second.close)
     closing.start()
     time.sleep(0.05)
     threading.Timer(0.05, go.set).start()

@@ -223,10 +223,3 @@ def test_what_a_killed_build_left_goes_with_the_next(bundle: Bundle, monkeypatch
     alive.mkdir()
     put(bundle)
     assert not left.exists() and alive.exists()
-
-
-def test_profiles_are_chosen_in_order(bundle: Bundle) -> None:
-    entry = put(bundle)
-    assert entry.profile_for({"B": 1, "L": 1}) == "prefill"
-    assert entry.profile_for({"B": 8, "L": 4, "unbound": 99}) == "decode"
-    assert entry.profile_for({"B": 8, "L": 5}) is None
