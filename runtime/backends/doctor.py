@@ -198,27 +198,19 @@ def _problems(packages: dict[str, str | None], flavours: dict[str, str], found: 
     problems = []
     lacking = [name for name, version in packages.items() if version is None]
     if lacking:
-        problems.append(
-            Missing(f"packages of the runtime are missing: {', '.join(lacking)}", f"pip install {' '.join(lacking)}")
-        )
+        what = f"packages of the runtime are missing: {', '.join(lacking)}"
+        problems.append(Missing(what, f"pip install {' '.join(lacking)}"))
     if len(flavours) > 1:
         names = ", ".join(f"{name} {version}" for name, version in flavours.items())
         extra = "[gpu]" if "onnxruntime-gpu" in flavours else "[cpu]"
-        problems.append(
-            Missing(
-                f"{len(flavours)} flavours of onnxruntime are installed over each other ({names}), so some are damaged",
-                f"pip uninstall -y {' '.join(flavours)} && {_install(extra)}",
-            )
-        )
+        what = f"{len(flavours)} flavours of onnxruntime are installed over each other ({names}), so some are damaged"
+        problems.append(Missing(what, f"pip uninstall -y {' '.join(flavours)} && {_install(extra)}"))
     memory = found.memory
     if found.l4t and memory.largest_block is not None and memory.largest_block < 2**22:
-        problems.append(
-            Missing(
-                f"memory is fragmented: the largest contiguous block is {_size(memory.largest_block)}, and a GPU "
-                "allocation may fail though memory is free",
-                "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory'",
-            )
-        )
+        size = _size(memory.largest_block)
+        what = f"memory is fragmented: the largest contiguous block is {size}, and a GPU allocation may fail"
+        command = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory'"
+        problems.append(Missing(what, command))
     return problems
 
 
@@ -246,12 +238,8 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     for device in found.devices:
         shared = ", shares the host's memory" if device.integrated else ""
         block = "" if device.largest_block is None else f", largest allocation {_size(device.largest_block)}"
-        lines.append(
-            (
-                f"device {device.index}",
-                f"{device.name}, SM {device.sm}, {_size(device.free)} of {_size(device.memory)} free{block}{shared}",
-            )
-        )
+        memory = f"{_size(device.free)} of {_size(device.memory)} free"
+        lines.append((f"device {device.index}", f"{device.name}, SM {device.sm}, {memory}{block}{shared}"))
     if not found.devices:
         lines.append(("device", f"none: {found.device_problem}"))
     lines += [

@@ -253,9 +253,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineError(
-            "engine.not_installed",
-            f'the package onnxruntime cannot be imported ({error}). Install it with: pip install "bridge-stg[cpu]"',
-        ) from error
+        message = f'onnxruntime cannot be imported ({error}). Install it with: pip install "bridge-stg[cpu]"'
+        raise EngineError("engine.not_installed", message) from error
     onnxruntime.disable_telemetry_events()  # its wheels can record events; nothing is sent
     return onnxruntime

@@ -75,11 +75,9 @@ class OnnxRuntimeDeviceSession:
                 arguments = {"providers": [(provider, settings), "CPUExecutionProvider"]}
             self._session: Any = open_file(path, graph, options, **arguments)
             if (found := self._session.get_providers())[0] == "CPUExecutionProvider":
-                raise EngineError(
-                    "engine.not_ready",
-                    f"{graph}: onnxruntime left {provider} out and would run on {found[0]}. Its libraries (CUDA, "
-                    "cuDNN, TensorRT) are missing or of another version: see `python cli.py doctor`",
-                )
+                message = f"{graph}: onnxruntime left {provider} out and would run on {found[0]}. Its libraries (CUDA, "
+                message += "cuDNN, TensorRT) are missing or of another version: see `python cli.py doctor`"
+                raise EngineError("engine.not_ready", message)
         except BaseException:
             self.device.close()
             raise

@@ -164,11 +164,8 @@ def check_finite(graph: str, **outputs: Any) -> None:
     """
     for name, array in outputs.items():
         if isinstance(array, np.ndarray) and not np.isfinite(array).all():
-            raise EngineError(
-                "engine.not_finite",
-                f"{graph} returned {name} with values that are not finite; its precision does not suit this model or "
-                "machine: choose another variant, and compare it with the bundle's golden cases",
-            )
+            advice = "choose another variant, and compare it with the bundle's golden cases"
+            raise EngineError("engine.not_finite", f"{graph} returned {name} with values that are not finite; {advice}")
 
 
 def describe_call(feeds: Mapping[str, Any], symbols: Mapping[str, int]) -> str:
@@ -264,8 +261,6 @@ def _check_room(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str
     bad = np.flatnonzero((positions < 0) | (positions + new > capacity))
     if bad.size:
         row = int(bad[0])
-        raise EngineError(
-            "engine.out_of_range",
-            f"{graph}: cache_position of row {row} is {int(positions[row])}; with {new} new positions that does not "
-            f"fit the cache's {capacity} positions.",
-        )
+        found = f"cache_position of row {row} is {int(positions[row])}"
+        message = f"{graph}: {found}; with {new} new positions that does not fit the cache's {capacity} positions."
+        raise EngineError("engine.out_of_range", message)

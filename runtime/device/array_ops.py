@@ -79,11 +79,9 @@ def accept(value: Any, context: ArrayContext) -> Any:
     if kind in (dlpack.CPU, dlpack.CUDA_PINNED):
         return np.from_dlpack(value) if kind == dlpack.CPU else np.asarray(value)
     if kind not in (dlpack.CUDA, dlpack.CUDA_MANAGED) or number != DEVICE:
-        raise EngineError(
-            "engine.bad_input",
-            f"a {type(value).__name__} is on DLPack device ({kind}, {number}), and this chain runs on CUDA device "
-            f"{DEVICE}; copy it to that device or to the host",
-        )
+        found = f"a {type(value).__name__} is on DLPack device ({kind}, {number})"
+        message = f"{found}, and this chain runs on CUDA device {DEVICE}; copy it to that device or to the host"
+        raise EngineError("engine.bad_input", message)
     imported = dlpack.import_array(value, stream=context.stream)
     return DeviceArray(context, imported, imported.shape, imported.dtype, strides=imported.strides)
 

@@ -134,9 +134,7 @@ def _cuda_python() -> Any:
     try:
         import cuda.bindings.runtime as api
     except ImportError as error:
-        raise EngineError(
-            "engine.not_installed",
-            f"the package cuda-python cannot be imported ({error}). Install it: pip install cuda-python "
-            '(for a driver of CUDA 12, as on JetPack 6: "cuda-python<13")',
-        ) from error
+        install = 'pip install cuda-python (for a driver of CUDA 12, as on JetPack 6: "cuda-python<13")'
+        message = f"the package cuda-python cannot be imported ({error}). Install it: {install}"
+        raise EngineError("engine.not_installed", message) from error
     return api

@@ -123,8 +123,7 @@ class TensorRTEngine:
         """Return the kernels that TensorRT-RTX compiled on this device, for the next process; None without any."""
         if self._kernels is None:
             return None
-        blob = self._kernels.serialize()
-        return None if blob is None else bytes(blob)
+        return None if (blob := self._kernels.serialize()) is None else bytes(blob)
 
     def close(self) -> None:
         """Release the engine. Its work must be done."""

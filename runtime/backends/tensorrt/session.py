@@ -92,11 +92,9 @@ class TensorRTSession:
         spec = cache_spec(self.graph)
         least, most = self.graph.ranges.get("S", (1, None))
         if most is not None and capacity > most:
-            raise EngineError(
-                "engine.out_of_range",
-                f"{self.graph}: a KV cache of {capacity} positions is larger than this engine's {most}. Build "
-                "it with a larger capacity, or use a shorter video (--max-visual-tokens)",
-            )
+            message = f"{self.graph}: a KV cache of {capacity} positions is larger than this engine's {most}"
+            advice = "Build it with a larger capacity, or use a shorter video (--max-visual-tokens)"
+            raise EngineError("engine.out_of_range", f"{message}. {advice}")
         with self._usage.call():
             return DeviceKVCache(self.device, spec, batch=batch, capacity=max(capacity, least))
 
@@ -202,11 +200,9 @@ class TensorRTSession:
             expected = dict(zip(contract.written_names, contract.past_names, strict=True))
         if found and found != expected:
             name = sorted(set(found.items()) ^ set(expected.items()))[0][0]
-            raise EngineError(
-                "engine.rejected_engine",
-                f"{graph}: the engine writes {name!r} over {found.get(name, 'no input')!r}, and the manifest says "
-                f"{expected.get(name, 'no input')!r}. Build the engine again from this bundle",
-            )
+            over, listed = (pairs.get(name, "no input") for pairs in (found, expected))
+            message = f"{graph}: the engine writes {name!r} over {over!r}, and the manifest says {listed!r}"
+            raise EngineError("engine.rejected_engine", f"{message}. Build the engine again from this bundle")
         return bool(expected) and not found
 
     def _free(self) -> None:
