@@ -96,8 +96,8 @@ def export_bundle(
             "weight_bytes": sum(f.stat().st_size for f in writer.folder.rglob(WEIGHTS)),
             "estimate": dataclasses.asdict(needed),
             "peak_rss_bytes": peak_bytes(),
-            "replay_peak_rss_bytes": None if replayed is None else replayed.peak_rss_bytes,
-            "replay_seconds": None if replayed is None else replayed.seconds,
+            "replay_peak_rss_bytes": replayed and replayed.peak_rss_bytes,
+            "replay_seconds": replayed and replayed.seconds,
             "seconds": {stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
         }
         write_report(writer.folder, EXPORT_REPORT, about)

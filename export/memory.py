@@ -69,47 +69,34 @@ def estimate(store: WeightStore, spec: ModelSpec, precision: Precision, *, verif
         REPLAY_BASE_BYTES + int(copies * largest * precision.dtype.itemsize)
         for copies in (COPIES[precision.name], LOW_MEMORY_COPIES)
     )
-    return Estimate(weights, weights + RECORDS_BYTES + _recorded_caches(spec), export, replay, low_memory)
+    language = spec.language
+    position = 2 * language.num_layers * language.kv_heads * language.head_dim * 4
+    # The KV caches in the language model's random-input cases, before and after the call.
+    caches = sum(2 * sizes["B"] * sizes["S"] * position for sizes in PROBE_SIZES["language_model"])
+    return Estimate(weights, weights + RECORDS_BYTES + caches, export, replay, low_memory)
 
 
 def require_room(needed: Estimate, out: Path) -> bool:
     """Check that memory and disk are sufficient, before anything is written.
 
-    Returns:
-        Whether the replay must work without a second copy of the weights.
-
-    Raises:
-        EngineError: memory or disk are not sufficient; the message has the estimate.
+    Returns whether the replay must work without a second copy of the weights; raises EngineError if memory or disk are
+    not sufficient.
     """
     folder = next(path for path in (out, *out.resolve().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed.disk:
-        raise EngineError(
-            "output.disk_full",
-            f"{out}: the export needs {gigabytes(needed.disk)} of disk, and {gigabytes(free)} are free; "
-            "make room, choose another --out, or a smaller --dtype",
-        )
+        message = f"{out}: the export needs {gigabytes(needed.disk)} of disk, and {gigabytes(free)} are free; make room"
+        raise EngineError("output.disk_full", message)
     left = available_bytes()
     if left is None:
         return False
-    if left < needed.export:
-        raise EngineError(
-            "export.out_of_memory",
-            f"the export needs about {gigabytes(needed.export)} of memory, and {gigabytes(left)} are available; close "
-            "other programs, or use a machine with more",
-        )
     if left < needed.export + needed.lean_replay:
-        raise EngineError(
-            "export.out_of_memory",
-            f"the export needs about {gigabytes(needed.export)} of memory, and the replay of the bundle beside it "
-            f"{gigabytes(needed.lean_replay)}, but {gigabytes(left)} are available; close other programs, or leave the "
-            "comparison out with --no-verify and run `verify` on a larger machine",
+        replay, advice = "", "close other programs, or use a machine with more"
+        if left >= needed.export:
+            replay = f" and {gigabytes(needed.lean_replay)} for the replay"
+            advice += ", or leave the comparison out with --no-verify"
+        message = (
+            f"the export needs about {gigabytes(needed.export)} of memory{replay}; {gigabytes(left)} are available"
         )
+        raise EngineError("export.out_of_memory", f"{message}; {advice}")
     return left < needed.export + needed.replay
-
-
-def _recorded_caches(spec: ModelSpec) -> int:
-    """Return the bytes of the KV caches in the language model's random-input cases, before and after the call."""
-    language = spec.language
-    position = 2 * language.num_layers * language.kv_heads * language.head_dim * 4
-    return sum(2 * sizes["B"] * sizes["S"] * position for sizes in PROBE_SIZES["language_model"])

@@ -23,7 +23,7 @@ from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import UseCount
 from bridge_stg.runtime.video.open import open_source
-from bridge_stg.runtime.video.source import CoarseFrames, VideoSource
+from bridge_stg.runtime.video.source import CoarseFrames
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
@@ -100,8 +100,7 @@ class Grounder:
         verified: bool = True,
         target: ChosenBackend | None = None,
     ) -> None:
-        missing = [name for name in GRAPHS if name not in sessions]
-        if missing:
+        if missing := [name for name in GRAPHS if name not in sessions]:
             message = f"no session for graph {missing[0]!r}; expected {', '.join(GRAPHS)}, found {', '.join(sessions)}"
             raise EngineError("engine.missing_session", message)
         if not 0 <= unchanged_tolerance <= 255:
@@ -175,11 +174,7 @@ class Grounder:
         return self._chain.spec
 
     def check_query(self, query: str) -> None:
-        """Check a query without reading a video.
-
-        Raises:
-            QueryError: the query is empty, or too long for any video.
-        """
+        """Check a query without reading a video; raise QueryError if it is empty, or too long for any video."""
         check_query(self.spec.prompt, query)
 
     def ground(
@@ -227,16 +222,9 @@ class Grounder:
         """Follow the target in a box of the first frame (tracking): the answer is never none.
 
         The result has a box for every frame of the video, the first one as given. The span begins with the video; later
-        frames repeat the last box, marked as not visible. Options and errors as for `ground`.
-
-        Args:
-            video: see `Video`.
-            first_box: left, top, right, bottom in pixels of the first frame.
-            query: what it is, in words, if known.
-            options: see `CallOptions`.
-
-        Raises:
-            QueryError: the box is invalid, or lies outside the frame.
+        frames repeat the last box, marked as not visible. `first_box` is left, top, right, bottom in pixels of the
+        first frame; `query` says what it is, if known. Other arguments and errors as for `ground`; an invalid box, or
+        one outside the frame, raises QueryError.
         """
         return self._ground(video, query, track_from(first_box), CallOptions(**options))
 
@@ -317,7 +305,10 @@ class Grounder:
         """Sample the frames, encode them, and prefill the video's part of the prompt."""
         chain, spec = self._chain, self.spec
         with limits.stage("decode_video"):
-            source = self._source(video, options)
+            most = options.max_visual_tokens
+            budget = video_budget(self.tokenizer, spec, most, capacity=fixed_capacity(chain.language_model))
+            device, buffer_frames = chain.vision_encoder.device, options.buffer_frames
+            source = open_source(video, spec, buffer_frames=buffer_frames, budget=budget, device=device)
         try:
             with limits.stage("decode_video"):
                 coarse, grid = source.coarse(limits), source.fine_grid()
@@ -353,26 +344,11 @@ class Grounder:
             source.close()
             raise
 
-    def _source(self, video: Video, options: CallOptions) -> VideoSource:
-        chain = self._chain
-        capacity = fixed_capacity(chain.language_model)
-        return open_source(
-            video,
-            chain.spec,
-            buffer_frames=options.buffer_frames,
-            budget=video_budget(chain.tokenizer, chain.spec, options.max_visual_tokens, capacity=capacity),
-            device=chain.vision_encoder.device,
-        )
-
     def _segment(self, coarse: CoarseFrames) -> Segment:
         """Return the video's part of the prompt. Raises VideoError if the model has too few positions for it."""
         grid, most = merged_grid(coarse.frames, self.spec), self.spec.language.max_positions
         segment = video_segment(self.tokenizer, self.spec, coarse.group_times, grid)
         if segment.next_position > most:
-            raise VideoError(
-                "video.exceeds_prompt",
-                f"even {len(coarse.frames)} group of the smallest frames takes {segment.next_position} positions of "
-                f"the prompt, more than the model's {most}; use a model with more positions, or one with a lower "
-                "frames.coarse_min_pixels in its config",
-            )
+            message = f"one group of the smallest frames needs {segment.next_position} positions; the model has {most}"
+            raise VideoError("video.exceeds_prompt", message)
         return segment

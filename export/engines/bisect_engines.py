@@ -30,10 +30,8 @@ def build_like(
 ) -> EngineEntry:
     """Compile a graph with block outputs for the same target, profiles and KV capacity as the engine of the graph.
 
-    The new engine goes into the folder of `exposed`, the result of `block_outputs.expose_outputs`.
-
-    Raises:
-        EngineError: TensorRT has another version now or cannot compile the graph, or memory is not sufficient.
+    The new engine goes into the folder of `exposed`, the result of `block_outputs.expose_outputs`. Raises
+    EngineError if TensorRT has another version now or cannot compile the graph, or memory is not sufficient.
     """
     timing = Path(engine.folder).parent / TIMING
     if timing.is_file():  # the kernel timings of the engine shorten this build; new ones are not added to it
@@ -52,20 +50,15 @@ def build_like(
             say=say,
         )
     except EngineError as error:
-        raise EngineError(
-            error.code,
-            f"bisecting needs an engine of {engine.graph} ({engine.variant}) with block outputs, which cannot be "
-            f"built: {error}",
-        ) from error
+        message = f"cannot build an engine of {engine.graph} ({engine.variant}) with block outputs to bisect: {error}"
+        raise EngineError(error.code, message) from error
     return entry
 
 
 def engine_maker(*, report: Report | None = None, say: Callable[[str], Any] = lambda line: None) -> Prepare:
     """Return the `prepare` of `bisect` that builds an engine where the side's backend runs engines.
 
-    Args:
-        report: called with phase, step and number of steps of a compilation; may raise to stop it.
-        say: called with each line for the user.
+    `report` and `say` as in `build_engines`.
     """
 
     def prepare(side: Side, exposed: Bundle) -> None:

@@ -123,14 +123,12 @@ def _compile(bundle: Bundle, build: Build, report: Report | None, say: Callable[
             "python": sys.version.split()[0],
             "layers": _layers(build, partial / PLAN, compiled.plan, path, say),
         }
-        entry = publish(
-            partial,
-            EngineEntry(
-                key=key, target=target.name, graph=graph.name, variant=graph.variant, precision=graph.precision,
-                profiles=build.profiles.profiles, capacity=build.profiles.capacity, inputs=graph.inputs,
-                outputs=graph.outputs, size=0, sha256="", built=about,
-            ),
+        made = EngineEntry(
+            key=key, target=target.name, graph=graph.name, variant=graph.variant, precision=graph.precision,
+            profiles=build.profiles.profiles, capacity=build.profiles.capacity, inputs=graph.inputs,
+            outputs=graph.outputs, size=0, sha256="", built=about,
         )  # fmt: skip
+        entry = publish(partial, made)
     if compiled.timing is not None:
         timing.parent.mkdir(parents=True, exist_ok=True)
         with replacing(timing) as temporary:

@@ -68,9 +68,8 @@ def compile_graph(
     """
     network = empty_network(tensorrt)
     if problems := parse_graph(tensorrt, network, path, CAPACITY if capacity is None else capacity):
-        raise EngineError(
-            "engine.rejected_graph", f"{path}: TensorRT {tensorrt.__version__} cannot parse the graph: {problems[0]}"
-        )
+        message = f"{path}: TensorRT {tensorrt.__version__} cannot parse the graph: {problems[0]}"
+        raise EngineError("engine.rejected_graph", message)
     _allow_decomposed_attention(tensorrt, network.value)
     config = network.builder.create_builder_config()
     config.clear_flag(tensorrt.BuilderFlag.TF32)  # 10 bits of mantissa are not fp32
@@ -92,10 +91,9 @@ def compile_graph(
     if monitor.stopped is not None:
         raise monitor.stopped
     if plan is None:
-        found = "; ".join(network.logger.messages[-3:]) or "it gave no reason"
-        raise EngineError(
-            "engine.build_failed", f"{path}: TensorRT {tensorrt.__version__} cannot compile the graph: {found}"
-        )
+        reason = "; ".join(network.logger.messages[-3:]) or "it gave no reason"
+        message = f"{path}: TensorRT {tensorrt.__version__} cannot compile the graph: {reason}"
+        raise EngineError("engine.build_failed", message)
     cache = config.get_timing_cache() if keeps_timing else None
     return Compiled(plan, None if cache is None else bytes(cache.serialize()))
 
@@ -125,10 +123,8 @@ def _capability(tensorrt: ModuleType, sm: int) -> Any:
     found = getattr(tensorrt.ComputeCapability, f"SM{sm}", None)
     if found is None:
         known = ", ".join(name[2:] for name in dir(tensorrt.ComputeCapability) if name.startswith("SM"))
-        raise EngineError(
-            "engine.unsupported_device",
-            f"TensorRT {tensorrt.__version__} compiles ahead of time for SM {known}, not for SM {sm}",
-        )
+        message = f"TensorRT {tensorrt.__version__} compiles ahead of time for SM {known}, not for SM {sm}"
+        raise EngineError("engine.unsupported_device", message)
     return found
 
 
@@ -219,11 +215,8 @@ def _shape(path: str | os.PathLike[str], tensor: Any, sizes: Sizes, place: int) 
     for axis, size in enumerate(tensor.shape):
         symbol = tensor.get_dimension_name(axis) if size < 0 else ""
         if size < 0 and symbol not in sizes:
-            known = ", ".join(sizes) or "none"
-            raise EngineError(
-                "engine.bad_profile",
-                f"{path}: input {tensor.name!r} has a free dim {symbol!r}; sizes were given for {known}",
-            )
+            found = f"{path}: input {tensor.name!r} has a free dim {symbol!r}"
+            raise EngineError("engine.bad_profile", f"{found}; sizes were given for {', '.join(sizes) or 'none'}")
         shape.append(sizes[symbol][place] if size < 0 else size)
     return shape
 

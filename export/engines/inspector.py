@@ -32,29 +32,22 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 def inspected_kernels(library: TensorRT, plan: Any) -> list[Kernel]:
     """Return the kernels of all profiles of a serialized engine.
 
-    Raises:
-        EngineError: the engine cannot be opened here, or its layers name no node of the graph.
+    Raises EngineError if the engine cannot be opened here, or its layers name no node of the graph.
     """
     size, left = memoryview(plan).nbytes, available_bytes()
     if left is not None and left < ROOM * size:
-        raise EngineError(
-            "engine.out_of_memory",
-            f"no report on its layers: opening an engine of {gigabytes(size)} needs more memory than is available",
-        )
+        message = f"no report on its layers: opening an engine of {gigabytes(size)} needs more memory than is available"
+        raise EngineError("engine.out_of_memory", message)
     engine = library.runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(
-            "engine.no_layers",
-            f"no report on its layers: TensorRT {library.version} cannot open it: {library.reason()}",
-        )
+        message = f"no report on its layers: TensorRT {library.version} cannot open it: {library.reason()}"
+        raise EngineError("engine.no_layers", message)
     text = engine.create_engine_inspector().get_engine_information(library.module.LayerInformationFormat.JSON)
     layers = json.loads(text).get("Layers", [])
     kernels = [_kernel(layer) for layer in layers if isinstance(layer, dict)]
     if not any(kernel.nodes for kernel in kernels):
-        raise EngineError(
-            "engine.no_layers",
-            f"no report on its layers: TensorRT {library.version} names no node of the graph in them",
-        )
+        message = f"no report on its layers: TensorRT {library.version} names no node of the graph in them"
+        raise EngineError("engine.no_layers", message)
     return kernels
 
 

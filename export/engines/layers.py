@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ NUMBERS, INTEGERS = frozenset(TYPES.values()), ("int8", "int4")
 FUSED_ATTENTION = ("mha", "fmha", "flash")
 MATMUL_KINDS = ("fully_connected", "corrltn", "convolution", "gemm", "matmul")
 WEIGHTED, ATTENTION = ("MatMul", "Gemm", "Conv"), ("Attention", "Softmax")
+ORDER = ("fused", "int8", "int4", "fp8", "fp16", "bf16", "fp32", "unknown", "unfused")
+"""Words of a report, the best first."""
 GROUPS = {"products": "matmuls", "attention": "attention"}
 """Keys of a report, which engine.json has too, and what tables call them."""
 
@@ -77,10 +80,8 @@ def read_programs(plan: str | os.PathLike[str]) -> list[list[Kernel]]:
             if len(kernels) > 1:  # parts of a kernel are programs of their own
                 programs.append(kernels)
     if not programs:
-        raise EngineError(
-            "engine.no_layers",
-            f"{plan}: this engine contains no program as text; open it on a device to see its layers",
-        )
+        message = f"{plan}: this engine contains no program as text; open it on a device to see its layers"
+        raise EngineError("engine.no_layers", message)
     # Programs of single kernels are left out: those of the whole graph name far more nodes.
     counts = [len({node for kernel in kernels for node in kernel.nodes}) for kernels in programs]
     return [kernels for kernels, count in zip(programs, counts, strict=True) if 2 * count > max(counts)]
@@ -135,28 +136,22 @@ def report_by_block(programs: list[list[Kernel]], nodes: list[Node]) -> dict[str
     found: dict[str, dict[str, dict[str, int]]] = {}
     for node in nodes:
         group = "attention" if node.operator in ATTENTION else "products"
-        seen = [_attention_of(node.name, p) if group == "attention" else _matmul_of(node.name, p) for p in programs]
-        worst = max(seen, key=_rank)
+        worst = max(
+            (_word(node, group, kernels) for kernels in programs), key=lambda word: ORDER.index(word.split()[0])
+        )
         counts = found.setdefault(node.block, {}).setdefault(group, {})
         counts[worst] = counts.get(worst, 0) + 1
     return found
 
 
-def _attention_of(name: str, kernels: list[Kernel]) -> str:
-    return "fused" if any(k.kind == "attention" and name in k.nodes for k in kernels) else "unfused"
-
-
-def _matmul_of(name: str, kernels: list[Kernel]) -> str:
-    named = sorted((k for k in kernels if name in k.nodes and k.weights), key=lambda k: k.kind != "matmul")
-    if not named:
-        return "unknown"
-    kernel = named[0]
-    return kernel.weights if kernel.activations == kernel.weights else f"{kernel.activations} × {kernel.weights}"
-
-
-def _rank(word: str) -> int:
-    order = ("fused", "int8", "int4", "fp8", "fp16", "bf16", "fp32", "unknown", "unfused")
-    return order.index(word.split(maxsplit=1)[0])
+def _word(node: Node, group: str, kernels: list[Kernel]) -> str:
+    """Return how a program runs a node."""
+    named = [kernel for kernel in kernels if node.name in kernel.nodes]
+    if group == "attention":
+        return "fused" if any(kernel.kind == "attention" for kernel in named) else "unfused"
+    weighted = sorted((kernel for kernel in named if kernel.weights), key=lambda kernel: kernel.kind != "matmul")
+    types = ((kernel.activations, kernel.weights) for kernel in weighted)
+    return next((low if low == high else f"{high} × {low}" for high, low in types), "unknown")
 
 
 def graph_nodes(path: str | os.PathLike[str]) -> list[Node]:
@@ -187,25 +182,23 @@ def _with_module(node: ir.Node) -> ir.Node:
 
 def plan_table(report: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
     """Return a report as a text table, with one line for equal blocks."""
-    lines: dict[str, int] = {}
+    lines: Counter[str] = Counter()
     for block, groups in report.items():
         matmuls, attention = (
             ", ".join(f"{count} {word}" for word, count in groups.get(group, {}).items()) or "none" for group in GROUPS
         )
         kind = re.sub(r"\.\d+(?=\.|$)", ".*", block)
-        line = f"  {kind:44} matmuls {matmuls:28} attention {attention}"
-        lines[line] = lines.get(line, 0) + 1
+        lines[f"  {kind:44} matmuls {matmuls:28} attention {attention}"] += 1
     return "\n".join(f"{line}  ({count} blocks)" if count > 1 else line for line, count in lines.items())
 
 
 def plan_summary(report: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
     """Sum a report over its blocks."""
-    total: dict[str, dict[str, int]] = {}
+    total: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for groups in report.values():
         for group, counts in groups.items():
-            for word, count in counts.items():
-                total.setdefault(group, {})[word] = total.get(group, {}).get(word, 0) + count
-    return total
+            total[group].update(counts)
+    return {group: dict(counts) for group, counts in total.items()}
 
 
 def read_plan_report(plan: Path, graph: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, int]]]:

@@ -144,16 +144,13 @@ def _ordered(sizes: tuple[int, ...]) -> Range:
 def read_overrides(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML file with `capacity`, and the ranges of symbols by graph and profile; see docs/engines.md.
 
-    Raises:
-        EngineError: the file cannot be read, is not a mapping, or has an unknown key.
+    Raises EngineError if the file cannot be read, is not a mapping, or has an unknown key.
     """
     try:
         import yaml
     except ImportError as error:
-        raise EngineError(
-            "host.missing_package",
-            f'pyyaml cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"',
-        ) from error
+        message = f'pyyaml cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"'
+        raise EngineError("host.missing_package", message) from error
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -175,9 +172,7 @@ def profiles_of(
     """Return the profiles of a graph: the defaults with the overrides of a file, named `where` in messages.
 
     Symbols of an existing profile are replaced one by one; null removes the profile; a new profile needs every symbol.
-
-    Raises:
-        EngineError: a range is invalid, a symbol is unknown or missing, or no profile remains.
+    Raises EngineError if a range is invalid, a symbol is unknown or missing, or no profile remains.
     """
     overrides = overrides or {}
     capacity = overrides.get("capacity")
@@ -230,7 +225,6 @@ def _read_ranges(graph: GraphSpec, given: Any, free: tuple[str, ...], place: str
 
 def _checked_sizes(spec: ModelSpec, ranges: Ranges, place: str) -> Ranges:
     side = spec.vision.patch_size * spec.vision.merge_size
-    for symbol in ("height", "width"):
-        if wrong := next((size for size in ranges[symbol] if size % side), None):
-            raise _bad(f"{place}.{symbol} has {wrong} pixels, expected multiples of {side}")
+    if wrong := next((size for symbol in ("height", "width") for size in ranges[symbol] if size % side), None):
+        raise _bad(f"{place} has {wrong} pixels, expected multiples of {side}")
     return _with_tables(spec, ranges)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -102,9 +103,7 @@ def select_builds(
     if precision is not None and all(graph.precision.split()[0] != precision.split()[0] for graph in chosen):
         found = ", ".join(f"{graph} is {graph.precision}" for graph in chosen)
         raise EngineError(
-            "engine.wrong_precision",
-            f"{bundle.path}: --precision {precision} was requested, but {found}. Precision is in the graphs: "
-            f"{_how_to_get(precision)}",
+            "engine.wrong_precision", f"{bundle.path}: {found}, not {precision}. {_how_to_get(precision)}"
         )
     builds = []
     for graph in chosen:
@@ -122,8 +121,8 @@ def select_builds(
 def _how_to_get(precision: str) -> str:
     word = precision.split(maxsplit=1)[0]
     if word in ("fp32", "fp16", "bf16"):
-        return f"export the checkpoint with --dtype {word}"
-    return "make a bundle with `calibrate`" if word in ("int8", "int4") else "no bundle of this project has it"
+        return f"Export the checkpoint with --dtype {word}"
+    return "Make a bundle with `calibrate`" if word in ("int8", "int4") else "No bundle of this project has it"
 
 
 def _target_here(named: EngineTarget | None, family: str | None) -> tuple[EngineTarget, ModuleType]:
@@ -132,19 +131,16 @@ def _target_here(named: EngineTarget | None, family: str | None) -> tuple[Engine
         tensorrt = load_tensorrt(named.family)
         return targets.check_installed(named, version=str(tensorrt.__version__), sm=None), tensorrt
     here = machine()
-    device = here.devices[0] if here.devices else None
+    device = next(iter(here.devices), None)
     if named is not None:
         sm = None if device is None else device.sm
         targets.check_device(named, sm)  # before the advice to install a package
         tensorrt = load_tensorrt(named.family)
         return targets.check_installed(named, version=str(tensorrt.__version__), sm=sm), tensorrt
     if device is None:
-        raise EngineError(
-            "engine.no_device",
-            f"target this is the GPU of this machine, which has none ({here.device_problem}). Run this command on "
-            f"the device, or compile ahead of time for one of {', '.join(targets.ahead_of_time())}",
-        )
-    family = family or next((name for name in MODULES if _importable(name)), "tensorrt")
+        message = f"target this: this machine has no GPU ({here.device_problem}). {targets.ON_THE_DEVICE}"
+        raise EngineError("engine.no_device", message)
+    family = family or next((name for name in MODULES if _imported(name)), "tensorrt")
     tensorrt = load_tensorrt(family)
     found = targets.this_target(family=family, version=str(tensorrt.__version__), sm=device.sm, memory=device.memory)
     return found, tensorrt
@@ -152,36 +148,26 @@ def _target_here(named: EngineTarget | None, family: str | None) -> tuple[Engine
 
 def load_tensorrt(family: str) -> ModuleType:
     """Import the package of a TensorRT family; raise EngineError if it is not installed."""
+    if (found := _imported(family)) is not None:
+        return found
+    extra, other = ("rtx", "") if family == "tensorrt_rtx" else ("tensorrt", ", or use the package of JetPack")
+    message = f'{FAMILIES[family]} cannot be imported: pip install "bridge-stg[{extra},calibrate]"{other}'
+    raise EngineError("engine.not_installed", message)
+
+
+def _imported(family: str) -> ModuleType | None:
     for name in MODULES[family]:
-        try:
+        with suppress(ImportError):
             return importlib.import_module(name)
-        except ImportError:
-            continue
-    extra = "rtx" if family == "tensorrt_rtx" else "tensorrt"
-    jetpack = "" if family == "tensorrt_rtx" else ", or use the package of JetPack"
-    raise EngineError(
-        "engine.not_installed",
-        f'{FAMILIES[family]} cannot be imported. Install it: pip install "bridge-stg[{extra},calibrate]"{jetpack}',
-    )
-
-
-def _importable(family: str) -> bool:
-    try:
-        load_tensorrt(family)
-    except EngineError:
-        return False
-    return True
+    return None
 
 
 def _check_variant(target: EngineTarget, graph: GraphSpec, version: str) -> None:
     old = target.family == "tensorrt" and version_numbers(version) < PRIMITIVE_ONLY_BELOW
     takes = ("primitive",) if old else ("standard", "primitive")
     if graph.variant not in takes:
-        raise EngineError(
-            "engine.unsupported_variant",
-            f"target {target.name} with {FAMILIES[target.family]} {version} takes the variant {' or '.join(takes)}, "
-            f"not {graph.variant}. Leave --variant out" + (", or install TensorRT 10.15 or later" if old else ""),
-        )
+        found = f"target {target.name} with {FAMILIES[target.family]} {version} takes the variant {' or '.join(takes)}"
+        raise EngineError("engine.unsupported_variant", f"{found}, not {graph.variant}. Leave --variant out")
 
 
 def _check_support(target: EngineTarget, graph: GraphSpec, version: str) -> list[str]:
@@ -199,17 +185,14 @@ def check_room(build: Build) -> None:
     """Raise EngineError if this machine lacks the memory to compile a graph, or the target to run it."""
     weights, row = build.weight_bytes, build.cache_bytes
     if weights + row + LEAST_WORKSPACE > build.target.memory:
-        cache = f" and {gigabytes(row)} for a row of its KV cache" if row else ""
-        raise EngineError(
-            "engine.out_of_memory",
-            f"{build.graph} needs {gigabytes(weights)} for its weights{cache}, and target {build.target.name} has "
-            f"{gigabytes(build.target.memory)} in total. Use a smaller precision, a smaller `capacity` in --profiles, "
-            "or --no-check-memory for a device with more",
-        )
+        needs = f"{build.graph} needs {gigabytes(weights)} for its weights and {gigabytes(row)} per row of its KV cache"
+        advice = "Use a smaller precision, a smaller `capacity` in --profiles, or --no-check-memory"
+        has = f"target {build.target.name} has {gigabytes(build.target.memory)}"
+        raise EngineError("engine.out_of_memory", f"{needs}, and {has}. {advice}")
     needed, left = build.needed_bytes, available_bytes()
     if left is not None and left < needed:
-        raise EngineError(
-            "engine.out_of_memory",
-            f"compiling {build.graph} needs about {gigabytes(needed)} of memory, and {gigabytes(left)} are available. "
-            "Close other programs, or use a machine with more; --no-check-memory skips this check",
+        needs = (
+            f"compiling {build.graph} needs about {gigabytes(needed)} of memory, and {gigabytes(left)} are available"
         )
+        advice = "Close other programs, or use a machine with more; --no-check-memory skips this check"
+        raise EngineError("engine.out_of_memory", f"{needs}. {advice}")

@@ -108,17 +108,14 @@ def support(target: str, recipe: str, variant: str = "standard", dtype: str = "f
 def require(target: str, recipe: str, variant: str = "standard", dtype: str = "fp32") -> str:
     """Return a sentence for the user if a combination falls back, and an empty string if it is native.
 
-    Raises:
-        EngineError: the target does not support the combination, or a name is unknown.
+    Raises EngineError if the target does not support the combination, or a name is unknown.
     """
     row = support(target, recipe, variant, dtype)
     if row.verdict == UNSUPPORTED:
         others = [name for name in VARIANTS if support(target, recipe, name, dtype).verdict != UNSUPPORTED]
         advice = f"Use the variant {' or '.join(others)}" if others else "Leave this recipe out for this target"
-        raise EngineError(
-            "engine.unsupported_recipe",
-            f"{target} does not support {recipe} in the variant {variant!r} ({dtype}): {row.evidence}. {advice}.",
-        )
+        message = f"{target} does not support {recipe} in the variant {variant!r} ({dtype}): {row.evidence}. {advice}."
+        raise EngineError("engine.unsupported_recipe", message)
     if row.verdict == FALLS_BACK:
         return f"{target} runs {recipe} of the variant {variant!r} ({dtype}), but falls back: {row.evidence}."
     return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import takewhile
 
 from bridge_stg.runtime.errors import EngineError
 
@@ -72,6 +73,14 @@ TARGETS: tuple[EngineTarget, ...] = (
 )
 """The target `this` is added by `this_target`."""
 
+
+def ahead_of_time() -> list[str]:
+    """Return the names of targets that any machine can compile for."""
+    return [target.name for target in TARGETS if target.ahead_of_time]
+
+
+ON_THE_DEVICE = f"Run this command on the device, or compile ahead of time for one of {', '.join(ahead_of_time())}"
+
 PRECISIONS_BY_SM = ((89, ADA), (80, AMPERE), (75, TURING), (0, ("fp32", "fp16")))
 
 
@@ -87,18 +96,14 @@ def find_target(name: str) -> EngineTarget:
 def this_target(*, family: str, version: str, sm: int, memory: int | None) -> EngineTarget:
     """Return the target of this machine, from its TensorRT, and compute capability and total bytes of its GPU.
 
-    Raises:
-        EngineError: this TensorRT cannot run the project's graphs on this GPU.
+    Raises EngineError if this TensorRT cannot run the project's graphs on this GPU.
     """
     numbers = version_numbers(version)
     variant = "primitive" if family == "tensorrt" and numbers < PRIMITIVE_ONLY_BELOW else "standard"
     precisions = next(words for since, words in PRECISIONS_BY_SM if sm >= since)
     if family == "tensorrt_rtx" and sm < 80:
-        raise EngineError(
-            "engine.unsupported_device",
-            f"TensorRT-RTX has no fp32 matmuls on SM {sm}, which the spatial decoder needs. "
-            'Use TensorRT, or onnxruntime: pip install "bridge-stg[gpu]"',
-        )
+        message = f'TensorRT-RTX has no fp32 matmuls on SM {sm}. Use TensorRT, or pip install "bridge-stg[gpu]"'
+        raise EngineError("engine.unsupported_device", message)
     limit = 8 * GB if memory is None else int(0.9 * memory)
     return EngineTarget("this", f"SM {sm}", family, numbers[:2], (99,), (sm,), variant, precisions, limit)
 
@@ -106,15 +111,11 @@ def this_target(*, family: str, version: str, sm: int, memory: int | None) -> En
 def check_installed(target: EngineTarget, *, version: str, sm: int | None) -> EngineTarget:
     """Return the target, narrowed to this machine's GPU (`sm`, None without one) if it is compiled on the device.
 
-    Raises:
-        EngineError: the version is out of the target's range, or the GPU is another one.
+    Raises EngineError if the version is out of the target's range, or the GPU is another one.
     """
     if not target.since <= version_numbers(version) < target.before:
-        raise EngineError(
-            "engine.wrong_version",
-            f"target {target.name} takes {target.versions()}, and {version} is installed. Install one of these, "
-            "or build for this machine: --target this",
-        )
+        found = f"target {target.name} takes {target.versions()}, and {version} is installed"
+        raise EngineError("engine.wrong_version", f"{found}. Install one of these, or use --target this")
     return target if target.ahead_of_time else check_device(target, sm)
 
 
@@ -122,11 +123,8 @@ def check_device(target: EngineTarget, sm: int | None) -> EngineTarget:
     """Return a target that is compiled on the device, narrowed to this machine's GPU; see `check_installed`."""
     if sm is None or sm not in target.sms:
         here = "no GPU was found here" if sm is None else f"the GPU here is SM {sm}"
-        raise EngineError(
-            "engine.no_device",
-            f"target {target.name} is SM {' or '.join(map(str, target.sms))}, and {here}. TensorRT compiles on the "
-            f"device only: run this command there, or compile ahead of time for one of {', '.join(ahead_of_time())}",
-        )
+        message = f"target {target.name} is SM {' or '.join(map(str, target.sms))}, and {here}. {ON_THE_DEVICE}"
+        raise EngineError("engine.no_device", message)
     return dataclasses.replace(target, sms=(sm,))
 
 
@@ -134,38 +132,22 @@ def check_precision(target: EngineTarget, precision: str) -> None:
     """Raise EngineError if the target lacks the precision of a graph, such as `int8 w8a8`: the first word counts."""
     word = precision.split(maxsplit=1)[0]
     if word not in target.precisions:
-        raise EngineError(
-            "engine.unsupported_precision",
-            f"target {target.name} ({target.device}) has no {word}; it has {', '.join(target.precisions)}. "
-            "Use a bundle in one of these",
-        )
-
-
-def ahead_of_time() -> list[str]:
-    """Return the names of targets that any machine can compile for."""
-    return [target.name for target in TARGETS if target.ahead_of_time]
+        message = f"target {target.name} has no {word}; use a bundle in {', '.join(target.precisions)}"
+        raise EngineError("engine.unsupported_precision", message)
 
 
 def version_numbers(version: str) -> Version:
     """Return the leading numbers of a version: "10.15.1rc1" → (10, 15)."""
-    numbers = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, takewhile(str.isdigit, version.split("."))))
 
 
 def target_table() -> str:
     """Return the table as text."""
-    rows = [("target", "device", "TensorRT", "SM", "variant", "precisions", "memory")]
-    for target in TARGETS:
-        rows.append(
-            (
-                target.name, target.device, target.versions(), "/".join(map(str, target.sms)), target.variant,
-                " ".join(target.precisions), f"{target.memory / GB:.0f} GB",
-            )
-        )  # fmt: skip
-    rows.append(("this", "this machine's GPU", "the installed one", "its own", "by version", "as its GPU", "its own"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rows = [
+        ("target", "device", "TensorRT", "SM", "variant", "precisions", "memory"),
+        *((t.name, t.device, t.versions(), "/".join(map(str, t.sms)), t.variant, " ".join(t.precisions),
+           f"{t.memory / GB:.0f} GB") for t in TARGETS),
+        ("this", "this machine's GPU", "the installed one", "its own", "by version", "as its GPU", "its own"),
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -114,19 +114,13 @@ def block_of(node: str) -> str:
 
     `model.language_model.layers.3.mlp.gate_proj/MatMul` → `language_model.layers.3.mlp`.
     """
-    parts = public_name(node.partition("/")[0]).split(".")
+    module = node.partition("/")[0]
+    names = (name + module.removeprefix(root) for root, name in ROOTS if f"{module}.".startswith(f"{root}."))
+    parts = next(names, module).split(".")
     at = next((i for i, part in enumerate(parts) if part in LISTS), None)
     if at is not None:
         return ".".join(parts[: at + 1 + LISTS[parts[at]]])
     return ".".join(parts if len(parts) <= 2 else parts[:-1])
-
-
-def public_name(module: str) -> str:
-    """Return the public name of a module: `model.visual.blocks.3` → `vision_encoder.blocks.3`."""
-    for root, name in ROOTS:
-        if module == root or module.startswith(f"{root}."):
-            return name + module.removeprefix(root)
-    return module
 
 
 def stored_weight(value: ir.Value) -> tuple[ir.Value | None, str, bool]:

@@ -89,12 +89,10 @@ class _Fuser:
         lengths, new, capacity = self._cache_counts(scatters[0].inputs[2], past)
         inputs = [*rows, past, scatters[1].inputs[0], lengths, capacity, *[None] * 9, new]
         attributes = {"num_heads": query.count, "kv_num_heads": key.count, "scale": node.attributes["scale"].as_float()}
-        fused = ir.node(
-            "GroupQueryAttention", inputs, attributes, num_outputs=3, domain=DOMAIN, name=f"{node.name}_grouped"
-        )
-        self.graph.insert_before(node, fused)
-        self.edit.replace(out, fused.outputs[0])
-        for scatter, present in zip(scatters, fused.outputs[1:], strict=True):
+        name, operator = f"{node.name}_grouped", "GroupQueryAttention"
+        fused = self.edit.insert(operator, inputs, attributes, before=node, name=name, domain=DOMAIN, outputs=3)
+        self.edit.replace(out, fused[0])
+        for scatter, present in zip(scatters, fused[1:], strict=True):
             assert scatter is not None
             self.edit.replace(scatter.outputs[0], present)
         return True
@@ -108,9 +106,9 @@ class _Fuser:
             return False
         rows = [self._rotated(heads) for heads in (query, key, value)]
         attributes = {"num_heads": query.count, "scale": node.attributes["scale"].as_float()}
-        fused = ir.node("MultiHeadAttention", rows, attributes, domain=DOMAIN, name=f"{node.name}_fused")
-        self.graph.insert_before(node, fused)
-        self.edit.replace(out, fused.outputs[0])
+        name = f"{node.name}_fused"
+        fused = self.edit.insert("MultiHeadAttention", rows, attributes, before=node, name=name, domain=DOMAIN)
+        self.edit.replace(out, fused[0])
         return True
 
     def _rotated(self, heads: Heads) -> ir.Value:

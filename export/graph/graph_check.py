@@ -16,24 +16,20 @@ FORBIDDEN = frozenset({"NonZero", "Compress", "Loop", "If", "Scan", "SequenceAt"
 def check_graph(path: Path) -> None:
     """Run onnx.checker on a graph file, and look for operators that a backend cannot run.
 
-    Raises:
-        EngineError: the graph is not valid, or contains such an operator.
+    Raises EngineError if the graph is not valid, or contains such an operator.
     """
     import onnx
 
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise EngineError(
-            "export.invalid_graph", f"{path.name}: not a valid ONNX graph ({' '.join(str(error).split())})"
-        ) from error
-    found = {node.op_type for node in load_graph(path).graph.node} & FORBIDDEN
-    if found:
-        raise EngineError(
-            "export.invalid_graph",
-            f"{path.parent.name}/{path.name}: contains {', '.join(sorted(found))}, which backends do not support; "
-            "change the torch code that it was traced from",
+        message = f"{path.name}: not a valid ONNX graph ({' '.join(str(error).split())})"
+        raise EngineError("export.invalid_graph", message) from error
+    if found := {node.op_type for node in load_graph(path).graph.node} & FORBIDDEN:
+        message = (
+            f"{path.parent.name}/{path.name}: backends do not support {', '.join(sorted(found))}; change the model"
         )
+        raise EngineError("export.invalid_graph", message)
 
 
 def load_graph(path: str | os.PathLike[str]) -> Any:
@@ -53,7 +49,5 @@ def require_onnx() -> None:
     try:
         importlib.import_module("onnx")
     except ImportError as error:
-        raise EngineError(
-            "host.missing_package",
-            f"this needs the package onnx, which cannot be imported ({error}). Install it: pip install onnx",
-        ) from error
+        message = f"onnx cannot be imported ({error}). Install it: pip install onnx"
+        raise EngineError("host.missing_package", message) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -55,28 +56,18 @@ class Edit:
         axis: int = 0,
         block_size: int = 0,
     ) -> ir.Value:
-        """Return the floats of a packed weight.
+        """Return the floats of the float initializer `name`, which `pack` returns as integers and scales along `axis`.
 
-        Args:
-            name: name of the float initializer.
-            pack: function that returns the integers and their scales.
-            use: purpose of the floats; each has its own DequantizeLinear, since onnxruntime fuses one with one reader.
-            axis: axis of the scales.
-            block_size: values along the axis that share a scale; 0 for one scale per index.
+        Each `use` has its own DequantizeLinear, since onnxruntime fuses one with one reader. A `block_size` of 0 is one
+        scale per index of the axis.
         """
         if (name, use) in self._weights:
             return self._weights[name, use]
         tensor, scales = pack()
-        if str(tensor.name) not in self.graph.initializers:
-            integers = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape))
-            integers.dtype = tensor.dtype
-            self.graph.register_initializer(integers)
-        scale = self.constant(f"{name}_scale", scales)
+        integers, scale = self._initializer(str(tensor.name), tensor), self.constant(f"{name}_scale", scales)
         attributes = {"axis": axis} | ({"block_size": block_size} if block_size else {})
-        inputs = [self.graph.initializers[str(tensor.name)], scale]
-        (floats,) = self.insert(
-            "DequantizeLinear", inputs, attributes, before=self.graph[0], name=f"{name}/DequantizeLinear"
-        )
+        stem = f"{name}/DequantizeLinear"
+        (floats,) = self.insert("DequantizeLinear", [integers, scale], attributes, before=self.graph[0], name=stem)
         floats.name, floats.dtype = self.free_name(f"{name}_dequantized"), scale.dtype
         self._weights[name, use] = floats
         return floats
@@ -85,9 +76,7 @@ class Edit:
         """Return a weight [N, K] as [K, N]; engines transpose the integers once, when they load them."""
         if value not in self._transposed:
             node = ir.node("Transpose", [value], {"perm": [1, 0]}, name=f"{value.name}/Transpose")
-            source = value.producer()
-            assert source is not None
-            self.graph.insert_after(source, node)
+            insert_after(self.graph, value, node)
             node.outputs[0].name, node.outputs[0].dtype = f"{value.name}_turned", value.dtype
             self._transposed[value] = node.outputs[0]
         return self._transposed[value]
@@ -151,10 +140,7 @@ class Edit:
             tensor = ir.ExternalTensor(*place, shape=tensor.shape, name=name, base_dir=tensor.base_dir)
         else:
             tensor = ir.tensor(tensor.numpy(), name=name)
-        other = ir.Value(name=name, const_value=tensor, shape=value.shape)
-        other.dtype = value.dtype
-        self.graph.register_initializer(other)
-        return other
+        return self._initializer(name, tensor)
 
     def drop_unused(self) -> None:
         """Remove nodes and initializers that nothing reads."""
@@ -167,26 +153,22 @@ class Edit:
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """Return the initializer of this name, made of `array` if the graph has none."""
+        return self._initializer(name, ir.tensor(array, name=name))
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self.graph.initializers:
-            value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-            value.dtype = ir.DataType.from_numpy(array.dtype)
+            value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape))
+            value.dtype = tensor.dtype
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
     def free_node(self, name: str) -> str:
         """Return `name`, or with a number added where a node has that name."""
-        number, free = 1, name
-        while free in self.nodes:
-            number += 1
-            free = f"{name}_{number}"
-        return free
+        return _free(name, self.nodes)
 
     def free_name(self, name: str) -> str:
         """Return `name`, or with a number added where a value has that name; the result is reserved."""
-        number, free = 1, name
-        while free in self._names:
-            number += 1
-            free = f"{name}_{number}"
+        free = _free(name, self._names)
         self._names.add(free)
         return free
 
@@ -208,13 +190,29 @@ class Edit:
         if source is not None and len(source.outputs) > 1:
             stem = f"{stem}_{after.index()}"
         node = ir.node(operator, inputs, name=self.free_node(stem))
-        if source is not None:
-            self.graph.insert_after(source, node)
-        else:
-            self.graph.insert_before(self.graph[0], node)
+        insert_after(self.graph, after, node)
         node.outputs[0].name, node.outputs[0].dtype = self.free_name(name), dtype
         self.nodes[str(node.name)] = node
         return node.outputs[0]
+
+
+def _free(name: str, used: Container[str]) -> str:
+    numbered = (f"{name}_{number}" for number in count(2))
+    return next(free for free in chain([name], numbered) if free not in used)
+
+
+def insert_after(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
+    """Insert a node after the one that computes a value; at the beginning for inputs and initializers."""
+    source = value.producer()
+    if source is not None:
+        graph.insert_after(source, node)
+    else:
+        graph.insert_before(graph[0], node)
+
+
+def rank(value: ir.Value) -> int:
+    """Return the number of dims of a value; 0 if its shape is unknown."""
+    return len(value.shape) if value.shape is not None else 0
 
 
 def producer(value: ir.Value | None, operator: str, perm: Sequence[int] | None = None) -> ir.Node | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bridge_stg.export.graph.graph_edit import Edit
+from bridge_stg.export.graph.graph_edit import Edit, insert_after
 from bridge_stg.runtime.bundle.contracts import TOKEN_GROUPS
 
 TOKENS, MAPS = "visual_tokens", "feature_map"
@@ -25,9 +25,18 @@ def make_tokens_optional(model: ir.Model) -> bool:
         return False
     shared = _ancestors(outputs[MAPS])
     alone = _ancestors(outputs[TOKENS]) - shared
-    values = {value for node in alone for value in node.inputs if _enters(value, shared)}
-    if not values or not all(_is_residual(value) for value in values):
-        return False  # such as mergers after windows, which reorder their rows by an index
+    values = {
+        value
+        for node in alone
+        for value in node.inputs
+        if value is not None and not value.is_initializer() and value.producer() in {None, *shared}
+    }
+    # The residual stream [G, N, width] after a block; mergers after windows reorder their rows by an index.
+    residual = all(
+        (node := value.producer()) and node.op_type == "Add" and value.dtype == ir.DataType.FLOAT for value in values
+    )
+    if not values or not residual:
+        return False
     edit = Edit(model.graph)
     groups = edit.constant(TOKEN_GROUPS, ALL)
     model.graph.inputs.append(groups)
@@ -36,9 +45,7 @@ def make_tokens_optional(model: ir.Model) -> bool:
         name = edit.free_node(f"{value.name}/Slice_groups")
         node = ir.node("Slice", [value, first, groups, axis], name=name)
         node.outputs[0].name, node.outputs[0].dtype = edit.free_name(f"{value.name}_groups"), value.dtype
-        source = value.producer()
-        assert source is not None
-        model.graph.insert_after(source, node)
+        insert_after(model.graph, value, node)
         edit.nodes[name] = node
         for reader, index in tuple(value.uses()):
             if reader in alone:
@@ -56,16 +63,3 @@ def _ancestors(output: ir.Value) -> set[ir.Node]:
             found.add(node)
             todo += [value for value in node.inputs if value is not None]
     return found
-
-
-def _enters(value: ir.Value | None, shared: set[ir.Node]) -> bool:
-    """Return whether a value that is not a constant comes from the shared nodes or from an input."""
-    if value is None or value.is_initializer():
-        return False
-    return value.producer() is None or value.producer() in shared
-
-
-def _is_residual(value: ir.Value) -> bool:
-    """Return whether a value is the residual stream [G, N, width] after a block."""
-    node = value.producer()
-    return node is not None and node.op_type == "Add" and value.dtype == ir.DataType.FLOAT

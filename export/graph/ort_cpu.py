@@ -21,7 +21,7 @@ import onnx_ir as ir
 from bridge_stg.export.graph.blocks import INT8, find_matmuls, find_tables, stored_weight
 from bridge_stg.export.graph.fold_key_projection import fold_key_projection
 from bridge_stg.export.graph.fuse_attention import fuse_attention
-from bridge_stg.export.graph.graph_edit import Edit, producer
+from bridge_stg.export.graph.graph_edit import Edit, producer, rank
 from bridge_stg.export.graph.optional_tokens import make_tokens_optional
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 
@@ -35,17 +35,13 @@ _MIDDLE = np.array(128, np.uint8)
 def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec]:
     """Derive the variant of one graph from `standard.onnx` in its folder, with the same weights.
 
-    Returns:
-        The contract of the new variant, or an empty list if no pass changes the graph.
+    Returns the contract of the new variant, or an empty list if no pass changes the graph.
     """
-    for spec in written:
-        if spec.variant != DERIVED_FROM:
-            continue
-        model = ir.load(folder / f"{spec.variant}.onnx")
-        if for_ort_cpu(model, spec.name):
-            ir.save(model, folder / f"{VARIANT}.onnx")
-            return [dataclasses.replace(spec, variant=VARIANT, derived_from=spec.variant)]
-    return []
+    spec = next((spec for spec in written if spec.variant == DERIVED_FROM), None)
+    if spec is None or not for_ort_cpu(model := ir.load(folder / f"{DERIVED_FROM}.onnx"), spec.name):
+        return []
+    ir.save(model, folder / f"{VARIANT}.onnx")
+    return [dataclasses.replace(spec, variant=VARIANT, derived_from=DERIVED_FROM)]
 
 
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:
@@ -81,7 +77,7 @@ def _fuse(edit: Edit, node: ir.Node) -> bool:
     out, bias = node.outputs[0], None
     adds = [reader for reader, _ in out.uses()]
     if len(adds) == 1 and adds[0].op_type == "Add" and not out.is_graph_output():
-        bias = next((v for v in adds[0].inputs if v is not None and v.is_initializer() and _rank(v) == 1), None)
+        bias = next((v for v in adds[0].inputs if v is not None and v.is_initializer() and rank(v) == 1), None)
     last = adds[0] if bias is not None else node
     inputs = [data, integers, data_floats.inputs[1], weight_floats.inputs[1], zero, None, bias]
     fused = ir.node("MatMulIntegerToFloat", inputs if bias is not None else inputs[:5], name=node.name, domain=DOMAIN)
@@ -134,7 +130,3 @@ def _look_up_integers(edit: Edit, gather: ir.Node) -> None:
     scaled.outputs[0].name, scaled.outputs[0].dtype = name, dtype
     for reader, index in readers:
         reader.replace_input_with(index, scaled.outputs[0])
-
-
-def _rank(value: ir.Value) -> int:
-    return len(value.shape) if value.shape is not None else 0

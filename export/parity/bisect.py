@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,7 @@ class DriftOrigin:
                 f"({before}, {self.begins.rel_l2:.1e} after it{problem}; call {self.call})"
             )
         if self.vanished:
-            text += (
-                ". With block outputs the result is correct, so the fault is in kernels that the engine fuses across "
-                "blocks"
-            )
+            text += ". With block outputs the result is correct: the fault is in kernels fused across blocks"
         return f"{text}. Compared with {self.reference}"
 
 
@@ -128,17 +125,14 @@ def bisect(
     """
     case, _, rest = boundary.partition("/")
     call = rest.partition(".")[0]
-    folders = [folder for folder in suspect.bundle.golden_cases() if folder.name == case]
-    if not folders:
+    folder = next((folder for folder in suspect.bundle.golden_cases() if folder.name == case), None)
+    if folder is None:
         raise BundleError("bundle.bad_golden_case", f"{suspect.bundle.path}: has no golden case {case!r} ({boundary}).")
     pairs = pair_outputs(block_outputs(suspect.file), block_outputs(reference.file))
     if not pairs:
-        raise BundleError(
-            "bundle.other_model",
-            f"{suspect.file} and {reference.file} share no named module, so a drift cannot be narrowed. Compare "
-            "exports of the same model.",
-        )
-    replay = _Replay(suspect, reference, folders[0], f"{case}/{call}", threads, prepare)
+        message = f"{suspect.file} and {reference.file} share no named module; compare exports of the same model"
+        raise BundleError("bundle.other_model", message)
+    replay = _Replay(suspect, reference, folder, f"{case}/{call}", threads, prepare)
     coarse = [i for i, (output, _) in enumerate(pairs) if output.block not in {b.block for b, _ in pairs[i + 1 :]}]
     report(f"bisecting {boundary}: {len(coarse)} blocks compared with {reference}")
     drifts, vanished = replay.compare([pairs[i] for i in coarse])
@@ -212,16 +206,13 @@ def find_reference(suspect: Side, *, against: Bundle | None = None, threads: int
         candidates = [Side(own, name, v, suspect.backend) for v in variants if v != suspect.variant]
         if suspect.backend != REFERENCE_BACKEND:
             candidates += [Side(own, name, v, REFERENCE_BACKEND) for v in variants]
-    for candidate in candidates:
-        if _agrees(candidate, own, threads):
-            return candidate
+    found = next((candidate for candidate in candidates if _agrees(candidate, own, threads)), None)
+    if found is not None:
+        return found
     tried = ", ".join(str(candidate) for candidate in candidates) or "nothing"
-    raise BundleError(
-        "bundle.no_reference",
-        f"{own.path}: {name} ({suspect.variant}) drifts, and there is nothing to compare it with block by block: "
-        f"{tried} does not agree with the golden cases either. Give a correct bundle of the same model: "
-        "--bisect --against BUNDLE",
-    )
+    drift = f"{own.path}: {name} ({suspect.variant}) drifts, and so does what it could be compared with ({tried})"
+    advice = "Give a correct bundle of the same model: --bisect --against BUNDLE"
+    raise BundleError("bundle.no_reference", f"{drift}. {advice}")
 
 
 def _agrees(side: Side, golden: Bundle, threads: int | None) -> bool:
@@ -231,11 +222,8 @@ def _agrees(side: Side, golden: Bundle, threads: int | None) -> bool:
         sessions = open_sessions(alone, backend=side.backend, variant=side.variant, threads=threads)
     except EngineError:
         return False
-    try:
+    with closing(sessions[side.graph]):
         return all(boundary.passed for boundary in parity.replay(golden, sessions, graphs=[side.graph]))
-    finally:
-        for session in sessions.values():
-            session.close()
 
 
 @dataclass(frozen=True)
@@ -274,9 +262,8 @@ class _Replay:
                 )
                 drifts.append(_Drift(call, place, compared))
         if not drifts:
-            raise EngineError(
-                "engine.not_finite", f"{self.reference}: returns no finite tensor to compare with in {self.last}."
-            )
+            message = f"{self.reference}: returns no finite tensor to compare with in {self.last}."
+            raise EngineError("engine.not_finite", message)
         return drifts, passed
 
     def _run(self, side: Side, outputs: Sequence[BlockOutput]) -> tuple[dict[str, list[np.ndarray]], bool]:
@@ -294,9 +281,8 @@ class _Replay:
 
     def _tolerance(self) -> Tolerance:
         """Return the looser of both sides' tolerances."""
-        sides = (self.suspect, self.reference)
-        precisions = [side.bundle.graph(side.graph, side.variant).precision for side in sides]
-        known = [parity.tolerance_of(precision, PREFIX) or parity.TOLERANCES["float32"] for precision in precisions]
+        graphs = [side.bundle.graph(side.graph, side.variant) for side in (self.suspect, self.reference)]
+        known = [parity.tolerance_of(graph.precision, PREFIX) or parity.TOLERANCES["float32"] for graph in graphs]
         return max(known, key=lambda tolerance: tolerance.rel_l2)
 
 
@@ -305,18 +291,15 @@ def _session_with_outputs(
     side: Side, outputs: Sequence[BlockOutput], threads: int | None, prepare: Prepare | None
 ) -> Iterator[Session]:
     parent = side.bundle.path.parent if os.access(side.bundle.path.parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=f".{side.bundle.path.name}.partial", dir=parent) as folder:
+    prefix = f".{side.bundle.path.name}.partial"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder, ExitStack() as stack:
         exposed = expose_outputs(side.bundle, side.graph, side.variant, outputs, Path(folder))
         if prepare is not None:
             prepare(side, exposed)
-        try:
-            session = open_sessions(exposed, backend=side.backend, variant=side.variant, threads=threads)[side.graph]
-            try:
-                yield session
-            finally:
-                session.close()
-        finally:  # a provider that compiles by itself keeps its engines outside of the bundle
-            shutil.rmtree(engine_folders(exposed)[1], ignore_errors=True)
+        # A provider that compiles by itself keeps its engines outside of the bundle.
+        stack.callback(shutil.rmtree, engine_folders(exposed)[1], ignore_errors=True)
+        session = open_sessions(exposed, backend=side.backend, variant=side.variant, threads=threads)[side.graph]
+        yield stack.enter_context(closing(session))
 
 
 def _first(drifts: Sequence[_Drift]) -> _Drift | None:

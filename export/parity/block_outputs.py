@@ -94,10 +94,7 @@ def expose_outputs(bundle: Bundle, name: str, variant: str, outputs: Sequence[Bl
     """Copy one graph into a folder, with block outputs as further outputs: float32, flat, named PREFIX + index.
 
     The weights beside it are hard links, or copies where the file system has none: engines follow no symbolic link out
-    of a graph's folder.
-
-    Returns:
-        A bundle of this graph alone, which is not checked, has no fingerprint, and exists as long as the folder.
+    of a graph's folder. Returns a bundle of this graph alone, which is not checked and has no fingerprint.
     """
     from onnx import TensorProto, helper
 
@@ -113,7 +110,11 @@ def expose_outputs(bundle: Bundle, name: str, variant: str, outputs: Sequence[Bl
     file.write_bytes(model.SerializeToString())
     graph = bundle.graph(name, variant)
     for entry in graph.data:
-        _link_or_copy(bundle.path / entry.path, folder / entry.path)
+        if not (folder / entry.path).exists():
+            try:
+                os.link(bundle.path / entry.path, folder / entry.path)
+            except OSError:
+                shutil.copyfile(bundle.path / entry.path, folder / entry.path)
     added = tuple(TensorSpec(f"{PREFIX}{i}", "float32", (f"size{i}",)) for i in range(len(outputs)))
     changed = dataclasses.replace(
         graph,
@@ -128,12 +129,3 @@ def expose_outputs(bundle: Bundle, name: str, variant: str, outputs: Sequence[Bl
 
 def _module(node: Any) -> str:
     return str(node.name).rpartition("/")[0]
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

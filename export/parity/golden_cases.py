@@ -23,17 +23,13 @@ HEIGHT, WIDTH, FRAMES, FPS = 96, 128, 12, 8.0
 def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") -> list[Path]:
     """Write golden/<case> for a clip, for two queries in one batch, and for an image; return the cases' folders.
 
-    Args:
-        model: model in eval mode, with its weights and its tokenizer.
-        folder: the bundle's golden/ folder.
-        precision: precision of the bundle's graphs, which decides their tolerance.
+    `folder` is the bundle's golden/ folder; `precision`, that of the bundle's graphs, decides their tolerance.
     """
     outputs = [t.name for name in GRAPHS for t in graph_contract(name, model.spec, variant="", opset=0).outputs]
-    found = {name: tolerance_of(precision, name) for name in outputs}
-    tolerance = {name: value for name, value in found.items() if value is not None}
-    clip, image = scene(), next(scene())[1]
+    tolerance = {name: value for name in outputs if (value := tolerance_of(precision, name)) is not None}
+    image = next(scene())[1]
     cases: dict[str, tuple[Video, tuple[str, ...], str]] = {
-        "clip": (clip, ("the red square",), "one query on a clip of a moving square"),
+        "clip": (scene(), ("the red square",), "one query on a clip of a moving square"),
         "batch": (scene(), ("the square", "a blue ball that moves to the left"), "two queries of different lengths"),
         "image": (image, ("the red square",), "one query on an image"),
     }
@@ -41,7 +37,8 @@ def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") ->
         calls = record(model, video, queries)
         if len(queries) > 1:
             calls.append(_masked(model, calls))
-        capacity = _capacity(calls)
+        language = [feeds for graph, feeds, _ in calls if graph == "language_model"]
+        capacity = bucketed(max(int(f["cache_position"].max()) + f["input_ids"].shape[1] for f in language))
         write_case(folder / name, calls, kind=name, note=note, tolerance=tolerance, cache_capacity=capacity)
     return [folder / name for name in cases]
 
@@ -75,13 +72,6 @@ def _masked(model: BridgeSTG, calls: list[Call]) -> Call:
         mask[row, mask.shape[1] // (row + 1) :] = mask.shape[1] == 1
     feeds = {**feeds, "frame_mask": mask}
     return "spatial_decoder", feeds, TorchSession("spatial_decoder", model).infer(feeds)
-
-
-def _capacity(calls: list[Call]) -> int:
-    """Return the cache positions that the calls use, rounded up like in the runtime."""
-    feeds = [feeds for name, feeds, _ in calls if name == "language_model"]
-    last = max(int(f["cache_position"].max()) + f["input_ids"].shape[1] for f in feeds)
-    return bucketed(last)
 
 
 def random_cases(name: str, model: BridgeSTG, *, seed: int = 0) -> Iterator[RandomCase]:

@@ -84,11 +84,7 @@ def measure(cases: Iterable[RandomCase], sessions: Mapping[str, Session]) -> Par
 
 
 def require(parity: Parity) -> None:
-    """Raise if a boundary exceeds its tolerance.
-
-    Raises:
-        EngineError: the message names the first such boundary, in the order of the chain.
-    """
+    """Raise EngineError if a boundary exceeds its tolerance, with the first one in the order of the chain."""
     if not parity.failures:
         return
     first, count = parity.failures[0], len(parity.failures)
@@ -96,21 +92,19 @@ def require(parity: Parity) -> None:
     allowed = f"{first.tolerance.max_abs:g} per unit and {first.tolerance.rel_l2:g}"
     if first.iou is not None:
         found, allowed = f"{found}, IoU {first.iou:.4f}", f"{allowed}, IoU of at least {first.tolerance.least_iou:g}"
-    raise EngineError(
-        "export.parity",
-        f"the exported graphs differ from torch at {count} of {len(parity.boundaries)} boundaries, first at "
-        f"{first.name}: {found}; allowed are {allowed}. Nothing was written. Check the versions of torch, onnxscript "
-        "and onnxruntime against the project's constraints.txt.",
+    where = (
+        f"the exported graphs differ from torch at {count} of {len(parity.boundaries)} boundaries, first {first.name}"
     )
+    advice = "Nothing was written. Check the versions of packages against the project's constraints.txt"
+    raise EngineError("export.parity", f"{where}: {found}; allowed are {allowed}. {advice}")
 
 
 def parity_table(bundle: Path | str) -> str:
     """Return the parity report of a bundle as a text table, with the worst size of each boundary."""
     report = read_report(bundle, REPORT)
     parity = Parity.from_dict(report)
-    boundaries = parity.boundaries
     worst: dict[str, Boundary] = {}
-    for boundary in boundaries:
+    for boundary in (compared := parity.boundaries):
         name = boundary.name.partition(";")[0] + ")"
         if name not in worst or boundary.rel_l2 >= worst[name].rel_l2:
             worst[name] = dataclasses.replace(boundary, name=name)
@@ -119,6 +113,6 @@ def parity_table(bundle: Path | str) -> str:
     iou = "" if least is None else f"\nThe smallest IoU of a box with the reference's is {least:.4f}."
     return (
         f"{format_table(list(worst.values()))}\n"
-        f"Each is the worst of several sizes ({len(boundaries)} comparisons), against {report['reference']}.{iou}\n"
+        f"Each is the worst of several sizes ({len(compared)} comparisons), against {report['reference']}.{iou}\n"
         f"Other inputs move the reference, relative to its norm, by: {moved}"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,8 @@ class RandomCase:
 
 def load_cases(folder: Path, graph: str) -> Iterator[RandomCase]:
     """Yield the cases of one graph in a folder, <graph>_<i>.npz, in order."""
-    index = 0
-    while (file := folder / f"{graph}_{index}.npz").is_file():
-        yield RandomCase.load(file)
-        index += 1
+    files = (folder / f"{graph}_{index}.npz" for index in count())
+    yield from map(RandomCase.load, takewhile(Path.is_file, files))
 
 
 def run(session: Session, feeds: Arrays, past: Arrays | None) -> Arrays:
@@ -109,11 +108,9 @@ def feeds_of(
     name: str, spec: ModelSpec, sizes: Mapping[str, int], rng: np.random.Generator
 ) -> tuple[Arrays, Arrays | None]:
     """Return random inputs of one graph, and the content of its KV cache before the call (None: it has no cache)."""
-    if name == "vision_encoder":
-        return _vision_feeds(spec, sizes, rng), None
     if name == "language_model":
         return _language_feeds(spec, sizes, rng)
-    return _spatial_feeds(spec, sizes, rng), None
+    return (_vision_feeds if name == "vision_encoder" else _spatial_feeds)(spec, sizes, rng), None
 
 
 def _vision_feeds(spec: ModelSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> Arrays:

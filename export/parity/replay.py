@@ -52,17 +52,10 @@ def replay_in_subprocess(
     threads: int | None = None,
     low_memory: bool = False,
 ) -> Replayed:
-    """Replay graphs in a subprocess.
+    """Replay graphs (contract and .onnx file, in the order of the chain) in a subprocess.
 
-    Args:
-        graphs: contract and .onnx file of each graph, in the order of the chain.
-        cases: folder of the random-input cases.
-        golden: folders of golden cases.
-        threads: CPU threads of onnxruntime; None for its default.
-        low_memory: whether onnxruntime keeps no second copy of the weights, which is slower.
-
-    Raises:
-        EngineError: a graph cannot run, or the subprocess failed; see `run_in_subprocess`.
+    `cases` is the folder of the random-input cases, `golden` are folders of golden cases. With `low_memory` onnxruntime
+    keeps no second copy of the weights, which is slower. Raises EngineError if a graph cannot run.
     """
     job = {
         "graphs": [{"contract": dataclasses.asdict(contract), "file": str(file)} for contract, file in graphs],

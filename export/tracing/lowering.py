@@ -27,14 +27,10 @@ MASKED = -3e4
 
 
 class GraphCache(KeyValueCache):
-    """A cache whose updates become part of a graph.
+    """A cache whose updates become part of a graph, which returns `written`, in the order of `past`.
 
-    Args:
-        past: key_0, value_0, key_1 …, each [B, kv_heads, S, head_dim].
-        cache_position: int64 [B], position of each row's first new token.
-
-    Attributes:
-        written: outputs of the graph, in the order of `past`.
+    `past` are key_0, value_0, key_1 …, each [B, kv_heads, S, head_dim]; `cache_position` int64 [B] is the position of
+    each row's first new token.
     """
 
     def __init__(self, past: list[Tensor], cache_position: Tensor) -> None:
@@ -49,13 +45,9 @@ class ScatterCache(GraphCache):
         """Emit `TensorScatter` (opset 24), which backends run in place if past and present share a buffer."""
         for slot, new in ((2 * layer_idx, key), (2 * layer_idx + 1, value)):
             past = self.past[slot]
+            inputs, attributes = (past, new, self.cache_position), dict[str, Any](axis=2)
             self.written[slot] = torch.onnx.ops.symbolic(
-                "TensorScatter",
-                (past, new, self.cache_position),
-                {"axis": 2},
-                dtype=past.dtype,
-                shape=past.shape,
-                version=24,
+                "TensorScatter", inputs, attributes, dtype=past.dtype, shape=past.shape, version=24
             )
         return self.written[2 * layer_idx], self.written[2 * layer_idx + 1]
 
@@ -91,17 +83,8 @@ def appended_attention(  # noqa: PLR0917  # the signature that transformers call
 ) -> tuple[Tensor, None]:
     """Attend to the past and to the new rows with one softmax over both, without concatenating the cache.
 
-    Args:
-        module: attention layer, whose `layer_idx` selects buffers of the cache.
-        query: [B, heads, L, head_dim].
-        key: [B, kv_heads, L, head_dim], the new rows.
-        value: [B, kv_heads, L, head_dim].
-        mask: bool [B, 1, L, S + L], True for visible keys: the past first, then the new rows.
-        scaling: factor of the scores.
-        bridge_cache: KV cache; None outside the language model, where this is `matmul_attention`.
-
-    Returns:
-        [B, L, heads, head_dim] and None.
+    Arguments and result as in `matmul_attention`, which this is outside the language model, without a `bridge_cache`.
+    `mask` bool [B, 1, L, S + L] is True for visible keys: the past first, then the new rows.
     """
     if bridge_cache is None:
         return matmul_attention(module, query, key, value, mask, scaling)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from bridge_stg.export.graph.graph_edit import insert_after, rank
 from bridge_stg.export.tracing.weights import StoredWeight
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.errors import CheckpointError
@@ -125,11 +126,11 @@ class _Lowering:
         elif node.op_type == "Concat":
             low = all(value in self.low for value in node.inputs)
         elif node.op_type in MOVES and data is not None and _is_float(data):
-            table = node.op_type == "Gather" and data.is_initializer() and _rank(data) >= 2
+            table = node.op_type == "Gather" and data.is_initializer() and rank(data) >= 2
             low = data in self.low or (data.is_initializer() and (table or self._reaches_matmul(node)))
         elif node.op_type == "Add":  # the bias of a matmul
             low = any(
-                first in self.low and second is not None and second.is_initializer() and _rank(second) == 1
+                first in self.low and second is not None and second.is_initializer() and rank(second) == 1
                 for first, second in (node.inputs, node.inputs[::-1])
             ) and not keeps_fp32(str(node.name))
         if low:
@@ -154,9 +155,8 @@ class _Lowering:
             with np.errstate(over="ignore"):
                 array = tensor.numpy().astype(self.dtype.numpy())
             if not np.isfinite(array.astype(np.float32)).all():
-                raise CheckpointError(
-                    "checkpoint.not_finite", f"{value.name}: a constant of the model does not fit {self.dtype}"
-                )
+                message = f"{value.name}: a constant of the model does not fit {self.dtype}"
+                raise CheckpointError("checkpoint.not_finite", message)
             value.const_value = ir.tensor(array, dtype=self.dtype, name=value.name)
         value.dtype = self.dtype
         self.low.add(value)
@@ -171,10 +171,7 @@ class _Lowering:
             node.outputs[0].dtype = dtype
             if producer is not None and len(producer.outputs) > 1:
                 node.name = f"{node.name}_{value.index()}"
-            if producer is not None:
-                self.graph.insert_after(producer, node)
-            else:
-                self.graph.insert_before(self.graph[0], node)
+            insert_after(self.graph, value, node)
             self.casts[value, dtype] = node.outputs[0]
         return self.casts[value, dtype]
 
@@ -187,7 +184,3 @@ def keeps_fp32(name: str) -> bool:
 
 def _is_float(value: ir.Value) -> bool:
     return value.dtype is not None and value.dtype.is_floating_point()
-
-
-def _rank(value: ir.Value) -> int:
-    return len(value.shape) if value.shape is not None else 0

@@ -47,7 +47,12 @@ def simplify(model: ir.Model, *, modules: Callable[[str], str]) -> None:
     passes.OutputFixPass()(model)
     _name_nodes(model.graph, modules)
     passes.ClearMetadataAndDocStringPass()(model)
-    _forget(model.graph)
+    # Inner shapes have symbols of the trace, and can be inferred from the contract's.
+    ends = {*model.graph.inputs, *model.graph.outputs}
+    for value in (value for node in model.graph for value in node.outputs):
+        value.metadata_props.clear()
+        if value not in ends:
+            value.shape = None
 
 
 def _should_fold(node: ir.Node) -> bool | None:
@@ -145,13 +150,3 @@ def _name_nodes(graph: ir.Graph, modules: Callable[[str], str]) -> None:
         name = f"{module}/{node.op_type}" if module else node.op_type
         counts[name] += 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
-
-
-def _forget(graph: ir.Graph) -> None:
-    """Drop inner shapes, whose symbols are those of the trace; they can be inferred from the contract's."""
-    ends = {*graph.inputs, *graph.outputs}
-    for node in graph:
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in ends:
-                value.shape = None

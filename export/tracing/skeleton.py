@@ -19,10 +19,7 @@ from bridge_stg.model.model import BridgeSTG
 
 
 def open_skeleton(checkpoint: Path | str) -> tuple[BridgeSTG, WeightStore]:
-    """Read a checkpoint folder except for the values of its weights.
-
-    Returns:
-        A model in eval mode with parameters on the meta device and real buffers, and its weights.
+    """Return a checkpoint's model in eval mode, with parameters on the meta device and real buffers, and its weights.
 
     Raises:
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or of another shape.

@@ -25,13 +25,9 @@ RESIDENT_BYTES = 512 * 2**20
 
 @contextmanager
 def with_weights(model: BridgeSTG, store: WeightStore, *, resident_bytes: int = RESIDENT_BYTES) -> Iterator[None]:
-    """Let a model without values compute inside the block, in fp32.
+    """Let a model with parameters on the meta device compute inside the block, in fp32, with the values of a store.
 
-    Args:
-        model: model with parameters on the meta device, which are there again after the block.
-        store: values of the parameters.
-        resident_bytes: largest size of the fp32 weights that are read once; in larger models `Linear` and `Embedding`
-            read their weight in every call.
+    In models of more than `resident_bytes` in fp32, `Linear` and `Embedding` read their weight in every call.
     """
     keys = {id(value): checkpoint_key(name) for name, value in model.named_parameters()}
     streamed: list[nn.Linear | nn.Embedding] = []

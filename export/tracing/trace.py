@@ -73,17 +73,10 @@ def trace_graph(
         )
     assert program is not None
     graph = program.model
-    _name_initializers(graph.graph, model)
-    _bind_weights(graph.graph, store)
+    _bind_weights(graph.graph, model, store)
     simplify(graph, modules=lambda scope: module_key(f"{scope}.").rstrip("."))
-    final = graph_contract(
-        name,
-        model.spec,
-        **about,
-        io_dtype=precision.io_dtype,
-        cache_dtype=precision.cache_dtype,
-        precision=precision.name,
-    )
+    about |= {"io_dtype": precision.io_dtype, "cache_dtype": precision.cache_dtype, "precision": precision.name}
+    final = graph_contract(name, model.spec, **about)
     lower_precision(graph, final, precision)
     _apply_contract(graph.graph, final)
     graph.ir_version = IR_VERSION[lowering.opset]
@@ -97,21 +90,19 @@ def module_key(name: str) -> str:
     return checkpoint_key(name) if name.startswith(tuple(KEY_PREFIXES)) else name
 
 
-def _name_initializers(graph: ir.Graph, model: BridgeSTG) -> None:
-    """Name parameters and buffers as in a checkpoint. A tied tensor gets the name that the checkpoint has."""
+def _bind_weights(graph: ir.Graph, model: BridgeSTG, store: WeightStore) -> None:
+    """Name parameters and buffers as in a checkpoint, where weights have their values; buffers keep theirs.
+
+    A tied tensor gets the name that the checkpoint has.
+    """
     first = {id(tensor): name for name, tensor in model.named_parameters()}
     shared = {name: first[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
     for name, value in list(graph.initializers.items()):
-        value.name = module_key(shared.get(name, name))
-
-
-def _bind_weights(graph: ir.Graph, store: WeightStore) -> None:
-    """Let every weight refer to its values in the checkpoint; buffers keep their values."""
-    for name, value in graph.initializers.items():
-        if name in store:
+        value.name = key = module_key(shared.get(name, name))
+        if key in store:
             assert value.shape is not None and value.dtype is not None
             shape = [int(size) for size in value.shape]
-            value.const_value = StoredWeight(store, name, dtype=value.dtype, shape=shape)
+            value.const_value = StoredWeight(store, key, dtype=value.dtype, shape=shape)
 
 
 def _apply_contract(graph: ir.Graph, contract: GraphSpec) -> None:
@@ -120,19 +111,15 @@ def _apply_contract(graph: ir.Graph, contract: GraphSpec) -> None:
     for kind, values, tensors in sides:
         if [value.name for value in values] != [tensor.name for tensor in tensors]:
             found = ", ".join(str(value.name) for value in values)
-            raise EngineError(
-                "export.contract_mismatch", f"{contract}: the trace's {kind}s are {found}, not those of the contract"
-            )
+            message = f"{contract}: the trace's {kind}s are {found}, not those of the contract"
+            raise EngineError("export.contract_mismatch", message)
         for value, tensor in zip(values, tensors, strict=True):
             dims, dtype = list(value.shape or ()), ir.DataType.from_numpy(np.dtype(tensor.dtype))
             pairs = zip(dims, tensor.dims, strict=False)  # a symbol of the trace may have another name
-            wrong = [f"{dim} is {size}" for size, dim in pairs if size != dim and int in (type(size), type(dim))]
+            wrong = any(size != dim and int in (type(size), type(dim)) for size, dim in pairs)
             if wrong or len(dims) != len(tensor.dims) or value.dtype != dtype:
-                raise EngineError(
-                    "export.contract_mismatch",
-                    f"{contract}: the trace's {kind} {value.name!r} is {value.dtype} {value.shape}, but the contract "
-                    f"says {tensor}. Find the cause in the model{': ' * bool(wrong)}{', '.join(wrong)}.",
-                )
+                found = f"the trace's {kind} {value.name!r} is {value.dtype} {value.shape}"
+                raise EngineError("export.contract_mismatch", f"{contract}: {found}, but the contract says {tensor}")
             value.shape = ir.Shape(tensor.dims)
             value.metadata_props.clear()
 

@@ -6,7 +6,7 @@ All variants of a graph share one file of external data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,6 @@ class StoredWeight(ir.LazyTensor):  # type: ignore[misc]  # onnx_ir is not typed
     def __init__(self, store: WeightStore, key: str, *, dtype: ir.DataType, shape: Sequence[int]) -> None:
         super().__init__(self._read, dtype, ir.Shape(shape), name=key)
         self.store, self.key = store, key
-
-    @property
-    def source(self) -> tuple[str, str]:
-        """Identity of the values, to find equal weights of two graphs without reading them."""
-        return self.key, self.dtype.name
 
     def reshaped(self, shape: Sequence[int]) -> StoredWeight:
         """Return the same values in another shape."""
@@ -92,43 +87,33 @@ def row_blocks(store: WeightStore, key: str, *, block_bytes: int | None = None) 
             count = min(step, rows - first)
             buffer = bytearray(count * row_bytes)
             if file.readinto(buffer) != len(buffer):
-                raise CheckpointError(
-                    "checkpoint.damaged", f"{stored.path}: {key} cannot be read to its end; the file was cut short"
-                )
+                raise CheckpointError("checkpoint.damaged", f"{stored.path}: the file ends before the end of {key}")
             yield torch.frombuffer(buffer, dtype=stored.dtype).reshape(count, *stored.shape[1:])
 
 
-def write_weights(models: Sequence[ir.Model], file: Path, *, report: Callable[[int], Any] = lambda done: None) -> int:
+def write_weights(models: Sequence[ir.Model], file: Path) -> int:
     """Move the weights of several variants of a graph into one file; equal bytes are written once.
 
-    The graphs refer to the file by its name, so their .onnx files must be saved beside it. `report` is called with the
-    number of bytes written so far.
-
-    Returns:
-        Number of bytes written.
-
-    Raises:
-        CheckpointError: a weight cannot be read, or does not fit its dtype.
+    The graphs refer to the file by its name, so their .onnx files must be saved beside it. Returns the number of bytes
+    written; raises CheckpointError if a weight cannot be read, or does not fit its dtype.
     """
     places: dict[tuple[str, str], tuple[int, int]] = {}
-    sources: dict[tuple[str, str], tuple[int, int]] = {}
+    sources: dict[tuple[str, str] | None, tuple[int, int]] = {}
     with open(file, "wb") as stream:
         for model in models:
             for name, value in sorted(model.graph.initializers.items()):
                 tensor = value.const_value
                 if tensor is None or tensor.nbytes < INLINE_BYTES or not tensor.dtype.is_floating_point():
                     continue
-                source = tensor.source if isinstance(tensor, StoredWeight) else None
-                place = sources.get(source) if source is not None else None
-                if place is None:
-                    place = _write(tensor, stream, places)
-                    if source is not None:
-                        sources[source] = place
+                # Equal weights of two graphs are found without reading them.
+                source = (tensor.key, tensor.dtype.name) if isinstance(tensor, StoredWeight) else None
+                place = sources.get(source) or _write(tensor, stream, places)
+                if source is not None:
+                    sources[source] = place
                 shape = ir.Shape(tensor.shape)
                 value.const_value = ir.ExternalTensor(
                     file.name, *place, tensor.dtype, shape=shape, name=name, base_dir=file.parent
                 )
-                report(stream.tell())
         return stream.tell()
 
 
@@ -151,9 +136,8 @@ def _overflow(stored: StoredTensor, block: torch.Tensor, dtype: torch.dtype) -> 
     values, where = block.float(), f"{stored.path}: {stored.key}"
     if not torch.isfinite(values).all():
         return CheckpointError("checkpoint.not_finite", f"{where} has values that are not finite")
-    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
-    return CheckpointError(
-        "checkpoint.not_finite",
-        f"{where} has the value {float(values.abs().max()):.3g}, and the largest of {name} is "
-        f"{torch.finfo(dtype).max:.3g}; export with --dtype bf16 or --dtype fp32",
+    found, most = float(values.abs().max()), torch.finfo(dtype).max
+    message = (
+        f"{where} has the value {found:.3g}, above {most:.3g} of {dtype}; export with --dtype bf16 or --dtype fp32"
     )
+    return CheckpointError("checkpoint.not_finite", message)

@@ -119,7 +119,10 @@ def answer_queries(
     """
     if cache is not prefix.cache:
         cache.copy_prefix(prefix.cache, prefix.length)
-    rows = [start_row(prefix, query, grammar) for query in queries]
+    rows = []
+    for query in queries:
+        state = grammar.start()
+        rows.append(Row(grammar, state, prefix.length, query.followed_by(state.forced())))
     while any(not row.state.done for row in rows):
         report(sum(row.state.done for row in rows), len(rows))
         logits = decode_step(session, cache, prefix, rows)
@@ -134,20 +137,13 @@ def answer_queries(
     ]
 
 
-def start_row(prefix: Prefix, query: Segment, grammar: AnswerGrammar) -> Row:
-    """Return a row whose query, and the tokens with which every answer begins, are to be fed."""
-    state = grammar.start()
-    return Row(grammar, state, prefix.length, query.followed_by(state.forced()))
-
-
 def decode_step(session: Session, cache: KVCache, prefix: Prefix, rows: Sequence[Row]) -> np.ndarray:
     """Feed every open row its pending tokens and return the logits [B, vocab] after the last of them.
 
     A row that is done is fed one token at its own position, which its pending tokens overwrite later.
     """
     fed = [row.pending.part(0, 1) if row.state.done else row.pending for row in rows]
-    lengths = [row.length for row in rows]
-    outputs = feed(session, cache, fed, lengths, outputs=1, visual_tokens=prefix.no_visual_tokens)
+    outputs = feed(session, cache, fed, [row.length for row in rows], outputs=1, visual_tokens=prefix.no_visual_tokens)
     for row in rows:
         if not row.state.done:
             row.length += len(row.pending)
@@ -159,11 +155,12 @@ def decode_step(session: Session, cache: KVCache, prefix: Prefix, rows: Sequence
 def choose(row: Row, logits: np.ndarray) -> None:
     """Append the most probable token that the row's grammar allows, by the logits [vocab], and what follows from it.
 
-    Raises:
-        EngineError: a logit is not finite.
+    Raises EngineError if a logit is not finite.
     """
     choices = row.state.choices()
-    log_probabilities = _log_softmax(logits[choices])
+    check_finite("language_model", logits=logits[choices])
+    shifted = logits[choices].astype(np.float64) - logits[choices].max()
+    log_probabilities = shifted - np.log(np.exp(shifted).sum())
     if row.state.is_first_choice:
         row.absent = float(np.exp(log_probabilities[choices == row.grammar.absent_id]).sum())
     best = int(log_probabilities.argmax())
@@ -227,10 +224,3 @@ def feed(
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
     missing = length - values.shape[-1]
     return np.concatenate([values, np.repeat(values[..., -1:], missing, axis=-1)], axis=-1) if missing else values
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    check_finite("language_model", logits=logits)
-    shifted = logits.astype(np.float64) - logits.max()
-    log_probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum())
-    return log_probabilities

@@ -46,10 +46,8 @@ class AnswerGrammar:
         spellings = set(self.time_ids)
         prefixes = {ids[:i] for ids in self.time_ids for i in range(1, len(ids))}
         if len(spellings) < len(times) or spellings & prefixes or self.none_ids[:1] in {i[:1] for i in spellings}:
-            raise BundleError(
-                "bundle.bad_tokenizer",
-                "tokenizer.json: the ids of one time are the beginning of another's; times need a terminator",
-            )
+            message = "tokenizer.json: the ids of one time are the beginning of another's; times need a terminator"
+            raise BundleError("bundle.bad_tokenizer", message)
 
     @property
     def absent_id(self) -> int:
@@ -104,11 +102,7 @@ class AnswerState:
         return np.asarray([] if self.done else self._next_ids(), np.int64)
 
     def choose(self, token: int) -> None:
-        """Append one of `choices`.
-
-        Raises:
-            ValueError: the grammar does not allow the id here.
-        """
+        """Append one of `choices`; raise ValueError if it is none of them."""
         if token not in self.choices():
             raise ValueError(f"id {token} is not among the choices {self.choices().tolist()}")
         self._append(int(token))

@@ -129,16 +129,8 @@ class OpenedVideo:
     def ground(self, query: str, *, allow_none: bool = True, **limits: Unpack[CallKeywords]) -> Grounding:
         """Find when and where the query's target is in this video.
 
-        Args:
-            query: what to find, in words.
-            allow_none: whether the answer may be that the target is absent.
-            limits: see `OpenedVideo`.
-
-        Raises:
-            QueryError: the query is empty or too long.
-            Interrupted: the deadline passed, or `cancel` was set.
-            EngineError: a backend failed.
-            VideoError: the video is closed, or its frames cannot be read again.
+        Arguments and errors as for `Grounder.ground`. A closed video, or frames that cannot be read again, raise
+        VideoError.
         """
         return self._call([query], Task(allow_none=allow_none), Limits(**limits))[0]
 
@@ -168,8 +160,7 @@ class OpenedVideo:
         Arguments and errors as for `ground`; a QueryError names the index of the query.
         """
         if isinstance(queries, str):
-            message = "ground_many takes a list of queries, but was given one string; pass one query to `ground`"
-            raise QueryError("query.not_a_list", message)
+            raise QueryError("query.not_a_list", "ground_many takes a list of queries; pass a single one to `ground`")
         return self._call(list(queries), Task(allow_none=allow_none), Limits(**limits))
 
     def _call(self, queries: list[str], task: Task, limits: Limits) -> list[Grounding]:
@@ -181,11 +172,15 @@ class OpenedVideo:
         chain, video = self._chain, self._video
         with self._usage.call():
             if task.name == "image" and not video.is_image:
-                raise _not_an_image(video.name)
+                message = (
+                    f"{video.name} is a video; to find when and where, call `ground` (`infer` without --task image)"
+                )
+                raise VideoError("video.not_an_image", message)
             prompts = self._prompts(queries, task)
             with limits.stage("answer"):
                 answers = self._answer(prompts, self._grammars[task.grammar_key], limits)
-            spans = [self._named_span(answer) for answer in answers]
+            times, sizes = video.sample_times, {"interval_s": video.interval_s, "duration_s": video.duration_s}
+            spans = [answer.groups and span_of_groups(answer.groups, times, **sizes) for answer in answers]
             searches = self._searches(answers, spans) if task.has_boxes else {}
             most = chain.spec.frames.max_fine_frames
             located = locate(
@@ -198,11 +193,7 @@ class OpenedVideo:
             ]
 
     def _prompts(self, queries: list[str], task: Task) -> list[Segment]:
-        """Return the queries' part of the prompt; their positions follow the video's.
-
-        Raises:
-            QueryError: a query is empty, too long, or no string; of several, the message names its index.
-        """
+        """Return the queries' part of the prompt; of several, a QueryError names the index of the wrong one."""
         prompts = []
         for i, query in enumerate(queries):
             try:
@@ -219,11 +210,10 @@ class OpenedVideo:
         language = chain.spec.language
         last = segment.next_position + self._answer_tokens + language.num_bridging_queries
         if last > language.max_positions:
-            raise QueryError(
-                "query.too_long",
-                f"the query's {len(segment)} tokens do not fit after this video: they would end at position {last} of "
-                f"{language.max_positions}; use a shorter query or a shorter video",
+            message = (
+                f"after this video, the query ends at position {last} of {language.max_positions}; shorten one of them"
             )
+            raise QueryError("query.too_long", message)
         return segment
 
     def _answer(self, prompts: list[Segment], grammar: AnswerGrammar, limits: Limits) -> list[Answer]:
@@ -248,14 +238,6 @@ class OpenedVideo:
             )
             pool.give(cache)  # not after a failed call, which leaves the cache in an unknown state
         return answers
-
-    def _named_span(self, answer: Answer) -> Span | None:
-        if answer.groups is None:
-            return None
-        video = self._video
-        return span_of_groups(
-            answer.groups, video.sample_times, interval_s=video.interval_s, duration_s=video.duration_s
-        )
 
     def _searches(self, answers: Sequence[Answer], spans: Sequence[Span | None]) -> dict[int, SpatialQuery]:
         """Choose the fine frames around the span of each answer that names one, by the answer's index."""
@@ -285,8 +267,7 @@ class OpenedVideo:
     ) -> Grounding:
         span, tube, boxes, presence, fine = named_span, None, None, 0.0, 0
         if named_span is not None and located is not None:
-            span = self._refined_span(named_span, located, task)
-            tube = self._tube(span, located)
+            span, tube = self._refined(named_span, located, task)
             boxes = self._frame_boxes(tube, span, task)
             presence, fine = float(tube.presence.mean()), len(located.frames.indices)
         return Grounding(
@@ -306,21 +287,15 @@ class OpenedVideo:
             taps=None if answer.taps is None else np.array(on_host(answer.taps)),
         )
 
-    def _refined_span(self, named: Span, located: Located, task: Task) -> Span:
-        threshold, duration_s = self._chain.spec.span.presence_threshold, self.duration_s
-        start, end = refine_span(named, located.frames, located.presence, threshold=threshold, duration_s=duration_s)
-        return (start if task.first_box is None else named[0]), end
-
-    def _tube(self, span: Span, located: Located) -> Tube:
-        width, height = self.size
-        return tube_in_span(
-            span,
-            located.frames,
-            shown_times=located.shown_times,
-            boxes=boxes_to_pixels(box_cxcywh_to_xyxy(located.boxes), width=width, height=height),
-            presence=located.presence,
-            threshold=self._chain.spec.span.presence_threshold,
-        )
+    def _refined(self, named: Span, located: Located, task: Task) -> tuple[Span, Tube]:
+        """Return the span after the presence scores moved its ends, and the boxes of the fine frames in it."""
+        (width, height), threshold = self.size, self._chain.spec.span.presence_threshold
+        frames, presence = located.frames, located.presence
+        start, end = refine_span(named, frames, presence, threshold=threshold, duration_s=self.duration_s)
+        span = (start if task.first_box is None else named[0]), end
+        boxes = boxes_to_pixels(box_cxcywh_to_xyxy(located.boxes), width=width, height=height)
+        times = located.shown_times
+        return span, tube_in_span(span, frames, shown_times=times, boxes=boxes, presence=presence, threshold=threshold)
 
     def _frame_boxes(self, tube: Tube, span: Span, task: Task) -> FrameBoxes:
         """Return the boxes of the video's frames inside the span; of a track those of all frames."""
@@ -362,14 +337,6 @@ class OpenedVideo:
             self._close_source()
         self.features.clear()
         self._chain.pool.give(self._prefix.cache)
-
-
-def _not_an_image(name: str) -> VideoError:
-    return VideoError(
-        "video.not_an_image",
-        f"{name} is a video, and `locate` takes one image. Find when and where instead (`Grounder.ground`; `infer` "
-        "without --task image)",
-    )
 
 
 GroundedVideo = OpenedVideo

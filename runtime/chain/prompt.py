@@ -27,11 +27,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path | str) -> Tokenizer:
-        """Read a tokenizer.
-
-        Raises:
-            BundleError: the file is missing or is not a tokenizer.
-        """
+        """Read a tokenizer; raise BundleError if the file is missing or is not one."""
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -92,19 +88,14 @@ def join_segments(segments: Sequence[Segment]) -> Segment:
 
 
 def time_strings(group_times: Sequence[float] | np.ndarray, spec: PromptSpec) -> list[str]:
-    """Return the time text of each group, times in seconds.
-
-    Raises:
-        VideoError: two groups would have the same text, so that an answer could not name one of them.
-    """
+    """Return the time text of each group, times in seconds; raise VideoError if two groups have the same text."""
     numbers = [f"{max(float(time), 0.0):.{spec.time_decimals}f}" for time in group_times]
     for earlier, later in pairwise(numbers):
         if float(later) <= float(earlier):
-            raise VideoError(
-                "video.times_too_close",
-                f"the frames at {earlier} s and {later} s are too close for {spec.time_decimals} printed decimals; "
-                "sample the video at a lower rate",
+            message = (
+                f"the frames at {earlier} s and {later} s are printed as one time; sample the video at a lower rate"
             )
+            raise VideoError("video.times_too_close", message)
     return [spec.time.replace("{time}", number) for number in numbers]
 
 
@@ -120,7 +111,11 @@ def video_segment(
     prompt = spec.prompt
     rows, columns = grid
     tokens = rows * columns
-    visual_ids = np.full(tokens, _single_id(tokenizer, prompt.visual_token), np.int64)
+    visual_id = tokenizer.encode(prompt.visual_token)
+    if len(visual_id) != 1:
+        message = f"tokenizer.json: {prompt.visual_token!r} must be one token, found {len(visual_id)}"
+        raise BundleError("bundle.bad_tokenizer", message)
+    visual_ids = np.full(tokens, visual_id[0], np.int64)
     opening, closing = tokenizer.encode(prompt.group_open), tokenizer.encode(prompt.group_close)
     row, column = np.divmod(np.arange(tokens, dtype=np.int64), columns)
     segments = [text_segment(tokenizer.encode(prompt.head), 0)]
@@ -140,10 +135,8 @@ def video_budget(
     """Return what a video may take of the prompt so that a query and its answer still fit after it.
 
     The room for a query is one position per character that it may have, at most a quarter of the model's positions.
-    `capacity` is the size of an engine's KV cache in tokens, where that is fixed.
-
-    Raises:
-        VideoError: the bound is not a whole number of 1 or more.
+    `capacity` is the size of an engine's KV cache in tokens, where that is fixed. Raises VideoError if
+    `max_visual_tokens` is not a whole number of 1 or more.
     """
     prompt, language = spec.prompt, spec.language
     positions = language.max_positions if capacity is None else min(language.max_positions, capacity)
@@ -172,9 +165,8 @@ def query_segment(
         QueryError: the query is empty, too long, or contains control characters or the prompt's own markers.
     """
     text = check_query(spec.prompt, query)
-    if first_box is None:
-        form = spec.prompt.query
-    else:
+    form = spec.prompt.query
+    if first_box is not None:
         numbers = np.clip(np.round(np.asarray(first_box, np.float64) * 999), 0, 999).astype(int)
         form = spec.prompt.track.replace("{box}", " ".join(map(str, numbers)))
     before, _, after = form.partition("{query}")
@@ -184,17 +176,13 @@ def query_segment(
 def check_query(spec: PromptSpec, query: str) -> str:
     """Return the query in the form that the prompt uses: Unicode NFC, blanks collapsed, one closing full stop dropped.
 
-    Raises:
-        QueryError: see `query_segment`.
+    Raises QueryError like `query_segment`.
     """
     if not isinstance(query, str):
         raise QueryError("query.not_text", f"a query must be a sentence, found {type(query).__name__}")
     if len(query) > spec.max_query_characters:
-        raise QueryError(
-            "query.too_long",
-            f"the query has {len(query):,} characters, more than the model's limit of {spec.max_query_characters:,}; "
-            "name the target in a sentence",
-        )
+        message = f"the query has {len(query):,} characters, and at most {spec.max_query_characters:,} are possible"
+        raise QueryError("query.too_long", message)
     try:
         query.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -209,11 +197,3 @@ def check_query(spec: PromptSpec, query: str) -> str:
         message = f"the query contains {bad!r}; expected plain text without control characters and prompt markers"
         raise QueryError("query.bad_characters", message)
     return text
-
-
-def _single_id(tokenizer: Tokenizer, token: str) -> int:
-    ids = tokenizer.encode(token)
-    if len(ids) != 1:
-        message = f"tokenizer.json: {token!r} must be one token, found {len(ids)}; is it this model's tokenizer?"
-        raise BundleError("bundle.bad_tokenizer", message)
-    return ids[0]

@@ -42,32 +42,21 @@ class Task:
         return self.allow_none, 0 if self.name == "track" else None
 
     def relative_box(self, size: tuple[int, int]) -> tuple[float, ...] | None:
-        """Return the first box in 0..1 of a frame of `size` (width, height) in pixels.
-
-        Raises:
-            QueryError: the box lies outside the frame.
-        """
+        """Return the first box in 0..1 of a frame of `size` (width, height) in pixels; QueryError if it is outside."""
         if self.first_box is None:
             return None
         width, height = size
         left, top, right, bottom = self.first_box
         if left >= width or top >= height or right <= 0 or bottom <= 0:
-            raise QueryError(
-                "query.bad_box",
-                f"the first box {_text(self.first_box)} lies outside the video, whose frames are {width} × {height} "
-                "pixels; give left, top, right, bottom in pixels of the first frame",
-            )
+            message = f"the first box {_text(self.first_box)} lies outside the frames of {width} × {height} pixels"
+            raise QueryError("query.bad_box", message)
         return left / width, top / height, right / width, bottom / height
 
 
 def track_from(first_box: Sequence[float] | np.ndarray) -> Task:
-    """Return the task that tracks the target in a box.
+    """Return the task that tracks the target in a box: left, top, right, bottom in pixels of the first frame.
 
-    Args:
-        first_box: left, top, right, bottom in pixels of the first frame.
-
-    Raises:
-        QueryError: these are not four finite numbers, or the box has no area.
+    Raises QueryError if these are not four finite numbers, or the box has no area.
     """
     try:
         box = np.asarray(first_box, np.float64).reshape(-1)
@@ -75,10 +64,8 @@ def track_from(first_box: Sequence[float] | np.ndarray) -> Task:
         box = np.zeros(0)
     if len(box) != 4 or not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
         found = _text(box) if len(box) else repr(first_box)
-        raise QueryError(
-            "query.bad_box",
-            f"the first box is {found}; expected left, top, right, bottom in pixels, left < right and top < bottom",
-        )
+        message = f"the first box is {found}; expected left, top, right, bottom with left < right and top < bottom"
+        raise QueryError("query.bad_box", message)
     left, top, right, bottom = map(float, box)
     return Task("track", allow_none=False, first_box=(left, top, right, bottom))
 

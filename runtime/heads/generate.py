@@ -28,10 +28,8 @@ def stock_segment(
     """Return the input_ids [L] of a family's processor as a segment.
 
     `visual_ids` are the ids of visual tokens, of images and of videos; `grids` are these in the order of the prompt.
-    Prompts of one batch share the rows of visual_tokens; `first_row` is that of the prompt's first visual token.
-
-    Raises:
-        ValueError: the visual tokens do not match the grids.
+    Prompts of one batch share the rows of visual_tokens; `first_row` is that of the prompt's first visual token. Raises
+    ValueError if the visual tokens do not match the grids.
     """
     ids = np.asarray(input_ids, np.int64)
     visual = np.isin(ids, visual_ids)
@@ -71,18 +69,9 @@ def generate(
     stop_ids: Sequence[int] = (),
     chunk: int = PREFILL_CHUNK,
 ) -> list[list[int]]:
-    """Decode greedily after B prompts.
+    """Decode greedily after B prompts of at least one token; return the new ids of each row with the one that ended it.
 
-    Args:
-        session: the language model.
-        prompts: one prompt per row, of at least one token.
-        visual_tokens: [1+D, V, H] of all prompts, row 0 of V all zero.
-        max_new_tokens: most new tokens per row.
-        stop_ids: ids that end a row.
-        chunk: most tokens per row in one call of the prefill.
-
-    Returns:
-        The new ids of each row, including the one that ended it.
+    A row ends after one of `stop_ids`, or after `max_new_tokens`. Other arguments as for `prefill`.
     """
     capacity = max(map(len, prompts)) + max_new_tokens
     cache = session.allocate_cache(batch=len(prompts), capacity=capacity)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
-from bridge_stg.export.graph.blocks import block_of, find_matmuls, find_tables, public_name
+from bridge_stg.export.graph.blocks import block_of, find_matmuls, find_tables
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 24]>
@@ -116,5 +116,5 @@ def test_names_of_blocks(node: str, block: str) -> None:
 
 
 def test_names_of_modules() -> None:
-    assert public_name("model.visualizer") == "model.visualizer"
-    assert public_name("model.visual.merger") == "vision_encoder.merger"
+    assert block_of("model.visualizer") == "model.visualizer"
+    assert block_of("model.visual.merger") == "vision_encoder.merger"
