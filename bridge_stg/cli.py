@@ -1,6 +1,6 @@
 """The command line: the group of commands, and the one place where errors become text, JSON and exit codes.
 
-Each command lives in bridge_stg/commands and is imported when it is requested.
+Each command is in bridge_stg/commands and is imported when it is requested.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (click.Abort, KeyboardInterrupt):
-        return _fail(given, "call.cancelled", "Interrupted; nothing was left half-written.", exit_code=130)
+        return _fail(given, "call.cancelled", "Interrupted; no incomplete file was left.", exit_code=130)
     except (click.ClickException, BridgeError, ImportError, OSError) as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2: its message is the help
             click.echo(describe(error)[1], err=True)
@@ -109,7 +109,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(error: Exception) -> tuple[str, str]:
-    """Return the code and the message of an error; raise it again if it is a bug, not a fault of the user."""
+    """Return the code and the message of an error; raise it again if it is a bug."""
     if isinstance(error, click.ClickException):
         return next(code for kind, code in USAGE_CODES if isinstance(error, kind)), error.format_message()
     if isinstance(error, BridgeError):

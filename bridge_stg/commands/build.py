@@ -24,15 +24,15 @@ def _show_targets(context: click.Context, parameter: click.Parameter, value: boo
 @click.option("--target", "targets", multiple=True, required=True, metavar="NAME", help="See --targets; repeatable.")
 @click.option(
     "--targets", "list_targets", is_flag=True, is_eager=True, callback=_show_targets, expose_value=False,
-    help="List the names of --target.",
+    help="List the names for --target.",
 )  # fmt: skip
-@click.option("--graph", "graphs", multiple=True, help="Only this graph; repeatable.")
+@click.option("--graph", "graphs", multiple=True, help="Build only this graph; repeatable.")
 @variant_option("the one that fits the target")
-@click.option("--precision", help="Precision that BUNDLE must have; nothing is converted here.")
-@click.option("--profiles", type=PATH, help="YAML: sizes to compile for (docs/engines.md).")
-@click.option("--overwrite", "--again", "again", is_flag=True, help="Compile engines that already exist again.")
-@click.option("--check-memory/--no-check-memory", default=True, help="Whether to stop where the estimate does not fit.")
-@click.option("--layers", is_flag=True, help="Show, by block, what was fused and in which precision.")
+@click.option("--precision", help="Required precision of BUNDLE; nothing is converted.")
+@click.option("--profiles", type=PATH, help="YAML file with sizes to compile for (docs/engines.md).")
+@click.option("--overwrite", "--again", "again", is_flag=True, help="Rebuild existing engines.")
+@click.option("--check-memory/--no-check-memory", default=True, help="Whether to stop if memory may not suffice.")
+@click.option("--layers", is_flag=True, help="Show fused layers and precision per block.")
 def build(bundle: Path, targets: tuple[str, ...], profiles: Path | None, layers: bool, **options: Any) -> None:
     """Compile the graphs of a BUNDLE with TensorRT: on the device, or ahead of time for RTX GPUs."""
     from bridge_stg.export.engines.build import build_engines, engine_line

@@ -36,11 +36,11 @@ recipe_type = click.Choice(GRAPH_RECIPE_NAMES)
 
 def check_int8(int8: bool, dtype: str, given: Mapping[str, Path | None]) -> None:
     """Raise BridgeError if `export` is given calibration options without --int8, or --int8 without what it needs."""
-    named = [f"--{'evaluate' if name == 'judged' else name}" for name, value in given.items() if value is not None]
+    named = [f"--{name}" for name, value in given.items() if value is not None]
     if named and not int8:
-        raise BridgeError("options.conflict", f"{named[0]} is an option of the calibration; add --int8, or omit it.")
+        raise BridgeError("options.conflict", f"{named[0]} applies to calibration only; add --int8, or omit it.")
     if int8 and given["samples"] is None:
-        raise BridgeError("options.missing", "--int8 needs --samples: JSON lines with queries like those of later use.")
+        raise BridgeError("options.missing", "--int8 needs --samples: JSON lines with typical queries.")
     if int8 and dtype == "bf16":
         raise BridgeError("options.conflict", "--int8 takes --dtype fp32 or fp16, not bf16.")
 
@@ -53,7 +53,7 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
     require_packages()
     from bridge_stg.calibration.inputs import read_sets
 
-    read_sets(given["samples"], media=given["media"], select=given["select"], evaluate=given["judged"])
+    read_sets(given["samples"], media=given["media"], select=given["select"], evaluate=given["evaluate"])
     path = out.with_name(f".{out.name}.float")
     try:
         yield path
@@ -64,46 +64,48 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 @click.command()
 @bundle_argument
 @sample_options(required=True)
-@out_option("The new bundle")
-@click.option("--recipe", type=click.Choice(RECIPE_NAMES), default="w8a8", show_default=True, help="For the LLM.")
-@click.option("--vision", type=recipe_type, help="For the vision encoder; default: as the recipe says.")
-@click.option("--language", type=recipe_type, help="For the language model; default: --recipe.")
-@click.option("--spatial", type=recipe_type, help="For the spatial decoder; default: float.")
+@out_option("the new bundle")
+@click.option(
+    "--recipe", type=click.Choice(RECIPE_NAMES), default="w8a8", show_default=True, help="Quantization recipe."
+)
+@click.option("--vision", type=recipe_type, help="Recipe of the vision encoder; default: from --recipe.")
+@click.option("--language", type=recipe_type, help="Recipe of the language model; default: from --recipe.")
+@click.option("--spatial", type=recipe_type, help="Recipe of the spatial decoder; default: float.")
 @click.option("--kv8", is_flag=True, help="Store keys and values in int8.")
-@click.option("--method", type=click.Choice(METHODS), help="For all ranges; default: the best one per tensor.")
+@click.option("--method", type=click.Choice(METHODS), help="Method for all ranges; default: the best per tensor.")
 @click.option("--overrides", type=PATH, help="YAML: blocks in float, methods, smoothing strengths.")
 @click.option(
     "--max-drop", type=Number(min=0, min_open=True), default=1.0, show_default=True, metavar="POINTS",
-    help="Most that m_tIoU and m_vIoU may lose on --select.",
+    help="Largest allowed loss of m_tIoU and m_vIoU on --select.",
 )  # fmt: skip
 @click.option(
     "--max-changed", type=Number(min=0, min_open=True), default=3.0, show_default=True, metavar="PERCENT",
-    help="Most answers that may change on --select.",
+    help="Largest share of answers that may change on --select.",
 )  # fmt: skip
 @click.option("--own-tubes", is_flag=True, help="Compare with the float bundle's own tubes, not with annotations.")
 @click.option(
     "--force-int8", multiple=True, type=click.Choice(list(GRAPH_OPTIONS.values())), metavar="GRAPH",
-    help="Quantize this graph even if that makes nothing faster here; repeatable.",
+    help="Quantize this graph even if INT8 is not faster here; repeatable.",
 )  # fmt: skip
 @click.option(
     "--target", "targets", multiple=True, type=click.Choice(BACKENDS),
     help="Backend that the bundle is for; default: onnxruntime-cpu; repeatable.",
 )  # fmt: skip
-@click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks scored one by one.")
-@click.option("--max-trials", type=click.IntRange(min=2), default=24, show_default=True, help="Trials of the search.")
+@click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks to score one by one.")
+@click.option("--max-trials", type=click.IntRange(min=2), default=24, show_default=True, help="Maximum search trials.")
 @seed_option
 @threads_option
-@overwrite_option("a bundle")
+@overwrite_option("bundle")
 def calibrate(bundle: Path, out: Path, **options: Any) -> None:
-    """Make an INT8 bundle of a float BUNDLE, and report what that costs in time spans and boxes.
+    """Quantize a float BUNDLE to INT8, and report the loss of accuracy in time spans and boxes.
 
-    Blocks that INT8 would damage stay in float. Work is kept in OUT.calibration: the same command resumes it.
+    Sensitive blocks stay in float. Intermediate results are in OUT.calibration: the same command resumes.
     """
     click.echo(calibrate_bundle(bundle, out, **options))
 
 
 def calibrate_bundle(
-    bundle: Path, out: Path, *, judged: Path | None = None, kv8: bool = False, targets: tuple[str, ...] = (),
+    bundle: Path, out: Path, *, kv8: bool = False, targets: tuple[str, ...] = (),
     **given: Any,
 ) -> str:  # fmt: skip
     """Calibrate with the options of the command, and return the text that it prints at the end."""
@@ -112,14 +114,14 @@ def calibrate_bundle(
     from bridge_stg.calibration.report.report import table_text
 
     graphs = {graph: name for option, graph in GRAPH_OPTIONS.items() if (name := given.pop(option, None)) is not None}
-    inputs = ("samples", "media", "select", "own_tubes", "overwrite")
+    inputs = ("samples", "media", "select", "evaluate", "own_tubes", "overwrite")
     files = {name: given.pop(name) for name in inputs if name in given}
     options = Options(graphs=graphs, int8_cache=kv8, backends=targets or BACKENDS[:1], **given)
     with ProgressBar(lines=True) as progress:
-        report = calibrate(bundle, out, evaluate=judged, options=options, progress=progress, **files)
+        report = calibrate(bundle, out, options=options, progress=progress, **files)
     work = out.with_name(f"{out.name}.calibration")
     return (
         f"{table_text(report.to_dict())}\n\n{out} is complete; its report is {out / 'reports' / 'calibration.html'}.\n"
-        f"{work / 'overrides.yaml'} holds the choice, to edit and give back with --overrides; the rest of {work} may "
+        f"{work / 'overrides.yaml'} lists the float blocks, to edit and pass with --overrides; the rest of {work} may "
         "be deleted."
     )

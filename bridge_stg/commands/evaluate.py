@@ -37,19 +37,17 @@ WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
 @click.command()
 @click.argument("dataset", type=click.Choice(list(DATASETS)))
 @click.option(
-    "--annotations", type=PATH, multiple=True, required=True, help="The published file or folder; repeatable."
+    "--annotations", type=PATH, multiple=True, required=True, help="Annotation file or folder as published; repeatable."
 )
 @click.option("--media", type=PATH, help="Folder of the videos or images; default: that of the annotations.")
 @click.option(
     "--model", "models", type=PATH, multiple=True, required=True,
-    help="A checkpoint or bundle; repeatable. Later ones are compared with the first.",
+    help="Checkpoint or bundle to evaluate; repeatable. Others are compared with the first.",
 )  # fmt: skip
-@click.option("--out", type=PATH, required=True, help="The folder for results and report.")
-@click.option("--split", help="Split to read from files with several, such as val or testA.")
-@click.option("--limit", type=COUNT, help="Only this many samples, from the first.")
-@click.option(
-    "--shard", type=shard, default="1/1", metavar="I/N", show_default=True, help="Only the i-th of n parts of them."
-)
+@click.option("--out", type=PATH, required=True, help="Folder for results and report.")
+@click.option("--split", help="Split to read if the files have several, such as val or testA.")
+@click.option("--limit", type=COUNT, help="Evaluate only the first N samples.")
+@click.option("--shard", type=shard, default="1/1", metavar="I/N", show_default=True, help="Evaluate only part I of N.")
 @many_options
 @backend_options()
 def evaluate(
@@ -57,7 +55,7 @@ def evaluate(
     split: str | None, executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Score models side by side on the published files of a DATASET, in the field's metrics.
+    """Evaluate and compare models on the published files of a DATASET, with its standard metrics.
 
     Nothing is downloaded. Finished samples are kept: the same command resumes a run that was stopped.
     """
@@ -84,16 +82,16 @@ def evaluate(
     click.echo(f"wrote {out / 'report.json'} and {out / 'report.html'}")
     for label, failures in values["failed"].items():
         if failures and len(failures) == values["finished"][label]:
-            what = f"every sample of {label} failed, the first with {failures[0]['error']}"
-            raise BridgeError("evaluation.all_failed", f"{what}. Fix that, and run it again with --retry-failed.")
+            what = f"every sample of {label} failed; the first error: {failures[0]['error']}"
+            raise BridgeError("evaluation.all_failed", f"{what}. Fix it, and retry with --retry-failed.")
 
 
 @click.command("infer-many")
 @click.argument("table", type=PATH)
 @click.option("--media", type=PATH, help="Folder of the videos or images; default: that of TABLE.")
-@click.option("--query", "queries", multiple=True, help="If TABLE is a folder: what to find in each file; repeatable.")
+@click.option("--query", "queries", multiple=True, help="Query for each file if TABLE is a folder; repeatable.")
 @bundle_option
-@click.option("--out", type=output_file(".jsonl", ".parquet"), required=True, help="The file for the rows.")
+@click.option("--out", type=output_file(".jsonl", ".parquet"), required=True, help="Output file.")
 @query_options
 @many_options
 @backend_options()
@@ -113,7 +111,7 @@ def infer_many(
     from bridge_stg.evaluation.run.queries import read_queries
 
     if out.exists() and table.exists() and out.samefile(table):
-        raise BridgeError("output.is_input", f"{out} is the table itself; give another name for --out.")
+        raise BridgeError("output.is_input", f"{out} is the table itself; choose another --out.")
     rows = read_queries(table, media, texts=queries, images=task == "image")
     path = bundle or demo_bundle(progress=stage_line)
     opening = open_executor(executor, workers=workers, threads=threads)
@@ -122,8 +120,8 @@ def infer_many(
         done = run(rows, model, out, task=task, executor=opened, progress=progress, **options)
     click.echo(f"{done.answered} answered, {done.failed} failed; the rows are in {out}")
     if done.first_error is not None:
-        click.echo(f"The first that failed is {done.first_error}", err=True)
-        click.echo("Fix that, and run the failed ones again with --retry-failed.", err=True)
+        click.echo(f"The first error: {done.first_error}", err=True)
+        click.echo("Fix it, and retry the failed queries with --retry-failed.", err=True)
     return 1 if done.failed else 0
 
 
@@ -131,7 +129,7 @@ def infer_many(
 @click.argument("refs", type=PATH)
 @click.argument("out", type=PATH)
 def convert_refs(refs: Path, out: Path) -> None:
-    """Turn RefCOCO's REFS pickle, such as refs(unc).p, into the JSON file OUT, executing nothing."""
+    """Convert RefCOCO's REFS pickle, such as refs(unc).p, to the JSON file OUT without running its code."""
     from bridge_stg.evaluation.datasets.refcoco import convert_refs as convert
 
     click.echo(f"{convert(refs, out)} refs are in {out}")
@@ -141,10 +139,10 @@ def convert_refs(refs: Path, out: Path) -> None:
 @click.option("--out", type=output_file(".json"), default=Path("assets/demo/figures.json"), show_default=True)
 @click.option("--clips", type=COUNT, default=200, show_default=True, help="Number of held-out clips.")
 @bundle_option
-@click.option("--checkpoint", type=PATH, help="Measure this checkpoint in eager torch instead.")
+@click.option("--checkpoint", type=PATH, help="Evaluate this checkpoint in eager torch instead.")
 @variant_option()
 def evaluate_demo(out: Path, **options: Any) -> None:
-    """Measure the demo model on held-out clips, with controls."""
+    """Evaluate the demo model on held-out clips, with controls."""
     from bridge_stg.demo.held_out import evaluate_demo as measure
 
     click.echo(measure(out, **options))
@@ -157,7 +155,7 @@ def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, th
     resolved = [path.resolve() for path in paths]
     for place, path in enumerate(paths):
         if resolved[place] in resolved[:place]:
-            raise BridgeError("options.conflict", f"{path} is given twice with --model; expected each model once.")
+            raise BridgeError("options.conflict", f"{path} appears twice in --model; list each model once.")
     models = []
     for path, whole in zip(paths, resolved):
         count = 1

@@ -27,10 +27,10 @@ VARIANTS = ("standard", "primitive")
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@out_option("The bundle")
-@overwrite_option("a bundle")
+@out_option("the bundle")
+@overwrite_option("bundle")
 @click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), help="Default: both; repeatable.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of weights and matmuls.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Dtype of the matmuls.")
 @click.option("--verify/--no-verify", default=True, help="Whether to compare the graphs with torch.")
 @click.option("--int8", is_flag=True, help="Calibrate the bundle too, as `calibrate` does; needs --samples.")
 @sample_options(required=False)
@@ -78,7 +78,7 @@ def inspect(bundle: Path) -> None:
 def verify(bundle: Path, bisect: bool, against: Path | None, **options: Any) -> None:
     """Hash every file of a BUNDLE and replay its golden cases on this machine.
 
-    With --bisect, a TensorRT backend gets separate engines while the command runs.
+    With --bisect, temporary engines are built for a TensorRT backend.
     """
     options["report"] = click.echo
     if bisect:
@@ -89,7 +89,7 @@ def verify(bundle: Path, bisect: bool, against: Path | None, **options: Any) -> 
             verify_and_bisect(bundle, against=against, prepare=engine_maker(report=progress, say=stage_line), **options)
         return
     if against is not None:
-        raise BridgeError("options.conflict", "--against is the reference of --bisect; give both.")
+        raise BridgeError("options.conflict", "--against needs --bisect; add it.")
     from bridge_stg.runtime.parity.verify import verify_bundle
 
     verify_bundle(bundle, **options)

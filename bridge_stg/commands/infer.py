@@ -56,19 +56,19 @@ class Request:
 @click.argument("video")
 @click.argument("queries", metavar="QUERY...", nargs=-1)
 @query_options
-@click.option("--track", "first_box", type=box, metavar="L,T,R,B", help="Follow what is in this box of frame 1.")
+@click.option("--track", "first_box", type=box, metavar="L,T,R,B", help="Track the object in this box of frame 1.")
 @bundle_option
 @click.option("--json", "json_file", type=output_file(".json"), help="Write the results, one box per video frame.")
 @click.option(
     "--annotate", type=output_file(".mp4", ".png", ".jpg"), help="Write the video (H.264) or image with the boxes."
 )
-@click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span, with a timeline.")
+@click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span and a timeline.")
 @backend_options()
-@click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Give up after this time.")
+@click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Stop after this time.")
 def infer(**given: Any) -> None:
     """Find QUERY in VIDEO (or in an image): the time span, and a box in every frame of it.
 
-    Several queries share the work on the video. With --track, QUERY may be left out.
+    The video is processed once for all queries. With --track, QUERY is optional.
     """
     request = Request(**given)
     check(request)
@@ -169,7 +169,7 @@ def write(request: Request, results: Sequence[Grounding], chosen: ChosenBackend 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put this path into an error of the system, such as a full disk: writers name a temporary file, or none."""
+    """Name this path in system errors, such as a full disk: writers name a temporary file, or none."""
     try:
         yield
     except OSError as error:

@@ -85,29 +85,29 @@ def combine(*options: Decorator[Any]) -> Decorator[Any]:
 
 
 bundle_argument = click.argument("bundle", type=PATH)
-bundle_option = click.option("--bundle", type=PATH, help="Default: the demo bundle, exported if it does not exist.")
-backend_option = click.option("--backend", default="auto", show_default=True, help="What runs the graphs; see doctor.")
+bundle_option = click.option("--bundle", type=PATH, help="Bundle; default: the demo bundle, exported if missing.")
+backend_option = click.option("--backend", default="auto", show_default=True, help="Backend of the graphs; see doctor.")
 threads_option = click.option("--threads", type=THREADS, help="CPU threads; default: the backend decides.")
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random choices.")
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 query_options = combine(
     click.option(
         "--task", type=click.Choice(["tube", "span", "image"]), default="tube", show_default=True,
-        help="When and where; only when; or the one box in an image that surely shows the target.",
+        help="tube: time span and boxes; span: time span only; image: one box in an image that shows the target.",
     ),
-    click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this video` is an answer."),
+    click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent."),
     click.option(
         "--max-visual-tokens", type=COUNT,
-        help="Most tokens of a video in the prompt; a long one is read in smaller frames, then at a lower rate.",
+        help="Maximum visual tokens per video; a longer video gets smaller frames, then a lower frame rate.",
     ),
 )  # fmt: skip
 many_options = combine(
     click.option(
         "--executor", "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-        help="Run the model in this process, or in many on Ray.",
+        help="Run the model in this process, or in many processes on Ray.",
     ),
     click.option("--workers", type=COUNT, help="Processes of --executor ray; default: one, or one per GPU."),
-    click.option("--overwrite", is_flag=True, help="Start again instead of keeping finished results."),
-    click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier run."),
+    click.option("--overwrite", is_flag=True, help="Discard finished results and start again."),
+    click.option("--retry-failed", is_flag=True, help="Retry samples that failed in an earlier run."),
 )  # fmt: skip
 
 
@@ -123,19 +123,19 @@ def backend_options(*, variant: str = "the one that fits this machine") -> Decor
 
 def out_option(what: str) -> Decorator[Any]:
     """Return the option `--out` for a new folder."""
-    return click.option("--out", type=PATH, required=True, help=f"{what}: a new folder.")
+    return click.option("--out", type=PATH, required=True, help=f"Folder to create for {what}.")
 
 
 def overwrite_option(what: str) -> Decorator[Any]:
     """Return the option `--overwrite` for files that a command makes."""
-    return click.option("--overwrite", is_flag=True, help=f"Replace {what} that already exists.")
+    return click.option("--overwrite", is_flag=True, help=f"Replace an existing {what}.")
 
 
 def sample_options(*, required: bool) -> Decorator[Any]:
     """Return the options that name the samples of a calibration."""
     return combine(
-        click.option("--samples", type=PATH, required=required, help="JSON lines to collect statistics on."),
+        click.option("--samples", type=PATH, required=required, help="JSON lines: samples for activation statistics."),
         click.option("--media", type=PATH, help="Folder of their videos and images; default: that of each file."),
         click.option("--select", type=PATH, help="Labelled JSON lines that decide which blocks stay in float."),
-        click.option("--evaluate", "judged", type=PATH, help="Labelled JSON lines that score the final bundle."),
+        click.option("--evaluate", type=PATH, help="Labelled JSON lines on which the final bundle is scored."),
     )

@@ -1,4 +1,4 @@
-"""The commands that put a bundle behind a server: `serve` over HTTP, and `triton`, a model repository."""
+"""The commands that serve a bundle: `serve` over HTTP, and `triton`, which writes a model repository."""
 
 from __future__ import annotations
 
@@ -34,43 +34,43 @@ def live_source(value: str) -> tuple[str, str]:
 
 @click.command()
 @bundle_argument
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need an API key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--api-key", help="Key that every call must send. Other users may see it in `ps`: see --api-key-env.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
+@click.option("--api-key", help="API key that clients must send; visible in `ps`, so prefer --api-key-env.")
 @click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the API key.")
-@click.option("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
-@click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="Another Host name; for proxies.")
-@click.option("--media", type=PATH, help="A folder whose videos clients may name.")
+@click.option("--insecure", is_flag=True, help="Let other machines connect without an API key.")
+@click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="Also accept this Host, for proxies.")
+@click.option("--media", type=PATH, help="Folder of videos that clients may request by name.")
 @click.option("--live", multiple=True, type=live_source, metavar="NAME=SOURCE", help="A source that clients may watch.")
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between live rounds.")
-@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames of a live round.")
-@click.option("--max-upload-mb", type=COUNT, default=256, show_default=True, help="MiB of a file.")
-@click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="MiB of all uploads.")
-@click.option("--max-duration-s", type=SECONDS, default=600.0, show_default=True, help="Seconds of a video.")
-@click.option("--max-pixels", type=COUNT, default=4096 * 2304, show_default=True, help="Pixels of a frame.")
-@click.option("--max-queue", type=COUNT, default=64, show_default=True, help="Jobs that may wait.")
+@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per live round.")
+@click.option("--max-upload-mb", type=COUNT, default=256, show_default=True, help="Maximum MiB per upload.")
+@click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="Maximum MiB of all uploads.")
+@click.option("--max-duration-s", type=SECONDS, default=600.0, show_default=True, help="Maximum seconds per video.")
+@click.option("--max-pixels", type=COUNT, default=4096 * 2304, show_default=True, help="Maximum pixels per frame.")
+@click.option("--max-queue", type=COUNT, default=64, show_default=True, help="Maximum number of waiting jobs.")
 @click.option(
     "--deadline", "--max-seconds", "max_seconds", type=SECONDS, default=300.0, show_default=True, metavar="SECONDS",
-    help="Give up a job after this time, waiting included.",
+    help="Stop a job after this time, including its time in the queue.",
 )  # fmt: skip
-@click.option("--max-queries", type=COUNT, default=16, show_default=True, help="Queries of a job.")
+@click.option("--max-queries", type=COUNT, default=16, show_default=True, help="Maximum queries per job.")
 @click.option("--keep-s", type=SECONDS, default=3600.0, show_default=True, help="Seconds to keep uploads and answers.")
 @click.option("--workers", type=COUNT, default=2, show_default=True, help="Videos processed at a time.")
 @click.option("--open-videos", type=COUNT, default=8, show_default=True, help="Videos kept ready for the next query.")
-@click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="MiB of memory for them.")
-@click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to end running jobs.")
+@click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="Maximum memory of open videos, in MiB.")
+@click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to finish running jobs.")
 @backend_options()
 def serve(
     *, bundle: Path, api_key: str | None, api_key_env: str | None, live: tuple[tuple[str, str], ...], every_s: float,
     window: int, max_upload_mb: int, max_storage_mb: int, open_mb: int, threads: int | None, backend: str,
     variant: str | None, **limits: Any,
 ) -> None:  # fmt: skip
-    """Serve a BUNDLE over HTTP: uploads, jobs, live sources, and a page to look at.
+    """Serve a BUNDLE over HTTP: uploads, jobs, live sources, and a web page.
 
-    Ctrl-C or SIGTERM ends it in order.
+    Ctrl-C or SIGTERM shuts it down gracefully.
     """
     if len(dict(live)) < len(live):
-        raise BridgeError("options.conflict", "--live gives two sources the same name; give each its own.")
+        raise BridgeError("options.conflict", "--live has two sources of the same name; choose different names.")
     from bridge_stg.runtime.host.memory import return_freed_memory
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
@@ -87,7 +87,7 @@ def serve(
     run(
         bundle,
         settings,
-        say=lambda url: click.echo(f"Serving {bundle} at {url} (API: {url}docs). Ctrl-C ends it."),
+        say=lambda url: click.echo(f"Serving {bundle} at {url} (API: {url}docs). Press Ctrl-C to stop."),
         live={"every_s": every_s, "window": window},
         threads=threads,
         backend=backend,
@@ -99,7 +99,7 @@ def _key(key: str | None, variable: str | None) -> str | None:
     if variable is None:
         return key
     if key is not None:
-        raise BridgeError("options.conflict", "--api-key and --api-key-env both give the key; leave one out.")
+        raise BridgeError("options.conflict", "--api-key and --api-key-env are both set; leave one out.")
     if not os.environ.get(variable):
         raise BridgeError("options.invalid", f"--api-key-env {variable}: this environment variable is unset or empty.")
     return os.environ[variable]
@@ -107,23 +107,23 @@ def _key(key: str | None, variable: str | None) -> str | None:
 
 @click.command()
 @bundle_argument
-@click.option("--out", type=PATH, required=True, help="The model repository: a folder.")
+@click.option("--out", type=PATH, required=True, help="Folder of the model repository.")
 @click.option("--name", default="bridge_stg", show_default=True, help="Name of the model.")
 @backend_option
 @variant_option("the one that fits the server")
-@click.option("--media", help="Folder on the server that VIDEO names files in; without it, only VIDEO_BYTES is taken.")
-@click.option("--max-batch", type=COUNT, default=16, show_default=True, help="Queries in one batch.")
+@click.option("--media", help="Folder on the server for paths in VIDEO; without it, only VIDEO_BYTES works.")
+@click.option("--max-batch", type=COUNT, default=16, show_default=True, help="Maximum queries per batch.")
 @click.option(
     "--queue-delay-us", type=click.IntRange(min=0), default=5000, show_default=True,
-    help="Microseconds to wait for other queries.",
+    help="Microseconds to wait for more queries of a batch.",
 )  # fmt: skip
-@click.option("--instances", type=COUNT, default=1, show_default=True, help="Processes with the model.")
+@click.option("--instances", type=COUNT, default=1, show_default=True, help="Number of model instances.")
 @click.option("--kind", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
 @click.option(
     "--open-videos", type=click.IntRange(min=0), default=4, show_default=True, help="Videos kept ready between batches."
 )
-@click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Give up a query after this time.")
-@overwrite_option("a model of this name")
+@click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Stop a query after this time.")
+@overwrite_option("model of this name")
 def triton(bundle: Path, out: Path, overwrite: bool, **serving: Any) -> None:
     """Write a model repository for Triton Inference Server that serves BUNDLE."""
     from bridge_stg.triton.repository import Serving, write_repository

@@ -1,4 +1,4 @@
-"""The commands that make checkpoints: `init` from a plain model, `train` on your own clips, `train-demo`."""
+"""The commands that make checkpoints: `init` from a vision-language model, `train` on your own clips, `train-demo`."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def torch_dtype(name: str | None) -> Any:
 
 
 resume_option = click.option(
-    "--resume/--no-resume", default=True, help="Whether to resume from the state beside --out."
+    "--resume/--no-resume", default=True, help="Whether to resume from the state next to --out."
 )
 
 
 @click.command()
 @click.option("--backbone", type=PATH, required=True, help="Folder of a Hugging Face model.")
-@out_option("The checkpoint")
+@out_option("the checkpoint")
 @seed_option
 @click.option("--queries", type=COUNT, default=8, show_default=True, help="Number of bridging queries.")
-@click.option("--taps", type=layers, help="LLM layers to tap; default: the last of each third.")
+@click.option("--taps", type=layers, help="LLM layers to tap; default: the last layer of each third.")
 @click.option("--decoder-width", type=click.IntRange(min=8), default=256, show_default=True)
 @click.option("--decoder-layers", type=COUNT, default=6, show_default=True)
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Precision to store the backbone in; default: its own, by links."
+    "--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: unchanged, as links."
 )
 def init(
     *, backbone: Path, out: Path, seed: int, queries: int, taps: tuple[int, ...] | None, decoder_width: int,
     decoder_layers: int, dtype: str | None,
 ) -> None:  # fmt: skip
-    """Make a checkpoint from a plain vision-language model: new bridging and spatial parts, untrained.
+    """Create a checkpoint from a vision-language model, with new, untrained bridging and spatial parts.
 
     A LoRA adapter in the folder, or in its adapter/, is merged.
     """
@@ -71,34 +71,32 @@ def init(
         ),
         progress=stage_line,
     )  # fmt: skip
-    click.echo(f"{made} holds an untrained checkpoint. Next: train {made} --annotations … --media … --out …")
+    click.echo(f"Wrote the untrained checkpoint {made}. Next: train {made} --annotations … --media … --out …")
 
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@click.option("--annotations", type=PATH, required=True, help="JSON lines: docs/annotations.md.")
+@click.option("--annotations", type=PATH, required=True, help="JSON lines; see docs/annotations.md.")
 @click.option("--media", type=PATH, required=True, help="Folder of their videos and images.")
-@out_option("The new checkpoint")
-@click.option("--epochs", type=COUNT, default=10, show_default=True, help="How often each clip is seen.")
+@out_option("the new checkpoint")
+@click.option("--epochs", type=COUNT, default=10, show_default=True, help="Passes over all clips.")
 @click.option("--clips", type=COUNT, default=1, show_default=True, help="Clips per step.")
 @click.option(
-    "--queries", "--questions", "questions", type=COUNT, default=4, show_default=True, help="Most queries per clip."
+    "--queries", "--questions", "questions", type=COUNT, default=4, show_default=True, help="Maximum queries per clip."
 )
 @click.option("--fine-frames", type=COUNT, default=16, show_default=True, help="Fine frames per clip.")
 @click.option("--learning-rate", type=Number(min=0, min_open=True), default=1e-4, show_default=True)
 @click.option(
-    "--backbone-scale", type=Number(min=0), default=0.1, show_default=True, help="Factor on the rate of the backbone."
+    "--backbone-scale", type=Number(min=0), default=0.1, show_default=True, help="Learning rate factor of the backbone."
 )
 @click.option("--freeze-backbone", is_flag=True, help="Train only the bridging and spatial parts.")
 @click.option("--train-vision", is_flag=True, help="Train the vision blocks too, not only their mergers.")
-@click.option("--max-visual-tokens", type=COUNT, help="Most tokens of a video in the prompt.")
+@click.option("--max-visual-tokens", type=COUNT, help="Maximum visual tokens per video.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto: CUDA if it is available.")
 @click.option(
-    "--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of the matmuls."
+    "--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Precision of matmuls."
 )
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Precision to store the backbone in; default: as in CHECKPOINT."
-)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: as in CHECKPOINT.")
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
 @seed_option
 @resume_option
@@ -108,7 +106,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train a CHECKPOINT on annotated clips: by default everything except the vision blocks."""
     if freeze_backbone and train_vision:
-        raise BridgeError("options.conflict", "--freeze-backbone and --train-vision exclude each other; give one.")
+        raise BridgeError("options.conflict", "--freeze-backbone and --train-vision exclude each other; leave one out.")
     from bridge_stg.training.clip_batches import TrainingOptions
     from bridge_stg.training.train_clips import NEW_PARTS, PARTS, train_clips
 
@@ -118,11 +116,11 @@ def train(
         checkpoint, annotations, media, out, options=chosen, device=device, dtype=torch_dtype(dtype), resume=resume,
         workers=workers,
     )  # fmt: skip
-    click.echo(f"{made} holds the checkpoint. Next: export {made} --out …")
+    click.echo(f"Wrote the checkpoint {made}. Next: export {made} --out …")
 
 
 @click.command("train-demo")
-@click.option("--out", type=PATH, default=Path("build/demo/checkpoint"), show_default=True, help="The checkpoint.")
+@click.option("--out", type=PATH, default=Path("build/demo/checkpoint"), show_default=True, help="Checkpoint folder.")
 @click.option("--vision-steps", type=COUNT, help="Steps of the first stage; default: the recipe's.")
 @click.option("--grounding-steps", type=COUNT, help="Steps of the second stage; default: the recipe's.")
 @seed_option
@@ -133,4 +131,4 @@ def train_demo(out: Path, vision_steps: int | None, grounding_steps: int | None,
 
     given = {"vision_steps": vision_steps, "grounding_steps": grounding_steps}
     steps: dict[str, Any] = {name: count for name, count in given.items() if count is not None}
-    click.echo(f"{train_checkpoint(out, seed=seed, resume=resume, **steps)} holds the checkpoint.")
+    click.echo(f"Wrote the checkpoint {train_checkpoint(out, seed=seed, resume=resume, **steps)}.")

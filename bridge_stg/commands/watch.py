@@ -1,4 +1,4 @@
-"""The command `watch`: standing queries on a live stream, events as lines."""
+"""The command `watch`: standing queries on a live stream, events as lines of text."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
 @bundle_option
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between two rounds.")
-@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames of a round.")
+@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per round.")
 @click.option("--json", "--jsonl", "json_file", type=output_file(), help="Write the events, one JSON object per line.")
 @click.option("--answers", is_flag=True, help="Write every round's answers to --json too.")
-@overwrite_option("a --json file")
+@overwrite_option("--json file")
 @click.option("--realtime", is_flag=True, help="Play a file at its own pace instead of as fast as possible.")
-@click.option("--duration", "duration_s", type=SECONDS, metavar="SECONDS", help="End after this time of the stream.")
-@click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Give up a round after this time.")
+@click.option("--duration", "duration_s", type=SECONDS, metavar="SECONDS", help="Stop after this much stream time.")
+@click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Stop a round after this time.")
 @click.option(
     "--stall", "stall_s", type=SECONDS, default=10.0, show_default=True, metavar="SECONDS",
-    help="Give up a source that sends nothing for this time.",
+    help="Fail if the source sends nothing for this time.",
 )  # fmt: skip
-@click.option("--moved-iou", type=Number(0, 1), default=0.5, show_default=True, help="A smaller IoU means `moved`.")
-@click.option("--allow-none/--no-allow-none", default=True, help="Whether `not in this window` is an answer.")
+@click.option("--moved-iou", type=Number(0, 1), default=0.5, show_default=True, help="Report `moved` below this IoU.")
+@click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent.")
 @backend_options()
 def watch(
     *, source: str, queries: tuple[str, ...], bundle: Path | None, json_file: Path | None, answers: bool,
@@ -56,10 +56,10 @@ def watch(
     """Watch SOURCE for each QUERY, and print when its target appears, moves and leaves.
 
     SOURCE is a video file, an address such as rtsp://camera/stream, or a camera such as /dev/video0 or 0. Ctrl-C or
-    SIGTERM ends the watch in order.
+    SIGTERM stops the watch gracefully.
     """
     if answers and json_file is None:
-        raise BridgeError("options.conflict", "--answers are written to the file of --json; give both.")
+        raise BridgeError("options.conflict", "--answers needs --json, the file to write answers to; add it.")
     _check_output(json_file, source, overwrite)
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
@@ -148,7 +148,7 @@ def clock(seconds: float) -> str:
 
 
 def summary(stats: LiveStats) -> str:
-    """Return what a watch did, in two lines."""
+    """Summarize a watch in two lines."""
     return (
         f"{stats.frames} frames, {stats.answers} rounds; ended: {stats.ended}. Dropped: {stats.dropped_coarse_frames} "
         f"coarse frames, {stats.skipped_answers + stats.late_answers} rounds.\n"

@@ -282,7 +282,7 @@ def test_export_int8_calibrates_what_it_exported(
 
     def calibrating(bundle: Path, out: Path, **options: Any) -> str:
         assert Bundle.load(bundle).manifest.fingerprint == exported.manifest.fingerprint
-        assert options["samples"] == given["samples"] and options["judged"] == given["evaluate"]
+        assert options["samples"] == given["samples"] and options["evaluate"] == given["evaluate"]
         seen.append(bundle)
         if len(seen) == 2:
             raise BridgeError("calibration.no_gain", "no")
