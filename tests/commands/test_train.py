@@ -43,7 +43,7 @@ def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
     assert cli.run([*INIT, "--taps", "0,2", "--dtype", "bf16"]) == 0
     assert "untrained checkpoint" in capsys.readouterr().out
     assert cli.run([*TRAIN, "--freeze-backbone", "--workers", "0", "--device", "cpu", "--precision", "fp32"]) == 0
-    assert "trained holds the checkpoint" in capsys.readouterr().out
+    assert "checkpoint trained" in capsys.readouterr().out
     model = load_checkpoint(folder / "trained")
     assert model.spec.language.tapped_layers == (0, 2) and model.config.spatial_decoder.width == 32
     options = json.loads((folder / "trained-training" / "run.json").read_text())
