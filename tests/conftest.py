@@ -29,7 +29,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tokenizer_path: Path) -> BridgeSTG:
     """A small random model whose outputs depend on its inputs."""
-    from tests.model.tiny_model import make_tiny_model
+    from tests.bridge_stg.model.tiny_model import make_tiny_model
 
     return make_tiny_model(tokenizer_path)
 

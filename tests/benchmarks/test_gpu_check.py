@@ -30,7 +30,8 @@ def has_gpu() -> bool:
 def test_it_lists_every_gpu_test_and_says_what_is_missing(has_gpu: bool) -> None:
     done = planned()
     marked = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/demo/chain/test_gpu.py"],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu",
+         "tests/bridge_stg/demo/chain/test_gpu.py"],
         capture_output=True, text=True, timeout=120, cwd=ROOT,
     )  # fmt: skip
     collected = {line.rpartition("::")[2].partition("[")[0] for line in marked.stdout.splitlines() if "::" in line}

@@ -1,0 +1,199 @@
+"""The command line: every fault of its user is one line with a code, and exit code 2; commands are imported late."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import bridge_stg
+from bridge_stg import cli
+from bridge_stg.runtime.errors import BridgeError
+from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "value"),
+    [
+        (["infer"], "options.missing", "VIDEO"),
+        (["infer", "CLIP"], "options.missing", "QUERY"),
+        (["infer", "CLIP", "q", "--threads", "0"], "options.invalid", "--threads"),
+        (["infer", "CLIP", "q", "--threads", "100000"], "options.invalid", "--threads"),
+        (["infer", "CLIP", "q", "--deadline", "0"], "options.invalid", "--deadline"),
+        (["infer", "CLIP", "q", "--deadline", "soon"], "options.invalid", "--deadline"),
+        (["infer", "CLIP", "q", "--deadline", "nan"], "options.invalid", "'nan'"),
+        (["infer", "CLIP", "q", "--json", "r.txt"], "options.invalid", ".json"),
+        (["infer", "CLIP", "q", "--annotate", "a.avi"], "options.invalid", ".mp4 or .png"),
+        (["infer", "CLIP", "q", "--sheet", "s.jpg"], "options.invalid", ".png"),
+        (["infer", "CLIP", "q", "--sheet", "nowhere/s.png"], "options.invalid", "'nowhere'"),
+        (["infer", "CLIP", "q", "--sheet", "folder.png"], "options.invalid", "'folder.png'"),
+        (["infer", "CLIP", "q", "--track", "1,2,3"], "options.invalid", "'1,2,3'"),
+        (["infer", "CLIP", "q", "--track", "1,2,3,4", "--task", "span"], "options.conflict", "--track"),
+        (["infer", "CLIP", "q", "--task", "span", "--sheet", "s.png"], "options.conflict", "--sheet"),
+        (["infer", "CLIP", "q", "--annotate", "CLIP"], "output.is_input", "clip.mp4"),
+        (["infer", "CLIP", "q", "--annotate", "a.png"], "output.bad_suffix", "a.png"),
+        (["infer", "CLIP", "q", "--annotate", "a.png", "--sheet", "./a.png"], "options.conflict", "a.png"),
+        (["infer", "CLIP", "q", "p", "--annotate", "a.mp4", "--json", "r.json"], "options.conflict", "--annotate"),
+        (["infer", "CLIP", "q", "--nonsense"], "options.unknown", "--nonsense"),
+        (["infer", "CLIP", "q", "--nonsense", "--json", "r.json"], "options.unknown", "--nonsense"),
+        (["infer", "CLIP", "q", "--bundle", "nowhere", "--json", "r.json"], "bundle.not_found", "nowhere"),
+        (["infer", "CLIP", "q", "--bundle", "CLIP"], "bundle.not_found", "clip.mp4"),
+        (["infer", "CLIP", "q", "--bundle", "folder.png"], "bundle.not_found", "manifest.json"),
+        (["inspect", "nowhere"], "bundle.not_found", "nowhere"),
+        (["verify", "folder.png"], "bundle.not_found", "manifest.json"),
+        (["verify", "b", "--against", "c"], "options.conflict", "--bisect"),
+        (["doctor", "--json", "more"], "options.usage", "more"),
+        (["export", "nowhere"], "options.missing", "--out"),
+        (["export", "nowhere", "--out", "b", "--variant", "fp4"], "options.invalid", "fp4"),
+        (["export", "nowhere", "--out", "folder.png"], "output.exists", "--overwrite"),
+        (["export", "nowhere", "--out", "b", "--samples", "s"], "options.conflict", "--int8"),
+        (["serve", "b", "--live", "a=0", "--live", "a=1"], "options.conflict", "--live"),
+        (["serve", "b", "--api-key-env", "UNSET_KEY"], "options.invalid", "UNSET_KEY"),
+        (["train-demo", "--vision-steps", "0"], "options.invalid", "--vision-steps"),
+        (["evaluate-demo", "--out", "nowhere/f.json"], "options.invalid", "nowhere"),
+        (["evaluate-demo", "--out", "f.json", "--clips", "0"], "options.invalid", "--clips"),
+        (["nonsense"], "options.usage", "nonsense"),
+    ],
+)
+def test_faults_of_the_user(
+    *,
+    arguments: list[str],
+    code: str,
+    value: str,
+    clip: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(clip.parent)
+    Path("folder.png").mkdir()
+    assert value in complaint([str(clip) if a == "CLIP" else a for a in arguments], capsys, code=code)
+    assert sorted(path.name for path in clip.parent.iterdir()) == ["clip.mp4", "folder.png"]
+
+
+def test_every_bridge_error_is_one_line(
+    fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in _kinds(BridgeError):
+
+        def fail(*arguments: object, kind: type[BridgeError] = kind, **options: object) -> None:
+            error = kind.__new__(kind)
+            BridgeError.__init__(error, "call.deadline", "deadline_s=1 passed\n during “answer”")
+            raise error
+
+        monkeypatch.setattr(FakeGrounder, "open", fail)
+        for more in ([], ["--json", "r.json"]):
+            line = complaint(["infer", "v.mp4", "q", "--bundle", "b", *more], capsys, code="call.deadline")
+            assert line == "Error: deadline_s=1 passed during “answer” [call.deadline]"
+
+
+def test_a_query_may_look_like_an_option(fake: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["infer", "--bundle", "b", "--task", "span", "--sheet", "s.png", "--", "v.mp4", "--json"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def _kinds(kind: type[BridgeError]) -> list[type[BridgeError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in _kinds(child))]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("onnxruntime", "[cpu]"),
+        ("torch", "[export]"),
+        ("transformers.models", "[export]"),
+        ("skimage", "[train]"),
+        ("av", ""),
+    ],
+)
+def test_missing_package_is_named_with_its_extra(
+    module: str, extra: str, fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(FakeGrounder, "open", fail)
+    line = complaint(["infer", "v.mp4", "q", "--bundle", "b"], capsys, code="host.missing_package")
+    assert f"package {module.partition('.')[0]}. " in line and f'pip install "bridge-stg{extra}"' in line
+
+
+def test_missing_module_of_this_package_is_not_hidden(fake: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ModuleNotFoundError("No module named 'bridge_stg.nonsense'", name="bridge_stg.nonsense")
+
+    monkeypatch.setattr(FakeGrounder, "open", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.run(["infer", "v.mp4", "q", "--bundle", "b"])
+
+
+def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def test_shim_runs_from_another_folder(tmp_path: Path) -> None:
+    done = shell(f"{sys.executable} {ROOT / 'cli.py'} infer nowhere.mp4 'a dog' --bundle nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("Error: nowhere") and done.stderr.count("\n") == 1
+
+
+def test_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    script = tmp_path / "many.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from bridge_stg import cli\n"
+        "import click\n"
+        "@cli.app.command()\n"
+        "def many():\n"
+        "    for i in range(200000): click.echo(i)\n"
+        "cli.main()\n"
+    )
+    done = shell(f"{sys.executable} {script} many | head -1", env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert done.stdout == "0\n" and done.stderr == "" and done.returncode == 1
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"  {command} " in listed
+        assert cli.run([command, "--help"]) == 0
+        assert f"Usage: bridge-stg {command} " in capsys.readouterr().out
+    assert cli.run(["--version"]) == 0
+    assert bridge_stg.__version__ in capsys.readouterr().out
+
+
+def test_commands_are_imported_on_first_use_only() -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from bridge_stg import cli\n"
+        "print(*sorted(sys.modules))\n"
+        "cli.run(['build', '--help'])\n"
+        "print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, after = (set(line.split()) for line in (done.stdout.splitlines()[0], done.stdout.splitlines()[-1]))
+    heavy = {"numpy", "av", "PIL", "onnxruntime", "tokenizers", "tqdm", "importlib.metadata", "torch", "onnx"}
+    assert not heavy & before and "bridge_stg.commands.build" not in before
+    assert not heavy & after and "bridge_stg.commands.build" in after and "bridge_stg.commands.evaluate" not in after
+
+
+def test_an_unknown_command_does_not_exist() -> None:
+    context = click.Context(cli.app)
+    assert cli.app.get_command(context, "nonsense") is None
+    assert cli.app.list_commands(context) == sorted(cli.COMMANDS)
+
+
+def test_old_names_of_options_are_accepted() -> None:
+    old = {"build": "--again", "evaluate": "--engine", "infer-many": "--engine", "watch": "--jsonl",
+           "serve": "--max-seconds", "train": "--questions"}  # fmt: skip
+    for name, option in old.items():
+        command = cli.app.get_command(click.Context(cli.app), name)
+        assert command is not None and any(option in parameter.opts for parameter in command.params)

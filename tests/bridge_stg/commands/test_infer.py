@@ -1,0 +1,131 @@
+"""The command `infer`: what it prints and writes, and the bundle that it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import bridge_stg
+from bridge_stg import cli
+from bridge_stg.demo import bundle as demo_bundle
+from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
+
+
+def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = {name: clip.parent / name for name in ("r.json", "a.mp4", "s.png")}
+    files = ["--json", outputs["r.json"], "--annotate", outputs["a.mp4"], "--sheet", outputs["s.png"]]
+    options = ["--threads", "1", "--variant", "primitive", "--deadline", "9", "--no-allow-none", "--bundle", "b"]
+    options += ["--max-visual-tokens", "90"]
+    assert cli.run([str(a) for a in ["infer", clip, "the dog", *files, *options]]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        '"the dog" in 64 × 48',
+        "from 0.40 s to 1.60 s",
+        "low presence",
+        "interpolated",
+        "64 coarse + 128 fine",
+        "coarse frames: 2 per second at 64 × 48 pixels, 8 groups, 64 tokens",
+        "backend: tensorrt 10.15.1 on Orin (SM 87), standard",
+    ):
+        assert part in shown
+    assert fake[0] == (Path("b"), {"backend": "auto", "variant": "primitive", "threads": 1, "wait": False})
+    assert fake[1][1]["deadline_s"] == 9 and fake[1][1]["max_visual_tokens"] == 90
+    document = json.loads(outputs["r.json"].read_text())
+    assert [result["query"] for result in document["results"]] == ["the dog"]
+    assert len(document["results"][0]["boxes"]) == 12
+    assert document["results"][0]["coarse"]["fps"] == 2
+    assert (document["engine"]["backend"], document["engine"]["reason"]) == ("tensorrt", "requested")
+    assert sorted(path.name for path in clip.parent.iterdir()) == ["a.mp4", "clip.mp4", "r.json", "s.png"]
+
+
+def test_infer_reports_an_unverified_bundle(
+    fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["infer", "v.mp4", "q", "--bundle", "b"]) == 0
+    assert "unverified" not in capsys.readouterr().err
+    monkeypatch.setattr(FakeGrounder, "verified", False)
+    assert cli.run(["infer", "v.mp4", "q", "--bundle", "b"]) == 0
+    assert "unverified" in capsys.readouterr().err
+
+
+def test_infer_takes_several_queries(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["infer", str(clip), "the dog", "the ghost", "--bundle", "b", "--json", str(clip.parent / "r.json")]
+    assert cli.run(arguments) == 0
+    assert "not in this video (probability 0.25)" in capsys.readouterr().out
+    results = json.loads((clip.parent / "r.json").read_text())["results"]
+    assert [result["found"] for result in results] == [True, False]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, click.Abort])
+def test_interruption_leaves_nothing(
+    error: type[BaseException],
+    fake: list[Any],
+    clip: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("bridge_stg.runtime.visualize.annotate.FramePainter.paint", fail)
+    out = clip.parent / "a.mp4"
+    assert cli.run(["infer", str(clip), "q", "--bundle", "b", "--annotate", str(out)]) == 130
+    assert [path.name for path in clip.parent.iterdir()] == ["clip.mp4"]
+    assert "[call.cancelled]" in capsys.readouterr().err
+
+
+def test_unwritable_file_is_one_line(
+    fake: list[Any], clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    infer = ["infer", clip, "q", "--bundle", "b"]
+    line = complaint([*infer, "--json", clip.parent / "r.json"], capsys, code="output.disk_full")
+    assert line == f"Error: {clip.parent / 'r.json'}: No space left on device [output.disk_full]"
+    monkeypatch.setattr("PIL.Image.Image.save", fail)
+    line = complaint([*infer, "--sheet", clip.parent / "s.png"], capsys, code="output.disk_full")
+    assert line == f"Error: {clip.parent / 's.png'}: No space left on device [output.disk_full]"
+
+
+def test_names_that_are_no_unicode(fake: list[Any], clip: Path) -> None:
+    name, out = os.fsdecode(b"a\xff.mp4"), clip.parent / "r.json"
+    assert cli.run(["infer", name, "q", "--bundle", "b", "--json", str(out)]) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["video"] == name
+
+
+class TestDemoBundle:
+    """The bundle of `infer` without --bundle."""
+
+    @pytest.fixture(autouse=True)
+    def empty(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(demo_bundle, "SOURCE_TREE", tmp_path / "nowhere")
+
+    @staticmethod
+    def put(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+    def test_built_before_cached(self, tmp_path: Path) -> None:
+        cached = tmp_path / "cache" / "bridge-stg" / bridge_stg.__version__ / "demo"
+        self.put(cached)
+        assert demo_bundle.demo_bundle() == cached
+        self.put(tmp_path / "build/demo/bundle")
+        assert demo_bundle.demo_bundle() == Path("build/demo/bundle")
+
+    def test_nothing_to_export_from(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "--bundle" in complaint(["infer", "v.mp4", "q"], capsys, code="bundle.not_given")
+
+    def test_without_torch(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("assets/demo/checkpoint").mkdir(parents=True)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        line = complaint(["infer", "v.mp4", "q"], capsys, code="bundle.not_given")
+        assert 'pip install "bridge-stg[cpu,export]"' in line

@@ -1,0 +1,28 @@
+"""Groundings as plain text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from bridge_stg.commands.tables import grounding_table
+from bridge_stg.runtime.video.token_budget import CoarseChoice
+from tests.bridge_stg.commands.fake_grounder import FakeVideo
+
+
+def test_table_names_the_limits_of_the_coarse_frames() -> None:
+    coarse = CoarseChoice(0.25, (48, 32), 1, 6, 6, ("max_visual_tokens", "max_positions"))
+    table = grounding_table(dataclasses.replace(FakeVideo().ground("the dog"), coarse=coarse))
+    limits = "6 of 6 tokens; limited by max_visual_tokens, max_positions"
+    assert f"coarse frames: 0.25 per second at 48 × 32 pixels, 1 group, {limits}\n" in table
+
+
+def test_table_shows_at_most_twelve_boxes() -> None:
+    result = FakeVideo().ground("the dog")
+    assert result.boxes is not None and result.tube is not None
+    long = result.tube.at(np.linspace(0.4, 1.6, 500))
+    object.__setattr__(result, "boxes", long)
+    rows = [line for line in grounding_table(result).splitlines() if line.startswith("     ")]
+    assert len(rows) == 1 + 12
+    assert rows[1].split()[0] == "0.40" and rows[-1].split()[0] == "1.60"

@@ -1,0 +1,70 @@
+"""`init` and then `train`, and the faults of their user."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bridge_stg import cli
+from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from tests.bridge_stg.model.published import publish
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    publish(tmp_path / "model", "qwen3_vl")
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "b.png")
+    line = {"image": "b.png", "query": "the car", "boxes": [{"box": [0, 0, 48, 32]}]}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+INIT = [
+    "init",
+    "--backbone",
+    "model",
+    "--out",
+    "new",
+    "--queries",
+    "2",
+    "--decoder-width",
+    "32",
+    "--decoder-layers",
+    "2",
+]
+TRAIN = ["train", "new", "--annotations", "clips.jsonl", "--media", ".", "--out", "trained", "--epochs", "2"]
+
+
+def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
+    assert cli.run([*INIT, "--taps", "0,2", "--dtype", "bf16"]) == 0
+    assert "untrained checkpoint" in capsys.readouterr().out
+    assert cli.run([*TRAIN, "--freeze-backbone", "--workers", "0", "--device", "cpu", "--precision", "fp32"]) == 0
+    assert "checkpoint trained" in capsys.readouterr().out
+    model = load_checkpoint(folder / "trained")
+    assert model.spec.language.tapped_layers == (0, 2) and model.config.spatial_decoder.width == 32
+    options = json.loads((folder / "trained-training" / "run.json").read_text())
+    assert options["parts"] == ["bridging", "spatial"] and options["bf16"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "value"),
+    [
+        ([*INIT, "--taps", "2,1"], "options.invalid", "'2,1'"),
+        ([*INIT, "--taps", "a"], "options.invalid", "'a'"),
+        ([*INIT, "--taps", "9"], "checkpoint.bad_config", "[9]"),
+        ([*INIT, "--decoder-width", "30"], "options.invalid", "30"),
+        (["init", "--backbone", "nowhere", "--out", "new"], "checkpoint.not_found", "nowhere"),
+        ([*TRAIN, "--freeze-backbone", "--train-vision"], "options.conflict", "--train-vision"),
+        (TRAIN, "checkpoint.missing_file", "new"),
+    ],
+)
+def test_faults_are_one_line_and_exit_code_2(folder, capsys, arguments, code, value):
+    assert cli.run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f" [{code}]\n") and value in captured.err
+    assert "Traceback" not in captured.err and not captured.out
+    assert {path.name for path in folder.iterdir()} == {"model", "b.png", "clips.jsonl"}

@@ -1,0 +1,342 @@
+"""Training on annotated clips: labels by the runtime's rules, resumable to the bit, and errors that name the fault."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from bridge_stg.checkpoint.init_checkpoint import init_checkpoint
+from bridge_stg.checkpoint.safetensors_file import read_header
+from bridge_stg.model.backbones import FAMILIES
+from bridge_stg.model.config import BridgingConfig, SpatialDecoderConfig
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.torch_session import TorchSession
+from bridge_stg.runtime.bundle.contracts import GRAPHS
+from bridge_stg.runtime.chain.decode import prefill_video
+from bridge_stg.runtime.chain.vision_pass import coarse_tokens, fine_maps
+from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.training.annotated_clips import read_clips
+from bridge_stg.training.clip_batches import ClipBatch, ClipBatches, TrainingOptions, choose_fine
+from bridge_stg.training.clip_task import ClipTask
+from bridge_stg.training.losses import heat_target
+from bridge_stg.training.train_clips import PARTS, part_of, train_clips
+from tests.bridge_stg.model.published import publish
+from tests.errors import raises
+from tests.fakes.clips import write
+
+CPU = torch.device("cpu")
+SIZE = (96, 64)
+BOXES = [{"time": 1.0, "box": [10, 10, 30, 40]}, {"time": 2.0, "box": [20, 10, 40, 40]}]
+LINES: list[dict[str, Any]] = [
+    {"video": "a.mp4", "query": "the red car", "span": [1.0, 2.5], "boxes": BOXES},
+    {"video": "a.mp4", "query": "the dog", "span": None},
+    {"video": "a.mp4", "query": "the cat moves", "span": [0.5, 2.0]},
+    {"image": "b.png", "query": "the car", "boxes": [{"box": [0, 0, 48, 32]}]},
+]
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    pictures = np.random.default_rng(0).integers(0, 255, (30, 8, 12, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    write(folder / "a.mp4", list(pictures), rate=10)
+    Image.fromarray(pictures[0]).save(folder / "b.png")
+    return folder
+
+
+def annotate(path: Path, lines: list[dict[str, Any]] = LINES) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def annotations(tmp_path) -> Path:
+    return annotate(tmp_path / "clips.jsonl")
+
+
+def make_checkpoint(folder: Path, family: str) -> Path:
+    publish(folder / "model", family, dtype=torch.bfloat16)
+    out = init_checkpoint(
+        folder / "model", folder / "checkpoint", bridging=BridgingConfig(num_queries=2, tapped_layers=(0, 2)),
+        spatial_decoder=SpatialDecoderConfig(width=32, num_layers=2, num_heads=2, ffn_width=64),
+    )  # fmt: skip
+    values = json.loads((out / "config.json").read_text())
+    values["frames"] |= {"coarse_max_pixels": 4096, "coarse_min_pixels": 1024, "fine_max_pixels": 8192,
+                         "fine_min_pixels": 1024}  # fmt: skip
+    (out / "config.json").write_text(json.dumps(values))
+    return out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("made"), "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> BridgeSTG:
+    return load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def of_each_family(request, tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def batches(model: BridgeSTG, checkpoint: Path, media: Any, /, **options: Any) -> ClipBatches:
+    return ClipBatches(
+        model.spec, checkpoint / "tokenizer.json", media, TrainingOptions(**{"fine_frames": 6, **options})
+    )
+
+
+def video_batch(model: BridgeSTG, checkpoint: Path, annotations: Path, media: Path, **options: Any) -> ClipBatch:
+    return batches(model, checkpoint, read_clips(annotations, media)[:1], **options)(0)[0]
+
+
+def test_rows_hold_query_answer_and_bridging_ids(model, checkpoint, annotations, media):
+    batch = video_batch(model, checkpoint, annotations, media)
+    assert model.tokenizer is not None
+    answers = []
+    for row, length in enumerate(batch.length.tolist()):
+        ids = batch.input_ids[row, :length].tolist()
+        assert ids[-2:] == list(model.spec.language.bridging_ids)
+        answers.append(model.tokenizer.decode(ids[:-2]).split("assistant\n")[1])
+        asked = torch.nonzero(batch.target[row] >= 0)[:, 0]
+        assert len(asked) and all(batch.input_ids[row, p + 1] == batch.target[row, p] for p in asked.tolist())
+    # Samples lie at 0, 0.5 …, two a group: the spans 1.0–2.5 and 0.5–2.0 are in groups 1–2 and 0–1.
+    assert answers == ["<1.2 seconds> to <2.2 seconds>", "none", "<0.2 seconds> to <1.2 seconds>"]
+
+
+def test_truth_is_interpolated_and_extended_and_not_counted_where_unknown(model, checkpoint, annotations, media):
+    batch = video_batch(model, checkpoint, annotations, media, fine_frames=100)
+    times = batch.fine_times.numpy()
+    assert np.allclose(times, np.arange(12) / 4, atol=0.051)
+    inside = (times >= 1.0 - 1e-3) & (times < 2.5 - 1e-3)
+    assert np.array_equal(batch.positive[0].numpy(), inside) and not batch.positive[1].any()
+    left = np.interp(times, [1, 2], [10, 20])
+    expected = np.stack([(left + 10) / 96, np.full(12, 25 / 64), np.full(12, 20 / 96), np.full(12, 30 / 64)], -1)
+    np.testing.assert_allclose(batch.boxes[0], expected, atol=1e-6)
+    assert torch.equal(batch.counted[1], batch.mask[1]) and batch.mask.any(-1).all()
+    assert torch.equal(batch.counted[2], batch.mask[2] & ~batch.positive[2]) and batch.positive[2].any()
+
+
+def test_an_image_is_one_frame_at_time_zero(model, checkpoint, annotations, media):
+    batch = batches(model, checkpoint, read_clips(annotations, media)[1:])(0)[0]
+    assert batch.frames.shape[0] == 1 and batch.fine_times.tolist() == [0.0]
+    assert batch.positive.all() and batch.boxes[0, 0].tolist() == [0.25, 0.25, 0.5, 0.5]
+
+
+def test_tracking_queries_print_the_first_box(model, checkpoint, tmp_path, media):
+    boxes = [{"time": 0.0, "box": [0, 0, 48, 32]}, {"time": 2.9, "box": [0, 0, 48, 32]}]
+    lines = [{"video": "a.mp4", "task": "track", "boxes": boxes}]
+    batch = video_batch(model, checkpoint, annotate(tmp_path / "t.jsonl", lines), media)
+    text = model.tokenizer.decode(batch.input_ids[0].tolist())
+    assert "track the object, first at 0 0 500 500" in text and "<0.2 seconds> to <2.2 seconds>" in text
+
+
+def test_batches_follow_from_seed_and_step_and_see_every_clip_once_an_epoch(model, checkpoint, annotations, media):
+    clips = read_clips(annotations, media)
+    first, again, other = (batches(model, checkpoint, clips, seed=seed, questions=2) for seed in (1, 1, 2))
+    one, two = first(3)[0], again(3)[0]
+    assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.fine, two.fine)
+    for epoch in range(3):
+        groups = sorted(first(2 * epoch + i)[0].frames.shape[0] for i in range(2))
+        assert groups == [1, 3]
+    assert any(not torch.equal(first(i)[0].input_ids, other(i)[0].input_ids) for i in range(4))
+    both = batches(model, checkpoint, clips, clips=2)(0)
+    assert sorted(batch.frames.shape[0] for batch in both) == [1, 3]
+
+
+def test_fine_frames_lie_around_a_span():
+    grid, rng = np.arange(400) / 4, np.random.default_rng(0)
+    for _ in range(20):
+        times = choose_fine(rng, grid, [(40.0, 50.0)], rate=4, count=16)
+        assert len(np.unique(times)) == 16 and np.all(np.diff(times) > 0)
+        assert ((times >= 38.5) & (times <= 51.5)).sum() >= 8
+    assert len(choose_fine(rng, grid, [], rate=4, count=16)) == 16
+    assert len(choose_fine(rng, grid[:7], [], rate=4, count=16)) == 7
+
+
+def test_the_forward_pass_is_that_of_the_chain(of_each_family, annotations, media):
+    model = load_checkpoint(of_each_family)
+    batch = video_batch(model, of_each_family, annotations, media, fine_frames=100)
+    task = ClipTask(model, device=CPU, bf16=False)
+    with torch.no_grad():
+        suffix = task.language(batch, task.visual_tokens(batch.frames), batch.input_ids)
+        taps = task.taps(batch, suffix)
+        feature_map = task.feature_map(batch.fine)
+        found = model.spatial_decoder.localize(feature_map[None], taps, batch.fine_times[None], batch.mask[None])
+    sessions = {name: TorchSession(name, model) for name in GRAPHS}
+    vision, language, decoder = (sessions[n] for n in ("vision_encoder", "language_model", "spatial_decoder"))
+    tokens = coarse_tokens(vision, model.spec, batch.frames.numpy(), report=Limits().report)
+    cache = language.allocate_cache(batch=1, capacity=len(batch.prefix) + batch.input_ids.shape[1])
+    prefix = prefill_video(language, cache, batch.prefix, tokens, report=Limits().report)
+    maps = fine_maps(vision, model.spec, batch.fine.numpy(), report=Limits().report)
+    for row, length in enumerate(batch.length.tolist()):
+        places = np.arange(length)
+        feeds = {
+            "input_ids": batch.input_ids[row : row + 1, :length].numpy(),
+            "visual_index": np.zeros((1, length), np.int64),
+            "visual_tokens": prefix.no_visual_tokens,
+            "positions": np.broadcast_to(prefix.next_position + places, (3, 1, length)),
+            "cache_position": np.array([prefix.length]),
+            "output_index": places[None, -2:],
+        }
+        asked = language.infer(feeds, cache=cache)["taps"]
+        np.testing.assert_allclose(taps[:, 0, row : row + 1], asked, atol=2e-4)
+        times, mask = batch.fine_times.numpy(), batch.mask[row : row + 1].numpy()
+        feeds = {"feature_map": maps, "taps": asked, "frame_times": times, "frame_mask": mask}
+        boxes = decoder.infer(feeds)["boxes"][0]
+        np.testing.assert_allclose(found.boxes[-1][0, row][mask[0]], boxes[mask[0]], atol=2e-4)
+
+
+def test_everything_is_computed_on_the_models_device(of_each_family, annotations, media):
+    """On `meta`, which mixes with no other device: what works there works on CUDA."""
+    meta = torch.device("meta")
+    model = load_checkpoint(of_each_family, attention="sdpa").to(meta)
+    batch = video_batch(model, of_each_family, annotations, media)
+    task = ClipTask(model, device=meta)
+    with meta:
+        suffix = task.language(batch, task.visual_tokens(task.here(batch.frames)), task.here(batch.input_ids))
+        found = model.spatial_decoder.localize(
+            task.feature_map(task.here(batch.fine))[None], task.taps(batch, suffix),
+            task.here(batch.fine_times)[None], task.here(batch.mask)[None],
+        )  # fmt: skip
+        assert heat_target(found.boxes[-1], 3, 4).device == meta
+    assert {t.device for t in (*suffix, *found.boxes, *found.presence, found.heat, found.summary)} == {meta}
+
+
+def test_the_attention_of_cuda_is_that_of_the_cpu(of_each_family, annotations, media):
+    figures = []
+    for attention in (None, "sdpa"):
+        model = load_checkpoint(of_each_family, attention=attention)
+        batch = video_batch(model, of_each_family, annotations, media)
+        with torch.no_grad():
+            figures.append(ClipTask(model, device=CPU, bf16=False)([batch], 0)[1])
+    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+
+
+NOTHING = {"absent": (LINES[1], ["presence"]), "when alone": ({**LINES[2], "span": [0.0, 9.0]}, [])}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_clips_without_boxes_have_a_finite_loss(model, checkpoint, tmp_path, media, name):
+    line, parts = NOTHING[name]
+    batch = video_batch(model, checkpoint, annotate(tmp_path / "n.jsonl", [line]), media)
+    value, figures = ClipTask(model, device=CPU)([batch], 0)
+    assert torch.isfinite(value)
+    assert set(figures) == {"language", "token_accuracy", *parts, *(f"{part}_accuracy" for part in parts)}
+
+
+def run(checkpoint: Path, annotations: Path, media: Path, out: Path, **options: Any) -> Path:
+    more = {name: options.pop(name) for name in ("device", "resume", "dtype") if name in options}
+    chosen = TrainingOptions(**{"epochs": 2, "fine_frames": 6, "learning_rate": 1e-3, **options})
+    return train_clips(checkpoint, annotations, media, out, options=chosen, workers=0, **more)
+
+
+def changed_parts(before: BridgeSTG, after: BridgeSTG) -> set[str]:
+    pairs = zip(before.named_parameters(), after.parameters())
+    return {part_of(name) for (name, first), second in pairs if not torch.equal(first, second)}
+
+
+@pytest.mark.parametrize("parts", [PARTS[:-1], ("bridging", "spatial"), PARTS], ids=["default", "frozen", "all"])
+def test_only_the_chosen_parts_are_trained(of_each_family, annotations, media, tmp_path, parts):
+    out = run(of_each_family, annotations, media, tmp_path / "new", parts=parts, backbone_scale=100.0)
+    model, trained = load_checkpoint(of_each_family), load_checkpoint(out)
+    assert changed_parts(model, trained) == set(parts) and trained.config == model.config
+    assert {tensor.dtype for tensor in read_header(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in read_header(out / "spatial_decoder.safetensors").values()} == {torch.float32}
+    log = [json.loads(line) for line in (tmp_path / "new-training" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 4 and {"language", "l1", "giou", "heat", "presence", "iou"} <= set(log[-1])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, annotations, media, tmp_path, monkeypatch):
+    monkeypatch.setattr("bridge_stg.training.train_loop.CHECKPOINT_SECONDS", -1.0)
+    whole = run(checkpoint, annotations, media, tmp_path / "whole")
+    loss = ClipTask.__call__
+
+    def die(self: ClipTask, batch: Any, step: int) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return loss(self, batch, step)
+
+    monkeypatch.setattr(ClipTask, "__call__", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, annotations, media, tmp_path / "killed")
+    assert not (tmp_path / "killed").exists()
+    monkeypatch.setattr(ClipTask, "__call__", loss)
+    with raises("training.other_options", "run.json", "seed", 0, 1):
+        run(checkpoint, annotations, media, tmp_path / "killed", seed=1)
+    with raises("training.other_options", "run.json", "annotations"):
+        run(checkpoint, annotate(tmp_path / "b.jsonl", LINES[:1]), media, tmp_path / "killed")
+    resumed = run(checkpoint, annotations, media, tmp_path / "killed")
+    for name in ("model", "bridging", "spatial_decoder"):
+        first, second = (load_file(folder / f"{name}.safetensors") for folder in (whole, resumed))
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_clip_can_be_learned(checkpoint, tmp_path, media):
+    annotations = annotate(tmp_path / "clips.jsonl", LINES[:2])
+    out = run(checkpoint, annotations, media, tmp_path / "new", epochs=40, learning_rate=1e-2, backbone_scale=1.0)
+    figures = []
+    for folder in (checkpoint, out):
+        model = load_checkpoint(folder)
+        batch = video_batch(model, checkpoint, annotations, media, fine_frames=100)
+        with torch.no_grad():
+            figures.append(ClipTask(model, device=CPU, bf16=False)([batch], 0)[1])
+    before, after = figures
+    assert after["language"] < 0.3 * before["language"] and after["iou"] > before["iou"] + 0.3
+
+
+def test_tracking_in_an_image_has_no_language_loss(model, checkpoint, annotations, media, monkeypatch):
+    monkeypatch.setattr("bridge_stg.training.clip_batches.TRACKED", 1.0)
+    batch = batches(model, checkpoint, read_clips(annotations, media)[1:])(0)
+    assert batch[0].target.max() < 0
+    value, figures = ClipTask(model, device=CPU)(batch, 0)
+    assert torch.isfinite(value) and "l1" in figures and "language" not in figures
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "a missing video": ({"video": "z.mp4"}, "missing_media", ["z.mp4"]),
+    "a box outside": (
+        {"boxes": [{"time": 1, "box": [97, 0, 98, 9]}]}, "bad_field", ["'boxes'", "[97", "96 × 64"]
+    ),
+    "a query of nothing": ({"query": "?"}, "bad_field", ["'query'"]),
+    "a span in milliseconds": ({"span": [1000, 2500]}, "bad_field", ["'span'", "1000 s", "3.00 s"]),
+    "a span without its end": ({"span": [1]}, "bad_field", ["'span'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_annotations_are_named(checkpoint, media, tmp_path, name):
+    change, code, values = FAULTS[name]
+    lines = [LINES[0], {**LINES[0], **change}]
+    with raises(f"annotation.{code}", "clips.jsonl:2", *values):
+        run(checkpoint, annotate(tmp_path / "clips.jsonl", lines), media, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_of_a_worker_process_keeps_its_message(checkpoint, media, tmp_path):
+    annotations = annotate(tmp_path / "clips.jsonl", [{**LINES[0], "span": [1000, 2500]}])
+    with raises("annotation.bad_field", "1000 s") as caught:
+        train_clips(checkpoint, annotations, media, tmp_path / "new", workers=1)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_invalid_options_are_rejected_at_once(checkpoint, annotations, media, tmp_path):
+    with raises("training.no_device", "--device cuda:77"):
+        run(checkpoint, annotations, media, tmp_path / "new", device="cuda:77")
+    with raises("options.invalid", "parts", "head"):
+        run(checkpoint, annotations, media, tmp_path / "new", parts=("head",))
+    with raises("annotation.no_media_folder", tmp_path / "nowhere"):
+        run(checkpoint, annotations, tmp_path / "nowhere", tmp_path / "new")
+    (tmp_path / "new").mkdir()
+    with raises("output.exists", tmp_path / "new"):
+        run(checkpoint, annotations, media, tmp_path / "new")
