@@ -141,7 +141,7 @@ def main() -> None:
     """Run the command line and exit."""
     code = run()
     if sys.argv[1:2] == ["infer"] and threading.active_count() == 1:
-        # Everything is written and closed: ending the interpreter in order would only take time.
+        # Everything is written and closed: a regular exit of the interpreter would only take time.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

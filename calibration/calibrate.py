@@ -76,8 +76,8 @@ def calibrate(
         samples: JSON lines whose activations are collected, for ranges and smoothing.
         media: folder of all media; None: the folder of each file of samples.
         select: labelled JSON lines that decide which blocks stay in float. None: `samples`, without their labels.
-        evaluate: labelled JSON lines on which the result is scored; they decide nothing.
-        own_tubes: whether the bundle's own tubes are the truth, for samples without annotations.
+        evaluate: labelled JSON lines on which the result is scored; not used for decisions.
+        own_tubes: whether the bundle's own tubes are the ground truth, for samples without annotations.
         options: all other options.
         overwrite: whether to replace an existing bundle.
         work: folder for intermediate results; None: OUT.calibration.
@@ -141,13 +141,13 @@ def calibrate(
         kept = [block for one in final.graphs.values() for block in one.keep_float]
         keep = dict.fromkeys((*inputs.overrides.keep_float, *kept))
         write_overrides(folder / "overrides.yaml", dataclasses.replace(inputs.overrides, keep_float=tuple(keep)))
-        replace_folder(made, destination, aside=destination.with_name(f".{destination.name}.old{os.getpid()}"))
+        replace_folder(made, destination, backup=destination.with_name(f".{destination.name}.old{os.getpid()}"))
     return result
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What all steps of one calibration use, and the seconds by step so far."""
+    """The state that all steps of one calibration share, and the seconds per step so far."""
 
     inputs: Inputs
     options: Options
@@ -250,7 +250,7 @@ def without_slow_graphs(requested: Recipe, gates: Mapping[str, Gate]) -> Recipe:
     recipe = dataclasses.replace(requested, graphs={**requested.graphs, **closed})
     if not any(recipe.of(name).quantizes for name in GRAPHS):
         found = "; ".join(f"{name}: {gate.why}" for name, gate in gates.items()) or "the recipe keeps all in float"
-        message = f"no graph gains from {requested.name} here ({found}); give --force-int8 GRAPH to quantize it anyway"
+        message = f"no graph gains from {requested.name} here ({found}); pass --force-int8 GRAPH to quantize it anyway"
         raise BridgeError("calibration.no_gain", message)
     return recipe
 

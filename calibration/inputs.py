@@ -34,8 +34,8 @@ class Inputs:
         bundle: the float bundle.
         calibration: samples whose activations are collected.
         select: samples that decide which blocks stay in float; None: the calibration samples.
-        evaluate: samples on which the result is scored; None: it is not.
-        own_tubes: whether the float bundle's own tubes are the truth, instead of annotations.
+        evaluate: samples on which the result is scored; None: it is not scored.
+        own_tubes: whether the float bundle's own tubes are the ground truth, instead of annotations.
         overrides: manual decisions.
         recipe: requested recipe, with `overrides` applied.
         warnings: sentences for the user.
@@ -57,7 +57,7 @@ class Inputs:
 
     @property
     def selection_labelled(self) -> bool:
-        """Whether the annotations of the selection samples are the truth."""
+        """Whether the annotations of the selection samples are the ground truth."""
         return self.select is not None and not self.own_tubes
 
 
@@ -86,7 +86,7 @@ def read_inputs(
             "tubes"
         )
     elif own_tubes:
-        warnings.append("no annotations were used: the float bundle's own tubes are the truth")
+        warnings.append("no annotations were used: the float bundle's own tubes are the ground truth")
     overrides = Overrides() if options.overrides is None else read_overrides(options.overrides)
     recipe = requested_recipe(options, overrides, source)
     warnings += check_backends(source, recipe.parts, options.backends)
@@ -125,7 +125,7 @@ def read_sets(
             )
         sets[name] = read_samples(file, media)
         if name != "calibration" and not sets[name].labelled and not own_tubes:
-            what = f"{file}: not every line has labels (span, boxes); add them, or give --own-tubes"
+            what = f"{file}: not every line has labels (span, boxes); add them, or pass --own-tubes"
             raise BridgeError("calibration.no_labels", what)
     both = [sets[name].entries for name in ("select", "evaluation") if name in sets]
     if len(both) == 2 and (shared := overlap(*both)):
@@ -202,15 +202,15 @@ def _check_source(source: Bundle) -> None:
 
 def _check_out(source: Bundle, out: Path, *, overwrite: bool) -> None:
     if out.resolve() == source.path.resolve():
-        raise BundleError("output.is_input", f"{out}: is the input bundle; give another --out.")
+        raise BundleError("output.is_input", f"{out}: is the input bundle; choose another --out.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not is_bundle(out):
-            raise BundleError("output.exists", f"{out}: exists and is not a bundle. Give another --out.")
+            raise BundleError("output.exists", f"{out}: exists and is not a bundle. Choose another --out.")
         if not overwrite:
-            raise BundleError("output.exists", f"{out} exists. Give --overwrite to replace it, or another --out.")
+            raise BundleError("output.exists", f"{out} exists. Pass --overwrite to replace it, or another --out.")
     folder = next(path for path in (out, *out.resolve().parents) if path.exists())
     weights = sum(entry.size for entry in source.manifest.entries().values())
     needed, free = 2 * weights + RESERVED_BYTES, shutil.disk_usage(folder).free
     if free < needed:
-        what = f"{out}: needs {needed / 1e9:.1f} GB of disk, of which {free / 1e9:.1f} GB are free; make room"
+        what = f"{out}: needs {needed / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB are available"
         raise EngineError("output.disk_full", what)

@@ -46,7 +46,7 @@ def working_in(folder: Path) -> Iterator[Path]:
     """Lock a work folder. Raises BridgeError if it is locked, is not a work folder, or its disk is full."""
     note = folder / NOTE
     if folder.exists() and not note.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        what = f"{folder}: exists and is not the work folder of a calibration. Move it away, or give another --out."
+        what = f"{folder}: exists and is not the work folder of a calibration. Move it away, or choose another --out."
         raise BridgeError("calibration.not_a_work_folder", what)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Find the medium of a sample, and open it as the runtime takes it: a path, a part of a video, a folder of frames."""
+"""Find the media file of a sample, and open it for the runtime: a path, a part of a video, a folder of frames."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class MediaFolder:
     """A folder in which media are found by path, by name, or by name without suffix, at any depth.
 
     Publishers' packages unpack into numbered sub-folders, and containers are converted; only the name stays. The
-    folder is listed once, when the first medium is not at its path.
+    folder is listed once, when the first media file is not at its path.
     """
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
-            what = f"{root} {found}; expected the folder that holds the videos or images. Give --media."
+            what = f"{root} {found}; expected the folder that holds the videos or images. Pass --media."
             raise AnnotationError("annotation.no_media_folder", what)
         self.root = root
 
@@ -61,7 +61,7 @@ class MediaFolder:
 
 
 def video_input(sample: Sample) -> str | Iterator[tuple[float, np.ndarray]]:
-    """Return a sample's medium as `Grounder` takes it: a path, or pairs (seconds from the clip's start, RGB frame)."""
+    """Return a sample's media file as input of `Grounder`: a path, or pairs (seconds from its start, RGB frame)."""
     if sample.media is None:
         raise VideoError("video.not_found", f"{sample.media_name}: was not found in the folder of media")
     if sample.frame_rate is not None:
@@ -86,7 +86,7 @@ def clip_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[floa
                 empty = False
                 yield max(0.0, time - start_s), shown_rgb(frame)
         if empty:
-            what = f"{path}: has no frame between {start_s:.2f} s and {end_s:.2f} s, as annotated; fetch it again"
+            what = f"{path}: has no frame between {start_s:.2f} s and {end_s:.2f} s, as annotated; download it again"
             raise VideoError("video.too_short", what)
 
 
@@ -103,5 +103,5 @@ def folder_frames(folder: Path, frame_rate: float) -> Iterator[tuple[float, np.n
     for index, path in enumerate(frame_files(folder)):
         image = open_image(os.fspath(path))
         if image is None:
-            raise VideoError("video.unreadable", f"{path}: is not an image that can be read; fetch the sequence again")
+            raise VideoError("video.unreadable", f"{path}: is not a readable image; download the sequence again")
         yield index / frame_rate, read_rgb(image, os.fspath(path))

@@ -1,4 +1,4 @@
-"""The field's metrics: frames, boxes and spans in, scores out. Knows nothing of models and files.
+"""The field's standard metrics: scores of frames, boxes and spans. Knows nothing of models and files.
 
 Comparisons with a threshold use `>` or `>=` as the published code does. A tube is scored on the video's own frames:
 S_i are the frames that truth and prediction share, S_u those of either.

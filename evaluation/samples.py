@@ -1,4 +1,4 @@
-"""The samples of a dataset: each has a task, a medium, a query and the annotated truth."""
+"""The samples of a dataset: each has a task, a media file, a query and the annotated ground truth."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Truth:
         inside: bool [N], the frames of the true tube.
         boxes: float32 [N, 4], left, top, right, bottom in pixels; read where `inside`.
         counted: bool [N], the frames that are scored (tracking: the target is visible, and it is not the first frame).
-        size: width and height that the boxes refer to, None if they are those of the medium.
+        size: width and height that the boxes refer to, None if they are those of the media file.
         interval_s: seconds between frames of a clip whose length is unknown: scoring adds frames at this distance on
             both sides.
     """
@@ -46,9 +46,9 @@ class Sample:
         id: unique in the dataset, the same on every machine.
         task: one of `bridge_stg.runtime.chain.tasks.TASKS`.
         media: the video, image, or folder of frames; None if it was not found.
-        media_name: the name by which the medium was searched for.
+        media_name: the name by which the media file was searched for.
         query: what to find; "the object" for a tracking sample without words.
-        read_truth: reads the truth when it is needed; raises AnnotationError.
+        read_truth: reads the ground truth when it is needed; raises AnnotationError.
         group: a part of the dataset that has separate metrics, such as "declarative".
         clip: start and end in seconds of the part of the video to use; None for all of it.
         frame_rate: frames per second of a folder of frames.
@@ -72,7 +72,7 @@ class Dataset:
     Attributes:
         name: name of the dataset.
         split: name of the part of it.
-        samples: all samples, including those without a medium.
+        samples: all samples, including those without a media file.
         annotations: SHA-256 of what was read.
         allow_none: whether "not there" is a possible answer; published datasets guarantee presence.
     """
@@ -106,7 +106,7 @@ def tube_truth(
     times: np.ndarray, inside: np.ndarray, boxes: np.ndarray, *, span: tuple[float, float],
     size: tuple[int, int] | None = None, interval_s: float | None = None,
 ) -> Truth:  # fmt: skip
-    """Return the truth of a target that is in the video: its tube on the annotation's frames; see `Truth`."""
+    """Return the ground truth of a target that is in the video: its tube on the annotation's frames; see `Truth`."""
     return Truth(
         present=True, span=span, times=np.asarray(times, np.float64), inside=np.asarray(inside, bool),
         boxes=np.asarray(boxes, np.float32).reshape(-1, 4), counted=np.ones(len(times), bool), size=size,
@@ -115,13 +115,13 @@ def tube_truth(
 
 
 def span_truth(span: tuple[float, float] | None) -> Truth:
-    """Return the truth of a span without boxes, or of an absent target."""
+    """Return the ground truth of a span without boxes, or of an absent target."""
     nothing = np.zeros(0)
     return Truth(span is not None, span, nothing, nothing.astype(bool), np.zeros((0, 4), np.float32), nothing > 0)
 
 
 def image_truth(box: Sequence[float] | np.ndarray, *, size: tuple[int, int] | None = None) -> Truth:
-    """Return the truth of an image: one frame at time 0 with one box, xyxy in pixels."""
+    """Return the ground truth of an image: one frame at time 0 with one box, xyxy in pixels."""
     one = np.ones(1, bool)
     return Truth(True, None, np.zeros(1), one, np.asarray(box, np.float32).reshape(1, 4), one, size)
 

@@ -1,4 +1,4 @@
-"""Score answers against the truth: the scores of one sample, and the metrics of many.
+"""Score answers against the ground truth: the scores of one sample, and the metrics of many.
 
 Tubes are scored on the annotation's own frames; boxes between the model's frames come from `Tube.at`.
 """
@@ -77,7 +77,7 @@ def tracked(truth: Truth, tube: Tube | None) -> np.ndarray:
 
 
 def covering(truth: Truth, span: tuple[float, float] | None) -> Truth:
-    """Return a truth whose frames extend over a predicted span, if the length of the clip is unknown."""
+    """Return a ground truth whose frames extend over a predicted span, if the length of the clip is unknown."""
     if truth.interval_s is None or span is None or not len(truth.times):
         return truth
     step = truth.interval_s
@@ -138,7 +138,7 @@ def _track_row(truth: Truth, boxes: np.ndarray) -> dict[str, Any]:
 
 
 def _tube(result: Grounding, size: tuple[int, int] | None) -> Tube | None:
-    """Return a result's tube, its boxes scaled from the medium's size to that of the annotation."""
+    """Return a result's tube, its boxes scaled from the media file's size to that of the annotation."""
     source = result.tube if result.tube is not None else result.boxes
     if not result.found or source is None or not len(source.times):
         return None

@@ -85,7 +85,7 @@ def require_room(needed: Estimate, out: Path) -> bool:
     folder = next(path for path in (out, *out.resolve().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed.disk:
-        message = f"{out}: the export needs {gigabytes(needed.disk)} of disk, and {gigabytes(free)} are free; make room"
+        message = f"{out}: the export needs {gigabytes(needed.disk)} of disk, but {gigabytes(free)} are available"
         raise EngineError("output.disk_full", message)
     left = available_bytes()
     if left is None:

@@ -53,8 +53,8 @@ class CallOptions:
         deadline_s: seconds after which the call stops; None for no deadline.
         cancel: a `threading.Event`, or a callable that returns True to stop.
         progress: called as progress(stage, done, total); total is None where it is not known.
-        buffer_frames: most frames of an iterable to keep for the spatial pass; more are thinned evenly.
-        max_visual_tokens: most visual tokens of the coarse frames; a longer video is read in smaller frames, then at a
+        buffer_frames: maximum number of frames of an iterable to keep for the spatial pass; others are dropped evenly.
+        max_visual_tokens: maximum visual tokens of coarse frames; a longer video is read in smaller frames, then at a
             lower rate (see `Grounding.coarse`). None: the model's own limits.
     """
 
@@ -65,7 +65,7 @@ class CallOptions:
     max_visual_tokens: int | None = None
 
     def limits(self) -> Limits:
-        """Start the clock of the call."""
+        """Return the limits of the call, whose clock starts now."""
         return Limits(deadline_s=self.deadline_s, cancel=self.cancel, progress=self.progress)
 
 
@@ -78,8 +78,8 @@ class Grounder:
         sessions: the sessions of the three graphs by name.
         spec: the model's sizes, rates and rules.
         tokenizer: the model's tokenizer.
-        kv_budget_bytes: most bytes of the KV caches of one batch of queries; more queries run in several batches.
-        feature_budget_bytes: most bytes of a video's fine feature maps that are cached between calls.
+        kv_budget_bytes: maximum bytes of the KV caches of one batch of queries; more queries run in several batches.
+        feature_budget_bytes: maximum bytes of a video's fine feature maps that are cached between calls.
         unchanged_tolerance: largest mean change of any patch of the coarse frames, in levels of 0 to 255, at which a
             group is not encoded again; 0: only equal groups (see `vision_pass.deduplicate_frames`).
         verified: whether the graphs were compared with the torch reference when they were exported.
@@ -199,13 +199,13 @@ class Grounder:
     def span(
         self, video: Video, query: str, *, allow_none: bool = True, **options: Unpack[OptionKeywords]
     ) -> Grounding:
-        """Find only when it happens (temporal grounding), without boxes. Arguments and errors as for `ground`."""
+        """Find only the time span of the target (temporal grounding). Arguments and errors as for `ground`."""
         return self._ground(video, query, Task("span", allow_none=allow_none), CallOptions(**options))
 
     def locate(
         self, image: str | os.PathLike[str] | np.ndarray, query: str, **limits: Unpack[CallKeywords]
     ) -> Grounding:
-        """Find the one box of a target that is certainly in an image (referring expression).
+        """Find the box of a target that is known to be in an image (referring expression).
 
         Arguments and errors as for `ground`; a video raises VideoError, too.
         """
@@ -245,7 +245,7 @@ class Grounder:
         cancel: Cancel | None = None,
         **options: Any,
     ) -> LiveWatch:
-        """Watch a live stream: ground standing queries in its last seconds again and again.
+        """Watch a live stream: repeatedly ground standing queries in its last seconds.
 
         Iterate over the result in a `with` block: each `LiveUpdate` contains the answers and events of one round.
 
@@ -280,7 +280,7 @@ class Grounder:
             )
 
     def close(self) -> None:
-        """Close the engines. Calls under way finish; later ones raise EngineError. May be called again."""
+        """Close the engines. Calls under way finish; later ones raise EngineError. Can be called repeatedly."""
         self._chain.usage.close()
 
     def __enter__(self) -> Grounder:

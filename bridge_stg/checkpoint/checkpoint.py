@@ -76,7 +76,7 @@ def save_files(files: Mapping[str, dict[str, torch.Tensor]], folder: Path) -> No
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary sibling folder that becomes `folder` after the block; files of an existing one are replaced."""
+    """Yield a temporary sibling folder that becomes `folder` after the block; files of an existing one are replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

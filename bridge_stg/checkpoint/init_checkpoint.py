@@ -79,7 +79,7 @@ def init_checkpoint(
     """
     backbone, out, report = Path(backbone), Path(out), progress or (lambda stage: None)
     if out.exists():
-        raise CheckpointError("output.exists", f"{out} exists already; give another --out, or remove it")
+        raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
     config = new_config(
         backbone, bridging=bridging or BridgingConfig(), spatial_decoder=spatial_decoder or SpatialDecoderConfig()
     )
@@ -108,7 +108,7 @@ def new_config(folder: Path, *, bridging: BridgingConfig, spatial_decoder: Spati
     check_folder(folder, "a downloaded vision-language model")
     values = read_json(folder / "config.json", hint=DOWNLOAD)
     if values.get("model_type") == MODEL_TYPE:
-        message = f"{folder}: is a Bridge-STG checkpoint already; use it with `train` or `export`"
+        message = f"{folder}: is already a Bridge-STG checkpoint; use it with `train` or `export`"
         raise CheckpointError("checkpoint.not_a_backbone", message)
     family = adapter_of(values)
     mean, std = image_statistics(folder, family.image_mean, family.image_std)

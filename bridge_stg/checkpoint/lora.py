@@ -155,6 +155,6 @@ def deltas_and_replacements(
 def check_target(adapter: Adapter, name: str, key: str, base: Mapping[str, StoredTensor]) -> None:
     """Raise CheckpointError if the model lacks the tensor that an adapter's tensor changes."""
     if key not in base:
-        tied = ". A tied head cannot have an adapter of its own" if key == "lm_head.weight" else ""
+        tied = ". A tied head cannot have its own adapter" if key == "lm_head.weight" else ""
         message = f"{adapter.weights}: {name} would change {key}, which the model does not have"
         raise CheckpointError("checkpoint.bad_adapter", f"{message}; it belongs to another model{tied}")

@@ -104,7 +104,7 @@ class WeightStore(Mapping[str, StoredTensor]):
         if stored.delta is not None:
             stored.delta.add_to(value, read_tensor(stored.delta.a), read_tensor(stored.delta.b))
             if not torch.isfinite(value).all():
-                message = f"{stored.delta.a.path}: merged, {key} is not finite in {stored.dtype}"
+                message = f"{stored.delta.a.path}: {key} is not finite in {stored.dtype} after merging"
                 raise CheckpointError("checkpoint.not_finite", message)
         return value
 
@@ -147,7 +147,7 @@ def shards(index: Path) -> list[Path]:
             raise CheckpointError("checkpoint.missing_file", message)
         missing = sorted(keys - set(read_header(path)))
         if missing:
-            message = f"{path}: misses {list_keys(missing)}, which {index.name} expects there"
+            message = f"{path}: lacks {list_keys(missing)}, which {index.name} expects there"
             raise CheckpointError("checkpoint.missing_tensor", message)
         paths.append(path)
     return paths

@@ -30,7 +30,7 @@ def _show_targets(context: click.Context, parameter: click.Parameter, value: boo
 @variant_option("the one that fits the target")
 @click.option("--precision", help="Required precision of BUNDLE; nothing is converted.")
 @click.option("--profiles", type=PATH, help="YAML file with sizes to compile for (docs/engines.md).")
-@click.option("--overwrite", "--again", "again", is_flag=True, help="Rebuild existing engines.")
+@click.option("--overwrite", "--again", is_flag=True, help="Rebuild existing engines.")
 @click.option("--check-memory/--no-check-memory", default=True, help="Whether to stop if memory may not suffice.")
 @click.option("--layers", is_flag=True, help="Show fused layers and precision per block.")
 def build(bundle: Path, targets: tuple[str, ...], profiles: Path | None, layers: bool, **options: Any) -> None:

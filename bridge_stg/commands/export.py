@@ -41,7 +41,7 @@ def export(
     """Turn a CHECKPOINT folder into a verified bundle that runs without torch."""
     check_int8(int8, dtype, given)
     if out.exists() and not overwrite:
-        raise BridgeError("output.exists", f"{out} already exists. Give --overwrite to replace it, or another --out.")
+        raise BridgeError("output.exists", f"{out} already exists. Pass --overwrite to replace it, or another --out.")
     from bridge_stg.export.export_bundle import export_bundle
     from bridge_stg.export.parity.parity import parity_table
 

@@ -95,7 +95,7 @@ def _check_output(json_file: Path | None, source: str, overwrite: bool) -> None:
         if Path(source).exists() and json_file.samefile(source):
             raise BridgeError("output.is_input", f"{json_file} is the source itself; give another name for --json.")
         if not overwrite and json_file.stat().st_size:
-            what = f"{json_file} already exists. Give --overwrite to replace it, or another --json."
+            what = f"{json_file} already exists. Pass --overwrite to replace it, or another --json."
             raise BridgeError("output.exists", what)
 
 

@@ -126,7 +126,7 @@ class BridgeSTGConfig:
             where: file name for error messages.
 
         Raises:
-            CheckpointError: it is no Bridge-STG config, or a field is unknown, missing or of a wrong type.
+            CheckpointError: it is not a Bridge-STG config, or a field is unknown, missing or of a wrong type.
         """
         values = dict(values)
         model_type = values.pop("model_type", None)

@@ -65,7 +65,7 @@ class TorchSession:
         return TorchCache(cache_spec(self.graph), batch=batch, capacity=capacity, zeros=np.zeros)
 
     def close(self) -> None:
-        """Nothing to free: the model owns its weights."""
+        """Do nothing: the model owns its weights."""
 
 
 def torch_grounder(model: BridgeSTG) -> Grounder:

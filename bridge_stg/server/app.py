@@ -1,4 +1,4 @@
-"""The application: routes, middleware, and one form of answer for every error."""
+"""The application: routes, middleware, and one form of response for every error."""
 
 from __future__ import annotations
 

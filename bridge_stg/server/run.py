@@ -1,4 +1,4 @@
-"""Bind, serve, and shut down in order: the function behind the command `serve`."""
+"""Bind, serve, and shut down gracefully: the function behind the command `serve`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CLOSING_S = 5.0
 REASONS = {
     errno.EADDRINUSE: ("server.port_in_use", "end what listens there, or choose another --port (0 takes a free one)"),
     errno.EACCES: ("server.port_denied", "ports below 1024 need rights that this user lacks; choose another --port"),
-    errno.EADDRNOTAVAIL: ("server.bad_address", "this machine has no such address; give another --host"),
+    errno.EADDRNOTAVAIL: ("server.bad_address", "this machine has no such address; choose another --host"),
 }
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that tells the service at once to stop: its streams would keep connections open forever."""
+    """A Uvicorn server that stops the service first, whose streams would keep connections open forever."""
 
     def __init__(self, service: Service, *, ready: Callable[[], Any] | None = None) -> None:
         settings = service.settings
@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop on SIGINT and SIGTERM; a second signal does not wait for running jobs, a third one for nothing."""
+        """Stop on SIGINT and SIGTERM; a second signal does not wait for running jobs, a third one exits at once."""
         if self._signals == 2:
             logging.getLogger("uvicorn.error").disabled = True  # it would log every task that is cut off
             self.force_exit = True
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
         self.stop()
 
     def stop(self) -> None:
-        """Shut down in order. May be called from any thread or signal handler, and again."""
+        """Shut down gracefully. Can be called repeatedly, from any thread or signal handler."""
         self.should_exit = True
         self.call_soon(self.service.begin_stop)
 

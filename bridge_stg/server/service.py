@@ -58,7 +58,7 @@ class Service:
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
     def begin_stop(self) -> None:
-        """Accept nothing new, let running jobs end, end all streams. In the event loop; may be called again."""
+        """Accept nothing new, let running jobs end, end all streams. In the event loop; can be called repeatedly."""
         if self._closing is None:
             self.stopping = True
             self._closing = asyncio.get_running_loop().create_task(self._drain())
@@ -77,7 +77,7 @@ class Service:
         self.store.close()
 
     def abandon(self) -> None:
-        """Delete everything without waiting, if the event loop ended before `close` could. May be called again."""
+        """Delete everything without waiting, if the event loop ended before `close` could. Can be called repeatedly."""
         for job in self._jobs.values():
             job.over.set()
         self.renderer.close()
@@ -116,7 +116,7 @@ class Service:
         count, most, most_chars = len(queries), self.settings.max_queries, self.settings.max_query_chars
         self.check_open()
         if not queries:
-            raise ApiError(422, "query.empty", "There is no query; say in words what to find.")
+            raise ApiError(422, "query.empty", "The request has no query; describe what to find.")
         if count > most:
             raise ApiError(413, "query.too_many", f"{count} queries; this server accepts at most {most} per job.")
         for query in queries:

@@ -55,7 +55,7 @@ class Settings:
             raise BridgeError("server.weak_key", message)
         if not is_loopback(self.host) and self.api_key is None and not self.insecure:
             message = (
-                f"--host {self.host} can be reached from other machines and no API key is set: give --api-key-env "
+                f"--host {self.host} can be reached from other machines and no API key is set: pass --api-key-env "
                 "NAME, or --insecure if everyone who reaches this port may use it"
             )
             raise BridgeError("server.no_key", message)

@@ -24,7 +24,7 @@ def read_clips(annotations: Path, media: Path) -> list[Clip]:
     missing = [found[0] for name, found in by_media.items() if not (media / name).is_file()]
     if missing:
         more = f", and {len(missing) - 1} more media are missing" if len(missing) > 1 else ""
-        message = f"{missing[0].where}: {media / missing[0].media} is no file{more}; give another --media"
+        message = f"{missing[0].where}: {media / missing[0].media} is not a file{more}; choose another --media"
         raise AnnotationError("annotation.missing_media", message)
     return [Clip(media / name, tuple(map(query_from, found))) for name, found in by_media.items()]
 

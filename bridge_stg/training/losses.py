@@ -33,12 +33,12 @@ def heat_target(boxes: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def spatial_losses(  # noqa: PLR0917 - each is a different tensor or config
-    found: Localization, boxes: Tensor, positive: Tensor, valid: Tensor, grid: tuple[int, int], config: LossConfig
+    output: Localization, boxes: Tensor, positive: Tensor, valid: Tensor, grid: tuple[int, int], config: LossConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return weighted losses by name, and the mean IoU of the last boxes.
 
     Args:
-        found: output of the spatial decoder.
+        output: output of the spatial decoder.
         boxes: true boxes [V, B, F, 4]; only those of positive frames are read.
         positive: bool [V, B, F], whether the target is in the frame.
         valid: bool [V, B, F], whether the frame counts for the query.
@@ -46,35 +46,35 @@ def spatial_losses(  # noqa: PLR0917 - each is a different tensor or config
         config: loss weights.
     """
     positive = positive & valid
-    weights = [0.5] * (len(found.boxes) - 1) + [1.0]
+    weights = [0.5] * (len(output.boxes) - 1) + [1.0]
     total = sum(weights)
     truth = boxes[positive]
     l1 = giou = iou = truth.sum() * 0
-    for weight, predicted in zip(weights, found.boxes):
+    for weight, predicted in zip(weights, output.boxes):
         iou, generalized = box_iou_giou(predicted[positive], truth)
         l1 = l1 + weight / total * (predicted[positive] - truth).abs().sum(-1).mean()
         giou = giou + weight / total * (1 - generalized).mean()
-    share = 1 / len(found.presence)
+    share = 1 / len(output.presence)
     presence = torch.zeros(())
-    for logit in found.presence:
+    for logit in output.presence:
         presence = presence + share * F.binary_cross_entropy_with_logits(logit[valid], positive[valid].float())
-    heat = -(found.heat[positive].float().log_softmax(-1) * heat_target(truth, *grid)).sum(-1).mean()
+    heat = -(output.heat[positive].float().log_softmax(-1) * heat_target(truth, *grid)).sum(-1).mean()
     parts = {
         "l1": config.l1 * l1,
         "giou": config.giou * giou,
         "presence": config.presence * presence,
         "heat": config.heat * heat,
-        "contrastive": config.contrastive * contrastive_loss(found, positive, valid, config.contrastive_temperature),
+        "contrastive": config.contrastive * contrastive_loss(output, positive, valid, config.contrastive_temperature),
     }
     return parts, iou.mean()
 
 
-def contrastive_loss(found: Localization, positive: Tensor, valid: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(output: Localization, positive: Tensor, valid: Tensor, temperature: float) -> Tensor:
     """Return InfoNCE (van den Oord et al., arXiv 1807.03748) between bridging queries and frames.
 
     A query's summary is attracted by the content of frames with the target, and repelled by its other frames.
     """
-    summary, content = F.normalize(found.summary.float(), dim=-1), F.normalize(found.content.float(), dim=-1)
+    summary, content = F.normalize(output.summary.float(), dim=-1), F.normalize(output.content.float(), dim=-1)
     similarity = (summary[:, :, None] * content).sum(-1) / temperature
     others = similarity.masked_fill(positive | ~valid, -1e4).logsumexp(-1, keepdim=True)
     return F.softplus(others - similarity)[positive].mean()

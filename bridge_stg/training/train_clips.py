@@ -70,7 +70,7 @@ def train_clips(
 
     checkpoint, out, options = Path(checkpoint), Path(out), options or TrainingOptions()
     if out.exists():
-        raise CheckpointError("output.exists", f"{out} exists already; give another --out, or remove it")
+        raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
     place = chosen_device(device)
     config = BridgeSTGConfig.load(checkpoint)
     clips = read_clips(Path(annotations), Path(media))
@@ -166,7 +166,7 @@ def same_run(path: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
             if begun.get(name) != value:
                 change = f" from {begun.get(name)!r} to {value!r}" if name in asdict(TrainingOptions()) else ""
                 message = f"{path}: {name} has changed{change} since this training started"
-                hint = "use the same, start again with --no-resume, or give another --out"
+                hint = "use the same, start again with --no-resume, or choose another --out"
                 raise CheckpointError("training.other_options", f"{message}; {hint}")
         return
     path.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")

@@ -138,7 +138,7 @@ class GroundingModel:
         return str(path)
 
     def _answer(self, source: str | bytes, queries: list[_Query], allow_none: bool) -> None:
-        """Ground all queries about a video in one call; if that fails, each in a call of its own."""
+        """Ground all queries about a video in one call; if that fails, each in its own call."""
         options: dict[str, Any] = {
             "cancel": lambda: all(query.request.is_cancelled() for query in queries),
             "deadline_s": self._options.deadline_s or None,
@@ -227,7 +227,7 @@ def _text(value: Any) -> str:
     try:
         return value.decode("utf-8") if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError as error:
-        raise QueryError("query.bad_characters", f"a text is not UTF-8 ({error})") from error
+        raise QueryError("query.bad_characters", f"a string is not UTF-8 ({error})") from error
 
 
 def _key(path: str) -> str:

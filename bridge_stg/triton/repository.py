@@ -61,8 +61,8 @@ def write_repository(
         raise BridgeError("output.is_input", f"{repository} is inside the bundle {source}; choose another folder.")
     ours = (target / CONFIG).is_file() and (target / VERSION / BUNDLE / MANIFEST).is_file()
     if target.exists() and not (overwrite and ours):
-        advice = "give --overwrite to replace it, or another --name" if ours else "choose another --name"
-        raise BridgeError("output.exists", f"{target} exists already: {advice}.")
+        advice = "pass --overwrite to replace it, or another --name" if ours else "choose another --name"
+        raise BridgeError("output.exists", f"{target} already exists: {advice}.")
     partial = repository / f".{serving.name}.partial{uuid.uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)

@@ -182,7 +182,7 @@ def _finish(
         opened = [stack.enter_context(np.load(_shard(folder / SHARDS, place))) for place in range(count)]
         infos = [json.loads(str(shard["info"])) for shard in opened]
         if all("skipped" in info for info in infos):
-            what = f"all {count} calibration samples failed, the first with: {infos[0]['skipped']}"
+            what = f"all {count} calibration samples failed; the first error: {infos[0]['skipped']}"
             raise BridgeError("calibration.all_samples_failed", what)
         for name, observed in activations.items():
             (folder / TENSORS / name).mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ class CalibrationSet:
     Attributes:
         file: file of the samples.
         sha256: SHA-256 of the file.
-        dataset: samples whose media exist. The truth of a line without labels is an absent target.
+        dataset: samples whose media exist. A line without labels has an absent target as ground truth.
         entries: one entry per sample.
         labelled: whether every line has labels.
         missing: ids of the lines whose media do not exist.
@@ -132,7 +132,7 @@ def warnings_of(samples: CalibrationSet, others: Mapping[str, CalibrationSet] | 
             what = ", ".join(map(repr, shared[:3])) + (" …" if len(shared) > 3 else "")
             found.append(
                 f"{len(shared)} of the {count} calibration samples are also in the {name} set ({what}): its scores are "
-                "too good; use other media"
+                "too optimistic; use other media"
             )
     return found
 

@@ -1,6 +1,6 @@
 """Score a bundle by its answers: time spans and boxes, against annotations or against another bundle's tubes.
 
-`evaluation.run.evaluate` asks the samples, so that a killed run resumes; this file turns its rows into scores.
+`evaluation.run.evaluate` runs the samples, so that a killed run resumes; this file turns its rows into scores.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Scores:
         label: the bundle's name in tables.
         samples: number of samples.
         failed: number of samples that ended in an error; they score 0.
-        labelled: whether annotations are the truth; otherwise the reference's own tubes are.
+        labelled: whether annotations are the ground truth; otherwise the reference's own tubes are.
         metrics: name → mean, in 0..1.
         drops: name → mean loss against the reference, sample by sample, in points of 1/100.
         answer_agreement: share of samples with the reference's answer; None without one, as are the next two.
@@ -115,7 +115,7 @@ def score_model(
         dataset: the samples.
         folder: folder of the rows, `folder`/samples/LABEL.jsonl; samples that have a row are not evaluated again.
         reference: scores of the model to compare with, on the same dataset.
-        labelled: whether the dataset's annotations are the truth. If not, the reference's tubes are; without a
+        labelled: whether the dataset's annotations are the ground truth. If not, the reference's tubes are; without a
             reference, the model's own.
         seed: seed of the bootstrap.
         stop_above: drop in points at which to stop early: when the low end of a drop's interval is above it after one
@@ -144,7 +144,7 @@ def score_rows(
     """Score finished rows; see `score_model`."""
     failures = [row["error"] for row in rows.values() if "error" in row]
     if failures and len(failures) == len(rows):
-        what = f"all {len(rows)} samples failed with {label}, the first with: {failures[0]}. Try `infer` on one of them"
+        what = f"all {len(rows)} samples failed with {label}; first error: {failures[0]}. Try `infer` on one of them"
         raise BridgeError("calibration.all_samples_failed", what)
     shares = {name: _agreement(reference.rows[name] if reference else row, row) for name, row in rows.items()}
     values = _by_metric(rows) if labelled else _by_metric(rows, shares)

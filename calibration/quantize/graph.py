@@ -160,7 +160,7 @@ class GraphQuantizer:
                 shape = (k, n) if transposed else (n, k)
                 self._packed[key] = self._weights.write(name, ir.DataType.INT8, shape, eight), eight.scales
         packed, scales = self._packed[key]
-        return self._weights.again(packed, f"{name}_{form}"), scales
+        return self._weights.alias(packed, f"{name}_{form}"), scales
 
     def _store(self, graph: ir.Graph, factors: Mapping[str, Factors]) -> None:
         """Move float tensors into the file of weights, multiplied by their factors."""
@@ -177,7 +177,7 @@ class GraphQuantizer:
             key = (*_place(tensor), *_bytes_of(source.factors))
             if key not in self._copied:
                 self._copied[key] = self._weights.write(name, tensor.dtype, source.shape, source.pieces())
-            value.const_value = self._weights.again(self._copied[key], name)
+            value.const_value = self._weights.alias(self._copied[key], name)
 
 
 def forms_of(recipe: GraphRecipe, matmuls: list[Matmul], tables: list[Table]) -> tuple[dict[str, str], str]:

@@ -43,13 +43,13 @@ class WeightFile:
             self._stream.truncate()
         return self.at(name, dtype, shape, place)
 
-    def again(self, tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
+    def alias(self, tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
         """Return a written tensor under another name."""
         shape = [int(size) for size in tensor.shape]
         return self.at(name, tensor.dtype, shape, (int(tensor.offset or 0), int(tensor.length or 0)))
 
-    def at(self, name: str, dtype: ir.DataType, shape: Iterable[int], place: tuple[int, int]) -> ir.ExternalTensor:
+    def at(self, name: str, dtype: ir.DataType, shape: Iterable[int], span: tuple[int, int]) -> ir.ExternalTensor:
         """Return the external tensor at (offset, bytes)."""
         return ir.ExternalTensor(
-            self._path.name, *place, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent
+            self._path.name, *span, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent
         )

@@ -92,7 +92,7 @@ def choose_float_blocks(
         best = next(one for one in tried if one["kept"] == list(choice.kept))
         limits = f"{options.max_drop:g} points and {options.max_changed:g} % of the answers"
         found = f"the best loses {best['drop']:.2f} points and changes {best['changed']:.1f} % of the answers"
-        advice = "Raise --max-drop or --max-changed, give another --recipe, or leave out --kv8"
+        advice = "Raise --max-drop or --max-changed, choose another --recipe, or leave out --kv8"
         what = f"none of {len(tried)} trials is within {limits}: {found}. {advice}"
         raise BridgeError("calibration.limit_exceeded", what)
     return choice, tried

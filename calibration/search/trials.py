@@ -32,7 +32,7 @@ class RecipeTrials:
         source: the float bundle.
         scales: smoothing and ranges.
         samples: the samples to score on.
-        labelled: whether annotations are the truth; otherwise the source's own tubes are.
+        labelled: whether annotations are the ground truth; otherwise the source's own tubes are.
         work: the work folder.
         base: digest of everything that the scales were computed from.
         session: `backend`, `variant` and `threads` of the sessions.

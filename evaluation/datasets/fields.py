@@ -37,7 +37,7 @@ class Record:
         """Return a string that is not blank."""
         value = self.values.get(field)
         if not isinstance(value, str) or not value.strip():
-            raise self.fault(field, "a text")
+            raise self.fault(field, "a string")
         return value
 
     def number(self, field: str, *, above: float = -math.inf, least: float = -math.inf) -> float:
@@ -56,7 +56,7 @@ class Record:
         return int(value)
 
     def name(self, field: str) -> str:
-        """Return an identifier, which some files write as a number and some as a text."""
+        """Return an identifier, which some files write as a number, others as a string."""
         value = self.values.get(field)
         if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
             raise self.fault(field, "an identifier")

@@ -84,7 +84,7 @@ def read_jsonl(annotations: Sequence[Path], media: Path, *, split: str | None = 
 
 
 def truth_of(annotation: Annotation) -> Truth:
-    """Return the truth of a line.
+    """Return the ground truth of a line.
 
     A tube is scored at the median distance of its boxes, divided into equal parts of at most a tenth of a second. The
     length of the video is unknown: beyond the span, frames continue at that distance.

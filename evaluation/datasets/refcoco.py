@@ -137,9 +137,9 @@ def convert_refs(pickle_file: Path, out: Path) -> int:
             for chunk in json.JSONEncoder(ensure_ascii=False).iterencode(refs):
                 size += file.write(chunk)
                 if size > GROWTH * len(data):
-                    raise ValueError("its values repeat each other without end")
+                    raise ValueError("its values contain a cycle")
     except (pickle.UnpicklingError, ArithmeticError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
             ValueError, AttributeError) as error:  # fmt: skip
-        what = f"{pickle_file}: is not a complete pickle of plain values ({error}). Fetch it again from its publisher."
+        what = f"{pickle_file}: is not a complete pickle of plain values ({error}). Download it again."
         raise AnnotationError("annotation.unsafe_pickle", what) from None
     return len(refs)

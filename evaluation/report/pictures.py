@@ -31,7 +31,7 @@ def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes
     """Return a PNG of a sample and its answers: result rows by model, in the order of the report.
 
     Raises:
-        BridgeError: the medium cannot be read, or the truth is not as published.
+        BridgeError: the media file cannot be read, or the ground truth is not as published.
     """
     truth, image = sample.read_truth(), sample.task == "image"
     predictions = [row.get("prediction") or {} for row in rows.values()]

@@ -88,7 +88,7 @@ def table_text(values: Mapping[str, Any]) -> str:
 
 
 def _main_scores(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the score by which samples are compared, by id; samples without a truth are omitted."""
+    """Return the score by which samples are compared, by id; samples without ground truth are omitted."""
     found = {name: row["scores"].get(MAIN[row["task"]]) for name, row in rows.items()}
     return {name: score for name, score in found.items() if score is not None}
 

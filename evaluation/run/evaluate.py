@@ -48,7 +48,7 @@ class Evaluation:
 
     Attributes:
         dataset: the dataset.
-        found: the samples within this run's limit, over all shards, whose medium was found.
+        found: the samples within this run's limit, over all shards, whose media file was found.
         missing: those whose medium was not found.
         rows: finished samples by model, then by sample id.
         metrics: metrics by model, then by task and group.
@@ -95,14 +95,14 @@ def evaluate(
         progress: called as progress(label, done, total) before the first and after each sample.
 
     Raises:
-        BridgeError: no medium was found, a file in `out` has results of something else, or a model cannot be opened.
-        AnnotationError: the truth of a sample is not as published.
+        BridgeError: no media file was found, a file in `out` has results of another run, or a model cannot be opened.
+        AnnotationError: the ground truth of a sample is not as published.
     """
     report = progress or (lambda label, done, total: None)
     samples = dataset.chosen(limit=limit)
     missing = [sample for sample in samples if sample.media is None]
     if len(missing) == len(samples):
-        what = f"none of the {len(samples)} media of {dataset.name} was found, the first is {missing[0].media_name!r}"
+        what = f"none of the {len(samples)} media of {dataset.name} was found; the first is {missing[0].media_name!r}"
         raise BridgeError("evaluation.no_media", f"{what}. Give the folder that holds them with --media.")
     todo = [sample for sample in dataset.chosen(limit=limit, shard=shard) if sample.media is not None]
     places = {sample.id: place for place, sample in enumerate(dataset.samples)}
@@ -140,7 +140,7 @@ def answer(grounder: Any, numbered: tuple[int, Sample], *, allow_none: bool) -> 
     """Answer one sample, given with its place in the dataset, and return its result row; a failure is part of it.
 
     Raises:
-        AnnotationError: the sample's truth is not as published.
+        AnnotationError: the sample's ground truth is not as published.
         ImportError: a package is missing, which would fail every sample.
     """
     index, sample = numbered

@@ -19,7 +19,7 @@ Answers = Generator[tuple[int, Any], None, None]
 
 @dataclass(frozen=True)
 class Lost:
-    """Takes the place of a result that could not be computed, such as that of a unit which kills its process."""
+    """Marks a result that could not be computed, such as that of a unit that kills its process."""
 
     error: str
 

@@ -61,7 +61,7 @@ def infer_many(
         progress: called as progress(label, done, total) before the first and after each unit.
 
     Raises:
-        BridgeError: `out` has results of something else, or the model cannot be opened.
+        BridgeError: `out` has results of another run, or the model cannot be opened.
         ImportError: a package is missing.
     """
     parquet = out.suffix.lower() == ".parquet"
@@ -69,7 +69,7 @@ def infer_many(
         import pyarrow.parquet  # noqa: F401 - a missing package fails now, not after the work
 
         if out.exists() and not overwrite:
-            raise BridgeError("output.exists", f"{out} exists. Give --overwrite to replace it, or another --out.")
+            raise BridgeError("output.exists", f"{out} exists. Pass --overwrite to replace it, or another --out.")
     lines = out.with_name(f"{out.name}.partial.jsonl") if parquet else out
     options: dict[str, Any] = {"task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens}
     report = progress or (lambda label, done, total: None)

@@ -66,5 +66,5 @@ def write_parquet(lines: Path, ids: Sequence[str], out: Path) -> None:
 
 
 def _unicode(value: Any) -> Any:
-    """Return a text without surrogates, which Parquet does not accept; other values as they are."""
+    """Return a string without surrogates, which Parquet does not accept; other values as they are."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Queries without a truth: a table of (video, query) in JSON lines or CSV, or a folder and queries for its files."""
+"""Queries without labels: a table of (video, query) in JSON lines or CSV, or a folder and queries for its files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Query:
         id: the line's `id`, else its number; in a folder, the file's path and the query's number.
         index: its place among the queries.
         media: the video or image; None if it was not found.
-        video: the name by which the medium was searched for.
+        video: the name by which the media file was searched for.
         text: what to find.
     """
 
@@ -63,9 +63,9 @@ def read_queries(
 
 def _folder_queries(folder: Path, media: Path | None, texts: Sequence[str], suffixes: tuple[str, ...]) -> list[Query]:
     if media is not None:
-        raise BridgeError("options.conflict", f"{folder} is a folder, which holds its media itself; leave out --media.")
+        raise BridgeError("options.conflict", f"{folder} is a folder of media; leave out --media.")
     if not texts or not all(text.strip() for text in texts):
-        raise BridgeError("options.missing", f"{folder} is a folder; give what to find in its files with --query.")
+        raise BridgeError("options.missing", f"{folder} is a folder; pass a query for its files with --query.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not files:
         raise AnnotationError("annotation.empty", f"{folder} has no files to query; expected {', '.join(suffixes)}.")

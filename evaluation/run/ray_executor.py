@@ -195,7 +195,7 @@ class Answering:
         if self._model is None:
             started, opened = ray.get(self._ledger.opening.remote())
             if not opened and started > ATTEMPTS * self._job.workers:
-                what = f"{started - 1} worker processes died while they loaded the model, perhaps for lack of memory"
+                what = f"{started - 1} worker processes died while they loaded the model, probably out of memory"
                 raise EngineError("evaluation.worker_died", f"{what}; give fewer --workers.")
             self._model = self._open.enter_context(self._job.open_model())
             ray.get(self._ledger.opened.remote())

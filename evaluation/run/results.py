@@ -17,7 +17,7 @@ from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import lock_file
 
 SCHEMA = 1
-START_AGAIN = "Give --overwrite to start again, or another --out."
+START_AGAIN = "Pass --overwrite to start again, or another --out."
 
 
 class ResultFile:
@@ -39,7 +39,7 @@ class ResultFile:
             kept: the fields of large rows to keep in memory; None: all.
 
         Raises:
-            BridgeError: the file has results of something else, is damaged, or is being written by another process.
+            BridgeError: the file has results of another run, is damaged, or is being written by another process.
         """
         self.path = path
         self._kept = kept
@@ -48,7 +48,7 @@ class ResultFile:
         path.touch()
         self._file = path.open("r+b")
         try:
-            busy = f"{path} is being written by another evaluation. Wait for it, or give another --out or --shard."
+            busy = f"{path} is being written by another evaluation. Wait for it, or choose another --out or --shard."
             lock_file(self._file.fileno(), message=busy)  # two writers would write every sample twice
             if overwrite:
                 self._file.truncate(0)
@@ -108,7 +108,7 @@ def check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str,
     for name, wanted in flat(expected).items():
         found = flat(header).get(name)
         if found != wanted:
-            what = f"{path} has results of something else: its {name} is {found!r}, now it is {wanted!r}. {START_AGAIN}"
+            what = f"{path} has results of another run: its {name} is {found!r}, now it is {wanted!r}. {START_AGAIN}"
             raise BridgeError("evaluation.other_results", what)
 
 

@@ -45,7 +45,7 @@ def build_like(
             graphs=[engine.graph],
             variant=engine.variant,
             family=engine.key.family,
-            exactly={engine.graph: GraphProfiles(engine.profiles, engine.capacity)},
+            exact_profiles={engine.graph: GraphProfiles(engine.profiles, engine.capacity)},
             report=report,
             say=say,
         )

@@ -37,9 +37,9 @@ def build_engines(
     overrides: Mapping[str, Any] | None = None,
     where: str = "--profiles",
     check_memory: bool = True,
-    again: bool = False,
+    overwrite: bool = False,
     family: str | None = None,
-    exactly: Mapping[str, GraphProfiles] | None = None,
+    exact_profiles: Mapping[str, GraphProfiles] | None = None,
     report: Report | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[EngineEntry]:
@@ -56,10 +56,10 @@ def build_engines(
         overrides: result of `profiles.read_overrides`.
         where: file of the overrides, for messages.
         check_memory: whether to stop where the estimate exceeds the memory of this machine or the target.
-        again: whether to compile engines that exist.
+        overwrite: whether to rebuild existing engines.
         family: TensorRT family for the target `this`, a key of `engine_cache.FAMILIES`; None for the first that is
             installed.
-        exactly: profiles by graph to use unchanged, instead of the defaults with `overrides`.
+        exact_profiles: profiles by graph to use unchanged, instead of the defaults with `overrides`.
         report: called with phase, step and number of steps; may raise to stop.
         say: called with each line for the user.
 
@@ -71,14 +71,14 @@ def build_engines(
     for name in dict.fromkeys(targets):
         builds += select_builds(
             bundle, name, graphs=graphs, variant=variant, precision=precision, overrides=overrides, where=where,
-            say=say, family=family, exactly=exactly,
+            say=say, family=family, exact_profiles=exact_profiles,
         )  # fmt: skip
     if check_memory:
         for build in builds:
             check_room(build)
     entries = []
     for build in builds:
-        found = None if again else _existing(bundle, build, say)
+        found = None if overwrite else _existing(bundle, build, say)
         entries.append(found or _compile(bundle, build, report, say))
     return entries
 

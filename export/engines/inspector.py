@@ -36,17 +36,17 @@ def inspected_kernels(library: TensorRT, plan: Any) -> list[Kernel]:
     """
     size, left = memoryview(plan).nbytes, available_bytes()
     if left is not None and left < ROOM * size:
-        message = f"no report on its layers: opening an engine of {gigabytes(size)} needs more memory than is available"
+        message = f"cannot report its layers: opening an engine of {gigabytes(size)} exceeds the available memory"
         raise EngineError("engine.out_of_memory", message)
     engine = library.runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        message = f"no report on its layers: TensorRT {library.version} cannot open it: {library.reason()}"
+        message = f"cannot report its layers: TensorRT {library.version} cannot open it: {library.reason()}"
         raise EngineError("engine.no_layers", message)
     text = engine.create_engine_inspector().get_engine_information(library.module.LayerInformationFormat.JSON)
     layers = json.loads(text).get("Layers", [])
     kernels = [_kernel(layer) for layer in layers if isinstance(layer, dict)]
     if not any(kernel.nodes for kernel in kernels):
-        message = f"no report on its layers: TensorRT {library.version} names no node of the graph in them"
+        message = f"cannot report its layers: TensorRT {library.version} names no node of the graph in them"
         raise EngineError("engine.no_layers", message)
     return kernels
 

@@ -213,7 +213,7 @@ def _read_ranges(graph: GraphSpec, given: Any, free: tuple[str, ...], place: str
     for symbol, sizes in given.items():
         listed = [sizes] * 3 if type(sizes) is int else sizes
         if not isinstance(listed, list) or len(listed) != 3 or any(type(size) is not int for size in listed):
-            raise _bad(f"{place}.{symbol} is {sizes!r}, expected [least, usual, largest] or one number")
+            raise _bad(f"{place}.{symbol} is {sizes!r}, expected [min, opt, max] or one number")
         least, usual, largest = listed
         low, high = graph.ranges.get(symbol, (1, None))
         if not low <= least <= usual <= largest or (high is not None and largest > high):

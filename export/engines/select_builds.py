@@ -91,7 +91,7 @@ def select_builds(
     where: str,
     say: Callable[[str], Any],
     family: str | None,
-    exactly: Mapping[str, GraphProfiles] | None,
+    exact_profiles: Mapping[str, GraphProfiles] | None,
 ) -> list[Build]:
     """Return the engines of one target, checked except for memory. See `build_engines` for arguments and errors."""
     named = targets.find_target(name) if name != "this" else None
@@ -111,7 +111,7 @@ def select_builds(
         _check_variant(target, graph, version)
         for sentence in _check_support(target, graph, version):
             say(sentence)
-        profiles = (exactly or {}).get(graph.name)
+        profiles = (exact_profiles or {}).get(graph.name)
         if profiles is None:
             profiles = profiles_of(graph, bundle.manifest.spec, overrides=overrides, where=where)
         builds.append(Build(graph, target, profiles, tensorrt))
@@ -192,7 +192,7 @@ def check_room(build: Build) -> None:
     needed, left = build.needed_bytes, available_bytes()
     if left is not None and left < needed:
         needs = (
-            f"compiling {build.graph} needs about {gigabytes(needed)} of memory, and {gigabytes(left)} are available"
+            f"compiling {build.graph} needs about {gigabytes(needed)} of memory, but {gigabytes(left)} are available"
         )
         advice = "Close other programs, or use a machine with more; --no-check-memory skips this check"
         raise EngineError("engine.out_of_memory", f"{needs}. {advice}")

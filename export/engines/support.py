@@ -1,4 +1,4 @@
-"""The table of how each engine runs each recipe, with the evidence of every row; `calibrate` and `build` obey it.
+"""The table of how each engine runs each recipe, with the evidence of every row; `calibrate` and `build` follow it.
 
 Verdicts: `native`, the engine multiplies integers (w8a8) or reads them inside the matmul (w8, w4, kv8); `falls back`,
 it converts integers to floats first, which saves memory but no time; `unsupported`, it does not run. Imports no engine.
@@ -27,7 +27,7 @@ class Support:
         targets: engines that the row applies to.
         recipes: quantization recipes: `w8a8`, `w8`, `w4`, or `kv8` for the KV cache.
         verdict: `native`, `falls back` or `unsupported`.
-        checked: `run` or `compiled` if a test of this repository repeats it, `documentation` if nobody ran it here.
+        checked: `run` or `compiled` if a test of this repository reproduces it, `documentation` if it was not run here.
         evidence: observation and its source.
         variants: variants of the graphs.
         dtypes: float types of the graphs.

@@ -114,7 +114,7 @@ def check_installed(target: EngineTarget, *, version: str, sm: int | None) -> En
     Raises EngineError if the version is out of the target's range, or the GPU is another one.
     """
     if not target.since <= version_numbers(version) < target.before:
-        found = f"target {target.name} takes {target.versions()}, and {version} is installed"
+        found = f"target {target.name} requires {target.versions()}, but {version} is installed"
         raise EngineError("engine.wrong_version", f"{found}. Install one of these, or use --target this")
     return target if target.ahead_of_time else check_device(target, sm)
 
@@ -123,7 +123,7 @@ def check_device(target: EngineTarget, sm: int | None) -> EngineTarget:
     """Return a target that is compiled on the device, narrowed to this machine's GPU; see `check_installed`."""
     if sm is None or sm not in target.sms:
         here = "no GPU was found here" if sm is None else f"the GPU here is SM {sm}"
-        message = f"target {target.name} is SM {' or '.join(map(str, target.sms))}, and {here}. {ON_THE_DEVICE}"
+        message = f"target {target.name} is for SM {' or '.join(map(str, target.sms))}, but {here}. {ON_THE_DEVICE}"
         raise EngineError("engine.no_device", message)
     return dataclasses.replace(target, sms=(sm,))
 

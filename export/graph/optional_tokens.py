@@ -1,4 +1,4 @@
-"""Make the visual tokens of a vision encoder optional: the fine pass needs feature maps alone.
+"""Make the visual tokens of a vision encoder optional: the fine pass only needs feature maps.
 
 onnxruntime computes every output of a graph. So the mergers, which only `visual_tokens` needs, get the requested number
 of groups. The number is an initializer that a call may override (in ONNX an input may have a default), so the contract

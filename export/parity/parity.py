@@ -96,7 +96,7 @@ def require(parity: Parity) -> None:
         f"the exported graphs differ from torch at {count} of {len(parity.boundaries)} boundaries, first {first.name}"
     )
     advice = "Nothing was written. Check the versions of packages against the project's constraints.txt"
-    raise EngineError("export.parity", f"{where}: {found}; allowed are {allowed}. {advice}")
+    raise EngineError("export.parity", f"{where}: {found}; allowed: {allowed}. {advice}")
 
 
 def parity_table(bundle: Path | str) -> str:
@@ -114,5 +114,5 @@ def parity_table(bundle: Path | str) -> str:
     return (
         f"{format_table(list(worst.values()))}\n"
         f"Each is the worst of several sizes ({len(compared)} comparisons), against {report['reference']}.{iou}\n"
-        f"Other inputs move the reference, relative to its norm, by: {moved}"
+        f"Relative change of the reference with other inputs: {moved}"
     )

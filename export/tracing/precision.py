@@ -21,7 +21,7 @@ MATMULS = frozenset({"MatMul", "Gemm", "Conv", "Attention"})
 """Operators that compute in the low precision; engines accumulate them in fp32.
 
 `Attention` includes a softmax. TensorRT's parser does not support `softmax_precision`, but its fused kernels keep the
-softmax in fp32. In the variant `primitive` softmax is a node of its own.
+softmax in fp32. In the variant `primitive` softmax is a separate node.
 """
 
 BF16_CONV_SINCE = 22

@@ -1,1 +1,1 @@
-"""What runs graphs: onnxruntime on CPU and GPU, TensorRT, and how one is chosen."""
+"""The backends that run graphs, onnxruntime on CPU and GPU and TensorRT, and the choice of one."""

@@ -97,24 +97,24 @@ Version = Callable[[str], "str | None"]
 
 
 def diagnose(
-    *, found: Machine | None = None, version: Version = installed_version, load: Callable[[str], Any] | None = None
+    *, facts: Machine | None = None, version: Version = installed_version, load: Callable[[str], Any] | None = None
 ) -> Diagnosis:
     """Check this machine and the packages of this Python.
 
     Args:
-        found: facts about the machine; None: this machine.
+        facts: facts about the machine; None: this machine.
         version: returns the installed version of a package.
         load: imports a module, or opens a shared library if the name ends in .so and a number; None: the real ones.
     """
-    found, load = found or machine(), load or _load
+    facts, load = facts or machine(), load or _load
     packages = {name: version(name) for name in NEEDED}
     flavours = {name: v for name in FLAVOURS if (v := version(name)) is not None}
     providers, broken = _providers(load, bool(flavours))
     tensorrt = {name: v for name in TENSORRT if (v := version(name)) is not None}
     tensorrt |= {name: v for name in TENSORRT_LIBRARIES if (v := _library_version(load, name)) is not None}
-    states = tuple(_state(backend, found, version, providers, load) for backend in BACKENDS)
+    states = tuple(_state(backend, facts, version, providers, load) for backend in BACKENDS)
     return Diagnosis(
-        found, packages, flavours, providers, tensorrt, states, (*_problems(packages, flavours, found), *broken)
+        facts, packages, flavours, providers, tensorrt, states, (*_problems(packages, flavours, facts), *broken)
     )
 
 
@@ -141,16 +141,16 @@ def _library_version(load: Callable[[str], Any], name: str) -> str | None:
 
 
 def _state(
-    backend: Backend, found: Machine, version: Version, providers: tuple[str, ...], load: Callable[[str], Any]
+    backend: Backend, facts: Machine, version: Version, providers: tuple[str, ...], load: Callable[[str], Any]
 ) -> BackendState:
     own = next((v for name in backend.distributions if (v := version(name)) is not None), None)
     missing = []
     if own is None:
-        missing.append(Missing(f"the package {backend.distributions[0]}", _command(backend, found)))
+        missing.append(Missing(f"the package {backend.distributions[0]}", _command(backend, facts)))
     elif backend.name in FAMILIES and (problem := _broken(MODULES[FAMILIES[backend.name]], load)):
         missing.append(Missing(f"a {backend.name} that can be imported ({problem})", _reinstall(f"[{backend.extra}]")))
     if backend.on_gpu:
-        missing += _gpu_missing(found, version)
+        missing += _gpu_missing(facts, version)
     provider = PROVIDERS.get(backend.name)
     if own is not None and provider is not None and provider not in providers:
         listed = ", ".join(providers) or "none"
@@ -159,11 +159,11 @@ def _state(
     return BackendState(backend.name, own, tuple(missing))
 
 
-def _command(backend: Backend, found: Machine) -> str:
+def _command(backend: Backend, facts: Machine) -> str:
     """Return the command that installs a backend's package on this machine."""
-    if found.l4t and backend.distributions[0] == "onnxruntime-gpu":
+    if facts.l4t and backend.distributions[0] == "onnxruntime-gpu":
         return "no matching wheel is published for a Jetson: use the backend tensorrt"
-    if found.l4t and backend.name == "tensorrt" and int(found.l4t.partition(".")[0]) < WHEELS_SINCE_L4T:
+    if facts.l4t and backend.name == "tensorrt" and int(facts.l4t.partition(".")[0]) < WHEELS_SINCE_L4T:
         return "sudo apt install python3-libnvinfer (of JetPack), then a venv with --system-site-packages"
     return _install(f"[{backend.extra}]")
 
@@ -180,21 +180,21 @@ def _broken(modules: tuple[str, ...], load: Callable[[str], Any]) -> str | None:
     return "; ".join(problems)
 
 
-def _gpu_missing(found: Machine, version: Version) -> list[Missing]:
+def _gpu_missing(facts: Machine, version: Version) -> list[Missing]:
     missing = []
-    if not found.devices:
-        if found.l4t:
+    if not facts.devices:
+        if facts.l4t:
             command = "sudo apt install nvidia-l4t-cuda; in a container: docker run --runtime nvidia …"
         else:
             command = "sudo ubuntu-drivers install (on Ubuntu); in a container: docker run --gpus all …"
-        missing.append(Missing(f"an NVIDIA GPU ({found.device_problem or 'none is listed'})", command))
+        missing.append(Missing(f"an NVIDIA GPU ({facts.device_problem or 'none is listed'})", command))
     if version("cuda-python") is None and version("cuda-bindings") is None:
-        major = (found.cuda or "13").partition(".")[0]
+        major = (facts.cuda or "13").partition(".")[0]
         missing.append(Missing("the package cuda-python", f'pip install "cuda-python<{int(major) + 1}"'))
     return missing
 
 
-def _problems(packages: dict[str, str | None], flavours: dict[str, str], found: Machine) -> list[Missing]:
+def _problems(packages: dict[str, str | None], flavours: dict[str, str], facts: Machine) -> list[Missing]:
     problems = []
     lacking = [name for name, version in packages.items() if version is None]
     if lacking:
@@ -205,8 +205,8 @@ def _problems(packages: dict[str, str | None], flavours: dict[str, str], found: 
         extra = "[gpu]" if "onnxruntime-gpu" in flavours else "[cpu]"
         what = f"{len(flavours)} flavours of onnxruntime are installed over each other ({names}), so some are damaged"
         problems.append(Missing(what, f"pip uninstall -y {' '.join(flavours)} && {_install(extra)}"))
-    memory = found.memory
-    if found.l4t and memory.largest_block is not None and memory.largest_block < 2**22:
+    memory = facts.memory
+    if facts.l4t and memory.largest_block is not None and memory.largest_block < 2**22:
         size = _size(memory.largest_block)
         what = f"memory is fragmented: the largest contiguous block is {size}, and a GPU allocation may fail"
         command = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory'"
@@ -224,24 +224,24 @@ def _reinstall(extra: str) -> str:
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:
     """Format a diagnosis as text."""
-    found = diagnosis.machine
+    facts = diagnosis.machine
     board = (
-        f"{found.board}, Jetson Linux {found.l4t} (JetPack {found.jetpack or 'unknown'})" if found.l4t else found.board
+        f"{facts.board}, Jetson Linux {facts.l4t} (JetPack {facts.jetpack or 'unknown'})" if facts.l4t else facts.board
     )
     lines = [
-        ("system", f"{found.system}, {found.architecture}, Python {found.python}"),
+        ("system", f"{facts.system}, {facts.architecture}, Python {facts.python}"),
         *([("board", board)] if board else []),
-        ("processor", f"{found.cpu}, {found.cores} cores, {' '.join(found.cpu_flags) or 'no relevant vector flags'}"),
-        ("memory", _memory_line(found)),
-        ("driver", (found.driver or "none") + (f", CUDA up to {found.cuda}" if found.cuda else "")),
+        ("processor", f"{facts.cpu}, {facts.cores} cores, {' '.join(facts.cpu_flags) or 'no relevant vector flags'}"),
+        ("memory", _memory_line(facts)),
+        ("driver", (facts.driver or "none") + (f", CUDA up to {facts.cuda}" if facts.cuda else "")),
     ]
-    for device in found.devices:
+    for device in facts.devices:
         shared = ", shares the host's memory" if device.integrated else ""
         block = "" if device.largest_block is None else f", largest allocation {_size(device.largest_block)}"
         memory = f"{_size(device.free)} of {_size(device.memory)} free"
         lines.append((f"device {device.index}", f"{device.name}, SM {device.sm}, {memory}{block}{shared}"))
-    if not found.devices:
-        lines.append(("device", f"none: {found.device_problem}"))
+    if not facts.devices:
+        lines.append(("device", f"none: {facts.device_problem}"))
     lines += [
         ("packages", ", ".join(f"{name} {version or 'MISSING'}" for name, version in diagnosis.packages.items())),
         ("onnxruntime", ", ".join(f"{name} {version}" for name, version in diagnosis.onnxruntime.items()) or "none"),
@@ -259,8 +259,8 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     return "\n".join(text)
 
 
-def _memory_line(found: Machine) -> str:
-    memory = found.memory
+def _memory_line(facts: Machine) -> str:
+    memory = facts.memory
     line = f"{_size(memory.available)} of {_size(memory.total)} available"
     if memory.largest_block is not None:
         line += f", largest contiguous block {_size(memory.largest_block)} (× {memory.largest_blocks})"

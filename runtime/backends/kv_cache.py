@@ -37,7 +37,7 @@ class BufferedCache(Generic[Buffer]):
         try:
             self.buffers: dict[str, Buffer] = {name: zeros(shape, spec.dtype) for name in spec.past_names}
         except (MemoryError, OutOfDeviceMemory) as error:
-            message = f"no memory for a KV cache of {batch} rows of {capacity} positions: {error}"
+            message = f"not enough memory for a KV cache of {batch} rows of {capacity} positions: {error}"
             raise EngineError("engine.out_of_memory", message) from error
 
     @property

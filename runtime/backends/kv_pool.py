@@ -20,7 +20,7 @@ class KVPool:
 
     Args:
         session: allocates the caches.
-        budget_bytes: most bytes of one batch, and of the unused caches together.
+        budget_bytes: maximum bytes of one batch, and of the unused caches together.
     """
 
     def __init__(self, session: Session, *, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
@@ -33,7 +33,7 @@ class KVPool:
         self._unused: list[KVCache] = []
 
     def take(self, *, batch: int, positions: int) -> KVCache:
-        """Return a cache of `batch` rows of at least `positions` tokens each. Give it back after use."""
+        """Return a cache of `batch` rows of at least `positions` tokens each. Return it with `give` after use."""
         capacity = self._capacity(positions)
         with self._lock:
             fitting = [c for c in self._unused if c.batch == batch and capacity <= c.capacity < 2 * capacity]
@@ -44,7 +44,7 @@ class KVPool:
         return self._session.allocate_cache(batch=batch, capacity=capacity)
 
     def give(self, cache: KVCache) -> None:
-        """Take a cache back. A cache of a failed call must not be given back."""
+        """Take a cache back. The cache of a failed call must not be returned."""
         with self._lock:
             self._unused.append(cache)
             while sum(unused.nbytes for unused in self._unused) > self._budget_bytes:

@@ -42,7 +42,7 @@ class OnnxRuntimeDeviceSession:
         provider: `CUDA`, `TENSORRT` or `TENSORRT_RTX`.
         threads: CPU threads for nodes that the provider leaves to the CPU.
         on_device: outputs that are returned as `DeviceArray`; the others come as numpy arrays.
-        sizes: least, usual and largest size of each symbol, for the two that compile for ranges of shapes.
+        sizes: minimum, optimal and maximum size of each symbol, for the two that compile for ranges of shapes.
         folder: cache folder of the two that compile; None: no cache.
 
     Raises:
@@ -75,8 +75,8 @@ class OnnxRuntimeDeviceSession:
                 arguments = {"providers": [(provider, settings), "CPUExecutionProvider"]}
             self._session: Any = open_file(path, graph, options, **arguments)
             if (found := self._session.get_providers())[0] == "CPUExecutionProvider":
-                message = f"{graph}: onnxruntime left {provider} out and would run on {found[0]}. Its libraries (CUDA, "
-                message += "cuDNN, TensorRT) are missing or of another version: see `python cli.py doctor`"
+                message = f"{graph}: onnxruntime cannot load {provider}, only {found[0]}. Its libraries (CUDA, "
+                message += "cuDNN, TensorRT) are missing or have the wrong version: see `python cli.py doctor`"
                 raise EngineError("engine.not_ready", message)
         except BaseException:
             self.device.close()

@@ -38,7 +38,7 @@ class PendingSession:
         return self.wait().allocate_cache(batch=batch, capacity=capacity)
 
     def close(self) -> None:
-        """See `Session.close`. Waits for a session that is being opened; a later one is not opened any more."""
+        """See `Session.close`. Waits for a session that is being opened; a later one is not opened."""
         if not self._opening.cancel() and self._opening.exception() is None:
             self._opening.result().close()
 

@@ -120,7 +120,7 @@ def _without_bf16(bundle: Bundle, graph: GraphSpec, version: str, device: Device
 
 
 def usual_sizes(spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
-    """Return least, usual and largest size of every symbol of the chain, for providers that compile."""
+    """Return the minimum, optimal and maximum size of every symbol of the chain, for providers that compile."""
     vision, frames, language = spec.vision, spec.frames, spec.language
     patch, side = vision.patch_size, vision.patch_size * vision.merge_size
     least = side * max(1, round(min(frames.coarse_min_pixels, frames.fine_min_pixels) ** 0.5 / side / 4))

@@ -58,11 +58,11 @@ PREFILL_CHUNK = 1024
 
 @dataclass(frozen=True)
 class Preferences:
-    """How a session is called best.
+    """The sizes and inputs with which a session runs best.
 
     Attributes:
-        prefill_chunk: new tokens per call, at most, while a video is prefilled.
-        encoder_patches: patches per call of a vision encoder, at most.
+        prefill_chunk: maximum new tokens per call while a video is prefilled.
+        encoder_patches: maximum patches per call of a vision encoder.
         optional_inputs: inputs beyond the contract that a call may give, such as `contracts.TOKEN_GROUPS`.
     """
 
@@ -262,5 +262,5 @@ def _check_room(graph: GraphSpec, feeds: Mapping[str, Any], symbols: Mapping[str
     if bad.size:
         row = int(bad[0])
         found = f"cache_position of row {row} is {int(positions[row])}"
-        message = f"{graph}: {found}; with {new} new positions that does not fit the cache's {capacity} positions."
+        message = f"{graph}: {found}; with {new} new positions, it exceeds the cache's {capacity} positions."
         raise EngineError("engine.out_of_range", message)

@@ -102,7 +102,7 @@ class BundleWriter:
         values["fingerprint"] = canonical_sha256(values, without="fingerprint")
         (self.folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         self._check_target()
-        replace_folder(self.folder, self.path, aside=self.folder.with_suffix(".old"))
+        replace_folder(self.folder, self.path, backup=self.folder.with_suffix(".old"))
         return self.path
 
     def _check_target(self) -> None:

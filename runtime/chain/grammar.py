@@ -56,7 +56,7 @@ class AnswerGrammar:
 
     @property
     def longest_answer(self) -> int:
-        """Most tokens of an answer."""
+        """Maximum number of tokens of an answer."""
         return max(2 * max(map(len, self.time_ids)) + len(self.between), len(self.none_ids))
 
     def start(self) -> AnswerState:

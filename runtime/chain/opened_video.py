@@ -1,6 +1,6 @@
 """One opened video: its prefix is computed once, then queries are grounded in it, one or many at a time.
 
-The steps of a query, in order, are the lines of `OpenedVideo.ground_within`.
+`OpenedVideo.ground_within` lists the steps of a query in order.
 """
 
 from __future__ import annotations
@@ -135,11 +135,11 @@ class OpenedVideo:
         return self._call([query], Task(allow_none=allow_none), Limits(**limits))[0]
 
     def span(self, query: str, *, allow_none: bool = True, **limits: Unpack[CallKeywords]) -> Grounding:
-        """Find only when it happens, without fine frames and boxes. Arguments and errors as for `ground`."""
+        """Find only the time span of the target, without boxes. Arguments and errors as for `ground`."""
         return self._call([query], Task("span", allow_none=allow_none), Limits(**limits))[0]
 
     def locate(self, query: str, **limits: Unpack[CallKeywords]) -> Grounding:
-        """Find the one box of a target that is certainly in this image. Arguments and errors as for `ground`."""
+        """Find the box of a target that is known to be in this image. Arguments and errors as for `ground`."""
         return self._call([query], Task("image", allow_none=False), Limits(**limits))[0]
 
     def track(
@@ -323,7 +323,7 @@ class OpenedVideo:
         return self._prefix.cache.nbytes + self.features.nbytes
 
     def close(self) -> None:
-        """Close the video. Calls under way finish; later ones raise VideoError. May be called again."""
+        """Close the video. Calls under way finish; later ones raise VideoError. Can be called repeatedly."""
         self._usage.close()
 
     def __enter__(self) -> OpenedVideo:

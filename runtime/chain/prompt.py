@@ -179,7 +179,7 @@ def check_query(spec: PromptSpec, query: str) -> str:
     Raises QueryError like `query_segment`.
     """
     if not isinstance(query, str):
-        raise QueryError("query.not_text", f"a query must be a sentence, found {type(query).__name__}")
+        raise QueryError("query.not_text", f"a query must be a string, found {type(query).__name__}")
     if len(query) > spec.max_query_characters:
         message = f"the query has {len(query):,} characters, and at most {spec.max_query_characters:,} are possible"
         raise QueryError("query.too_long", message)

@@ -115,7 +115,7 @@ class Grounding:
         span: start and end in seconds, half-open; None if not found.
         tube: the boxes as computed, one per fine frame; None if not found, or for the task `span`.
         boxes: one box for every frame of the video inside the span (of a track: for every frame of the video); None
-            where `tube` is.
+            if `tube` is None.
         size: width and height of the video as it is shown, in pixels.
         coarse: rate and size of the frames for the language model, and what limited them.
         answer: the language model's answer as text.
@@ -129,7 +129,7 @@ class Grounding:
             queries of a `ground_many`; `total` is the call's.
         task: the task, one of `bridge_stg.runtime.chain.tasks.TASKS`.
         taps: [T, Q, H], hidden states of the bridging queries in the tapped layers, from which the boxes are computed;
-            input for heads of your own. None if not found. Not in the JSON.
+            input for your own heads. None if not found. Not in the JSON.
     """
 
     query: str

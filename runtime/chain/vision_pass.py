@@ -170,7 +170,7 @@ class FineFeatures:
         session: the vision encoder.
         spec: the model's sizes and rates.
         read: returns the frames at the given indices of the fine grid; called by one thread at a time.
-        budget_bytes: most bytes of the cached maps; the least recently used are dropped first.
+        budget_bytes: maximum bytes of the cached maps; the least recently used are dropped first.
         read_ahead: height and width of the frames, if another thread can read them while a chunk is encoded; None:
             all are read first.
     """

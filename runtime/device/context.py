@@ -49,7 +49,7 @@ class DeviceContext:
         return self
 
     def close(self) -> None:
-        """Count one user less; the last one waits for the running work and frees everything."""
+        """Release one user; the last one waits for the running work and frees everything."""
         with self.lock:
             self._users -= 1
             if self._users > 0 or self.closed:

@@ -45,7 +45,7 @@ class Cuda:
         self.to_device, self.to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self.on_device = kinds.cudaMemcpyDeviceToDevice
         if not self._device_count():
-            raise EngineError("engine.no_device", "CUDA finds no device. Is a GPU visible (CUDA_VISIBLE_DEVICES)?")
+            raise EngineError("engine.no_device", "CUDA finds no device; check the driver and CUDA_VISIBLE_DEVICES.")
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """Make one call and return its value.
@@ -96,7 +96,7 @@ class Cuda:
             found = f"{int(free) / 2**20 if status == self.success else 0:.0f} MiB are free"
             raise OutOfDeviceMemory(
                 "engine.out_of_memory",
-                f"the GPU has no memory for {size / 2**20:.0f} MiB more ({found}). Use smaller budgets, a lower "
+                f"the GPU cannot allocate {size / 2**20:.0f} MiB more ({found}). Use smaller budgets, a lower "
                 "precision or shorter videos, or close other programs on this GPU.",
             ) from error
 

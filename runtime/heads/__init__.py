@@ -1,1 +1,1 @@
-"""Heads: what turns the hidden states and tokens of the LLM into an answer."""
+"""Heads: compute an answer from the hidden states and tokens of the LLM."""

@@ -13,7 +13,7 @@ from bridge_stg.runtime.errors import BridgeError
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the path of a temporary sibling; rename it to `path` after the block, or remove it if the block fails.
+    """Yield the path of a temporary sibling; rename it to `path` after the block, or remove it if the block fails.
 
     The sibling has the same suffix, from which writers of images and videos choose the format.
 
@@ -35,21 +35,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def replace_folder(made: Path, place: Path, *, aside: Path) -> None:
-    """Rename the finished folder `made` to `place`, and remove the folder that was there.
+def replace_folder(source: Path, target: Path, *, backup: Path) -> None:
+    """Rename the finished folder `source` to `target`, and remove the folder that was there.
 
-    If it fails, the old folder stays. It is renamed to `aside` meanwhile: a new name on the same file system.
+    If it fails, the old folder stays. It is renamed to `backup` meanwhile: a new name on the same file system.
     """
-    had_old = place.exists()
+    had_old = target.exists()
     if had_old:
-        os.rename(place, aside)
+        os.rename(target, backup)
     try:
-        os.rename(made, place)
+        os.rename(source, target)
     except BaseException:
         if had_old:
-            os.rename(aside, place)
+            os.rename(backup, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def lock_file(descriptor: int, *, message: str) -> None:

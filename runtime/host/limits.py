@@ -1,6 +1,6 @@
-"""What a caller may impose on one call: a deadline, a cancel signal, a progress callback. Knows nothing of videos.
+"""The limits that a caller may set for one call: deadline, cancel signal, progress callback. Knows nothing of videos.
 
-The same object measures how long each stage took, since a stage is also what an interruption names.
+It also times the stages, since an interruption names the current stage.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Limits:
         progress: see `Progress`.
 
     Raises:
-        BridgeError: the deadline is no number.
+        BridgeError: the deadline is not a number.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Limits:
             message = f"the call was cancelled during {self._stage}, {self.elapsed_s:.2f} s after it began"
             raise Interrupted("call.cancelled", message)
         if self.deadline_s is not None and self.elapsed_s >= self.deadline_s:
-            advice = "give the call more time, a shorter video or fewer queries"
+            advice = "allow more time, or use a shorter video or fewer queries"
             raise Interrupted("call.deadline", f"deadline_s={self.deadline_s:g} passed during {self._stage}; {advice}")
 
     def report(self, done: float, total: float | None) -> None:

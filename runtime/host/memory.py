@@ -1,4 +1,4 @@
-"""The memory of this process: how much it may take, how much it has taken, and when it returns freed blocks."""
+"""The memory of this process: available bytes, peak, and release of freed blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK_BYTES = 2**17
 
 
 def available_bytes(cgroup: Path = CGROUP) -> int | None:
-    """Return the memory that this process may still take, by the system and its control group; None: unknown."""
+    """Return the bytes still available to this process, given its control group; None: unknown."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -48,7 +48,7 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Set the peak to the memory that this process has now. Returns False where the system (not Linux) cannot."""
+    """Reset the peak to the current memory of this process. Return False where that is unsupported (not Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -101,7 +101,7 @@ class UseCount:
                 self._free()
 
     def close(self) -> None:
-        """Reject further calls; free the object now, or when the running calls have ended. May be called again."""
+        """Reject further calls; free the object now, or when the running calls have ended. Can be called repeatedly."""
         with self._lock:
             free_now = not self._closed and not self._active
             self._closed = True

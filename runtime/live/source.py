@@ -146,7 +146,7 @@ def _captured(
             for frame in frames:
                 yield clock.add(frame.pts), partial(shown_rgb, frame)
     except av.FFmpegError as error:
-        text = f"{name} broke off ({_reason(error, timeout_s)}); watch it again when it is back"
+        text = f"{name} was interrupted ({_reason(error, timeout_s)}); watch it again once it is available"
         raise VideoError("live.connection_lost", text) from None
     finally:
         container.close()

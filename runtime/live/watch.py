@@ -1,4 +1,4 @@
-"""Standing queries on a live stream: they are answered again and again for a window that moves with the stream.
+"""Standing queries on a live stream, answered repeatedly for a window that moves with the stream.
 
 A background thread reads and samples the source (`reader`); the caller's thread, which iterates over the watch, runs
 the model. The cost per frame is constant (`window`).
@@ -35,13 +35,13 @@ class LiveOptions:
 
     Attributes:
         every_s: stream time between two rounds of the standing queries, in seconds.
-        window: most coarse frames in the window.
+        window: maximum number of coarse frames in the window.
         allow_none: whether the answer may be that the target is absent.
         deadline_s: seconds after which a round is stopped (counted, no error); None: never.
         duration_s: stream time after which the watch ends; None: at the end of the source.
         stall_s: seconds without a frame after which the watch fails.
         hold_s: seconds for which a frame stays the current one if no other follows.
-        queue_groups: most groups of samples that wait for the model.
+        queue_groups: maximum number of groups of samples that wait for the model.
         moved_iou: overlap with the last reported box below which a target has moved; 0 disables `moved`.
     """
 
@@ -169,7 +169,7 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
         self._stop.set()
 
     def close(self) -> None:
-        """Stop, and close the source and the window. May be called again."""
+        """Stop, and close the source and the window. Can be called repeatedly."""
         self.stop()
         try:
             self._updates.close()  # type: ignore[attr-defined]

@@ -46,9 +46,9 @@ def check_path(path: str | bytes) -> str:
             if not file.read(1):
                 raise VideoError("video.unreadable", f"{path} is empty (0 bytes): copy or record it again")
     except FileNotFoundError:
-        raise VideoError("video.not_found", f"{path or repr(path)}: no such file (looked from {os.getcwd()})") from None
+        raise VideoError("video.not_found", f"{path or repr(path)}: no such file (in {os.getcwd()})") from None
     except PermissionError:
-        raise VideoError("video.no_permission", f"{path}: no permission to read it; change its mode") from None
+        raise VideoError("video.no_permission", f"{path}: no permission to read it; change its permissions") from None
     except (OSError, ValueError) as error:
         raise VideoError("video.unreadable", f"{path!r} cannot be opened: {error}; expected a video or image") from None
     return path

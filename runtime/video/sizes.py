@@ -16,7 +16,7 @@ def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pix
     aspect ratio above 200.
     """
     if height < 1 or width < 1 or max(height, width) / min(height, width) > 200:
-        raise VideoError("video.bad_shape", f"a frame of {width} × {height} pixels: the aspect ratio must be up to 200")
+        raise VideoError("video.bad_shape", f"a frame of {width} × {height} pixels: its aspect ratio must be ≤ 200")
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
         scale = math.sqrt(height * width / max_pixels)

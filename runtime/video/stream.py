@@ -33,7 +33,7 @@ def check_frame(frame: Any, what: str, device: DeviceContext | None = None) -> A
     expected = "expected a uint8 array [height, width, 3] in RGB"
     if is_on_gpu(frame):
         if device is None:
-            raise VideoError("video.wrong_device", f"{what} is on a GPU, graphs run on the CPU; copy it to the host")
+            raise VideoError("video.wrong_device", f"{what} is on a GPU, but graphs run on CPU; copy it to the host")
         try:
             frame = accept(frame, device)
         except EngineError as error:

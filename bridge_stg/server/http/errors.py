@@ -1,4 +1,4 @@
-"""HTTP errors: every answer that is not a success is a status, a stable code and one paragraph of text."""
+"""HTTP errors: every unsuccessful response has a status, a stable code and one paragraph of text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ApiError(HTTPException):
         self.code = code
 
     def to_json(self) -> dict[str, Any]:
-        """Return the body of the answer."""
+        """Return the body of the response."""
         return {"error": self.detail, "code": self.code}
 
 
@@ -73,6 +73,6 @@ def stopping() -> ApiError:
 
 
 def error_response(error: ApiError, metrics: Metrics) -> JSONResponse:
-    """Count an error and return its answer."""
+    """Count an error and return its response."""
     metrics.errors.labels(error.code).inc()
     return JSONResponse(error.to_json(), error.status_code, error.headers)

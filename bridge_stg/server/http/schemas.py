@@ -1,4 +1,4 @@
-"""Schemas of the API's requests and answers, for validation and OpenAPI. `Grounding.to_json` defines a result."""
+"""Schemas of the API's requests and responses, for validation and OpenAPI. `Grounding.to_json` defines a result."""
 
 from __future__ import annotations
 

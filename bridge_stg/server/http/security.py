@@ -1,4 +1,4 @@
-"""Checks of every request before a route runs, and the headers of every answer. Plain ASGI middleware.
+"""Checks of every request before a route runs, and the headers of every response. Plain ASGI middleware.
 
 Without a key the server trusts everyone who can reach it, and on the loopback interface that includes every page in a
 browser of this machine. So the Host header must be a name of this machine (a page that rebinds its own name to
@@ -55,7 +55,7 @@ class Guard:
         self._key = None if settings.api_key is None else _digest(settings.api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -100,11 +100,11 @@ class Guard:
         headers, path, settings = Headers(scope=scope), scope["path"], self._settings
         host = headers.get("host", "").lower()
         if self._active > settings.max_connections:
-            message = "This server has too many clients now."
+            message = "This server has too many clients; try again later."
             raise ApiError(503, "server.too_many_connections", message, retry_after_s=5)
         if self._key is not None:
             if path not in PUBLIC and not path.startswith("/page/") and not self._has_key(headers):
-                message = "This needs the server's API key: send `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+                message = "This server requires an API key: send `Authorization: Bearer KEY` or `X-API-Key: KEY`."
                 raise ApiError(401, "server.unauthorized", message)
         elif not settings.insecure and re.sub(r":\d*$", "", host) not in settings.known_hosts:
             message = "The Host header is not a name of this server; its operator can add it with --allow-host."

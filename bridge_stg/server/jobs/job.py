@@ -23,7 +23,7 @@ ENDED = ("done", "failed", "cancelled")
 
 def job_not_found() -> ApiError:
     """Return the error for a job that does not exist."""
-    return ApiError(404, "server.job_not_found", "This job does not exist, or not any more.")
+    return ApiError(404, "server.job_not_found", "This job does not exist or has expired.")
 
 
 class Job:
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether the job will not change any more."""
+        """Whether the job is done, failed or cancelled."""
         return self.status in ENDED
 
     @property

@@ -46,7 +46,7 @@ class Batch:
     jobs: list[Job]
 
     def over(self) -> bool:
-        """Return whether nobody waits for any of the answers."""
+        """Return whether no client waits for any of the answers."""
         return all(job.over.is_set() for job in self.jobs)
 
     @property

@@ -1,7 +1,7 @@
 """Live queries on the operator's sources: one watch per source, shared by all its clients.
 
 A watch begins with its first client and ends with its last. It answers the distinct queries of all clients, so that
-the source is read and encoded once. It runs in a thread of its own.
+the source is read and encoded once. It runs in its own thread.
 """
 
 from __future__ import annotations
@@ -201,9 +201,9 @@ class LiveHub:
             self._leave(viewer, current)
 
     def newest_frame(self, name: str) -> NewestFrame:
-        """Return the newest frame of a source. Raises ApiError 404 if nobody watches it."""
+        """Return the newest frame of a source. Raises ApiError 404 if no client watches it."""
         if name not in self._watches:
-            raise ApiError(404, "server.frame_not_found", "Nobody watches this source, so it has no frame.")
+            raise ApiError(404, "server.frame_not_found", "No client watches this source; watch it first.")
         return self._watches[name].newest
 
     def stop(self) -> None:
@@ -227,7 +227,7 @@ class LiveHub:
             newest = NewestFrame(self._sources[name], timeout_s=LiveOptions(**self._options).stall_s)
         except VideoError as error:  # it existed when the server started
             logger.error("the live source %s: %s", name, error)
-            message = f"The source {name} does not exist now; the server's log says why."
+            message = f"The source {name} is not available; see the server's log."
             raise ApiError(404, "server.source_not_found", message) from None
         source: Any = newest.source
         return SharedWatch(name, self._grounder.watch(source, queries, **self._options), newest, self._metrics)

@@ -40,7 +40,7 @@ async def health(service: TheService) -> Response:
 
 @router.get("/health/live")
 async def alive() -> dict[str, str]:
-    """Answer as long as the process can."""
+    """Respond as long as the process is alive."""
     return {"status": "ok"}
 
 

@@ -1,6 +1,6 @@
 """Decide whether an uploaded file may be decoded, from its headers and packets, then from one frame.
 
-What a file says of itself is not trusted: its container is detected from its first bytes, its length from its packets.
+The claims of a file are not trusted: its container is detected from its first bytes, its length from its packets.
 Only containers that hold their own data are accepted: no playlist that names other files or addresses reaches FFmpeg.
 """
 
@@ -219,7 +219,7 @@ class _Check:
             return
         message = (
             f"{self.name} has {found}; this server accepts at most {limits.max_duration_s:g} s and "
-            f"{limits.max_frames} frames. Cut out the part that matters."
+            f"{limits.max_frames} frames. Cut it to the relevant part."
         )
         raise ApiError(413, "video.too_long", message)
 

@@ -104,7 +104,7 @@ class Store:
         """Return an upload, and extend its time. Raises ApiError 404."""
         upload = self._uploads.get(upload_id)
         if upload is None:
-            message = "This video does not exist, or not any more; upload it again."
+            message = "This video does not exist or has expired; upload it again."
             raise ApiError(404, "server.video_not_found", message)
         upload.used = time.time()
         return upload
@@ -168,7 +168,7 @@ class Store:
                 Path(file.path).unlink(missing_ok=True)
 
     def remove(self, upload: Upload) -> None:
-        """Delete an upload. May be called again."""
+        """Delete an upload. Can be called repeatedly."""
         if self._uploads.pop(upload.id, None) is not None:
             self.release(upload.file)
 
@@ -177,7 +177,7 @@ class Store:
         return [upload for upload in self._uploads.values() if upload.used < before]
 
     def close(self) -> None:
-        """Delete everything. May be called again, and from any thread."""
+        """Delete everything. Can be called repeatedly, and from any thread."""
         self._uploads.clear()
         self._files.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -196,7 +196,7 @@ class Store:
         self._metrics.uploaded.inc(more)
 
     def _full(self, found: str) -> ApiError:
-        message = f"This server keeps {found} and has no room for more now; delete some or wait."
+        message = f"This server stores {found} and has no room for more; delete some or try again later."
         return ApiError(503, "server.storage_full", message, retry_after_s=60)
 
     def _media_path(self, name: str) -> tuple[Path, os.stat_result]:

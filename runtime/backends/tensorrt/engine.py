@@ -33,7 +33,7 @@ class TensorRTEngine:
         EngineError: TensorRT rejects the plan, or its tensors are not those of the manifest.
 
     Attributes:
-        profiles: least and largest size of every symbol, for each optimization profile.
+        profiles: minimum and maximum size of every symbol, for each optimization profile.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TensorRTEngine:
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
-        """The least and largest size of every symbol, over all profiles."""
+        """The minimum and maximum size of every symbol, over all profiles."""
         symbols = {symbol for spans in self.profiles for symbol in spans}
         return {
             symbol: (min(p[symbol][0] for p in self.profiles), max(p[symbol][1] for p in self.profiles))
@@ -105,7 +105,7 @@ class TensorRTEngine:
         """Return a new context for a profile; each CUDA graph needs its own."""
         context = self.bindings.context(self._engine, cuda_graphs=self._cuda_graphs, kernels=self._kernels)
         if context is None:
-            message = f"{self.graph}: TensorRT has no memory for one more context: {self.bindings.reason()}"
+            message = f"{self.graph}: TensorRT has no memory for another context: {self.bindings.reason()}"
             raise EngineError("engine.out_of_memory", message)
         return _Context(self, context, profile)
 
@@ -160,7 +160,7 @@ class TensorRTEngine:
                 raise EngineError("engine.rejected_engine", message)
 
     def _spans(self, profile: int) -> dict[str, Span]:
-        """Return least and largest size of every symbol in one profile."""
+        """Return the minimum and maximum size of every symbol in one profile."""
         spans: dict[str, Span] = {}
         for tensor in self.graph.inputs:
             least, _, most = (tuple(dims) for dims in self._engine.get_tensor_profile_shape(tensor.name, profile))
@@ -204,7 +204,7 @@ class _Context:
         """Set the address of every tensor, and the scratch memory if it has moved."""
         for name, address in addresses.items():
             if address % ALIGNMENT:
-                message = f"{self._engine.graph}: {name!r} is at {address:#x}, not a multiple of {ALIGNMENT}"
+                message = f"{self._engine.graph}: the address {address:#x} of {name!r} is not a multiple of {ALIGNMENT}"
                 raise EngineError("engine.failed", message)
             if not self._context.set_tensor_address(name, address):
                 self._fail(f"rejects the address of {name!r}")

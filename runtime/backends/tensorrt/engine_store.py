@@ -41,7 +41,7 @@ def writable_folder(bundle: Bundle) -> Path:
 
 @contextmanager
 def new_engine(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder for one engine in `folder`; it is removed after the block unless it was published.
+    """Yield a temporary folder for one engine in `folder`; it is removed after the block unless it was published.
 
     Temporary folders of killed processes of this machine are removed, too.
     """
@@ -83,5 +83,5 @@ def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
     (partial / ABOUT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     place = partial.parent / entry.key.folder(entry.graph, entry.variant)
     place.parent.mkdir(exist_ok=True)
-    replace_folder(partial, place, aside=partial.with_suffix(".old"))
+    replace_folder(partial, place, backup=partial.with_suffix(".old"))
     return dataclasses.replace(entry, folder=str(place))

@@ -111,7 +111,7 @@ def test_what_is_there_is_not_compiled_again(bundle: Bundle, fake: list[dict[str
     assert build_engines(bundle, ["rtx-ada"], graphs=["language_model"], say=said.append) == made
     assert len(fake) == 1 and said[-1].endswith(f": {made[0].folder}")
     build_engines(bundle, ["rtx-ada"], graphs=["language_model"], overrides={"capacity": 512})
-    build_engines(bundle, ["rtx-ada"], graphs=["language_model"], again=True)
+    build_engines(bundle, ["rtx-ada"], graphs=["language_model"], overwrite=True)
     assert len(fake) == 3 and len(read_engines(bundle)) == 2
     assert engine_line(made[0]).startswith("language_model (standard, fp32) for rtx-ada: 0 MB, ")
 

@@ -124,7 +124,7 @@ def diagnosed(found: Machine, packages: dict[str, str], providers: tuple[str, ..
             return Library
         raise OSError(name) if ".so." in name else ModuleNotFoundError(name)
 
-    return diagnose(found=found, version=packages.get, load=load)
+    return diagnose(facts=found, version=packages.get, load=load)
 
 
 def lacks(diagnosis: Diagnosis, backend: str) -> dict[str, str]:

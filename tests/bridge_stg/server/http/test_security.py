@@ -60,7 +60,7 @@ def test_with_the_key_everything_works_and_no_log_holds_it(
 
 def test_another_machines_address_needs_a_key() -> None:
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
-        with pytest.raises(BridgeError, match="no API key is set: give --api-key-env NAME, or --insecure"):
+        with pytest.raises(BridgeError, match="no API key is set: pass --api-key-env NAME, or --insecure"):
             Settings(host=host)
         Settings(host=host, api_key=KEY)
         Settings(host=host, insecure=True)

@@ -325,7 +325,7 @@ def test_engines_that_do_not_fit_are_rejected(machine, variant):
 def test_a_full_device(language_models):
     machine = Machine(language_models, memory=2**20)
     with machine.open("primitive") as session:
-        with raises("engine.out_of_memory", "900 rows of 64 positions", "the GPU has no memory"):
+        with raises("engine.out_of_memory", "900 rows of 64 positions", "the GPU cannot allocate"):
             session.allocate_cache(batch=900, capacity=64)
         cache = session.allocate_cache(batch=1, capacity=64)  # the memory of the failed attempt was freed
         assert session.infer(feeds([[1]], [0]), cache=cache)["logits"].shape == (1, 2, 1, 4)
