@@ -173,7 +173,7 @@ class Run:
 
     @property
     def large(self) -> bool:
-        """Whether memory may not suffice for two open bundles."""
+        """Whether memory may be too small for two open bundles."""
         return sum(graph_bytes(self.source, name) for name in GRAPHS) > LARGE_BYTES
 
     def forced(self, graph: str) -> bool:

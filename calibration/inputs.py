@@ -21,7 +21,7 @@ from bridge_stg.runtime.bundle.writer import is_bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
 
 RESERVED_BYTES = 2**28
-"""Disk space for statistics and reports, beside the bundles."""
+"""Disk space for statistics and reports, in addition to the bundles."""
 
 LISTED = 40
 

@@ -111,7 +111,7 @@ class Recipe:
         return dataclasses.replace(self, graphs={**self.graphs, graph: changed})
 
     def with_graph(self, graph: str, name: str) -> Recipe:
-        """Return the recipe with another one of `GRAPH_RECIPES` for a graph; its `cache` and `keep_float` stay."""
+        """Return the recipe with another of `GRAPH_RECIPES` for a graph, which keeps its `cache` and `keep_float`."""
         if graph not in GRAPHS or name not in GRAPH_RECIPES:
             known = f"{', '.join(GRAPH_RECIPES)}, for one of the graphs {', '.join(GRAPHS)}"
             raise _error(f"the recipe of {graph} is {name!r}; expected one of {known}.")
@@ -156,7 +156,7 @@ class Recipe:
 
 
 def _recipe(language_model: str) -> Recipe:
-    """The vision encoder is best in W8A8 with each of them; the spatial decoder is small and decides the boxes."""
+    """Return a recipe: the vision encoder is best in W8A8, and the small spatial decoder stays in float."""
     vision = dataclasses.replace(GRAPH_RECIPES["w8a8"], embedding=FLOAT)
     language = GRAPH_RECIPES[language_model]
     return Recipe(language_model, dict(zip(GRAPHS, (vision, language, GraphRecipe()), strict=True)))

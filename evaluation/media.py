@@ -29,7 +29,7 @@ class MediaFolder:
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
-            what = f"{root} {found}; expected the folder that holds the videos or images. Pass --media."
+            what = f"{root} {found}; expected the folder of the videos or images. Pass --media."
             raise AnnotationError("annotation.no_media_folder", what)
         self.root = root
 

@@ -90,7 +90,7 @@ class Dataset:
             raise AnnotationError("annotation.duplicate_id", what)
 
     def chosen(self, *, limit: int | None = None, shard: tuple[int, int] = (1, 1)) -> list[Sample]:
-        """Return the first `limit` samples, of these every n-th beginning with the i-th for shard (i, n)."""
+        """Return every n-th of the first `limit` samples, starting with the i-th, for shard (i, n)."""
         index, count = shard
         return list(self.samples[:limit])[index - 1 :: count]
 

@@ -82,7 +82,7 @@ def adapter_folder(folder: Path) -> Adapter | None:
         message = f"{folder}: contains an adapter, and so does {places[1]}; keep one of them"
         raise CheckpointError("checkpoint.bad_adapter", message)
     path, weights = places[0] / CONFIG, places[0] / ADAPTER
-    for file, hint in ((path, "it holds the adapter's scale"), (weights, "pickled adapters are never read: save it "
+    for file, hint in ((path, "it has the adapter's scale"), (weights, "pickled adapters are never read: save it "
                        "again with peft's save_pretrained(…, safe_serialization=True)")):  # fmt: skip
         if not file.is_file():
             message = f"{file}: no such file, but the folder contains the rest of a LoRA adapter; {hint}"

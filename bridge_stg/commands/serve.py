@@ -37,7 +37,7 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need an API key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
 @click.option("--api-key", help="API key that clients must send; visible in `ps`, so prefer --api-key-env.")
-@click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the API key.")
+@click.option("--api-key-env", metavar="NAME", help="Environment variable with the API key.")
 @click.option("--insecure", is_flag=True, help="Let other machines connect without an API key.")
 @click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="Also accept this Host, for proxies.")
 @click.option("--media", type=PATH, help="Folder of videos that clients may request by name.")

@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop on SIGINT and SIGTERM; a second signal does not wait for running jobs, a third one exits at once."""
+        """Stop on SIGINT and SIGTERM; a second signal does not wait for running jobs, a third one exits immediately."""
         if self._signals == 2:
             logging.getLogger("uvicorn.error").disabled = True  # it would log every task that is cut off
             self.force_exit = True

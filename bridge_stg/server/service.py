@@ -53,12 +53,12 @@ class Service:
         self._closing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start to delete what has expired. Called in the server's event loop."""
+        """Start the deletion of expired uploads and jobs. Called in the server's event loop."""
         limit_frames(self.settings.max_pixels)
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
     def begin_stop(self) -> None:
-        """Accept nothing new, let running jobs end, end all streams. In the event loop; can be called repeatedly."""
+        """Reject new requests, finish running jobs, end all streams. Can be called repeatedly, in the event loop."""
         if self._closing is None:
             self.stopping = True
             self._closing = asyncio.get_running_loop().create_task(self._drain())
@@ -94,7 +94,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def job(self, job_id: str) -> Job:
-        """Return a job, and extend its time. Raises ApiError 404."""
+        """Return a job, and extend its expiry time. Raises ApiError 404."""
         job = self._jobs.get(job_id)
         if job is None:
             raise job_not_found()

@@ -60,7 +60,7 @@ class Settings:
             )
             raise BridgeError("server.no_key", message)
         if self.media is not None and not self.media.is_dir():
-            raise BridgeError("server.no_media_folder", f"--media {self.media}: expected a folder that holds videos")
+            raise BridgeError("server.no_media_folder", f"--media {self.media}: expected a folder of videos")
         for name in self.live:
             if not LIVE_NAME.fullmatch(name):
                 message = f"--live {name!r}: expected a name of letters, digits, - and _, as in gate=rtsp://camera/1"

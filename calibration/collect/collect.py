@@ -63,7 +63,7 @@ def collect(
     Args:
         bundle: float bundle; its graphs run in onnxruntime on the CPU.
         samples: samples to run, in their order.
-        folder: folder of the statistics. A killed collection is resumed, a finished one is returned at once.
+        folder: folder of the statistics. A killed collection is resumed, a finished one is returned unchanged.
         seed: seed of the random row choice.
         rows: rows per tensor to keep.
         variant: variant to run; None: the best available one. In place of a variant that a graph pass made, its source
@@ -119,7 +119,7 @@ def collect(
 
 
 def call_kind(graph: str, spec: ModelSpec) -> Kind:
-    """Return the function that tells the kinds of a graph's calls apart, so that rare kinds get their share of rows."""
+    """Return a function that classifies a graph's calls, so that rare kinds get their share of rows."""
     if graph == "language_model":
         bridging = min(spec.language.bridging_ids)
 

@@ -120,7 +120,7 @@ def score_model(
         seed: seed of the bootstrap.
         stop_above: drop in points at which to stop early: when the low end of a drop's interval is above it after one
             of `EARLY_STOPS` samples, the scores are those of the samples so far.
-        fill_rows: writes the rows of the first so many samples (None: of all) in another process; called before each
+        fill_rows: writes the rows of the first n samples (None: all) in another process; called before each
             evaluation.
         progress: see `evaluate`.
 

@@ -107,7 +107,7 @@ def measure_gate(
         after: the quantized bundle.
         cases: folders of recorded cases.
         options: `backend`, `variant` and `threads` of the sessions.
-        side_by_side: whether both are open at once; otherwise one after the other, to save memory.
+        side_by_side: whether both are open at the same time; otherwise one after the other, to save memory.
         rounds: number of replays; the first one does not count.
         forced: see `Gate`.
 

@@ -21,7 +21,7 @@ def stage_seconds(
     """Return the median seconds of each stage by bundle, and the number of measured `clips`.
 
     All samples are grounded as tubes. The first one warms the sessions up and does not count; those that fail are left
-    out. Bundles are open at once if `side_by_side`, otherwise one after the other, to save memory.
+    out. Bundles are open at the same time if `side_by_side`, otherwise one after the other, to save memory.
     """
     groups = [list(bundles)] if side_by_side else [[label] for label in bundles]
     taken: dict[str, dict[str, list[float]]] = {label: {} for label in bundles}

@@ -1,4 +1,4 @@
-"""Evaluate a bundle in a subprocess, since the memory may not suffice for two large models.
+"""Evaluate a bundle in a subprocess, since memory may be too small for two large models.
 
 The subprocess writes the rows, which the parent then reads from disk, and its peak memory.
 """

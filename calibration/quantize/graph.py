@@ -163,7 +163,7 @@ class GraphQuantizer:
         return self._weights.alias(packed, f"{name}_{form}"), scales
 
     def _store(self, graph: ir.Graph, factors: Mapping[str, Factors]) -> None:
-        """Move float tensors into the file of weights, multiplied by their factors."""
+        """Move float tensors into the weight file, multiplied by their factors."""
         for name, value in sorted(graph.initializers.items()):
             tensor = value.const_value
             if tensor is None or not tensor.dtype.is_floating_point():
@@ -196,7 +196,7 @@ def forms_of(recipe: GraphRecipe, matmuls: list[Matmul], tables: list[Table]) ->
 
 
 def _place(tensor: ir.TensorProtocol) -> tuple[Any, ...]:
-    """Return a key that is equal for equal tensors of two variants."""
+    """Return a key that identifies equal tensors of two variants."""
     if isinstance(tensor, ir.ExternalTensor):
         return str(tensor.path), tensor.offset, tensor.length, tuple(tensor.shape)
     return (tensor.tobytes(), tuple(tensor.shape))

@@ -1,4 +1,4 @@
-"""Try a recipe: write its bundle and score it. Each finished trial stays on disk with its answers."""
+"""Try a recipe: write its bundle and score it. Finished trials stay on disk with their answers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RecipeTrials:
         stop_above: float | None = None,
         stage: str = "evaluating a quantized bundle",
     ) -> Scores:
-        """Quantize with a recipe and score the answers on the samples `ids` or all; the bundle is removed again."""
+        """Quantize with a recipe, score the answers on the samples `ids` (None: all), and delete the bundle."""
         session = dict(self.session)
         key = digest(self.base, recipe.to_dict(), self.samples.digest, self.labelled, ids, stop_above, session)
         folder = self.work / "trials" / key
@@ -121,6 +121,6 @@ class RecipeTrials:
         )  # fmt: skip
 
     def spread_ids(self, count: int) -> list[str]:
-        """Return the ids of at most `count` samples, evenly over all."""
+        """Return the ids of at most `count` evenly spaced samples."""
         ids = [sample.id for sample in self.samples.dataset.samples]
         return ids if len(ids) <= count else [ids[place * len(ids) // count] for place in range(count)]

@@ -29,7 +29,7 @@ class Record:
     values: Mapping[str, Any]
 
     def fault(self, field: str, expected: str) -> AnnotationError:
-        """Return the error for a field that is missing or does not hold what is `expected`."""
+        """Return the error for a field that is missing or is not what is `expected`."""
         found = f"is {brief(self.values[field])}" if field in self.values else "is missing"
         return fault(self.where, f"the field {field!r} {found}; expected {expected}", code="annotation.bad_field")
 

@@ -33,7 +33,7 @@ FRAME_RATE = 10.0
 
 
 def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
-    """Return the sequences of a split, `val` by default; `annotations` is the root that holds train, val and test."""
+    """Return the sequences of a split, `val` by default; `annotations` is the root with train, val and test."""
     root, split = annotations[0], split or "val"
     if split not in SPLITS:
         known = ", ".join(SPLITS)
@@ -97,7 +97,7 @@ def _number(where: str, text: str) -> float:
 
 
 def _meta(folder: Path) -> Mapping[str, str]:
-    """Return `name: value` of meta_info.ini; the first line is a heading."""
+    """Return the `name: value` pairs of meta_info.ini; the first line is a heading."""
     path = folder / "meta_info.ini"
     lines = read_text(path).splitlines() if path.is_file() else []
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines) if value}

@@ -36,7 +36,7 @@ def read_refcoco(
     """Return the sentences of one split.
 
     Args:
-        annotations: the refs as JSON and instances.json, in any order; or the folder that holds them, with one
+        annotations: the refs as JSON and instances.json, in any order; or the folder with both, with one
             refs*.json.
         media: the folder of COCO's train2014 images.
         split: name of the split; val if None.
@@ -130,7 +130,7 @@ def convert_refs(pickle_file: Path, out: Path) -> int:
     try:
         refs = _PlainUnpickler(io.BytesIO(data), encoding="utf-8", errors="latin-1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) and "sentences" in ref for ref in refs):
-            what = f"{pickle_file}: holds no list of refs; expected a file such as refs(unc).p."
+            what = f"{pickle_file}: has no list of refs; expected a file such as refs(unc).p."
             raise AnnotationError("annotation.bad_file", what)
         with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
             size = 0

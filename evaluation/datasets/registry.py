@@ -44,9 +44,7 @@ DATASETS: Mapping[str, DatasetFormat] = {
     "refcoco": _referring_expressions("refcoco", "train", "val", "testA", "testB"),
     "refcoco+": _referring_expressions("refcoco+", "train", "val", "testA", "testB"),
     "refcocog": _referring_expressions("refcocog", "train", "val", "test"),
-    "got-10k": DatasetFormat(
-        "got10k:read_got10k", "the root folder, which holds val and test", ("train", "val", "test")
-    ),
+    "got-10k": DatasetFormat("got10k:read_got10k", "the root folder, with val and test", ("train", "val", "test")),
     "jsonl": DatasetFormat("jsonl:read_jsonl", "a file of the project's own format"),
 }
 
@@ -59,7 +57,7 @@ def read_dataset(
     Args:
         name: one of `DATASETS`.
         annotations: the files or folders that its entry there describes.
-        media: the folder that holds the videos or images; that of the first annotation file if None.
+        media: the folder of the videos or images; that of the first annotation file if None.
         split: the split of files with several; the dataset's own default if None.
 
     Raises:

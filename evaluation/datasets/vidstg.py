@@ -89,7 +89,7 @@ def _truth(
     known = trajectories_of(file).get(target, {})
     annotated = np.asarray([frame for frame in range(*tube) if frame in known])
     if not len(annotated):
-        what = f"{file}: trajectories hold no box of tid {target} in the frames {tube[0]} to {tube[1] - 1}"
+        what = f"{file}: trajectories have no box of tid {target} in the frames {tube[0]} to {tube[1] - 1}"
         raise AnnotationError("annotation.mismatch", f"{what}; download it and VidSTG in the same release.")
     frames = np.arange(clip[0], max(clip[1], tube[1]))
     inside = (frames >= tube[0]) & (frames < tube[1])

@@ -118,7 +118,7 @@ def _histogram(scores: Mapping[str, float], low: float, high: float) -> dict[str
 
 
 def _worst(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Choose the lowest scores of the first model, then each other model's largest losses against it."""
+    """Choose the lowest scores of the first model, then each other model's largest drops from it."""
     labels = list(rows)
     scores = {label: _main_scores(found) for label, found in rows.items()}
     first = scores[labels[0]] if labels else {}

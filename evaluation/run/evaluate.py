@@ -87,11 +87,11 @@ def evaluate(
         dataset: the dataset.
         models: models with different labels.
         out: a folder, made if it does not exist. Finished samples in it are kept, those of other shards too.
-        limit: number of samples to use, from the first; None: all.
-        shard: (i, n): of these every n-th, beginning with the i-th; each shard writes a separate file.
-        overwrite: start this run's files again.
-        retry_failed: run again what failed in an earlier run; otherwise a failure is a finished sample.
-        executor: where the models run; None: in this process.
+        limit: use only the first `limit` samples; None: all.
+        shard: (i, n): every n-th of these, starting with the i-th; each shard writes a separate file.
+        overwrite: discard this run's files.
+        retry_failed: retry samples that failed in an earlier run; otherwise a failure is a finished sample.
+        executor: runs the models; None: in this process.
         progress: called as progress(label, done, total) before the first and after each sample.
 
     Raises:
@@ -103,7 +103,7 @@ def evaluate(
     missing = [sample for sample in samples if sample.media is None]
     if len(missing) == len(samples):
         what = f"none of the {len(samples)} media of {dataset.name} was found; the first is {missing[0].media_name!r}"
-        raise BridgeError("evaluation.no_media", f"{what}. Give the folder that holds them with --media.")
+        raise BridgeError("evaluation.no_media", f"{what}. Pass their folder with --media.")
     todo = [sample for sample in dataset.chosen(limit=limit, shard=shard) if sample.media is not None]
     places = {sample.id: place for place, sample in enumerate(dataset.samples)}
     answer_sample = partial(answer, allow_none=dataset.allow_none)
@@ -187,7 +187,7 @@ def check_finite(values: Mapping[str, Any]) -> None:
 
 
 def ask(grounder: Any, sample: Sample, truth: Truth, *, allow_none: bool) -> Grounding:
-    """Call the method of a sample's task: `ground`, `span`, `locate` or `track`."""
+    """Run a sample's task: `ground`, `span`, `locate` or `track`."""
     video = video_input(sample)
     options = {} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}
     if sample.task in ("tube", "span"):

@@ -50,14 +50,14 @@ def infer_many(
     Args:
         queries: queries with different ids.
         model: the model.
-        out: a `.jsonl` file, whose finished rows are kept and whose first line holds the options and the model; or a
-            `.parquet` file, which is written when everything is finished, from such a file beside it.
+        out: a `.jsonl` file, whose finished rows are kept and whose first line has the options and the model; or a
+            `.parquet` file, which is written when everything is finished, from such a file next to it.
         task: `tube`, `span`, or `image`.
         allow_none: whether "not there" is a possible answer; never for an image.
         max_visual_tokens: see `Grounder.open`.
-        executor: where the model runs; None: in this process.
-        overwrite: start again.
-        retry_failed: run again what failed in an earlier run. If two rows have one id, the last counts.
+        executor: runs the model; None: in this process.
+        overwrite: discard finished rows.
+        retry_failed: retry queries that failed in an earlier run. If two rows have one id, the last counts.
         progress: called as progress(label, done, total) before the first and after each unit.
 
     Raises:

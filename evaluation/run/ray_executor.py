@@ -160,7 +160,7 @@ class Job:
 
 
 class Answering:
-    """The content of an actor. It opens its model at its first unit, where a failure can be reported.
+    """The state of an actor. It opens its model for its first unit, when a failure can be reported.
 
     Args:
         job: the pickled `Job`.

@@ -24,7 +24,7 @@ from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.memory import gigabytes, peak_bytes, reset_peak
 
 TIMING = "timing.cache"
-"""TensorRT's timings of kernels on this device, beside its engines."""
+"""TensorRT's timings of kernels on this device, next to its engines."""
 
 
 def build_engines(

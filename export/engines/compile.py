@@ -55,7 +55,7 @@ def compile_graph(
 
     Args:
         tensorrt: package of TensorRT or TensorRT-RTX.
-        path: .onnx file, with its external data beside it.
+        path: .onnx file, with its external data next to it.
         profiles: by name of the profile, sizes of every free dim of the inputs; in the order of their indices.
         capacity: KV positions of a cache that is updated in place.
         sms: compute capabilities to compile for ahead of time (TensorRT-RTX); empty for this machine's GPU.

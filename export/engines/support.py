@@ -42,7 +42,7 @@ class Support:
     dtypes: tuple[str, ...] = DTYPES
 
     def applies_to(self, target: str, recipe: str, variant: str, dtype: str) -> bool:
-        """Return whether the row is about this combination."""
+        """Return whether the row applies to this combination."""
         return target in self.targets and recipe in self.recipes and variant in self.variants and dtype in self.dtypes
 
 
@@ -96,7 +96,7 @@ TABLE: tuple[Support, ...] = (
 
 
 def support(target: str, recipe: str, variant: str = "standard", dtype: str = "fp32") -> Support:
-    """Return the row of a target, recipe, variant and dtype of floats; raise EngineError if a name is unknown."""
+    """Return the row for a target, recipe, variant and float dtype; raise EngineError if a name is unknown."""
     names = {"target": (target, BACKENDS), "recipe": (recipe, RECIPES), "variant": (variant, VARIANTS),
              "dtype": (dtype, DTYPES)}  # fmt: skip
     for name, (value, known) in names.items():

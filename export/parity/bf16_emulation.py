@@ -16,7 +16,7 @@ SUFFIX = ".twin.onnx"
 
 
 def write_twin(file: Path) -> Path:
-    """Write the twin of an .onnx file beside it, where its external data are. Return its path."""
+    """Write the twin of an .onnx file next to it and its external data. Return its path."""
     model = onnx.load(file, load_external_data=False)
     nodes: list[NodeProto] = []
     for tensor in model.graph.initializer:

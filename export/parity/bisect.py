@@ -116,7 +116,7 @@ def bisect(
         reference: same graph of the same model with correct outputs.
         boundary: drifting output, as `compare.replay` names it: `case/graph_i.tensor`.
         threads: CPU threads of a backend; None for its default.
-        prepare: function that makes what a backend needs beside a changed graph, such as an engine.
+        prepare: function that makes what a backend needs for a changed graph, such as an engine.
         report: called with a line per pass.
 
     Raises:

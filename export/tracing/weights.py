@@ -94,7 +94,7 @@ def row_blocks(store: WeightStore, key: str, *, block_bytes: int | None = None) 
 def write_weights(models: Sequence[ir.Model], file: Path) -> int:
     """Move the weights of several variants of a graph into one file; equal bytes are written once.
 
-    The graphs refer to the file by its name, so their .onnx files must be saved beside it. Returns the number of bytes
+    The graphs refer to the file by its name, so their .onnx files must be saved next to it. Returns the number of bytes
     written; raises CheckpointError if a weight cannot be read, or does not fit its dtype.
     """
     places: dict[tuple[str, str], tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""Sessions that another thread opens, so that the video can be read meanwhile."""
+"""Sessions that another thread opens while the video is read."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PendingSession:
 
 
 def open_in_order(openers: Mapping[str, tuple[GraphSpec, Callable[[], Session]]]) -> dict[str, PendingSession]:
-    """Open sessions in another thread, one after another; return them by name at once."""
+    """Open sessions in another thread, one after another; return them by name immediately."""
     executor = ThreadPoolExecutor(1, thread_name_prefix="bridge-stg-background")
     sessions = {name: PendingSession(graph, executor.submit(open_it)) for name, (graph, open_it) in openers.items()}
     executor.shutdown(wait=False)  # after the last one

@@ -153,7 +153,7 @@ def decode_step(session: Session, cache: KVCache, prefix: Prefix, rows: Sequence
 
 
 def choose(row: Row, logits: np.ndarray) -> None:
-    """Append the most probable token that the row's grammar allows, by the logits [vocab], and what follows from it.
+    """Append the most probable token that the row's grammar allows, by the logits [vocab], and forced tokens.
 
     Raises EngineError if a logit is not finite.
     """

@@ -25,7 +25,7 @@ class DeviceContext:
 
     Attributes:
         stream: handle of the stream of all computation.
-        uploads: handle of the stream on which inputs are uploaded meanwhile.
+        uploads: handle of the stream on which inputs are uploaded in parallel.
         lock: to be held while putting work on the streams.
         device: name and properties of the device.
     """

@@ -15,7 +15,7 @@ MAX_THREADS = 256
 
 
 def usable_cpus() -> int:
-    """Return how many logical processors may run this process's threads at once, at least 1."""
+    """Return how many logical processors can run this process's threads in parallel, at least 1."""
     quota = quota_cpus(CGROUPS, OWN_CGROUP)
     allowed = len(_affinity())
     return allowed if quota is None else max(1, min(allowed, quota))

@@ -38,7 +38,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replace_folder(source: Path, target: Path, *, backup: Path) -> None:
     """Rename the finished folder `source` to `target`, and remove the folder that was there.
 
-    If it fails, the old folder stays. It is renamed to `backup` meanwhile: a new name on the same file system.
+    If it fails, the old folder stays. Meanwhile it is named `backup`, a new name on the same file system.
     """
     had_old = target.exists()
     if had_old:

@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 class Background(Generic[T]):
-    """A function's result, computed in a thread that starts at once.
+    """A function's result, computed in a thread that starts immediately.
 
     It runs in parallel where the function releases the GIL for long: in hashing, decoding, resizing, engines.
     """

@@ -85,7 +85,7 @@ class LiveReader:
         self._thread = threading.Thread(target=self._run, name="bridge-stg live reader", daemon=True)
 
     def start(self) -> None:
-        """Start to read."""
+        """Start reading."""
         self._arrived = time.monotonic()
         self._thread.start()
 

@@ -96,7 +96,7 @@ class LiveSampler:
             self._shown = None
 
     def _fill(self, until: float) -> Iterator[LiveGroup]:
-        """Use the current frame for every free grid point before `until`."""
+        """Use the current frame for all free grid points before `until`."""
         plan, shown = self._plan, self._shown
         assert shown is not None
         while True:

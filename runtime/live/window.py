@@ -38,7 +38,7 @@ class _Encoded:
 
 
 class LiveWindow:
-    """The window, for one thread; its fine feature maps take at most `feature_budget_bytes`."""
+    """The window, for use by one thread; its fine feature maps take at most `feature_budget_bytes`."""
 
     def __init__(self, chain: Chain, plan: LivePlan, *, feature_budget_bytes: int) -> None:
         self._chain, self._plan = chain, plan
@@ -161,7 +161,7 @@ class _WindowFeatures:
         return maps, times - self._start_s
 
     def clear(self) -> None:
-        """Do nothing: the maps are kept for the next view."""
+        """Do nothing: the next view uses the maps."""
 
     @property
     def nbytes(self) -> int:

@@ -29,7 +29,7 @@ class DriftError(BundleError):
             "bundle.drift",
             f"{bundle.path}: {len(failed)} outputs of the golden cases exceed their tolerance, first "
             f"{self.boundary.name} of variant {self.variant} (relative error {self.boundary.rel_l2:.2e}). Try another "
-            "--variant, or another version of the backend; --bisect names the block where the difference starts.",
+            "--variant, or another version of the backend; --bisect names the block where the difference begins.",
         )
 
 

@@ -156,7 +156,7 @@ def _digest(key: str) -> bytes:
 
 
 async def _read_rest(receive: Receive, more: Callable[[], bool]) -> None:
-    """Read on for a while after an early error: a client that is still sending would not read the answer."""
+    """Keep reading briefly after an early error: a client that is still sending would not read the response."""
     size, end = 0, time.monotonic() + REST_S
     with contextlib.suppress(asyncio.TimeoutError):
         while more() and size < REST_BYTES and time.monotonic() < end:

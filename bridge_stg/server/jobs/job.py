@@ -35,7 +35,7 @@ class Job:
         self.runtime_task = Task("span" if new.task == "span" else "tube", allow_none=new.allow_none)
         self.deadline_s = deadline_s
         self.status = "queued"
-        self.over = threading.Event()  # set when nobody waits for the answer any more: its work may stop
+        self.over = threading.Event()  # set when no client waits for the answer: its work may stop
         self.results: tuple[Grounding, ...] = ()  # without tapped states, which are not part of the JSON
         self.results_text = "[]"  # serialized by a worker because long results would block the event loop
         self.error: ApiError | None = None
@@ -85,7 +85,7 @@ class Job:
             self.notify()
 
     def notify(self) -> None:
-        """Wake up all that wait for a change."""
+        """Wake up everything that waits for a change."""
         self.version += 1
         self._news.set()
         self._news = asyncio.Event()

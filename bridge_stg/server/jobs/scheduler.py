@@ -1,7 +1,7 @@
 """A bounded queue of jobs, run in batches of all queries that wait for the same video.
 
 The scheduler lives in the event loop; a batch runs in a worker thread. One batch at a time runs per video, and the jobs
-that arrive meanwhile are the next batch: under load batches grow by themselves, without a delay.
+that arrive in the meantime are the next batch, so batches grow under load, without a delay.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Batch:
 
     @property
     def queries(self) -> list[str]:
-        """The distinct queries of all jobs."""
+        """The deduplicated queries of all jobs."""
         return list(dict.fromkeys(query for job in self.jobs for query in job.queries))
 
 
@@ -79,7 +79,7 @@ class Scheduler:
         return sum(not job.ended for batch in list(self._running.values()) for job in batch.jobs)
 
     def position(self, job: Job) -> int | None:
-        """Return the number of jobs before one in the queue, None if it is not in the queue."""
+        """Return the number of jobs ahead in the queue, or None if the job is not queued."""
         return self._waiting.index(job) if job in self._waiting else None
 
     def check_room(self) -> None:

@@ -1,6 +1,6 @@
 """Live queries on the operator's sources: one watch per source, shared by all its clients.
 
-A watch begins with its first client and ends with its last. It answers the distinct queries of all clients, so that
+A watch begins with its first client and ends with its last. It answers the deduplicated queries of all clients, so that
 the source is read and encoded once. It runs in its own thread.
 """
 
@@ -112,7 +112,7 @@ class SharedWatch:
 
     @property
     def queries(self) -> tuple[str, ...]:
-        """The distinct queries of all clients."""
+        """The deduplicated queries of all clients."""
         return tuple(dict.fromkeys(query for viewer in self.viewers for query in viewer.queries))
 
     def end(self, event: ServerSentEvent) -> None:
@@ -128,7 +128,7 @@ class SharedWatch:
                 for update in watch:
                     self._call(self._update, UpdateText(update), watch.stats.dropped_coarse_frames)
             last = ServerSentEvent(event="end", data={"ended": self.watch.stats.ended})
-        except Exception as error:  # noqa: BLE001  # the thread's border: clients get whatever went wrong
+        except Exception as error:  # noqa: BLE001  # the thread's boundary: clients get every error
             failure = api_error(error, path=self.newest.address, name=f"The source {self.name}")
             last = ServerSentEvent(event="failed", data=failure.to_json())
         self._call(self.end, last)

@@ -68,7 +68,7 @@ async def upload(request: Request, service: TheService) -> Video:
 
 @router.get("/{video}")
 async def describe(found: TheUpload, service: TheService) -> Video:
-    """Describe a video, and extend its time."""
+    """Describe a video, and extend its expiry time."""
     return service.store.describe(found)
 
 

@@ -205,7 +205,7 @@ class _Check:
         whole = "avi" in container.format.name and reached_s > 0.95 * stated_s  # an AVI counts pauses as frames
         if broken or (count < stream.frames and not whole) or (stated_s and reached_s < 0.8 * stated_s - 1):
             frames = stream.frames
-            raise self._damaged(f"it holds {count} of {max(frames, count)} frames" if frames else "it ends early")
+            raise self._damaged(f"it has {count} of {max(frames, count)} frames" if frames else "it ends early")
         return (last_s - (first_s or 0.0)) or stated_s, count
 
     def _length(self, duration_s: float, frames: int, end: float | None = None) -> None:

@@ -26,7 +26,7 @@ def still(path: str, info: FileInfo, time_s: float) -> tuple[bytes, float]:
 
 
 def _seek(path: str, time_s: float) -> tuple[np.ndarray, float] | None:
-    """Decode from the key frame before the time; None where the timestamps of the file do not allow that."""
+    """Decode from the key frame before the time; return None if the file's timestamps do not allow it."""
     end, found = time.monotonic() + WITHIN_S, None
     with closing(Decoder(path)) as decoder:
         first = next(decoder.frames(), None)

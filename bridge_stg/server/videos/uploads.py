@@ -35,7 +35,7 @@ MOST_NAME = 120
 
 @dataclass(eq=False)
 class StoredFile:
-    """A file that exists as long as it has holders."""
+    """A file that is deleted when nothing uses it any longer."""
 
     key: str  # identifies the content
     path: str  # without a suffix, so that only the content decides on the type
@@ -101,7 +101,7 @@ class Store:
         return incoming + sum(file.size for file in list(self._files.values()) if file.ours)
 
     def get(self, upload_id: str) -> Upload:
-        """Return an upload, and extend its time. Raises ApiError 404."""
+        """Return an upload, and extend its expiry time. Raises ApiError 404."""
         upload = self._uploads.get(upload_id)
         if upload is None:
             message = "This video does not exist or has expired; upload it again."
@@ -155,7 +155,7 @@ class Store:
         return self._add(display_name(path.name), file)
 
     def hold(self, file: StoredFile) -> None:
-        """Keep a file until `release`."""
+        """Keep a file until `release` is called."""
         file.holders += 1
 
     def release(self, file: StoredFile) -> None:
