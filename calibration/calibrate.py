@@ -21,11 +21,6 @@ from bridge_stg.calibration.collect.collect import collect
 from bridge_stg.calibration.collect.recorded_calls import record
 from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.inputs import Inputs, read_inputs
-from bridge_stg.calibration.judge.judge import Scores
-from bridge_stg.calibration.judge.saturation_test import saturation_test
-from bridge_stg.calibration.judge.speed_gate import Gate, graph_bytes, measure_gate
-from bridge_stg.calibration.judge.stage_times import stage_seconds
-from bridge_stg.calibration.judge.subprocess_judge import peak_of
 from bridge_stg.calibration.options import LOCAL_BACKEND, Options
 from bridge_stg.calibration.overrides import write_overrides
 from bridge_stg.calibration.quantize.scales import compute_scales
@@ -33,6 +28,11 @@ from bridge_stg.calibration.recipes import GraphRecipe, Recipe
 from bridge_stg.calibration.report.assemble import assemble
 from bridge_stg.calibration.report.report import write_calibration_report
 from bridge_stg.calibration.report.result import CalibrationResult
+from bridge_stg.calibration.scoring.saturation_test import saturation_test
+from bridge_stg.calibration.scoring.scores import Scores
+from bridge_stg.calibration.scoring.speed_gate import Gate, graph_bytes, measure_gate
+from bridge_stg.calibration.scoring.stage_times import stage_seconds
+from bridge_stg.calibration.scoring.subprocess_scores import peak_of
 from bridge_stg.calibration.search.float_blocks import Entries, choose_float_blocks, rank_by_sensitivity
 from bridge_stg.calibration.search.matmul_errors import matmul_errors
 from bridge_stg.calibration.search.trials import FLOAT, QUANTIZED, RecipeTrials

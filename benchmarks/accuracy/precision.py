@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from bridge_stg.calibration.judge.judge import score_model
+from bridge_stg.calibration.scoring.scores import score_model
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
 from bridge_stg.evaluation.run.evaluate import bundle_model
 from bridge_stg.evaluation.samples import Sample

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from bridge_stg.calibration.judge.judge import Scores, score_model
+from bridge_stg.calibration.scoring.scores import Scores, score_model
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
 from bridge_stg.evaluation.run.evaluate import Model, bundle_model
 from bridge_stg.evaluation.samples import Dataset

@@ -23,7 +23,7 @@ from bridge_stg.calibration.collect.instrument import Activation, instrument
 from bridge_stg.calibration.collect.samples import CalibrationSet
 from bridge_stg.calibration.collect.statistics import FILE, SCHEMA, Statistics
 from bridge_stg.calibration.work_folder import read_json, write_json
-from bridge_stg.evaluation.run.evaluate import ask
+from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.run.results import check_identity
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
@@ -151,8 +151,8 @@ def _record(
     info: dict[str, Any] = {"id": sample.id}
     try:
         # The tube of a span is computed too, so that the spatial decoder runs.
-        asked = dataclasses.replace(sample, task="tube") if sample.task == "span" else sample
-        result = ask(grounder, asked, sample.read_truth(), allow_none=samples.dataset.allow_none)
+        tube = dataclasses.replace(sample, task="tube") if sample.task == "span" else sample
+        result = run_task(grounder, tube, sample.read_truth(), allow_none=samples.dataset.allow_none)
         info |= {"answer": result.answer, "span": None if result.span is None else list(result.span)}
     except (VideoError, QueryError) as error:
         info["skipped"] = str(error)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.evaluation.run.evaluate import ask
+from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.backends.choose import open_sessions
 from bridge_stg.runtime.bundle.bundle import Bundle
@@ -48,7 +48,7 @@ def _record(bundle: Bundle, samples: Sequence[Sample], folder: Path, options: Ma
             calls.clear()
             opened["language_model"].capacity = 0
             try:
-                ask(grounder, sample, sample.read_truth(), allow_none=False)
+                run_task(grounder, sample, sample.read_truth(), allow_none=False)
             except BridgeError as error:  # the other samples are still recorded
                 failure = error
                 continue

@@ -8,12 +8,12 @@ from typing import Any
 
 from bridge_stg.calibration.collect.samples import CalibrationSet
 from bridge_stg.calibration.inputs import Inputs
-from bridge_stg.calibration.judge.judge import Scores, worst_cases
-from bridge_stg.calibration.judge.saturation_test import SaturationTest
-from bridge_stg.calibration.judge.speed_gate import Gate, graph_bytes
 from bridge_stg.calibration.options import Options
 from bridge_stg.calibration.recipes import Recipe
 from bridge_stg.calibration.report.result import CalibrationResult
+from bridge_stg.calibration.scoring.saturation_test import SaturationTest
+from bridge_stg.calibration.scoring.scores import Scores, worst_cases
+from bridge_stg.calibration.scoring.speed_gate import Gate, graph_bytes
 from bridge_stg.calibration.search.block_sizes import size_of_blocks
 from bridge_stg.calibration.search.search import Choice
 from bridge_stg.calibration.search.sensitivity import Sensitivity

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bridge_stg.calibration.judge.judge import Scores
 from bridge_stg.calibration.options import Options
 from bridge_stg.calibration.recipes import Recipe
+from bridge_stg.calibration.scoring.scores import Scores
 from bridge_stg.calibration.search.search import Choice, Kept, fewest_in_float
 from bridge_stg.calibration.search.sensitivity import Sensitivity, confirm, rank_blocks
 from bridge_stg.calibration.search.trials import RecipeTrials

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.calibration.collect.samples import CalibrationSet
-from bridge_stg.calibration.judge.judge import Scores, score_model
-from bridge_stg.calibration.judge.subprocess_judge import evaluate_in_subprocess
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.quantize.scales import Scales
 from bridge_stg.calibration.recipes import Recipe
+from bridge_stg.calibration.scoring.scores import Scores, score_model
+from bridge_stg.calibration.scoring.subprocess_scores import evaluate_in_subprocess
 from bridge_stg.calibration.work_folder import digest, read_json, write_json
 from bridge_stg.evaluation.run.evaluate import Model, bundle_model
 from bridge_stg.runtime.bundle.bundle import Bundle

@@ -122,7 +122,7 @@ def evaluate(
             if left:
                 with closing((executor or LocalExecutor()).answers(model.open, answer_sample, left)) as answers:
                     for done, (place, row) in enumerate(answers, before + 1):
-                        results.add(lost(*left[place], row.error) if isinstance(row, Lost) else row)
+                        results.add(lost_row(*left[place], row.error) if isinstance(row, Lost) else row)
                         report(model.label, done, total)
             found = _other_shards(out, model, identity, results.path) | results.rows
         rows[model.label] = {sample.id: found[sample.id] for sample in samples if sample.id in found}
@@ -147,7 +147,7 @@ def answer(grounder: Any, numbered: tuple[int, Sample], *, allow_none: bool) -> 
     truth = sample.read_truth()
     began = time.perf_counter()
     try:
-        result = ask(grounder, sample, truth, allow_none=allow_none)
+        result = run_task(grounder, sample, truth, allow_none=allow_none)
         seconds = time.perf_counter() - began
         scored = score(sample, truth, result)
         if "absent" in result.scores:
@@ -164,7 +164,7 @@ def answer(grounder: Any, numbered: tuple[int, Sample], *, allow_none: bool) -> 
     return describe(index, sample, truth) | scored | {"seconds": round(seconds, 4)}
 
 
-def lost(index: int, sample: Sample, error: str) -> dict[str, Any]:
+def lost_row(index: int, sample: Sample, error: str) -> dict[str, Any]:
     """Return the result row of a sample that the executor could not answer."""
     truth = sample.read_truth()
     return describe(index, sample, truth) | score_nothing(sample, truth) | {"error": error, "seconds": 0.0}
@@ -186,7 +186,7 @@ def check_finite(values: Mapping[str, Any]) -> None:
         raise EngineError("engine.not_finite", "the answer has numbers that are not finite") from None
 
 
-def ask(grounder: Any, sample: Sample, truth: Truth, *, allow_none: bool) -> Grounding:
+def run_task(grounder: Any, sample: Sample, truth: Truth, *, allow_none: bool) -> Grounding:
     """Run a sample's task: `ground`, `span`, `locate` or `track`."""
     video = video_input(sample)
     options = {} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}

@@ -17,10 +17,10 @@ from PIL import Image
 from bridge_stg import cli
 from bridge_stg.calibration import calibrate as steps
 from bridge_stg.calibration.calibrate import Options, calibrate
-from bridge_stg.calibration.judge.judge import Scores
 from bridge_stg.calibration.overrides import read_overrides
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES
+from bridge_stg.calibration.scoring.scores import Scores
 from bridge_stg.calibration.search import trials as recipe_trials
 from bridge_stg.calibration.search.float_blocks import choose_float_blocks
 from bridge_stg.calibration.work_folder import working_in

@@ -17,7 +17,7 @@ from bridge_stg.calibration.collect.collect import collect
 from bridge_stg.calibration.collect.instrument import PLACES, instrument
 from bridge_stg.calibration.collect.samples import CalibrationSet, read_samples
 from bridge_stg.calibration.collect.statistics import Statistics
-from bridge_stg.evaluation.run.evaluate import ask
+from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
@@ -119,7 +119,7 @@ def test_all_matmuls_of_the_chain_are_observed(exported: Bundle, statistics: Sta
 def test_answers_do_not_change(exported: Bundle, samples: CalibrationSet, statistics: Statistics) -> None:
     with Grounder.load(exported.path, backend="onnxruntime", threads=1) as grounder:
         for sample, seen in zip(samples.dataset.samples, statistics.samples, strict=True):
-            result = ask(grounder, sample, sample.read_truth(), allow_none=samples.dataset.allow_none)
+            result = run_task(grounder, sample, sample.read_truth(), allow_none=samples.dataset.allow_none)
             assert (seen["id"], seen["answer"]) == (sample.id, result.answer)
 
 

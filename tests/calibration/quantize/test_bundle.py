@@ -11,10 +11,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from bridge_stg.calibration.judge.saturation_test import saturation_test
-from bridge_stg.calibration.judge.speed_gate import graph_bytes
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES, Recipe
+from bridge_stg.calibration.scoring.saturation_test import saturation_test
+from bridge_stg.calibration.scoring.speed_gate import graph_bytes
 from bridge_stg.calibration.search.block_sizes import size_of_blocks
 from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.export.parity.golden_cases import scene

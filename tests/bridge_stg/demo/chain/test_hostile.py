@@ -12,12 +12,12 @@ import pytest
 
 from bridge_stg.calibration.collect.collect import collect
 from bridge_stg.calibration.collect.samples import read_samples
-from bridge_stg.calibration.judge.judge import score_model
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.quantize.ranges import choose_ranges
 from bridge_stg.calibration.quantize.scales import Scales
 from bridge_stg.calibration.quantize.smooth import choose_smoothing
 from bridge_stg.calibration.recipes import RECIPES
+from bridge_stg.calibration.scoring.scores import score_model
 from bridge_stg.calibration.search.matmul_errors import matmul_errors
 from bridge_stg.calibration.search.search import fewest_in_float
 from bridge_stg.calibration.search.sensitivity import rank_blocks

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.evaluation.run.evaluate import ask
+from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
@@ -34,7 +34,7 @@ def stage_seconds(
                 tube = dataclasses.replace(sample, task="tube")
                 try:
                     truth = tube.read_truth()
-                    found = {label: ask(g, tube, truth, allow_none=False).timings for label, g in opened.items()}
+                    found = {label: run_task(g, tube, truth, allow_none=False).timings for label, g in opened.items()}
                 except BridgeError:
                     continue
                 clips += bool(place)

@@ -8,9 +8,9 @@ import pytest
 
 from bridge_stg.calibration.collect.recorded_calls import record
 from bridge_stg.calibration.collect.samples import read_samples
-from bridge_stg.calibration.judge.speed_gate import Gate, measure_gate
-from bridge_stg.calibration.judge.stage_times import stage_seconds
 from bridge_stg.calibration.report.assemble import drift_rows
+from bridge_stg.calibration.scoring.speed_gate import Gate, measure_gate
+from bridge_stg.calibration.scoring.stage_times import stage_seconds
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from tests.calibration.chain_samples import write_samples

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bridge_stg.calibration.judge.saturation_test import multiply_in_onnxruntime, patterns, saturation_test
 from bridge_stg.calibration.quantize.packing import REDUCED_LIMIT
+from bridge_stg.calibration.scoring.saturation_test import multiply_in_onnxruntime, patterns, saturation_test
 
 
 def exact(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.calibration.judge.agreement import agreement
+from bridge_stg.calibration.scoring.agreement import agreement
 from bridge_stg.evaluation.run.evaluate import Model, evaluate
 from bridge_stg.evaluation.samples import Dataset
 from bridge_stg.evaluation.scoring import MAIN

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bridge_stg.calibration.judge.agreement import agreement
-from bridge_stg.calibration.judge.judge import Scores, bootstrap, score_model, worst_cases
+from bridge_stg.calibration.scoring.agreement import agreement
+from bridge_stg.calibration.scoring.scores import Scores, bootstrap, score_model, worst_cases
 from bridge_stg.evaluation.datasets.jsonl import read_jsonl
 from bridge_stg.evaluation.samples import Dataset
 from tests.errors import raises
