@@ -102,9 +102,8 @@ def select_builds(
     chosen = [bundle.graph(graph_name, variant or target.variant) for graph_name in graphs or bundle.manifest.graphs]
     if precision is not None and all(graph.precision.split()[0] != precision.split()[0] for graph in chosen):
         found = ", ".join(f"{graph} is {graph.precision}" for graph in chosen)
-        raise EngineError(
-            "engine.wrong_precision", f"{bundle.path}: {found}, not {precision}. {_how_to_get(precision)}"
-        )
+        message = f"{bundle.path}: {found}, unlike --precision {precision}. {_how_to_get(precision)}"
+        raise EngineError("engine.wrong_precision", message)
     builds = []
     for graph in chosen:
         targets.check_precision(target, graph.precision)
@@ -140,7 +139,7 @@ def _target_here(named: EngineTarget | None, family: str | None) -> tuple[Engine
     if device is None:
         message = f"target this: this machine has no GPU ({here.device_problem}). {targets.ON_THE_DEVICE}"
         raise EngineError("engine.no_device", message)
-    family = family or next((name for name in MODULES if _imported(name)), "tensorrt")
+    family = family or next((name for name in MODULES if _importable(name)), "tensorrt")
     tensorrt = load_tensorrt(family)
     found = targets.this_target(family=family, version=str(tensorrt.__version__), sm=device.sm, memory=device.memory)
     return found, tensorrt
@@ -148,18 +147,18 @@ def _target_here(named: EngineTarget | None, family: str | None) -> tuple[Engine
 
 def load_tensorrt(family: str) -> ModuleType:
     """Import the package of a TensorRT family; raise EngineError if it is not installed."""
-    if (found := _imported(family)) is not None:
-        return found
+    for name in MODULES[family]:
+        with suppress(ImportError):
+            return importlib.import_module(name)
     extra, other = ("rtx", "") if family == "tensorrt_rtx" else ("tensorrt", ", or use the package of JetPack")
     message = f'{FAMILIES[family]} cannot be imported: pip install "bridge-stg[{extra},calibrate]"{other}'
     raise EngineError("engine.not_installed", message)
 
 
-def _imported(family: str) -> ModuleType | None:
-    for name in MODULES[family]:
-        with suppress(ImportError):
-            return importlib.import_module(name)
-    return None
+def _importable(family: str) -> bool:
+    with suppress(EngineError):
+        return bool(load_tensorrt(family))
+    return False
 
 
 def _check_variant(target: EngineTarget, graph: GraphSpec, version: str) -> None:

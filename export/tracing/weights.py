@@ -137,7 +137,6 @@ def _overflow(stored: StoredTensor, block: torch.Tensor, dtype: torch.dtype) -> 
     if not torch.isfinite(values).all():
         return CheckpointError("checkpoint.not_finite", f"{where} has values that are not finite")
     found, most = float(values.abs().max()), torch.finfo(dtype).max
-    message = (
-        f"{where} has the value {found:.3g}, above {most:.3g} of {dtype}; export with --dtype bf16 or --dtype fp32"
-    )
+    name = "fp16" if dtype == torch.float16 else "bf16"
+    message = f"{where} has the value {found:.3g}, above {most:.3g} of {name}; export with --dtype bf16 or --dtype fp32"
     return CheckpointError("checkpoint.not_finite", message)
