@@ -102,16 +102,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2: its message is the help
             click.echo(describe(error)[1], err=True)
             return 2
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            hint = f"Try '{error.ctx.command_path} {error.ctx.help_option_names[-1]}' for help."
-            click.echo(f"{error.ctx.get_usage()}\n{hint}\n", err=True)
         return _fail(given, *describe(error))
 
 
 def describe(error: Exception) -> tuple[str, str]:
     """Return the code and the message of an error; raise it again if it is a bug."""
     if isinstance(error, click.ClickException):
-        return next(code for kind, code in USAGE_CODES if isinstance(error, kind)), error.format_message()
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = (
+            f" See '{context.command_path} --help'." if context and type(error).__name__ != "NoArgsIsHelpError" else ""
+        )
+        return next(code for kind, code in USAGE_CODES if isinstance(error, kind)), error.format_message() + hint
     if isinstance(error, BridgeError):
         return error.code, error.message
     if isinstance(error, OSError):

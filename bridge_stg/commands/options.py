@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.cpus import MAX_THREADS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -40,14 +41,14 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
 
     def file(value: str) -> Path:
         path = Path(value)
-        if suffixes and path.suffix.lower() not in suffixes:
-            raise click.BadParameter(f"{str(path)!r} should end in {' or '.join(suffixes)}.")
         if path.is_dir():
-            raise click.BadParameter(f"{str(path)!r} is a folder; expected the name of a file.")
+            raise BridgeError("output.is_folder", f"{path} is a folder; expected the name of a file to write.")
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise BridgeError("output.bad_suffix", f"{path} should end in {' or '.join(suffixes)}.")
         if not path.parent.is_dir():
-            raise click.BadParameter(f"{str(path)!r}: the folder {str(path.parent)!r} does not exist. Make it first.")
+            raise BridgeError("output.no_folder", f"{path}: the folder {path.parent} does not exist. Create it first.")
         if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise click.BadParameter(f"{str(path)!r}: the folder {str(path.parent)!r} is not writable.")
+            raise BridgeError("output.not_writable", f"{path}: the folder {path.parent} is not writable.")
         return path
 
     return file

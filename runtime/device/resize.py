@@ -87,12 +87,8 @@ class DeviceResizer:
         self._context = context
         self._tables: dict[tuple[int, int], tuple[DeviceArray, ...]] = {}
         try:
-            if bindings is None:
-                from cuda.bindings import driver, nvrtc
-
-                bindings = nvrtc, driver
-            self._driver = bindings[1]
-            self._kernel: Any = self._compile(bindings[0])
+            nvrtc, self._driver = bindings or load_bindings()
+            self._kernel: Any = self._compile(nvrtc)
         except (EngineError, ImportError, RuntimeError) as error:
             self._kernel = None
             _log.warning("frames on the GPU are resized on the host: %s", error)
@@ -154,3 +150,10 @@ def _checked(name: str, result: tuple[Any, ...]) -> Any:
     if int(status) != 0:
         raise EngineError("engine.device_failed", f"{name} failed: {getattr(status, 'name', status)}")
     return values[0] if values else None
+
+
+def load_bindings() -> tuple[Any, Any]:
+    """Return the modules nvrtc and driver of `cuda.bindings`."""
+    from cuda.bindings import driver, nvrtc
+
+    return nvrtc, driver

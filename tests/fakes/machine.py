@@ -62,7 +62,7 @@ class FakeMachine:
         monkeypatch.setattr(packages, "installed_version", version)
         monkeypatch.setattr(cuda, "_cuda_python", lambda: self.cuda)
         monkeypatch.setattr(tensorrt_library, "_import", lambda name: self.module)
-        monkeypatch.setattr(device_resize, "_bindings", lambda: (FakeNvrtc(), FakeDriver(self.cuda)))
+        monkeypatch.setattr(device_resize, "load_bindings", lambda: (FakeNvrtc(), FakeDriver(self.cuda)))
 
     def build(self, bundle: Bundle, variant: str, *, capacity: int = 1024) -> None:
         """Write an engine of every graph to the user's cache."""

@@ -89,7 +89,7 @@ def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([source, "the car", "--json", out], "output.exists", "--overwrite"),
         ([source, "the car", "--jsonl", out], "output.exists", "--overwrite"),
         ([source, "the car", "--json", source, "--overwrite"], "output.is_input", source),
-        ([source, "the car", "--json", tmp_path / "none" / "a.jsonl"], "options.invalid", "a.jsonl"),
+        ([source, "the car", "--json", tmp_path / "none" / "a.jsonl"], "output.no_folder", "a.jsonl"),
         ([source, "the car", "--answers"], "options.conflict", "--json"),
     ):
         assert watch(*arguments) == 2
