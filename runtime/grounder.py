@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,9 +26,12 @@ from bridge_stg.runtime.host.threads import UseCount
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.source import CoarseFrames
 
-if TYPE_CHECKING:
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+elif TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
 
+if TYPE_CHECKING:
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.live.watch import LiveWatch
 

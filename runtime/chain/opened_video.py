@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -30,7 +31,9 @@ from bridge_stg.runtime.host.threads import UseCount
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
-if TYPE_CHECKING:
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+elif TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
 
 Span = tuple[float, float]

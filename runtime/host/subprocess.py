@@ -32,7 +32,7 @@ def run_in_subprocess(function: str, job: Any, *, purpose: str, advice: str = ""
         advice: sentence to end the message with if the process was killed.
 
     Raises:
-        BridgeError: the function raised one; class, code and message are the same here.
+        BridgeError: the function raised one; code, message and class in runtime/errors.py are the same here.
         EngineError: the process was killed by a signal (`host.subprocess_killed`), or failed in another way
             (`host.subprocess_failed`); the message has the last line of its stderr.
     """
@@ -43,12 +43,13 @@ def run_in_subprocess(function: str, job: Any, *, purpose: str, advice: str = ""
         why = "most likely it ran out of memory" if killed else "it crashed"
         message = f"the process that {purpose} was killed by signal {-done.returncode}: {why}. {advice}"
         raise EngineError("host.subprocess_killed", message.strip())
-    if done.returncode:
+    if done.returncode or not done.stdout:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise EngineError("host.subprocess_failed", f"the process that {purpose} failed: {lines[-1]}")
     found = json.loads(done.stdout)
     if "code" in found:
-        raise getattr(errors, found["kind"], BridgeError)(found["code"], found["message"])
+        kinds = (getattr(errors, name) for name in found["kinds"] if hasattr(errors, name))
+        raise next(kinds)(found["code"], found["message"])
     return found["result"]
 
 
@@ -60,5 +61,6 @@ def answer(function: str, job: Any) -> None:
         try:
             found: dict[str, Any] = {"result": getattr(importlib.import_module(module), name)(job)}
         except BridgeError as error:
-            found = {"kind": type(error).__name__, "code": error.code, "message": error.message}
+            kinds = [kind.__name__ for kind in type(error).__mro__]  # the parent may not know the first ones
+            found = {"kinds": kinds, "code": error.code, "message": error.message}
         json.dump(found, output)

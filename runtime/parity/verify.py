@@ -32,6 +32,9 @@ class DriftError(BundleError):
             "--variant, or another version of the backend; --bisect names the block where the difference begins.",
         )
 
+    def __reduce__(self) -> tuple[type[DriftError], tuple[Bundle, dict[str, list[Boundary]]]]:
+        return DriftError, (self.bundle, self.replayed)
+
 
 def graph_of(boundary: Boundary) -> str:
     """Return the graph of a replayed boundary, which is named `case/graph_i.tensor`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.bundle.writer import BundleWriter
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.parity.golden import write_case
-from bridge_stg.runtime.parity.verify import verify_bundle
+from bridge_stg.runtime.parity.verify import DriftError, verify_bundle
+from tests.errors import raises
 
 
 @pytest.fixture
@@ -61,6 +63,14 @@ def test_an_output_that_exceeds_its_tolerance_is_named(bundle_path: Path, capsys
     output = capsys.readouterr()
     assert "FAILED" in output.out
     assert "first/language_model_0.logits of variant standard" in output.err and "[bundle.drift]" in output.err
+
+
+def test_a_drift_error_survives_pickling(bundle_path: Path) -> None:
+    with raises("bundle.drift", kind=DriftError) as caught:
+        verify_bundle(bundle_path, variant="standard")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(copy, DriftError) and (copy.code, str(copy)) == (caught.value.code, str(caught.value))
+    assert (copy.variant, copy.graph) == ("standard", "language_model")
 
 
 def test_commands(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
