@@ -20,8 +20,10 @@ help:
 	@echo "make lint    ruff, mypy --strict and the import layers"
 	@echo "make clean   remove $(VENV), build/ and caches"
 
+# Tests of one file stay in one process, so that its fixtures are made once; JOBS=0 runs all in this process.
+JOBS ?= 2
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	@test -n "$(CLIP)" || { echo "make demo: there is no clip in assets/demo/clips; name one: CLIP=video.mp4 QUERY='...'" >&2; exit 2; }
