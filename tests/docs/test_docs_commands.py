@@ -11,6 +11,7 @@ import click
 import pytest
 
 from bridge_stg.cli import app
+from bridge_stg.runtime.errors import BridgeError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
@@ -69,9 +70,9 @@ def test_commands_are_taken(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
             check(arguments)
         except click.exceptions.Exit:
             pass  # --help and --targets end here
-        except click.ClickException as error:
+        except (click.ClickException, BridgeError) as error:
             whole = len(arguments) > 1  # in a sentence a command may be named alone
-            assert not whole, f"{page.name}: {shlex.join(arguments)}: {error.format_message()}"
+            assert not whole, f"{page.name}: {shlex.join(arguments)}: {error}"
 
 
 def test_they_are_found() -> None:

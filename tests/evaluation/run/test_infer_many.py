@@ -231,8 +231,8 @@ def test_the_command(table: Path, bundle: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("changed", "code", "values"),
     [
-        (["--out", "out.txt"], "options.invalid", (".jsonl", ".parquet")),
-        (["--out", "nowhere/out.jsonl"], "options.invalid", ("'nowhere'",)),
+        (["--out", "out.txt"], "output.bad_suffix", (".jsonl", ".parquet")),
+        (["--out", "nowhere/out.jsonl"], "output.no_folder", ("nowhere",)),
         (["--out", "TABLE"], "output.is_input", ("table.jsonl",)),
         (["--query", "it"], "options.conflict", ("--query",)),
         (["--media", "nowhere"], "annotation.no_media_folder", ("nowhere",)),
