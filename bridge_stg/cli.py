@@ -99,8 +99,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail(given, "call.cancelled", "Interrupted; no incomplete file was left.", exit_code=130)
     except (click.ClickException, BridgeError, ImportError, OSError) as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2: its message is the help
-            click.echo(describe(error)[1], err=True)
+        if isinstance(error, click.ClickException) and type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2
+            click.echo(error.format_message(), err=True)  # the help
             return 2
         return _fail(given, *describe(error))
 
@@ -109,9 +109,7 @@ def describe(error: Exception) -> tuple[str, str]:
     """Return the code and the message of an error; raise it again if it is a bug."""
     if isinstance(error, click.ClickException):
         context = error.ctx if isinstance(error, click.UsageError) else None
-        hint = (
-            f" See '{context.command_path} --help'." if context and type(error).__name__ != "NoArgsIsHelpError" else ""
-        )
+        hint = f" See '{context.command_path} --help'." if context else ""
         return next(code for kind, code in USAGE_CODES if isinstance(error, kind)), error.format_message() + hint
     if isinstance(error, BridgeError):
         return error.code, error.message

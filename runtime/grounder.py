@@ -22,7 +22,7 @@ from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
-from bridge_stg.runtime.host.threads import UseCount
+from bridge_stg.runtime.host.threads import Closable, UseCount
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.source import CoarseFrames
 
@@ -73,7 +73,7 @@ class CallOptions:
         return Limits(deadline_s=self.deadline_s, cancel=self.cancel, progress=self.progress)
 
 
-class Grounder:
+class Grounder(Closable):
     """A loaded model, safe to use from many threads. A context manager: closing frees its engines.
 
     Calls that read a video take the fields of `CallOptions` as keyword arguments.
@@ -116,6 +116,7 @@ class Grounder:
         self._feature_budget_bytes = feature_budget_bytes
         self._unchanged_tolerance = unchanged_tolerance
         closed_error = EngineError("engine.closed", "this Grounder is closed; load the bundle again")
+        self._usage = UseCount(self._free, closed_error=closed_error)
         self._chain = Chain(
             vision_encoder=sessions["vision_encoder"],
             language_model=sessions["language_model"],
@@ -123,7 +124,7 @@ class Grounder:
             spec=spec,
             tokenizer=tokenizer,
             pool=self._pool,
-            usage=UseCount(self._free, closed_error=closed_error),
+            usage=self._usage,
         )
 
     @classmethod
@@ -236,7 +237,7 @@ class Grounder:
         """Read a video and compute all that does not depend on a query. Arguments and errors as for `ground`."""
         call = CallOptions(**options)
         limits = call.limits()
-        with self._chain.usage.call():
+        with self._usage.call():
             return self._open(video, call, limits)
 
     def watch(
@@ -272,7 +273,7 @@ class Grounder:
         from bridge_stg.runtime.live.source import open_live
         from bridge_stg.runtime.live.watch import LiveOptions, LiveWatch
 
-        with self._chain.usage.call():
+        with self._usage.call():
             chosen = LiveOptions(**options)
             return LiveWatch(
                 self._chain,
@@ -283,16 +284,6 @@ class Grounder:
                 feature_budget_bytes=self._feature_budget_bytes,
             )
 
-    def close(self) -> None:
-        """Close the engines. Calls under way finish; later ones raise EngineError. Can be called repeatedly."""
-        self._chain.usage.close()
-
-    def __enter__(self) -> Grounder:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def _free(self) -> None:
         self._pool.clear()
         for session in self.sessions.values():
@@ -300,7 +291,7 @@ class Grounder:
 
     def _ground(self, video: Video, query: str, task: Task, options: CallOptions) -> Grounding:
         limits = options.limits()
-        with self._chain.usage.call():
+        with self._usage.call():
             check_query(self.spec.prompt, query)  # before a long video is read for it
             with self._open(video, options, limits) as opened:
                 return opened.ground_within(limits, [query], task)[0]

@@ -23,7 +23,7 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import DEVICE
 from bridge_stg.runtime.device.staging import Staging
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.threads import UseCount
+from bridge_stg.runtime.host.threads import Closable, UseCount
 
 CUDA, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
@@ -32,7 +32,7 @@ PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 Span = tuple[int, int, int]
 
 
-class OnnxRuntimeDeviceSession:
+class OnnxRuntimeDeviceSession(Closable):
     """A graph on one of onnxruntime's GPU providers. See `session.Session` and `TensorRTSession`.
 
     Args:
@@ -86,16 +86,6 @@ class OnnxRuntimeDeviceSession:
         self._staging = Staging(device, overlap=False)
         closed = EngineError("engine.closed", f"{graph}: this session is closed.")
         self._usage = UseCount(self._free, closed_error=closed)
-
-    def __enter__(self) -> OnnxRuntimeDeviceSession:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """See `Session.close`. Calls that run in other threads finish."""
-        self._usage.close()
 
     def allocate_cache(self, *, batch: int, capacity: int) -> DeviceKVCache:
         """See `Session.allocate_cache`."""

@@ -27,7 +27,7 @@ from bridge_stg.runtime.chain.vision_pass import FeatureMaps
 from bridge_stg.runtime.device.array_ops import on_host
 from bridge_stg.runtime.errors import QueryError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Limits
-from bridge_stg.runtime.host.threads import UseCount
+from bridge_stg.runtime.host.threads import Closable, UseCount
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
@@ -92,7 +92,7 @@ class VideoFacts:
     choice: CoarseChoice
 
 
-class OpenedVideo:
+class OpenedVideo(Closable):
     """A video whose prefix has been computed. Get one from `Grounder.open`; safe to use from many threads.
 
     Every call takes the keyword arguments `deadline_s` (seconds after which the call stops), `cancel` (a
@@ -324,16 +324,6 @@ class OpenedVideo:
     def nbytes(self) -> int:
         """Bytes in memory: the keys and values of the prefix, and the cached fine feature maps."""
         return self._prefix.cache.nbytes + self.features.nbytes
-
-    def close(self) -> None:
-        """Close the video. Calls under way finish; later ones raise VideoError. Can be called repeatedly."""
-        self._usage.close()
-
-    def __enter__(self) -> OpenedVideo:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _free(self) -> None:
         if self._close_source is not None:

@@ -11,6 +11,7 @@ from bridge_stg.runtime.errors import BridgeError
 
 T = TypeVar("T")
 Item = TypeVar("Item")
+Owner = TypeVar("Owner", bound="Closable")
 
 
 class Background(Generic[T]):
@@ -107,3 +108,19 @@ class UseCount:
             self._closed = True
         if free_now:
             self._free()
+
+
+class Closable:
+    """An object that several threads use: `close`, or the end of its `with` block, frees it after the running calls."""
+
+    _usage: UseCount
+
+    def close(self) -> None:
+        """Free the resources once the running calls have ended; later calls raise. Can be called repeatedly."""
+        self._usage.close()
+
+    def __enter__(self: Owner) -> Owner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

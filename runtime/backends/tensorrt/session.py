@@ -22,10 +22,10 @@ from bridge_stg.runtime.device.memory import ALIGNMENT
 from bridge_stg.runtime.device.staging import Staging
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.runtime.host.threads import UseCount
+from bridge_stg.runtime.host.threads import Closable, UseCount
 
 
-class TensorRTSession:
+class TensorRTSession(Closable):
     """A TensorRT engine as a `session.Session`.
 
     Inputs may be numpy arrays, arrays of other sessions of the chain, or arrays that support DLPack on this device; the
@@ -76,16 +76,6 @@ class TensorRTSession:
         self.graphs = StepGraphs(device) if keeps_cache and cuda_graphs and not library.is_rtx else None
         closed = EngineError("engine.closed", f"{self.graph}: this session is closed.")
         self._usage = UseCount(self._free, closed_error=closed)
-
-    def __enter__(self) -> TensorRTSession:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """See `Session.close`. Calls that run in other threads finish."""
-        self._usage.close()
 
     def allocate_cache(self, *, batch: int, capacity: int) -> DeviceKVCache:
         """See `Session.allocate_cache`. The capacity may be larger than requested: an engine's may be fixed."""
