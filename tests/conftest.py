@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,26 +59,56 @@ def stages() -> list[str]:
 @pytest.fixture(scope="session")
 def exported(checkpoint: Path, stages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint, exported in both variants; every hash of the bundle has been checked."""
-    from bridge_stg.export.export_bundle import export_bundle
     from bridge_stg.runtime.bundle.bundle import Bundle
 
-    path = export_bundle(checkpoint, tmp_path_factory.mktemp("export") / "bundle", progress=stages.append)
-    return Bundle.load(path, check="all")
+    return Bundle.load(export_once(tmp_path_factory, "exported", checkpoint, stages), check="all")
 
 
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, exported in both variants."""
-    from bridge_stg.export.export_bundle import export_bundle
-
-    checkpoint = Path(ROOT) / "assets" / "demo" / "checkpoint"
-    return export_bundle(checkpoint, tmp_path_factory.mktemp("demo") / "bundle")
+    return export_once(tmp_path_factory, "demo", Path(ROOT) / "assets" / "demo" / "checkpoint")
 
 
 @pytest.fixture(scope="session")
 def exported_fp16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same in fp16."""
-    from bridge_stg.export.export_bundle import export_bundle
     from bridge_stg.runtime.bundle.bundle import Bundle
 
-    return Bundle.load(export_bundle(checkpoint, tmp_path_factory.mktemp("fp16") / "bundle", dtype="fp16"))
+    return Bundle.load(export_once(tmp_path_factory, "fp16", checkpoint, dtype="fp16"))
+
+
+def export_once(
+    factory: pytest.TempPathFactory,
+    name: str,
+    checkpoint: Path,
+    stages: list[str] | None = None,
+    *,
+    dtype: str = "fp32",
+) -> Path:
+    """Return a process's own copy of a bundle that the first of the test processes exports, under a lock.
+
+    Args:
+        factory: pytest's factory of temporary folders.
+        name: name of the export in the test session.
+        checkpoint: the checkpoint, equal in all processes.
+        stages: list to which the stages of the export are added.
+        dtype: precision of the export.
+    """
+    import fcntl
+
+    from bridge_stg.export.export_bundle import export_bundle
+
+    own = factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    shared.mkdir(exist_ok=True)
+    bundle, reported = shared / name, shared / f"{name}.json"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not reported.exists():
+            said: list[str] = []
+            export_bundle(checkpoint, bundle, dtype=dtype, progress=said.append)
+            reported.write_text(json.dumps(said), encoding="utf-8")
+    if stages is not None:
+        stages += json.loads(reported.read_text(encoding="utf-8"))
+    return Path(shutil.copytree(bundle, factory.mktemp(name) / "bundle"))

@@ -26,7 +26,7 @@ from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.calibration.conftest import Ranges
 from tests.calibration.sizes import quantized_share
 from tests.errors import raises
-from tests.export.engines.real_tensorrt import compile_for, rtx
+from tests.export.engines.real_tensorrt import compile_for, rtx, small_sizes
 
 pytestmark = pytest.mark.slow
 
@@ -179,14 +179,7 @@ def test_the_chain_answers(exported: Bundle, bundle: Bundle) -> None:
 @pytest.mark.parametrize("variant", ["standard", "primitive"])
 def test_tensorrt_compiles_it(bundle: Bundle, variant: str) -> None:
     rtx()
-    vision = bundle.manifest.spec.vision
-    side = vision.patch_size * vision.merge_size
-    patches = [rows * columns * vision.merge_size**2 for rows, columns in ((1, 1), (2, 3), (4, 4))]
-    sizes = {
-        "G": (1, 2, 4), "height": (side, 2 * side, 4 * side), "width": (side, 3 * side, 4 * side), "N": tuple(patches),
-        "B": (1, 2, 4), "L": (1, 32, 128), "K": (1, 2, 8), "V": (2, 20, 64), "S": (16, 128, 256),
-        "F": (1, 8, 32), "h": (2, 8, 16), "w": (2, 8, 16),
-    }  # fmt: skip
+    sizes = small_sizes(bundle.manifest.spec.vision)
     for name, variants in bundle.manifest.graphs.items():
         graph = variants[variant]
         if graph.precision == "fp32" or (variant == "standard" and graph.cache and graph.cache.dtype == "int8"):

@@ -24,7 +24,7 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.chain.boxes import box_iou
 from bridge_stg.runtime.errors import EngineError
-from tests.export.engines.real_tensorrt import compile_for, rtx
+from tests.export.engines.real_tensorrt import compile_for, rtx, small_sizes
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 FP32_ONLY = {
@@ -200,12 +200,5 @@ def test_the_chain_answers_alike(exported: Bundle, fp16: Bundle, variant: str) -
 @pytest.mark.parametrize("variant", ["standard", "primitive"])
 def test_graphs_compile(bundle: Bundle, name: str, variant: str) -> None:
     rtx()
-    vision = bundle.manifest.spec.vision
-    side = vision.patch_size * vision.merge_size
-    patches = [rows * columns * vision.merge_size**2 for rows, columns in ((1, 1), (2, 3), (4, 4))]
-    sizes = {
-        "G": (1, 2, 4), "height": (side, 2 * side, 4 * side), "width": (side, 3 * side, 4 * side), "N": tuple(patches),
-        "B": (1, 2, 4), "L": (1, 32, 128), "K": (1, 2, 8), "V": (2, 20, 64), "S": (16, 128, 256),
-        "F": (1, 8, 32), "h": (2, 8, 16), "w": (2, 8, 16),
-    }  # fmt: skip
+    sizes = small_sizes(bundle.manifest.spec.vision)
     assert len(compile_for(bundle.graph_path(name, variant), sizes, capacity=256)) > 1000
