@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -45,7 +44,7 @@ def create_app(service: Service) -> FastAPI:
     for routes in (videos, jobs, live, status):
         app.include_router(routes.router)
     app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)
-    for kind in (BridgeError, RequestValidationError, ValidationError, HTTPException, Exception):
+    for kind in (BridgeError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     return app

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -41,7 +43,7 @@ def api_error(error: BaseException, *, path: str = "", name: str = "the video") 
 
     Messages say `name` instead of `path`, the client's file on the server.
     """
-    if isinstance(error, (RequestValidationError, ValidationError)):
+    if isinstance(error, RequestValidationError):
         texts = [f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in error.errors()[:5]]
         return ApiError(422, "server.invalid_request", f"The request does not match /docs: {'; '.join(texts)}.")
     if isinstance(error, HTTPException):
@@ -54,6 +56,15 @@ def api_error(error: BaseException, *, path: str = "", name: str = "the video") 
     if isinstance(error, EngineError):
         return ApiError(503, error.code, "The engine of this server failed; its log says why.", retry_after_s=30)
     return ApiError(500, "server.internal", "Something went wrong in this server; its log says what.")
+
+
+@contextmanager
+def client_input() -> Iterator[None]:
+    """Report a pydantic error inside the block as an invalid request; anywhere else it is a bug of the server."""
+    try:
+        yield
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
 
 
 def _framework_error(error: HTTPException) -> ApiError:

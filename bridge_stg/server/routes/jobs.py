@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from bridge_stg.server.http import schemas
-from bridge_stg.server.http.errors import ApiError
+from bridge_stg.server.http.errors import ApiError, client_input
 from bridge_stg.server.http.multipart import read_form
 from bridge_stg.server.http.security import is_json
 from bridge_stg.server.jobs.job import Job
@@ -79,13 +79,16 @@ async def ground(request: Request, service: TheService) -> Response:
     """Upload a video, send queries, and wait for the answers. Closing the connection cancels; nothing is kept."""
     service.check_open()
     if is_json(request.headers):
-        new = schemas.NewJob.model_validate_json(await request.body())
+        body = await request.body()
+        with client_input():
+            new = schemas.NewJob.model_validate_json(body)
         return await _answer(request, service, service.store.get(new.video), new)
     service.scheduler.check_room()
     with service.store.receive() as incoming:
         form = await read_form(request, service.settings, incoming.write)
         options = {name: value for name, value in form.fields if name in ("task", "allow_none", "deadline_s")}
-        new = schemas.NewJob.model_validate({"video": "", "queries": form.values("queries"), **options})
+        with client_input():
+            new = schemas.NewJob.model_validate({"video": "", "queries": form.values("queries"), **options})
         service.check_queries(new.queries)
         upload = await service.store.finish(incoming, form.filename)
     try:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
-from bridge_stg.server.http.errors import ApiError, api_error
+from bridge_stg.server.http.errors import ApiError, api_error, client_input
 from bridge_stg.server.http.multipart import read_form
 from bridge_stg.server.http.schemas import Video, VideoSource
 from bridge_stg.server.http.security import is_json
@@ -59,7 +59,9 @@ async def upload(request: Request, service: TheService) -> Video:
     """Upload a video or image, or name a file of the server's media folder."""
     service.check_open()
     if is_json(request.headers):
-        named = VideoSource.model_validate_json(await request.body())
+        body = await request.body()
+        with client_input():
+            named = VideoSource.model_validate_json(body)
         return service.store.describe(await service.store.refer(named.source))
     with service.store.receive() as incoming:
         form = await read_form(request, service.settings, incoming.write)
