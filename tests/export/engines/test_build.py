@@ -162,7 +162,7 @@ def test_ctrl_c_stops_tensorrt(rtx: Any, bundle: Bundle) -> None:
         time.sleep(1)  # by now TensorRT works, and calls back
         started.send_signal(signal.SIGINT)
         said = started.stderr.read()
-    assert started.returncode == 130 and said.strip().endswith("[call.cancelled]") and said.count("\n") == 1
+    assert started.returncode == 130 and said.strip().endswith("[call.cancelled]") and "\n" not in said.strip()
     assert not [path for path in (bundle.path / "engines").rglob("*") if path.is_file()]
 
 
