@@ -255,5 +255,5 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         message = f'onnxruntime cannot be imported ({error}). Install it with: pip install "bridge-stg[cpu]"'
         raise EngineError("engine.not_installed", message) from error
-    onnxruntime.disable_telemetry_events()  # its wheels can record events; nothing is sent
+    onnxruntime.disable_telemetry_events()  # if the program imported it before this package, which disables it
     return onnxruntime
