@@ -24,7 +24,7 @@ from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
 from bridge_stg.runtime.video.open import open_source
-from bridge_stg.runtime.video.source import CoarseFrames
+from bridge_stg.runtime.video.source import CoarseFrames, Openable
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.live.watch import LiveWatch
 
-Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]"
+Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]] | Openable"
 """A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image).
 
 Images of an iterable may be arrays of any library that implements DLPack; if the graphs run on a GPU, images on that

@@ -48,6 +48,7 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="Maximum MiB of all uploads.")
 @click.option("--max-duration-s", type=SECONDS, default=600.0, show_default=True, help="Maximum seconds per video.")
 @click.option("--max-pixels", type=COUNT, default=4096 * 2304, show_default=True, help="Maximum pixels per frame.")
+@click.option("--decode-mb", type=COUNT, default=2048, show_default=True, help="Maximum MiB to decode one file.")
 @click.option("--max-queue", type=COUNT, default=64, show_default=True, help="Maximum number of waiting jobs.")
 @click.option(
     "--deadline", "--max-seconds", "max_seconds", type=SECONDS, default=300.0, show_default=True, metavar="SECONDS",
@@ -62,8 +63,8 @@ def live_source(value: str) -> tuple[str, str]:
 @backend_options()
 def serve(
     *, bundle: Path, api_key: str | None, api_key_env: str | None, live: tuple[tuple[str, str], ...], every_s: float,
-    window: int, max_upload_mb: int, max_storage_mb: int, open_mb: int, threads: int | None, backend: str,
-    variant: str | None, **limits: Any,
+    window: int, max_upload_mb: int, max_storage_mb: int, open_mb: int, decode_mb: int, threads: int | None,
+    backend: str, variant: str | None, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a BUNDLE over HTTP: uploads, jobs, live sources, and a web page.
 
@@ -81,6 +82,7 @@ def serve(
         max_upload_bytes=max_upload_mb * MIB,
         max_storage_bytes=max_storage_mb * MIB,
         open_bytes=open_mb * MIB,
+        decode_bytes=decode_mb * MIB,
         **limits,
     )
     return_freed_memory()  # a server runs for days, and its memory should not grow

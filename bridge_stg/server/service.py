@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.host.worker import TEMPLATE
 from bridge_stg.runtime.video.decoder import limit_frames
 from bridge_stg.server.http.errors import ApiError, logger, stopping
 from bridge_stg.server.http.schemas import NewJob
@@ -18,6 +19,7 @@ from bridge_stg.server.jobs.scheduler import Scheduler
 from bridge_stg.server.live.watch import LiveHub
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.settings import Settings
+from bridge_stg.server.videos import isolated
 from bridge_stg.server.videos.prefix_cache import OpenVideos
 from bridge_stg.server.videos.uploads import Store, Upload
 
@@ -54,7 +56,8 @@ class Service:
 
     def start(self) -> None:
         """Start the deletion of expired uploads and jobs. Called in the server's event loop."""
-        limit_frames(self.settings.max_pixels)
+        limit_frames(self.settings.max_pixels)  # of live sources
+        TEMPLATE.start(isolated.__name__)
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
     def begin_stop(self) -> None:

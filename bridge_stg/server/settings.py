@@ -18,6 +18,16 @@ LEAST_KEY = 16
 
 
 @dataclass(frozen=True)
+class MediaLimits:
+    """Limits of one file of a client, and of the subprocess that reads it."""
+
+    max_duration_s: float
+    max_frames: int
+    max_pixels: int
+    decode_bytes: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """Limits and addresses of one server."""
 
@@ -33,6 +43,7 @@ class Settings:
     max_videos: int = 512  # uploads
     max_duration_s: float = 600.0  # of one video
     max_pixels: int = 4096 * 2304  # of one frame
+    decode_bytes: int = 2048 * MIB  # memory of a subprocess that reads a file
     max_queue: int = 64  # jobs in the queue
     max_seconds: float = 300.0  # of one job, waiting included
     max_queries: int = 16  # of one job
@@ -65,6 +76,11 @@ class Settings:
             if not LIVE_NAME.fullmatch(name):
                 message = f"--live {name!r}: expected a name of letters, digits, - and _, as in gate=rtsp://camera/1"
                 raise BridgeError("server.bad_source_name", message)
+
+    @property
+    def media_limits(self) -> MediaLimits:
+        """The limits of one file."""
+        return MediaLimits(self.max_duration_s, self.max_frames, self.max_pixels, self.decode_bytes)
 
     @property
     def max_frames(self) -> int:

@@ -48,8 +48,7 @@ def run_in_subprocess(function: str, job: Any, *, purpose: str, advice: str = ""
         raise EngineError("host.subprocess_failed", f"the process that {purpose} failed: {lines[-1]}")
     found = json.loads(done.stdout)
     if "code" in found:
-        kinds = (getattr(errors, name) for name in found["kinds"] if hasattr(errors, name))
-        raise next(kinds)(found["code"], found["message"])
+        raise error_from_json(found)
     return found["result"]
 
 
@@ -61,6 +60,18 @@ def answer(function: str, job: Any) -> None:
         try:
             found: dict[str, Any] = {"result": getattr(importlib.import_module(module), name)(job)}
         except BridgeError as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__]  # the parent may not know the first ones
-            found = {"kinds": kinds, "code": error.code, "message": error.message}
+            found = error_to_json(error)
         json.dump(found, output)
+
+
+def error_to_json(error: BridgeError) -> dict[str, Any]:
+    """Return what a child process sends of an error."""
+    kinds = [kind.__name__ for kind in type(error).__mro__]  # the parent may not know the first ones
+    return {"kinds": kinds, "code": error.code, "message": error.message}
+
+
+def error_from_json(found: dict[str, Any]) -> BridgeError:
+    """Return the error of `error_to_json`."""
+    kinds = (getattr(errors, name) for name in found["kinds"] if hasattr(errors, name))
+    error: BridgeError = next(kinds)(found["code"], found["message"])
+    return error

@@ -71,12 +71,12 @@ class VideoFile(VideoSource):
         self._frames, last = None, None
         self.kept = kept = KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
         timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler(length_s or decoder.duration_s)
-        self._tolerance_s = timeline.tolerance_s
+        self.tolerance_s = timeline.tolerance_s
         keys, batch = [0], _Batch(sampler)
 
         def keep(index: int, until: float) -> None:
-            batch.offer(last, until - self._tolerance_s)
-            kept.offer(index, last, until - self._tolerance_s)
+            batch.offer(last, until - self.tolerance_s)
+            kept.offer(index, last, until - self.tolerance_s)
 
         for index, frame in enumerate(frames):
             time = timeline.add(frame)
@@ -90,7 +90,7 @@ class VideoFile(VideoSource):
             raise decoder.no_frames()
         self._times = np.frombuffer(timeline.times, np.float64)
         self._duration_s = timeline.times[-1] + timeline.length_of_last(last)
-        keep(len(timeline.times) - 1, max(self._duration_s, timeline.times[-1] + 2 * self._tolerance_s))
+        keep(len(timeline.times) - 1, max(self._duration_s, timeline.times[-1] + 2 * self.tolerance_s))
         batch.fill()
         self._timeline, self._keys = timeline, np.asarray(keys)
         # Without errors and with correct times, a time identifies a frame; otherwise only its index from the start.
@@ -98,7 +98,7 @@ class VideoFile(VideoSource):
         return sampler
 
     def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
-        indices = np.maximum(np.searchsorted(self._times, times + self._tolerance_s, side="right") - 1, 0)
+        indices = np.maximum(np.searchsorted(self._times, times + self.tolerance_s, side="right") - 1, 0)
         wanted, places = np.unique(indices, return_inverse=True)
         frames = np.empty((len(wanted), *self.fine_size, 3), np.uint8)
 

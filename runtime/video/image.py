@@ -62,6 +62,12 @@ def read_image(path: str) -> np.ndarray | Iterator[tuple[float, np.ndarray]] | N
     return animation_frames(picture, path) if is_animation(picture) else read_rgb(picture, path)
 
 
+def bomb_error() -> type[Exception]:
+    """Return the class of Pillow's error for an image, or a frame of an animation, with too many pixels."""
+    error: type[Exception] = load_package("PIL.Image", "pillow").DecompressionBombError
+    return error
+
+
 def open_image(path: str) -> Any | None:
     """Return the file as a lazily read `PIL.Image.Image`, or None if it is not an image."""
     with open(path, "rb") as file:
@@ -89,6 +95,8 @@ def is_animation(picture: Any) -> bool:
         return picture.format in ANIMATED and getattr(picture, "is_animated", False)
     except DAMAGE:  # a damaged second frame of a GIF; the first one is intact
         return False
+    except bomb_error():  # raised again when the frame is read
+        return True
 
 
 def read_rgb(picture: Any, path: str) -> np.ndarray:
@@ -117,6 +125,8 @@ def animation_frames(picture: Any, path: str) -> Iterator[tuple[float, np.ndarra
                 if index == 0 and not isinstance(error, EOFError):
                     raise _unreadable(path, error) from error
                 return
+            except bomb_error() as error:
+                raise _unreadable(path, error) from error
             yield time, rgb
             shown_s = float(picture.info.get("duration") or 0) / 1000
             time += shown_s if shown_s >= SHORTEST_FRAME_S else 0.1

@@ -13,13 +13,13 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.decoder import check_path
 from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.image import StillImage, read_image
-from bridge_stg.runtime.video.source import VideoSource
+from bridge_stg.runtime.video.source import Openable, VideoSource
 from bridge_stg.runtime.video.stream import FrameStream, check_frame
 from bridge_stg.runtime.video.token_budget import Budget
 
 
 def open_source(
-    video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]],
+    video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]] | Openable,
     spec: ModelSpec,
     *,
     buffer_frames: int = 256,
@@ -33,6 +33,10 @@ def open_source(
     frames are kept, at fine size; they may also be DLPack arrays on `device`, and stay there. Without a budget for the
     coarse frames, the spec's `max_visual_tokens` applies.
     """
+    if isinstance(video, Openable):
+        return video.open_source(
+            spec, buffer_frames=buffer_frames, budget=budget or Budget(spec.frames.max_visual_tokens)
+        )
     if isinstance(video, (str, os.PathLike)):
         path = check_path(os.fspath(video))
         image = read_image(path)

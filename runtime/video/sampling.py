@@ -91,6 +91,11 @@ class CoarseSampler(GridSampler[np.ndarray]):
             self._rung = rung
             self.items = resize_all(self.items, self.size)
 
+    def resume(self, items: list[np.ndarray], stride: int) -> None:
+        """Continue with the samples and the stride of another sampler of the same plan."""
+        self.items, self.stride = items, stride
+        self._rung = self._plan.rungs.index(items[0].shape[:2])
+
     def _rung_of(self, samples: int) -> int:
         # When samples are dropped, half of the groups are left, and these may be larger again.
         return self._plan.rung(min(-(-samples // self._group), (self._plan.capacity + 1) // 2))

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -50,6 +51,14 @@ class CoarseFrames:
         return np.asarray(self.times.mean(axis=1))
 
 
+@runtime_checkable
+class Openable(Protocol):
+    """A video that opens itself, such as one that is decoded in a subprocess."""
+
+    def open_source(self, spec: ModelSpec, *, buffer_frames: int, budget: Budget) -> VideoSource:
+        """Open the video; see `open.open_source`."""
+
+
 class VideoSource(AbstractContextManager["VideoSource"]):
     """One video, image or stream. A context manager; not for use by two threads at once.
 
@@ -68,10 +77,11 @@ class VideoSource(AbstractContextManager["VideoSource"]):
             self._plan = CoarsePlan(height, width, spec, budget or Budget(spec.frames.max_visual_tokens))
         except VideoError as error:
             raise VideoError(error.code, f"{name}: {error}") from None
+        self._samples: CoarseSampler | None = None
         self._coarse: CoarseFrames | None = None
         self._times = np.zeros(0)
         self._duration_s = 0.0
-        self._tolerance_s = 1e-6
+        self.tolerance_s = 1e-6
         """How much later than requested a frame may start: times in files are rounded to ticks of their clock."""
 
     @abstractmethod
@@ -88,14 +98,20 @@ class VideoSource(AbstractContextManager["VideoSource"]):
     @property
     def frame_times(self) -> np.ndarray:
         """The times of all frames in seconds, float64, strictly increasing from 0; reads the video if necessary."""
-        self.coarse()
+        self.samples()
         return self._times
 
     @property
     def duration_s(self) -> float:
         """Seconds from the first frame to the end of the last one; reads the video if necessary."""
-        self.coarse()
+        self.samples()
         return self._duration_s
+
+    def samples(self, limits: Limits | None = None) -> CoarseSampler:
+        """Return the samples that `coarse` groups; the video is decoded once, with its seconds as progress."""
+        if self._samples is None:
+            self._samples = self._scan(limits or Limits())
+        return self._samples
 
     def coarse(self, limits: Limits | None = None) -> CoarseFrames:
         """Return the whole video at coarse rate and size; it is decoded once, with its seconds as progress.
@@ -104,7 +120,9 @@ class VideoSource(AbstractContextManager["VideoSource"]):
         these fit the budget at the smallest size (see token_budget.py), and all groups print as different times.
         """
         if self._coarse is None:
-            self._coarse = self._group(self._scan(limits or Limits()))
+            samples = self.samples(limits)
+            self._coarse = self._group(samples)
+            samples.items = []
         return self._coarse
 
     def fine(self, times: Sequence[float] | np.ndarray, limits: Limits | None = None) -> Samples:
@@ -119,7 +137,7 @@ class VideoSource(AbstractContextManager["VideoSource"]):
             bad = wanted[~np.isfinite(wanted)][0]
             raise VideoError("video.bad_time", f"{self.name}: no frame at the time {bad}; expected seconds")
         limits = limits or Limits()
-        self.coarse(limits)
+        self.samples(limits)
         if not wanted.size:
             return Samples(frames=np.zeros((0, *self.fine_size, 3), np.uint8), times=np.zeros(0))
         return self._fetch(wanted, limits)
@@ -127,7 +145,7 @@ class VideoSource(AbstractContextManager["VideoSource"]):
     def fine_grid(self) -> np.ndarray:
         """Return the times of the fine grid, float64: all k / fine_fps inside the video; an image has one."""
         rate = self._spec.frames.fine_fps
-        places = 1 if self.is_image else max(1, math.ceil((self.duration_s - self._tolerance_s) * rate))
+        places = 1 if self.is_image else max(1, math.ceil((self.duration_s - self.tolerance_s) * rate))
         if places > MAX_FINE_PLACES:
             raise VideoError("video.too_long", f"{self.name} lasts {self.duration_s:.3g} s; are its times in seconds?")
         return np.arange(places) / rate

@@ -98,19 +98,19 @@ class FrameStream(VideoSource):
         limits.check()
         for time, frame in frames:
             limits.check()
-            keep(time - origin - self._tolerance_s)
+            keep(time - origin - self.tolerance_s)
             times.append(time - origin)
             shown = frame
             limits.report(times[-1], None)
         gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / self._spec.frames.coarse_fps
         self._times, self._duration_s = np.asarray(times), times[-1] + gap
-        keep(max(self._duration_s - self._tolerance_s, self._tolerance_s))
+        keep(max(self._duration_s - self.tolerance_s, self.tolerance_s))
         return sampler
 
     def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
         if not self._kept.items:
             raise VideoError("video.closed", f"{self.name} is closed; open it again to read frames from it")
-        places = np.floor((times + self._tolerance_s) / self._kept.interval_s)
+        places = np.floor((times + self.tolerance_s) / self._kept.interval_s)
         kept = [self._kept.items[int(place)] for place in places.clip(0, len(self._kept.items) - 1)]
         return Samples(frames=arrays.stack([frame for _, frame in kept]), times=np.asarray([time for time, _ in kept]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -93,3 +94,17 @@ def expect_fine(source: VideoSource, times: np.ndarray, reference: list[np.ndarr
     np.testing.assert_allclose(samples.times, frame_times[shown], atol=1e-9)
     expected = np.stack([scaled(reference[index], samples.frames.shape[1:3]) for index in shown])
     np.testing.assert_array_equal(samples.frames, expected)
+
+
+def gif_with_a_huge_frame(number: int) -> bytes:
+    """Return an animation of ten frames, one of which says that it has 65535 × 65535 pixels."""
+    file = io.BytesIO()
+    images = [Image.fromarray(np.full((48, 64, 3), 20 * i, np.uint8)) for i in range(10)]
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=100)
+    content = bytearray(file.getvalue())
+    place = -1
+    for _ in range(number + 1):  # a frame's extension, then its descriptor: left, top, width, height
+        place = content.index(b"\x21\xf9\x04", place + 1)
+    assert content[place + 8] == 0x2C
+    content[place + 13 : place + 17] = b"\xff\xff\xff\xff"
+    return bytes(content)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index, paint_frames
 from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, draw_box, fit_text, font, shade
 from bridge_stg.server.http.errors import api_error, busy
@@ -90,7 +89,7 @@ class Renderer:
         def check(stage: str, done: float, total: float | None) -> None:
             limits.check()
 
-        with play(job.upload.file.path) as source, replacing(path) as temporary:
+        with job.upload.file.media.play() as source, replacing(path) as temporary:
             encode_h264(paint_frames(source, painter_for, progress=check), temporary)
 
 

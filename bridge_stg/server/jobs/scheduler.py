@@ -196,7 +196,7 @@ class Scheduler:
     def _run(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> list[Outcome]:
         """Return the results of each job of a batch, or its error."""
         progress = self._progress(batch, loop)
-        with self._opened.lease(batch.file.key, batch.file.path, cancel=batch.over, progress=progress) as (video, new):
+        with self._opened.lease(batch.file.key, batch.file.media, cancel=batch.over, progress=progress) as (video, new):
             (self._metrics.videos_opened if new else self._metrics.videos_reused).inc()
             try:
                 return self._answer(video, batch, progress, new=new)

@@ -13,7 +13,6 @@ from bridge_stg.server.http.multipart import read_form
 from bridge_stg.server.http.schemas import Video, VideoSource
 from bridge_stg.server.http.security import is_json
 from bridge_stg.server.service import Service
-from bridge_stg.server.videos.stills import still
 from bridge_stg.server.videos.uploads import Upload
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
@@ -94,7 +93,7 @@ async def frame(found: TheUpload, service: TheService, time: float = 0.0) -> Res
         raise ApiError(422, "server.invalid_request", f"time={time}: expected seconds from the start of the video.")
     service.store.hold(file)
     try:
-        return frame_response(await service.in_thread(still, file.path, file.info, time))
+        return frame_response(await service.in_thread(file.media.still, file.info, time))
     except Exception as error:
         raise api_error(error, path=file.path, name=found.name) from error
     finally:

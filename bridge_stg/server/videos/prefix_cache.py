@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.chain.opened_video import OpenedVideo
 from bridge_stg.runtime.host.limits import Progress
+from bridge_stg.server.videos.isolated import IsolatedMedia
 
 
 class OpenVideos:
@@ -36,14 +37,14 @@ class OpenVideos:
 
     @contextmanager
     def lease(
-        self, key: str, path: str, *, cancel: Callable[[], bool], progress: Progress
+        self, key: str, media: IsolatedMedia, *, cancel: Callable[[], bool], progress: Progress
     ) -> Iterator[tuple[OpenedVideo, bool]]:
         """Yield a video, and whether it was opened by this call. Raises BridgeError as `Grounder.open` does."""
         with self._lock:
             kept = self._kept.pop(key, None)
             if kept is not None:
                 self._leased[key] = kept
-        video = kept if kept is not None else self._grounder.open(path, cancel=cancel, progress=progress)
+        video = kept if kept is not None else self._grounder.open(media, cancel=cancel, progress=progress)
         with self._lock:
             self._leased[key] = video
         try:

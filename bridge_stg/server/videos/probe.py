@@ -15,9 +15,9 @@ from typing import Any
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.video.decoder import Decoder, shown_size
-from bridge_stg.runtime.video.image import DAMAGE, SHORTEST_FRAME_S, is_animation, open_image, read_rgb
+from bridge_stg.runtime.video.image import DAMAGE, SHORTEST_FRAME_S, bomb_error, is_animation, open_image, read_rgb
 from bridge_stg.server.http.errors import ApiError, api_error
-from bridge_stg.server.settings import Settings
+from bridge_stg.server.settings import MediaLimits
 
 CONTAINERS = {"mov": "video/mp4", "matroska": "video/x-matroska", "webm": "video/webm", "avi": "video/x-msvideo"}
 """Accepted containers and their media types. All of them announce their streams before any frame is decoded."""
@@ -45,7 +45,7 @@ class FileInfo:
     frames: int
 
 
-def probe(path: str, name: str, limits: Settings) -> FileInfo:
+def probe(path: str, name: str, limits: MediaLimits) -> FileInfo:
     """Inspect a file, called `name` in messages, before any other code opens it. Raises ApiError 413, 415 and 422."""
     check = _Check(name, limits)
     try:
@@ -89,7 +89,7 @@ class _Check:
     """The checks of one file; each raises ApiError."""
 
     name: str
-    limits: Settings
+    limits: MediaLimits
 
     def pixels(self, width: int, height: int) -> None:
         if width * height > self.limits.max_pixels:
@@ -131,6 +131,8 @@ class _Check:
                 image.load()  # WebP knows the duration of a frame only now
             except DAMAGE:
                 break
+            except bomb_error() as error:
+                raise self._too_many_pixels("a frame with more pixels") from error
             frame_s = float(image.info.get("duration") or 0) / 1000
             frames, duration_s = frames + 1, duration_s + (frame_s if frame_s >= SHORTEST_FRAME_S else 0.1)
             self._length(duration_s, frames, end)

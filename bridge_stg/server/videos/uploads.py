@@ -21,14 +21,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.video.image import DAMAGE
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.schemas import Video
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.settings import MIB, Settings
+from bridge_stg.server.videos.isolated import IsolatedMedia
 from bridge_stg.server.videos.prefix_cache import OpenVideos
-from bridge_stg.server.videos.probe import FileInfo, probe
+from bridge_stg.server.videos.probe import FileInfo
 
 MOST_NAME = 120
 
@@ -38,11 +37,16 @@ class StoredFile:
     """A file that is deleted when nothing uses it any longer."""
 
     key: str  # identifies the content
-    path: str  # without a suffix, so that only the content decides on the type
+    media: IsolatedMedia  # its path has no suffix, so that only the content decides on the type
     size: int
     info: FileInfo
     ours: bool  # whether the last holder deletes it; files of the media folder are not deleted
     holders: int = 0
+
+    @property
+    def path(self) -> str:
+        """Where the file is."""
+        return self.media.path
 
 
 @dataclass(eq=False)
@@ -136,11 +140,11 @@ class Store:
             raise ApiError(422, "video.empty", "The file is empty (0 bytes); record or copy it again.")
         name, key = display_name(filename), incoming.hash.hexdigest()
         if key not in self._files:
-            info = await self._probe(str(incoming.path), name)
+            info = await self._probe(self._media(incoming.path), name)
             if key not in self._files:  # the same bytes may have been uploaded twice at the same time
                 path = self.folder / secrets.token_hex(16)
                 incoming.path.rename(path)
-                self._files[key] = StoredFile(key, str(path), incoming.size, info, ours=True)
+                self._files[key] = StoredFile(key, self._media(path), incoming.size, info, ours=True)
         return self._add(name, self._files[key])
 
     async def refer(self, name: str) -> Upload:
@@ -150,8 +154,9 @@ class Store:
         key = f"media:{path}:{stat.st_size}:{stat.st_mtime_ns}"
         file = self._files.get(key)
         if file is None:
-            info = await self._probe(str(path), path.name)
-            file = self._files.setdefault(key, StoredFile(key, str(path), stat.st_size, info, ours=False))
+            media = self._media(path)
+            info = await self._probe(media, path.name)
+            file = self._files.setdefault(key, StoredFile(key, media, stat.st_size, info, ours=False))
         return self._add(display_name(path.name), file)
 
     def hold(self, file: StoredFile) -> None:
@@ -217,11 +222,11 @@ class Store:
         self._uploads[upload.id] = upload
         return upload
 
-    async def _probe(self, path: str, name: str) -> FileInfo:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._probing, probe, path, name, self._settings)
-        except (VideoError, *DAMAGE) as error:
-            raise ApiError(422, "video.unreadable", f"{name} cannot be read as a video or image.") from error
+    def _media(self, path: Path) -> IsolatedMedia:
+        return IsolatedMedia(str(path), self._settings.media_limits)
+
+    async def _probe(self, media: IsolatedMedia, name: str) -> FileInfo:
+        return await asyncio.get_running_loop().run_in_executor(self._probing, media.probe, name)
 
 
 def display_name(filename: str) -> str:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from bridge_stg.runtime.host.memory import peak_bytes, reset_peak
 from tests.bridge_stg.server.conftest import Running, ask, ended, http_error, small_clip, until, upload
-from tests.fakes.clips import pictures, write
+from tests.fakes.clips import gif_with_a_huge_frame, pictures, write
 
 MOST_S, MOST_PIXELS = 30.0, 512 * 512
 DAMAGED = "video."  # the runtime has several codes for damaged files
@@ -71,6 +71,35 @@ def stated_size(content: bytes, width: int, height: int, *, kind: bytes = b"avc1
     """An MP4 whose sample description says another size."""
     place = content.index(kind, content.index(b"stsd")) + 4 + 24
     return content[:place] + struct.pack(">HH", width, height) + content[place + 4 :]
+
+
+def sample_table(samples: int) -> bytes:
+    """A short MP4 whose sample table says that it has so many samples of one byte."""
+
+    def box(kind: bytes, *parts: bytes) -> bytes:
+        return struct.pack(">I", 8 + sum(map(len, parts))) + kind + b"".join(parts)
+
+    def full(kind: bytes, *numbers: int, data: bytes = b"") -> bytes:
+        return box(kind, struct.pack(f">{1 + len(numbers)}I", 0, *numbers), data)
+
+    matrix = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    sizes = struct.pack(">HHIIIH", 16, 16, 0x480000, 0x480000, 0, 1)
+    entry = box(b"avc1", bytes(7), b"\1", bytes(16), sizes, bytes(32), struct.pack(">Hh", 24, -1))
+    table = box(
+        b"stbl", full(b"stsd", 1, data=entry), full(b"stts", 1, samples, 1), full(b"stsc", 1, 1, samples, 1),
+        full(b"stsz", 1, samples), full(b"stco", 1, 40),
+    )  # fmt: skip
+    reference = box(b"dinf", full(b"dref", 1, data=full(b"url ")))
+    information = box(b"minf", full(b"vmhd", 0, 0), reference, table)
+    handler = full(b"hdlr", 0, data=b"vide" + bytes(12) + b"v\0")
+    media = box(b"mdia", full(b"mdhd", 0, 0, 1000, 1000, 0x55C40000), handler, information)
+    header = full(b"tkhd", 0, 0, 1, 0, 1000, data=bytes(16) + matrix + struct.pack(">II", 16 << 16, 16 << 16))
+    movie = full(b"mvhd", 0, 0, 1000, 1000, 0x10000, 0x1000000, 0, 0, data=matrix + bytes(24) + b"\0\0\0\2")
+    return (
+        box(b"ftyp", b"isom\0\0\2\0isomavc1")
+        + box(b"mdat", bytes(64))
+        + box(b"moov", movie, box(b"trak", header, media))
+    )
 
 
 def zipped() -> bytes:
@@ -408,6 +437,20 @@ def test_names_of_files_are_only_shown(served: Callable[..., Running], tmp_path:
         files = list(running.service.store.folder.iterdir())
     assert len(files) == 1 and len(files[0].name) == 32 and not files[0].suffix
     assert os.stat(files[0]).st_mode & 0o077 == 0 and os.stat(running.service.store.folder).st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("samples", [20_000_000, 60_000_000])
+def test_a_sample_table_of_millions_takes_no_memory_here(server: Running, samples: int) -> None:
+    """Some hundred bytes say that there are so many samples; FFmpeg takes 40 bytes for each."""
+    reset_peak()
+    before = peak_bytes()
+    assert sent(server, sample_table(samples)) == (413, "video.too_long")
+    assert peak_bytes() - before < 2**25
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_an_animation_with_a_huge_frame(server: Running, number: int) -> None:
+    assert sent(server, gif_with_a_huge_frame(number)) == (413, "video.too_many_pixels")
 
 
 def test_random_damage_is_handled(server: Running, tmp_path: Path) -> None:

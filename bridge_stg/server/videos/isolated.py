@@ -1,0 +1,213 @@
+"""Read the files of clients in subprocesses, so that nothing a file does reaches the server.
+
+The server receives plain arrays. A file whose subprocess crashes, hangs or needs too much memory is rejected.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.errors import EngineError, VideoError
+from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.host.memory import gigabytes
+from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.host.worker import ENDED, Worker
+from bridge_stg.runtime.video.decoder import check_path, limit_frames
+from bridge_stg.runtime.video.file import VideoFile
+from bridge_stg.runtime.video.image import DAMAGE, StillImage, read_image
+from bridge_stg.runtime.video.playback import Playback, play
+from bridge_stg.runtime.video.sampling import CoarseSampler
+from bridge_stg.runtime.video.source import Samples, VideoSource
+from bridge_stg.runtime.video.stream import FrameStream
+from bridge_stg.runtime.video.token_budget import Budget
+from bridge_stg.server.http.errors import ApiError, api_error, logger
+from bridge_stg.server.settings import MediaLimits
+from bridge_stg.server.videos.probe import FileInfo, probe
+from bridge_stg.server.videos.stills import still
+
+
+def preload() -> None:
+    """Import what workers need, once in their template."""
+    load_package("av", "av")
+    load_package("PIL.ImageOps", "pillow")
+    load_package("PIL.Image", "pillow").init()
+
+
+@dataclass(frozen=True)
+class IsolatedMedia:
+    """A file that only subprocesses read.
+
+    Every method raises VideoError, also if its subprocess ends (`video.decoder_failed`), and EngineError if the machine
+    cannot start one.
+    """
+
+    path: str
+    limits: MediaLimits
+
+    def probe(self, name: str) -> FileInfo:
+        """Inspect the file, called `name` in messages. Raises ApiError as `probe.probe` does."""
+        try:
+            with closing(self._start()) as worker:
+                found = self.call(worker, "probe", name)
+        except VideoError as error:
+            raise api_error(error, path=self.path, name=name) from error
+        if "status" in found:
+            raise ApiError(**found)
+        return FileInfo(**found)
+
+    def still(self, info: FileInfo, time_s: float) -> tuple[bytes, float]:
+        """Return the frame displayed at a time; see `stills.still`."""
+        with closing(self._start()) as worker:
+            jpeg, at = self.call(worker, "still", info, time_s)
+        return bytes(jpeg), at
+
+    @contextmanager
+    def play(self) -> Iterator[Playback]:
+        """Play the file; see `playback.play`."""
+        with closing(self._start()) as worker:
+            found = self.call(worker, "play")
+            pictures = ((time_s, partial(np.asarray, rgb)) for time_s, rgb in self._frames(worker))
+            yield Playback(pictures, **found)
+
+    def open_source(self, spec: ModelSpec, *, buffer_frames: int, budget: Budget) -> VideoSource:
+        """Open the file for a Grounder; see `open.open_source`."""
+        worker, found = self.open(spec, budget)
+        if "size" in found:
+            return _IsolatedFile(self, worker, spec, budget, size=found["size"])
+        frames = self._frames(worker)
+        if not found["is_image"]:
+            return FrameStream(frames, spec, buffer_frames=buffer_frames, budget=budget, name=self.path)
+        with closing(worker):
+            return StillImage(next(frames)[1], spec, budget=budget, name=self.path)
+
+    def open(self, spec: ModelSpec, budget: Budget) -> tuple[Worker, dict[str, Any]]:
+        """Return a worker that has opened the file, with the `size` (width, height) of a video, or `is_image`."""
+        worker = self._start()
+        try:
+            # The text's share of the budget counts when samples are grouped, which happens in this process.
+            known = {name: getattr(budget, name) for name in ("visual_tokens", "positions", "capacity")}
+            return worker, self.call(worker, "open", spec, known)
+        except BaseException:
+            worker.close()
+            raise
+
+    def call(self, worker: Worker, method: str, *arguments: Any, limits: Limits | None = None) -> Any:
+        """Call a method of `_Reader` in a worker."""
+        try:
+            return worker.call(method, *arguments, limits=limits)
+        except EngineError as error:
+            if error.code != ENDED:
+                raise
+            logger.warning("%s: %s", self.path, error)
+            most = gigabytes(self.limits.decode_bytes)
+            message = f"{self.path} cannot be decoded: {error}; it may use at most {most}. Convert it to H.264 again"
+            raise VideoError("video.decoder_failed", message) from error
+
+    def _start(self) -> Worker:
+        return Worker(f"{__name__}:_Reader", self.path, self.limits, memory_bytes=self.limits.decode_bytes)
+
+    def _frames(self, worker: Worker) -> Iterator[tuple[float, np.ndarray]]:
+        with closing(worker):
+            while (found := self.call(worker, "frame")) is not None:
+                yield found[0], found[1]
+
+
+class _IsolatedFile(VideoSource):
+    """A `VideoFile` in a worker; another worker is started if that has ended."""
+
+    read_ahead = True
+
+    def __init__(
+        self, media: IsolatedMedia, worker: Worker, spec: ModelSpec, budget: Budget, *, size: tuple[int, int]
+    ) -> None:
+        self._media, self._worker, self._budget, self._closed = media, worker, budget, False
+        super().__init__(spec, width=size[0], height=size[1], name=media.path, budget=budget)
+
+    def close(self) -> None:
+        """End the worker; frames can no longer be read from it."""
+        self._closed = True
+        self._worker.close()
+
+    def _scan(self, limits: Limits) -> CoarseSampler:
+        found = self._call("scan", limits)
+        self._times, self._duration_s, self.tolerance_s = found["times"], found["duration_s"], found["tolerance_s"]
+        sampler = self._sampler()
+        sampler.resume([found["frames"][place] for place in found["places"]], found["stride"])
+        return sampler
+
+    def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
+        return Samples(**self._call("fine", limits, times))
+
+    def _call(self, method: str, limits: Limits, *arguments: Any) -> Any:
+        if self._closed:
+            raise VideoError("video.closed", f"{self.name} is closed; open it again to read frames from it")
+        if self._worker.ended:
+            self._worker, _ = self._media.open(self._spec, self._budget)
+        return self._media.call(self._worker, method, *arguments, limits=limits)
+
+
+class _Reader:
+    """Reads one file in a worker."""
+
+    def __init__(self, path: str, limits: MediaLimits) -> None:
+        self._path, self._limits, self._stack = path, limits, ExitStack()
+        self._frames: Iterator[tuple[float, np.ndarray]] = iter(())
+        self._file: VideoFile | None = None
+        limit_frames(limits.max_pixels)
+        pillow = load_package("PIL.Image", "pillow")
+        pillow.__dict__["MAX_IMAGE_PIXELS"] = (limits.max_pixels + 1) // 2  # twice as many are an error
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
+
+    def probe(self, _: Limits, name: str) -> Any:
+        try:
+            return probe(self._path, name, self._limits)
+        except DAMAGE:
+            found = ApiError(422, "video.unreadable", f"{name} cannot be read as a video or image.")
+        except ApiError as error:
+            found = error
+        return {"status": found.status_code, "code": found.code, "message": found.detail}
+
+    def still(self, _: Limits, info: FileInfo, time_s: float) -> Any:
+        return still(self._path, info, time_s)
+
+    def play(self, _: Limits) -> Any:
+        source = self._stack.enter_context(play(self._path))
+        self._frames = source.frames
+        return {"duration_s": source.duration_s, "is_image": source.is_image}
+
+    def frame(self, _: Limits) -> Any:
+        return next(self._frames, None)
+
+    def open(self, limits: Limits, spec: ModelSpec, budget: dict[str, Any]) -> Any:
+        if read_image(check_path(self._path)) is not None:
+            return self.play(limits)
+        self._file = VideoFile(self._path, spec, budget=Budget(**budget))
+        return {"size": [self._file.width, self._file.height]}
+
+    def scan(self, limits: Limits) -> Any:
+        file = self._file
+        assert file is not None
+        samples = file.samples(limits)
+        items, samples.items = samples.items, []
+        frames = {id(item): item for item in items}  # a slow video repeats them
+        places = {key: place for place, key in enumerate(frames)}
+        return {
+            "frames": list(frames.values()),
+            "places": [places[id(item)] for item in items],
+            "stride": samples.stride,
+            "times": file.frame_times,
+            "duration_s": file.duration_s,
+            "tolerance_s": file.tolerance_s,
+        }
+
+    def fine(self, limits: Limits, times: np.ndarray) -> Any:
+        assert self._file is not None
+        return self._file.fine(times, limits)
