@@ -67,16 +67,18 @@ def video_input(sample: Sample) -> str | Iterator[tuple[float, np.ndarray]]:
     if sample.frame_rate is not None:
         return folder_frames(sample.media, sample.frame_rate)
     if sample.clip is not None:
-        return clip_frames(sample.media, *sample.clip)
+        return clip_frames(sample.media, *sample.clip, sample.stream)
     return os.fspath(sample.media)
 
 
-def clip_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[float, np.ndarray]]:
+def clip_frames(
+    path: Path, start_s: float, end_s: float, stream: int | None = None
+) -> Iterator[tuple[float, np.ndarray]]:
     """Yield the frames of a part of a video, their times counted from its start; decoding stops at its end."""
-    from bridge_stg.runtime.video.decoder import Decoder, Timeline, check_path, shown_rgb
+    from bridge_stg.runtime.video.decoder import Decoder, check_path, shown_rgb
 
-    with closing(Decoder(check_path(os.fspath(path)))) as decoder:
-        timeline = Timeline(decoder.time_base, decoder.frame_s)
+    with closing(Decoder(check_path(os.fspath(path)), stream)) as decoder:
+        timeline = decoder.timeline()
         empty = True
         for frame in decoder.frames():
             time = timeline.add(frame)

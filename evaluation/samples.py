@@ -52,6 +52,7 @@ class Sample:
         group: a part of the dataset that has separate metrics, such as "declarative".
         clip: start and end in seconds of the part of the video to use; None for all of it.
         frame_rate: frames per second of a folder of frames.
+        stream: video stream of the file to use, see `CallOptions`.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Sample:
     group: str = ""
     clip: tuple[float, float] | None = None
     frame_rate: float | None = None
+    stream: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,7 @@ class Dataset:
         samples: all samples, including those without a media file.
         annotations: SHA-256 of what was read.
         allow_none: whether "not there" is a possible answer; published datasets guarantee presence.
+        stream: the stream of all samples.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Dataset:
     samples: tuple[Sample, ...]
     annotations: str
     allow_none: bool = False
+    stream: int | None = None
 
     def __post_init__(self) -> None:
         (most, count), *_ = Counter(sample.id for sample in self.samples).most_common(1) or [("", 0)]
@@ -93,6 +97,10 @@ class Dataset:
         """Return every n-th of the first `limit` samples, starting with the i-th, for shard (i, n)."""
         index, count = shard
         return list(self.samples[:limit])[index - 1 :: count]
+
+    def with_stream(self, stream: int | None) -> Dataset:
+        """Return the dataset with this video stream of every file, see `CallOptions`."""
+        return replace(self, stream=stream, samples=tuple(replace(sample, stream=stream) for sample in self.samples))
 
     def only(self, ids: Sequence[str] | None) -> Dataset:
         """Return the dataset with only the samples of these ids, in their order; None: all."""

@@ -47,6 +47,7 @@ class OptionKeywords(CallKeywords, total=False):
 
     buffer_frames: int
     max_visual_tokens: int | None
+    stream: int | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class CallOptions:
         buffer_frames: maximum number of frames of an iterable to keep for the spatial pass; others are dropped evenly.
         max_visual_tokens: maximum visual tokens of coarse frames; a longer video is read in smaller frames, then at a
             lower rate (see `Grounding.coarse`). None: the model's own limits.
+        stream: index of the video stream to read, counted among all streams of the file; None: the one that FFmpeg
+            takes as the best (marked as default, then of the highest bit rate), never a cover picture.
     """
 
     deadline_s: float | None = None
@@ -67,6 +70,7 @@ class CallOptions:
     progress: Progress | None = None
     buffer_frames: int = 256
     max_visual_tokens: int | None = None
+    stream: int | None = None
 
     def limits(self) -> Limits:
         """Return the limits of the call, whose clock starts now."""
@@ -303,7 +307,9 @@ class Grounder(Closable):
             most = options.max_visual_tokens
             budget = video_budget(self.tokenizer, spec, most, capacity=fixed_capacity(chain.language_model))
             device, buffer_frames = chain.vision_encoder.device, options.buffer_frames
-            source = open_source(video, spec, buffer_frames=buffer_frames, budget=budget, device=device)
+            source = open_source(
+                video, spec, buffer_frames=buffer_frames, budget=budget, device=device, stream=options.stream
+            )
         try:
             with limits.stage("decode_video"):
                 coarse, grid = source.coarse(limits), source.fine_grid()
@@ -333,6 +339,8 @@ class Grounder(Closable):
                 interval_s=coarse.interval_s,
                 duration_s=coarse.duration_s,
                 choice=coarse.choice,
+                clock=source.clock,
+                stream=source.stream,
             )
             return OpenedVideo(chain, facts, prefix, features, timings=limits.timings, close_source=source.close)
         except BaseException:

@@ -22,6 +22,7 @@ from bridge_stg.commands.options import (
     output_file,
     query_options,
     shard,
+    stream_option,
     variant_option,
 )
 from bridge_stg.commands.progress import ProgressBar, stage_line
@@ -48,12 +49,13 @@ WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
 @click.option("--split", help="Split to read if the files have several, such as val or testA.")
 @click.option("--limit", type=COUNT, help="Evaluate only the first N samples.")
 @click.option("--shard", type=shard, default="1/1", metavar="I/N", show_default=True, help="Evaluate only part I of N.")
+@stream_option
 @many_options
 @backend_options()
 def evaluate(
     *, dataset: str, annotations: tuple[Path, ...], media: Path | None, models: tuple[Path, ...], out: Path,
-    split: str | None, executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None,
-    **options: Any,
+    split: str | None, stream: int | None, executor: str, workers: int | None, backend: str, variant: str | None,
+    threads: int | None, **options: Any,
 ) -> None:  # fmt: skip
     """Evaluate and compare models on the published files of a DATASET, with its standard metrics.
 
@@ -65,7 +67,7 @@ def evaluate(
     from bridge_stg.evaluation.run.evaluate import result_path
     from bridge_stg.evaluation.run.executor import open_executor
 
-    samples = read_dataset(dataset, annotations, media, split=split)
+    samples = read_dataset(dataset, annotations, media, split=split).with_stream(stream)
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:
         described = named_models(models, backend=backend, variant=variant, threads=opened.threads)

@@ -44,6 +44,7 @@ class Request:
     backend: str
     variant: str | None
     max_visual_tokens: int | None
+    stream: int | None
     deadline: float | None
 
     @property
@@ -114,7 +115,7 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
         from bridge_stg.runtime.video.playback import play
         from bridge_stg.runtime.visualize.annotate import check_suffix
 
-        with play(request.video) as source:  # a wrong suffix fails now, not after the work
+        with play(request.video, request.stream) as source:  # a wrong suffix fails now, not after the work
             check_suffix(source, request.annotate)
     path = request.bundle or demo_bundle(progress=stage_line)
     options: dict[str, Any] = {"backend": request.backend, "variant": request.variant, "threads": request.threads}
@@ -128,7 +129,11 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
         if not grounder.verified:
             click.echo(UNVERIFIED, err=True)
         with grounder.open(
-            request.video, max_visual_tokens=request.max_visual_tokens, deadline_s=request.deadline, progress=progress
+            request.video,
+            max_visual_tokens=request.max_visual_tokens,
+            stream=request.stream,
+            deadline_s=request.deadline,
+            progress=progress,
         ) as video:
             left = None if request.deadline is None else max(0.0, request.deadline - (time.monotonic() - began))
             limits: dict[str, Any] = {"deadline_s": left, "progress": progress}

@@ -90,6 +90,10 @@ bundle_option = click.option("--bundle", type=PATH, help="Bundle; default: the d
 backend_option = click.option("--backend", default="auto", show_default=True, help="Backend of the graphs; see doctor.")
 threads_option = click.option("--threads", type=THREADS, help="CPU threads; default: the backend decides.")
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
+stream_option = click.option(
+    "--stream", type=click.IntRange(min=0), metavar="N",
+    help="Video stream to read, by its index in the file; default: the one that FFmpeg takes as the best.",
+)  # fmt: skip
 query_options = combine(
     click.option(
         "--task", type=click.Choice(["tube", "span", "image"]), default="tube", show_default=True,
@@ -100,6 +104,7 @@ query_options = combine(
         "--max-visual-tokens", type=COUNT,
         help="Maximum visual tokens per video; a longer video gets smaller frames, then a lower frame rate.",
     ),
+    stream_option,
 )  # fmt: skip
 many_options = combine(
     click.option(

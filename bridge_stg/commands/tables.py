@@ -14,12 +14,17 @@ from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 ROWS = 12
+CLOCK_NOTES = {
+    "frame_rate": "times: not all frames have time stamps; the frame rate that the file states counts instead",
+    "guessed": "times: guessed, since the file has no usable time stamps and states no frame rate",
+}
 
 
 def grounding_table(result: Grounding) -> str:
     """Return the span, at most twelve evenly picked boxes, tokens and times."""
     width, height = result.size
-    lines = [f'"{result.query}" in {width} × {height} pixels']
+    stream = "" if result.stream is None else f", video stream {result.stream}"
+    lines = [f'"{result.query}" in {width} × {height} pixels{stream}']
     if result.found and result.span is not None:
         start, end = result.span
         verb = "followed" if result.task == "track" else "found"
@@ -27,6 +32,7 @@ def grounding_table(result: Grounding) -> str:
         lines += [] if result.boxes is None else _box_rows(result.boxes)
     else:
         lines += [f"  not in this video (probability {result.scores['absent']:.2f})"]
+    lines += [f"  {CLOCK_NOTES[result.clock]}"] if result.clock in CLOCK_NOTES else []
     tokens = result.tokens
     lines += [
         _coarse_line(result.coarse),

@@ -38,7 +38,7 @@ def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes
     spans = [truth.span, *(prediction.get("span") for prediction in predictions)]
     duration_s = _duration_s(sample)
     times = np.zeros(1) if image else _picked_times(spans, duration_s)
-    with play(video_input(sample)) as source:
+    with play(video_input(sample), sample.stream) as source:
         frames = source.frames_at(times)
     size = (frames[0].shape[1], frames[0].shape[0])
     height = round(CELL_WIDTH * size[1] / size[0])
@@ -61,7 +61,7 @@ def case_picture(sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> bytes
 
 
 def _duration_s(sample: Sample) -> float:
-    with play(video_input(sample)) as source:
+    with play(video_input(sample), sample.stream) as source:
         if source.duration_s is None:
             for _ in source.intervals():
                 pass  # the end of a video without a header is known after its last frame

@@ -189,7 +189,7 @@ def check_finite(values: Mapping[str, Any]) -> None:
 def run_task(grounder: Any, sample: Sample, truth: Truth, *, allow_none: bool) -> Grounding:
     """Run a sample's task: `ground`, `span`, `locate` or `track`."""
     video = video_input(sample)
-    options = {} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}
+    options = {"stream": sample.stream} if isinstance(video, str) else {"buffer_frames": BUFFER_FRAMES}
     if sample.task in ("tube", "span"):
         method = grounder.ground if sample.task == "tube" else grounder.span
         result: Grounding = method(video, sample.query, allow_none=allow_none, **options)
@@ -204,7 +204,7 @@ def identity_of(dataset: Dataset, model: Model) -> dict[str, Any]:
     """Return the values that must agree for results to belong to the same run."""
     return {
         "benchmark": dataset.name, "split": dataset.split, "annotations": dataset.annotations,
-        "allow_none": dataset.allow_none, "model": dict(model.identity),
+        "allow_none": dataset.allow_none, "stream": dataset.stream, "model": dict(model.identity),
     }  # fmt: skip
 
 

@@ -40,8 +40,8 @@ class Inferred:
 
 def infer_many(
     queries: Sequence[Query], model: Model, out: Path, *, task: str = "tube", allow_none: bool = True,
-    max_visual_tokens: int | None = None, executor: Executor | None = None, overwrite: bool = False,
-    retry_failed: bool = False, progress: Callable[[str, int, int], Any] | None = None,
+    max_visual_tokens: int | None = None, stream: int | None = None, executor: Executor | None = None,
+    overwrite: bool = False, retry_failed: bool = False, progress: Callable[[str, int, int], Any] | None = None,
 ) -> Inferred:  # fmt: skip
     """Answer every query and write a row for each, in the order in which they are finished; failures are rows too.
 
@@ -54,7 +54,8 @@ def infer_many(
             `.parquet` file, which is written when everything is finished, from such a file next to it.
         task: `tube`, `span`, or `image`.
         allow_none: whether "not there" is a possible answer; never for an image.
-        max_visual_tokens: see `Grounder.open`.
+        max_visual_tokens: see `CallOptions`.
+        stream: see `CallOptions`.
         executor: runs the model; None: in this process.
         overwrite: discard finished rows.
         retry_failed: retry queries that failed in an earlier run. If two rows have one id, the last counts.
@@ -71,7 +72,9 @@ def infer_many(
         if out.exists() and not overwrite:
             raise BridgeError("output.exists", f"{out} exists. Pass --overwrite to replace it, or another --out.")
     lines = out.with_name(f"{out.name}.partial.jsonl") if parquet else out
-    options: dict[str, Any] = {"task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens}
+    options: dict[str, Any] = {
+        "task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens, "stream": stream,
+    }  # fmt: skip
     report = progress or (lambda label, done, total: None)
     with ResultFile(lines, {**options, "model": dict(model.identity)}, overwrite=overwrite, kept=KEPT) as results:
         left = [query for query in queries if _is_left(query, results, retry_failed)]
@@ -109,13 +112,13 @@ def units_of(queries: Iterable[Query]) -> list[list[Query]]:
 
 
 def answer_unit(
-    grounder: Any, queries: Sequence[Query], *, task: str, allow_none: bool, max_visual_tokens: int | None
+    grounder: Any, queries: Sequence[Query], *, task: str, allow_none: bool, **options: Any
 ) -> list[dict[str, Any]]:
     """Answer the queries of one video and return a row per query. A missing package, which fails all, is raised."""
     try:
         if queries[0].media is None:
             raise VideoError("video.not_found", f"{queries[0].video}: was not found in the folder of media")
-        with grounder.open(queries[0].media, max_visual_tokens=max_visual_tokens) as video:
+        with grounder.open(queries[0].media, **options) as video:
             return [_answer(video, query, task, allow_none) for query in queries]
     except ImportError:
         raise

@@ -79,6 +79,8 @@ class VideoFacts:
         interval_s: seconds between two coarse samples.
         duration_s: length in seconds; of an image, one coarse sample interval.
         choice: rate and size of the coarse samples.
+        clock: where the times come from; see `Grounding.clock`.
+        stream: index of the video stream; see `Grounding.stream`.
     """
 
     name: str
@@ -90,6 +92,8 @@ class VideoFacts:
     interval_s: float
     duration_s: float
     choice: CoarseChoice
+    clock: str = "timestamps"
+    stream: int | None = None
 
 
 class OpenedVideo(Closable):
@@ -286,6 +290,8 @@ class OpenedVideo(Closable):
             scores={"absent": answer.absent, "answer": math.exp(answer.log_probability), "presence": presence},
             tokens=self._token_counts(fine),
             timings=dict(timings),
+            clock=self._video.clock,
+            stream=self._video.stream,
             task=task.name,
             taps=None if answer.taps is None else np.array(on_host(answer.taps)),
         )

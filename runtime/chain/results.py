@@ -127,6 +127,8 @@ class Grounding:
         timings: seconds per stage. `decode_video`, `vision_coarse` and `prefill` belong to the video and are shared by
             its queries; `answer`, `decode_fine`, `vision_fine` and `spatial` belong to the call and are shared by the
             queries of a `ground_many`; `total` is the call's.
+        clock: where the times of the frames come from, one of `bridge_stg.runtime.video.decoder.CLOCKS`.
+        stream: index of the video stream that was read; None if the file has only one, or is no video file.
         task: the task, one of `bridge_stg.runtime.chain.tasks.TASKS`.
         taps: [T, Q, H], hidden states of the bridging queries in the tapped layers, from which the boxes are computed;
             input for your own heads. None if not found. Not in the JSON.
@@ -144,6 +146,8 @@ class Grounding:
     scores: Mapping[str, float]
     tokens: Mapping[str, float]
     timings: Mapping[str, float]
+    clock: str = "timestamps"
+    stream: int | None = None
     task: str = "tube"
     taps: np.ndarray | None = field(default=None, repr=False)
 
@@ -159,6 +163,8 @@ class Grounding:
             "answer": self.answer,
             "size": {"width": self.size[0], "height": self.size[1]},
             "coarse": self.coarse.to_json(),
+            "clock": self.clock,
+            "stream": self.stream,
             "scores": {name: round(float(value), 6) for name, value in self.scores.items()},
             "tube": None if self.tube is None else self.tube.to_json(),
             "boxes": None if self.boxes is None else self.boxes.to_json(),

@@ -22,7 +22,7 @@ import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.decoder import Decoder, check_path, shown_rgb
+from bridge_stg.runtime.video.decoder import Decoder, check_path, moving_streams, shown_rgb
 from bridge_stg.runtime.video.stream import STREAM, checked_frames
 
 Frames: TypeAlias = Iterator[tuple[float, Callable[[], np.ndarray]]]
@@ -97,9 +97,9 @@ def _iterable(frames: Iterable[tuple[float, np.ndarray]], stop: threading.Event)
 def _file(path: str, realtime: bool, stop: threading.Event) -> Frames:
     time_s = None
     with closing(Decoder(path)) as decoder:
-        clock, began = StreamClock(float(decoder.time_base), float(decoder.frame_s or 0) or None), time.monotonic()
+        timeline, began = decoder.timeline(), time.monotonic()
         for frame in decoder.frames():
-            time_s = clock.add(frame.pts)
+            time_s = timeline.add(frame)
             if stop.wait(max(0.0, began + time_s - time.monotonic()) if realtime else 0.0):
                 return
             yield time_s, partial(shown_rgb, frame)
@@ -131,11 +131,10 @@ def _captured(
         text = f"{name} cannot be opened ({_reason(error, timeout_s)}); is it running, and reachable?"
         raise VideoError("live.not_reachable", text) from None
     try:
-        if not container.streams.video:
+        stream = next(iter(moving_streams(container)), None)
+        if stream is None:
             raise VideoError("video.no_stream", f"{name} has no video stream; expected a camera or a video")
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate
-        clock = StreamClock(float(stream.time_base or 0.001), None if not rate else float(1 / rate), live=True)
+        clock = StreamClock(float(stream.time_base or 0.001))
         for packet in container.demux(stream):
             if stop.is_set():
                 return
@@ -153,13 +152,13 @@ def _captured(
 
 
 class StreamClock:
-    """Turns any time stamps into strictly increasing seconds from the first frame, in constant memory.
+    """Turns any time stamps of a live source into strictly increasing seconds from its first frame.
 
-    For a live source, local time replaces missing or wrong time stamps; otherwise `frame_s` does (None: 0.04 s).
+    Local time replaces missing or wrong time stamps.
     """
 
-    def __init__(self, tick_s: float, frame_s: float | None, *, live: bool = False) -> None:
-        self._tick_s, self._frame_s, self._live = tick_s, frame_s or 0.04, live
+    def __init__(self, tick_s: float) -> None:
+        self._tick_s = tick_s
         self._origin: float | None = None
         self._before = -1.0
         self._arrived = 0.0
@@ -171,11 +170,11 @@ class StreamClock:
         if self._before < 0:
             seconds, self._origin = 0.0, stamp
         else:
-            passed = max(now - self._arrived, 1e-3) if self._live else self._frame_s
+            passed = max(now - self._arrived, 1e-3)
             seconds = self._before + passed
             if stamp is not None and self._origin is not None:
                 step = stamp - self._origin - self._before
-                if 0 < step < (DISCONTINUITY_S + passed if self._live else float("inf")):
+                if 0 < step < DISCONTINUITY_S + passed:
                     seconds = self._before + step
             self._origin = self._origin if stamp is None else stamp - seconds
         self._before, self._arrived = seconds, now

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ from bridge_stg.runtime.host.packages import load_package
 MAX_TOLERANCE_S = 1e-3
 DEFAULT_FRAME_S = Fraction(1, 25)
 FFMPEG_PIXELS = 2**31 - 1
+NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS: time stamps of such a format are invented
+PACKETS_LOOKED_AT = 64  # enough to see whether a video with B-frames has the time stamps of its coded order
+REFERENCES = {"concat", "dash", "hls", "image2", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
+"""FFmpeg's demuxers that open other files or addresses, which the file names."""
 DISCONTINUITY_S = 1.0  # a time stamp that goes back by more starts a new clock (joined recordings)
 
 _codec_options = {"max_pixels": str(FFMPEG_PIXELS)}
@@ -54,66 +59,134 @@ def check_path(path: str | bytes) -> str:
     return path
 
 
+def _not_opened(path: str, error: Exception) -> VideoError:
+    with open(path, "rb") as file:
+        head = file.read(4096).lstrip()
+    if head.startswith((b"#EXTM3U", b"ffconcat", b"v=0")) or b"<MPD" in head or "%" in os.path.basename(path):
+        text = f"{path} names other files (a playlist, or a pattern of file names), which are not opened"
+        return VideoError("video.playlist", f"{text}; pass the video itself")
+    text = f"{path} is not a video or image, or it is truncated ({getattr(error, 'strerror', None) or error})"
+    return VideoError("video.unreadable", f"{text}; copy, record or convert it again")
+
+
+def moving_streams(container: Any) -> list[Any]:
+    """Return the video streams of a file without attached pictures, the one first that FFmpeg takes as the best."""
+    attached, best = load_package("av", "av").stream.Disposition.attached_pic, container.streams.best("video")
+    moving = [stream for stream in container.streams.video if not stream.disposition & attached]
+    return sorted(moving, key=lambda stream: (stream is not best, stream.index))
+
+
+def _described(stream: Any) -> str:
+    codec = stream.codec_context
+    return f"{stream.index}" if codec is None else f"{stream.index} ({codec.name}, {codec.width} × {codec.height})"
+
+
 class Decoder:
     """A video file that is open for decoding. What the file does not say is None."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, stream: int | None = None) -> None:
         self._av = load_package("av", "av")
         self._path = path
         self.damaged = False  # whether something could not be decoded so far
+        options = {**_codec_options, "format_whitelist": ",".join(sorted(self._av.formats_available - REFERENCES))}
         try:
-            # With the prefix, a colon in the name is no protocol, and playlists cannot open connections.
-            options = dict(_codec_options)
+            # With the prefix, a colon in the name is no protocol.
             self._container = self._av.open(f"file:{path}", options=options, metadata_errors="replace")
         except (self._av.FFmpegError, OSError, ValueError) as error:
-            text = f"{path} is not a video or image, or it is truncated ({getattr(error, 'strerror', None) or error})"
-            raise VideoError("video.unreadable", f"{text}; copy, record or convert it again") from error
+            raise _not_opened(path, error) from error
         try:
-            self._stream = self._moving_stream()
+            self._stream = self._chosen_stream(stream)
+            self._stream.thread_type = "AUTO"
+            self._stream.codec_context.options = dict(_codec_options)
+            self._packets: Iterator[Any] = self._container.demux(self._stream)  # the last one flushes the decoder
+            self._find_clock()
         except BaseException:
             self._container.close()
             raise
-        self._stream.thread_type = "AUTO"
-        self._stream.codec_context.options = options
-        self.time_base: Fraction = self._stream.time_base or Fraction(1, 1000)  # seconds per tick of the clock
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        self.frame_s = 1 / rate if rate else None  # nominal seconds per frame
         length = self._container.duration
         self.duration_s = length / self._av.time_base if length and length > 0 else None
 
-    def _moving_stream(self) -> Any:
-        disposition = self._av.stream.Disposition
+    def _chosen_stream(self, index: int | None) -> Any:
         # FFmpeg's "tty" demuxer reads text files as a terminal's screen.
         streams = [] if self._container.format.name == "tty" else list(self._container.streams)
-        videos = [stream for stream in streams if stream.type == "video"]
-        moving = [stream for stream in videos if not stream.disposition & disposition.attached_pic]
+        moving = moving_streams(self._container) if streams else []
         if not moving:
-            kinds = sorted({stream.type for stream in streams} - {"video"}) + (["cover picture"] if videos else [])
-            text = f"{self._path} has no video stream (found: {', '.join(kinds) or 'none of any kind'})"
+            kinds = {"cover picture" if stream.type == "video" else stream.type for stream in streams}
+            text = f"{self._path} has no video stream (found: {', '.join(sorted(kinds)) or 'none of any kind'})"
             raise VideoError("video.no_stream", f"{text}; expected a video or image file")
-        best = next((stream for stream in moving if stream.disposition & disposition.default), moving[0])
-        if best.codec_context is None:
+        chosen = moving[0] if index is None else next((one for one in moving if one.index == index), None)
+        if chosen is None:
+            found = ", ".join(_described(one) for one in sorted(moving, key=lambda one: one.index))
+            raise VideoError("video.bad_stream", f"{self._path} has no video stream {index}; choose one of: {found}")
+        if chosen.codec_context is None:
             raise VideoError("video.unsupported_codec", f"{self._path}: PyAV has no decoder; convert it to H.264")
-        return best
+        self.stream: int | None = chosen.index if len(moving) > 1 else None  # None: there is no choice
+        return chosen
+
+    def _find_clock(self) -> None:
+        """Find out which time stamps and which frame rate are to be trusted."""
+        stream, form = self._stream, self._container.format
+        self.time_base: Fraction = stream.time_base or Fraction(1, 1000)  # seconds per tick of the clock
+        self._untimed = bool(form.flags & NO_TIMESTAMPS) or form.name.endswith("_pipe")
+        rate = stream.codec_context.framerate if self._untimed else stream.average_rate or stream.guessed_rate
+        self.frame_s = 1 / rate if rate else None  # nominal seconds per frame
+        # AVI has one time stamp per packet, in the order of the file; FFmpeg guesses presentation times from them.
+        self._coded_order = form.name == "avi" and stream.codec_context.name in ("h264", "hevc")
+        if stream.codec_context.has_b_frames and not self._untimed and not self._coded_order:
+            ahead: list[Any] = []
+            try:
+                ahead += islice(self._packets, PACKETS_LOOKED_AT)
+            except self._av.FFmpegError:
+                self.damaged = True
+            self._packets = chain(ahead, self._packets)
+            stamps = [packet.pts for packet in ahead if packet.pts is not None]
+            # Files that were copied from AVI, and ASF, have such times as presentation times.
+            self._coded_order = not stamps or (stamps == sorted(stamps) and self._goes_back(ahead))
+        # Frames get the decoding time of a later packet, by a delay that may differ after a seek.
+        self.seekable = not (self._coded_order and stream.codec_context.has_b_frames)
+
+    def _goes_back(self, packets: list[Any]) -> bool:
+        """Return whether the time stamps of frames go back, though decoders return them in presentation order."""
+        context, before = self._av.CodecContext.create(self._stream.codec_context.codec, "r"), None
+        context.extradata, context.options = self._stream.codec_context.extradata, dict(_codec_options)
+        for packet in packets:
+            with suppress(self._av.FFmpegError):
+                for frame in context.decode(packet):
+                    if None not in (before, frame.pts) and frame.pts < before:
+                        return True
+                    before = frame.pts
+        return False
+
+    def timeline(self) -> Timeline:
+        """Return a clock for one pass over the frames."""
+        return Timeline(self.time_base, self.frame_s)
 
     def frames(self) -> Iterator[Any]:
-        """Yield the remaining `av.VideoFrame`s in presentation order, skipping those that cannot be decoded."""
+        """Yield the remaining `av.VideoFrame`s in presentation order, skipping those that cannot be decoded.
+
+        `pts` of a frame is its time stamp in ticks of `time_base`, None where the file has none.
+        """
+        for frame in self._decoded():
+            frame.pts = None if self._untimed else frame.dts if self._coded_order else frame.pts
+            yield frame
+
+    def _decoded(self) -> Iterator[Any]:
         try:
-            for packet in self._container.demux(self._stream):  # the last packet is empty and flushes the decoder
+            for packet in self._packets:
                 try:
                     yield from packet.decode()
                 except self._av.FFmpegError:
                     self.damaged = True
-            return
         except self._av.FFmpegError:  # a container error: nothing after this point can be found
             self.damaged = True
-        with suppress(self._av.FFmpegError):
+        with suppress(self._av.FFmpegError):  # if an error came before the packet that flushes the decoder
             yield from self._stream.codec_context.decode(None)
 
     def frames_from(self, pts: int) -> Iterator[Any]:
         """Seek to the key frame at `pts` ticks, and yield frames from there; it may land earlier or later."""
         try:
             self._container.seek(pts, stream=self._stream)
+            self._packets = self._container.demux(self._stream)
         except self._av.FFmpegError:
             return
         yield from self.frames()
@@ -128,18 +201,25 @@ class Decoder:
         self._container.close()
 
 
+CLOCKS = ("timestamps", "frame_rate", "guessed")
+"""Where the times of a video come from: from time stamps only; some from the frame rate that the file states; some from
+neither, so 25 frames per second were assumed, or time stamps that go back were corrected."""
+
+
 class Timeline:
     """Turns any time stamps of one pass into strictly increasing seconds from the first frame.
 
-    Each frame has its seconds in `times`, its time stamp in ticks (0: none) in `pts` and a checksum in `prints`.
+    Each frame has its seconds in `times` and its time stamp in ticks (0: none) in `pts`.
     """
 
     def __init__(self, time_base: Fraction, frame_s: Fraction | None) -> None:
-        self.times, self.pts, self.prints = array("d"), array("q"), array("I")
+        self.times, self.pts = array("d"), array("q")
         self.regular = True  # whether every frame has a time stamp and these increase, so that they identify frames
+        self.clock = "timestamps"  # where the times come from, see CLOCKS
         self.tolerance_s = max(min(0.49 * float(time_base), MAX_TOLERANCE_S), 1e-6)  # largest rounding error
         self._time_base, self._frame_s = time_base, frame_s
         self._origin: Fraction | None = None
+        self._length_s = 0.0  # of the newest frame, if the file says it
 
     def add(self, frame: Any) -> float:
         """Append a frame and return its time."""
@@ -150,25 +230,26 @@ class Timeline:
         elif stamp is not None and self._origin is not None:
             before, time = self.times[-1], float(stamp - self._origin)
             if time <= before:
-                self.regular = False
+                self.regular, self.clock = False, "guessed"
                 time = None if time < before - DISCONTINUITY_S else before + 2 * self.tolerance_s
-        if time is None:
-            time = self.times[-1] + float(self._frame_s or DEFAULT_FRAME_S)
+        if time is None:  # the frame starts where the one before it ends
+            time = self.times[-1] + (self._length_s or float(self._frame_s or DEFAULT_FRAME_S))
             self._origin = self._origin if stamp is None else stamp - Fraction(time)
-        self.regular = self.regular and stamp is not None
+        if stamp is None:
+            self.regular = False
+            self.clock = "frame_rate" if self._frame_s and self.clock != "guessed" else "guessed"
         self.times.append(time)
         self.pts.append(frame.pts or 0)
-        self.prints.append(fingerprint(frame))
+        duration = getattr(frame, "duration", None)  # PyAV before 15 does not have it
+        self._length_s = float(max(duration or 0, 0) * self._time_base)
         return time
 
-    def length_of_last(self, frame: Any) -> float:
-        """Return how long the last frame is shown, in seconds: its own duration, else the nominal or median one."""
-        duration = getattr(frame, "duration", None)  # PyAV before 15 does not have it
-        if duration and duration > 0:
-            return float(duration * self._time_base)
-        if self._frame_s is None and len(self.times) > 1:
-            return float(np.median(np.diff(np.frombuffer(self.times, np.float64))))
-        return float(self._frame_s or DEFAULT_FRAME_S)
+    @property
+    def end_s(self) -> float:
+        """The end of the newest frame in seconds, by its own duration, else the nominal or the median one."""
+        if not self._length_s and self._frame_s is None and len(self.times) > 1:
+            return self.times[-1] + float(np.median(np.diff(np.frombuffer(self.times, np.float64))))
+        return self.times[-1] + (self._length_s or float(self._frame_s or DEFAULT_FRAME_S))
 
 
 def shown_size(frame: Any) -> tuple[int, int]:

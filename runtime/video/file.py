@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
@@ -14,7 +15,7 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.threads import for_each
-from bridge_stg.runtime.video.decoder import Decoder, Timeline, fingerprint, shown_rgb, shown_size
+from bridge_stg.runtime.video.decoder import Decoder, fingerprint, shown_rgb, shown_size
 from bridge_stg.runtime.video.resize import resize
 from bridge_stg.runtime.video.sampling import CoarseSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
@@ -30,8 +31,8 @@ class VideoFile(VideoSource):
 
     read_ahead = True
 
-    def __init__(self, path: str, spec: ModelSpec, *, budget: Budget | None = None) -> None:
-        self._decoder: Decoder | None = Decoder(path)
+    def __init__(self, path: str, spec: ModelSpec, *, budget: Budget | None = None, stream: int | None = None) -> None:
+        self._decoder: Decoder | None = Decoder(path, stream)
         try:
             self._frames: Iterator[Any] | None = self._decoder.frames()
             first = next(self._frames, None)
@@ -43,7 +44,7 @@ class VideoFile(VideoSource):
             self._decoder.close()
             raise
         self._frames = chain([first], self._frames)
-        self._timeline = Timeline(self._decoder.time_base, self._decoder.frame_s)
+        self.stream, self._timeline, self._prints = self._decoder.stream, self._decoder.timeline(), array("I")
         self._keys = np.zeros(1, np.int64)
         self.kept = KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
         self.seekable = self._closed = False  # seekable: seeking returns the same frames as reading from the start
@@ -70,9 +71,9 @@ class VideoFile(VideoSource):
         assert decoder is not None
         self._frames, last = None, None
         self.kept = kept = KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
-        timeline, sampler = Timeline(decoder.time_base, decoder.frame_s), self._sampler(length_s or decoder.duration_s)
+        timeline, sampler = decoder.timeline(), self._sampler(length_s or decoder.duration_s)
         self.tolerance_s = timeline.tolerance_s
-        keys, batch = [0], _Batch(sampler)
+        keys, prints, batch = [0], array("I"), _Batch(sampler)
 
         def keep(index: int, until: float) -> None:
             batch.offer(last, until - self.tolerance_s)
@@ -80,6 +81,7 @@ class VideoFile(VideoSource):
 
         for index, frame in enumerate(frames):
             time = timeline.add(frame)
+            prints.append(fingerprint(frame))
             if index and frame.key_frame:
                 keys.append(index)
             if last is not None:
@@ -89,12 +91,12 @@ class VideoFile(VideoSource):
         if last is None:
             raise decoder.no_frames()
         self._times = np.frombuffer(timeline.times, np.float64)
-        self._duration_s = timeline.times[-1] + timeline.length_of_last(last)
+        self._duration_s = timeline.end_s
         keep(len(timeline.times) - 1, max(self._duration_s, timeline.times[-1] + 2 * self.tolerance_s))
         batch.fill()
-        self._timeline, self._keys = timeline, np.asarray(keys)
+        self._timeline, self._keys, self._prints, self.clock = timeline, np.asarray(keys), prints, timeline.clock
         # Without errors and with correct times, a time identifies a frame; otherwise only its index from the start.
-        self.seekable = timeline.regular and not decoder.damaged and len(keys) > 1
+        self.seekable = decoder.seekable and timeline.regular and not decoder.damaged and len(keys) > 1
         return sampler
 
     def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
@@ -124,7 +126,7 @@ class VideoFile(VideoSource):
                 walk = self._walk_to(int(index), limits)
             while True:
                 at, frame = next((item for item in walk if item[0] >= index), (-1, None))
-                if not self.seekable or (at == index and self._timeline.prints[at] == fingerprint(frame)):
+                if not self.seekable or (at == index and self._prints[at] == fingerprint(frame)):
                     break
                 # Seeking returns other frames than reading from the start: do not seek in this file again.
                 self.seekable = False
@@ -166,7 +168,7 @@ class VideoFile(VideoSource):
         if self._decoder is not None:
             self._decoder.close()
         self._decoder = None
-        self._decoder = Decoder(self.name)
+        self._decoder = Decoder(self.name, self.stream)
         return self._decoder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -79,7 +80,11 @@ def open_image(path: str) -> Any | None:
     image = load_package("PIL.Image", "pillow")
     image.init()
     try:
-        return image.open(path, formats=[name for name in FORMATS if name in image.OPEN])
+        opened = image.open(path, formats=[name for name in FORMATS if name in image.OPEN])
+        if opened.format != "JPEG" or not _is_motion_jpeg(opened, path):
+            return opened
+        opened.close()
+        return None
     except image.UnidentifiedImageError as error:
         if is_picture:  # FFmpeg would read one tile of it as a video
             text = f"{path}: this build of Pillow cannot read HEIF or AVIF images; convert it to JPEG"
@@ -87,6 +92,12 @@ def open_image(path: str) -> Any | None:
         return None
     except (image.DecompressionBombError, *DAMAGE) as error:
         raise _unreadable(path, error) from error
+
+
+def _is_motion_jpeg(picture: Any, path: str) -> bool:
+    """Return whether a JPEG is followed by the next one: a video, unless a camera wrote it, which appends previews."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return not picture.info.keys() & {"mpoffset", "exif", "xmp"} and data.find(b"\xff\xd9\xff\xd8\xff") >= 0
 
 
 def is_animation(picture: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, Timeline, check_path, shown_rgb
+from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, check_path, shown_rgb
 from bridge_stg.runtime.video.image import read_image
 from bridge_stg.runtime.video.stream import check_frame
 
@@ -63,8 +63,10 @@ class Playback:
 
 
 @contextmanager
-def play(video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]]) -> Iterator[Playback]:
-    """Open any video that `Grounder.ground` takes. Raises VideoError if it cannot be read."""
+def play(
+    video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]], stream: int | None = None
+) -> Iterator[Playback]:
+    """Open any video that `Grounder.ground` takes, `stream` being that of a file. Raises VideoError as it does."""
     source: np.ndarray | Iterable[tuple[float, np.ndarray]] | None
     if isinstance(video, (str, os.PathLike)):
         path = check_path(os.fspath(video))
@@ -76,12 +78,12 @@ def play(video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.n
     elif source is not None:
         yield Playback(_from_zero(source), None)
     else:
-        with closing(Decoder(path)) as decoder:
+        with closing(Decoder(path, stream)) as decoder:
             yield Playback(_decoded(decoder), decoder.duration_s and float(decoder.duration_s))
 
 
 def _decoded(decoder: Decoder) -> Iterator[tuple[float, Picture]]:
-    timeline = Timeline(decoder.time_base, decoder.frame_s)
+    timeline = decoder.timeline()
     for frame in decoder.frames():
         yield timeline.add(frame), partial(shown_rgb, frame)
     if not timeline.times:

@@ -67,6 +67,8 @@ class VideoSource(AbstractContextManager["VideoSource"]):
     """
 
     is_image = False
+    clock = "timestamps"  # where the times come from, one of decoder.CLOCKS; known once the video has been read
+    stream: int | None = None  # which video stream of the file is read; None if it has one only
     read_ahead = False  # whether reading fine frames releases the GIL, so that another thread should do it
 
     def __init__(self, spec: ModelSpec, *, width: int, height: int, name: str, budget: Budget | None = None) -> None:

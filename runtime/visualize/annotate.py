@@ -106,7 +106,7 @@ def annotate(
     are as in `contact_sheet`; `out` is a .mp4 file, or .png or .jpg if the video is an image, and is replaced only when
     complete. Progress is reported as progress("annotate", seconds done, seconds in all).
     """
-    with play(video) as source, replacing(out) as temporary:
+    with play(video, grounding.stream) as source, replacing(out) as temporary:
         check_suffix(source, out)
         painted = paint_frames(source, lambda size: FramePainter(grounding, size, source.duration_s), progress=progress)
         if source.is_image:

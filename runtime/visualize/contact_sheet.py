@@ -37,7 +37,7 @@ def contact_sheet(video: Any, grounding: Grounding, out: str | os.PathLike[str])
     replaced only when complete. Raises VideoError if the video cannot be read, BridgeError if `out` cannot be written.
     """
     boxes = grounding.boxes
-    with play(video) as source:
+    with play(video, grounding.stream) as source:
         if boxes is None:
             shown = _spread(source, MAX_FRAMES)
         else:

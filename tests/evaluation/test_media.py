@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ from PIL import Image
 
 from bridge_stg.evaluation.datasets.registry import read_dataset
 from bridge_stg.evaluation.media import MediaFolder, clip_frames, folder_frames, video_input
+from bridge_stg.evaluation.run.evaluate import Model, identity_of, run_task
+from bridge_stg.evaluation.samples import Dataset, Sample, span_truth
 from tests.errors import raises
 from tests.evaluation import official
+from tests.fakes.chain import fake_grounder
+from tests.fakes.clips import two_streams
 
 
 def test_media_are_found_by_path_name_or_stem(tmp_path: Path) -> None:
@@ -32,6 +37,18 @@ def test_a_part_of_a_video(tmp_path: Path) -> None:
     assert abs(int(red.argmax()) - left) <= 2  # the first frame shown is that of 1.5 s
     with raises("video.too_short", "9.00", "10.00"):
         list(clip_frames(tmp_path / "v.mp4", 9, 10))
+
+
+def test_another_video_stream_of_all_samples(tmp_path: Path) -> None:
+    path = two_streams(tmp_path / "v.mkv", default=0)
+    whole = Sample("1", "span", path, "v.mkv", "the car", lambda: span_truth((0, 0.3)))
+    part = replace(whole, id="2", clip=(0.1, 0.4))
+    for stream, width in ((None, 64), (1, 96)):
+        dataset = Dataset("d", "", (whole, part), "").with_stream(stream)
+        with fake_grounder() as grounder:
+            sizes = [run_task(grounder, one, one.read_truth(), allow_none=True).size for one in dataset.samples]
+        assert [size[0] for size in sizes] == [width, width]
+        assert identity_of(dataset, Model("m", {}, fake_grounder))["stream"] == stream
 
 
 def test_a_segment_of_vidstg_is_what_the_model_sees(tmp_path: Path) -> None:

@@ -65,6 +65,22 @@ def write(
     return path
 
 
+def two_streams(path: Path, *, default: int | None = None) -> Path:
+    """Write streams 0 and 1, of 12 frames of 64 × 48 and of 18 frames of 96 × 64 pixels, the second with more bits."""
+    with av.open(str(path), "w") as file:
+        streams = [file.add_stream("libx264", rate=25) for _ in range(2)]
+        for index, stream in enumerate(streams):
+            stream.width, stream.height, stream.pix_fmt = (96, 64, "yuv420p") if index else (64, 48, "yuv420p")
+            if index == default:
+                stream.disposition = av.stream.Disposition.default.value
+        for index, stream in enumerate(streams):
+            for picture in pictures(18 if index else 12, stream.height, stream.width):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                file.mux(stream.encode(frame.reformat(format="yuv420p")))
+            file.mux(stream.encode(None))
+    return path
+
+
 def decoded(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     """Decode a whole file; return its frames in RGB and their times."""
     with av.open(str(path)) as file:

@@ -46,6 +46,7 @@ class NewJob(BaseModel):
     queries: list[str] = Field(json_schema_extra={"minItems": 1}, description="Sentences that say what to find.")
     task: Task = Field("ground", description="When and where (`ground`), or only when (`span`).")
     allow_none: bool = Field(True, description="Whether the answer may be that it is not in the video.")
+    stream: int | None = Field(None, ge=0, description="Video stream of the file, by its index; by default the best.")
     deadline_s: float | None = Field(
         None, gt=0, description="Time limit in seconds, waiting included; by default the server's maximum."
     )

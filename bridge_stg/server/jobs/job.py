@@ -31,7 +31,7 @@ class Job:
 
     def __init__(self, upload: Upload, new: NewJob, deadline_s: float) -> None:
         self.id = secrets.token_urlsafe(18)
-        self.upload, self.queries, self.task = upload, tuple(new.queries), new.task
+        self.upload, self.queries, self.task, self.stream = upload, tuple(new.queries), new.task, new.stream
         self.runtime_task = Task("span" if new.task == "span" else "tube", allow_none=new.allow_none)
         self.deadline_s = deadline_s
         self.status = "queued"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,8 @@ class Renderer:
         def check(stage: str, done: float, total: float | None) -> None:
             limits.check()
 
-        with job.upload.file.media.play() as source, replacing(path) as temporary:
+        media = replace(job.upload.file.media, stream=job.stream)
+        with media.play() as source, replacing(path) as temporary:
             encode_h264(paint_frames(source, painter_for, progress=check), temporary)
 
 

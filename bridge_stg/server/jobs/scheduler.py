@@ -39,9 +39,10 @@ Outcome: TypeAlias = "tuple[tuple[Grounding, ...], str] | BaseException"
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Jobs about one file with the same task and options."""
+    """Jobs about one file with the same video stream, task and options."""
 
     file: StoredFile
+    stream: int | None
     task: Task
     jobs: list[Job]
 
@@ -143,9 +144,9 @@ class Scheduler:
 
     def _batch(self, first: Job) -> Batch:
         """Remove a job from the queue, with all jobs that have the same video, task and options."""
-        batch, queries = Batch(first.upload.file, first.runtime_task, []), 0
+        batch, queries = Batch(first.upload.file, first.stream, first.runtime_task, []), 0
         for job in list(self._waiting):
-            same = job.upload.file is batch.file and job.runtime_task == batch.task
+            same = (job.upload.file, job.stream, job.runtime_task) == (batch.file, batch.stream, batch.task)
             if same and (job is first or queries + len(job.queries) <= MOST_BATCH_QUERIES):
                 self._waiting.remove(job)
                 batch.jobs.append(job)
@@ -196,7 +197,8 @@ class Scheduler:
     def _run(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> list[Outcome]:
         """Return the results of each job of a batch, or its error."""
         progress = self._progress(batch, loop)
-        with self._opened.lease(batch.file.key, batch.file.media, cancel=batch.over, progress=progress) as (video, new):
+        media = dataclasses.replace(batch.file.media, stream=batch.stream)
+        with self._opened.lease(batch.file.key, media, cancel=batch.over, progress=progress) as (video, new):
             (self._metrics.videos_opened if new else self._metrics.videos_reused).inc()
             try:
                 return self._answer(video, batch, progress, new=new)

@@ -86,7 +86,7 @@ async def ground(request: Request, service: TheService) -> Response:
     service.scheduler.check_room()
     with service.store.receive() as incoming:
         form = await read_form(request, service.settings, incoming.write)
-        options = {name: value for name, value in form.fields if name in ("task", "allow_none", "deadline_s")}
+        options = {name: value for name, value in form.fields if name in ("task", "allow_none", "stream", "deadline_s")}
         with client_input():
             new = schemas.NewJob.model_validate({"video": "", "queries": form.values("queries"), **options})
         service.check_queries(new.queries)

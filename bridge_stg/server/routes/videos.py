@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -86,14 +87,15 @@ async def content(found: TheUpload) -> FileResponse:
 
 
 @router.get("/{video}/frame", response_class=Response, responses=JPEG)
-async def frame(found: TheUpload, service: TheService, time: float = 0.0) -> Response:
+async def frame(found: TheUpload, service: TheService, time: float = 0.0, stream: int | None = None) -> Response:
     """Return the frame that is displayed at a time as JPEG; the header X-Frame-Time has its own time."""
     file = found.file
     if not 0 <= time <= 1e7:
         raise ApiError(422, "server.invalid_request", f"time={time}: expected seconds from the start of the video.")
     service.store.hold(file)
     try:
-        return frame_response(await service.in_thread(file.media.still, file.info, time))
+        media = replace(file.media, stream=stream)
+        return frame_response(await service.in_thread(media.still, file.info, time))
     except Exception as error:
         raise api_error(error, path=file.path, name=found.name) from error
     finally:

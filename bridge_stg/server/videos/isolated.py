@@ -23,6 +23,7 @@ from bridge_stg.runtime.host.worker import ENDED, Worker
 from bridge_stg.runtime.video.decoder import check_path, limit_frames
 from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.image import DAMAGE, StillImage, read_image
+from bridge_stg.runtime.video.open import check_no_stream
 from bridge_stg.runtime.video.playback import Playback, play
 from bridge_stg.runtime.video.sampling import CoarseSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
@@ -51,6 +52,7 @@ class IsolatedMedia:
 
     path: str
     limits: MediaLimits
+    stream: int | None = None  # see `CallOptions`
 
     def probe(self, name: str) -> FileInfo:
         """Inspect the file, called `name` in messages. Raises ApiError as `probe.probe` does."""
@@ -81,7 +83,7 @@ class IsolatedMedia:
         """Open the file for a Grounder; see `open.open_source`."""
         worker, found = self.open(spec, budget)
         if "size" in found:
-            return _IsolatedFile(self, worker, spec, budget, size=found["size"])
+            return _IsolatedFile(self, worker, spec, budget, size=found["size"], stream=found["stream"])
         frames = self._frames(worker)
         if not found["is_image"]:
             return FrameStream(frames, spec, buffer_frames=buffer_frames, budget=budget, name=self.path)
@@ -112,7 +114,8 @@ class IsolatedMedia:
             raise VideoError("video.decoder_failed", message) from error
 
     def _start(self) -> Worker:
-        return Worker(f"{__name__}:_Reader", self.path, self.limits, memory_bytes=self.limits.decode_bytes)
+        given = self.path, self.limits, self.stream
+        return Worker(f"{__name__}:_Reader", *given, memory_bytes=self.limits.decode_bytes)
 
     def _frames(self, worker: Worker) -> Iterator[tuple[float, np.ndarray]]:
         with closing(worker):
@@ -126,9 +129,10 @@ class _IsolatedFile(VideoSource):
     read_ahead = True
 
     def __init__(
-        self, media: IsolatedMedia, worker: Worker, spec: ModelSpec, budget: Budget, *, size: tuple[int, int]
-    ) -> None:
-        self._media, self._worker, self._budget, self._closed = media, worker, budget, False
+        self, media: IsolatedMedia, worker: Worker, spec: ModelSpec, budget: Budget, *, size: tuple[int, int],
+        stream: int | None,
+    ) -> None:  # fmt: skip
+        self._media, self._worker, self._budget, self._closed, self.stream = media, worker, budget, False, stream
         super().__init__(spec, width=size[0], height=size[1], name=media.path, budget=budget)
 
     def close(self) -> None:
@@ -139,7 +143,7 @@ class _IsolatedFile(VideoSource):
     def _scan(self, limits: Limits) -> CoarseSampler:
         found = self._call("scan", limits)
         self._times, self._duration_s, self.tolerance_s = found["times"], found["duration_s"], found["tolerance_s"]
-        sampler = self._sampler()
+        self.clock, sampler = found["clock"], self._sampler()
         sampler.resume([found["frames"][place] for place in found["places"]], found["stride"])
         return sampler
 
@@ -157,8 +161,8 @@ class _IsolatedFile(VideoSource):
 class _Reader:
     """Reads one file in a worker."""
 
-    def __init__(self, path: str, limits: MediaLimits) -> None:
-        self._path, self._limits, self._stack = path, limits, ExitStack()
+    def __init__(self, path: str, limits: MediaLimits, stream: int | None) -> None:
+        self._path, self._limits, self._stream, self._stack = path, limits, stream, ExitStack()
         self._frames: Iterator[tuple[float, np.ndarray]] = iter(())
         self._file: VideoFile | None = None
         limit_frames(limits.max_pixels)
@@ -176,10 +180,10 @@ class _Reader:
         return {"status": found.status_code, "code": found.code, "message": found.detail}
 
     def still(self, _: Limits, info: FileInfo, time_s: float) -> Any:
-        return still(self._path, info, time_s)
+        return still(self._path, info, time_s, self._stream)
 
     def play(self, _: Limits) -> Any:
-        source = self._stack.enter_context(play(self._path))
+        source = self._stack.enter_context(play(self._path, self._stream))
         self._frames = source.frames
         return {"duration_s": source.duration_s, "is_image": source.is_image}
 
@@ -188,9 +192,10 @@ class _Reader:
 
     def open(self, limits: Limits, spec: ModelSpec, budget: dict[str, Any]) -> Any:
         if read_image(check_path(self._path)) is not None:
+            check_no_stream(self._stream, self._path)
             return self.play(limits)
-        self._file = VideoFile(self._path, spec, budget=Budget(**budget))
-        return {"size": [self._file.width, self._file.height]}
+        self._file = VideoFile(self._path, spec, budget=Budget(**budget), stream=self._stream)
+        return {"size": [self._file.width, self._file.height], "stream": self._file.stream}
 
     def scan(self, limits: Limits) -> Any:
         file = self._file
@@ -204,6 +209,7 @@ class _Reader:
             "places": [places[id(item)] for item in items],
             "stride": samples.stride,
             "times": file.frame_times,
+            "clock": file.clock,
             "duration_s": file.duration_s,
             "tolerance_s": file.tolerance_s,
         }

@@ -22,8 +22,8 @@ class OpenVideos:
     def __init__(self, grounder: Grounder, *, most: int, most_bytes: int) -> None:
         self._grounder, self._most, self._most_bytes = grounder, most, most_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, OpenedVideo] = OrderedDict()
-        self._leased: dict[str, OpenedVideo] = {}
+        self._kept: OrderedDict[tuple[str, int | None], OpenedVideo] = OrderedDict()  # by file and video stream
+        self._leased: dict[tuple[str, int | None], OpenedVideo] = {}
 
     def __len__(self) -> int:
         with self._lock:
@@ -37,14 +37,15 @@ class OpenVideos:
 
     @contextmanager
     def lease(
-        self, key: str, media: IsolatedMedia, *, cancel: Callable[[], bool], progress: Progress
+        self, file: str, media: IsolatedMedia, *, cancel: Callable[[], bool], progress: Progress
     ) -> Iterator[tuple[OpenedVideo, bool]]:
         """Yield a video, and whether it was opened by this call. Raises BridgeError as `Grounder.open` does."""
+        key = file, media.stream
         with self._lock:
             kept = self._kept.pop(key, None)
             if kept is not None:
                 self._leased[key] = kept
-        video = kept if kept is not None else self._grounder.open(media, cancel=cancel, progress=progress)
+        video = kept or self._grounder.open(media, cancel=cancel, progress=progress)
         with self._lock:
             self._leased[key] = video
         try:
@@ -57,17 +58,17 @@ class OpenVideos:
             for old in surplus:
                 old.close()
 
-    def close(self, key: str) -> None:
-        """Close the video of a file that is about to be deleted. It is not leased: a lease keeps its file."""
+    def close(self, file: str) -> None:
+        """Close the videos of a file that is about to be deleted. None is leased: a lease keeps its file."""
         with self._lock:
-            video = self._kept.pop(key, None)
-        if video is not None:
+            videos = [self._kept.pop(key) for key in list(self._kept) if key[0] == file]
+        for video in videos:
             video.close()
 
     def clear(self) -> None:
         """Close all videos that are not leased."""
-        for key in list(self._kept):
-            self.close(key)
+        for file, _ in list(self._kept):
+            self.close(file)
 
     def _pop_surplus(self) -> list[OpenedVideo]:
         surplus = []

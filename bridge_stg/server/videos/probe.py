@@ -14,7 +14,7 @@ from typing import Any
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.decoder import Decoder, shown_size
+from bridge_stg.runtime.video.decoder import Decoder, moving_streams, shown_size
 from bridge_stg.runtime.video.image import DAMAGE, SHORTEST_FRAME_S, bomb_error, is_animation, open_image, read_rgb
 from bridge_stg.server.http.errors import ApiError, api_error
 from bridge_stg.server.settings import MediaLimits
@@ -181,7 +181,7 @@ class _Check:
                 message = f"{self.name} is encoded with {found}, which is not supported; use H.264."
                 raise ApiError(415, "video.unsupported_codec", message)
             self.pixels(codec.width, codec.height)
-        return next((stream for stream in videos if stream.disposition & 1), videos[0])
+        return (moving_streams(container) or videos)[0]
 
     def _packets(self, container: Any, stream: Any, stated_s: float) -> tuple[float, int]:
         """Read all packets without decoding: count the frames, measure the length, detect truncation."""

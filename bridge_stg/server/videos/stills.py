@@ -18,19 +18,19 @@ WITHIN_S = 20.0
 SEEK_FROM_S = 2.0
 
 
-def still(path: str, info: FileInfo, time_s: float) -> tuple[bytes, float]:
+def still(path: str, info: FileInfo, time_s: float, stream: int | None = None) -> tuple[bytes, float]:
     """Return the frame displayed at a time as a JPEG, and its own time. Raises VideoError, and Interrupted if slow."""
-    found = _seek(path, time_s) if info.media_type.startswith("video/") and time_s > SEEK_FROM_S else None
-    rgb, at = found or _read(path, time_s)
+    seeks = info.media_type.startswith("video/") and time_s > SEEK_FROM_S
+    rgb, at = (_seek(path, time_s, stream) if seeks else None) or _read(path, time_s, stream)
     return jpeg(rgb), at
 
 
-def _seek(path: str, time_s: float) -> tuple[np.ndarray, float] | None:
+def _seek(path: str, time_s: float, stream: int | None) -> tuple[np.ndarray, float] | None:
     """Decode from the key frame before the time; return None if the file's timestamps do not allow it."""
     end, found = time.monotonic() + WITHIN_S, None
-    with closing(Decoder(path)) as decoder:
+    with closing(Decoder(path, stream)) as decoder:
         first = next(decoder.frames(), None)
-        if first is None or first.pts is None:
+        if first is None or first.pts is None or not decoder.seekable:
             return None
         for frame in decoder.frames_from(first.pts + int(time_s / decoder.time_base)):
             if frame.pts is None or time.monotonic() > end:
@@ -42,10 +42,10 @@ def _seek(path: str, time_s: float) -> tuple[np.ndarray, float] | None:
         return None if found is None else (shown_rgb(found[0]), found[1])
 
 
-def _read(path: str, time_s: float) -> tuple[np.ndarray, float]:
+def _read(path: str, time_s: float, stream: int | None) -> tuple[np.ndarray, float]:
     """Decode from the beginning."""
     limits = Limits(deadline_s=WITHIN_S)
-    with play(path) as source:
+    with play(path, stream) as source:
         at, rgb = next(source.frames)
         for later, frame in source.frames:
             if later > time_s + TOLERANCE_S:

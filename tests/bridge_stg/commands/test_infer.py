@@ -20,7 +20,7 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
     outputs = {name: clip.parent / name for name in ("r.json", "a.mp4", "s.png")}
     files = ["--json", outputs["r.json"], "--annotate", outputs["a.mp4"], "--sheet", outputs["s.png"]]
     options = ["--threads", "1", "--variant", "primitive", "--deadline", "9", "--no-allow-none", "--bundle", "b"]
-    options += ["--max-visual-tokens", "90"]
+    options += ["--max-visual-tokens", "90", "--stream", "0"]
     assert cli.run([str(a) for a in ["infer", clip, "the dog", *files, *options]]) == 0
     shown = capsys.readouterr().out
     for part in (
@@ -35,12 +35,21 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
         assert part in shown
     assert fake[0] == (Path("b"), {"backend": "auto", "variant": "primitive", "threads": 1, "wait": False})
     assert fake[1][1]["deadline_s"] == 9 and fake[1][1]["max_visual_tokens"] == 90
+    assert fake[1][1]["stream"] == 0
     document = json.loads(outputs["r.json"].read_text())
     assert [result["query"] for result in document["results"]] == ["the dog"]
     assert len(document["results"][0]["boxes"]) == 12
     assert document["results"][0]["coarse"]["fps"] == 2
     assert (document["engine"]["backend"], document["engine"]["reason"]) == ("tensorrt", "requested")
     assert sorted(path.name for path in clip.parent.iterdir()) == ["a.mp4", "clip.mp4", "r.json", "s.png"]
+
+
+def test_infer_names_a_stream_that_does_not_exist(
+    fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["infer", clip, "q", "--bundle", "b", "--stream", "3", "--annotate", clip.parent / "a.mp4"]
+    assert "0 (h264" in complaint(arguments, capsys, code="video.bad_stream")
+    assert not (clip.parent / "a.mp4").exists()
 
 
 def test_infer_reports_an_unverified_bundle(

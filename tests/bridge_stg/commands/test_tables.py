@@ -18,6 +18,14 @@ def test_table_names_the_limits_of_the_coarse_frames() -> None:
     assert f"coarse frames: 0.25 per second at 48 × 32 pixels, 1 group, {limits}\n" in table
 
 
+def test_table_names_the_stream_and_a_clock_without_time_stamps() -> None:
+    result = FakeVideo().ground("the dog")
+    assert "times:" not in grounding_table(result) and "stream" not in grounding_table(result)
+    assert "video stream 2\n" in grounding_table(dataclasses.replace(result, stream=2))
+    assert "times: guessed" in grounding_table(dataclasses.replace(result, clock="guessed"))
+    assert "frame rate" in grounding_table(dataclasses.replace(result, clock="frame_rate"))
+
+
 def test_table_shows_at_most_twelve_boxes() -> None:
     result = FakeVideo().ground("the dog")
     assert result.boxes is not None and result.tube is not None

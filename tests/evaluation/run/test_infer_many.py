@@ -20,6 +20,7 @@ from bridge_stg.evaluation.run.queries import Query, read_queries
 from tests.errors import raises
 from tests.evaluation.official import video
 from tests.fakes.chain import fake_grounder
+from tests.fakes.clips import two_streams
 
 ANSWERS = {"the red square": "<1.2 seconds> to <1.2 seconds>", "nothing": "none"}
 
@@ -69,6 +70,14 @@ def test_a_row_for_every_query(table: Path, tmp_path: Path) -> None:
     assert rows["6"]["error"].startswith("QueryError") and found.first_error == f"3: {rows['3']['error']}"
 
 
+def test_another_video_stream(tmp_path: Path) -> None:
+    query = Query("1", 0, two_streams(tmp_path / "a.mkv", default=0), "a.mkv", "the red square")
+    for stream, width in ((0, 64), (1, 96)):
+        assert infer_many([query], fake(), tmp_path / f"{stream}.jsonl", stream=stream).answered == 1
+        row = rows_of(tmp_path / f"{stream}.jsonl")["1"]
+        assert (row["stream"], row["size"]["width"], row["clock"]) == (stream, width, "timestamps")
+
+
 def test_an_unfinished_run_is_resumed_and_only_failed_rows_are_run_again(table: Path, tmp_path: Path) -> None:
     queries, out, answered = read_queries(table, tmp_path / "media"), tmp_path / "out.jsonl", []
 
@@ -97,6 +106,8 @@ def test_an_unfinished_run_is_resumed_and_only_failed_rows_are_run_again(table: 
         infer_many(queries, fake(fingerprint="b"), out)
     with raises("evaluation.other_results", "task", "'tube'", "'span'"):
         infer_many(queries, fake(), out, task="span")
+    with raises("evaluation.other_results", "stream"):
+        infer_many(queries, fake(), out, stream=1)
     changed = [Query("1", 0, None, "a.mp4", "something else")]
     with raises("evaluation.other_results", "'1'", "'the red square'", "a.mp4"):
         infer_many(changed, fake(), out)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -15,12 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.live.source import open_live
 from bridge_stg.runtime.video import decoder as container
 from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.open import open_source
+from bridge_stg.runtime.video.playback import play
+from bridge_stg.runtime.visualize.annotate import annotate
 from tests.errors import raises
-from tests.fakes.clips import GOP, SPEC, decoded, expect_fine, pictures, scaled, write
+from tests.fakes.chain import fake_grounder
+from tests.fakes.clips import GOP, SPEC, decoded, expect_fine, pictures, scaled, two_streams, write
 
 MATRICES = {  # a, b, c, d of the display matrix, and what it does to a picture
     "0": ((1, 0, 0, 1), lambda p: p),
@@ -222,10 +226,71 @@ def test_playlists_open_no_connection(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         address = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
-        with pytest.raises(VideoError, match=r"a\.m3u8"):
+        with raises("video.playlist", "a.m3u8"):
             open_source(text(tmp_path / "a.m3u8", f"#EXTM3U\n#EXTINF:1,\n{address}\n"), SPEC)
         with pytest.raises(BlockingIOError):
             server.accept()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.4,\n{clip}\n#EXT-X-ENDLIST\n"),
+        ("a", "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.4,\n{clip}\n#EXT-X-ENDLIST\n"),
+        ("a.ffconcat", "ffconcat version 1.0\nfile '{clip}'\n"),
+        ("a.sdp", "v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"),
+        ("a.mpd", '<?xml version="1.0"?>\n<MPD><Period><BaseURL>{clip}</BaseURL></Period></MPD>\n'),
+        ("a%d.dpx", "SDPX"),
+    ],
+)
+def test_files_that_name_other_files_are_refused(name: str, content: str, tmp_path: Path) -> None:
+    write(tmp_path / "clip.ts", pictures(60))
+    path = text(tmp_path / name, content.format(clip="clip.ts"))
+    with raises("video.playlist", name):
+        open_source(path, SPEC)
+    with raises("video.playlist", name), play(path):
+        pass
+    with raises("video.playlist", name):
+        next(open_live(path).frames(threading.Event()))
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "best"), [("a.mkv", 0, 0), ("a.mkv", 1, 1), ("a.mp4", 0, 0), ("a.mp4", 1, 1), ("a.ts", None, 1)]
+)
+def test_the_best_of_several_video_streams(name: str, default: int | None, best: int, tmp_path: Path) -> None:
+    path = two_streams(tmp_path / name, default=default)
+    with av.open(str(path)) as file:
+        assert file.streams.best("video") is file.streams[best]
+    for stream, chosen in ((None, best), (0, 0), (1, 1)):
+        with open_source(path, SPEC, stream=stream) as source, play(path, stream) as playback:
+            assert source.stream == chosen
+            assert (source.width, len(source.frame_times)) == ((96, 18) if chosen else (64, 12))
+            assert next(playback.frames)[1].shape[1] == source.width
+            source.fine(source.frame_times[::3])
+
+
+def test_a_stream_that_does_not_exist(tmp_path: Path) -> None:
+    path = two_streams(tmp_path / "a.mkv")
+    with raises("video.bad_stream", "a.mkv", "stream 7", "0 (h264, 64 × 48)", "1 (h264, 96 × 64)"):
+        open_source(path, SPEC, stream=7)
+    with raises("video.bad_stream", "stream 0"):
+        open_source(pictures(1)[0], SPEC, stream=0)
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
+    with raises("video.bad_stream", "a.png", "stream 0"):
+        open_source(tmp_path / "a.png", SPEC, stream=0)
+    with raises("video.bad_stream", "stream 0"):  # a cover picture
+        open_source(write_with_cover(tmp_path / "clip.mp4", video=True), SPEC, stream=0)
+
+
+def test_the_stream_is_named_in_the_result_and_drawn(tmp_path: Path) -> None:
+    path, grounder = two_streams(tmp_path / "a.mkv", default=0), fake_grounder()
+    for stream, size in ((None, (64, 48)), (1, (96, 64))):
+        result = grounder.ground(path, "the car", stream=stream)
+        assert (result.stream, result.size) == (stream or 0, size)
+        assert result.to_json()["stream"] == (stream or 0)
+        with av.open(str(annotate(path, result, tmp_path / "b.mp4"))) as drawn:
+            assert (drawn.streams.video[0].width, drawn.streams.video[0].height) == size
+    assert grounder.ground(write(tmp_path / "b.mkv", pictures(9)), "the car").stream is None
 
 
 def test_pipes_are_rejected_without_waiting(tmp_path: Path) -> None:
@@ -295,14 +360,11 @@ class Stamp:
         ([50, 51, 0, 1], [0, 0.1, 0.2, 0.3], False),  # two joined recordings: the clock restarts
     ],
 )
-def test_times_increase_for_any_time_stamps(
-    stamps: list[int | None], times: list[float], regular: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(container, "fingerprint", lambda frame: 0)
+def test_times_increase_for_any_time_stamps(stamps: list[int | None], times: list[float], regular: bool) -> None:
     timeline = container.Timeline(Fraction(1, 10), Fraction(1, 10))
     assert [timeline.add(Stamp(stamp)) for stamp in stamps] == pytest.approx(times)
     assert timeline.regular is regular
-    assert timeline.length_of_last(Stamp(0)) == pytest.approx(0.1)
+    assert timeline.end_s == pytest.approx(times[-1] + 0.1)
 
 
 def test_joined_transport_streams(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -212,7 +213,7 @@ def test_frames_of_the_fine_grid_are_decoded_once_while_they_fit(
     path = write(tmp_path / "clip.mp4", pictures(90), options={"x264-params": GOP})
     opened: list[str] = []
     decoder = Decoder.__init__
-    monkeypatch.setattr(Decoder, "__init__", lambda self, path: (opened.append(path), decoder(self, path))[1])
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *given: (opened.append(given), decoder(self, *given))[1])
     seeks: list[int] = []
     seek = Decoder.frames_from
     monkeypatch.setattr(Decoder, "frames_from", lambda self, pts: (seeks.append(pts), seek(self, pts))[1])
@@ -236,8 +237,8 @@ def test_coarse_samples_do_not_depend_on_how_many_are_resized_together(
     path = write(tmp_path / "clip.mp4", pictures(150, 120, 160), options={"x264-params": GOP})
     decoder = Decoder.__init__
 
-    def without_duration(self: Decoder, path: str) -> None:
-        decoder(self, path)
+    def without_duration(self: Decoder, *given: Any) -> None:
+        decoder(self, *given)
         self.duration_s = None  # so that the samples' size shrinks while the file is read
 
     monkeypatch.setattr(Decoder, "__init__", without_duration)

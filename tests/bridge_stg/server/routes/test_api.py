@@ -31,7 +31,7 @@ from tests.bridge_stg.server.conftest import (
     upload,
 )
 from tests.fakes.chain import fake_grounder, fake_spec
-from tests.fakes.clips import write
+from tests.fakes.clips import two_streams, write
 
 QUERIES = ["where is the blue bird", "the bus"]
 
@@ -212,6 +212,25 @@ def test_an_avi_with_pauses_is_whole(served: Callable[..., Running], tmp_path: P
         assert file.streams.video[0].frames > 60
     with served().client() as client:
         assert upload(client, path)["frames"] == 10
+
+
+def test_another_video_stream_of_the_file(served: Callable[..., Running], tmp_path: Path) -> None:
+    path = two_streams(tmp_path / "a.mkv", default=0)
+    with served().client() as client:
+        video = upload(client, path)
+        assert (video["width"], video["frames"]) == (64, 12)
+        jobs = [ask(client, video["id"], ["the car"], stream=stream).json()["id"] for stream in (None, 1, 0, 7)]
+        values = [ended(client, job) for job in jobs]
+        found = [(value["results"][0]["stream"], value["results"][0]["size"]["width"]) for value in values[:3]]
+        assert found == [(0, 64), (1, 96), (0, 64)] and values[3]["code"] == "video.bad_stream"
+        for job, width in zip(jobs, (64, 96, 64)):
+            with av.open(io.BytesIO(client.get(f"/v1/jobs/{job}/annotated.mp4").content)) as drawn:
+                assert drawn.streams.video[0].width == width
+        still = client.get(f"/v1/videos/{video['id']}/frame", params={"time": 0.2, "stream": 1})
+        assert Image.open(io.BytesIO(still.content)).size == (96, 64)
+        with path.open("rb") as file:
+            answer = client.post("/v1/ground", files={"file": file}, data={"queries": "the car", "stream": "1"})
+        assert answer.json()["results"][0]["stream"] == 1
 
 
 def test_a_file_of_the_media_folder_and_no_other(served: Callable[..., Running], tmp_path: Path) -> None:
