@@ -53,6 +53,7 @@ def export_bundle(
     dtype: str = "fp32",
     overwrite: bool = False,
     verify: bool = True,
+    adapter: Path | str | None = None,
     progress: Progress = lambda stage: None,
 ) -> Path:
     """Export a checkpoint as a bundle. Weights are read, cast and written one at a time, for models of any size.
@@ -64,6 +65,7 @@ def export_bundle(
         dtype: `fp32`, `fp16` or `bf16`, for weights and matmuls; see `precision`.
         overwrite: whether to replace an existing bundle.
         verify: whether to record golden cases and compare every graph with torch; the manifest says so.
+        adapter: name or path of a LoRA adapter to merge; None: the only one in the folder, if any.
         progress: called with the name of each stage when it begins.
 
     Returns:
@@ -78,7 +80,7 @@ def export_bundle(
     _check_choices(variants, dtype)
     stages = _Stages(progress)
     stages.begin("reading the checkpoint")
-    model, store = open_skeleton(checkpoint)
+    model, store = open_skeleton(checkpoint, adapter=adapter)
     precision = PRECISIONS[dtype]
     needed = estimate(store, model.spec, precision, verify=verify)
     progress(f"estimated: {needed}")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bridge_stg.checkpoint.safetensors_file import StoredTensor, same_bytes
+from bridge_stg.checkpoint.lora import HEAD
+from bridge_stg.checkpoint.safetensors_file import StoredTensor
 from bridge_stg.checkpoint.weight_store import PARTS, TOKENIZER, WEIGHTS, WeightStore, check_folder, list_keys
 from bridge_stg.model.backbones import backbone
 from bridge_stg.model.config import BridgeSTGConfig
@@ -20,7 +21,6 @@ from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import CheckpointError
 
-HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 PART_FILES = dict(zip(("bridging", "spatial_decoder"), PARTS))
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -91,17 +91,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path | str, *, attention: str | None = None) -> BridgeSTG:
+def load_checkpoint(
+    folder: Path | str, *, attention: str | None = None, adapter: Path | str | None = None
+) -> BridgeSTG:
     """Load a checkpoint folder as a float32 model in eval mode.
 
     Args:
         folder: folder with config.json, weights (see `WeightStore.open`) and tokenizer.json.
         attention: name in transformers' attention registry; None: the model's default.
+        adapter: name or path of a LoRA adapter to merge; None: the only one in the folder, if any.
 
     Raises:
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or of another shape.
     """
-    model, store = open_checkpoint(folder, attention=attention)
+    model, store = open_checkpoint(folder, attention=attention, adapter=adapter)
     with torch.no_grad():
         for key, target in checkpoint_tensors(model).items():
             value = store.read(key)
@@ -112,21 +115,31 @@ def load_checkpoint(folder: Path | str, *, attention: str | None = None) -> Brid
     return model.eval()
 
 
-def open_checkpoint(folder: Path | str, *, attention: str | None = None) -> tuple[BridgeSTG, WeightStore]:
+def open_checkpoint(
+    folder: Path | str, *, attention: str | None = None, adapter: Path | str | None = None
+) -> tuple[BridgeSTG, WeightStore]:
     """Return a checkpoint's model with random weights, on torch's current default device, and its checked weights."""
     folder = Path(folder)
     check_folder(folder)
     config = BridgeSTGConfig.load(folder)
-    store = open_weights(folder, config)
+    config, store = open_weights(folder, config, adapter=adapter)
     tokenizer = load_tokenizer(folder)
     model = build_model(config, tokenizer, where=folder / "config.json", attention=attention)
     check_weights(model, store)
     return model, store
 
 
-def open_weights(folder: Path | str, config: BridgeSTGConfig) -> WeightStore:
-    """Open the weights of a folder, whose keys may be those of the backbone's published folders."""
-    return WeightStore.open(folder, key_prefixes=backbone(config.backbone).key_prefixes)
+def open_weights(
+    folder: Path | str, config: BridgeSTGConfig, *, adapter: Path | str | None = None
+) -> tuple[BridgeSTGConfig, WeightStore]:
+    """Open the weights of a folder, whose keys may be those of the backbone's published folders.
+
+    The config returned is that of the weights: an adapter may untie the head from the embedding table.
+    """
+    tied = config.backbone_config().tie_word_embeddings
+    prefixes = backbone(config.backbone).key_prefixes
+    store = WeightStore.open(folder, key_prefixes=prefixes, tied=tied, adapter=adapter)
+    return config.untied() if tied and not store.tied else config, store
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -175,16 +188,18 @@ def check_weights(model: BridgeSTG, store: Mapping[str, StoredTensor], *, missin
     needed = {key: tuple(value.shape) for key, value in checkpoint_tensors(model).items()}
     held = dict(store)
     needed = {key: shape for key, shape in needed.items() if key in held or not key.startswith(missing_ok)}
-    if model.tied and HEAD in held:
-        check_tied_head(held.pop(HEAD), held.get(EMBEDDING))
     where = weights_path(store)
     for code, verb, keys in (
         ("checkpoint.missing_tensor", "misses", needed.keys() - held.keys()),
         ("checkpoint.unexpected_tensor", "has unexpected", held.keys() - needed.keys()),
     ):
         if keys:
-            message = f"{where}: {verb} {list_keys(sorted(keys))}; config.json describes another model"
-            raise CheckpointError(code, message)
+            reason = "config.json describes another model"
+            if verb == "misses" and keys == {HEAD}:
+                reason = (
+                    '"tie_word_embeddings" is false in config.json; set it to true if the embedding table is the head'
+                )
+            raise CheckpointError(code, f"{where}: {verb} {list_keys(sorted(keys))}; {reason}")
     wrong = [key for key, shape in needed.items() if held[key].shape != shape]
     if wrong:
         first = wrong[0]
@@ -197,17 +212,6 @@ def check_weights(model: BridgeSTG, store: Mapping[str, StoredTensor], *, missin
         message = f"{held[wrong[0]].path}: {list_keys(wrong)} have dtype {kind}, expected float32, float16 or bfloat16"
         hint = "quantized checkpoints are not supported, use the one that it was made from"
         raise CheckpointError("checkpoint.unsupported_dtype", f"{message}; {hint}")
-
-
-def check_tied_head(head: StoredTensor, embedding: StoredTensor | None) -> None:
-    """Raise CheckpointError if the stored head of a tied model differs from the embedding table.
-
-    An equal head is not read: what an adapter adds to the table, it then adds to the head too.
-    """
-    if embedding is None or head.delta is not None or not same_bytes(head, embedding):
-        message = f"{head.path}: {HEAD} differs from the embedding table, but config.json ties the two"
-        hint = 'set "tie_word_embeddings" to false in its "backbone", or remove the tensor'
-        raise CheckpointError("checkpoint.tied_head", f"{message}; {hint}")
 
 
 def weights_path(store: Mapping[str, StoredTensor]) -> Path:

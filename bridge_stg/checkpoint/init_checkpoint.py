@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from bridge_stg.checkpoint.checkpoint import (
-    HEAD,
     build_model,
     check_weights,
     load_tokenizer,
@@ -58,17 +57,19 @@ def init_checkpoint(
     bridging: BridgingConfig | None = None,
     spatial_decoder: SpatialDecoderConfig | None = None,
     dtype: torch.dtype | None = None,
+    adapter: Path | str | None = None,
     progress: Report | None = None,
 ) -> Path:
     """Create a Bridge-STG checkpoint from the folder of a vision-language model.
 
     Args:
-        backbone: a Hugging Face folder: config.json, safetensors, tokenizer.json; a LoRA adapter in it is merged.
+        backbone: a Hugging Face folder: config.json, safetensors, tokenizer.json.
         out: the folder to create; must not exist.
         seed: seed of the new parts' weights.
         bridging: number of queries and tapped layers; None: the config's defaults.
         spatial_decoder: sizes of the spatial decoder; None: the config's defaults.
         dtype: dtype of the backbone's weights; None: unchanged.
+        adapter: name or path of a LoRA adapter to merge; None: the only one in the folder, if any.
         progress: called with the name of each stage.
 
     Returns:
@@ -84,22 +85,23 @@ def init_checkpoint(
         backbone, bridging=bridging or BridgingConfig(), spatial_decoder=spatial_decoder or SpatialDecoderConfig()
     )
     check_prompt(load_tokenizer(backbone), config, backbone / TOKENIZER)
-    store = open_weights(backbone, config)
+    config, store = open_weights(backbone, config, adapter=adapter)
     with torch.device("meta"):
         model = build_model(config, where=backbone / "config.json")
     check_weights(model, store, missing_ok=PART_KEYS)
     with new_folder(out) as partial:
-        if all(store.raw(key) and dtype in (None, store[key].dtype) for key in store):
+        files = weight_files(backbone)
+        if set(store.files) <= set(files) and all(dtype in (None, tensor.dtype) for tensor in store.values()):
             report("weights: linked or copied")
-            link_weights(weight_files(backbone), partial)
+            link_weights(files, partial)
         else:
             report("weights: written anew")
-            write_weights(partial / WEIGHTS, store, dtype=dtype, leave_out=(HEAD,) if model.tied else ())
+            write_weights(partial / WEIGHTS, store, dtype=dtype)
         report("bridging and spatial parts: new")
         save_files(new_parts(config, seed), partial)
         config.save(partial)
         shutil.copyfile(backbone / TOKENIZER, partial / TOKENIZER)
-        check_weights(model, open_weights(partial, config))
+        check_weights(model, open_weights(partial, config)[1])
     return out
 
 
@@ -159,9 +161,9 @@ def link_weights(files: list[Path], folder: Path) -> None:
             shutil.copyfile(source, folder / file.name)
 
 
-def write_weights(path: Path, store: WeightStore, *, dtype: torch.dtype | None, leave_out: tuple[str, ...]) -> None:
+def write_weights(path: Path, store: WeightStore, *, dtype: torch.dtype | None) -> None:
     """Write a store's tensors, with adapters merged, to one file, one tensor at a time."""
-    layout = {key: (dtype or tensor.dtype, tensor.shape) for key, tensor in store.items() if key not in leave_out}
+    layout = {key: (dtype or tensor.dtype, tensor.shape) for key, tensor in store.items()}
     check_space(path.parent, sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values()))
 
     def cast(key: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +25,15 @@ PAIRS = {".lora_A.weight": (".lora_B.weight", False), ".lora_embedding_A": (".lo
 """Suffix of an A tensor → suffix of its B, and whether the weight is the transpose of B A."""
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the weights of the base model unchanged."""
-CHANGES_MORE = ("use_dora", "layer_replication", "use_qalora", "alora_invocation_tokens", "trainable_token_indices")
-"""Settings of unsupported adapters, which do more than add to weights."""
+SETTINGS = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "modules_to_save", "modules_to_tie", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "target_modules_to_tie", "task_type", "use_rslora",
+})  # fmt: skip
+"""Settings of plain LoRA in peft's config, without those that make it compute something else when they are set."""
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 BLOCK_VALUES = 1 << 22
 """Number of values merged at a time; limits the size of the float32 copy."""
 
@@ -37,7 +45,7 @@ class LoraDelta:
     a: StoredTensor  # [r, in, …]
     b: StoredTensor  # [out, r, …]
     scale: float  # alpha / r, or alpha / √r for rank-stabilized adapters (arXiv 2312.03732)
-    transposed: bool  # whether the weight is (B A)ᵀ, as in embeddings and layers with fan_in_fan_out
+    transposed: bool  # whether the weight is (B A)ᵀ, as in embeddings
 
     def fits(self, stored: tuple[int, ...]) -> bool:
         """Return whether B A has the shape of a weight."""
@@ -72,16 +80,50 @@ class Adapter:
         alpha = float(next(fitting, self.config.get("lora_alpha", 8)))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def copies(self, name: str) -> bool:
+        """Return whether peft trains a copy of the module of a tensor (`modules_to_save`), not the model's own."""
+        parts, saved = name.split("."), tuple(self.config.get("modules_to_save") or ())
+        return any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts)))
 
-def adapter_folder(folder: Path) -> Adapter | None:
-    """Return the adapter in a folder or in its `adapter/`, None without any; raise if it is not plain LoRA."""
-    places = [place for place in (folder, folder / "adapter") if any((place / n).is_file() for n in (CONFIG, ADAPTER))]
-    if not places:
-        return None
+
+def find_adapter(folder: Path, chosen: Path | str | None = None) -> Adapter | None:
+    """Return the adapter of a model's folder, None without any.
+
+    peft saves an adapter in the folder that it is given, or below it under the adapter's name: both are looked for in
+    `folder` and in its `adapter/`.
+
+    Args:
+        folder: the model's folder.
+        chosen: name of one of several adapters, or the path of an adapter anywhere.
+
+    Raises:
+        CheckpointError: there are several adapters, the chosen one does not exist, or it is not plain LoRA.
+    """
+    roots = [folder, folder / "adapter"]
+    if chosen is not None:
+        places = [place for place in (*(root / chosen for root in roots), Path(chosen)) if is_adapter(place)][:1]
+        if not places:
+            message = f"{chosen}: is neither the name of an adapter in {folder} nor a folder with a {CONFIG}"
+            raise CheckpointError("checkpoint.not_found", f"{message}; check --adapter")
+    else:
+        below = [place for root in roots if root.is_dir() for place in root.iterdir()]
+        places = sorted({place for place in (folder, *below) if is_adapter(place)})
     if len(places) > 1:
-        message = f"{folder}: contains an adapter, and so does {places[1]}; keep one of them"
-        raise CheckpointError("checkpoint.bad_adapter", message)
-    path, weights = places[0] / CONFIG, places[0] / ADAPTER
+        names = ", ".join("." if place == folder else str(place.relative_to(folder)) for place in places)
+        message = f"{folder}: contains {len(places)} adapters ({names})"
+        hint = "choose one with --adapter NAME|PATH, or keep one of them"
+        raise CheckpointError("checkpoint.several_adapters", f"{message}; {hint}")
+    return read_adapter(places[0]) if places else None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder has a file of an adapter."""
+    return any(os.path.isfile(folder / name) for name in (CONFIG, ADAPTER))
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Return the adapter in a folder; raise CheckpointError if it is incomplete, or not plain LoRA."""
+    path, weights = folder / CONFIG, folder / ADAPTER
     for file, hint in ((path, "it has the adapter's scale"), (weights, "pickled adapters are never read: save it "
                        "again with peft's save_pretrained(…, safe_serialization=True)")):  # fmt: skip
         if not file.is_file():
@@ -89,12 +131,13 @@ def adapter_folder(folder: Path) -> Adapter | None:
             raise CheckpointError("checkpoint.missing_file", message)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError("checkpoint.bad_adapter", f"{path}: cannot be read as a JSON object ({error})") from error
-    unsupported = [f"{name} {config[name]!r}" for name in CHANGES_MORE if config.get(name)]
-    if kind != "LORA":
-        unsupported.append(f"peft_type {kind!r}")
+        kind, patterns = config.get("peft_type"), config.get("alpha_pattern") or {}
+        list(map(float, (config.get("lora_alpha", 8), *patterns.values())))
+        list(map(re.compile, [*patterns, *(config.get("modules_to_save") or ())]))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, re.error) as error:
+        raise CheckpointError("checkpoint.bad_adapter", f"{path}: is not a peft config ({error})") from error
+    unsupported = [] if kind == "LORA" else [f"peft_type {kind!r}"]
+    unsupported += [f"{name} {value!r}" for name, value in config.items() if value and name not in SETTINGS]
     if (start := config.get("init_lora_weights", True)) not in PLAIN_STARTS:
         unsupported.append(f"init_lora_weights {start!r}")
     if unsupported:
@@ -105,12 +148,18 @@ def adapter_folder(folder: Path) -> Adapter | None:
 
 
 def deltas_and_replacements(
-    adapter: Adapter, held: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor], prefixes: Mapping[str, str]
+    adapter: Adapter,
+    held: Mapping[str, StoredTensor],
+    base: Mapping[str, StoredTensor],
+    prefixes: Mapping[str, str],
+    *,
+    tied: bool = False,
 ) -> tuple[dict[str, LoraDelta], dict[str, StoredTensor]]:
     """Return the deltas of an adapter, and the tensors that it replaces, by the model's keys.
 
-    `held` are the adapter's tensors without peft's `base_model.model.`, and `base` the model's; see
-    `Backbone.key_prefixes` for `prefixes`. Raises CheckpointError if the model has no such tensor of this shape.
+    `held` are the adapter's tensors without peft's `base_model.model.`, and `base` the model's, with a head even if it
+    is `tied` to the table; see `Backbone.key_prefixes` for `prefixes`. Raises CheckpointError if the model has no such
+    tensor of this shape.
     """
     deltas: dict[str, LoraDelta] = {}
     replacements: dict[str, StoredTensor] = {}
@@ -125,10 +174,7 @@ def deltas_and_replacements(
         if partner is None:
             raise CheckpointError("checkpoint.bad_adapter", f"{adapter.weights}: has {name} without its {other[1:]}")
         key = rename_key(f"{module}.weight", prefixes)
-        delta = LoraDelta(
-            a=tensor, b=partner, scale=adapter.scale_of(module, tensor.shape[0]),
-            transposed=transposed or bool(adapter.config.get("fan_in_fan_out")),
-        )  # fmt: skip
+        delta = LoraDelta(tensor, partner, scale=adapter.scale_of(module, tensor.shape[0]), transposed=transposed)
         check_target(adapter, name, key, base)
         if not delta.fits(base[key].shape):
             message = (
@@ -139,7 +185,7 @@ def deltas_and_replacements(
             )
         deltas[key] = delta
         used |= {name, name.removesuffix(suffix) + other}
-    for name in held.keys() - used:
+    for name in sorted(held.keys() - used, key=adapter.copies):  # a copy replaces what is loaded into the model's own
         if ".lora_" in name:
             message = f"{adapter.weights}: {name} is not plain LoRA; merge the adapter with peft's merge_and_unload()"
             raise CheckpointError("checkpoint.unsupported_adapter", message)
@@ -148,13 +194,13 @@ def deltas_and_replacements(
         if held[name].shape != base[key].shape:
             message = f"{adapter.weights}: {name} has shape {list(held[name].shape)}, expected {list(base[key].shape)}"
             raise CheckpointError("checkpoint.bad_adapter", message)
-        replacements[key] = held[name]
+        shared = tied and key in (HEAD, EMBEDDING) and not adapter.copies(name)
+        replacements |= dict.fromkeys((HEAD, EMBEDDING) if shared else (key,), held[name])
     return deltas, replacements
 
 
 def check_target(adapter: Adapter, name: str, key: str, base: Mapping[str, StoredTensor]) -> None:
     """Raise CheckpointError if the model lacks the tensor that an adapter's tensor changes."""
     if key not in base:
-        tied = ". A tied head cannot have its own adapter" if key == "lm_head.weight" else ""
         message = f"{adapter.weights}: {name} would change {key}, which the model does not have"
-        raise CheckpointError("checkpoint.bad_adapter", f"{message}; it belongs to another model{tied}")
+        raise CheckpointError("checkpoint.bad_adapter", f"{message}; it belongs to another model")

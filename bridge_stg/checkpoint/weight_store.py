@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bridge_stg.checkpoint.lora import adapter_folder, deltas_and_replacements
-from bridge_stg.checkpoint.safetensors_file import StoredTensor, read_header, read_tensor, rename_key
+from bridge_stg.checkpoint.lora import EMBEDDING, HEAD, LoraDelta, deltas_and_replacements, find_adapter
+from bridge_stg.checkpoint.safetensors_file import StoredTensor, read_header, read_tensor, rename_key, same_bytes
 from bridge_stg.runtime.errors import CheckpointError
 
 WEIGHTS, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
@@ -27,23 +27,36 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class WeightStore(Mapping[str, StoredTensor]):
-    """All tensors of a checkpoint folder by key, in the order of the files."""
+    """All tensors of a checkpoint folder by key, in the order of the files.
 
-    def __init__(self, folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-        self.folder, self._tensors = folder, dict(tensors)
+    `tied` says that the head is the embedding table, and is left out.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, StoredTensor], *, tied: bool) -> None:
+        self.folder, self.tied, self._tensors = folder, tied, dict(tensors)
 
     @classmethod
-    def open(cls, folder: Path | str, *, key_prefixes: Mapping[str, str]) -> WeightStore:
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        key_prefixes: Mapping[str, str],
+        tied: bool = False,
+        adapter: Path | str | None = None,
+    ) -> WeightStore:
         """Read the headers of a folder's files.
 
         Args:
             folder: folder with `model.safetensors`, or shards and `model.safetensors.index.json`; optionally with
-                `bridging.safetensors`, `spatial_decoder.safetensors` and a PEFT adapter, there or in `adapter/`.
+                `bridging.safetensors`, `spatial_decoder.safetensors` and a PEFT adapter; see `find_adapter`.
             key_prefixes: see `Backbone.key_prefixes`.
+            tied: whether the config ties the head to the embedding table. An adapter that changes one of the two
+                unties them, as peft does.
+            adapter: name or path of the adapter; None: the only one in the folder, if any.
 
         Raises:
-            CheckpointError: weights are missing, damaged or pickled, a key is in two files, or the adapter cannot be
-                merged.
+            CheckpointError: weights are missing, damaged or pickled, a key is in two files, a tied head differs from
+                the table, or the adapter cannot be merged.
         """
         folder = Path(folder)
         tensors: dict[str, StoredTensor] = {}
@@ -55,14 +68,19 @@ class WeightStore(Mapping[str, StoredTensor]):
                     raise CheckpointError("checkpoint.duplicate_tensor", message)
                 if not key.endswith(".inv_freq"):  # old exports store rotary frequencies, which follow from the config
                     tensors[key] = replace(tensor, key=key)
-        adapter = adapter_folder(folder)
-        if adapter is not None:
-            stored = read_header(adapter.weights)
+        tied = tied and EMBEDDING in tensors
+        if tied:
+            check_tied_head(tensors.get(HEAD, tensors[EMBEDDING]), tensors[EMBEDDING])
+            tensors[HEAD] = replace(tensors[EMBEDDING], key=HEAD)
+        if (found := find_adapter(folder, adapter)) is not None:
+            stored = read_header(found.weights)
             held = {name.removeprefix("base_model.model."): tensor for name, tensor in stored.items()}
-            deltas, replacements = deltas_and_replacements(adapter, held, tensors, key_prefixes)
+            deltas, replacements = deltas_and_replacements(found, held, tensors, key_prefixes, tied=tied)
             tensors |= {key: replace(tensor, key=key) for key, tensor in replacements.items()}
             tensors |= {key: replace(tensors[key], delta=delta) for key, delta in deltas.items()}
-        return cls(folder, tensors)
+        if tied and (tied := same_values(tensors[HEAD], tensors[EMBEDDING])):
+            del tensors[HEAD]
+        return cls(folder, tensors, tied=tied)
 
     def __getitem__(self, key: str) -> StoredTensor:
         return self._tensors[key]
@@ -107,6 +125,25 @@ class WeightStore(Mapping[str, StoredTensor]):
                 message = f"{stored.delta.a.path}: {key} is not finite in {stored.dtype} after merging"
                 raise CheckpointError("checkpoint.not_finite", message)
         return value
+
+
+def check_tied_head(head: StoredTensor, embedding: StoredTensor) -> None:
+    """Raise CheckpointError if the stored head of a tied model differs from the embedding table."""
+    if not same_values(head, embedding):
+        message = f"{head.path}: {HEAD} differs from the embedding table, but config.json ties the two"
+        hint = 'set "tie_word_embeddings" to false in it, or remove the tensor'
+        raise CheckpointError("checkpoint.tied_head", f"{message}; {hint}")
+
+
+def same_values(head: StoredTensor, table: StoredTensor) -> bool:
+    """Return whether a head equals the embedding table; `ensure_weight_tying` gives both the same delta."""
+    if (head.path, head.offset) != (table.path, table.offset) and not same_bytes(head, table):
+        return False
+    first, second = head.delta, table.delta
+    if not isinstance(first, LoraDelta) or not isinstance(second, LoraDelta):
+        return first is second
+    pairs = ((first.a, second.b), (first.b, second.a))
+    return first.scale == second.scale and all(torch.equal(read_tensor(a), read_tensor(b).T) for a, b in pairs)
 
 
 def check_folder(folder: Path, expected: str = f"a checkpoint with config.json, {WEIGHTS} and {TOKENIZER}") -> None:

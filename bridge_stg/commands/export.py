@@ -13,6 +13,7 @@ from bridge_stg.commands.infer import UNVERIFIED
 from bridge_stg.commands.options import (
     DTYPES,
     PATH,
+    adapter_option,
     backend_options,
     bundle_argument,
     out_option,
@@ -31,12 +32,13 @@ VARIANTS = ("standard", "primitive")
 @overwrite_option("bundle")
 @click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), help="Default: both; repeatable.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Dtype of the matmuls.")
+@adapter_option
 @click.option("--verify/--no-verify", default=True, help="Whether to compare the graphs with torch.")
 @click.option("--int8", is_flag=True, help="Calibrate the bundle too, as `calibrate` does; needs --samples.")
 @sample_options(required=False)
 def export(
-    *, checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ...], dtype: str, verify: bool, int8: bool,
-    **given: Any,
+    *, checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ...], dtype: str, adapter: str | None,
+    verify: bool, int8: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Turn a CHECKPOINT folder into a verified bundle that runs without torch."""
     check_int8(int8, dtype, given)
@@ -46,7 +48,7 @@ def export(
     from bridge_stg.export.parity.parity import parity_table
 
     options: dict[str, Any] = {
-        "variants": variants or VARIANTS, "dtype": dtype, "verify": verify, "progress": stage_line,
+        "variants": variants or VARIANTS, "dtype": dtype, "adapter": adapter, "verify": verify, "progress": stage_line,
     }  # fmt: skip
     if int8:
         with float_bundle(out, given) as path:

@@ -36,6 +36,11 @@ class Number(click.FloatRange):
 SECONDS = Number(min=0, min_open=True)
 
 
+adapter_option = click.option(
+    "--adapter", metavar="NAME|PATH", help="LoRA adapter to merge; default: the only one in the folder, if any."
+)
+
+
 def output_file(*suffixes: str) -> Callable[[str], Path]:
     """Return the type of a file to write: its suffix, if any is given, and folder are checked before any work."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bridge_stg.commands.options import COUNT, DTYPES, PATH, Number, out_option, seed_option
+from bridge_stg.commands.options import COUNT, DTYPES, PATH, Number, adapter_option, out_option, seed_option
 from bridge_stg.commands.progress import stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -50,13 +50,14 @@ resume_option = click.option(
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: unchanged, as links."
 )
+@adapter_option
 def init(
     *, backbone: Path, out: Path, seed: int, queries: int, taps: tuple[int, ...] | None, decoder_width: int,
-    decoder_layers: int, dtype: str | None,
+    decoder_layers: int, dtype: str | None, adapter: str | None,
 ) -> None:  # fmt: skip
     """Create a checkpoint from a vision-language model, with new, untrained bridging and spatial parts.
 
-    A LoRA adapter in the folder, or in its adapter/, is merged.
+    A LoRA adapter is merged if it is in the folder, in its adapter/, or below one of them.
     """
     from bridge_stg.checkpoint.init_checkpoint import init_checkpoint
     from bridge_stg.model.config import BridgingConfig, SpatialDecoderConfig
@@ -64,7 +65,7 @@ def init(
     if decoder_width % HEADS:
         raise BridgeError("options.invalid", f"--decoder-width {decoder_width}: expected a multiple of {HEADS}.")
     made = init_checkpoint(
-        backbone, out, seed=seed, dtype=torch_dtype(dtype),
+        backbone, out, seed=seed, dtype=torch_dtype(dtype), adapter=adapter,
         bridging=BridgingConfig(num_queries=queries, tapped_layers=taps or ()),
         spatial_decoder=SpatialDecoderConfig(
             width=decoder_width, num_layers=decoder_layers, num_heads=HEADS, ffn_width=8 * decoder_width
@@ -97,12 +98,13 @@ def init(
     "--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Precision of matmuls."
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: as in CHECKPOINT.")
+@adapter_option
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
 @seed_option
 @resume_option
 def train(
     *, checkpoint: Path, annotations: Path, media: Path, out: Path, freeze_backbone: bool, train_vision: bool,
-    precision: str, device: str, dtype: str | None, workers: int, resume: bool, **options: Any,
+    precision: str, device: str, dtype: str | None, adapter: str | None, workers: int, resume: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train a CHECKPOINT on annotated clips: by default everything except the vision blocks."""
     if freeze_backbone and train_vision:
@@ -113,8 +115,8 @@ def train(
     parts = NEW_PARTS if freeze_backbone else PARTS if train_vision else PARTS[:-1]
     chosen = TrainingOptions(parts=parts, bf16=precision == "bf16", **options)
     made = train_clips(
-        checkpoint, annotations, media, out, options=chosen, device=device, dtype=torch_dtype(dtype), resume=resume,
-        workers=workers,
+        checkpoint, annotations, media, out, options=chosen, device=device, dtype=torch_dtype(dtype), adapter=adapter,
+        resume=resume, workers=workers,
     )  # fmt: skip
     click.echo(f"Wrote the checkpoint {made}. Next: export {made} --out …")
 

@@ -108,6 +108,13 @@ class BridgeSTGConfig:
             span=self.span,
         )
 
+    def untied(self) -> BridgeSTGConfig:
+        """Return the config of the same model with a head of its own."""
+        untied: dict[str, Any] = {"tie_word_embeddings": False}
+        if self.backbone.get("text_config"):
+            untied["text_config"] = self.backbone["text_config"] | untied
+        return dataclasses.replace(self, backbone={**self.backbone, **untied})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the values of `config.json`."""
         return {"model_type": MODEL_TYPE, **dataclasses.asdict(self), "backbone": dict(self.backbone)}

@@ -35,6 +35,7 @@ def train_clips(
     options: TrainingOptions | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    adapter: Path | str | None = None,
     resume: bool = True,
     workers: int = 1,
 ) -> Path:
@@ -48,6 +49,7 @@ def train_clips(
         options: see `TrainingOptions`.
         device: `cpu`, `cuda`, `cuda:1` …; `auto`: CUDA if available.
         dtype: dtype of the new checkpoint's backbone; None: as in `checkpoint`.
+        adapter: name or path of a LoRA adapter to merge first; None: the only one in the folder, if any.
         resume: whether to continue from the state in `<out>-training/`, if one exists.
         workers: number of processes that read clips; 0: read in this process.
 
@@ -74,8 +76,9 @@ def train_clips(
     place = chosen_device(device)
     config = BridgeSTGConfig.load(checkpoint)
     clips = read_clips(Path(annotations), Path(media))
-    store = open_weights(checkpoint, config)
-    model = load_checkpoint(checkpoint, attention="sdpa" if place.type == "cuda" else None).to(place)
+    _, store = open_weights(checkpoint, config, adapter=adapter)
+    attention = "sdpa" if place.type == "cuda" else None
+    model = load_checkpoint(checkpoint, attention=attention, adapter=adapter).to(place)
     assert model.tokenizer is not None
     check_clips(clips, model.spec)
     folder = out.with_name(out.name + "-training")

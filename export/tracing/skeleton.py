@@ -18,14 +18,14 @@ from bridge_stg.checkpoint.weight_store import WeightStore
 from bridge_stg.model.model import BridgeSTG
 
 
-def open_skeleton(checkpoint: Path | str) -> tuple[BridgeSTG, WeightStore]:
+def open_skeleton(checkpoint: Path | str, *, adapter: Path | str | None = None) -> tuple[BridgeSTG, WeightStore]:
     """Return a checkpoint's model in eval mode, with parameters on the meta device and real buffers, and its weights.
 
     Raises:
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or of another shape.
     """
     with torch.device("meta"):
-        model, store = open_checkpoint(checkpoint)
+        model, store = open_checkpoint(checkpoint, adapter=adapter)
     for name, value in model.fixed_buffers().items():
         owner, _, buffer = name.rpartition(".")
         setattr(model.get_submodule(owner), buffer, value)

@@ -123,18 +123,19 @@ def test_a_checkpoint_is_made_of_the_merged_model(folder, tmp_path):
     loaded = load_checkpoint(tmp_path / "checkpoint")
     weight = loaded.language_model.model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(weight, (base.float() + 3 * product).to(base.dtype).float())
-    assert loaded.tied and not (tmp_path / "checkpoint" / "adapter_config.json").exists()
+    assert not (tmp_path / "checkpoint" / "adapter_config.json").exists()
 
 
-def test_a_stored_copy_of_the_table_follows_its_adapter(folder, tmp_path):
+def test_a_stored_head_equal_to_the_table_stays_as_it_was(folder, tmp_path):
     path = folder / "model.safetensors"
     save_file({**load_file(path), "lm_head.weight": load_file(path)[TABLE + ".weight"]}, path)
     rows, width = open_store(folder)[TABLE + ".weight"].shape
     a, b = torch.ones(2, rows), torch.ones(width, 2)
     add_adapter(folder, {f"{TABLE}.lora_embedding_A": a, f"{TABLE}.lora_embedding_B": b})
-    table = open_store(folder).read(TABLE + ".weight").float()
+    base = load_file(path)["lm_head.weight"].float()
     loaded = load_checkpoint(init_checkpoint(folder, tmp_path / "checkpoint"))
-    assert loaded.tied and torch.equal(loaded.language_model.lm_head.weight, table)
+    assert not loaded.tied and torch.equal(loaded.language_model.lm_head.weight, base)
+    assert not torch.equal(loaded.language_model.model.embed_tokens.weight, base)
 
 
 def without_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -143,6 +144,7 @@ def without_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 REJECTED = {
     "DoRA": (lambda t: t, {"use_dora": True}, "unsupported", ["adapter_config.json", "use_dora True"]),
+    "an alpha that is no number": (lambda t: t, {"lora_alpha": "x"}, "bad", ["adapter_config.json", "'x'"]),
     "another method": (lambda t: t, {"peft_type": "IA3"}, "unsupported", ["peft_type 'IA3'"]),
     "a changed base": (
         lambda t: t, {"init_lora_weights": "pissa_niter_4"}, "unsupported", ["init_lora_weights 'pissa_niter_4'"]
@@ -159,9 +161,8 @@ REJECTED = {
         lambda t: {k: torch.ones(3, 32) if "lora_A" in k else v for k, v in t.items()}, {}, "bad", [QUERY, "[3, 32]"]
     ),
     "another tensor's shape": (lambda t: {NORM: torch.ones(3)}, {}, "bad", [NORM, "[3]", "[32]"]),
-    "a tied head": (
-        lambda t: {k.replace(QUERY, "lm_head"): v for k, v in t.items()}, {}, "bad", ["lm_head.weight", "tied"]
-    ),
+    "token rows": (lambda t: t, {"trainable_token_indices": [1, 2]}, "unsupported", ["trainable_token_indices [1, 2]"]),
+    "a setting of another version": (lambda t: t, {"use_new": {"a": 1}}, "unsupported", ["use_new {'a': 1}"]),
 }  # fmt: skip
 
 
@@ -184,12 +185,28 @@ def test_half_an_adapter_is_rejected(folder):
         open_store(folder)
 
 
-def test_two_adapters_are_rejected(folder):
-    tensors = pair(open_store(folder), QUERY)[0]
-    add_adapter(folder, tensors)
-    add_adapter(folder / "adapter", tensors)
-    with raises("checkpoint.bad_adapter", folder / "adapter"):
+@pytest.mark.parametrize("places", [[".", "adapter"], ["adapter/first", "adapter/second"], ["first", "adapter/second"]])
+def test_one_of_several_adapters_must_be_chosen(folder, places):
+    plain = open_store(folder)
+    tensors, product = pair(plain, QUERY)
+    for scale, place in enumerate(places, 1):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        add_adapter(folder / place, tensors, lora_alpha=2 * scale)
+    with raises("checkpoint.several_adapters", *places, "--adapter"):
         open_store(folder)
+    with raises("checkpoint.not_found", "third"):
+        open_store(folder, adapter="third")
+    for scale, place in enumerate(places, 1):
+        for chosen in (place, Path(place).name, folder / place):
+            merged = open_store(folder, adapter=chosen)
+            expect(merged, QUERY + ".weight", scale * product, plain.read(QUERY + ".weight"))
+
+
+def test_an_adapter_that_only_replaces_tensors_is_written(folder, tmp_path):
+    value = torch.full_like(open_store(folder).read(NORM), 3)
+    add_adapter(folder / "named", {NORM: value})
+    loaded = load_checkpoint(init_checkpoint(folder, tmp_path / "checkpoint"))
+    assert torch.equal(loaded.language_model.model.norm.weight, value.float())
 
 
 def test_values_that_overflow_are_named(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ SHARDED = {"max_shard_size": "60KB"}
 ATTENTION = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
-def open_store(folder: Path, family: str = "qwen3_vl") -> WeightStore:
-    return WeightStore.open(folder, key_prefixes=backbone({"model_type": family}).key_prefixes)
+def open_store(folder: Path, family: str = "qwen3_vl", **options: Any) -> WeightStore:
+    return WeightStore.open(folder, key_prefixes=backbone({"model_type": family}).key_prefixes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +199,14 @@ def test_keys_that_do_not_fit_are_named(folder, tmp_path, name):
     add_part(tmp_path / "checkpoint", change)
     with raises(f"checkpoint.{code}", *values):
         load_checkpoint(tmp_path / "checkpoint")
+
+
+def test_a_missing_head_names_the_setting(tmp_path):
+    publish(tmp_path / "model", "qwen3_vl", tied=False)
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if key != "lm_head.weight"}, path)
+    with raises("checkpoint.missing_tensor", "lm_head.weight", "tie_word_embeddings"):
+        load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("factor", [1, 2])
