@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -22,7 +21,8 @@ import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.decoder import Decoder, check_path, moving_streams, shown_rgb
+from bridge_stg.runtime.video.decoder import check_path, moving_streams, shown_rgb
+from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.stream import STREAM, checked_frames
 
 Frames: TypeAlias = Iterator[tuple[float, Callable[[], np.ndarray]]]
@@ -95,16 +95,12 @@ def _iterable(frames: Iterable[tuple[float, np.ndarray]], stop: threading.Event)
 
 
 def _file(path: str, realtime: bool, stop: threading.Event) -> Frames:
-    time_s = None
-    with closing(Decoder(path)) as decoder:
-        timeline, began = decoder.timeline(), time.monotonic()
-        for frame in decoder.frames():
-            time_s = timeline.add(frame)
+    began = time.monotonic()
+    with play(path) as source:
+        for time_s, picture in source.pictures:
             if stop.wait(max(0.0, began + time_s - time.monotonic()) if realtime else 0.0):
                 return
-            yield time_s, partial(shown_rgb, frame)
-        if time_s is None:
-            raise decoder.no_frames()
+            yield time_s, picture
 
 
 def _camera(device: str, timeout_s: float, stop: threading.Event) -> Frames:

@@ -55,12 +55,12 @@ class StillImage(VideoSource):
         return Samples(frames=np.repeat(self._fine_picture[None], len(times), axis=0), times=np.zeros(len(times)))
 
 
-def read_image(path: str) -> np.ndarray | Iterator[tuple[float, np.ndarray]] | None:
+def read_image(path: str) -> np.ndarray | Animation | None:
     """Read an image file: uint8 [H, W, 3], or the frames of an animation; None if it is not an image."""
     picture = open_image(path)
     if picture is None:
         return None
-    return animation_frames(picture, path) if is_animation(picture) else read_rgb(picture, path)
+    return Animation(picture, path) if is_animation(picture) else read_rgb(picture, path)
 
 
 def bomb_error() -> type[Exception]:
@@ -123,24 +123,31 @@ def read_rgb(picture: Any, path: str) -> np.ndarray:
         raise _unreadable(path, error) from error
 
 
-def animation_frames(picture: Any, path: str) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (time in seconds, RGB frame) for each frame of an animated image, up to the first damaged one."""
-    time = 0.0
-    with picture:
-        for index in itertools.count():
-            try:
-                picture.seek(index)
-                picture.load()
-                rgb = _rgb(picture)
-            except DAMAGE as error:  # EOFError after the last frame
-                if index == 0 and not isinstance(error, EOFError):
-                    raise _unreadable(path, error) from error
-                return
-            except bomb_error() as error:
-                raise _unreadable(path, error) from error
-            yield time, rgb
-            shown_s = float(picture.info.get("duration") or 0) / 1000
-            time += shown_s if shown_s >= SHORTEST_FRAME_S else 0.1
+class Animation:
+    """The frames of an animated image as (time in seconds, RGB frame), up to the first damaged one, to be read once.
+
+    `end_s` is the end of the newest frame.
+    """
+
+    def __init__(self, picture: Any, path: str) -> None:
+        self._picture, self._path, self.end_s = picture, path, 0.0
+
+    def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
+        with self._picture as picture:
+            for index in itertools.count():
+                try:
+                    picture.seek(index)
+                    picture.load()
+                    rgb = _rgb(picture)
+                except DAMAGE as error:  # EOFError after the last frame
+                    if index == 0 and not isinstance(error, EOFError):
+                        raise _unreadable(self._path, error) from error
+                    return
+                except bomb_error() as error:
+                    raise _unreadable(self._path, error) from error
+                shown_s, time = float(picture.info.get("duration") or 0) / 1000, self.end_s
+                self.end_s += shown_s if shown_s >= SHORTEST_FRAME_S else 0.1
+                yield time, rgb
 
 
 def _rgb(picture: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, check_path, shown_rgb
+from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, Timeline, check_path, shown_rgb
 from bridge_stg.runtime.video.image import read_image
 from bridge_stg.runtime.video.stream import check_frame
 
@@ -27,6 +27,7 @@ class Playback:
     pictures: Iterator[tuple[float, Picture]]
     duration_s: float | None  # None if not known before reading; 0 for an image
     is_image: bool = False
+    last_end_s: Callable[[], float | None] = lambda: None  # end of the newest frame; None if the source does not say it
     end_s: float = 0.0  # end of the frames that `intervals` has yielded
 
     @property
@@ -35,7 +36,7 @@ class Playback:
         return ((time_s, picture()) for time_s, picture in self.pictures)
 
     def intervals(self) -> Iterator[tuple[float, Picture]]:
-        """Yield start and function of each frame, once its end is known; the last lasts as long as the one before."""
+        """Yield start and function of each frame, once its end is known."""
         last_s, gap, last = 0.0, float(DEFAULT_FRAME_S), None
         for time_s, picture in self.pictures:
             if last is not None:
@@ -44,7 +45,7 @@ class Playback:
             last_s, last = time_s, picture
         if last is None:
             raise VideoError("video.no_frames", "the video has no frames; expected at least one (time_s, RGB frame)")
-        self.end_s = last_s + gap
+        self.end_s = self.last_end_s() or last_s + gap
         yield last_s, last
 
     def frames_at(self, times: Sequence[float] | np.ndarray) -> list[np.ndarray]:
@@ -76,14 +77,14 @@ def play(
     if isinstance(source, np.ndarray):
         yield Playback(iter([(0.0, partial(np.asarray, source))]), 0.0, is_image=True)
     elif source is not None:
-        yield Playback(_from_zero(source), None)
+        yield Playback(_from_zero(source), None, last_end_s=lambda: getattr(source, "end_s", None))
     else:
         with closing(Decoder(path, stream)) as decoder:
-            yield Playback(_decoded(decoder), decoder.duration_s and float(decoder.duration_s))
+            timeline, length_s = decoder.timeline(), decoder.duration_s and float(decoder.duration_s)
+            yield Playback(_decoded(decoder, timeline), length_s, last_end_s=lambda: timeline.end_s)
 
 
-def _decoded(decoder: Decoder) -> Iterator[tuple[float, Picture]]:
-    timeline = decoder.timeline()
+def _decoded(decoder: Decoder, timeline: Timeline) -> Iterator[tuple[float, Picture]]:
     for frame in decoder.frames():
         yield timeline.add(frame), partial(shown_rgb, frame)
     if not timeline.times:

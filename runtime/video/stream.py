@@ -69,6 +69,7 @@ class FrameStream(VideoSource):
     ) -> None:
         if isinstance(buffer_frames, bool) or not isinstance(buffer_frames, int) or buffer_frames < 1:
             raise VideoError("video.bad_option", f"buffer_frames={buffer_frames!r}: expected a number, 1 or more")
+        self._given = frames
         self._frames: Iterator[tuple[float, np.ndarray]] | None = checked_frames(frames, name, device)
         self._first = next(self._frames, None)
         if self._first is None:
@@ -103,7 +104,8 @@ class FrameStream(VideoSource):
             shown = frame
             limits.report(times[-1], None)
         gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / self._spec.frames.coarse_fps
-        self._times, self._duration_s = np.asarray(times), times[-1] + gap
+        end_s = getattr(self._given, "end_s", None)  # known for animations
+        self._times, self._duration_s = np.asarray(times), end_s or times[-1] + gap
         keep(max(self._duration_s - self.tolerance_s, self.tolerance_s))
         return sampler
 

@@ -112,7 +112,7 @@ def annotate(
         if source.is_image:
             next(painted)[1].save(temporary, quality=95)
         else:
-            encode_h264(painted, temporary)
+            encode_h264(painted, temporary, source.last_end_s)
     return Path(out)
 
 
@@ -142,8 +142,10 @@ def paint_frames(
             progress("annotate", time_s, source.duration_s)
 
 
-def encode_h264(frames: Iterable[tuple[float, Image.Image]], out: Path) -> None:
-    """Encode (time_s, image) pairs with strictly increasing times, keeping the times."""
+def encode_h264(
+    frames: Iterable[tuple[float, Image.Image]], out: Path, end_s: Callable[[], float | None] = lambda: None
+) -> None:
+    """Encode (time_s, image) pairs with strictly increasing times, keeping the times and the `end_s` of the last."""
     import av
 
     frames = iter(frames)
@@ -165,8 +167,12 @@ def encode_h264(frames: Iterable[tuple[float, Image.Image]], out: Path) -> None:
             frame.pts, frame.time_base = ticks, TIME_BASE
             gap, previous = gap if previous < 0 else ticks - previous, ticks
             container.mux(stream.encode(frame))
+        if (last := end_s()) is not None:
+            gap = max(1, round(last / TIME_BASE) - previous)
         for packet in stream.encode(None):
-            packet.duration = gap  # the file's length includes the last frame, shown as long as the one before it
+            packet.duration = (
+                gap  # the file's length includes the last frame; by default it is as long as the one before
+            )
             container.mux(packet)
 
 

@@ -92,7 +92,7 @@ class Renderer:
 
         media = replace(job.upload.file.media, stream=job.stream)
         with media.play() as source, replacing(path) as temporary:
-            encode_h264(paint_frames(source, painter_for, progress=check), temporary)
+            encode_h264(paint_frames(source, painter_for, progress=check), temporary, source.last_end_s)
 
 
 class _Painter:

@@ -76,19 +76,20 @@ class IsolatedMedia:
         """Play the file; see `playback.play`."""
         with closing(self._start()) as worker:
             found = self.call(worker, "play")
-            pictures = ((time_s, partial(np.asarray, rgb)) for time_s, rgb in self._frames(worker))
-            yield Playback(pictures, **found)
+            frames = _Frames(self, worker)
+            pictures = ((time_s, partial(np.asarray, rgb)) for time_s, rgb in frames)
+            yield Playback(pictures, last_end_s=lambda: frames.end_s, **found)
 
     def open_source(self, spec: ModelSpec, *, buffer_frames: int, budget: Budget) -> VideoSource:
         """Open the file for a Grounder; see `open.open_source`."""
         worker, found = self.open(spec, budget)
         if "size" in found:
             return _IsolatedFile(self, worker, spec, budget, size=found["size"], stream=found["stream"])
-        frames = self._frames(worker)
+        frames = _Frames(self, worker)
         if not found["is_image"]:
             return FrameStream(frames, spec, buffer_frames=buffer_frames, budget=budget, name=self.path)
         with closing(worker):
-            return StillImage(next(frames)[1], spec, budget=budget, name=self.path)
+            return StillImage(next(iter(frames))[1], spec, budget=budget, name=self.path)
 
     def open(self, spec: ModelSpec, budget: Budget) -> tuple[Worker, dict[str, Any]]:
         """Return a worker that has opened the file, with the `size` (width, height) of a video, or `is_image`."""
@@ -117,10 +118,18 @@ class IsolatedMedia:
         given = self.path, self.limits, self.stream
         return Worker(f"{__name__}:_Reader", *given, memory_bytes=self.limits.decode_bytes)
 
-    def _frames(self, worker: Worker) -> Iterator[tuple[float, np.ndarray]]:
-        with closing(worker):
-            while (found := self.call(worker, "frame")) is not None:
+
+class _Frames:
+    """All frames of a worker as (time in seconds, RGB frame), to be read once; `end_s` is the end of the last one."""
+
+    def __init__(self, media: IsolatedMedia, worker: Worker) -> None:
+        self._media, self._worker, self.end_s = media, worker, None
+
+    def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
+        with closing(self._worker) as worker:
+            while (found := self._media.call(worker, "frame")) is not None:
                 yield found[0], found[1]
+            self.end_s = self._media.call(worker, "end")
 
 
 class _IsolatedFile(VideoSource):
@@ -184,11 +193,14 @@ class _Reader:
 
     def play(self, _: Limits) -> Any:
         source = self._stack.enter_context(play(self._path, self._stream))
-        self._frames = source.frames
+        self._frames, self._last_end_s = source.frames, source.last_end_s
         return {"duration_s": source.duration_s, "is_image": source.is_image}
 
     def frame(self, _: Limits) -> Any:
         return next(self._frames, None)
+
+    def end(self, _: Limits) -> Any:
+        return self._last_end_s()
 
     def open(self, limits: Limits, spec: ModelSpec, budget: dict[str, Any]) -> Any:
         if read_image(check_path(self._path)) is not None:

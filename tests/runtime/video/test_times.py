@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,16 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from bridge_stg.runtime.live.source import open_live
 from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.playback import play
+from bridge_stg.runtime.visualize.annotate import annotate
+from bridge_stg.server.settings import Settings
+from bridge_stg.server.videos.probe import probe
+from bridge_stg.server.videos.stills import still
 from tests.fakes.chain import fake_grounder
 from tests.fakes.clips import GOP, SPEC, decoded, expect_fine, pictures, write
 
@@ -84,6 +90,10 @@ def test_times_are_those_of_the_recording(kind: str, tmp_path: Path) -> None:
         assert isinstance(source, VideoFile)
         source.kept.clear()
         expect_fine(source, times[[3, 50, 20, 31]] + 2e-3, reference, source.frame_times)  # sought, or read again
+        if path.suffix in (".avi", ".mkv", ".mp4"):  # the server takes it
+            info = probe(str(path), "it", Settings().media_limits)
+            assert info.duration_s == pytest.approx(source.duration_s, abs=2e-3)
+            assert still(str(path), info, times[50] + 2e-3)[1] == pytest.approx(source.frame_times[50])
         with play(path) as playback:
             np.testing.assert_allclose([time for time, _ in playback.pictures], source.frame_times)
         with contextlib.closing(open_live(path).frames(threading.Event())) as frames:  # type: ignore[type-var]
@@ -96,3 +106,28 @@ def test_a_guessed_clock_is_named_in_the_result(tmp_path: Path) -> None:
         make, clock = FILES[kind]
         result = grounder.ground(make(tmp_path), "the car")
         assert result.clock == result.to_json()["clock"] == clock
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
+def test_delays_of_animations(name: str, tmp_path: Path) -> None:
+    images = [Image.fromarray(picture) for picture in pictures(6)]
+    delays = [100, 300, 50, 100, 200, 3000]
+    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=delays)
+    ends = np.cumsum(delays) / 1000
+    with open_source(tmp_path / name, SPEC) as source:
+        np.testing.assert_allclose(source.frame_times, [0, *ends[:-1]])
+        assert source.duration_s == pytest.approx(ends[-1])
+    result = fake_grounder().ground(tmp_path / name, "the car")
+    with av.open(str(annotate(tmp_path / name, result, tmp_path / "copy.mp4"))) as file:
+        frames = list(file.decode(video=0))
+        np.testing.assert_allclose([frame.time for frame in frames], [0, *ends[:-1]], atol=1e-4)
+        assert file.duration is not None and file.duration / av.time_base == pytest.approx(ends[-1], abs=1e-3)
+
+
+def test_a_photo_with_a_preview_after_it_is_one_picture(tmp_path: Path) -> None:
+    photo, preview = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pictures(1)[0]).save(photo, "JPEG", exif=Image.Exif().tobytes() or b"Exif\0\0")
+    Image.fromarray(pictures(2)[1]).save(preview, "JPEG")
+    (tmp_path / "a.jpg").write_bytes(photo.getvalue() + preview.getvalue())
+    with open_source(tmp_path / "a.jpg", SPEC) as source:
+        assert source.is_image

@@ -38,7 +38,7 @@ def clip(path: Path, kind: str) -> Path:
     if kind == "still.png":
         images[0].save(path / kind)
     elif kind == "animation.gif":
-        images[0].save(path / kind, save_all=True, append_images=images[1:], duration=100)
+        images[0].save(path / kind, save_all=True, append_images=images[1:], duration=[100] * 29 + [900])
     elif kind == "slow.mp4":
         return write(path / kind, pictures(3), rate=1, options={"x264-params": GOP})
     else:
@@ -46,7 +46,7 @@ def clip(path: Path, kind: str) -> Path:
     return path / kind
 
 
-@pytest.mark.parametrize("kind", ["long.mp4", "slow.mp4", "animation.gif", "still.png"])
+@pytest.mark.parametrize("kind", ["long.mp4", "long.avi", "slow.mp4", "animation.gif", "still.png"])
 @pytest.mark.parametrize(
     "budget",
     [Budget(64), Budget(12), Budget(None, 200, text_positions=lambda times: 100 + 3 * len(times))],
@@ -66,7 +66,8 @@ def test_frames_are_those_of_this_process(kind: str, budget: Budget, tmp_path: P
         np.testing.assert_array_equal(ours.times, theirs.times)
         np.testing.assert_array_equal(here.frame_times, there.frame_times)
         np.testing.assert_array_equal(here.fine_grid(), there.fine_grid())
-        assert (here.is_image, here.read_ahead) == (there.is_image, there.read_ahead)
+        assert (here.is_image, here.read_ahead, here.clock) == (there.is_image, there.read_ahead, there.clock)
+        assert here.clock == ("frame_rate" if kind == "long.avi" else "timestamps")
         assert len(seen) == (0 if here.is_image else len(here.frame_times) - (not here.read_ahead))
         for times in (here.fine_grid()[::-1], np.random.default_rng(0).uniform(0, 15, 20)):
             ours_fine, theirs_fine = here.fine(times), there.fine(times)
@@ -80,6 +81,7 @@ def test_every_frame_is_played(kind: str, tmp_path: Path) -> None:
     with play(str(path)) as here, media(path).play() as there:
         assert (here.duration_s, here.is_image) == (there.duration_s, there.is_image)
         ours, theirs = list(here.frames), list(there.frames)
+        assert here.last_end_s() == there.last_end_s()
     assert [time for time, _ in ours] == [time for time, _ in theirs]
     np.testing.assert_array_equal(np.stack([frame for _, frame in ours]), np.stack([frame for _, frame in theirs]))
 
