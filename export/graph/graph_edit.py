@@ -65,9 +65,12 @@ class Edit:
             return self._weights[name, use]
         tensor, scales = pack()
         integers, scale = self._initializer(str(tensor.name), tensor), self.constant(f"{name}_scale", scales)
+        inputs = [integers, scale]
+        if not block_size:  # without a zero point onnxruntime 1.23 moves the node and takes its integers for uint8
+            inputs.append(self.constant(f"int8_zero_points_{len(scales)}", np.zeros(len(scales), np.int8)))
         attributes = {"axis": axis} | ({"block_size": block_size} if block_size else {})
         stem = f"{name}/DequantizeLinear"
-        (floats,) = self.insert("DequantizeLinear", [integers, scale], attributes, before=self.graph[0], name=stem)
+        (floats,) = self.insert("DequantizeLinear", inputs, attributes, before=self.graph[0], name=stem)
         floats.name, floats.dtype = self.free_name(f"{name}_dequantized"), scale.dtype
         self._weights[name, use] = floats
         return floats
