@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx_ir as ir
@@ -24,7 +24,7 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.writer import BundleWriter
 from bridge_stg.runtime.errors import BridgeError, BundleError
 from bridge_stg.runtime.host.packages import installed_versions
-from bridge_stg.runtime.parity.compare import tolerance_of
+from bridge_stg.runtime.parity.tolerances import Tolerances, measure_tolerances
 
 WEIGHTS = "weights.data"
 TOOLS = ("bridge-stg", "onnx", "onnx-ir", "onnxruntime")
@@ -39,10 +39,11 @@ def quantize_bundle(
     smoothing: Mapping[str, Smoothing] | None = None,
     calibration: Mapping[str, Any] | None = None,
     variants: Sequence[str] | None = None,
+    measure: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a quantized bundle; the same source, recipe, ranges and smoothing give the same bytes.
+    """Write a quantized bundle; on one machine the same source, recipe, ranges and smoothing give the same bytes.
 
     Args:
         source: float bundle in fp32 or fp16.
@@ -52,12 +53,15 @@ def quantize_bundle(
         smoothing: vectors [K] by graph and node.
         calibration: samples and options of the calibration, for the manifest.
         variants: variants of the source to write; None: all. `ort-cpu` is derived where it helps.
+        measure: whether to measure the tolerances of the golden cases here; otherwise `verify` will not pass.
         overwrite: whether to replace an existing bundle.
         progress: called as progress(stage, done, total).
 
     Raises:
         BundleError: the source is quantized or bf16, or the folder cannot be written.
-        BridgeError: a block or variant is unknown, a range is missing, or a weight cannot be stored.
+        BridgeError: a block or variant is unknown, a range is missing, a weight cannot be stored, or an output of the
+            golden cases is not finite.
+        EngineError: no variant runs on this machine.
     """
     manifest = source.manifest
     wanted = _check(source, recipe, variants)
@@ -81,17 +85,16 @@ def quantize_bundle(
             for graph in written + derive_ort_cpu(written, folder):
                 check_graph(folder / f"{graph.variant}.onnx")
                 writer.add_graph(graph)
-        _copy_files(source, writer, recipe)
-        return writer.finish(
-            dataclasses.replace(
-                manifest,
-                graphs={},
-                files=(),
-                fingerprint="",
-                calibration={"recipe": recipe.to_dict(), **(calibration or {})},
-                tools={**manifest.tools, **installed_versions(TOOLS)},
-            )
+        manifest = dataclasses.replace(
+            manifest,
+            graphs={},
+            files=(),
+            fingerprint="",
+            calibration={"recipe": recipe.to_dict(), **(calibration or {})},
+            tools={**manifest.tools, **installed_versions(TOOLS)},
         )
+        _copy_files(source, writer, measure_tolerances(writer.draft(manifest), source) if measure else {})
+        return writer.finish(manifest)
 
 
 def _check(source: Bundle, recipe: Recipe, variants: Sequence[str] | None) -> list[str]:
@@ -152,20 +155,13 @@ def _write(source: Bundle, spec: GraphSpec, quantizer: GraphQuantizer, folder: P
     )
 
 
-def _copy_files(source: Bundle, writer: BundleWriter, recipe: Recipe) -> None:
-    """Copy tokenizer and golden cases; quantized graphs get the tolerances of their precision in the cases."""
-    wider: dict[str, Any] = {}
-    for name, variants in source.manifest.graphs.items():
-        spec = next(iter(variants.values()))
-        for tensor in spec.outputs:
-            tolerance = tolerance_of(recipe.of(name).precision(spec.precision), tensor.name)
-            if tolerance is not None:
-                wider[f"{name}.{tensor.name}"] = asdict(tolerance)
+def _copy_files(source: Bundle, writer: BundleWriter, tolerances: Tolerances) -> None:
+    """Copy tokenizer and golden cases; outputs of quantized graphs get their tolerances."""
     for entry in source.manifest.files:
-        file = source.path / entry.path
-        if entry.path.startswith(f"{GOLDEN}/") and entry.path.endswith("/case.json"):
+        file, path = source.path / entry.path, PurePosixPath(entry.path)
+        if path.parts[0] == GOLDEN and path.name == "case.json":
             case = json.loads(file.read_text(encoding="utf-8"))
-            case["tolerance"] = {**case.get("tolerance", {}), **wider}
-            writer.add_file(entry.path, (json.dumps(case, indent=1) + "\n").encode())
+            case["tolerance"] = {**case.get("tolerance", {}), **tolerances.get(path.parent.name, {})}
+            writer.add_file(entry.path, (json.dumps(case, indent=1, default=asdict) + "\n").encode())
         else:
             writer.add_file(entry.path, file)

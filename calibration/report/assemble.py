@@ -23,7 +23,9 @@ from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.machine import describe
-from bridge_stg.runtime.parity.compare import Boundary
+from bridge_stg.runtime.parity.compare import Boundary, tolerance_of
+from bridge_stg.runtime.parity.golden import read_case
+from bridge_stg.runtime.parity.tolerances import MARGIN
 
 PACKAGES = ("bridge-stg", "numpy", "onnx", "onnx-ir", "onnxruntime")
 ScorePair = tuple[Scores, Scores]
@@ -77,7 +79,7 @@ def assemble(
             "select": None if inputs.select is None else inputs.select.to_dict(),
             "evaluate": None if inputs.evaluate is None else inputs.evaluate.to_dict(),
         },
-        warnings=list(dict.fromkeys(warnings)),
+        warnings=list(dict.fromkeys([*warnings, *drift_warnings(bundle)])),
         tools=machine.pop("packages"),
         machine={"processor": machine.pop("cpu")} | machine | {"self_test": saturation.sentence},
         target={"backend": backend.backend, "version": backend.version, "variants": dict(backend.variants)},
@@ -108,6 +110,23 @@ def drift_rows(boundaries: Sequence[Boundary]) -> list[dict[str, Any]]:
         if boundary.iou is not None:
             row["iou"] = boundary.iou if row["iou"] is None else min(row["iou"], boundary.iou)
     return list(worst.values())
+
+
+def drift_warnings(bundle: Bundle) -> list[str]:
+    """Return a warning for each quantized graph that differs from its golden cases more than its precision should."""
+    worst: dict[str, float] = {}
+    for case in map(read_case, bundle.golden_cases()):
+        for key, tolerance in case.about.tolerance.items():
+            name, _, tensor = key.partition(".")
+            variants = bundle.manifest.graphs.get(name)  # None: the key is a tensor alone, of float graphs
+            usual = tolerance_of(next(iter(variants.values())).precision, tensor) if variants else None
+            if usual is not None and tolerance.rel_l2 > MARGIN * usual.rel_l2:
+                worst[name] = max(worst.get(name, 0.0), tolerance.rel_l2 / MARGIN)
+    return [
+        f"the quantized {name} differs from torch on the golden cases by up to {error:.2g} of an output's norm, which "
+        "is unusual: blank, few or uniform samples do not show the range of its activations"
+        for name, error in worst.items()
+    ]
 
 
 def _graph_rows(

@@ -84,12 +84,12 @@ class RecipeTrials:
         return scores
 
     def make(self, recipe: Recipe, path: Path, *, calibration: Mapping[str, Any] | None = None) -> Path:
-        """Write the bundle of a recipe, unless it exists."""
+        """Write the bundle of a recipe, unless it exists; one without `calibration` is not for `verify`."""
         if not (path / "manifest.json").is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             quantize_bundle(
                 self.source, path, recipe=recipe, ranges=self.scales.ranges, smoothing=self.scales.smoothing,
-                calibration=calibration, progress=self.progress,
+                calibration=calibration, measure=calibration is not None, progress=self.progress,
             )  # fmt: skip
         return path
 

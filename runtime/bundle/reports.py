@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.runtime.bundle.bundle import REPORTS, check_relative
+from bridge_stg.runtime.bundle.bundle import REPORTS, check_relative, file_sha256
 from bridge_stg.runtime.bundle.manifest import canonical_sha256
 from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.host.files import replacing
@@ -33,7 +33,7 @@ def write_report(
         record["html_sha256"] = hashlib.sha256(html.encode()).hexdigest()
         texts["html"] = html
     record["sha256"] = canonical_sha256(record, without="sha256")
-    texts["json"] = json.dumps(record, indent=1) + "\n"
+    texts["json"] = _text(record)
     try:
         folder.mkdir(exist_ok=True)
         for suffix, text in texts.items():
@@ -48,9 +48,29 @@ def read_report(bundle_path: str | os.PathLike[str], name: str) -> dict[str, Any
     """Read reports/<name>.json. Raises BundleError if it is missing, is not JSON, or was changed."""
     file = Path(bundle_path) / REPORTS / f"{name}.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes().decode("utf-8")
+        record: dict[str, Any] = json.loads(text)
     except (OSError, ValueError) as error:
         raise BundleError("bundle.unreadable", f"{file}: cannot be read ({error}). Make the report again.") from error
-    if not isinstance(record, dict) or record.get("sha256") != canonical_sha256(record, without="sha256"):
-        raise BundleError("bundle.hash_mismatch", f"{file}: was changed after it was written. Make the report again.")
+    intact = isinstance(record, dict) and record.get("sha256") == canonical_sha256(record, without="sha256")
+    if not intact or text != _text(record):  # the text too: 1e-05 and 1E-05 are one number
+        raise _changed(file)
     return record
+
+
+def check_reports(bundle_path: str | os.PathLike[str]) -> int:
+    """Read every report and page in a bundle and return the number of files. Raises BundleError if one was changed."""
+    files = [file for file in (Path(bundle_path) / REPORTS).glob("*") if file.suffix in (".json", ".html")]
+    for file in files:
+        record = read_report(bundle_path, file.stem)
+        if file.suffix == ".html" and file_sha256(file) != record.get("html_sha256"):
+            raise _changed(file)
+    return len(files)
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1) + "\n"
+
+
+def _changed(file: Path) -> BundleError:
+    return BundleError("bundle.hash_mismatch", f"{file}: was changed after it was written. Make the report again.")

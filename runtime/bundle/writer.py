@@ -15,6 +15,7 @@ from bridge_stg.runtime.bundle.bundle import (
     GRAPHS,
     MANIFEST,
     REPORTS,
+    Bundle,
     check_external_data,
     check_relative,
     file_sha256,
@@ -83,6 +84,14 @@ class BundleWriter:
         else:
             shutil.copyfile(source, file)
         return file
+
+    def draft(self, manifest: Manifest) -> Bundle:
+        """Return the graphs so far as a bundle without hashes, to run them before `finish`."""
+        graphs = {
+            name: {v: dataclasses.replace(graph, file=f"{GRAPHS}/{name}/{v}.onnx") for v, graph in variants.items()}
+            for name, variants in self._graphs.items()
+        }
+        return Bundle(self.folder, dataclasses.replace(manifest, graphs=graphs, files=()))
 
     def finish(self, manifest: Manifest) -> Path:
         """Write the manifest and rename the bundle into place. Return its path.

@@ -14,6 +14,7 @@ from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec, Manifest, T
 from bridge_stg.runtime.bundle.spec import LanguageSpec, ModelSpec, VisionSpec
 from bridge_stg.runtime.bundle.writer import BundleWriter
 from bridge_stg.runtime.parity.golden import write_case
+from tests.runtime.backends.lowerings import Lowerings
 
 VOCABULARY, KV_HEADS, HEAD_DIM = 10, 2, 4
 
@@ -120,10 +121,10 @@ class GraphFile:
 
 
 @pytest.fixture(scope="session")
-def language_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GraphFile]:
+def language_models(tmp_path_factory: pytest.TempPathFactory) -> Lowerings:
     """Both lowerings, each in a folder of its own with equal external data."""
     table = np.random.default_rng(0).standard_normal((VOCABULARY, KV_HEADS * HEAD_DIM)).astype(np.float32)
-    files = {}
+    files = Lowerings()
     for variant, text in TEXTS.items():
         model = onnx.parser.parse_model(text)
         model.graph.initializer.append(onnx.numpy_helper.from_array(table, "table"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.recipes import RECIPES, Recipe
+from bridge_stg.calibration.report.assemble import drift_warnings
 from bridge_stg.calibration.scoring.saturation_test import saturation_test
 from bridge_stg.calibration.scoring.speed_gate import graph_bytes
 from bridge_stg.calibration.search.block_sizes import size_of_blocks
@@ -195,6 +197,17 @@ def test_fp16(exported_fp16: Bundle, ranges: Ranges, tmp_path: Path) -> None:
         for graph in Bundle.load(path).manifest.graphs[name].values():
             assert graph.precision.endswith(" fp16") and graph.opset >= 19
     assert set(verify_bundle(path, threads=1)) >= {"standard", "primitive"}
+
+
+def test_narrow_ranges_give_a_warning_and_a_bundle_that_verifies(
+    exported: Bundle, bundles: dict[str, Bundle], ranges: Ranges, tmp_path: Path
+) -> None:
+    """As blank samples give: the machine that made the bundle is not to blame."""
+    narrow = {g: {n: dataclasses.replace(r, scale=r.scale / 20) for n, r in of.items()} for g, of in ranges.items()}
+    made = quantize_bundle(exported, tmp_path / "b", recipe=W8A8, ranges=narrow)
+    verify_bundle(made, threads=1)
+    assert {"vision_encoder", "language_model"} <= {text.split()[2] for text in drift_warnings(Bundle.load(made))}
+    assert not drift_warnings(bundles["w8"])
 
 
 def test_blocks_that_stay_float(exported: Bundle, ranges: Ranges, tmp_path: Path) -> None:

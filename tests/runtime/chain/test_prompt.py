@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bridge_stg.demo.tiny_model import demo_config, write_demo_tokenizer
+from bridge_stg.demo.tiny_model import write_demo_tokenizer
 from bridge_stg.runtime.bundle.spec import PromptSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer, check_query, query_segment, time_strings, video_segment
 from bridge_stg.runtime.errors import BundleError, QueryError, VideoError
 from tests.errors import raises
+from tests.fakes.chain import fake_spec
 
-SPEC = demo_config().model_spec()
+SPEC = fake_spec()
 
 
 @pytest.fixture(scope="module")

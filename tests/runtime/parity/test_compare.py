@@ -117,7 +117,7 @@ def session(request, language_models):
 
 def run_of_two_rows(language_models):
     """Calls of a prefix (one row), then of two rows after it, as the other lowering computes them."""
-    graph = language_models["standard"]
+    graph = language_models["primitive"]
     calls, pasts = [], []
     with OnnxRuntimeSession(graph.path, graph.spec, threads=1) as reference:
         cache = reference.allocate_cache(batch=1, capacity=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -14,20 +15,22 @@ from bridge_stg.cli import run
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import Manifest
+from bridge_stg.runtime.bundle.reports import write_report
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.bundle.writer import BundleWriter
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.parity.golden import write_case
 from bridge_stg.runtime.parity.verify import DriftError, verify_bundle
 from tests.errors import raises
+from tests.runtime.backends.lowerings import RUNNABLE, RUNS_STANDARD
 
 
 @pytest.fixture
 def recorded(tmp_path: Path, language_models: dict[str, Any], model_spec: ModelSpec) -> Path:
-    """A bundle whose golden case contains the real outputs of its `standard` graph."""
+    """A bundle whose golden case contains the real outputs of its `primitive` graph."""
     inputs = {"input_ids": np.array([[1, 2]]), "cache_position": np.array([0])}
-    standard = language_models["standard"]
-    with OnnxRuntimeSession(standard.path, standard.spec, threads=1) as session:
+    primitive = language_models["primitive"]
+    with OnnxRuntimeSession(primitive.path, primitive.spec, threads=1) as session:
         outputs = session.infer(inputs, cache=session.allocate_cache(batch=1, capacity=4))
     with BundleWriter(tmp_path / "recorded") as writer:
         for graph in language_models.values():
@@ -43,7 +46,7 @@ def recorded(tmp_path: Path, language_models: dict[str, Any], model_spec: ModelS
 def test_both_variants_are_replayed(recorded: Path) -> None:
     lines: list[str] = []
     replayed = verify_bundle(recorded, threads=1, report=lines.append)
-    assert set(replayed) == {"standard", "primitive"}
+    assert set(replayed) == RUNNABLE
     assert all(boundaries and all(b.passed for b in boundaries) for boundaries in replayed.values())
     assert "MB hashed" in lines[0]
     assert set(verify_bundle(recorded, variant="primitive")) == {"primitive"}
@@ -59,23 +62,23 @@ def test_unknown_variant_and_backend(bundle_path: Path) -> None:
 
 
 def test_an_output_that_exceeds_its_tolerance_is_named(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["verify", str(bundle_path), "--variant", "standard"]) == 2  # its case expects zeros
+    assert run(["verify", str(bundle_path), "--variant", "primitive"]) == 2  # its case expects zeros
     output = capsys.readouterr()
     assert "FAILED" in output.out
-    assert "first/language_model_0.logits of variant standard" in output.err and "[bundle.drift]" in output.err
+    assert "first/language_model_0.logits of variant primitive" in output.err and "[bundle.drift]" in output.err
 
 
 def test_a_drift_error_survives_pickling(bundle_path: Path) -> None:
     with raises("bundle.drift", kind=DriftError) as caught:
-        verify_bundle(bundle_path, variant="standard")
+        verify_bundle(bundle_path, variant="primitive")
     copy = pickle.loads(pickle.dumps(caught.value))
     assert isinstance(copy, DriftError) and (copy.code, str(copy)) == (caught.value.code, str(caught.value))
-    assert (copy.variant, copy.graph) == ("standard", "language_model")
+    assert (copy.variant, copy.graph) == ("primitive", "language_model")
 
 
 def test_commands(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(recorded)]) == 0
-    assert "variant standard" in capsys.readouterr().out
+    assert "variant primitive" in capsys.readouterr().out
     assert run(["inspect", str(recorded)]) == 0
     shown = capsys.readouterr().out
     assert Bundle.load(recorded).manifest.fingerprint in shown
@@ -95,3 +98,27 @@ def test_damaged_bundle(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -
         output = capsys.readouterr()
         assert output.err.startswith("Error: ") and output.err.count("\n") == 1
         assert data.name in output.err and "[bundle.hash_mismatch]" in output.err and not output.out
+
+
+def test_a_changed_report_fails(recorded: Path) -> None:
+    report = write_report(recorded, "parity", {"worst": 0.5}, "<p>page</p>")
+    verify_bundle(recorded, threads=1)
+    page = report.with_suffix(".html")
+    page.write_bytes(page.read_bytes().replace(b"page", b"pagf"))
+    with raises("bundle.hash_mismatch", "parity.html"):
+        verify_bundle(recorded, threads=1)
+
+
+def test_bf16_runs_on_other_devices_only(
+    bundle_path: Path, language_models: dict[str, Any], model_spec: ModelSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with BundleWriter(bundle_path, overwrite=True) as writer:
+        for graph in language_models.values():
+            writer.add_graph(dataclasses.replace(graph.spec, precision="bf16"), graph.path)
+        writer.finish(Manifest(spec=model_spec))
+    if RUNS_STANDARD:
+        assert run(["verify", str(bundle_path)]) == 0
+        output = capsys.readouterr()
+        assert not output.err and "variant primitive was not replayed" in output.out
+    assert run(["verify", str(bundle_path), "--variant", "primitive"]) == 2
+    assert "[engine.no_variant]" in capsys.readouterr().err
