@@ -16,7 +16,7 @@ from bridge_stg.runtime.video.token_budget import CoarseChoice
 ROWS = 12
 CLOCK_NOTES = {
     "frame_rate": "times: not all frames have time stamps; the frame rate that the file states counts instead",
-    "guessed": "times: guessed, since the file has no usable time stamps and states no frame rate",
+    "guessed": "times: guessed where the file has no usable time stamps",
 }
 
 

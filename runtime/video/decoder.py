@@ -148,7 +148,8 @@ class Decoder:
     def _goes_back(self, packets: list[Any]) -> bool:
         """Return whether the time stamps of frames go back, though decoders return them in presentation order."""
         context, before = self._av.CodecContext.create(self._stream.codec_context.codec, "r"), None
-        context.extradata, context.options = self._stream.codec_context.extradata, dict(_codec_options)
+        context.extradata, context.thread_count = self._stream.codec_context.extradata, 1
+        context.options = dict(_codec_options)
         for packet in packets:
             with suppress(self._av.FFmpegError):
                 for frame in context.decode(packet):

@@ -62,7 +62,7 @@ export class Answers {
     row.style.setProperty("--colour", colourOf(index));
     if (video.durationS > 0) row.append(this.#track(grounding, ends, video.durationS));
     row.append(scores(grounding.scores));
-    if (grounding.clock === "guessed") row.append(make("p.note", {}, "The file has no usable time stamps: its times are guessed."));
+    if (grounding.clock === "guessed") row.append(make("p.note", {}, "Times are guessed where the file has no usable time stamps."));
     if (!grounding.found) row.classList.add("absent");
     return row;
   }
