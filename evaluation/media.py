@@ -75,7 +75,7 @@ def clip_frames(
     path: Path, start_s: float, end_s: float, stream: int | None = None
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield the frames of a part of a video, their times counted from its start; decoding stops at its end."""
-    from bridge_stg.runtime.video.decoder import Decoder, check_path, shown_rgb
+    from bridge_stg.runtime.video.decoder import Decoder, check_path
 
     with closing(Decoder(check_path(os.fspath(path)), stream)) as decoder:
         timeline = decoder.timeline()
@@ -86,7 +86,7 @@ def clip_frames(
                 break
             if time >= start_s - timeline.tolerance_s:
                 empty = False
-                yield max(0.0, time - start_s), shown_rgb(frame)
+                yield max(0.0, time - start_s), decoder.converter.rgb(frame)
         if empty:
             what = f"{path}: has no frame between {start_s:.2f} s and {end_s:.2f} s, as annotated; download it again"
             raise VideoError("video.too_short", what)

@@ -21,7 +21,7 @@ from bridge_stg.runtime import Grounder, LiveStats
 from bridge_stg.runtime.host.machine import describe
 from bridge_stg.runtime.host.memory import return_freed_memory
 from bridge_stg.runtime.video.playback import play
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 
 FPS = 8
 MODEL_S = ("encode_s", "extend_s", "rebuild_s", "answer_s")

@@ -13,7 +13,7 @@ import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.live.plan import LivePlan
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 
 TOLERANCE_S = 1e-6  # how much later than its grid point a sample may start; the same as in `FrameStream`
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.decoder import check_path, moving_streams, shown_rgb
+from bridge_stg.runtime.video.decoder import check_path, moving_streams
+from bridge_stg.runtime.video.frame import FrameConverter
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.stream import STREAM, checked_frames
 
@@ -130,7 +131,7 @@ def _captured(
         stream = next(iter(moving_streams(container)), None)
         if stream is None:
             raise VideoError("video.no_stream", f"{name} has no video stream; expected a camera or a video")
-        clock = StreamClock(float(stream.time_base or 0.001))
+        clock, converter = StreamClock(float(stream.time_base or 0.001)), FrameConverter(stream)
         for packet in container.demux(stream):
             if stop.is_set():
                 return
@@ -139,7 +140,7 @@ def _captured(
             except av.FFmpegError:
                 continue  # a damaged packet; decoding recovers at the next key frame
             for frame in frames:
-                yield clock.add(frame.pts), partial(shown_rgb, frame)
+                yield clock.add(frame.pts), partial(converter.rgb, frame)
     except av.FFmpegError as error:
         text = f"{name} was interrupted ({_reason(error, timeout_s)}); watch it again once it is available"
         raise VideoError("live.connection_lost", text) from None

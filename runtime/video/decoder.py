@@ -1,13 +1,13 @@
-"""Decode a video file with PyAV: one frame after the other, each with its time and as it is shown.
+"""Decode a video file with PyAV: one frame after the other, each with its time.
 
-Knows nothing of sampling and sizes.
+frame.py converts the frames to RGB. Knows nothing of sampling and sizes.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-import zlib
+import threading
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.video.frame import FrameConverter, fingerprint
 
 MAX_TOLERANCE_S = 1e-3
 DEFAULT_FRAME_S = Fraction(1, 25)
@@ -81,12 +83,35 @@ def _described(stream: Any) -> str:
     return f"{stream.index}" if codec is None else f"{stream.index} ({codec.name}, {codec.width} × {codec.height})"
 
 
+class _CodecThreads:
+    """The codec threads of all open decoders, at most two per CPU; a decoder that gets none decodes in its caller's."""
+
+    def __init__(self) -> None:
+        self._lock, self._taken = threading.Lock(), 0
+
+    def take(self) -> int:
+        """Return the number of threads that a new decoder may use."""
+        cpus = usable_cpus()
+        with self._lock:
+            count = max(1, min(cpus, 2 * cpus - self._taken))
+            self._taken += count
+        return count
+
+    def give(self, count: int) -> None:
+        """Return the threads of a decoder that was closed."""
+        with self._lock:
+            self._taken -= count
+
+
+CODEC_THREADS = _CodecThreads()
+
+
 class Decoder:
     """A video file that is open for decoding. What the file does not say is None."""
 
     def __init__(self, path: str, stream: int | None = None) -> None:
         self._av = load_package("av", "av")
-        self._path = path
+        self._path, self._threads = path, 0
         self.damaged = False  # whether something could not be decoded so far
         options = {**_codec_options, "format_whitelist": ",".join(sorted(self._av.formats_available - REFERENCES))}
         try:
@@ -96,12 +121,14 @@ class Decoder:
             raise _not_opened(path, error) from error
         try:
             self._stream = self._chosen_stream(stream)
-            self._stream.thread_type = "AUTO"
+            self.converter = FrameConverter(self._stream)
+            self._threads = CODEC_THREADS.take()
+            self._stream.thread_type, self._stream.thread_count = "AUTO", self._threads
             self._stream.codec_context.options = dict(_codec_options)
             self._packets: Iterator[Any] = self._container.demux(self._stream)  # the last one flushes the decoder
             self._find_clock()
         except BaseException:
-            self._container.close()
+            self.close()
             raise
         length = self._container.duration
         self.duration_s = length / self._av.time_base if length and length > 0 else None
@@ -198,8 +225,11 @@ class Decoder:
         return VideoError("video.no_frames", text)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and end the threads of its codec."""
         self._container.close()
+        self._stream, self._packets = None, iter(())
+        CODEC_THREADS.give(self._threads)
+        self._threads = 0
 
 
 CLOCKS = ("timestamps", "frame_rate", "guessed")
@@ -251,54 +281,3 @@ class Timeline:
         if not self._length_s and self._frame_s is None and len(self.times) > 1:
             return self.times[-1] + float(np.median(np.diff(np.frombuffer(self.times, np.float64))))
         return self.times[-1] + (self._length_s or float(self._frame_s or DEFAULT_FRAME_S))
-
-
-def shown_size(frame: Any) -> tuple[int, int]:
-    """Return (height, width) of a frame as shown, with its rotation applied."""
-    turned = _display(frame)[0]
-    return (frame.width, frame.height) if turned else (frame.height, frame.width)
-
-
-def shown_rgb(frame: Any) -> np.ndarray:
-    """Return a frame as shown, uint8 [height, width, 3]: in RGB, rotated and mirrored, blended with white."""
-    alpha = not frame.format.has_palette and any(component.is_alpha for component in frame.format.components)
-    try:
-        rgb = frame.to_ndarray(format="rgba" if alpha else "rgb24")
-    except (load_package("av", "av").FFmpegError, ValueError, OSError) as error:
-        text = f"pixel format {frame.format.name} cannot be converted to RGB ({error})"
-        raise VideoError("video.unsupported_codec", f"{text}; convert the video to H.264") from error
-    rgb = over_white(rgb) if alpha else rgb
-    transposed, flip_rows, flip_columns = _display(frame)
-    rgb = rgb.transpose(1, 0, 2) if transposed else rgb
-    return rgb[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
-
-
-def over_white(rgba: np.ndarray) -> np.ndarray:
-    """Blend an image with transparency, uint8 [H, W, 4], with white: uint8 [H, W, 3]."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
-def _display(frame: Any) -> tuple[bool, bool, bool]:
-    """Return (transpose, then flip rows, then flip columns) of a frame's display matrix, to the nearest right angle.
-
-    The matrix [[a, b, u], [c, d, v], [x, y, w]], 9 int32, takes a pixel (p, q) to (ap + cq + x, bp + dq + y): FFmpeg's
-    libavutil/display.h.
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return False, d < 0, a < 0
-    return True, b < 0, c < 0
-
-
-def fingerprint(frame: Any) -> int:
-    """Return a checksum of a sample of a frame's pixels (some thousand bytes of its first plane)."""
-    plane = frame.planes[0]
-    width = min(plane.width, plane.line_size)
-    if width <= 0:  # stored bottom up
-        return 0
-    rows = np.frombuffer(plane, np.uint8)[: plane.height * plane.line_size].reshape(plane.height, plane.line_size)
-    return zlib.crc32(rows[:: 1 + plane.height // 64, : width : 1 + width // 64].tobytes())

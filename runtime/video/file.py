@@ -15,8 +15,8 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.threads import for_each
-from bridge_stg.runtime.video.decoder import Decoder, fingerprint, shown_rgb, shown_size
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.decoder import Decoder
+from bridge_stg.runtime.video.frame import FrameConverter, fingerprint, resize
 from bridge_stg.runtime.video.sampling import CoarseSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
@@ -38,7 +38,8 @@ class VideoFile(VideoSource):
             first = next(self._frames, None)
             if first is None:
                 raise self._decoder.no_frames()
-            height, width = shown_size(first)
+            self._converter = self._decoder.converter
+            height, width = self._converter.size(first)
             super().__init__(spec, width=width, height=height, name=path, budget=budget)
         except BaseException:
             self._decoder.close()
@@ -73,7 +74,7 @@ class VideoFile(VideoSource):
         self.kept = kept = KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
         timeline, sampler = decoder.timeline(), self._sampler(length_s or decoder.duration_s)
         self.tolerance_s = timeline.tolerance_s
-        keys, prints, batch = [0], array("I"), _Batch(sampler)
+        keys, prints, batch = [0], array("I"), _Batch(sampler, self._converter)
 
         def keep(index: int, until: float) -> None:
             batch.offer(last, until - self.tolerance_s)
@@ -105,7 +106,7 @@ class VideoFile(VideoSource):
         frames = np.empty((len(wanted), *self.fine_size, 3), np.uint8)
 
         def put(numbered: tuple[int, Any]) -> None:
-            frames[numbered[0]] = resize(shown_rgb(numbered[1]), self.fine_size)
+            frames[numbered[0]] = resize(self._converter.rgb(numbered[1]), self.fine_size)
 
         numbered = enumerate(self._frames_at(wanted, limits))
         while some := list(islice(numbered, RESIZED_TOGETHER)):
@@ -175,8 +176,8 @@ class VideoFile(VideoSource):
 class _Batch:
     """Frames for a sampler, which several threads resize at once."""
 
-    def __init__(self, sampler: CoarseSampler) -> None:
-        self._sampler = sampler
+    def __init__(self, sampler: CoarseSampler, converter: FrameConverter) -> None:
+        self._sampler, self._converter = sampler, converter
         self._waiting: list[tuple[Any, float]] = []
         self._places = 0
 
@@ -197,7 +198,7 @@ class _Batch:
         def make(place: int) -> np.ndarray:
             size = sampler.size  # it shrinks if the video is longer than expected
             if (place, size) not in made:
-                made[place, size] = resize(shown_rgb(self._waiting[place][0]), size)
+                made[place, size] = resize(self._converter.rgb(self._waiting[place][0]), size)
             return made[place, size]
 
         for_each(make, range(len(self._waiting)), threads=usable_cpus())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import mmap
 import struct
@@ -15,8 +16,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.decoder import over_white
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import over_white, resize
 from bridge_stg.runtime.video.sampling import CoarseSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
@@ -151,6 +151,7 @@ class Animation:
 
 
 def _rgb(picture: Any) -> np.ndarray:
+    picture = _to_srgb(picture)
     if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow's mode I holds 16-bit files too
         values = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
     elif picture.mode == "F":
@@ -161,6 +162,20 @@ def _rgb(picture: Any) -> np.ndarray:
     else:
         return np.array(picture.convert("RGB"))
     return np.repeat(values.round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _to_srgb(picture: Any) -> Any:
+    """Return an image with an embedded colour profile, such as Display P3, in sRGB."""
+    profile = picture.info.get("icc_profile")
+    if not profile or b"sRGB" in profile or picture.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return picture
+    colors = load_package("PIL.ImageCms", "pillow")
+    try:
+        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+        source = colors.ImageCmsProfile(io.BytesIO(profile))
+        return colors.profileToProfile(picture, source, colors.createProfile("sRGB"), outputMode=mode)
+    except (colors.PyCMSError, OSError):  # a damaged profile, or one for other channels, in an intact image
+        return picture
 
 
 def _unreadable(path: str, error: Exception) -> VideoError:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, Timeline, check_path, shown_rgb
+from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, Timeline, check_path
 from bridge_stg.runtime.video.image import read_image
 from bridge_stg.runtime.video.stream import check_frame
 
@@ -86,7 +86,7 @@ def play(
 
 def _decoded(decoder: Decoder, timeline: Timeline) -> Iterator[tuple[float, Picture]]:
     for frame in decoder.frames():
-        yield timeline.add(frame), partial(shown_rgb, frame)
+        yield timeline.add(frame), partial(decoder.converter.rgb, frame)
     if not timeline.times:
         raise decoder.no_frames()
 

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 from bridge_stg.runtime.video.token_budget import CoarsePlan
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.dlpack import is_on_gpu
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 from bridge_stg.runtime.video.sampling import CoarseSampler, GridSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget

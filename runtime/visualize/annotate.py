@@ -16,6 +16,7 @@ from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.limits import Progress
 from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S
+from bridge_stg.runtime.video.frame import BT709
 from bridge_stg.runtime.video.playback import Playback, play
 from bridge_stg.runtime.visualize.canvas import TARGET, WHITE, draw_box, fit_text, font_for, shade
 
@@ -159,10 +160,13 @@ def encode_h264(
             raise BridgeError("output.no_encoder", 'PyAV cannot write H.264: pip install "av>=14"') from error
         stream.width, stream.height = (side + side % 2 for side in first[1].size)
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = TIME_BASE
+        codec = stream.codec_context
+        codec.color_primaries = codec.color_trc = codec.colorspace = BT709
+        codec.time_base = TIME_BASE
         previous, gap = -1, round(DEFAULT_FRAME_S / TIME_BASE)
         for time_s, image in itertools.chain([first], frames):
             frame = av.VideoFrame.from_ndarray(_even_sides(np.asarray(image)), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=BT709, threads=1)
             ticks = max(previous + 1, round(time_s / TIME_BASE))
             frame.pts, frame.time_base = ticks, TIME_BASE
             gap, previous = gap if previous < 0 else ticks - previous, ticks

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation
 from PIL import Image
 
 from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, VisionSpec
@@ -21,6 +22,7 @@ FRAMES = FramesSpec(
     fine_max_pixels=64 * 64, fine_min_pixels=256,
 )  # fmt: skip
 SPEC = ModelSpec(VISION, LANGUAGE, FRAMES)
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 GOP = "keyint=20:min-keyint=20:scenecut=0:bframes=3"
 
 
@@ -86,7 +88,12 @@ def decoded(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     with av.open(str(path)) as file:
         frames = list(file.decode(video=0))
         times = [(f.pts - frames[0].pts) * float(file.streams.video[0].time_base) for f in frames if f.pts is not None]
-        return [frame.to_ndarray(format="rgb24") for frame in frames], np.array(times)
+        return [to_rgb(frame) for frame in frames], np.array(times)
+
+
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """Return a frame, which is SDR and has square pixels, in RGB, uint8 [H, W, 3]."""
+    return frame.reformat(format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
 
 
 def scaled(rgb: np.ndarray, size: Sequence[int]) -> np.ndarray:

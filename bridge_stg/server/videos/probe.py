@@ -14,7 +14,7 @@ from typing import Any
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.decoder import Decoder, moving_streams, shown_size
+from bridge_stg.runtime.video.decoder import Decoder, moving_streams
 from bridge_stg.runtime.video.image import DAMAGE, SHORTEST_FRAME_S, bomb_error, is_animation, open_image, read_rgb
 from bridge_stg.server.http.errors import ApiError, api_error
 from bridge_stg.server.settings import MediaLimits
@@ -80,7 +80,7 @@ def _first_frame(path: str) -> tuple[int, int]:
         frame = next(decoder.frames(), None)
         if frame is None:
             raise decoder.no_frames()
-        height, width = shown_size(frame)
+        height, width = decoder.converter.size(frame)
         return width, height
 
 

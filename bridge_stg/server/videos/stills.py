@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.video.decoder import Decoder, shown_rgb
+from bridge_stg.runtime.video.decoder import Decoder
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.server.videos.probe import FileInfo
 
@@ -39,7 +39,7 @@ def _seek(path: str, time_s: float, stream: int | None) -> tuple[np.ndarray, flo
             if at > time_s + TOLERANCE_S:
                 break
             found = frame, at
-        return None if found is None else (shown_rgb(found[0]), found[1])
+        return None if found is None else (decoder.converter.rgb(found[0]), found[1])
 
 
 def _read(path: str, time_s: float, stream: int | None) -> tuple[np.ndarray, float]:

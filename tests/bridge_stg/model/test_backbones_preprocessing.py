@@ -24,7 +24,7 @@ from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.vision import VisionEncoder
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer, query_segment, time_strings, video_segment
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 from bridge_stg.runtime.video.sizes import smart_size
 from tests.bridge_stg.model.stock_models import FAMILIES, TEXT, VISION
 

@@ -16,7 +16,7 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import Cuda
 from bridge_stg.runtime.device.memory import size_class
 from bridge_stg.runtime.device.resize import DeviceResizer
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 from tests.errors import raises
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.kernels import FakeDriver, FakeNvrtc

@@ -24,7 +24,7 @@ from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.visualize.annotate import annotate
 from tests.errors import raises
 from tests.fakes.chain import fake_grounder
-from tests.fakes.clips import GOP, SPEC, decoded, expect_fine, pictures, scaled, two_streams, write
+from tests.fakes.clips import GOP, SPEC, decoded, expect_fine, pictures, scaled, to_rgb, two_streams, write
 
 MATRICES = {  # a, b, c, d of the display matrix, and what it does to a picture
     "0": ((1, 0, 0, 1), lambda p: p),
@@ -337,7 +337,7 @@ def decoded_past_errors(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     with av.open(str(path)) as file:
         for packet in file.demux(video=0):
             with contextlib.suppress(av.FFmpegError):
-                frames += [(f.to_ndarray(format="rgb24"), f.time) for f in packet.decode()]
+                frames += [(to_rgb(f), f.time) for f in packet.decode()]
     return [picture for picture, _ in frames], np.array([time for _, time in frames])
 
 

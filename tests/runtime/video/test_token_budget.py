@@ -19,7 +19,7 @@ from bridge_stg.runtime.backends.session import Preferences
 from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video.open import open_source
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.source import CoarseFrames
 from bridge_stg.runtime.video.token_budget import Budget, CoarsePlan
@@ -165,7 +165,7 @@ def test_a_file_is_chosen_like_its_frames(tokens: int | None, tmp_path: Path) ->
     assert from_file.choice == from_stream.choice
     np.testing.assert_array_equal(from_file.times, from_stream.times)
     # Made smaller in steps or at once, and through a codec: the same pictures all the same.
-    assert np.abs(from_file.frames.astype(int) - from_stream.frames).mean() < 6
+    assert np.abs(from_file.frames.astype(int) - from_stream.frames).mean() < 8
     assert check.count == 70
 
 

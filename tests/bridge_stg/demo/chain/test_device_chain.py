@@ -17,6 +17,7 @@ from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.errors import raises
+from tests.fakes.clips import to_rgb
 from tests.fakes.machine import CHAIN_PROFILES, FakeMachine
 
 SCHEDULES = {"late": (), "uploads hurry": (1,), "work hurries": (0,)}
@@ -102,7 +103,7 @@ class Lent:
 def decoded(path):
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
-            yield float(frame.time), frame.to_ndarray(format="rgb24")
+            yield float(frame.time), to_rgb(frame)
 
 
 def test_frames_on_the_device_stay_there(demo_bundle, clip, tmp_path, monkeypatch):

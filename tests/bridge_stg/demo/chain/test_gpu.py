@@ -26,7 +26,7 @@ from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.parity.verify import verify_bundle
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ import pytest
 
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.video.playback import play
-from bridge_stg.runtime.video.resize import resize
+from bridge_stg.runtime.video.frame import resize
 
 ROOT = Path(__file__).parents[4]
 CLIPS = sorted((ROOT / "assets" / "demo" / "clips").glob("*.mp4"))

@@ -1,0 +1,166 @@
+"""Convert decoded frames to RGB as players display them, and resize RGB frames.
+
+This is the only conversion: files, streams, stills and drawings of one frame have the same bytes, on x86 and ARM alike.
+Knows nothing of files and times.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.cpus import usable_cpus
+from bridge_stg.runtime.host.packages import load_package
+
+Frame = TypeVar("Frame", np.ndarray, DeviceArray)
+
+# Values of ISO/IEC 23091-2 (H.273), as in FFmpeg's libavutil/pixfmt.h.
+BT709 = 1
+BT2020 = 9
+UNKNOWN_PRIMARIES = (0, 2, 3)
+UNKNOWN_MATRICES = (2, 3)
+HDR_TRANSFERS = (8, 9, 10, 16, 17, 18)  # linear, logarithmic, PQ, SMPTE ST 428-1, HLG
+WIDE_PRIMARIES = (8, 9, 10, 11, 12)  # film, BT.2020, SMPTE ST 428-1, DCI-P3, Display P3
+MAX_PIXEL_ASPECT = 8  # pixels more oblong than 8:1 are a mistake of the program that wrote the file
+HDR_THREADS = 4
+
+
+class FrameConverter:
+    """Converts the decoded frames of one stream to RGB as displayed; several threads may use it at once.
+
+    HDR and wide gamut are mapped to BT.709, pixels become square by enlarging the shorter side, display matrices to
+    the nearest right angle are applied, and transparent pixels are blended with white.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        aspect = stream.sample_aspect_ratio or Fraction(1)  # of the container, else of the codec
+        self._aspect = aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else Fraction(1)
+        self._unused: list[Any] = []
+
+    def size(self, frame: Any) -> tuple[int, int]:
+        """Return (height, width) of a frame as displayed."""
+        width, height = self._square_pixels(frame)
+        return (width, height) if _display(frame)[0] else (height, width)
+
+    def rgb(self, frame: Any) -> np.ndarray:
+        """Return a frame as displayed, uint8 [height, width, 3]. Raises VideoError if its format is not supported."""
+        alpha = not frame.format.has_palette and any(component.is_alpha for component in frame.format.components)
+        width, height = self._square_pixels(frame)
+        options = {"width": width, "height": height, "format": "rgba" if alpha else "rgb24"}
+        try:
+            if frame.color_trc in HDR_TRANSFERS or frame.color_primaries in WIDE_PRIMARIES:
+                rgb = _to_bt709(frame, options)
+            else:
+                rgb = self._convert(frame, options)
+        except (load_package("av", "av").FFmpegError, ValueError, OSError) as error:
+            text = f"pixel format {frame.format.name} cannot be converted to RGB ({error})"
+            raise VideoError("video.unsupported_codec", f"{text}; convert the video to H.264") from error
+        rgb = over_white(rgb) if alpha else rgb
+        transposed, flip_rows, flip_columns = _display(frame)
+        rgb = rgb.transpose(1, 0, 2) if transposed else rgb
+        return rgb[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+
+    def _square_pixels(self, frame: Any) -> tuple[int, int]:
+        """Return (width, height) of a frame with square pixels, before its rotation."""
+        aspect = self._aspect
+        if aspect > 1:
+            return round(frame.width * aspect), frame.height
+        return frame.width, round(frame.height / aspect)
+
+    def _convert(self, frame: Any, options: dict[str, Any]) -> np.ndarray:
+        av = load_package("av.video.reformatter", "av")
+        kinds = av.Interpolation
+        try:
+            reformatter = self._unused.pop()
+        except IndexError:
+            reformatter = av.VideoReformatter()  # the frame's own would keep a pool of threads as long as the frame
+        flags = kinds.BILINEAR | kinds.ACCURATE_RND | kinds.FULL_CHR_H_INT | kinds.BITEXACT
+        rgb: np.ndarray = reformatter.reformat(frame, **options, interpolation=flags, threads=1).to_ndarray()
+        self._unused.append(reformatter)
+        return rgb
+
+
+def _to_bt709(frame: Any, options: dict[str, Any]) -> np.ndarray:
+    if frame.color_primaries in UNKNOWN_PRIMARIES:
+        frame.color_primaries = BT2020
+    if frame.colorspace in UNKNOWN_MATRICES:
+        frame.colorspace = BT2020
+    av = load_package("av.video.reformatter", "av")
+    kinds = av.Interpolation
+    reformatter, lock = _bt709_reformatter(
+        (frame.width, frame.height, frame.format.name, tuple(options.values())),
+        (frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range),
+    )
+    with lock:
+        converted = reformatter.reformat(
+            frame,
+            **options,
+            interpolation=kinds.BICUBIC | kinds.ACCURATE_RND | kinds.FULL_CHR_H_INT | kinds.BITEXACT,
+            dst_color_trc=BT709,
+            dst_color_primaries=BT709,
+            threads=min(usable_cpus(), HDR_THREADS),
+        )
+    rgb: np.ndarray = converted.to_ndarray()
+    return rgb
+
+
+@lru_cache(maxsize=4)
+def _bt709_reformatter(layout: tuple[Any, ...], colors: tuple[int, ...]) -> tuple[Any, threading.Lock]:
+    """Return the converter for one kind of frame and its lock: FFmpeg computes its table in seconds, so it is kept."""
+    return load_package("av.video.reformatter", "av").VideoReformatter(), threading.Lock()
+
+
+def _display(frame: Any) -> tuple[bool, bool, bool]:
+    """Return (transpose, then flip rows, then flip columns) of a frame's display matrix, to the nearest right angle.
+
+    The matrix [[a, b, u], [c, d, v], [x, y, w]], 9 int32, takes a pixel (p, q) to (ap + cq + x, bp + dq + y): FFmpeg's
+    libavutil/display.h.
+    """
+    try:  # not frame.side_data, which keeps the frame alive until the garbage collector runs
+        matrix = load_package("av.sidedata.sidedata", "av").SideDataContainer(frame).get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know another kind of side data of this frame, such as EXIF
+        turns = round(frame.rotation / 90) % 4
+        return turns % 2 == 1, turns in (1, 2), turns in (2, 3)
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, d < 0, a < 0
+    return True, b < 0, c < 0
+
+
+def over_white(rgba: np.ndarray) -> np.ndarray:
+    """Blend an image with transparency, uint8 [H, W, 4], with white: uint8 [H, W, 3]."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def fingerprint(frame: Any) -> int:
+    """Return a checksum of a sample of a frame's pixels (some thousand bytes of its first plane)."""
+    plane = frame.planes[0]
+    width = min(plane.width, plane.line_size)
+    if width <= 0:  # stored bottom up
+        return 0
+    rows = np.frombuffer(plane, np.uint8)[: plane.height * plane.line_size].reshape(plane.height, plane.line_size)
+    return zlib.crc32(rows[:: 1 + plane.height // 64, : width : 1 + width // 64].tobytes())
+
+
+def resize(rgb: Frame, size: tuple[int, int]) -> Frame:
+    """Return an RGB frame, uint8 [H, W, 3], at (height, width) `size`, by Pillow's bicubic filter.
+
+    A frame on a device stays there, and gets the same bytes.
+    """
+    if isinstance(rgb, DeviceArray):
+        return rgb.context.resize(rgb, size, resize)
+    image = load_package("PIL.Image", "pillow")
+    if rgb.shape[:2] == size:
+        return np.array(rgb)
+    resized = image.fromarray(np.ascontiguousarray(rgb)).resize((size[1], size[0]), image.Resampling.BICUBIC)
+    return np.array(resized)
