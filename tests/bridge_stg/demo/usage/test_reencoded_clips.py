@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.chain.results import Grounding
 from tests.conftest import ROOT
 from tests.fakes.clips import decoded
@@ -102,8 +103,8 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.slow
-def test_a_hundred_calls_from_eight_threads_leave_nothing(demo_bundle: Path) -> None:
-    grounder = Grounder.load(demo_bundle)
+def test_a_hundred_calls_from_eight_threads_leave_nothing(exported: Bundle) -> None:
+    grounder = Grounder.load(exported.path)
     threads, memory, calls = len(os.listdir("/proc/self/task")), [], iter(range(100))
     lock = threading.Lock()
 
