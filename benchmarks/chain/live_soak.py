@@ -20,8 +20,8 @@ import numpy as np
 from bridge_stg.runtime import Grounder, LiveStats
 from bridge_stg.runtime.host.machine import describe
 from bridge_stg.runtime.host.memory import return_freed_memory
-from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.frame import resize
+from bridge_stg.runtime.video.playback import play
 
 FPS = 8
 MODEL_S = ("encode_s", "extend_s", "rebuild_s", "answer_s")

@@ -1,6 +1,6 @@
 """SDR pictures as other displays encode them: PQ and HLG with BT.2020 primaries, and clips of them.
 
-The formulas are those of ITU-R BT.2100-2 (tables 4 and 5), BT.2087 (primaries) and BT.2408 (reference white, 203 cd/m²).
+The formulas are those of ITU-R BT.2100-2 (tables 4 and 5), BT.2087 (primaries) and BT.2408 (white at 203 cd/m²).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Frames are converted as players display them: HDR, colour matrices, pixel aspect ratio; and nothing is kept of them."""
+"""Frames are converted as players display them: HDR, colour matrices, pixel aspect ratio; nothing is kept of them."""
 
 from __future__ import annotations
 

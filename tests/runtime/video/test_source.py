@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.frame import resize
+from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.sampling import GridSampler
 from tests.errors import raises
 from tests.fakes.clips import SPEC

@@ -18,8 +18,8 @@ from PIL import Image
 from bridge_stg.runtime.backends.session import Preferences
 from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.frame import resize
+from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.source import CoarseFrames
 from bridge_stg.runtime.video.token_budget import Budget, CoarsePlan

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.frame import resize
+from bridge_stg.runtime.video.playback import play
 
 ROOT = Path(__file__).parents[4]
 CLIPS = sorted((ROOT / "assets" / "demo" / "clips").glob("*.mp4"))
