@@ -21,7 +21,7 @@ class Boxes:
 
     Attributes:
         times: float64 [N], seconds from the first frame of the video.
-        boxes: float32 [N, 4], left, top, right, bottom in pixels of the video as it is shown (rotation applied).
+        boxes: float32 [N, 4], left, top, right, bottom in pixels of the video as displayed (upright, square pixels).
         presence: float32 [N] in 0..1, the probability that the target is in the frame.
         visible: bool [N], False where presence is below the model's threshold.
     """

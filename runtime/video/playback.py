@@ -16,7 +16,7 @@ from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, Timeline,
 from bridge_stg.runtime.video.image import read_image
 from bridge_stg.runtime.video.stream import check_frame
 
-Picture: TypeAlias = Callable[[], np.ndarray]  # returns a frame, RGB uint8 [H, W, 3], rotation applied
+Picture: TypeAlias = Callable[[], np.ndarray]  # returns a frame, RGB uint8 [H, W, 3], as displayed
 SAME_TIME_S = 1e-6
 
 

@@ -20,8 +20,7 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.frame import FrameConverter
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.playback import play
-from tests.fakes.clips import SPEC, pictures, write
-from tests.fakes.color import to_hdr, write_hdr
+from tests.fakes.clips import SPEC, pictures, to_hdr, write, write_hdr
 
 
 def converter(aspect: Fraction | None = None) -> FrameConverter:

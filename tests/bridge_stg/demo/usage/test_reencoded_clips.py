@@ -18,8 +18,7 @@ from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.chain.results import Grounding
 from tests.conftest import ROOT
-from tests.fakes.clips import decoded
-from tests.fakes.color import write_hdr
+from tests.fakes.clips import decoded, write_hdr
 
 CLIP, QUERY = Path(ROOT) / "assets" / "demo" / "clips" / "2-moving.mp4", "the white dog"
 RATE = 8
