@@ -20,7 +20,7 @@ import numpy as np
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.frame import FrameConverter, fingerprint
+from bridge_stg.runtime.video.frame import FrameConverter
 
 MAX_TOLERANCE_S = 1e-3
 DEFAULT_FRAME_S = Fraction(1, 25)

@@ -62,8 +62,8 @@ class Openable(Protocol):
 class VideoSource(AbstractContextManager["VideoSource"]):
     """One video, image or stream. A context manager; not for use by two threads at once.
 
-    `width` and `height` are those of the frames as displayed (upright, square pixels), `fine_size` is the (height, width) of fine
-    frames, all in pixels. Messages begin with `name`: the path, or the kind of source.
+    `width` and `height` are those of the frames as displayed (upright, square pixels), `fine_size` is the
+    (height, width) of fine frames, all in pixels. Messages begin with `name`: the path, or the kind of source.
     """
 
     is_image = False

@@ -25,7 +25,7 @@ SPEC = ModelSpec(VISION, LANGUAGE, FRAMES)
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 GOP = "keyint=20:min-keyint=20:scenecut=0:bframes=3"
 
-# SDR pictures as HDR displays encode them: ITU-R BT.2100-2 (tables 4 and 5), BT.2087 (primaries), BT.2408 (white at 203 cd/m²).
+# HDR by ITU-R BT.2100-2 (tables 4 and 5), BT.2087 (primaries) and BT.2408 (white at 203 cd/m²).
 WHITE, PEAK = 203.0, 1000.0  # cd/m²
 TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
 LUMA = np.array([0.2627, 0.6780, 0.0593])
