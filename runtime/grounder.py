@@ -19,6 +19,7 @@ from bridge_stg.runtime.chain.opened_video import Chain, OpenedVideo, VideoFacts
 from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, check_query, video_budget, video_segment
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
+from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
@@ -163,7 +164,7 @@ class Grounder(Closable):
         bundle = Bundle.load(path)
         sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
         try:
-            tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
+            tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
         except BaseException:
             for session in sessions.values():
                 session.close()

@@ -16,8 +16,9 @@ from bridge_stg.checkpoint.lora import HEAD
 from bridge_stg.checkpoint.safetensors_file import StoredTensor
 from bridge_stg.checkpoint.weight_store import PARTS, TOKENIZER, WEIGHTS, WeightStore, check_folder, list_keys
 from bridge_stg.model.backbones import backbone
-from bridge_stg.model.config import BridgeSTGConfig
+from bridge_stg.model.config import BridgeSTGConfig, read_json
 from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
+from bridge_stg.runtime.chain import tokenizer as tokenizers
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import CheckpointError
 
@@ -123,7 +124,7 @@ def open_checkpoint(
     check_folder(folder)
     config = BridgeSTGConfig.load(folder)
     config, store = open_weights(folder, config, adapter=adapter)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config)
     model = build_model(config, tokenizer, where=folder / "config.json", attention=attention)
     check_weights(model, store)
     return model, store
@@ -142,15 +143,22 @@ def open_weights(
     return config.untied() if tied and not store.tied else config, store
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load a folder's tokenizer; raise CheckpointError if it is missing or invalid."""
+def load_tokenizer(folder: Path, config: BridgeSTGConfig) -> Tokenizer:
+    """Load a folder's tokenizer; raise CheckpointError if it is missing, invalid or another model's."""
     if not (folder / TOKENIZER).is_file():
         message = f"{folder / TOKENIZER}: no such file; the model cannot read a query without it"
         raise CheckpointError("checkpoint.missing_file", message)
     try:
-        return Tokenizer.from_file(folder / TOKENIZER)
+        tokenizer = tokenizers.load_tokenizer(folder / TOKENIZER, config.model_spec())
+        path = folder / "tokenizer_config.json"
+        added = read_json(path, hint="").get("added_tokens_decoder") if path.is_file() else None
+        for number, token in (added or {}).items():
+            if (found := tokenizer.id_of(token["content"])) != int(number):
+                message = f"{path}: gives {token['content']!r} the id {number}, {TOKENIZER} gives {found}"
+                raise CheckpointError("checkpoint.bad_tokenizer", f"{message}; save both together")
     except Exception as error:
         raise CheckpointError("checkpoint.bad_tokenizer", str(error)) from error
+    return tokenizer
 
 
 def build_model(

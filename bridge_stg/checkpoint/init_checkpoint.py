@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bridge_stg.checkpoint.checkpoint import (
@@ -39,9 +38,7 @@ from bridge_stg.model.backbones import backbone as adapter_of
 from bridge_stg.model.bridging import BridgingQueries
 from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig, read_json
 from bridge_stg.model.spatial_decoder import SpatialDecoder
-from bridge_stg.runtime.chain.grammar import AnswerGrammar
-from bridge_stg.runtime.chain.prompt import Tokenizer, time_strings, video_segment
-from bridge_stg.runtime.errors import BridgeError, CheckpointError
+from bridge_stg.runtime.errors import CheckpointError
 
 SPARE_BYTES = 64 << 20
 """Disk space that must stay free."""
@@ -84,7 +81,7 @@ def init_checkpoint(
     config = new_config(
         backbone, bridging=bridging or BridgingConfig(), spatial_decoder=spatial_decoder or SpatialDecoderConfig()
     )
-    check_prompt(load_tokenizer(backbone), config, backbone / TOKENIZER)
+    load_tokenizer(backbone, config)
     config, store = open_weights(backbone, config, adapter=adapter)
     with torch.device("meta"):
         model = build_model(config, where=backbone / "config.json")
@@ -132,21 +129,6 @@ def image_statistics(
         if not isinstance(numbers, (list, tuple)) or len(numbers) != 3:
             raise CheckpointError("checkpoint.bad_config", f"{path}: {name} is {numbers!r}, expected three numbers")
     return tuple(map(float, found[0])), tuple(map(float, found[1]))
-
-
-def check_prompt(tokenizer: Tokenizer, config: BridgeSTGConfig, where: Path) -> None:
-    """Raise CheckpointError if a tokenizer lacks the prompt's markers or encodes two times of an answer alike."""
-    spec = config.model_spec()
-    times = np.arange(2 * spec.frames.max_coarse_groups) / 2
-    try:
-        segment = video_segment(tokenizer, spec, times, (1, 1))
-        AnswerGrammar(tokenizer, spec.prompt, time_strings(times, spec.prompt))
-    except BridgeError as error:
-        message = f"{where}: does not fit the prompt of {spec.vision.family} ({error})"
-        raise CheckpointError("checkpoint.bad_tokenizer", message) from error
-    if (largest := int(segment.input_ids.max())) >= spec.language.vocab_size:
-        message = f"{where}: the prompt has id {largest}, but the model has only {spec.language.vocab_size:,} ids"
-        raise CheckpointError("checkpoint.bad_tokenizer", f"{message}; use the model's own tokenizer")
 
 
 def link_weights(files: list[Path], folder: Path) -> None:

@@ -255,11 +255,12 @@ def evaluate_demo(
         from bridge_stg.demo.bundle import demo_bundle
         from bridge_stg.runtime.backends.choose import open_sessions
         from bridge_stg.runtime.bundle.bundle import Bundle
-        from bridge_stg.runtime.chain.prompt import Tokenizer
+        from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 
         loaded = Bundle.load(bundle if bundle is not None else demo_bundle())
         sessions = dict(open_sessions(loaded, variant=variant))
-        spec, tokenizer = loaded.manifest.spec, Tokenizer.from_file(loaded.tokenizer_path)
+        spec = loaded.manifest.spec
+        tokenizer = load_tokenizer(loaded.tokenizer_path, spec)
         what = f"bundle, {sessions['language_model'].graph.variant}"
     figures = {"model": what, "seed": HELD_OUT_SEED, **measure(sessions, spec, tokenizer, clips=clips, folder=folder)}
     text = json.dumps(_rounded(figures), indent=2)

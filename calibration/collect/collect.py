@@ -29,7 +29,7 @@ from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.prompt import Tokenizer
+from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.errors import BridgeError, QueryError, VideoError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.host.files import replacing
@@ -106,7 +106,7 @@ def collect(
                     graph.activations, number=number, kind=call_kind(name, bundle.manifest.spec), seed=seed,
                     quota=math.ceil(math.ceil(2 * rows / count) / KINDS[name]),
                 )  # fmt: skip
-            tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
+            tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
             grounder = stack.enter_context(Grounder(recorders, bundle.manifest.spec, tokenizer))
             for done, place in enumerate(left, count - len(left) + 1):
                 _record(grounder, recorders, samples, place, shards)

@@ -15,7 +15,7 @@ from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.backends.choose import open_sessions
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.chain.prompt import Tokenizer
+from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.parity.golden import write_case
@@ -43,7 +43,8 @@ def _record(bundle: Bundle, samples: Sequence[Sample], folder: Path, options: Ma
     calls: list[Call] = []
     opened = {name: RecordingSession(session, calls) for name, session in open_sessions(bundle, **options).items()}
     failure: Exception | None = None
-    with Grounder(opened, bundle.manifest.spec, Tokenizer.from_file(bundle.tokenizer_path)) as grounder:
+    tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
+    with Grounder(opened, bundle.manifest.spec, tokenizer) as grounder:
         for place, sample in enumerate(samples):
             calls.clear()
             opened["language_model"].capacity = 0

@@ -27,17 +27,30 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path | str) -> Tokenizer:
-        """Read a tokenizer; raise BundleError if the file is missing or is not one."""
+        """Read a tokenizer; raise BundleError if the file is missing or is not one.
+
+        Truncation, padding and dropout, which are left over from training, are switched off.
+        """
         from tokenizers import Tokenizer as Backend
 
         try:
-            return cls(Backend.from_str(Path(path).read_text(encoding="utf-8")))
+            backend = Backend.from_str(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             message = f"{path}: no such file; a checkpoint and a bundle contain a tokenizer.json"
             raise BundleError("bundle.missing_file", message) from None
         except Exception as error:  # the package raises bare Exception
             message = f"{path}: is not a tokenizer.json that the tokenizers package can read ({error})"
             raise BundleError("bundle.bad_tokenizer", message) from error
+        backend.no_truncation()
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
+        return cls(backend)
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token, None if it is not one."""
+        found: int | None = self._backend.token_to_id(token)  # type: ignore[attr-defined]
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, nothing added before or after."""

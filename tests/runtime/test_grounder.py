@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bridge_stg.demo.tiny_model import demo_tokenizer_json
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends import choose as targets
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.chain.spans import FineFrames
 from bridge_stg.runtime.chain.spatial_pass import SpatialQuery, batches
 from bridge_stg.runtime.errors import EngineError, QueryError, VideoError
@@ -153,13 +153,13 @@ def test_progress_counts_through_all_batches() -> None:
     assert {stage for stage, _, _ in reports} == {"answer", "decode_fine", "vision_fine", "spatial"}
 
 
-def test_load_opens_the_sessions_of_the_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake = fake_grounder(script=SCRIPT)
+def fake_bundle(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Grounder) -> dict[str, Any]:
+    """Let `Grounder.load` find the sessions of a fake grounder, and return the options that they are opened with."""
     passed: dict[str, Any] = {}
 
     class FakeBundle:
         manifest = SimpleNamespace(spec=fake.spec, verified=True)
-        tokenizer_path = tmp_path / "tokenizer.json"
+        tokenizer_path = folder / "tokenizer.json"
 
     def open_sessions(bundle: Any, **options: Any) -> Any:
         passed.update(options)
@@ -169,11 +169,27 @@ def test_load_opens_the_sessions_of_the_bundle(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(Bundle, "load", lambda path: FakeBundle())
     monkeypatch.setattr(targets, "open_sessions", open_sessions)
-    monkeypatch.setattr(Tokenizer, "from_file", lambda path: fake.tokenizer)
+    return passed
+
+
+def test_load_opens_the_sessions_of_the_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = fake_grounder(script=SCRIPT)
+    passed = fake_bundle(monkeypatch, tmp_path, fake)
+    monkeypatch.setattr("bridge_stg.runtime.grounder.load_tokenizer", lambda path, spec: fake.tokenizer)
     with Grounder.load(tmp_path, variant="primitive", threads=2) as grounder:
         assert grounder.ground(clip(), "the car").answer == CAR
         assert grounder.target.backend == "fake"
     assert passed == {"backend": "auto", "variant": "primitive", "threads": 2, "wait": True}
+
+
+def test_load_checks_the_tokenizer_and_closes_the_sessions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = fake_grounder(script=SCRIPT)
+    fake_bundle(monkeypatch, tmp_path, fake)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(demo_tokenizer_json()))
+    with raises("bundle.bad_tokenizer", "373", f"{fake.spec.language.vocab_size}"):  # the fake model has fewer ids
+        Grounder.load(tmp_path)
+    sessions: Any = fake.sessions
+    assert all(session.closed for session in sessions.values())
 
 
 def test_queries_share_the_prefix_and_the_fine_features() -> None:

@@ -97,6 +97,10 @@ BREAKAGES = {
         "not_finite", ["model.safetensors", "bridging.queries.weight"],
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "missing_file", ["tokenizer.json"]),
+    "another token's id": (
+        lambda f: (f / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"0": {"content": "red"}}}'),
+        "bad_tokenizer", ["tokenizer_config.json", "'red'"],
+    ),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "bad_tokenizer", ["tokenizer.json"]),
 }  # fmt: skip
 

@@ -133,6 +133,16 @@ def add_a_layer(folder: Path) -> None:
     change_config(folder, text_config={**text, "num_hidden_layers": 4})
 
 
+def reduce_vocabulary(folder: Path) -> None:
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change_config(folder, text_config={**text, "vocab_size": 300})
+
+
+def add_tokenizer_config(folder: Path) -> None:
+    tokens = {"373": {"content": "<|new|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+
+
 def rename_token(folder: Path, old: str, new: str) -> None:
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace(old, new))
@@ -150,6 +160,10 @@ BREAKAGES = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "missing_file", ["tokenizer.json"]),
     "a text model's tokenizer": (
         lambda f: rename_token(f, "<|video_pad|>", "<|other|>"), "bad_tokenizer", ["tokenizer.json", "qwen3_vl"]
+    ),
+    "a smaller vocabulary": (reduce_vocabulary, "bad_tokenizer", ["tokenizer.json", "the id 373", "300"]),
+    "another id in the tokenizer's config": (
+        add_tokenizer_config, "bad_tokenizer", ["tokenizer_config.json", "<|new|>", "373"]
     ),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "missing_file", ["model.safetensors"]),
     "a larger model's config": (add_a_layer, "missing_tensor", ["model.language_model.layers.3.", "and 8 more"]),
