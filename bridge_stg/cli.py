@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import click
 
@@ -52,6 +55,8 @@ EXTRAS = {
     "": "numpy av PIL tokenizers tqdm jinja2",
 }
 """Extra of this package → import names of the packages that it installs."""
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that end a command like Ctrl-C."""
 USAGE_CODES: Sequence[tuple[type[click.ClickException], str]] = (
     (click.MissingParameter, "options.missing"),
     (click.BadParameter, "options.invalid"),
@@ -93,9 +98,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = app.main(args=given, prog_name="bridge-stg", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:  # the reader of the output has closed it, as in `… | head`
+    except BrokenPipeError:  # nobody reads the events of `watch` any longer, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0
     except (click.Abort, KeyboardInterrupt):
         return _fail(given, "call.cancelled", "Interrupted; no incomplete file was left.", exit_code=130)
     except (click.ClickException, BridgeError, ImportError, OSError) as error:
@@ -136,9 +141,50 @@ def _fail(arguments: Sequence[str], code: str, message: str, *, exit_code: int =
     return exit_code
 
 
+class _LossyStream(io.FileIO):
+    """A standard stream that drops what is written after its reader has closed it: the work goes on."""
+
+    def write(self, data: Any) -> int:
+        """Write bytes, and return their number."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(data)
+
+
+def _open_streams(lossy: Collection[str]) -> None:
+    """Give standard streams that are closed the null device, whose numbers later files would get, and wrap others."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - until the exit
+        elif name in lossy:
+            raw = io.BufferedWriter(_LossyStream(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
+
+
+def _stop_on_signals() -> list[int]:
+    """Handle the signals of STOPPING like Ctrl-C; return a list that gets the numbers of those received."""
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in STOPPING:
+        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP
+            signal.signal(number, stop)
+    return received
+
+
 def main() -> None:
-    """Run the command line and exit."""
+    """Run the command line and exit; after a signal, with 128 and its number."""
+    if os.name == "posix":
+        _open_streams(["stderr"] if sys.argv[1:2] == ["watch"] else ["stdout", "stderr"])
+    received = _stop_on_signals()
     code = run()
+    code = 128 + received[0] if received and code == 130 else code
     if sys.argv[1:2] == ["infer"] and threading.active_count() == 1:
         # Everything is written and closed: a regular exit of the interpreter would only take time.
         sys.stdout.flush()

@@ -42,7 +42,7 @@ from bridge_stg.export.graph.blocks import Matmul, Table, find_matmuls, find_tab
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.host.files import replace_folder
+from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
 from bridge_stg.runtime.parity.compare import Boundary
 
 __all__ = ["Options", "calibrate"]
@@ -141,7 +141,9 @@ def calibrate(
         kept = [block for one in final.graphs.values() for block in one.keep_float]
         keep = dict.fromkeys((*inputs.overrides.keep_float, *kept))
         write_overrides(folder / "overrides.yaml", dataclasses.replace(inputs.overrides, keep_float=tuple(keep)))
-        replace_folder(made, destination, backup=destination.with_name(f".{destination.name}.old{os.getpid()}"))
+        with temporary_sibling(destination) as temporary:
+            os.rename(made, temporary)
+            replace_folder(temporary, destination)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from bridge_stg.export.engines.support import UNSUPPORTED, require, support
 from bridge_stg.export.graph.blocks import Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.writer import is_bundle
-from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
+from bridge_stg.runtime.errors import BridgeError, BundleError
+from bridge_stg.runtime.host.files import require_space
 
 RESERVED_BYTES = 2**28
 """Disk space for statistics and reports, in addition to the bundles."""
@@ -208,9 +208,5 @@ def _check_out(source: Bundle, out: Path, *, overwrite: bool) -> None:
             raise BundleError("output.exists", f"{out}: exists and is not a bundle. Choose another --out.")
         if not overwrite:
             raise BundleError("output.exists", f"{out} exists. Pass --overwrite to replace it, or another --out.")
-    folder = next(path for path in (out, *out.resolve().parents) if path.exists())
     weights = sum(entry.size for entry in source.manifest.entries().values())
-    needed, free = 2 * weights + RESERVED_BYTES, shutil.disk_usage(folder).free
-    if free < needed:
-        what = f"{out}: needs {needed / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB are available"
-        raise EngineError("output.disk_full", what)
+    require_space(out, 2 * weights + RESERVED_BYTES, purpose="the calibration")

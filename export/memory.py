@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from bridge_stg.export.tracing.precision import Precision
 from bridge_stg.export.tracing.streaming import RESIDENT_BYTES
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.files import require_space
 from bridge_stg.runtime.host.memory import available_bytes, gigabytes
 
 BASE_BYTES = 10**9
@@ -82,11 +82,7 @@ def require_room(needed: Estimate, out: Path) -> bool:
     Returns whether the replay must work without a second copy of the weights; raises EngineError if memory or disk are
     not sufficient.
     """
-    folder = next(path for path in (out, *out.resolve().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed.disk:
-        message = f"{out}: the export needs {gigabytes(needed.disk)} of disk, but {gigabytes(free)} are available"
-        raise EngineError("output.disk_full", message)
+    require_space(out, needed.disk, purpose="the export")
     left = available_bytes()
     if left is None:
         return False

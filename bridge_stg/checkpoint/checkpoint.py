@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
 from bridge_stg.runtime.chain import tokenizer as tokenizers
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.host.files import temporary_sibling
 
 PART_FILES = dict(zip(("bridging", "spatial_decoder"), PARTS))
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -79,17 +79,14 @@ def save_files(files: Mapping[str, dict[str, torch.Tensor]], folder: Path) -> No
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `folder` after the block; files of an existing one are replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with temporary_sibling(folder) as partial:
+        partial.mkdir()
         yield partial
-        partial.chmod(0o755)
         if not folder.exists():
             partial.rename(folder)
             return
         for file in partial.iterdir():
             os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_checkpoint(

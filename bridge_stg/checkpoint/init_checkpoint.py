@@ -39,6 +39,7 @@ from bridge_stg.model.bridging import BridgingQueries
 from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig, read_json
 from bridge_stg.model.spatial_decoder import SpatialDecoder
 from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.host.files import require_space
 
 SPARE_BYTES = 64 << 20
 """Disk space that must stay free."""
@@ -159,11 +160,8 @@ def write_weights(path: Path, store: WeightStore, *, dtype: torch.dtype | None) 
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise CheckpointError if the disk of a folder has too little free space."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + SPARE_BYTES:
-        message = f"{folder.parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-        raise CheckpointError("output.disk_full", f"{message}; choose another --out")
+    """Raise BridgeError if the disk of a `temporary_sibling` has too little free space."""
+    require_space(folder.parents[2] / folder.name, needed + SPARE_BYTES, purpose="the checkpoint")
 
 
 def new_parts(config: BridgeSTGConfig, seed: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def write(request: Request, results: Sequence[Grounding], chosen: ChosenBackend 
         engine = None if chosen is None else chosen.to_json()
         document = {"video": request.video, "engine": engine, "results": [result.to_json() for result in results]}
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-        with naming(request.json_file), replacing(request.json_file) as temporary:
+        with replacing(request.json_file) as temporary:
             # Bytes of a file name that are not Unicode are escaped as JSON escapes them.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     if request.annotate or request.sheet:
@@ -165,18 +165,6 @@ def write(request: Request, results: Sequence[Grounding], chosen: ChosenBackend 
         from bridge_stg.runtime.visualize.contact_sheet import contact_sheet
 
         if request.annotate:
-            with naming(request.annotate):
-                annotate(request.video, results[0], request.annotate, progress=progress)
+            annotate(request.video, results[0], request.annotate, progress=progress)
         if request.sheet:
-            with naming(request.sheet):
-                contact_sheet(request.video, results[0], request.sheet)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name this path in system errors, such as a full disk: writers name a temporary file, or none."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
+            contact_sheet(request.video, results[0], request.sheet)

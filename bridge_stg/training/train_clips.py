@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
+from bridge_stg.runtime.host.files import require_space
 from bridge_stg.training.annotated_clips import check_clips, read_clips
 from bridge_stg.training.clip_batches import ClipBatches, TrainingOptions
 
@@ -86,6 +87,10 @@ def train_clips(
     documents = {"annotations": Path(annotations), "config": checkpoint / "config.json"}
     same_run(folder / "run.json", run_identity(options, documents, store.files), resume=resume)
     trained = trained_parameters(model, options.parts)
+    dtype, states = dtype or store.dtype, 1 if (folder / "clips.safetensors").exists() else 2
+    state_bytes = 12 * sum(parameter.numel() for parameter in trained.values())  # value and two moments in float32
+    sizes = (p.numel() * (4 if part_of(name) in NEW_PARTS else dtype.itemsize) for name, p in model.named_parameters())
+    require_space(out, states * state_bytes + sum(sizes), purpose="the training")
     run_stage(
         "clips",
         nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in trained.items()}),
@@ -99,9 +104,7 @@ def train_clips(
         resume=resume,
         workers=workers,
     )
-    save_checkpoint(
-        model.eval().to("cpu"), out, checkpoint / TOKENIZER, dtype=dtype or store.dtype, parts_dtype=torch.float32
-    )
+    save_checkpoint(model.eval().to("cpu"), out, checkpoint / TOKENIZER, dtype=dtype, parts_dtype=torch.float32)
     return out
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.bundle.bundle import MANIFEST, REPORTS, Bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
+from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
 from bridge_stg.triton.model import BOX_COLUMNS
 
 KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -63,18 +63,14 @@ def write_repository(
     if target.exists() and not (overwrite and ours):
         advice = "pass --overwrite to replace it, or another --name" if ours else "choose another --name"
         raise BridgeError("output.exists", f"{target} already exists: {advice}.")
-    partial = repository / f".{serving.name}.partial{uuid.uuid4().hex[:8]}"
-    try:
-        partial.mkdir(parents=True)
+    repository.mkdir(parents=True, exist_ok=True)
+    with temporary_sibling(target) as partial:
+        partial.mkdir()
         folder = partial / VERSION
         shutil.copytree(source, folder / BUNDLE, ignore=lambda path, _: [REPORTS] if Path(path) == source else [])
         (folder / MODEL).write_text(_template(MODEL).render(), encoding="utf-8")
         (partial / CONFIG).write_text(model_config(serving), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        replace_folder(partial, target)
     return target
 
 

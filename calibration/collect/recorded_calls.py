@@ -6,7 +6,6 @@ Replaying the same calls in two bundles shows how far their tensors differ and w
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.host.files import temporary_sibling
 from bridge_stg.runtime.parity.golden import write_case
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
 
@@ -29,13 +29,9 @@ def record(bundle: Bundle, samples: Sequence[Sample], folder: Path, *, options: 
     sample failed, raise BridgeError.
     """
     if not folder.is_dir():
-        partial = folder.with_name(f".{folder.name}.partial{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with temporary_sibling(folder) as partial:
             _record(bundle, samples, partial, options)
             os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 

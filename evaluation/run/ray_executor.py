@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,8 +127,11 @@ def _start(stack: contextlib.ExitStack, workers: int | None) -> None:
             "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": stack.enter_context(folder),
         }  # fmt: skip
     stack.callback(ray.shutdown)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray replaced the program's
     except (OSError, RuntimeError, ValueError) as error:
         message = f"Ray could not be started: {_first_line(error)}. --executor local does not need it."
         raise EngineError("evaluation.executor_failed", message) from error

@@ -130,23 +130,24 @@ def _capability(tensorrt: ModuleType, sm: int) -> Any:
 
 @contextmanager
 def _interrupt_kept(monitor: Any) -> Iterator[None]:
-    """Let Ctrl-C stop the monitor: TensorRT would log an exception raised in a callback, and continue."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
+    """Let Ctrl-C and other signals stop the monitor: TensorRT would log an exception of a callback, and continue."""
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)} if is_main else set()
+    before: dict[int, Any] = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
 
     def keep(number: int, frame: Any) -> None:
         try:
-            before(number, frame)
+            before[number](number, frame)
         except BaseException as error:  # noqa: BLE001  # raised again after the compilation
             monitor.stopped = error
 
-    signal.signal(signal.SIGINT, keep)
+    for number in before:
+        signal.signal(number, keep)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _monitor(tensorrt: ModuleType, report: Report | None) -> Any:

@@ -25,6 +25,7 @@ from bridge_stg.runtime.backends.session import Session
 from bridge_stg.runtime.backends.tensorrt.engine_cache import engine_folders
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BundleError, EngineError
+from bridge_stg.runtime.host.files import temporary_sibling
 from bridge_stg.runtime.parity import compare as parity
 from bridge_stg.runtime.parity.compare import Boundary, format_table
 from bridge_stg.runtime.parity.golden import Tolerance
@@ -290,10 +291,11 @@ class _Replay:
 def _session_with_outputs(
     side: Side, outputs: Sequence[BlockOutput], threads: int | None, prepare: Prepare | None
 ) -> Iterator[Session]:
-    parent = side.bundle.path.parent if os.access(side.bundle.path.parent, os.W_OK) else None
-    prefix = f".{side.bundle.path.name}.partial"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder, ExitStack() as stack:
-        exposed = expose_outputs(side.bundle, side.graph, side.variant, outputs, Path(folder))
+    place = side.bundle.path
+    place = place if os.access(place.parent, os.W_OK) else Path(tempfile.gettempdir()) / place.name
+    with temporary_sibling(place) as folder, ExitStack() as stack:
+        folder.mkdir()
+        exposed = expose_outputs(side.bundle, side.graph, side.variant, outputs, folder)
         if prepare is not None:
             prepare(side, exposed)
         # A provider that compiles by itself keeps its engines outside of the bundle.

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-import uuid
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,7 +24,7 @@ from bridge_stg.runtime.bundle.bundle import (
 from bridge_stg.runtime.bundle.manifest import FileEntry, GraphSpec, Manifest, canonical_sha256
 from bridge_stg.runtime.bundle.onnx_file import external_locations
 from bridge_stg.runtime.errors import BundleError
-from bridge_stg.runtime.host.files import replace_folder
+from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
 
 
 class BundleWriter:
@@ -36,7 +36,8 @@ class BundleWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         self.path = Path(path).resolve()  # a link stays; the folder that it points to is replaced
-        self.folder = self.path.parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
+        self.folder = self.path  # inside the block, the temporary folder
+        self._stack = ExitStack()
         self._overwrite = overwrite
         self._graphs: dict[str, dict[str, GraphSpec]] = {}
 
@@ -44,13 +45,16 @@ class BundleWriter:
         """Make the temporary folder. Raises BundleError if the target must not be replaced or cannot be written."""
         self._check_target()
         try:
-            self.folder.mkdir(parents=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = self._stack.enter_context(temporary_sibling(self.path))
+            self.folder.mkdir()
         except OSError as error:
+            self._stack.close()
             raise BundleError("output.not_writable", f"{self.path}: {error}. Choose another folder.") from error
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
 
     def add_graph(self, graph: GraphSpec, source: str | os.PathLike[str] | None = None) -> Path:
         """Add one variant as graphs/<name>/<variant>.onnx. Return its path in the temporary folder.
@@ -111,7 +115,7 @@ class BundleWriter:
         values["fingerprint"] = canonical_sha256(values, without="fingerprint")
         (self.folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         self._check_target()
-        replace_folder(self.folder, self.path, backup=self.folder.with_suffix(".old"))
+        replace_folder(self.folder, self.path)
         return self.path
 
     def _check_target(self) -> None:

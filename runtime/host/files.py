@@ -2,20 +2,79 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.memory import gigabytes
+
+NEW, OLD = "new", "old"  # in the hidden folder: what is built, and what it replaces
+
+
+@contextmanager
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """Yield a path to build the file or folder `path` at, in a hidden folder next to it, which is removed at the end.
+
+    What killed processes left of the same name is removed, too: the folder of a running process is locked. System
+    errors that name the hidden folder, or nothing, name `path`.
+    """
+    stem = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # a name holds 255 bytes
+    for left in path.parent.glob(f".{glob.escape(stem)}.????????.partial"):
+        _remove_left(left, path)
+    folder = path.with_name(f".{stem}.{secrets.token_hex(4)}.partial")
+    try:
+        folder.mkdir(mode=0o700)
+        lock = _lock_folder(folder)
+        try:
+            (folder / NEW).mkdir()
+            yield folder / NEW / path.name
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+    except OSError as error:
+        if error.errno is not None and str(error.filename or folder).startswith(str(folder)):
+            error.filename = str(path)
+        raise
+
+
+def _remove_left(folder: Path, path: Path) -> None:
+    """Remove the folder of a killed process; what it had moved away from `path` is moved back."""
+    if not (folder / NEW).is_dir() or (lock := _lock_folder(folder)) is None:
+        return
+    with suppress(OSError):
+        if not path.exists():
+            os.rename(folder / OLD / path.name, path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a folder of this user and return its descriptor; None if another process has, or the system cannot."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (ImportError, OSError):  # Windows has no fcntl
+        return None
+    try:
+        if os.fstat(descriptor).st_uid == os.getuid():
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the path of a temporary sibling; rename it to `path` after the block, or remove it if the block fails.
-
-    The sibling has the same suffix, from which writers of images and videos choose the format.
+    """Yield the path of a temporary file of the same name; it becomes `path` after the block, unless that fails.
 
     Raises:
         BridgeError: `path` is a folder, or its parent folder does not exist.
@@ -26,30 +85,40 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if not path.parent.is_dir():
         message = f"{path} cannot be written: the folder {path.parent} does not exist. Create it first."
         raise BridgeError("output.no_folder", message)
-    stem = path.stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # a name holds 255 bytes
-    temporary = path.with_name(f".{stem}.partial{os.getpid()}{path.suffix}")
-    try:
+    with temporary_sibling(path) as temporary:
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def replace_folder(source: Path, target: Path, *, backup: Path) -> None:
-    """Rename the finished folder `source` to `target`, and remove the folder that was there.
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Rename a finished folder that was built in a `temporary_sibling` to `target`, in place of the folder there.
 
-    If it fails, the old folder stays. Meanwhile it is named `backup`, a new name on the same file system.
+    If it fails, the old folder stays; if the process is killed meanwhile, the next `temporary_sibling` restores it.
     """
+    backup = temporary.parents[1] / OLD / target.name
     had_old = target.exists()
     if had_old:
+        backup.parent.mkdir()
         os.rename(target, backup)
     try:
-        os.rename(source, target)
+        os.rename(temporary, target)
     except BaseException:
         if had_old:
             os.rename(backup, target)
         raise
-    shutil.rmtree(backup, ignore_errors=True)
+
+
+def require_space(path: Path, needed: int, *, purpose: str) -> None:
+    """Check that the disk of a path, which may not exist yet, has `needed` free bytes.
+
+    Raises:
+        BridgeError: it has not; the message says "<path>: <purpose> needs …".
+    """
+    folder = next(place for place in (path, *path.resolve().parents) if place.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        message = f"{path}: {purpose} needs {gigabytes(needed)} of disk, but {gigabytes(free)} are free"
+        raise BridgeError("output.disk_full", f"{message}; make room, or choose another --out")
 
 
 def lock_file(descriptor: int, *, message: str) -> None:

@@ -11,16 +11,16 @@ import dataclasses
 import hashlib
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from bridge_stg.runtime.host.files import temporary_sibling
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.schemas import Video
 from bridge_stg.server.metrics import Metrics
@@ -89,7 +89,9 @@ class Store:
     def __init__(
         self, settings: Settings, metrics: Metrics, opened: OpenVideos, *, writing: Executor, probing: Executor
     ) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="bridge-stg-serve-"))
+        self._temporary = ExitStack()
+        self.folder = self._temporary.enter_context(temporary_sibling(Path(tempfile.gettempdir()) / "bridge-stg-serve"))
+        self.folder.mkdir(mode=0o700)
         self._settings, self._metrics, self._opened = settings, metrics, opened
         self._writing, self._probing = writing, probing
         self._files: dict[str, StoredFile] = {}
@@ -185,7 +187,7 @@ class Store:
         """Delete everything. Can be called repeatedly, and from any thread."""
         self._uploads.clear()
         self._files.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._temporary.close()
 
     def _check_count(self) -> None:
         if len(self._uploads) >= self._settings.max_videos:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +13,7 @@ from bridge_stg.runtime.backends.tensorrt.engine_cache import ABOUT, PLAN, Engin
 from bridge_stg.runtime.bundle.bundle import Bundle, file_sha256
 from bridge_stg.runtime.bundle.manifest import canonical_sha256
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.files import replace_folder
+from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
 
 
 def writable_folder(bundle: Bundle) -> Path:
@@ -43,32 +40,12 @@ def writable_folder(bundle: Bundle) -> Path:
 def new_engine(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder for one engine in `folder`; it is removed after the block unless it was published.
 
-    Temporary folders of killed processes of this machine are removed, too.
+    Temporary folders of killed processes are removed, too.
     """
-    for left in folder.glob(f".{platform.node()}-*-*.partial"):
-        if not _is_running(left):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = folder / partial_name(pid=os.getpid())
-    partial.mkdir(parents=True)
-    try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with temporary_sibling(folder / "engine") as partial:
+        partial.mkdir()
         yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def partial_name(*, pid: int) -> str:
-    """Return a new name of a temporary folder of a process on this machine."""
-    return f".{platform.node()}-{pid}-{uuid.uuid4().hex[:8]}.partial"
-
-
-def _is_running(partial: Path) -> bool:
-    try:
-        os.kill(int(partial.name.split("-")[-2]), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError, OverflowError):  # another user's, or not ours
-        return True
-    return True
 
 
 def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
@@ -81,7 +58,7 @@ def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
     values = json.loads(json.dumps(dataclasses.asdict(entry)))
     values["about_sha256"] = canonical_sha256(values, without="")
     (partial / ABOUT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    place = partial.parent / entry.key.folder(entry.graph, entry.variant)
+    place = partial.parents[2] / entry.key.folder(entry.graph, entry.variant)
     place.parent.mkdir(exist_ok=True)
-    replace_folder(partial, place, backup=partial.with_suffix(".old"))
+    replace_folder(partial, place)
     return dataclasses.replace(entry, folder=str(place))

@@ -198,5 +198,5 @@ def test_values_that_do_not_fit_the_dtype_are_named_and_nothing_is_left(tmp_path
 def test_a_full_disk_is_detected_before_writing(folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with raises("output.disk_full", "0.00 GB"):
+    with raises("output.disk_full", tmp_path / "checkpoint", "0 MB"):
         init_checkpoint(folder, tmp_path / "checkpoint", dtype=torch.float32)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,61 @@ def test_closed_pipe_is_quiet(tmp_path: Path) -> None:
         "cli.main()\n"
     )
     done = shell(f"{sys.executable} {script} many | head -1", env={**os.environ, "PYTHONUNBUFFERED": ""})
-    assert done.stdout == "0\n" and done.stderr == "" and done.returncode == 1
+    assert done.stdout == "0\n" and done.stderr == "" and done.returncode == 0
+
+
+WORK = f"""
+import sys
+import time
+sys.path.insert(0, {str(ROOT)!r})
+import os, pathlib, time, click
+from bridge_stg import cli
+from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.subprocess import run_in_subprocess
+
+@cli.app.command()
+@click.argument("out", type=pathlib.Path)
+@click.option("--sleep", type=float, default=0)
+def work(out, sleep):
+    with replacing(out) as temporary:
+        click.echo("working")
+        click.echo("working", err=True)
+        os.fstat(1), os.fstat(2)
+        temporary.write_text("done")
+        if sleep:
+            run_in_subprocess("time:sleep", sleep, purpose="sleeps")
+    click.echo("wrote it")
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", "| true", "2>&1 | true", "2> >(true) | true"])
+def test_a_stream_that_nobody_reads_does_not_fail_the_work(streams: str, tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(WORK)
+    out = tmp_path / "out.txt"
+    command = f"set -o pipefail; (sleep 0.2; {sys.executable} {tmp_path / 'work.py'} work {out}) {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0 and out.read_text() == "done" and "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.txt", "work.py"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the child in /proc")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_command_and_leaves_nothing(name: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(WORK)
+    command = [sys.executable, str(tmp_path / "work.py"), "work", str(tmp_path / "out.txt"), "--sleep", "60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "working\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (child := children.read_text().split()):
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, name))
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == code and said.strip().endswith("[call.cancelled]") and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["work.py"]
+    state = Path(f"/proc/{child[0]}/stat")
+    while state.exists() and ") Z" not in state.read_text():  # killed, but perhaps not waited for
+        time.sleep(0.01)
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from bridge_stg.runtime.backends.tensorrt import engine_store
 from bridge_stg.runtime.backends.tensorrt.engine_cache import (
     ABOUT,
     PLAN,
@@ -203,23 +202,21 @@ def test_an_interrupted_build_leaves_nothing(bundle: Bundle, monkeypatch: pytest
     real = os.rename
 
     def fail_once(source: Any, target: Any) -> None:
-        if str(source).endswith(".partial"):
+        if Path(source).parent.name == "new":
             raise OSError("disk full")
         real(source, target)
 
-    monkeypatch.setattr(engine_store.os, "rename", fail_once)
+    monkeypatch.setattr(os, "rename", fail_once)
     with pytest.raises(OSError, match="disk full"):
         put(bundle, plan=b"a newer plan")
     assert find(bundle) == before and before.read_plan() == b"a plan"
     assert [path.name for path in (bundle.path / "engines").iterdir()] == [before.key.target]
 
 
-def test_what_a_killed_build_left_goes_with_the_next(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_build_left_goes_with_the_next(bundle: Bundle) -> None:
     folder = writable_folder(bundle)
-    left = folder / engine_store.partial_name(pid=2**22 + 1)  # no such process: above the largest id
-    left.mkdir()
-    (left / PLAN).write_bytes(b"half")
-    alive = folder / engine_store.partial_name(pid=os.getppid())
-    alive.mkdir()
-    put(bundle)
-    assert not left.exists() and alive.exists()
+    left = folder / ".engine.0123abcd.partial"
+    (left / "new" / "engine").mkdir(parents=True)
+    with new_engine(folder) as alive:
+        put(bundle)
+        assert not left.exists() and alive.exists()
