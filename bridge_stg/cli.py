@@ -6,7 +6,6 @@ Each command is in bridge_stg/commands and is imported when it is requested.
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import io
 import itertools
@@ -22,6 +21,7 @@ import click
 
 import bridge_stg
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.failures import host_error
 
 COMMANDS = {
     "build": "build:build",
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (click.Abort, KeyboardInterrupt):
         return _fail(given, "call.cancelled", "Interrupted; no incomplete file was left.", exit_code=130)
-    except (click.ClickException, BridgeError, ImportError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a bug is raised again
         if isinstance(error, click.ClickException) and type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2
             click.echo(error.format_message(), err=True)  # the help
             return 2
@@ -116,11 +116,10 @@ def describe(error: Exception) -> tuple[str, str]:
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f" See '{context.command_path} --help'." if context else ""
         return next(code for kind, code in USAGE_CODES if isinstance(error, kind)), error.format_message() + hint
-    if isinstance(error, BridgeError):
-        return error.code, error.message
+    if (found := host_error(error) or error) and isinstance(found, BridgeError):
+        return found.code, found.message
     if isinstance(error, OSError):
-        code = "output.disk_full" if error.errno == errno.ENOSPC else "host.file"
-        return code, f"{error.filename or 'A file or standard output'}: {error.strerror or error}"
+        return "host.file", f"{error.filename or 'A file or standard output'}: {error.strerror or error}"
     package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     for extra, packages in EXTRAS.items():
         if package and package in packages.split():

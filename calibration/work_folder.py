@@ -6,10 +6,8 @@ Its content is named by digests of everything that it was made from, so that res
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import lock_file, replacing
 
 NOTE = "README"
-LEFT_BY_KILLED = ".*.partial*"
 
 
 def digest(*parts: Any) -> str:
@@ -43,21 +40,13 @@ def write_json(path: Path, values: Any) -> None:
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[Path]:
-    """Lock a work folder. Raises BridgeError if it is locked, is not a work folder, or its disk is full."""
+    """Lock a work folder. Raises BridgeError if it is locked, or is not a work folder."""
     note = folder / NOTE
     if folder.exists() and not note.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         what = f"{folder}: exists and is not the work folder of a calibration. Move it away, or choose another --out."
         raise BridgeError("calibration.not_a_work_folder", what)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text("Work of `calibrate`. The same command resumes from here; delete the folder when done.\n")
-        with note.open("r+") as locked:
-            lock_file(locked.fileno(), message=f"{folder}: another calibration runs there. Wait, or change --out.")
-            for left in folder.rglob(LEFT_BY_KILLED):
-                shutil.rmtree(left, ignore_errors=True)
-            yield folder
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        what = f"{folder}: the disk is full ({error.strerror}). Make room, and run the same command again: it resumes"
-        raise BridgeError("output.disk_full", what) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text("Work of `calibrate`. The same command resumes from here; delete the folder when done.\n")
+    with note.open("r+") as locked:
+        lock_file(locked.fileno(), message=f"{folder}: another calibration runs there. Wait, or change --out.")
+        yield folder

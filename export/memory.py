@@ -79,8 +79,8 @@ def estimate(store: WeightStore, spec: ModelSpec, precision: Precision, *, verif
 def require_room(needed: Estimate, out: Path) -> bool:
     """Check that memory and disk are sufficient, before anything is written.
 
-    Returns whether the replay must work without a second copy of the weights; raises EngineError if memory or disk are
-    not sufficient.
+    Returns whether the replay must work without a second copy of the weights; raises EngineError if memory is not
+    sufficient, and HostError if the disk is not.
     """
     require_space(out, needed.disk, purpose="the export")
     left = available_bytes()

@@ -44,5 +44,9 @@ class EngineError(BridgeError):
     """A backend is missing, does not support a graph, or failed while running it."""
 
 
+class HostError(BridgeError):
+    """The system has no more memory, threads, files or disk space for this process, or cannot read a file."""
+
+
 class Interrupted(BridgeError):
     """A call was stopped by its deadline or by its `cancel` signal."""

@@ -22,6 +22,7 @@ from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid
 from bridge_stg.runtime.errors import EngineError, VideoError
+from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
 from bridge_stg.runtime.video.open import open_source
@@ -133,6 +134,7 @@ class Grounder(Closable):
         )
 
     @classmethod
+    @reporting_host_errors()
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -157,6 +159,7 @@ class Grounder(Closable):
         Raises:
             BundleError: the bundle is damaged, incomplete or of an unknown schema.
             EngineError: the backend is unknown or missing, or does not support a graph.
+            HostError: memory, threads or files are short.
         """
         from bridge_stg.runtime.backends.choose import open_sessions
         from bridge_stg.runtime.bundle.bundle import Bundle
@@ -203,6 +206,7 @@ class Grounder(Closable):
             QueryError: the query is empty or too long.
             Interrupted: the deadline passed, or `cancel` was set; the message names the stage.
             EngineError: a backend failed, or this Grounder is closed.
+            HostError: memory, threads or files are short.
         """
         return self._ground(video, query, Task(allow_none=allow_none), CallOptions(**options))
 

@@ -89,9 +89,13 @@ class ResultFile:
             self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
+            is_there = self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         except OSError as error:
             error.filename = str(self.path)
             raise
+        if not is_there:
+            what = f"{self.path} was removed or replaced while results were written to it; they are lost"
+            raise BridgeError("output.not_writable", f"{what}. Run the command again.")
 
 
 def read_results(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

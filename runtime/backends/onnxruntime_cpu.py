@@ -83,6 +83,7 @@ class OnnxRuntimeSession:
             options,
             from_bytes=weights is not None,
             providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # it would try the same again, and print
             disabled_optimizers=["ConstantFolding"] if low_memory else None,
         )
         optional = frozenset(node.name for node in self._session.get_overridable_initializers())

@@ -105,7 +105,8 @@ class OnnxRuntimeDeviceSession(Closable):
             except EngineError:
                 raise
             except Exception as error:  # onnxruntime's own exceptions share no base class
-                raise EngineError("engine.failed", failure(self.graph, feeds, symbols, error)) from error
+                code = "engine.out_of_memory" if "llocate" in str(error) else "engine.failed"  # on the device
+                raise EngineError(code, failure(self.graph, feeds, symbols, error)) from error
 
     def _run(
         self, feeds: Mapping[str, Array], symbols: Mapping[str, int], cache: DeviceKVCache | None

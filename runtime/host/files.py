@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.errors import BridgeError, HostError
 from bridge_stg.runtime.host.memory import gigabytes
 
 NEW, OLD = "new", "old"  # in the hidden folder: what is built, and what it replaces
@@ -112,13 +112,13 @@ def require_space(path: Path, needed: int, *, purpose: str) -> None:
     """Check that the disk of a path, which may not exist yet, has `needed` free bytes.
 
     Raises:
-        BridgeError: it has not; the message says "<path>: <purpose> needs …".
+        HostError: it has not; the message says "<path>: <purpose> needs …".
     """
     folder = next(place for place in (path, *path.resolve().parents) if place.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         message = f"{path}: {purpose} needs {gigabytes(needed)} of disk, but {gigabytes(free)} are free"
-        raise BridgeError("output.disk_full", f"{message}; make room, or choose another --out")
+        raise HostError("output.disk_full", f"{message}; make room, or choose another --out")
 
 
 def lock_file(descriptor: int, *, message: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from bridge_stg.runtime import errors
 from bridge_stg.runtime.errors import BridgeError, EngineError
+from bridge_stg.runtime.host.failures import host_error
 
 START = (
     "import json, sys; sys.path[:], function, job = json.load(sys.stdin); "
@@ -59,8 +60,11 @@ def answer(function: str, job: Any) -> None:
         module, _, name = function.partition(":")
         try:
             found: dict[str, Any] = {"result": getattr(importlib.import_module(module), name)(job)}
-        except BridgeError as error:
-            found = error_to_json(error)
+        except Exception as error:
+            failure = host_error(error) or error
+            if not isinstance(failure, BridgeError):
+                raise
+            found = error_to_json(failure)
         json.dump(found, output)
 
 

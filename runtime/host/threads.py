@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.failures import reporting_host_errors
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -87,13 +88,14 @@ class UseCount:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Keep the object open inside the block. Raises `closed_error` after `close`."""
+        """Keep the object open inside the block. Raises `closed_error` after `close`, and HostError."""
         with self._lock:
             if self._closed:
                 raise type(self._closed_error)(*self._closed_error.args)
             self._active += 1
         try:
-            yield
+            with reporting_host_errors():
+                yield
         finally:
             with self._lock:
                 self._active -= 1

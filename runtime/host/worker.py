@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.errors import BridgeError, EngineError
+from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.subprocess import START, error_from_json, error_to_json
 
@@ -192,13 +193,14 @@ def _serve(connection: Connection) -> None:
                 answer: Any = {"result": None}
             else:
                 answer = {"result": getattr(target, method)(limits, *arguments)}
-        except BridgeError as error:
-            answer = error_to_json(error)
-        except MemoryError:
-            answer = error_to_json(EngineError(ENDED, "the subprocess needs more memory than its limit"))
         except Exception as error:  # noqa: BLE001  # whatever a file leads to, it is not the parent's
-            traceback.print_exc()
-            answer = error_to_json(EngineError(ENDED, f"the subprocess failed: {type(error).__name__}: {error}"))
+            found = host_error(error) or error
+            if not isinstance(found, BridgeError):
+                traceback.print_exc()
+                found = EngineError(ENDED, f"the subprocess failed: {type(error).__name__}: {error}")
+            elif found.code == "host.out_of_memory":
+                found = EngineError(ENDED, "the subprocess needs more memory than its limit")
+            answer = error_to_json(found)
         _send(connection, answer)
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.video.decoder import check_path, moving_streams
 from bridge_stg.runtime.video.frame import FrameConverter
@@ -126,7 +127,7 @@ def _captured(
         container = av.open(address, format=form, options=options, timeout=timeout_s)
     except (av.FFmpegError, OSError, ValueError) as error:
         text = f"{name} cannot be opened ({_reason(error, timeout_s)}); is it running, and reachable?"
-        raise VideoError("live.not_reachable", text) from None
+        raise host_error(error) or VideoError("live.not_reachable", text) from None
     try:
         stream = next(iter(moving_streams(container)), None)
         if stream is None:
@@ -137,7 +138,9 @@ def _captured(
                 return
             try:
                 frames = packet.decode()
-            except av.FFmpegError:
+            except av.FFmpegError as error:
+                if (found := host_error(error)) is not None:
+                    raise found from error
                 continue  # a damaged packet; decoding recovers at the next key frame
             for frame in frames:
                 yield clock.add(frame.pts), partial(converter.rgb, frame)

@@ -19,6 +19,7 @@ import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.cpus import usable_cpus
+from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.video.frame import FrameConverter
 
@@ -163,8 +164,8 @@ class Decoder:
             ahead: list[Any] = []
             try:
                 ahead += islice(self._packets, PACKETS_LOOKED_AT)
-            except self._av.FFmpegError:
-                self.damaged = True
+            except self._av.FFmpegError as error:
+                self._skip(error)
             self._packets = chain(ahead, self._packets)
             stamps = [packet.pts for packet in ahead if packet.pts is not None]
             # Files that were copied from AVI, and ASF, have such times as presentation times.
@@ -203,12 +204,19 @@ class Decoder:
             for packet in self._packets:
                 try:
                     yield from packet.decode()
-                except self._av.FFmpegError:
-                    self.damaged = True
-        except self._av.FFmpegError:  # a container error: nothing after this point can be found
-            self.damaged = True
+                except self._av.FFmpegError as error:
+                    self._skip(error, decoding=True)
+        except self._av.FFmpegError as error:  # a container error: nothing after this point can be found
+            self._skip(error)
         with suppress(self._av.FFmpegError):  # if an error came before the packet that flushes the decoder
             yield from self._stream.codec_context.decode(None)
+
+    def _skip(self, error: Exception, *, decoding: bool = False) -> None:
+        """Note that something cannot be read; raise HostError if that is not the file's fault."""
+        of_system = decoding or not isinstance(error, BlockingIOError)  # a decoder that cannot start its threads
+        if of_system and (found := host_error(error)) is not None and found.code.startswith("host."):
+            raise found from error
+        self.damaged = True
 
     def frames_from(self, pts: int) -> Iterator[Any]:
         """Seek to the key frame at `pts` ticks, and yield frames from there; it may land earlier or later."""

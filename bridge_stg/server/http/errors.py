@@ -12,7 +12,8 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from bridge_stg.runtime.errors import BridgeError, EngineError, Interrupted, QueryError, VideoError
+from bridge_stg.runtime.errors import BridgeError, EngineError, HostError, Interrupted, QueryError, VideoError
+from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.server.metrics import Metrics
 
 logger = logging.getLogger("bridge_stg.server")
@@ -43,6 +44,7 @@ def api_error(error: BaseException, *, path: str = "", name: str = "the video") 
 
     Messages say `name` instead of `path`, the client's file on the server.
     """
+    error = host_error(error) or error
     if isinstance(error, RequestValidationError):
         texts = [f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in error.errors()[:5]]
         return ApiError(422, "server.invalid_request", f"The request does not match /docs: {'; '.join(texts)}.")
@@ -53,6 +55,9 @@ def api_error(error: BaseException, *, path: str = "", name: str = "the video") 
         status = 408 if isinstance(error, Interrupted) else 422
         return ApiError(status, error.code, text.replace(path, name) if path else text)
     logger.error("%s: %s", type(error).__name__, error, exc_info=None if isinstance(error, BridgeError) else error)
+    if isinstance(error, HostError):
+        message = "This server has no more memory, threads, files or disk space; its log says which. Try again later."
+        return ApiError(503, error.code, message, retry_after_s=30)
     if isinstance(error, EngineError):
         return ApiError(503, error.code, "The engine of this server failed; its log says why.", retry_after_s=30)
     return ApiError(500, "server.internal", "Something went wrong in this server; its log says what.")

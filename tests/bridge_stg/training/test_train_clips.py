@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, annotations, medi
     for name in ("model", "bridging", "spatial_decoder"):
         first, second = (load_file(folder / f"{name}.safetensors") for folder in (whole, resumed))
         assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_full_disk_is_detected_before_the_training(checkpoint, annotations, media, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with raises("output.disk_full", tmp_path / "new", "0 MB"):
+        run(checkpoint, annotations, media, tmp_path / "new")
+    assert not (tmp_path / "new-training" / "log.jsonl").exists()
 
 
 def test_a_clip_can_be_learned(checkpoint, tmp_path, media):

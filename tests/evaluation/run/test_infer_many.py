@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,19 @@ def test_a_full_disk_names_the_file(table: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match=r"No space left on device: .*out\.jsonl"):
         infer_many(read_queries(table, tmp_path / "media"), fake(), tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_results_that_were_removed_meanwhile_are_an_error(table: Path, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pyarrow")
+    queries, out = read_queries(table, tmp_path / "media"), tmp_path / "out" / name
+
+    def remove(label: str, done: int, total: int) -> None:
+        if done == 3:
+            shutil.rmtree(out.parent)
+
+    with raises("output.not_writable", out.parent):
+        infer_many(queries, fake(), out, progress=remove)
 
 
 def test_units_that_are_lost_are_rows_too(table: Path, tmp_path: Path) -> None:

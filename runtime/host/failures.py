@@ -1,0 +1,104 @@
+"""Recognize errors of any library that the system caused: no more memory, threads, files or disk; unreadable files.
+
+They must not be reported as faults of the video, bundle or option that was being read.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bridge_stg.runtime.errors import BridgeError, HostError
+
+TRIED_BYTES = 2**28
+CODES = {
+    errno.ENOMEM: "host.out_of_memory", errno.EAGAIN: "host.out_of_threads", errno.EMFILE: "host.too_many_files",
+    errno.ENFILE: "host.too_many_files", errno.ENOSPC: "output.disk_full", errno.EDQUOT: "output.disk_full",
+    errno.EFBIG: "output.not_writable", errno.EROFS: "output.not_writable", errno.EACCES: "host.file",
+    errno.EPERM: "host.file", errno.EIO: "host.file", errno.ESTALE: "host.file",
+}  # fmt: skip
+"""Number of a system error → code of the `HostError`."""
+MESSAGES = {
+    "host.out_of_memory": "this process gets no more memory ({}); close other programs, raise its limit (`ulimit -v`, "
+    "the container's), or use smaller inputs",
+    "host.out_of_threads": "this process gets no more threads or processes ({}); raise the limit (`ulimit -u`, the "
+    "pids limit of the container), or pass fewer --threads",
+    "host.too_many_files": "too many files are open ({}); close some, or raise the limit (`ulimit -n`)",
+}
+"""Messages of the shortages; {} is the system's text, which is the whole message of other codes."""
+TEXTS = {
+    errno.ENOMEM: r"bad_alloc|bad allocation|[Oo]ut of memory|ailed to allocate memory|an(no|')t allocate memory",
+    errno.EAGAIN: r"can't start new thread|pthread_create|Resource temporarily unavailable",
+    errno.EMFILE: r"Too many open files",
+    errno.ENOSPC: r"No space left on device",
+}
+"""What libraries without numbers say: onnxruntime, torch, Pillow, threading."""
+LIBRARIES = ("onnxruntime", "safetensors")
+NAMED = re.compile(r"(host|output|server|live|call)\..+|.+\.(out_of_memory|no_permission)")
+"""Codes of errors that say already what the system did."""
+
+
+def host_error(error: BaseException) -> BridgeError | None:
+    """Return the error to report instead if the system caused `error`, or one that led to it; None otherwise."""
+    if isinstance(error, BridgeError) and NAMED.fullmatch(error.code):
+        return None
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, HostError):
+            return found
+        if (number := _number(found)) in CODES:
+            code, name = CODES[number], getattr(found, "filename", None)
+            text = getattr(found, "strerror", None) or " ".join(str(found).split())[:300] or type(found).__name__
+            return HostError(code, MESSAGES.get(code, "{}").format(f"{name}: {text}" if name else text))
+        found = found.__cause__ or found.__context__
+    return None
+
+
+@contextmanager
+def reporting_host_errors() -> Iterator[None]:
+    """Raise HostError instead of errors inside the block that the system caused; also a decorator.
+
+    OSErrors of the caller's own iterators and callbacks stay, unless they are a shortage.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = host_error(error)
+        if found is None or not (isinstance(error, BridgeError) or found.code in MESSAGES):
+            raise
+        raise found from error
+
+
+def _number(error: BaseException) -> int | None:
+    """Return the number of the system error that an exception means; None if it means none."""
+    if isinstance(error, BridgeError):
+        return None
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif not isinstance(number, int):
+        is_theirs = type(error) is Exception or type(error).__module__.partition(".")[0] in LIBRARIES
+        if not (is_theirs or isinstance(error, (RuntimeError, OSError))):
+            return None  # its text may be the user's
+        rust = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(rust[1]) if rust else next((n for n, form in TEXTS.items() if re.search(form, str(error))), None)
+    if number == errno.EAGAIN:
+        if hasattr(error, "characters_written"):  # a pipe that does not block
+            return None
+        return errno.ENOMEM if _is_short() else number  # a thread needs memory for its stack
+    if type(error).__module__ == "av.error" and (number in (errno.EACCES, errno.EPERM, errno.EIO) or
+                                                 (number == errno.ENOMEM and not _is_short())):  # fmt: skip
+        return None  # FFmpeg: damaged files read beyond their end, or request impossible sizes
+    return number
+
+
+def _is_short() -> bool:
+    """Return whether some memory cannot be had."""
+    try:
+        mmap.mmap(-1, TRIED_BYTES).close()
+    except (OSError, ValueError):
+        return True
+    return False
