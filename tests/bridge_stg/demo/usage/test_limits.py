@@ -23,9 +23,9 @@ sys.exit(cli.run(sys.argv[3:]))
 @pytest.mark.parametrize(
     ("limit", "value", "codes"),
     [
-        ("RLIMIT_AS", 400 * 2**20, {"host.out_of_memory"}),
-        ("RLIMIT_AS", 900 * 2**20, {"host.out_of_memory"}),
-        pytest.param("RLIMIT_AS", 650 * 2**20, {"host.out_of_memory"}, marks=pytest.mark.slow),
+        ("RLIMIT_AS", 350 * 2**20, {"host.out_of_memory"}),
+        ("RLIMIT_AS", 500 * 2**20, {"host.out_of_memory", None}),
+        pytest.param("RLIMIT_AS", 650 * 2**20, {"host.out_of_memory", None}, marks=pytest.mark.slow),
         pytest.param("RLIMIT_AS", 1200 * 2**20, {"host.out_of_memory", None}, marks=pytest.mark.slow),
         pytest.param("RLIMIT_AS", 1600 * 2**20, {"host.out_of_memory", None}, marks=pytest.mark.slow),
         ("RLIMIT_NOFILE", 5, {"host.too_many_files"}),
