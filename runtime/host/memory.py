@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -65,8 +65,15 @@ def return_freed_memory() -> bool:
     Returns:
         Whether the C library supports it (glibc does).
     """
-    name = ctypes.util.find_library("c")
-    mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, BLOCK_BYTES))
+    mallopt = _c_function("mallopt")
+    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES) and mallopt(M_TRIM_THRESHOLD, BLOCK_BYTES))
+
+
+def trim_heap() -> None:
+    """Return what is free in the heaps of all threads to the system now, where the C library supports it."""
+    if malloc_trim := _c_function("malloc_trim"):
+        malloc_trim(0)
+
+
+def _c_function(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

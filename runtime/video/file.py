@@ -14,6 +14,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.host.memory import trim_heap
 from bridge_stg.runtime.host.threads import for_each
 from bridge_stg.runtime.video.decoder import Decoder
 from bridge_stg.runtime.video.frame import FrameConverter, fingerprint, resize
@@ -57,6 +58,7 @@ class VideoFile(VideoSource):
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
+        trim_heap()  # frames of several threads would stay in their heaps: hundreds of megabytes
 
     def _scan(self, limits: Limits) -> CoarseSampler:
         sampler = self._read_all(None, limits)
