@@ -35,7 +35,10 @@ class MediaFolder:
 
     def at(self, path: str) -> Path | None:
         """Return the file at a path in the folder, None if it does not exist."""
-        return self.root / path if (self.root / path).is_file() else None
+        try:
+            return self.root / path if (self.root / path).is_file() else None
+        except (OSError, ValueError):  # no name that a file can have
+            return None
 
     def find(self, *candidates: str) -> Path | None:
         """Return the file of the first candidate that is found: a path in the folder, else a name, else a stem."""

@@ -124,11 +124,11 @@ def read_text(path: Path) -> str:
     """Return the text of a file, UTF-8 with or without a byte order mark. Raises AnnotationError."""
     try:
         return path.read_bytes().decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        message = f"{path}: {error.strerror}; expected an annotation file. Give its path."
-        raise AnnotationError("annotation.not_found", message) from None
     except UnicodeDecodeError as error:
         raise fault(path, f"is not UTF-8 text (byte {error.start})") from None
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:  # ValueError: a zero byte in a list of names
+        message = f"{path}: {getattr(error, 'strerror', error)}; expected an annotation file. Give its path."
+        raise AnnotationError("annotation.not_found", message) from None
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:

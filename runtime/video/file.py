@@ -18,7 +18,7 @@ from bridge_stg.runtime.host.memory import trim_heap
 from bridge_stg.runtime.host.threads import for_each
 from bridge_stg.runtime.video.decoder import Decoder
 from bridge_stg.runtime.video.frame import FrameConverter, fingerprint, resize
-from bridge_stg.runtime.video.sampling import CoarseSampler
+from bridge_stg.runtime.video.sampling import CoarseSampler, grid_places
 from bridge_stg.runtime.video.source import Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
@@ -186,8 +186,7 @@ class _Batch:
     def offer(self, frame: Any, until: float) -> None:
         """Add a frame that is shown up to `until` seconds, if it is shown at a point of the sampler's grid."""
         sampler, before = self._sampler, self._places
-        while (len(sampler.items) + self._places) * sampler.stride / sampler.rate < until:
-            self._places += 1
+        self._places = max(before, grid_places(until, sampler.rate, sampler.stride) - len(sampler.items))
         if self._places > before:
             self._waiting.append((frame, until))
         if len(self._waiting) == RESIZED_TOGETHER:
@@ -221,8 +220,7 @@ class KeptFrames:
         """Keep a frame that is shown up to `until` seconds, if a free grid point is before that."""
         if self._left < 0 or self._next / self._rate >= until:
             return
-        while self._next / self._rate < until:
-            self._next += 1
+        self._next = grid_places(until, self._rate)
         self._left -= sum(plane.buffer_size for plane in frame.planes)
         self.frames[index] = frame
         if self._left < 0:

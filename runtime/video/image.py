@@ -26,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "AVIF", "H
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 MATROSKA = b"\x1a\x45\xdf\xa3"
+BAND_PIXELS = 2**22
 SHORTEST_FRAME_S = 0.011  # browsers show frames of animations that request 10 ms or less for 100 ms
 
 # Raised by Pillow's plugins for damaged files.
@@ -117,7 +118,7 @@ def read_rgb(picture: Any, path: str) -> np.ndarray:
         with picture:
             picture.load()
             with contextlib.suppress(*DAMAGE):  # the EXIF block may be damaged in an intact image
-                picture = operations.exif_transpose(picture)
+                operations.exif_transpose(picture, in_place=True)
             return _rgb(picture)
     except DAMAGE as error:
         raise _unreadable(path, error) from error
@@ -151,12 +152,27 @@ class Animation:
 
 
 def _rgb(picture: Any) -> np.ndarray:
+    """Convert an image in bands of rows, since the steps in between take many bytes per pixel."""
+    width, height = picture.size
+    rows = max(1, BAND_PIXELS // width)
+    boxes = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+    unit = picture.mode == "F" and max(_floats(picture.crop(box)).max() for box in boxes) <= 1
+    rgb = np.empty((height, width, 3), np.uint8)
+    for box in boxes:
+        rgb[box[1] : box[3]] = _band_rgb(picture.crop(box), unit=unit)
+    return rgb
+
+
+def _floats(picture: Any) -> np.ndarray:
+    return np.nan_to_num(np.asarray(picture).astype(np.float64), nan=0.0, posinf=255.0, neginf=0.0)
+
+
+def _band_rgb(picture: Any, *, unit: bool) -> np.ndarray:
     picture = _to_srgb(picture)
     if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow's mode I holds 16-bit files too
         values = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
     elif picture.mode == "F":
-        values = np.nan_to_num(np.asarray(picture).astype(np.float64), nan=0.0, posinf=255.0, neginf=0.0)
-        values = (values * 255 if values.max() <= 1 else values).clip(0, 255)
+        values = (_floats(picture) * (255 if unit else 1)).clip(0, 255)
     elif picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
         return over_white(np.asarray(picture.convert("RGBA")))
     else:

@@ -16,6 +16,14 @@ from bridge_stg.runtime.video.token_budget import CoarsePlan
 T = TypeVar("T")
 
 
+def grid_places(until: float, rate: float, stride: int = 1) -> int:
+    """Return how many of the times k * stride / rate are before `until` seconds, however late that is."""
+    count = max(int(until * rate / stride) - 1, 0)
+    while count * stride / rate < until:
+        count += 1
+    return count
+
+
 class GridSampler(Generic[T]):
     """The samples of a video at the times k / rate, in bounded memory and without knowing its length in advance.
 
@@ -34,7 +42,7 @@ class GridSampler(Generic[T]):
     @property
     def times(self) -> np.ndarray:
         """The time of every item's grid point in seconds, float64 [N]."""
-        return np.arange(len(self.items)) * self.stride / self.rate
+        return np.arange(len(self.items)) * float(self.stride) / self.rate
 
     def fill(self, until: float, make: Callable[[], T]) -> None:
         """Fill every free grid point before `until` seconds with one item; `make` is called at most once."""

@@ -252,3 +252,12 @@ def test_coarse_samples_do_not_depend_on_how_many_are_resized_together(
         for other in found[1:]:
             np.testing.assert_array_equal(other.frames, found[0].frames)
             np.testing.assert_array_equal(other.times, found[0].times)
+
+
+def test_a_time_stamp_far_in_the_future_takes_no_time_to_count(tmp_path: Path) -> None:
+    ticks = [0, 1000, 2000, 2 * 10**12]
+    path = write(tmp_path / "a.mkv", pictures(4), rate=1, ticks=ticks, time_base=Fraction(1, 1000), options={"bf": "0"})
+    with open_source(path, SPEC) as source, raises("video.too_long", "a.mkv"):
+        assert source.frame_times.tolist() == [0, 1, 2, 2e9]
+        source.coarse()
+        source.fine_grid()

@@ -17,9 +17,10 @@ from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.video.frame import resize
 from bridge_stg.runtime.video.open import open_source
+from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.sampling import GridSampler
 from tests.errors import raises
-from tests.fakes.clips import SPEC
+from tests.fakes.clips import SPEC, gif_with_a_huge_frame
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -241,6 +242,16 @@ def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
     expect_image(tmp_path / "a.png", expected)
 
 
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_a_huge_frame_of_an_animation_is_an_error(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    path.write_bytes(gif_with_a_huge_frame(number))
+    with raises("video.unreadable", "a.gif"), open_source(path, SPEC) as source:
+        source.coarse()
+    with raises("video.unreadable", "a.gif"), play(path) as playback:
+        list(playback.frames)
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
 def test_animations_are_videos(name: str, tmp_path: Path) -> None:
     images = [Image.fromarray(picture(20 * k)) for k in range(6)]
@@ -293,3 +304,11 @@ def test_a_missing_package_is_named(module: str, package: str, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(BridgeError, match=rf'package \'{package}\'.*pip install "bridge-stg\[cpu\]"'):
         load_package(module, package)
+
+
+def test_times_far_in_the_future_take_no_time_to_count() -> None:
+    for last_s in (1e9, 2.0**70, 1e300):
+        with open_source([(0.0, picture(0)), (last_s, picture(1))], SPEC) as source:
+            assert source.coarse().times.shape[1] == 2
+            with raises("video.too_long"):
+                source.fine_grid()
