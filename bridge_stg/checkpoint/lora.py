@@ -103,7 +103,7 @@ def find_adapter(folder: Path, chosen: Path | str | None = None) -> Adapter | No
     if chosen is not None:
         places = [place for place in (*(root / chosen for root in roots), Path(chosen)) if is_adapter(place)][:1]
         if not places:
-            message = f"{chosen}: is neither the name of an adapter in {folder} nor a folder with a {CONFIG}"
+            message = f"{chosen}: is neither the name of an adapter in {folder} nor the folder of one"
             raise CheckpointError("checkpoint.not_found", f"{message}; check --adapter")
     else:
         below = [place for root in roots if root.is_dir() for place in root.iterdir()]
