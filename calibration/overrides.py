@@ -15,6 +15,7 @@ from bridge_stg.calibration.options import METHODS
 from bridge_stg.calibration.recipes import graph_of
 from bridge_stg.export.graph.blocks import block_of
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.parse import read_yaml
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def read_overrides(path: str | os.PathLike[str]) -> Overrides:
     """Read overrides from a YAML file. Raises BridgeError for unreadable YAML, unknown names, or bad strengths."""
     file = Path(path)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _error(file, f"cannot be read as YAML ({' '.join(str(error).split())}).") from error
+        values = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise _error(file, f"cannot be read as YAML ({error}).") from error
     values = {} if values is None else values
     known = [f.name for f in dataclasses.fields(Overrides)]
     if not isinstance(values, dict) or set(values) - set(known):

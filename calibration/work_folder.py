@@ -14,6 +14,7 @@ from typing import Any
 
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import lock_file, replacing
+from bridge_stg.runtime.host.parse import parse_json
 
 NOTE = "README"
 
@@ -26,7 +27,7 @@ def digest(*parts: Any) -> str:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; None if it does not exist or is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), finite=False)
     except (FileNotFoundError, ValueError):
         return None
 

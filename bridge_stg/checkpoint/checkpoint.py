@@ -122,9 +122,10 @@ def open_checkpoint(
     config = BridgeSTGConfig.load(folder)
     config, store = open_weights(folder, config, adapter=adapter)
     tokenizer = load_tokenizer(folder, config)
-    model = build_model(config, tokenizer, where=folder / "config.json", attention=attention)
-    check_weights(model, store)
-    return model, store
+    where = folder / "config.json"
+    with torch.device("meta"):  # before a model of wrong sizes takes memory
+        check_weights(build_model(config, where=where), store)
+    return build_model(config, tokenizer, where=where, attention=attention), store
 
 
 def open_weights(
@@ -167,7 +168,9 @@ def build_model(
     except CheckpointError:
         raise
     except Exception as error:  # transformers validates configs with many exception types
-        raise CheckpointError("checkpoint.bad_config", f"{where}: cannot build the backbone ({error})") from error
+        raise CheckpointError(
+            "checkpoint.bad_config", f"{where}: cannot build the backbone ({error!s:.300})"
+        ) from error
 
 
 def checkpoint_tensors(model: BridgeSTG) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,8 @@ from bridge_stg.model.backbones import backbone as adapter_of
 from bridge_stg.model.bridging import BridgingQueries
 from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig, read_json
 from bridge_stg.model.spatial_decoder import SpatialDecoder
+from bridge_stg.runtime.bundle.spec import Deviations, Means
+from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.files import require_space
 
@@ -119,17 +122,18 @@ def new_config(folder: Path, *, bridging: BridgingConfig, spatial_decoder: Spati
     return BridgeSTGConfig.from_dict(json.loads(json.dumps(config.to_dict())), str(folder / "config.json"))
 
 
-def image_statistics(
-    folder: Path, mean: tuple[float, ...], std: tuple[float, ...]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_statistics(folder: Path, mean: Means, std: Deviations) -> tuple[Means, Deviations]:
     """Return mean and standard deviation of the folder's image processor, or the family's without one."""
     path = folder / "preprocessor_config.json"
     values = read_json(path, hint=DOWNLOAD) if path.is_file() else {}
-    found = [values.get("image_mean", mean), values.get("image_std", std)]
-    for name, numbers in zip(("image_mean", "image_std"), found):
-        if not isinstance(numbers, (list, tuple)) or len(numbers) != 3:
-            raise CheckpointError("checkpoint.bad_config", f"{path}: {name} is {numbers!r}, expected three numbers")
-    return tuple(map(float, found[0])), tuple(map(float, found[1]))
+    kinds: dict[str, Any] = {"image_mean": Means, "image_std": Deviations}
+    try:
+        mean, std = (
+            from_json(kind, values.get(name, own), name) for (name, kind), own in zip(kinds.items(), (mean, std))
+        )
+    except ValueError as error:
+        raise CheckpointError("checkpoint.bad_config", f"{path}: {error}") from error
+    return mean, std
 
 
 def link_weights(files: list[Path], folder: Path) -> None:

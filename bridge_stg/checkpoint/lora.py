@@ -6,7 +6,6 @@ biases). Must not know file formats.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ import torch
 
 from bridge_stg.checkpoint.safetensors_file import StoredTensor, rename_key
 from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.host.parse import read_json
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 PAIRS = {".lora_A.weight": (".lora_B.weight", False), ".lora_embedding_A": (".lora_embedding_B", True)}
@@ -130,11 +130,11 @@ def read_adapter(folder: Path) -> Adapter:
             message = f"{file}: no such file, but the folder contains the rest of a LoRA adapter; {hint}"
             raise CheckpointError("checkpoint.missing_file", message)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         kind, patterns = config.get("peft_type"), config.get("alpha_pattern") or {}
         list(map(float, (config.get("lora_alpha", 8), *patterns.values())))
         list(map(re.compile, [*patterns, *(config.get("modules_to_save") or ())]))
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, re.error) as error:
+    except (OSError, ValueError, AttributeError, TypeError, re.error) as error:
         raise CheckpointError("checkpoint.bad_adapter", f"{path}: is not a peft config ({error})") from error
     unsupported = [] if kind == "LORA" else [f"peft_type {kind!r}"]
     unsupported += [f"{name} {value!r}" for name, value in config.items() if value and name not in SETTINGS]

@@ -6,6 +6,7 @@ Files are read, not mapped, since mapped pages count as memory of the process. T
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
+from bridge_stg.runtime.bundle.manifest import Bytes
+from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.host.parse import parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -50,6 +54,15 @@ class StoredTensor:
     delta: Delta | None = None  # change by an adapter
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in the header of a file; the offsets count from the header's end."""
+
+    dtype: str
+    shape: tuple[Bytes, ...]
+    data_offsets: tuple[Bytes, Bytes]
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a file in the order of the data; raise CheckpointError if it is damaged."""
     try:
@@ -58,23 +71,27 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
                 raise ValueError(f"its header should have {length:,} bytes, the file has {size:,}")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
-        tensors = [stored_tensor(name, values, path, 8 + length, size)
-                   for name, values in header.items() if name != "__metadata__"]  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        header.pop("__metadata__", None)
+        entries = from_json(Mapping[str, Entry], header)  # type: ignore[type-abstract]
+        tensors = [stored_tensor(name, entry, path, 8 + length, size) for name, entry in entries.items()]
+        tensors.sort(key=lambda tensor: (tensor.offset, tensor.length))
+        for one, after in itertools.pairwise(tensors):
+            if one.offset + one.length > after.offset:
+                raise ValueError(f"{one.key} and {after.key} overlap")
+    except (OSError, ValueError) as error:
         raise CheckpointError("checkpoint.damaged", f"{path}: is not a complete safetensors file ({error})") from error
-    return {tensor.key: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
+    return {tensor.key: tensor for tensor in tensors}
 
 
-def stored_tensor(name: str, values: Mapping[str, Any], path: Path, start: int, size: int) -> StoredTensor:
+def stored_tensor(name: str, entry: Entry, path: Path, start: int, size: int) -> StoredTensor:
     """Return one entry of a header; raise ValueError if its numbers contradict each other or the file."""
-    if values["dtype"] not in DTYPES:
-        raise ValueError(f"{name} has the unknown dtype {values['dtype']!r}")
-    dtype, shape = DTYPES[values["dtype"]], tuple(int(n) for n in values["shape"])
-    first, last = (int(n) for n in values["data_offsets"])
-    if not 0 <= first <= last or start + last > size:
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"{name} has the unknown dtype {entry.dtype!r}")
+    dtype, shape, (first, last) = DTYPES[entry.dtype], entry.shape, entry.data_offsets
+    if first > last or start + last > size:
         raise ValueError(f"{name} ends at byte {start + last:,}, the file at {size:,}")
     if last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} of shape {list(shape)} has {last - first:,} bytes")

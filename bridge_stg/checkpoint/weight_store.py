@@ -6,7 +6,6 @@ adapter, which is merged while reading. Must not know modules.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from bridge_stg.checkpoint.lora import EMBEDDING, HEAD, LoraDelta, deltas_and_replacements, find_adapter
 from bridge_stg.checkpoint.safetensors_file import StoredTensor, read_header, read_tensor, rename_key, same_bytes
 from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.host.parse import read_json
 
 WEIGHTS, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 PARTS = ("bridging.safetensors", "spatial_decoder.safetensors")
@@ -168,7 +168,7 @@ def weight_files(folder: Path) -> list[Path]:
 def shards(index: Path) -> list[Path]:
     """Return the files of an index, sorted by name."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(index)["weight_map"]
         by_file: dict[str, set[str]] = {}
         for key, name in places.items():
             by_file.setdefault(str(name), set()).add(key)

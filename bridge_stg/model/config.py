@@ -11,61 +11,53 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from bridge_stg.model.backbones import backbone
-from bridge_stg.runtime.bundle.spec import FramesSpec, ModelSpec, PromptSpec, SpanSpec
-from bridge_stg.runtime.bundle.typed_json import from_json
+from bridge_stg.runtime.bundle.spec import Count, Deviations, FramesSpec, Index, Means, ModelSpec, PromptSpec, SpanSpec
+from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.host import parse
 
 MODEL_TYPE = "bridge_stg"
+LossWeight: TypeAlias = Annotated[float, Between(0, 10**6)]
 
 
 @dataclass(frozen=True)
 class BridgingConfig:
     """STSB: the learned queries that follow the answer, and the LLM layers whose hidden states are tapped."""
 
-    num_queries: int = 8
-    tapped_layers: tuple[int, ...] = ()
+    num_queries: Count = 8
+    tapped_layers: tuple[Index, ...] = ()
     """Indices of LLM decoder layers; if empty, the last layer of each third."""
-
-    def __post_init__(self) -> None:
-        _check_count("num_queries", self.num_queries, 2**10)
 
 
 @dataclass(frozen=True)
 class SpatialDecoderConfig:
     """QGSL; the defaults are the sizes of TubeDETR (arXiv 2203.16434) and CG-STVG (arXiv 2401.01578)."""
 
-    width: int = 256
-    num_layers: int = 6
-    num_heads: int = 8
-    ffn_width: int = 2048
+    width: Annotated[int, Between(1, 2**14)] = 256
+    num_layers: Annotated[int, Between(1, 2**8)] = 6
+    num_heads: Annotated[int, Between(1, 2**8)] = 8
+    ffn_width: Annotated[int, Between(1, 2**16)] = 2048
 
     def __post_init__(self) -> None:
-        for name, most in {"width": 2**14, "num_layers": 2**8, "num_heads": 2**8, "ffn_width": 2**16}.items():
-            _check_count(name, getattr(self, name), most)
         if self.width % self.num_heads:
-            raise ValueError(f"spatial_decoder.width {self.width} is not a multiple of num_heads {self.num_heads}")
-
-
-def _check_count(name: str, value: Any, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {most}")
+            raise ValueError(f"width is {self.width}, expected a multiple of num_heads {self.num_heads}")
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the training losses; l1 and giou as in DETR (arXiv 2005.12872)."""
 
-    language: float = 1.0
-    l1: float = 5.0
-    giou: float = 2.0
-    presence: float = 1.0
-    heat: float = 1.0
-    contrastive: float = 0.1
-    contrastive_temperature: float = 0.07
-    auxiliary: float = 1.0
+    language: LossWeight = 1.0
+    l1: LossWeight = 5.0
+    giou: LossWeight = 2.0
+    presence: LossWeight = 1.0
+    heat: LossWeight = 1.0
+    contrastive: LossWeight = 0.1
+    contrastive_temperature: Annotated[float, Between(0.001, 1000)] = 0.07
+    auxiliary: LossWeight = 1.0
     """Weight of the demo's auxiliary losses on the LLM's hidden states."""
 
 
@@ -81,8 +73,8 @@ class BridgeSTGConfig:
     prompt: PromptSpec = field(default_factory=PromptSpec)
     span: SpanSpec = field(default_factory=SpanSpec)
     losses: LossConfig = field(default_factory=LossConfig)
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_mean: Means = (0.5, 0.5, 0.5)
+    image_std: Deviations = (0.5, 0.5, 0.5)
 
     def backbone_config(self) -> Any:
         """Return transformers' config object of the backbone; see `Backbone.config` for its errors."""
@@ -97,16 +89,18 @@ class BridgeSTGConfig:
         family, values = backbone(self.backbone), self.backbone_config()
         depth = values.text_config.num_hidden_layers
         layers = tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
-        if any(not 0 <= layer < depth for layer in layers):
-            message = f"bridging.tapped_layers is {list(layers)}, but the LLM has layers 0 to {depth - 1}"
-            raise CheckpointError("checkpoint.bad_config", message)
-        return ModelSpec(
-            vision=family.vision_spec(values, mean=self.image_mean, std=self.image_std),
-            language=family.language_spec(values, num_bridging_queries=self.bridging.num_queries, tapped_layers=layers),
-            frames=self.frames,
-            prompt=self.prompt,
-            span=self.span,
-        )
+        queries = self.bridging.num_queries
+        try:
+            spec = ModelSpec(
+                vision=family.vision_spec(values, mean=self.image_mean, std=self.image_std),
+                language=family.language_spec(values, num_bridging_queries=queries, tapped_layers=layers),
+                frames=self.frames,
+                prompt=self.prompt,
+                span=self.span,
+            )
+            return from_json(ModelSpec, dataclasses.asdict(spec))  # checks what follows from the backbone's config
+        except ValueError as error:
+            raise CheckpointError("checkpoint.bad_config", str(error)) from error
 
     def untied(self) -> BridgeSTGConfig:
         """Return the config of the same model with a head of its own."""
@@ -163,7 +157,7 @@ class BridgeSTGConfig:
 def read_json(path: Path, *, hint: str) -> dict[str, Any]:
     """Return the JSON object in a file; `hint` is the advice if the file does not exist."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse.read_json(path)
     except FileNotFoundError:
         raise CheckpointError("checkpoint.missing_file", f"{path}: no such file; {hint}") from None
     except (OSError, ValueError) as error:

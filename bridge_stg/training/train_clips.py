@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.runtime.host.files import require_space
+from bridge_stg.runtime.host.parse import read_json
 from bridge_stg.training.annotated_clips import check_clips, read_clips
 from bridge_stg.training.clip_batches import ClipBatches, TrainingOptions
 
@@ -167,7 +168,11 @@ def run_identity(options: TrainingOptions, documents: Mapping[str, Path], weight
 def same_run(path: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
     """Write the identity of a new run, or raise CheckpointError if a resumed run had another."""
     if resume and path.is_file():
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            begun = dict(read_json(path))
+        except (OSError, ValueError, TypeError) as error:
+            message = f"{path}: cannot be read ({error}); start again with --no-resume, or choose another --out"
+            raise CheckpointError("training.wrong_state", message) from error
         for name, value in identity.items():
             if begun.get(name) != value:
                 change = f" from {begun.get(name)!r} to {value!r}" if name in asdict(TrainingOptions()) else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -115,21 +115,26 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[int, float]:
     """Load a state written by `save_state`, and return (step, seconds)."""
     moments: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, "pt") as file:
-        meta, names = file.metadata(), list(file.keys())
-        weights = {k[6:]: file.get_tensor(k) for k in names if k.startswith("model.")}
-        for key in names:
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = file.get_tensor(key)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    try:
+        with safe_open(path, "pt") as file:
+            meta, names = file.metadata(), list(file.keys())
+            weights = {k[6:]: file.get_tensor(k) for k in names if k.startswith("model.")}
+            for key in names:
+                if key.startswith("optimizer."):
+                    _, index, name = key.split(".")
+                    moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        place = int(meta["step"]), float(meta["seconds"])
+    except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        message = f"{path}: cannot be resumed ({error}); start again with --no-resume"
+        raise CheckpointError("training.wrong_state", message) from error
     tied = {k for k in missing if k.endswith("lm_head.weight")}
     if set(missing) - tied or unexpected:
         message = f"{path}: does not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]})"
         raise CheckpointError("training.wrong_state", message)
     if optimizer is not None:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(meta["step"]), float(meta["seconds"])
+    return place
 
 
 def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

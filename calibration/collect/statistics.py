@@ -5,7 +5,6 @@ Tensors are found by the nodes of the matmuls that read them, which are equal in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from bridge_stg.runtime.bundle.bundle import read_manifest
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.parse import parse_json
 
 SCHEMA = 1
 FILE = "statistics.json"
@@ -59,7 +59,7 @@ class Statistics:
         file = folder / FILE
         advice = "Collect them again, into another folder"
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = parse_json(file.read_bytes(), finite=False)
         except FileNotFoundError:
             raise _error(f"{folder}: {FILE} is missing; expected the folder of a finished collection.") from None
         except ValueError as error:

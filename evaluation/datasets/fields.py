@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TypeGuard
 
 from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import AnnotationError
+from bridge_stg.runtime.host.parse import parse_json
 
 BOX = "[x, y, width, height]"
 
@@ -110,11 +112,10 @@ def join(where: str, field: str) -> str:
 def read_json_file(path: Path, kind: type, what: str) -> Any:
     """Return the JSON document in a file, of the `kind` list or dict; `what` describes it in the AnnotationError."""
     try:
-        values = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise fault(f"{path}:{error.lineno}", f"is not JSON ({error.msg})") from None
-    except RecursionError:
-        raise fault(path, "is nested too deeply for an annotation file") from None
+        values = parse_json(read_text(path))
+    except ValueError as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise fault(f"{path}{line}", f"is not JSON ({error})") from None
     if not isinstance(values, kind) or (kind is dict and not values):
         raise fault(path, f"is not {'a list' if kind is list else 'an object with fields'}; expected {what}")
     return values
@@ -142,8 +143,8 @@ def json_lines(path: Path) -> Iterator[Record]:
     """Yield the object of every line that is not blank. Raises AnnotationError."""
     for where, line in numbered_lines(path):
         try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            values = parse_json(line)
+        except ValueError as error:
             what = f"is not JSON ({error}); expected one object per line"
             raise fault(where, what, code="annotation.bad_line") from None
         if not isinstance(values, dict):
@@ -163,7 +164,7 @@ def digest(*parts: Path | str) -> str:
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Return whether a JSON value is a finite number; true and false are not numbers."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def brief(value: Any) -> str:

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bridge_stg.runtime.backends.kv_pool import bucketed
@@ -22,6 +21,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.chain.spatial_pass import MAX_ROWS
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.parse import read_yaml
 
 Range = tuple[int, int, int]
 Ranges = dict[str, Range]
@@ -147,14 +147,12 @@ def read_overrides(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises EngineError if the file cannot be read, is not a mapping, or has an unknown key.
     """
     try:
-        import yaml
+        values = read_yaml(path)
     except ImportError as error:
         message = f'pyyaml cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"'
         raise EngineError("host.missing_package", message) from error
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _bad(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    except (OSError, ValueError) as error:
+        raise _bad(f"{path}: cannot be read as YAML ({error})") from error
     known = ("capacity", "vision_encoder", "language_model", "spatial_decoder")
     if not isinstance(values, dict) or (unknown := next((key for key in values if key not in known), None)):
         found = f"the key {unknown!r}" if isinstance(values, dict) else "nothing" if values is None else repr(values)

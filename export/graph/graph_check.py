@@ -40,7 +40,7 @@ def load_graph(path: str | os.PathLike[str]) -> Any:
 
     try:
         return onnx.load(os.fspath(path), load_external_data=False)
-    except (OSError, DecodeError) as error:
+    except (OSError, ValueError, DecodeError) as error:
         raise EngineError("bundle.not_onnx", f"{path}: cannot be read as an ONNX graph ({error})") from error
 
 

@@ -6,7 +6,6 @@ Knows nothing of backends: sessions are opened from a Bundle that has passed the
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,6 +15,7 @@ from bridge_stg.runtime.bundle.manifest import SCHEMA_VERSION, FileEntry, GraphS
 from bridge_stg.runtime.bundle.onnx_file import external_locations
 from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.host.cpus import usable_cpus
+from bridge_stg.runtime.host.parse import read_json
 from bridge_stg.runtime.host.threads import for_each
 
 MANIFEST = "manifest.json"
@@ -82,8 +82,8 @@ def read_manifest(root: Path) -> Manifest:
         found = f"has no {MANIFEST}" if root.is_dir() else "is a file" if root.exists() else "does not exist"
         raise BundleError("bundle.not_found", f"{root}: {found}; expected the folder that `export` wrote.")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
         raise BundleError("bundle.unreadable", f"{file}: cannot be read as JSON ({error}). {COPY_AGAIN}") from error
     _check_schema_version(file, values)
     if values.get("fingerprint") != canonical_sha256(values, without="fingerprint"):

@@ -9,15 +9,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.bundle.typed_json import from_json
+from bridge_stg.runtime.bundle.spec import Count, HeadDim, ModelSpec
+from bridge_stg.runtime.bundle.typed_json import Between, from_json
 
 SCHEMA_VERSION = 1
 
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 CACHE_UPDATES = ("in_place", "append")
+
+Bytes: TypeAlias = Annotated[int, Between(0, 2**60)]
+Size: TypeAlias = Annotated[int, Between(0, 2**40)]  # of one dim of a tensor
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class FileEntry:
     """One file of the bundle: its POSIX path below the bundle's folder, bytes and SHA-256 (hex)."""
 
     path: str
-    size: int
+    size: Bytes
     sha256: str
 
 
@@ -35,7 +38,7 @@ class TensorSpec:
 
     name: str
     dtype: str
-    dims: tuple[int | str, ...]
+    dims: tuple[Size | str, ...]
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -54,9 +57,9 @@ class CacheSpec:
     """
 
     update: str
-    layers: int
-    kv_heads: int
-    head_dim: int
+    layers: Count
+    kv_heads: Count
+    head_dim: HeadDim
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -89,13 +92,13 @@ class GraphSpec:
     variant: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    opset: int
+    opset: Count
     precision: str = "fp32"
-    ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[Size, Size | None]] = field(default_factory=dict)
     cache: CacheSpec | None = None
     derived_from: str | None = None
     file: str = ""
-    size: int = 0
+    size: Bytes = 0
     sha256: str = ""
     data: tuple[FileEntry, ...] = ()
 

@@ -16,6 +16,7 @@ from bridge_stg.runtime.bundle.bundle import REPORTS, check_relative, file_sha25
 from bridge_stg.runtime.bundle.manifest import canonical_sha256
 from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.parse import parse_json
 
 
 def write_report(
@@ -49,7 +50,7 @@ def read_report(bundle_path: str | os.PathLike[str], name: str) -> dict[str, Any
     file = Path(bundle_path) / REPORTS / f"{name}.json"
     try:
         text = file.read_bytes().decode("utf-8")
-        record: dict[str, Any] = json.loads(text)
+        record: dict[str, Any] = parse_json(text, finite=False)
     except (OSError, ValueError) as error:
         raise BundleError("bundle.unreadable", f"{file}: cannot be read ({error}). Make the report again.") from error
     intact = isinstance(record, dict) and record.get("sha256") == canonical_sha256(record, without="sha256")

@@ -7,23 +7,56 @@ runtime read the same numbers. They know nothing of torch and of files.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, TypeAlias
+
+from bridge_stg.runtime.bundle.typed_json import Between, Text
+
+# Upper limits are far above any known model, so that a typo does not start to build or decode something huge.
+Rate: TypeAlias = Annotated[float, Between(0.001, 1000)]
+Pixels: TypeAlias = Annotated[int, Between(1, 2**28)]
+Frames: TypeAlias = Annotated[int, Between(1, 2**16)]
+Count: TypeAlias = Annotated[int, Between(1, 2**10)]
+Merge: TypeAlias = Annotated[int, Between(1, 2**6)]
+Width: TypeAlias = Annotated[int, Between(1, 2**20)]
+Vocabulary: TypeAlias = Annotated[int, Between(1, 2**24)]
+Tokens: TypeAlias = Annotated[int, Between(1, 2**30)]
+Mean: TypeAlias = Annotated[float, Between(-10, 10)]
+Means: TypeAlias = tuple[Mean, Mean, Mean]  # of red, green and blue
+Deviation: TypeAlias = Annotated[float, Between(0.001, 10)]
+Deviations: TypeAlias = tuple[Deviation, Deviation, Deviation]
+Base: TypeAlias = Annotated[float, Between(1, 10**12)]
+HeadDim: TypeAlias = Annotated[int, Between(2, 2**14, step=2)]
+Index: TypeAlias = Annotated[int, Between(0, 2**10)]
+Grid: TypeAlias = Annotated[int, Between(0, 2**12)]
+Margin: TypeAlias = Annotated[float, Between(0, 10**6)]
+Piece: TypeAlias = Annotated[str, Text()]
+Word: TypeAlias = Annotated[str, Text(1)]
+QueryForm: TypeAlias = Annotated[str, Text(parts=("{query}",))]
+TrackForm: TypeAlias = Annotated[str, Text(parts=("{query}", "{box}"))]
+TimeForm: TypeAlias = Annotated[str, Text(parts=("{time}",))]
 
 
 @dataclass(frozen=True)
 class FramesSpec:
     """Which frames are read, and at which size. Rates are in frames per second, sizes in pixels (height · width)."""
 
-    coarse_fps: float = 2.0
-    coarse_max_pixels: int = 128 * 128
-    coarse_min_pixels: int = 32 * 32
-    max_coarse_groups: int = 64
-    fine_fps: float = 4.0
-    fine_max_pixels: int = 256 * 256
-    fine_min_pixels: int = 32 * 32
-    max_fine_frames: int = 64
-    encoder_chunk_groups: int = 16  # most groups per call of the vision encoder; limits its memory on long videos
-    encoder_chunk_patches: int = 8192  # most patches per call (but at least one group); limits its memory too
-    max_visual_tokens: int | None = None  # of all coarse frames of one video; None: as many as the other fields allow
+    coarse_fps: Rate = 2.0
+    coarse_max_pixels: Pixels = 128 * 128
+    coarse_min_pixels: Pixels = 32 * 32
+    max_coarse_groups: Frames = 64
+    fine_fps: Rate = 4.0
+    fine_max_pixels: Pixels = 256 * 256
+    fine_min_pixels: Pixels = 32 * 32
+    max_fine_frames: Frames = 64
+    encoder_chunk_groups: Frames = 16  # most groups per call of the vision encoder; limits its memory on long videos
+    encoder_chunk_patches: Tokens = 8192  # most patches per call (but at least one group); limits its memory too
+    max_visual_tokens: Tokens | None = None  # of one video's coarse frames; None: as many as the other fields allow
+
+    def __post_init__(self) -> None:
+        for name in ("coarse", "fine"):
+            least, most = getattr(self, f"{name}_min_pixels"), getattr(self, f"{name}_max_pixels")
+            if least > most:
+                raise ValueError(f"{name}_min_pixels is {least}, expected at most {name}_max_pixels {most}")
 
 
 @dataclass(frozen=True)
@@ -31,32 +64,37 @@ class VisionSpec:
     """The parts of the vision encoder's geometry that the host needs."""
 
     family: str
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    hidden_size: int
-    head_dim: int
-    deepstack_levels: int
-    position_grid: int  # side of the square grid of learned position embeddings; 0: the encoder has none
-    rope_theta: float = 10000.0
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    window_patches: int = 0  # side of an attention window in patches; 0: every block attends to the whole group
-    tokens_per_second: float | None = None  # time positions per second in a stock prompt; None: it prints times
+    patch_size: Count
+    merge_size: Merge
+    temporal_patch_size: Merge
+    hidden_size: Width
+    head_dim: Annotated[int, Between(4, 2**14, step=4)]
+    deepstack_levels: Index
+    position_grid: Grid  # side of the square grid of learned position embeddings; 0: the encoder has none
+    rope_theta: Base = 10000.0
+    image_mean: Means = (0.5, 0.5, 0.5)
+    image_std: Deviations = (0.5, 0.5, 0.5)
+    window_patches: Grid = 0  # side of an attention window in patches; 0: every block attends to the whole group
+    tokens_per_second: Rate | None = None  # time positions per second in a stock prompt; None: it prints times
 
 
 @dataclass(frozen=True)
 class LanguageSpec:
     """The language model's sizes, from which its KV cache and token ids follow."""
 
-    hidden_size: int
-    num_layers: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    num_bridging_queries: int
-    tapped_layers: tuple[int, ...]
+    hidden_size: Width
+    num_layers: Count
+    kv_heads: Count
+    head_dim: HeadDim
+    vocab_size: Vocabulary
+    max_positions: Tokens
+    num_bridging_queries: Count
+    tapped_layers: tuple[Index, ...]
+
+    def __post_init__(self) -> None:
+        if any(layer >= self.num_layers for layer in self.tapped_layers):
+            layers = f"the LLM has layers 0 to {self.num_layers - 1}"
+            raise ValueError(f"tapped_layers is {list(self.tapped_layers)}, but {layers}")
 
     @property
     def bridging_ids(self) -> range:
@@ -68,25 +106,25 @@ class LanguageSpec:
 class PromptSpec:
     """The prompt's text. `{query}`, `{box}` and `{time}` are filled in; everything else is literal."""
 
-    head: str = "<|im_start|>user\n"
-    group_open: str = "<|vision_start|>"
-    visual_token: str = "<|video_pad|>"
-    group_close: str = "<|vision_end|>"
-    query: str = "Find {query}.<|im_end|>\n<|im_start|>assistant\n"
-    track: str = "Track {query}, first at {box}.<|im_end|>\n<|im_start|>assistant\n"
-    time: str = "<{time} seconds>"
-    time_decimals: int = 1
-    between: str = " to "
-    absent: str = "none"
-    max_query_characters: int = 1000
+    head: Piece = "<|im_start|>user\n"
+    group_open: Piece = "<|vision_start|>"
+    visual_token: Word = "<|video_pad|>"
+    group_close: Piece = "<|vision_end|>"
+    query: QueryForm = "Find {query}.<|im_end|>\n<|im_start|>assistant\n"
+    track: TrackForm = "Track {query}, first at {box}.<|im_end|>\n<|im_start|>assistant\n"
+    time: TimeForm = "<{time} seconds>"
+    time_decimals: Annotated[int, Between(0, 6)] = 1
+    between: Piece = " to "
+    absent: Word = "none"
+    max_query_characters: Annotated[int, Between(1, 100_000)] = 1000
 
 
 @dataclass(frozen=True)
 class SpanSpec:
     """How a named span becomes a tube."""
 
-    margin_s: float | None = None  # seconds searched on each side of the named span; None: one coarse group interval
-    presence_threshold: float = 0.5
+    margin_s: Margin | None = None  # seconds searched on each side of the named span; None: one coarse group interval
+    presence_threshold: Annotated[float, Between(0, 1)] = 0.5
 
 
 @dataclass(frozen=True)

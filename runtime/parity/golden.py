@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 
 from bridge_stg.runtime.bundle.bundle import COPY_AGAIN
-from bridge_stg.runtime.bundle.typed_json import from_json
+from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import BundleError
+from bridge_stg.runtime.host.parse import read_json
+
+Difference: TypeAlias = Annotated[float, Between(0, 10**9)]
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,14 @@ class Tolerance:
     `max_abs` counts per unit of max(1, the reference's largest magnitude); `least_iou` applies to tensors of boxes.
     """
 
-    max_abs: float
-    rel_l2: float
-    least_iou: float = 0.0
+    max_abs: Difference
+    rel_l2: Difference
+    least_iou: Annotated[float, Between(0, 1)] = 0.0
+
+
+READ_ERRORS = (OSError, ValueError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError, zlib.error,
+               zipfile.BadZipFile)  # fmt: skip
+"""What numpy and zipfile raise for a file that is not one of arrays."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class GoldenCall:
                     if prefix not in found or not name:
                         raise ValueError(f"array {key!r} begins with neither 'in.' nor 'out.'")
                     found[prefix][name] = arrays[key]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except READ_ERRORS as error:
             raise BundleError("bundle.bad_golden_case", f"{self.path}: {error}. {COPY_AGAIN}") from error
         return found["in"], found["out"]
 
@@ -85,14 +94,14 @@ class CaseFile:
     kind: str
     note: str = ""
     tolerance: Mapping[str, Tolerance] = field(default_factory=dict)
-    cache_capacity: int | None = None
+    cache_capacity: Annotated[int, Between(1, 2**18)] | None = None
 
 
 def read_case(folder: Path) -> GoldenCase:
     """Read case.json and the list of calls. Raises BundleError if case.json is missing or wrong."""
     file = folder / "case.json"
     try:
-        about = from_json(CaseFile, json.loads(file.read_text(encoding="utf-8")), "case")
+        about = from_json(CaseFile, read_json(file), "case")
     except (OSError, ValueError) as error:
         raise BundleError("bundle.bad_golden_case", f"{file}: cannot be read ({error}). {COPY_AGAIN}") from error
     names = [(*path.stem.rpartition("_")[::2], path) for path in folder.glob("*.npz")]

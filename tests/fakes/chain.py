@@ -192,7 +192,7 @@ def fake_spec(**frames: Any) -> ModelSpec:
             vocab_size=VOCAB,
             max_positions=4096,
             num_bridging_queries=BRIDGING,
-            tapped_layers=(0, 1),
+            tapped_layers=(0, 0),
         ),
         frames=FramesSpec(
             **{

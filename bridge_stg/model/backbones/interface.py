@@ -5,13 +5,29 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bridge_stg.model.vision import VisionEncoder
-from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, PromptSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import (
+    Base,
+    Count,
+    Deviations,
+    FramesSpec,
+    Index,
+    LanguageSpec,
+    Means,
+    Merge,
+    PromptSpec,
+    Rate,
+    Tokens,
+    VisionSpec,
+    Vocabulary,
+    Width,
+)
+from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import CheckpointError
 
 FIXED_ROTARY = ("default", "linear", "yarn", "llama3")
@@ -37,15 +53,15 @@ class Backbone(ABC):
         "model.norm.": "model.language_model.norm.",
         "language_model.": "model.language_model.",
     }
-    image_mean: ClassVar[tuple[float, float, float]]
-    image_std: ClassVar[tuple[float, float, float]]
+    image_mean: ClassVar[Means]
+    image_std: ClassVar[Means]
 
     @abstractmethod
     def build_config(self, values: Mapping[str, Any]) -> Any:
         """Return transformers' config object of a `config.json` without its `model_type`; may raise anything."""
 
     @abstractmethod
-    def vision_spec(self, config: Any, *, mean: Sequence[float], std: Sequence[float]) -> VisionSpec:
+    def vision_spec(self, config: Any, *, mean: Means, std: Deviations) -> VisionSpec:
         """Return the geometry of the vision encoder, which decides the position tables among its inputs."""
 
     @abstractmethod
@@ -85,15 +101,17 @@ class Backbone(ABC):
             message = f"the backbone's weights are quantized ({method}); start from the model that they were made from"
             raise CheckpointError("checkpoint.unsupported_dtype", message)
         for part, named in (("vision_config", ()), ("text_config", ("num_hidden_layers", "hidden_size"))):
+            if not isinstance(values.get(part) or {}, Mapping):
+                raise CheckpointError("checkpoint.bad_config", f"{part} is {values[part]!r:.60}, expected an object")
             if not values.get(part) and not (named and all(name in values for name in named)):
                 message = f"the backbone's config has no {part}; a {self.family} model has one"
                 raise CheckpointError("checkpoint.bad_config", message)
-        for part in ("vision_config", "text_config"):
-            check_counts(values.get(part) or values, f"the backbone's {part if values.get(part) else 'config'}")
         try:
+            for part in ("vision_config", "text_config"):
+                check_numbers(values.get(part) or values, f"{part}." if values.get(part) else "")
             config = self.build_config(values)
         except Exception as error:  # transformers validates configs with many exception types
-            message = f"transformers rejects the backbone's config ({error})"
+            message = f"transformers rejects the backbone's config ({error!s:.300})"
             raise CheckpointError("checkpoint.bad_config", message) from error
         check_text(config.text_config)
         return config
@@ -101,12 +119,17 @@ class Backbone(ABC):
     def language_spec(self, config: Any, *, num_bridging_queries: int, tapped_layers: Sequence[int]) -> LanguageSpec:
         """Return the sizes of the KV cache and the vocabulary."""
         text = config.text_config
-        heads = text.num_attention_heads
+        heads, groups = text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads
+        check_multiple("text_config.num_attention_heads", heads, "num_key_value_heads", groups)
+        head_dim = getattr(text, "head_dim", None)
+        if head_dim is None:
+            check_multiple("text_config.hidden_size", text.hidden_size, "num_attention_heads", heads)
+            head_dim = from_json(NUMBERS["head_dim"], text.hidden_size // heads, "text_config.head_dim")
         return LanguageSpec(
             hidden_size=text.hidden_size,
             num_layers=text.num_hidden_layers,
-            kv_heads=text.num_key_value_heads or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            kv_heads=groups,
+            head_dim=head_dim,
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
             num_bridging_queries=num_bridging_queries,
@@ -114,24 +137,33 @@ class Backbone(ABC):
         )
 
 
-MOST = {
-    "depth": 2**10, "num_hidden_layers": 2**10, "num_heads": 2**10, "num_attention_heads": 2**10,
-    "num_key_value_heads": 2**10, "head_dim": 2**14, "hidden_size": 2**20, "intermediate_size": 2**22,
-    "out_hidden_size": 2**20, "vocab_size": 2**24, "max_position_embeddings": 2**30, "patch_size": 2**10,
-    "spatial_merge_size": 2**6, "temporal_patch_size": 2**6,
+NUMBERS: dict[str, Any] = {
+    "depth": Count, "num_hidden_layers": Count, "num_heads": Count, "num_attention_heads": Count,
+    "num_key_value_heads": Count | None, "head_dim": Annotated[int, Between(8, 2**14, step=8)] | None,
+    "hidden_size": Width, "intermediate_size": Annotated[int, Between(1, 2**22)], "out_hidden_size": Width,
+    "vocab_size": Vocabulary, "max_position_embeddings": Tokens, "patch_size": Count, "spatial_merge_size": Merge,
+    "temporal_patch_size": Merge, "in_channels": Annotated[int, Between(3, 3)], "tokens_per_second": Rate,
+    "num_position_embeddings": Vocabulary, "window_size": Annotated[int, Between(1, 2**16)],
+    "deepstack_visual_indexes": tuple[Index, ...], "fullatt_block_indexes": tuple[Index, ...],
+    "rms_norm_eps": Annotated[float, Between(0, 1)], "rope_theta": Base,
+    "mrope_section": tuple[Index, Index, Index], "factor": Annotated[float, Between(0.001, 10**6)],
 }  # fmt: skip
-"""Upper limits, larger than in any known model, so that a typo does not start to build a huge model."""
+"""Ranges of a backbone's numbers. onnxruntime's GroupQueryAttention needs a `head_dim` that is a multiple of 8."""
 
 
-def check_counts(section: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError if a count or size is beyond MOST; missing values are left to transformers."""
-    for name, most in MOST.items():
-        value = section.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            message = f"{where} has {name} {value!r}; expected a whole number from 1 to {most}"
-            raise CheckpointError("checkpoint.bad_config", message)
+def check_numbers(section: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if a number of a section is beyond its range; missing values are left to transformers."""
+    for name, value in section.items():
+        if name in NUMBERS:
+            from_json(NUMBERS[name], value, where + name)
+        elif name in {"rope_parameters", "rope_scaling"} and isinstance(value, Mapping):
+            check_numbers(value, f"{where}{name}.")
+
+
+def check_multiple(name: str, size: int, divisor: str, of: int) -> None:
+    """Raise ValueError if one size of a config is not a multiple of another."""
+    if size % of:
+        raise ValueError(f"{name} is {size}, expected a multiple of {divisor} {of}")
 
 
 def check_text(text: Any) -> None:
@@ -156,8 +188,13 @@ def build(model: type, config: Any, *, attention: str) -> nn.Module:
     return built
 
 
-def vision_geometry(family: str, vision: Any, mean: Sequence[float], std: Sequence[float], **more: Any) -> VisionSpec:
+def vision_geometry(family: str, config: Any, mean: Means, std: Deviations, **more: Any) -> VisionSpec:
     """Return the spec of an encoder whose `vision_config` has Qwen's field names; `more` holds the family's fields."""
+    vision, hidden = config.vision_config, config.text_config.hidden_size
+    check_multiple("vision_config.hidden_size", vision.hidden_size, "num_heads", vision.num_heads)
+    if vision.out_hidden_size != hidden:
+        expected = f"expected that of text_config.hidden_size, {hidden}"
+        raise ValueError(f"vision_config.out_hidden_size is {vision.out_hidden_size}, {expected}")
     return VisionSpec(
         family=family,
         patch_size=vision.patch_size,
@@ -166,8 +203,8 @@ def vision_geometry(family: str, vision: Any, mean: Sequence[float], std: Sequen
         hidden_size=vision.hidden_size,
         head_dim=vision.hidden_size // vision.num_heads,
         rope_theta=float(vision.rope_parameters["rope_theta"]),
-        image_mean=tuple(mean),
-        image_std=tuple(std),
+        image_mean=mean,
+        image_std=std,
         **more,
     )
 

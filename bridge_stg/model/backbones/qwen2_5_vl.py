@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from bridge_stg.model.backbones.interface import Backbone, build, frames_for, vision_geometry
 from bridge_stg.model.vision import VisionEncoder, Windows
-from bridge_stg.runtime.bundle.spec import FramesSpec, PromptSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, Means, PromptSpec, VisionSpec
 
 
 class Qwen2_5VLEncoder(VisionEncoder):
@@ -79,12 +79,14 @@ class Qwen2_5VL(Backbone):
         """See `Backbone.build_config`. Published configs are flat: text values are siblings of `vision_config`."""
         return Qwen2_5_VLConfig(**values)
 
-    def vision_spec(self, config: Any, *, mean: Sequence[float], std: Sequence[float]) -> VisionSpec:
+    def vision_spec(self, config: Any, *, mean: Means, std: Deviations) -> VisionSpec:
         """See `Backbone.vision_spec`."""
         vision = config.vision_config
         merge = vision.spatial_merge_size
+        if (least := merge * vision.patch_size) > vision.window_size:
+            raise ValueError(f"vision_config.window_size is {vision.window_size}, expected at least {least}")
         return vision_geometry(
-            self.family, vision, mean, std, deepstack_levels=0, position_grid=0,
+            self.family, config, mean, std, deepstack_levels=0, position_grid=0,
             window_patches=vision.window_size // merge // vision.patch_size * merge,
             tokens_per_second=float(vision.tokens_per_second),
         )  # fmt: skip

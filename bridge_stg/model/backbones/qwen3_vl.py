@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwe
 
 from bridge_stg.model.backbones.interface import Backbone, build, frames_for, vision_geometry
 from bridge_stg.model.vision import VisionEncoder
-from bridge_stg.runtime.bundle.spec import FramesSpec, PromptSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, Means, PromptSpec, VisionSpec
 
 
 class Qwen3VLEncoder(VisionEncoder):
@@ -33,8 +35,8 @@ class Qwen3VLEncoder(VisionEncoder):
 
     def merge(self, states: list[Tensor]) -> Tensor:
         """Return visual tokens [1+D, G·N/merge², H]: the merger's output, then one row per deepstack level."""
-        levels = list(self.model.deepstack_visual_indexes)
-        deep = [merger(states[level].flatten(0, 1)) for merger, level in zip(self.model.deepstack_merger_list, levels)]
+        levels = zip(self.model.deepstack_visual_indexes, self.model.deepstack_merger_list, strict=True)
+        deep = [merger(states[level].flatten(0, 1)) for level, merger in sorted(levels, key=itemgetter(0))]
         return torch.stack([self.model.merger(states[-1].flatten(0, 1)), *deep])
 
     def forward(
@@ -58,12 +60,18 @@ class Qwen3VL(Backbone):
         """See `Backbone.build_config`."""
         return Qwen3VLConfig(**values)
 
-    def vision_spec(self, config: Any, *, mean: Sequence[float], std: Sequence[float]) -> VisionSpec:
+    def vision_spec(self, config: Any, *, mean: Means, std: Deviations) -> VisionSpec:
         """See `Backbone.vision_spec`."""
         vision = config.vision_config
+        levels, grid = vision.deepstack_visual_indexes, math.isqrt(vision.num_position_embeddings)
+        if len(set(levels)) < len(levels) or any(level >= vision.depth for level in levels):
+            expected = f"expected different blocks, 0 to {vision.depth - 1}"
+            raise ValueError(f"vision_config.deepstack_visual_indexes is {list(levels)}, {expected}")
+        if grid**2 != vision.num_position_embeddings:
+            found = f"vision_config.num_position_embeddings is {vision.num_position_embeddings}"
+            raise ValueError(f"{found}, expected the square of a number")
         return vision_geometry(
-            self.family, vision, mean, std, deepstack_levels=len(vision.deepstack_visual_indexes),
-            position_grid=round(vision.num_position_embeddings**0.5),
+            self.family, config, mean, std, deepstack_levels=len(levels), position_grid=grid,
         )  # fmt: skip
 
     def vision_encoder(self, config: Any, spec: VisionSpec, *, attention: str) -> VisionEncoder:

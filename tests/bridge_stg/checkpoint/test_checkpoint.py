@@ -144,6 +144,77 @@ def test_sizes_that_no_model_has_are_rejected(tiny_model, section, name, value, 
         BridgeSTGConfig.from_dict(values)
 
 
+NUMBERS = {
+    "": ("image_mean", "image_std"),
+    "bridging": ("num_queries", "tapped_layers"),
+    "spatial_decoder": ("width", "num_layers", "num_heads", "ffn_width"),
+    "frames": ("coarse_fps", "coarse_max_pixels", "max_coarse_groups", "fine_fps", "encoder_chunk_groups"),
+    "prompt": ("time_decimals", "max_query_characters", "query"),
+    "span": ("margin_s", "presence_threshold"),
+    "losses": ("language", "l1", "giou", "presence", "heat", "contrastive", "contrastive_temperature", "auxiliary"),
+    "backbone.vision_config": (
+        "depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size",
+        "temporal_patch_size", "out_hidden_size", "num_position_embeddings", "deepstack_visual_indexes", "in_channels",
+    ),
+    "backbone.text_config": (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+    ),
+    "backbone.text_config.rope_parameters": ("rope_theta", "mrope_section"),
+}  # fmt: skip
+WRONG = (-1, float("nan"), float("inf"), 1e30, 10**400, "2", True, [[]], "x" * 100_000)
+"""Values that none of these fields may have; 0 and null are valid for some."""
+
+
+def changed(values: dict, section: str, **changes: object) -> dict:
+    values = json.loads(json.dumps(values))
+    part = values
+    for name in filter(None, section.split(".")):
+        part = part[name]
+    part.update(changes)
+    return values
+
+
+@pytest.mark.parametrize("section", NUMBERS)
+def test_every_number_of_the_config_has_a_range(tiny_model, section):
+    values = tiny_model.config.to_dict()
+    for name in NUMBERS[section]:
+        for value in WRONG:
+            with raises("checkpoint.bad_config", name) as caught:
+                BridgeSTGConfig.from_dict(changed(values, section, **{name: value}))
+            assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "section, changes, named",
+    [
+        ("backbone.text_config", {"head_dim": 12}, ["head_dim", 12, "multiple of 8"]),
+        ("backbone.text_config", {"num_key_value_heads": 3}, ["num_attention_heads", 4, "num_key_value_heads 3"]),
+        ("backbone.vision_config", {"num_heads": 3}, ["hidden_size", 32, "num_heads 3"]),
+        ("backbone.vision_config", {"num_heads": 16}, ["vision.head_dim", 2]),
+        ("backbone.vision_config", {"out_hidden_size": 32}, ["out_hidden_size", 32, 64]),
+        ("backbone.vision_config", {"num_position_embeddings": 15}, ["num_position_embeddings", 15]),
+        ("backbone.vision_config", {"deepstack_visual_indexes": [0, 0]}, ["deepstack_visual_indexes", "[0, 0]"]),
+        ("backbone.vision_config", {"deepstack_visual_indexes": [2]}, ["deepstack_visual_indexes", "0 to 1"]),
+        ("backbone", {"vision_config": 7}, ["vision_config", 7]),
+        ("spatial_decoder", {"num_heads": 7}, ["width", 32, "num_heads 7"]),
+        ("prompt", {"time": "now"}, ["prompt.time", "{time}"]),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_rejected(tiny_model, section, changes, named):
+    with raises("checkpoint.bad_config", *named):
+        BridgeSTGConfig.from_dict(changed(tiny_model.config.to_dict(), section, **changes))
+
+
+def test_a_model_larger_than_its_weights_is_never_built(folder):
+    """The sizes are compared with the headers of the files first: this one would take 4 TB."""
+    values = json.loads((folder / "config.json").read_text())
+    values["backbone"]["text_config"] |= {"vocab_size": 2**24, "intermediate_size": 2**22}
+    (folder / "config.json").write_text(json.dumps(values))
+    with raises("checkpoint.wrong_shape", "embed_tokens", 2**24):
+        load_checkpoint(folder)
+
+
 def test_config_survives_json(tiny_model):
     text = json.dumps(tiny_model.config.to_dict())
     assert BridgeSTGConfig.from_dict(json.loads(text)) == tiny_model.config

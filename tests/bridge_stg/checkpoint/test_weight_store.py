@@ -113,6 +113,13 @@ def rewrite_header(path: Path, **entry: object) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
+def add_entry(path: Path, entry: bytes) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length].replace(b"{", b"{" + entry + b",", 1)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
 BREAKAGES = {
     "a shard is missing": (lambda f: shard(f).unlink(), "missing_file", ["index.json", "'model-00001"]),
     "a shard is cut": (lambda f: cut(shard(f), shard(f).stat().st_size - 5), "damaged", ["00001"]),
@@ -120,7 +127,16 @@ BREAKAGES = {
     "no shape": (lambda f: rewrite_header(shard(f), shape=None), "damaged", ["00001"]),
     "another shape": (lambda f: rewrite_header(shard(f), shape=[1, 2, 3]), "damaged", ["[1, 2, 3]"]),
     "unknown dtype": (lambda f: rewrite_header(shard(f), dtype="F3"), "damaged", ["'F3'"]),
-    "offsets outside": (lambda f: rewrite_header(shard(f), data_offsets=[-4, 0]), "damaged", ["00001", "byte"]),
+    "offsets outside": (lambda f: rewrite_header(shard(f), data_offsets=[-4, 0]), "damaged", ["data_offsets", -4]),
+    "a shape of fractions": (lambda f: rewrite_header(shard(f), shape=[1.5, 2]), "damaged", ["shape[0]", 1.5]),
+    "two negative sizes": (lambda f: rewrite_header(shard(f), shape=[-1, -3]), "damaged", ["shape[0]", -1]),
+    "infinite sizes": (lambda f: rewrite_header(shard(f), shape=[float("inf")]), "damaged", ["shape[0]", "Infinity"]),
+    "tensors that overlap": (lambda f: add_entry(shard(f), b'"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'),
+                             "damaged", ["x and", "overlap"]),
+    "a tensor twice": (lambda f: add_entry(shard(f), b'"x":{},"x":{}'), "damaged", ["'x'", "twice"]),
+    "a header too deep": (lambda f: add_entry(shard(f), b'"x":' + b"[" * 10**5), "damaged", ["levels"]),
+    "a header of exabytes": (lambda f: shard(f).write_bytes((2**60).to_bytes(8, "little") + b"{}"), "damaged",
+                            ["1,152,921,504,606,846,976"]),
     "a shard lacks a key": (
         lambda f: damage_index(f, lambda v: v["weight_map"].update(more=shard(f).name)), "missing_tensor",
         ["00001", "more", "index.json"],

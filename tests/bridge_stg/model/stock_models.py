@@ -35,7 +35,8 @@ IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id"
 TEXT = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
-VISION = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+VISION = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+          "deepstack_visual_indexes": [0, 2]}  # fmt: skip
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
@@ -46,7 +47,7 @@ def stock_model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if family == "qwen3_vl":
         config = Qwen3VLConfig(
-            vision_config={**VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]},
+            vision_config={**VISION, "num_position_embeddings": 16},
             text_config={**TEXT, "head_dim": 16, "rope_parameters": {**ROTARY, "mrope_section": [4, 2, 2]}},
             tie_word_embeddings=True, **IDS,
         )  # fmt: skip

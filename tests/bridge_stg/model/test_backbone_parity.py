@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from bridge_stg.checkpoint.checkpoint import checkpoint_key
+from bridge_stg.demo.tiny_model import demo_config
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.chain.positions import vision_tables
@@ -49,6 +52,24 @@ def test_vision_equals_transformers(tiny_model, reference, groups, height, width
     raster = raster.reshape(groups, height // 16, width // 16, -1)
     normalized = raster / raster.pow(2).mean(-1, keepdim=True).sqrt()
     np.testing.assert_allclose(ours["feature_map"], normalized.numpy(), atol=1e-4)
+
+
+def test_unsorted_deepstack_levels_are_those_of_transformers():
+    """transformers takes levels in the order of the blocks, each with the merger at its place in the list."""
+    config = demo_config()
+    vision = {**config.backbone["vision_config"], "deepstack_visual_indexes": [2, 0, 1]}
+    torch.manual_seed(0)
+    model = BridgeSTG(replace(config, backbone={**config.backbone, "vision_config": vision}))
+    theirs = Qwen3VLForConditionalGeneration(model.config.backbone_config()).eval()
+    theirs.model.visual.load_state_dict(model.vision_encoder.model.state_dict())
+    frames = frames_of(1, 64, 64)
+    feeds = {"frames": frames.numpy(), **vision_tables(model.spec.vision, 4, 4)}
+    ours = TorchSession("vision_encoder", model).infer(feeds)["visual_tokens"][1:]
+    with torch.no_grad():
+        levels = theirs.model.visual(pixels(frames), grid_thw=torch.tensor([[1, 4, 4]])).deepstack_features
+    assert len(ours) == len(levels) == 3
+    for mine, level in zip(ours, levels, strict=True):
+        np.testing.assert_allclose(mine, level.numpy(), atol=1e-5)
 
 
 def test_position_tables_equal_transformers(tiny_model):

@@ -91,8 +91,8 @@ REJECTED = {
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "unsupported_dtype", ["awq"]),
     "no vision": ({"vision_config": None}, "bad_config", ["vision_config"]),
     "no text": ({"text_config": None}, "bad_config", ["text_config"]),
-    "no number": ({"vision_config": {**VISION, "depth": "many"}}, "bad_config", ["vision_config", "depth 'many'"]),
-    "no heads": ({"vision_config": {**VISION, "num_heads": 0}}, "bad_config", ["vision_config", "num_heads 0"]),
+    "no number": ({"vision_config": {**VISION, "depth": "many"}}, "bad_config", ["vision_config.depth", '"many"']),
+    "no heads": ({"vision_config": {**VISION, "num_heads": 0}}, "bad_config", ["vision_config.num_heads", "is 0"]),
     "too deep": ({"text_config": {**TEXT, "num_hidden_layers": 10**12}}, "bad_config", ["num_hidden_layers", 10**12]),
 }
 

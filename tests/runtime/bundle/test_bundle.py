@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -98,7 +99,7 @@ def test_a_manifest_that_cannot_be_read(bundle_path, text, code, value):
         (lambda m: m["spec"].pop("language"), ["spec.language"]),
         (
             lambda m: m["graphs"]["language_model"]["standard"]["inputs"][0].update(dims=["B", None]),
-            ["graphs.language_model.standard.inputs[0].dims[1]", "null", "an integer or a string"],
+            ["graphs.language_model.standard.inputs[0].dims[1]", "null", "an integer", "or a string"],
         ),
         (
             lambda m: m["graphs"]["language_model"]["standard"]["inputs"][0].update(dtype="bfloat16"),
@@ -121,6 +122,56 @@ def test_a_manifest_that_cannot_be_read(bundle_path, text, code, value):
 def test_a_signed_manifest_with_wrong_fields(bundle_path, change, values):
     edit(bundle_path, change)
     fails(bundle_path, "bundle.bad_field", "manifest.json", *values)
+
+
+LONG = "9" * 5000
+WRONG = ("-1", "NaN", "-Infinity", "1e999", "1e30", '"2"', "true", "[]", f'"{"x" * 100_000}"', LONG)
+"""JSON values that no number of the spec may have; 0, null and large integers are valid for some."""
+
+
+def test_every_number_of_the_spec_has_a_range(bundle_path):
+    """Read the manifest with each number replaced by each wrong value: an error names the field."""
+    file, optional = bundle_path / "manifest.json", ("margin_s", "max_visual_tokens", "tokens_per_second")
+    clean = json.loads(file.read_text())
+    spec = clean["spec"]
+    numbers = [(p, n) for p in spec for n, v in spec[p].items() if n in optional or isinstance(v, int | float)]
+    assert len(numbers) > 30
+    for part, name in numbers:
+        text = json.dumps({**clean, "spec": {**spec, part: {**spec[part], name: "@"}}})
+        for value in WRONG:
+            wrong = text.replace('"@"', value)
+            with suppress(ValueError):  # what json refuses has no fingerprint
+                fingerprint = canonical_sha256(json.loads(wrong), without="fingerprint")
+                wrong = wrong.replace(clean["fingerprint"], fingerprint)
+            file.write_text(wrong)
+            with pytest.raises(BundleError) as caught:
+                Bundle.load(bundle_path)
+            assert caught.value.code in ("bundle.bad_field", "bundle.unreadable"), (part, name, value)
+            assert name in str(caught.value) or value == LONG, caught.value
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("frames", "coarse_fps", 0),
+        ("frames", "max_coarse_groups", 0),
+        ("frames", "coarse_min_pixels", 2**27),
+        ("vision", "patch_size", 0),
+        ("vision", "merge_size", 2**63),
+        ("vision", "head_dim", 6),
+        ("vision", "image_mean", [0.5, 0.5]),
+        ("language", "num_layers", 10**9),
+        ("language", "tapped_layers", [99]),
+        ("prompt", "query", "Find it."),
+        ("prompt", "track", "Track {query}."),
+        ("prompt", "time", "{time} {time}"),
+        ("prompt", "absent", ""),
+        ("span", "presence_threshold", 1.5),
+    ],
+)
+def test_a_value_out_of_range_names_its_field(bundle_path, part, name, value):
+    edit(bundle_path, lambda m: m["spec"][part].update({name: value}))
+    fails(bundle_path, "bundle.bad_field", f"spec.{part}", name)
 
 
 def test_an_edited_manifest_without_a_new_fingerprint(bundle_path):

@@ -1,0 +1,120 @@
+"""Parse JSON and YAML text of users. Whatever is wrong with it is one ValueError, so that callers name file and cause.
+
+Knows nothing of what the values mean.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+MOST_BYTES = 32 * 2**20
+"""Largest file of settings or metadata; only annotations and results may be larger."""
+MOST_YAML_BYTES = 2**20
+MOST_LEVELS = 64
+_LONG_INTEGER = re.compile(r"\d{4301}")  # the parser's own limit, whose message has no line
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the value in a JSON file of at most `MOST_BYTES`; see `parse_json` for the errors."""
+    return parse_json(_read(path, MOST_BYTES))
+
+
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
+    """Return the value of JSON text; bytes are UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not JSON or not UTF-8, repeats a name in an object, has more than `MOST_LEVELS` levels, half
+            of a surrogate pair, or, if `finite` is set, NaN or an infinity as the value of a name.
+    """
+    text = _decode(text)
+    try:
+        values = json.loads(text, object_pairs_hook=functools.partial(_object, finite=finite))
+    except RecursionError:
+        raise _too_deep() from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        if not (found := _LONG_INTEGER.search(text)):
+            raise
+        line = text.count("\n", 0, found.start()) + 1
+        raise ValueError(f"line {line}: an integer has more than 4,300 digits") from error
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(values, ensure_ascii=False).encode()
+    level = [values]
+    for _ in range(MOST_LEVELS + 1):
+        level = [value for value in level if isinstance(value, (dict, list))]
+        if not level:
+            return values
+        level = [part for value in level for part in (value.values() if isinstance(value, dict) else value)]
+    raise _too_deep()
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """Return the value in a YAML file of at most `MOST_YAML_BYTES`, with YAML's plain types only.
+
+    Raises:
+        ValueError: it is not YAML or not UTF-8, repeats a key, has aliases, or is nested too deeply.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc] # pyyaml has no types
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"line {self.peek_event().start_mark.line + 1}: aliases are not supported")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            if repeated := _repeated(str(key.value) for key, _ in node.value):
+                raise ValueError(f"line {node.start_mark.line + 1}: {repeated!r} occurs twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(_decode(_read(path, MOST_YAML_BYTES)), Loader)
+    except RecursionError:
+        raise _too_deep() from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _read(path: str | os.PathLike[str], most: int) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most // 2**20} MiB")
+    return data
+
+
+def _decode(text: str | bytes) -> str:
+    if isinstance(text, str):
+        return text
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: it is not UTF-8 text (byte {error.start})") from error
+
+
+def _object(pairs: list[tuple[str, Any]], *, finite: bool) -> dict[str, Any]:
+    """Return an object whose names differ and, if `finite` is set, whose numbers are finite."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"{_repeated(name for name, _ in pairs)!r} occurs twice in an object")
+    for name, value in pairs:
+        if finite and isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name!r} is {value}, which is not a JSON number")
+    return values
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
