@@ -87,17 +87,10 @@ class Adapter:
 
 
 def find_adapter(folder: Path, chosen: Path | str | None = None) -> Adapter | None:
-    """Return the adapter of a model's folder, None without any.
+    """Return the `chosen` adapter (a name in the model's folder, or a path), or the only one, None without any.
 
     peft saves an adapter in the folder that it is given, or below it under the adapter's name: both are looked for in
-    `folder` and in its `adapter/`.
-
-    Args:
-        folder: the model's folder.
-        chosen: name of one of several adapters, or the path of an adapter anywhere.
-
-    Raises:
-        CheckpointError: there are several adapters, the chosen one does not exist, or it is not plain LoRA.
+    `folder` and in its `adapter/`. Raises CheckpointError if there are several, or it is missing or not plain LoRA.
     """
     roots = [folder, folder / "adapter"]
     if chosen is not None:
@@ -148,13 +141,9 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def deltas_and_replacements(
-    adapter: Adapter,
-    held: Mapping[str, StoredTensor],
-    base: Mapping[str, StoredTensor],
-    prefixes: Mapping[str, str],
-    *,
-    tied: bool = False,
-) -> tuple[dict[str, LoraDelta], dict[str, StoredTensor]]:
+    adapter: Adapter, held: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor], prefixes: Mapping[str, str],
+    *, tied: bool,
+) -> tuple[dict[str, LoraDelta], dict[str, StoredTensor]]:  # fmt: skip
     """Return the deltas of an adapter, and the tensors that it replaces, by the model's keys.
 
     `held` are the adapter's tensors without peft's `base_model.model.`, and `base` the model's, with a head even if it
@@ -177,12 +166,8 @@ def deltas_and_replacements(
         delta = LoraDelta(tensor, partner, scale=adapter.scale_of(module, tensor.shape[0]), transposed=transposed)
         check_target(adapter, name, key, base)
         if not delta.fits(base[key].shape):
-            message = (
-                f"{adapter.weights}: {name} {list(tensor.shape)} and its B {list(partner.shape)} do not fit {key} "
-            )
-            raise CheckpointError(
-                "checkpoint.bad_adapter", f"{message}{list(base[key].shape)}; it belongs to another model"
-            )
+            message = f"{adapter.weights}: {name} {list(tensor.shape)} and its B {list(partner.shape)} do not fit {key}"
+            raise CheckpointError("checkpoint.bad_adapter", f"{message} {list(base[key].shape)} of this model")
         deltas[key] = delta
         used |= {name, name.removesuffix(suffix) + other}
     for name in sorted(held.keys() - used, key=adapter.copies):  # a copy replaces what is loaded into the model's own

@@ -37,13 +37,9 @@ class WeightStore(Mapping[str, StoredTensor]):
 
     @classmethod
     def open(
-        cls,
-        folder: Path | str,
-        *,
-        key_prefixes: Mapping[str, str],
-        tied: bool = False,
+        cls, folder: Path | str, *, key_prefixes: Mapping[str, str], tied: bool = False,
         adapter: Path | str | None = None,
-    ) -> WeightStore:
+    ) -> WeightStore:  # fmt: skip
         """Read the headers of a folder's files.
 
         Args:
@@ -70,8 +66,12 @@ class WeightStore(Mapping[str, StoredTensor]):
                     tensors[key] = replace(tensor, key=key)
         tied = tied and EMBEDDING in tensors
         if tied:
-            check_tied_head(tensors.get(HEAD, tensors[EMBEDDING]), tensors[EMBEDDING])
-            tensors[HEAD] = replace(tensors[EMBEDDING], key=HEAD)
+            table = tensors[EMBEDDING]
+            if not same_values(tensors.get(HEAD, table), table):
+                message = f"{tensors[HEAD].path}: {HEAD} differs from the embedding table, but config.json ties the two"
+                hint = 'set "tie_word_embeddings" to false in it, or remove the tensor'
+                raise CheckpointError("checkpoint.tied_head", f"{message}; {hint}")
+            tensors[HEAD] = replace(table, key=HEAD)
         if (found := find_adapter(folder, adapter)) is not None:
             stored = read_header(found.weights)
             held = {name.removeprefix("base_model.model."): tensor for name, tensor in stored.items()}
@@ -125,14 +125,6 @@ class WeightStore(Mapping[str, StoredTensor]):
                 message = f"{stored.delta.a.path}: {key} is not finite in {stored.dtype} after merging"
                 raise CheckpointError("checkpoint.not_finite", message)
         return value
-
-
-def check_tied_head(head: StoredTensor, embedding: StoredTensor) -> None:
-    """Raise CheckpointError if the stored head of a tied model differs from the embedding table."""
-    if not same_values(head, embedding):
-        message = f"{head.path}: {HEAD} differs from the embedding table, but config.json ties the two"
-        hint = 'set "tie_word_embeddings" to false in it, or remove the tensor'
-        raise CheckpointError("checkpoint.tied_head", f"{message}; {hint}")
 
 
 def same_values(head: StoredTensor, table: StoredTensor) -> bool:

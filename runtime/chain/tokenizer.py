@@ -69,8 +69,7 @@ def text_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]
             steps = [*names(values.get("normalizer")), *names(values.get("pre_tokenizer")), *names(values["model"])]
             yield f"turns {given[part]!r} into {back[part]!r} ({', '.join(steps)}), expected to keep every text"
     try:
-        times = np.arange(2 * spec.frames.max_coarse_groups) / 2
-        AnswerGrammar(tokenizer, prompt, time_strings(times, prompt))
+        AnswerGrammar(tokenizer, prompt, time_strings(np.arange(2 * spec.frames.max_coarse_groups) / 2, prompt))
     except BridgeError as error:
         yield f"does not fit the prompt ({error})"
 
