@@ -91,8 +91,11 @@ def app() -> None:
     """
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for an error that the user can fix, 130 if interrupted."""
+def run(arguments: Sequence[str] | None = None, *, received: Sequence[int] = ()) -> int:
+    """Run the command line and return its exit code: 0, 2 for an error that the user can fix, 130 if interrupted.
+
+    `received` gets the signals that interrupt the command; after one of them the code is 128 and its number.
+    """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = app.main(args=given, prog_name="bridge-stg", standalone_mode=False)
@@ -102,8 +105,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (click.Abort, KeyboardInterrupt):
-        return _fail(given, "call.cancelled", "Interrupted; no incomplete file was left.", exit_code=130)
+        return _interrupted(given, received)
     except Exception as error:  # noqa: BLE001 - a bug is raised again
+        if received:  # such as a subprocess that the signal ended, too
+            return _interrupted(given, received)
         if isinstance(error, click.ClickException) and type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2
             click.echo(error.format_message(), err=True)  # the help
             return 2
@@ -127,6 +132,12 @@ def describe(error: Exception) -> tuple[str, str]:
             message = f'This needs the package {package}. Install it: pip install "bridge-stg{bracket}"'
             return "host.missing_package", message
     raise error
+
+
+def _interrupted(arguments: Sequence[str], received: Sequence[int]) -> int:
+    """Write the error of an interruption, and return its exit code."""
+    number = received[0] if received else signal.SIGINT
+    return _fail(arguments, "call.cancelled", "Interrupted; no incomplete file was left.", exit_code=128 + number)
 
 
 def _fail(arguments: Sequence[str], code: str, message: str, *, exit_code: int = 2) -> int:
@@ -178,12 +189,11 @@ def _stop_on_signals() -> list[int]:
 
 
 def main() -> None:
-    """Run the command line and exit; after a signal, with 128 and its number."""
+    """Run the command line and exit."""
     if os.name == "posix":
         _open_streams(["stderr"] if sys.argv[1:2] == ["watch"] else ["stdout", "stderr"])
     received = _stop_on_signals()
-    code = run()
-    code = 128 + received[0] if received and code == 130 else code
+    code = run(received=received)
     if sys.argv[1:2] == ["infer"] and threading.active_count() == 1:
         # Everything is written and closed: a regular exit of the interpreter would only take time.
         sys.stdout.flush()

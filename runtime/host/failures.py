@@ -19,6 +19,7 @@ CODES = {
     errno.ENFILE: "host.too_many_files", errno.ENOSPC: "output.disk_full", errno.EDQUOT: "output.disk_full",
     errno.EFBIG: "output.not_writable", errno.EROFS: "output.not_writable", errno.EACCES: "host.file",
     errno.EPERM: "host.file", errno.EIO: "host.file", errno.ESTALE: "host.file",
+    errno.ECHILD: "host.subprocess_killed",
 }  # fmt: skip
 """Number of a system error → code of the `HostError`."""
 MESSAGES = {
@@ -26,6 +27,8 @@ MESSAGES = {
     "the container's), or use smaller inputs",
     "host.out_of_threads": "this process gets no more threads or processes ({}); raise the limit (`ulimit -u`, the "
     "pids limit of the container), or pass fewer --threads",
+    "host.subprocess_killed": "a subprocess was killed ({}), most likely for lack of memory; close other programs, or "
+    "pass fewer --workers",
     "host.too_many_files": "too many files are open ({}); close some, or raise the limit (`ulimit -n`)",
 }
 """Messages of the shortages; {} is the system's text, which is the whole message of other codes."""
@@ -34,6 +37,7 @@ TEXTS = {
     errno.EAGAIN: r"can't start new thread|pthread_create|Resource temporarily unavailable",
     errno.EMFILE: r"Too many open files",
     errno.ENOSPC: r"No space left on device",
+    errno.ECHILD: r"^DataLoader worker \(pid.* (killed by signal|exited unexpectedly)",
 }
 """What libraries without numbers say: onnxruntime, torch, Pillow, threading."""
 LIBRARIES = ("onnxruntime", "safetensors")

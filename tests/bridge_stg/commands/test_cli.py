@@ -165,7 +165,7 @@ WORK = f"""
 import sys
 import time
 sys.path.insert(0, {str(ROOT)!r})
-import os, pathlib, time, click
+import contextlib, os, pathlib, time, click
 from bridge_stg import cli
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
@@ -173,8 +173,11 @@ from bridge_stg.runtime.host.subprocess import run_in_subprocess
 @cli.app.command()
 @click.argument("out", type=pathlib.Path)
 @click.option("--sleep", type=float, default=0)
-def work(out, sleep):
-    with replacing(out) as temporary:
+@click.option("--confused", is_flag=True)
+def work(out, sleep, confused):
+    with contextlib.ExitStack() as stack, replacing(out) as temporary:
+        if confused:
+            stack.callback(int, "not a number")
         click.echo("working")
         click.echo("working", err=True)
         os.fstat(1), os.fstat(2)
@@ -197,10 +200,13 @@ def test_a_stream_that_nobody_reads_does_not_fail_the_work(streams: str, tmp_pat
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the child in /proc")
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_ends_a_command_and_leaves_nothing(name: str, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "code", "options"),
+    [("SIGINT", 130, []), ("SIGTERM", 143, []), ("SIGHUP", 129, []), ("SIGTERM", 143, ["--confused"])],
+)
+def test_a_signal_ends_a_command_and_leaves_nothing(name: str, code: int, options: list[str], tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text(WORK)
-    command = [sys.executable, str(tmp_path / "work.py"), "work", str(tmp_path / "out.txt"), "--sleep", "60"]
+    command = [sys.executable, str(tmp_path / "work.py"), "work", str(tmp_path / "out.txt"), "--sleep", "60", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "working\n"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

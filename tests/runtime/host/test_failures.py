@@ -44,6 +44,7 @@ def code_of(error: BaseException) -> str | None:
         (RuntimeError("can't start new thread"), "host.out_of_threads"),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "host.out_of_threads"),
         (av.error.BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "host.out_of_threads"),
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), "host.subprocess_killed"),
         (OSError(errno.EMFILE, "Too many open files"), "host.too_many_files"),
         (OSError(errno.ENFILE, "Too many open files in system"), "host.too_many_files"),
         (Exception("Too many open files (os error 24)"), "host.too_many_files"),
