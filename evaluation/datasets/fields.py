@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import AnnotationError
+from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.parse import parse_json
 
 BOX = "[x, y, width, height]"
@@ -127,8 +128,10 @@ def read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise fault(path, f"is not UTF-8 text (byte {error.start})") from None
-    except (FileNotFoundError, IsADirectoryError, ValueError) as error:  # ValueError: a zero byte in a list of names
-        message = f"{path}: {getattr(error, 'strerror', error)}; expected an annotation file. Give its path."
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in a list of names
+        if (found := host_error(error)) is not None:
+            raise found from None
+        message = f"{str(path)[:300]}: {getattr(error, 'strerror', error)}; expected an annotation file. Give its path."
         raise AnnotationError("annotation.not_found", message) from None
 
 

@@ -136,7 +136,7 @@ def _parsed(data: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, d
             value = json.loads(line)
             if not isinstance(value, dict):
                 raise ValueError("it is not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if end + len(line) == len(data):
                 break  # the last line: a crash may leave its blocks empty
             raise _damaged(path, number, f"is not a result ({error})") from None
