@@ -29,6 +29,7 @@ from bridge_stg.training.clip_batches import ClipBatch, ClipBatches, TrainingOpt
 from bridge_stg.training.clip_task import ClipTask
 from bridge_stg.training.losses import heat_target
 from bridge_stg.training.train_clips import PARTS, part_of, train_clips
+from bridge_stg.training.train_loop import load_state
 from tests.bridge_stg.model.published import publish
 from tests.errors import raises
 from tests.fakes.clips import write
@@ -349,3 +350,12 @@ def test_invalid_options_are_rejected_at_once(checkpoint, annotations, media, tm
     (tmp_path / "new").mkdir()
     with raises("output.exists", tmp_path / "new"):
         run(checkpoint, annotations, media, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x10" * 99, (2**60).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"{}"]
+)
+def test_a_damaged_state_is_not_resumed(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state").write_bytes(content)
+    with raises("training.wrong_state", tmp_path / "state", "--no-resume"):
+        load_state(tmp_path / "state", torch.nn.Linear(2, 2), None)
