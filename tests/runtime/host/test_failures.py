@@ -125,6 +125,7 @@ def test_unreadable_files_are_not_called_damaged(bundle_path: Path, monkeypatch:
         return real(path, *arguments, **options)
 
     monkeypatch.setattr("io.open", deny)
+    monkeypatch.setattr(builtins, "open", deny)
     with raises("host.file", "manifest.json", kind=HostError):
         Grounder.load(bundle_path)
     assert cli.run(["inspect", str(bundle_path)]) == 2
