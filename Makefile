@@ -1,4 +1,4 @@
-# make test | demo | bench | gpu-test | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
+# make test | test-oldest | demo | bench | gpu-test | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,14 @@ DEMO := build/demo
 CLIP ?= $(firstword $(sort $(wildcard assets/demo/clips/*.mp4)))
 QUERY ?= $(shell cat $(CLIP:.mp4=.txt) 2>/dev/null)
 
-.PHONY: help test demo bench gpu-test lint format clean
+.PHONY: help test test-oldest demo bench gpu-test lint format clean
 .DELETE_ON_ERROR:
 
 comma := ,
 
 help:
 	@echo "make test    install into $(VENV) and run the tests (PYTEST_ARGS=... is passed on)"
+	@echo "make test-oldest  the tests of the runtime on Python 3.10, with the lower bound of every dependency"
 	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
 	@echo "make bench   speed of this runtime beside torch, on the demo and a 0.5B model, with this machine's limits (FULL=1: every size and peer)"
 	@echo "make gpu-test  on a machine with an NVIDIA GPU: install, run the tests marked gpu and the benchmark (WHEELS=dir: no network)"
@@ -24,6 +25,19 @@ help:
 JOBS ?= 2
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# Checkpoints and bundles are made in $(VENV), and used by Python 3.10, which has no torch.
+OLDEST_PYTHON ?= python3.10
+OLDEST_TESTS := tests/runtime tests/evaluation tests/bridge_stg/server tests/bridge_stg/demo/chain/test_quantized.py \
+    tests/calibration/test_calibrate.py::test_calibrate
+test-oldest: $(INSTALLED)
+	@$(OLDEST_PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null || { echo "make: $(OLDEST_PYTHON) is not a Python 3.10 with venv. Install it (Ubuntu 22.04: apt install python3.10-venv; elsewhere: pyenv install 3.10) or name it: make test-oldest OLDEST_PYTHON=path" >&2; exit 2; }
+	rm -rf build/oldest
+	$(OLDEST_PYTHON) -m venv build/oldest/venv
+	$(BIN)/python tests/packaging/lower_bounds.py 3.10 > build/oldest/bounds.txt
+	build/oldest/venv/bin/python -m pip install --disable-pip-version-check -q -r build/oldest/bounds.txt
+	$(BIN)/python -m pytest -qq --setup-only --bundles=build/oldest/bundles -m 'not gpu' $(OLDEST_TESTS) > build/oldest/setup.txt || { cat build/oldest/setup.txt; exit 1; }
+	build/oldest/venv/bin/python -m pytest -n $(JOBS) --dist loadfile --bundles=build/oldest/bundles -m 'not gpu' $(OLDEST_TESTS)
 
 demo: $(INSTALLED)
 	@test -n "$(CLIP)" || { echo "make demo: there is no clip in assets/demo/clips; name one: CLIP=video.mp4 QUERY='...'" >&2; exit 2; }

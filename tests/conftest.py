@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
 ROOT = str(Path(__file__).resolve().parents[1])
 
 # torch is imported by the fixtures alone: most tests of the runtime do without, and some run where it is not installed.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "use the checkpoints and bundles in this folder and add missing ones: one Python exports for another"
+    parser.addoption("--bundles", metavar="DIR", type=Path, help=text)
+
+
+@pytest.fixture(scope="session")
+def shared(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of checkpoints and bundles that all test processes share."""
+    own = tmp_path_factory.getbasetemp()
+    given: Path | None = pytestconfig.getoption("bundles")
+    folder = given or (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
 
 
 @pytest.fixture(scope="session")
@@ -38,16 +54,16 @@ def tiny_model(tokenizer_path: Path) -> BridgeSTG:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(shared: Path, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of the tiny model, in float16 as the demo's is."""
-    from bridge_stg.checkpoint.checkpoint import save_checkpoint
-    from bridge_stg.demo.tiny_model import write_demo_tokenizer
-    from tests.export.conftest import random_model
 
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_demo_tokenizer(folder / "demo.json")
-    save_checkpoint(random_model(), folder / "tiny", folder / "demo.json")
-    return folder / "tiny"
+    def save(folder: Path) -> None:
+        from bridge_stg.checkpoint.checkpoint import save_checkpoint
+        from tests.export.conftest import random_model
+
+        save_checkpoint(random_model(), folder, tokenizer_path)
+
+    return copy_of(tmp_path_factory, shared, "tiny", save)
 
 
 @pytest.fixture(scope="session")
@@ -57,58 +73,68 @@ def stages() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint: Path, stages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def exported(checkpoint: Path, stages: list[str], shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint, exported in both variants; every hash of the bundle has been checked."""
     from bridge_stg.runtime.bundle.bundle import Bundle
 
-    return Bundle.load(export_once(tmp_path_factory, "exported", checkpoint, stages), check="all")
+    return Bundle.load(export_once(tmp_path_factory, shared, "exported", checkpoint, stages), check="all")
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_bundle(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, exported in both variants."""
-    return export_once(tmp_path_factory, "demo", Path(ROOT) / "assets" / "demo" / "checkpoint")
+    return export_once(tmp_path_factory, shared, "demo", Path(ROOT) / "assets" / "demo" / "checkpoint")
 
 
 @pytest.fixture(scope="session")
-def exported_fp16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def exported_fp16(checkpoint: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same in fp16."""
     from bridge_stg.runtime.bundle.bundle import Bundle
 
-    return Bundle.load(export_once(tmp_path_factory, "fp16", checkpoint, dtype="fp16"))
+    return Bundle.load(export_once(tmp_path_factory, shared, "fp16", checkpoint, dtype="fp16"))
 
 
 def export_once(
     factory: pytest.TempPathFactory,
+    shared: Path,
     name: str,
     checkpoint: Path,
     stages: list[str] | None = None,
     *,
     dtype: str = "fp32",
 ) -> Path:
-    """Return a process's own copy of a bundle that the first of the test processes exports, under a lock.
+    """Return a process's own copy of a bundle that the first of the test processes exports.
 
     Args:
         factory: pytest's factory of temporary folders.
+        shared: folder that the test processes share.
         name: name of the export in the test session.
         checkpoint: the checkpoint, equal in all processes.
         stages: list to which the stages of the export are added.
         dtype: precision of the export.
     """
-    import fcntl
+    reported = shared / f"{name}.json"
 
-    from bridge_stg.export.export_bundle import export_bundle
+    def export(folder: Path) -> None:
+        from bridge_stg.export.export_bundle import export_bundle
 
-    own = factory.getbasetemp()
-    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
-    shared.mkdir(exist_ok=True)
-    bundle, reported = shared / name, shared / f"{name}.json"
-    with (shared / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not reported.exists():
-            said: list[str] = []
-            export_bundle(checkpoint, bundle, dtype=dtype, progress=said.append)
-            reported.write_text(json.dumps(said), encoding="utf-8")
+        said: list[str] = []
+        export_bundle(checkpoint, folder, dtype=dtype, progress=said.append)
+        reported.write_text(json.dumps(said), encoding="utf-8")
+
+    bundle = copy_of(factory, shared, name, export)
     if stages is not None:
         stages += json.loads(reported.read_text(encoding="utf-8"))
-    return Path(shutil.copytree(bundle, factory.mktemp(name) / "bundle"))
+    return bundle
+
+
+def copy_of(factory: pytest.TempPathFactory, shared: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a process's own copy of the folder shared/`name`, which the first test process makes, under a lock."""
+    import fcntl
+
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / f"{name}.made").exists():
+            make(shared / name)
+            (shared / f"{name}.made").touch()
+    return Path(shutil.copytree(shared / name, factory.mktemp(name) / name))

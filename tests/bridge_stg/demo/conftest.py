@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from bridge_stg.checkpoint.checkpoint import load_checkpoint
-from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime import Grounder
+
+if TYPE_CHECKING:
+    from bridge_stg.model.model import BridgeSTG
 
 DEMO = Path(__file__).parents[3] / "assets" / "demo"
 
 
 @pytest.fixture(scope="session")
 def demo_model() -> BridgeSTG:
+    from bridge_stg.checkpoint.checkpoint import load_checkpoint
+
     return load_checkpoint(DEMO / "checkpoint")
 
 
