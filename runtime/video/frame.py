@@ -31,6 +31,10 @@ WIDE_PRIMARIES = (8, 9, 10, 11, 12)  # film, BT.2020, SMPTE ST 428-1, DCI-P3, Di
 MAX_PIXEL_ASPECT = 8  # pixels more oblong than 8:1 are a mistake of the program that wrote the file
 HDR_THREADS = 4
 
+# Flags of FFmpeg's libswscale/swscale.h; PyAV 17, the last for Python 3.10, has no names for all of them.
+EXACT = 0x40000 | 0x2000 | 0x80000  # SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT, SWS_BITEXACT
+BILINEAR, BICUBIC = 2 | EXACT, 4 | EXACT
+
 
 class FrameConverter:
     """Converts the decoded frames of one stream to RGB as displayed; several threads may use it at once.
@@ -76,13 +80,11 @@ class FrameConverter:
 
     def _convert(self, frame: Any, options: dict[str, Any]) -> np.ndarray:
         av = load_package("av.video.reformatter", "av")
-        kinds = av.Interpolation
         try:
             reformatter = self._unused.pop()
         except IndexError:
             reformatter = av.VideoReformatter()  # the frame's own would keep a pool of threads as long as the frame
-        flags = kinds.BILINEAR | kinds.ACCURATE_RND | kinds.FULL_CHR_H_INT | kinds.BITEXACT
-        rgb: np.ndarray = reformatter.reformat(frame, **options, interpolation=flags, threads=1).to_ndarray()
+        rgb: np.ndarray = reformatter.reformat(frame, **options, interpolation=BILINEAR, threads=1).to_ndarray()
         self._unused.append(reformatter)
         return rgb
 
@@ -92,8 +94,6 @@ def _to_bt709(frame: Any, options: dict[str, Any]) -> np.ndarray:
         frame.color_primaries = BT2020
     if frame.colorspace in UNKNOWN_MATRICES:
         frame.colorspace = BT2020
-    av = load_package("av.video.reformatter", "av")
-    kinds = av.Interpolation
     reformatter, lock = _bt709_reformatter(
         (frame.width, frame.height, frame.format.name, tuple(options.values())),
         (frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range),
@@ -102,7 +102,7 @@ def _to_bt709(frame: Any, options: dict[str, Any]) -> np.ndarray:
         converted = reformatter.reformat(
             frame,
             **options,
-            interpolation=kinds.BICUBIC | kinds.ACCURATE_RND | kinds.FULL_CHR_H_INT | kinds.BITEXACT,
+            interpolation=BICUBIC,
             dst_color_trc=BT709,
             dst_color_primaries=BT709,
             threads=min(usable_cpus(), HDR_THREADS),
