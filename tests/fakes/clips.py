@@ -9,10 +9,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 from PIL import Image
 
 from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, VisionSpec
+from bridge_stg.runtime.video.frame import BILINEAR
 from bridge_stg.runtime.video.source import VideoSource
 
 VISION = VisionSpec("qwen3_vl", 8, 2, 2, 32, 16, 1, 8)
@@ -22,7 +22,6 @@ FRAMES = FramesSpec(
     fine_max_pixels=64 * 64, fine_min_pixels=256,
 )  # fmt: skip
 SPEC = ModelSpec(VISION, LANGUAGE, FRAMES)
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 GOP = "keyint=20:min-keyint=20:scenecut=0:bframes=3"
 
 # HDR by ITU-R BT.2100-2 (tables 4 and 5), BT.2087 (primaries) and BT.2408 (white at 203 cd/m²).
@@ -100,7 +99,7 @@ def decoded(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
 def to_rgb(frame: av.VideoFrame) -> np.ndarray:
     """Return a frame, which is SDR and has square pixels, in RGB, uint8 [H, W, 3]."""
-    return frame.reformat(format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
+    return frame.reformat(format="rgb24", interpolation=BILINEAR, threads=1).to_ndarray()
 
 
 def scaled(rgb: np.ndarray, size: Sequence[int]) -> np.ndarray:
