@@ -1,1 +1,0 @@
-"""Heads: compute an answer from the hidden states and tokens of the LLM."""
