@@ -29,6 +29,7 @@ UNKNOWN_MATRICES = (2, 3)
 HDR_TRANSFERS = (8, 9, 10, 16, 17, 18)  # linear, logarithmic, PQ, SMPTE ST 428-1, HLG
 WIDE_PRIMARIES = (8, 9, 10, 11, 12)  # film, BT.2020, SMPTE ST 428-1, DCI-P3, Display P3
 MAX_PIXEL_ASPECT = 8  # pixels more oblong than 8:1 are a mistake of the program that wrote the file
+TO_BT709 = "out_transfer=bt709:out_primaries=bt709"
 HDR_THREADS = 4
 
 # Flags of FFmpeg's libswscale/swscale.h; PyAV 17, the last for Python 3.10, has no names for all of them.
@@ -94,27 +95,38 @@ def _to_bt709(frame: Any, options: dict[str, Any]) -> np.ndarray:
         frame.color_primaries = BT2020
     if frame.colorspace in UNKNOWN_MATRICES:
         frame.colorspace = BT2020
-    reformatter, lock = _bt709_reformatter(
-        (frame.width, frame.height, frame.format.name, tuple(options.values())),
-        (frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range),
-    )
+    colors = frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range
+    graph, lock = _bt709_graph(frame.width, frame.height, frame.format.name, colors, **options)
     with lock:
-        converted = reformatter.reformat(
-            frame,
-            **options,
-            interpolation=BICUBIC,
-            dst_color_trc=BT709,
-            dst_color_primaries=BT709,
-            threads=min(usable_cpus(), HDR_THREADS),
-        )
-    rgb: np.ndarray = converted.to_ndarray()
+        try:
+            graph.push(frame)
+            rgb: np.ndarray = graph.pull().to_ndarray()
+        except Exception:
+            _bt709_graph.cache_clear()  # its state is unknown
+            raise
     return rgb
 
 
 @lru_cache(maxsize=4)
-def _bt709_reformatter(layout: tuple[Any, ...], colors: tuple[int, ...]) -> tuple[Any, threading.Lock]:
-    """Return the converter for one kind of frame and its lock: FFmpeg computes its table in seconds, so it is kept."""
-    return load_package("av.video.reformatter", "av").VideoReformatter(), threading.Lock()
+def _bt709_graph(
+    from_width: int,
+    from_height: int,
+    from_format: str,
+    colors: tuple[int, ...],
+    *,
+    width: int,
+    height: int,
+    format: str,
+) -> tuple[Any, threading.Lock]:
+    """Return FFmpeg's converter for one kind of frame, and its lock; it computes a table in seconds, so it is kept."""
+    graph = load_package("av.filter", "av").Graph()
+    graph.threads = min(usable_cpus(), HDR_THREADS)
+    scale = f"w={width}:h={height}:flags=bicubic+accurate_rnd+full_chroma_int+bitexact:{TO_BT709}"
+    source = graph.add_buffer(width=from_width, height=from_height, format=from_format, time_base=Fraction(1, 1000))
+    graph.link_nodes(
+        source, graph.add("scale", scale), graph.add("format", format), graph.add("buffersink")
+    ).configure()
+    return graph, threading.Lock()
 
 
 def _display(frame: Any) -> tuple[bool, bool, bool]:
