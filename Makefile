@@ -28,16 +28,16 @@ test: $(INSTALLED)
 
 # Checkpoints and bundles are made in $(VENV), and used by Python 3.10, which has no torch.
 OLDEST_PYTHON ?= python3.10
-OLDEST_TESTS := tests/runtime tests/evaluation tests/bridge_stg/server/routes tests/bridge_stg/demo/chain/test_quantized.py \
-    tests/calibration/test_calibrate.py::test_calibrate
+OLDEST_SLOW_TESTS := tests/bridge_stg/demo/chain/test_quantized.py tests/calibration/test_calibrate.py::test_calibrate
 test-oldest: $(INSTALLED)
 	@$(OLDEST_PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null || { echo "make: $(OLDEST_PYTHON) is not a Python 3.10 with venv. Install it (Ubuntu 22.04: apt install python3.10-venv; elsewhere: pyenv install 3.10) or name it: make test-oldest OLDEST_PYTHON=path" >&2; exit 2; }
 	rm -rf build/oldest
 	$(OLDEST_PYTHON) -m venv build/oldest/venv
 	$(BIN)/python tests/packaging/lower_bounds.py 3.10 > build/oldest/bounds.txt
 	build/oldest/venv/bin/python -m pip install --disable-pip-version-check -q -r build/oldest/bounds.txt
-	$(BIN)/python -m pytest -qq --setup-only --bundles=build/oldest/bundles -m 'not gpu' $(OLDEST_TESTS) > build/oldest/setup.txt || { cat build/oldest/setup.txt; exit 1; }
-	build/oldest/venv/bin/python -m pytest -n $(JOBS) --dist loadfile --bundles=build/oldest/bundles -m 'not gpu' $(OLDEST_TESTS)
+	$(BIN)/python -m pytest -qq --setup-only --bundles=build/oldest/bundles -m 'not gpu' tests/runtime $(OLDEST_SLOW_TESTS) > build/oldest/setup.txt || { cat build/oldest/setup.txt; exit 1; }
+	build/oldest/venv/bin/python -m pytest --bundles=build/oldest/bundles -m 'not gpu' $(OLDEST_SLOW_TESTS)
+	build/oldest/venv/bin/python -m pytest -n $(JOBS) --dist loadfile --bundles=build/oldest/bundles tests/runtime
 
 demo: $(INSTALLED)
 	@test -n "$(CLIP)" || { echo "make demo: there is no clip in assets/demo/clips; name one: CLIP=video.mp4 QUERY='...'" >&2; exit 2; }
