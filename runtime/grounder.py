@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from bridge_stg.runtime.backends.kv_pool import DEFAULT_BUDGET_BYTES, KVPool
-from bridge_stg.runtime.backends.session import Session, fixed_capacity
+from bridge_stg.runtime.backends.session import Session
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.decode import prefill_video
@@ -28,12 +27,9 @@ from bridge_stg.runtime.host.threads import Closable, UseCount
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.source import CoarseFrames, Openable
 
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-elif TYPE_CHECKING:
+if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
 
-if TYPE_CHECKING:
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.live.watch import LiveWatch
 
@@ -118,20 +114,13 @@ class Grounder(Closable):
             raise VideoError("options.out_of_range", message)
         self.sessions: Mapping[str, Session] = dict(sessions)
         self.tokenizer, self.verified, self.target = tokenizer, verified, target
-        self._pool = KVPool(sessions["language_model"], budget_bytes=kv_budget_bytes)
+        vision_encoder, language_model, spatial_decoder = (sessions[name] for name in GRAPHS)
+        self._pool = KVPool(language_model, budget_bytes=kv_budget_bytes)
         self._feature_budget_bytes = feature_budget_bytes
         self._unchanged_tolerance = unchanged_tolerance
         closed_error = EngineError("engine.closed", "this Grounder is closed; load the bundle again")
         self._usage = UseCount(self._free, closed_error=closed_error)
-        self._chain = Chain(
-            vision_encoder=sessions["vision_encoder"],
-            language_model=sessions["language_model"],
-            spatial_decoder=sessions["spatial_decoder"],
-            spec=spec,
-            tokenizer=tokenizer,
-            pool=self._pool,
-            usage=self._usage,
-        )
+        self._chain = Chain(vision_encoder, language_model, spatial_decoder, spec, tokenizer, self._pool, self._usage)
 
     @classmethod
     @reporting_host_errors()
@@ -169,8 +158,7 @@ class Grounder(Closable):
         try:
             tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
         except BaseException:
-            for session in sessions.values():
-                session.close()
+            sessions.close()
             raise
         return cls(
             sessions,
@@ -309,8 +297,8 @@ class Grounder(Closable):
         """Sample the frames, encode them, and prefill the video's part of the prompt."""
         chain, spec = self._chain, self.spec
         with limits.stage("decode_video"):
-            most = options.max_visual_tokens
-            budget = video_budget(self.tokenizer, spec, most, capacity=fixed_capacity(chain.language_model))
+            _, capacity = chain.language_model.graph.ranges.get("S", (1, None))
+            budget = video_budget(self.tokenizer, spec, options.max_visual_tokens, capacity=capacity)
             device, buffer_frames = chain.vision_encoder.device, options.buffer_frames
             source = open_source(
                 video, spec, buffer_frames=buffer_frames, budget=budget, device=device, stream=options.stream

@@ -108,7 +108,7 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads of numpy would busily wait for work
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
-    from bridge_stg.runtime.host.threads import Background
+    from bridge_stg.runtime.host.threads import in_background
 
     began = time.monotonic()
     if request.annotate:
@@ -119,7 +119,7 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
             check_suffix(source, request.annotate)
     path = request.bundle or demo_bundle(progress=stage_line)
     options: dict[str, Any] = {"backend": request.backend, "variant": request.variant, "threads": request.threads}
-    loading = Background(lambda: Grounder.load(path, wait=False, **options))
+    loading = in_background(lambda: Grounder.load(path, wait=False, **options))
     for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):  # a missing one is reported when it is used
         with contextlib.suppress(ImportError):
             importlib.import_module(module)

@@ -18,10 +18,6 @@ from bridge_stg.runtime.grounder import Grounder
 class TorchCache(BufferedCache[np.ndarray]):
     """KV cache of a torch session, in numpy memory."""
 
-    def read(self) -> dict[str, np.ndarray]:
-        """See `KVCache.read`."""
-        return {name: buffer.copy() for name, buffer in self.buffers.items()}
-
 
 class TorchSession:
     """One graph of a `BridgeSTG` in eval mode as a session of the runtime."""

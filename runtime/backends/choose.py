@@ -62,14 +62,13 @@ class Sessions(dict[str, Session]):
         super().__init__()
         self.target = target
 
+    def close(self) -> None:
+        """Close every session."""
+        for session in self.values():
+            session.close()
 
-def choose(
-    bundle: Bundle | Manifest,
-    *,
-    backend: str = "auto",
-    variant: str | None = None,
-    backends: tuple[Backend, ...] | None = None,
-) -> ChosenBackend:
+
+def choose(bundle: Bundle | Manifest, *, backend: str = "auto", variant: str | None = None) -> ChosenBackend:
     """Pick the backend, and a variant of each graph of the bundle.
 
     Args:
@@ -77,12 +76,11 @@ def choose(
         backend: name of a backend, or "auto": the first of `BACKENDS` that is ready for every graph.
         variant: variant of every graph; graphs without it use the variant that it is derived from. None: the best
             variant of each graph that the backend runs.
-        backends: backends to choose from; None: all.
 
     Raises:
         EngineError: the backend is unknown or not installed, or it cannot run the bundle.
     """
-    known = {b.name: b for b in (BACKENDS if backends is None else backends)}
+    known = {b.name: b for b in BACKENDS}
     if backend != "auto" and backend not in known:
         raise EngineError("engine.unknown_backend", f"backend {backend!r} is unknown; known: auto, {', '.join(known)}.")
     candidates = [b for b in known.values() if b.automatic] if backend == "auto" else [known[backend]]
@@ -152,39 +150,26 @@ def open_sessions(
 ) -> Sessions:
     """Open every graph of a bundle on the backend that `choose` picks; on a GPU they share one device context.
 
-    Args:
-        bundle: bundle whose files have been checked.
-        backend: see `choose`.
-        variant: see `choose`.
-        threads: CPU threads per session; None: the backend's default.
-        wait: whether to return when all are open. Otherwise sessions on CPU are opened in another thread, in the order
-            of the chain; a call waits for its session, and raises the error of opening it.
-
-    Raises:
-        EngineError: see `choose`; or the backend rejects a graph, and the sessions opened so far are closed.
+    `threads` are CPU threads per session (None: the backend's default). Without `wait`, sessions on CPU are opened in
+    another thread, in the order of the chain; a call waits for its session, and raises the error of opening it. Raises
+    EngineError: see `choose`; or the backend rejects a graph, and the sessions opened so far are closed.
     """
     target = choose(bundle, backend=backend, variant=variant)
     _log.info("running %s on %s", bundle.path, target)
     sessions = Sessions(target)
     if not wait and not _backend(target).on_gpu:
-        chain_order = sorted(target.variants, key=lambda name: (*GRAPHS, name).index(name))
-        openers = {
-            name: (
-                bundle.graph(name, target.variants[name]),
-                partial(open_graph, bundle, name, target, threads=threads),
-            )
-            for name in chain_order
-        }
-        pending = open_in_order(openers)
-        sessions.update({name: pending[name] for name in target.variants})
+        openers = {}
+        for name in sorted(target.variants, key=lambda name: (*GRAPHS, name).index(name)):
+            opener = partial(open_graph, bundle, name, target, threads=threads)
+            openers[name] = bundle.graph(name, target.variants[name]), opener
+        sessions.update(open_in_order(openers))
         return sessions
     device = DeviceContext().open() if _backend(target).on_gpu else None
     try:
         for name in target.variants:
             sessions[name] = open_graph(bundle, name, target, threads=threads, device=device)
     except BaseException:
-        for session in sessions.values():
-            session.close()
+        sessions.close()
         raise
     finally:
         if device is not None:

@@ -128,7 +128,8 @@ def _providers(load: Callable[[str], Any], is_installed: bool) -> tuple[tuple[st
     except Exception as error:  # noqa: BLE001 - a broken package may raise anything
         if not is_installed:
             return (), ()
-        return (), (Missing(f"onnxruntime is installed but cannot be imported ({error})", _reinstall("[cpu]")),)
+        command = _install("[cpu]", "--force-reinstall ")
+        return (), (Missing(f"onnxruntime is installed but cannot be imported ({error})", command),)
 
 
 def _library_version(load: Callable[[str], Any], name: str) -> str | None:
@@ -148,7 +149,8 @@ def _state(
     if own is None:
         missing.append(Missing(f"the package {backend.distributions[0]}", _command(backend, facts)))
     elif backend.name in FAMILIES and (problem := _broken(MODULES[FAMILIES[backend.name]], load)):
-        missing.append(Missing(f"a {backend.name} that can be imported ({problem})", _reinstall(f"[{backend.extra}]")))
+        command = _install(f"[{backend.extra}]", "--force-reinstall ")
+        missing.append(Missing(f"a {backend.name} that can be imported ({problem})", command))
     if backend.on_gpu:
         missing += _gpu_missing(facts, version)
     provider = PROVIDERS.get(backend.name)
@@ -214,12 +216,8 @@ def _problems(packages: dict[str, str | None], flavours: dict[str, str], facts: 
     return problems
 
 
-def _install(extra: str) -> str:
-    return f'pip install "bridge-stg{extra}"'
-
-
-def _reinstall(extra: str) -> str:
-    return f'pip install --force-reinstall "bridge-stg{extra}"'
+def _install(extra: str, options: str = "") -> str:
+    return f'pip install {options}"bridge-stg{extra}"'
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -45,14 +45,13 @@ class BufferedCache(Generic[Buffer]):
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
-    def copy_prefix(self, source: KVCache, length: int, rows: Sequence[int] | None = None) -> None:
+    def copy_prefix(self, source: KVCache, length: int) -> None:
         """See `KVCache.copy_prefix`."""
         if not isinstance(source, type(self)) or source.context is not self.context:
             message = f"a {type(self).__name__} cannot be filled from a {type(source).__name__} of another backend"
             raise EngineError("engine.bad_cache", message)
-        chosen = list(range(self.batch)) if rows is None else list(rows)
-        if source.batch not in (1, len(chosen)) or any(not 0 <= row < self.batch for row in chosen):
-            message = f"{source.batch} rows of a KV cache cannot go into rows {chosen} of {self.batch}"
+        if source.batch not in (1, self.batch):
+            message = f"{source.batch} rows of a KV cache cannot go into {self.batch}"
             raise EngineError("engine.bad_cache", message)
         if not 0 <= length <= min(self.capacity, source.capacity):
             message = f"{length} positions cannot be copied between KV caches of {source.capacity} and {self.capacity}"
@@ -62,8 +61,12 @@ class BufferedCache(Generic[Buffer]):
             if other is None or (other.dtype, other.shape[1::2]) != (buffer.dtype, buffer.shape[1::2]):
                 message = f"KV caches of different graphs: {name} is {_found(other)} in the source"
                 raise EngineError("engine.bad_cache", message)
-            for i, row in enumerate(chosen):
-                buffer[row, :, :length] = other[i if source.batch > 1 else 0, :, :length]
+            for row in range(self.batch):
+                buffer[row, :, :length] = other[row if source.batch > 1 else 0, :, :length]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """See `KVCache.read`."""
+        return {name: np.array(buffer) for name, buffer in self.buffers.items()}
 
     def write(self, values: Mapping[str, np.ndarray]) -> None:
         """See `KVCache.write`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,8 @@ class NumpyKVCache(BufferedCache[np.ndarray]):
         from_numpy = import_onnxruntime().OrtValue.ortvalue_from_numpy
         self.values = {name: from_numpy(buffer) for name, buffer in self.buffers.items()}
 
-    def read(self) -> dict[str, np.ndarray]:
-        """See `KVCache.read`."""
-        return {name: buffer.copy() for name, buffer in self.buffers.items()}
 
-
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
     """A graph on onnxruntime's CPU provider. See `session.Session` for the contract.
 
     Args:
@@ -90,9 +86,6 @@ class OnnxRuntimeSession:
         # With fewer tokens or patches matmuls are slower; with more, their results no longer fit the CPU's caches, and
         # attention scores more keys that follow a token.
         self.preferences = Preferences(prefill_chunk=256, encoder_patches=1024, optional_inputs=optional)
-
-    def __enter__(self) -> OnnxRuntimeSession:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

@@ -66,9 +66,7 @@ def gpu() -> DeviceFacts:
     return Cuda().facts()
 
 
-def _open_onnxruntime(
-    bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
-) -> Session:
+def _open_onnxruntime(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Session:
     from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 
     return OnnxRuntimeSession(bundle.graph_path(graph.name, graph.variant), graph, threads=threads)

@@ -7,7 +7,7 @@ with the same message before an engine runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,13 +36,10 @@ class KVCache(Protocol):
     def nbytes(self) -> int:
         """Bytes of all buffers."""
 
-    def copy_prefix(self, source: KVCache, length: int, rows: Sequence[int] | None = None) -> None:
-        """Copy the first `length` positions of `source` into `rows` (None: all).
+    def copy_prefix(self, source: KVCache, length: int) -> None:
+        """Copy the first `length` positions of `source`, which has as many rows, or one that is copied into every row.
 
-        `source` has either one row, which is copied into each of `rows`, or one row for each.
-
-        Raises:
-            EngineError: the sizes do not fit, or the cache is another backend's.
+        Raises EngineError: the sizes do not fit, or the cache is another backend's.
         """
 
     def read(self) -> dict[str, np.ndarray]:
@@ -148,12 +145,6 @@ def largest(session: Session, symbol: str) -> int:
 def smallest(session: Session, symbol: str) -> int:
     """Return the smallest size of a symbol that a session takes."""
     return session.graph.ranges.get(symbol, (1, None))[0]
-
-
-def fixed_capacity(session: Session) -> int | None:
-    """Return the most positions that a cache of this session can have; None: no limit."""
-    most = largest(session, "S")
-    return None if most == sys.maxsize else most
 
 
 def check_finite(graph: str, **outputs: Any) -> None:

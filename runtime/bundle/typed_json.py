@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _read_dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
     for name, f in fields.items():
         if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"field {prefix}{name} is missing")
-    hints = _hints(kind)
+    hints = _type_hints(kind, include_extras=True)
     parts = {name: _read(hints[name], part, f"{prefix}{name}") for name, part in value.items()}
     try:
         return kind(**parts)
@@ -106,21 +107,13 @@ def _read_dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
-
-
 def _kind_name(kind: Any) -> str:
-    if typing.get_origin(kind) is Annotated:
-        return f"{_kind_name(typing.get_args(kind)[0])}{kind.__metadata__[0]}"
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return " or ".join(map(_kind_name, typing.get_args(kind)))
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return f"{_kind_name(args[0])}{kind.__metadata__[0]}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_kind_name, args))
+    if origin is tuple:
+        return "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
     names = {type(None): "null", int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(kind) or _container_name(typing.get_origin(kind), typing.get_args(kind))
-
-
-def _container_name(origin: Any, args: tuple[Any, ...]) -> str:
-    if origin is not tuple:
-        return "an object"
-    return "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
+    return names.get(kind, "an object")

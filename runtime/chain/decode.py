@@ -161,8 +161,8 @@ def choose(row: Row, logits: np.ndarray) -> None:
     check_finite("language_model", logits=logits[choices])
     shifted = logits[choices].astype(np.float64) - logits[choices].max()
     log_probabilities = shifted - np.log(np.exp(shifted).sum())
-    if row.state.is_first_choice:
-        row.absent = float(np.exp(log_probabilities[choices == row.grammar.absent_id]).sum())
+    if not row.state.ids:  # the choice between `none` and the times
+        row.absent = float(np.exp(log_probabilities[choices == row.grammar.none_ids[0]]).sum())
     best = int(log_probabilities.argmax())
     row.log_probability += float(log_probabilities[best])
     chosen = int(choices[best])

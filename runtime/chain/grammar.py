@@ -50,11 +50,6 @@ class AnswerGrammar:
             raise BundleError("bundle.bad_tokenizer", message)
 
     @property
-    def absent_id(self) -> int:
-        """First id of `none`."""
-        return self.none_ids[0]
-
-    @property
     def longest_answer(self) -> int:
         """Maximum number of tokens of an answer."""
         return max(2 * max(map(len, self.time_ids)) + len(self.between), len(self.none_ids))
@@ -84,11 +79,6 @@ class AnswerState:
         if grammar.allow_none and grammar.first_start is None:
             self._open.append((grammar.none_ids, -1))
         self._written = 0
-
-    @property
-    def is_first_choice(self) -> bool:
-        """Whether nothing is written yet, so that the choice is between the times and `none`."""
-        return not self.ids
 
     def forced(self) -> list[int]:
         """Append the ids that have no alternative, and return them."""

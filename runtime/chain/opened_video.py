@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -31,9 +30,7 @@ from bridge_stg.runtime.host.threads import Closable, UseCount
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-elif TYPE_CHECKING:
+if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
 
 Span = tuple[float, float]
@@ -188,7 +185,7 @@ class OpenedVideo(Closable):
                 answers = self._answer(prompts, self._grammars[task.grammar_key], limits)
             times, sizes = video.sample_times, {"interval_s": video.interval_s, "duration_s": video.duration_s}
             spans = [answer.groups and span_of_groups(answer.groups, times, **sizes) for answer in answers]
-            searches = self._searches(answers, spans) if task.has_boxes else {}
+            searches = self._searches(answers, spans) if task.name != "span" else {}
             most = chain.spec.frames.max_fine_frames
             located = locate(
                 chain.spatial_decoder, self.features, video.fine_grid, searches, max_frames=most, limits=limits

@@ -158,8 +158,8 @@ class Grounding:
             "task": self.task,
             "query": self.query,
             "found": self.found,
-            "span": _seconds(self.span),
-            "named_span": _seconds(self.named_span),
+            "span": span_json(self.span),
+            "named_span": span_json(self.named_span),
             "answer": self.answer,
             "size": {"width": self.size[0], "height": self.size[1]},
             "coarse": self.coarse.to_json(),
@@ -173,5 +173,6 @@ class Grounding:
         }
 
 
-def _seconds(span: tuple[float, float] | None) -> dict[str, float] | None:
+def span_json(span: tuple[float, float] | None) -> dict[str, float] | None:
+    """Return a span in seconds as plain values."""
     return None if span is None else {"start_s": round(span[0], 6), "end_s": round(span[1], 6)}

@@ -32,11 +32,6 @@ class Task:
     first_box: tuple[float, float, float, float] | None = None
 
     @property
-    def has_boxes(self) -> bool:
-        """Whether the spatial decoder runs."""
-        return self.name != "span"
-
-    @property
     def grammar_key(self) -> tuple[bool, int | None]:
         """`allow_none` and `first_start` of the answer's grammar: a track begins with the video."""
         return self.allow_none, 0 if self.name == "track" else None

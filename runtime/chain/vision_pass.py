@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from functools import lru_cache, partial
 from typing import Protocol
@@ -23,7 +24,7 @@ from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.host.threads import Background
+from bridge_stg.runtime.host.threads import in_background
 from bridge_stg.runtime.video.source import Samples
 
 Report = Callable[[int, int], None]
@@ -218,7 +219,7 @@ class FineFeatures:
             patch = self._spec.vision.patch_size
             size = chunk_groups(self._session, self._spec, *(side // patch for side in self._read_ahead))
         chunks = [missing[start : start + size] for start in range(0, missing.size, size)]
-        coming: Background[Samples] | None = None
+        coming: Future[Samples] | None = None
         try:
             for number, places in enumerate(chunks):
                 with limits.stage("decode_fine"):
@@ -226,11 +227,11 @@ class FineFeatures:
                     samples = self._read(places, limits) if coming is None else coming.result()
                     limits.report(number * size + places.size, missing.size)
                 following = chunks[number + 1 : number + 2]
-                coming = Background(partial(self._read, following[0], limits)) if following else None
+                coming = in_background(partial(self._read, following[0], limits)) if following else None
                 yield samples
         finally:
             if coming is not None:  # the caller stopped: nobody may read the video until this has ended
-                coming.wait()
+                coming.exception()
 
     @property
     def nbytes(self) -> int:

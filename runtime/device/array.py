@@ -19,6 +19,7 @@ from bridge_stg.runtime.device.memory import Block, MemoryPool, host_view
 from bridge_stg.runtime.errors import EngineError
 
 DType: TypeAlias = "np.dtype | type | str"
+HostResize: TypeAlias = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 class ArrayContext(Protocol):
@@ -46,9 +47,7 @@ class ArrayContext(Protocol):
     def keep_alive(self, *objects: object) -> None:
         """Keep objects alive until the work that is on the stream now is done."""
 
-    def resize(
-        self, image: DeviceArray, size: tuple[int, int], on_host: Callable[[np.ndarray, tuple[int, int]], np.ndarray]
-    ) -> DeviceArray:
+    def resize(self, image: DeviceArray, size: tuple[int, int], on_host: HostResize) -> DeviceArray:
         """Return a resized copy of an image."""
 
 
@@ -295,12 +294,7 @@ def download(arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
             block = context.pinned.take(max(whole.nbytes, 1))
             cuda.copy(block.address, whole.address, whole.nbytes, cuda.to_host, context.stream)
             landed.append((whole, block))
-        event = cuda.event()
-        cuda("cudaEventRecord", event, context.stream)
-    try:
-        cuda("cudaEventSynchronize", event)  # without the lock: other threads may put work on the stream meanwhile
-    finally:
-        cuda("cudaEventDestroy", event)
+    arrays[0].wait()  # without the lock: other threads may put work on the stream meanwhile
     return [
         host_view(block, whole.nbytes).view(whole.dtype).reshape(whole.shape).copy()
         if whole.nbytes

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.device.array import DeviceArray
+from bridge_stg.runtime.device.array import DeviceArray, HostResize
 from bridge_stg.runtime.device.cuda import Cuda
 from bridge_stg.runtime.device.memory import Block, device_pool, host_view, pinned_pool
-from bridge_stg.runtime.device.resize import DeviceResizer, HostResize
+from bridge_stg.runtime.device.resize import DeviceResizer
 from bridge_stg.runtime.errors import EngineError
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.device.array import ArrayContext, DeviceArray
+from bridge_stg.runtime.device.array import ArrayContext, DeviceArray, HostResize
 from bridge_stg.runtime.device.cuda import DEVICE
 from bridge_stg.runtime.errors import EngineError
 
@@ -75,9 +74,6 @@ def _bicubic(x: float, a: float = -0.5) -> float:
     if x < 1:
         return ((a + 2) * x - (a + 3)) * x * x + 1
     return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
-
-
-HostResize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 class DeviceResizer:

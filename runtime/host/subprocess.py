@@ -5,9 +5,9 @@ The child imports modules from the same places as its parent. Job and result are
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -57,9 +57,8 @@ def answer(function: str, job: Any) -> None:
     """Run in the child: call the function and write its result, or the `BridgeError` that it raised, to stdout."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
         os.dup2(2, 1)  # what libraries print must not mix with the result
-        module, _, name = function.partition(":")
         try:
-            found: dict[str, Any] = {"result": getattr(importlib.import_module(module), name)(job)}
+            found: dict[str, Any] = {"result": pkgutil.resolve_name(function)(job)}
         except Exception as error:
             failure = host_error(error) or error
             if not isinstance(failure, BridgeError):

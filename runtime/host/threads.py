@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.failures import reporting_host_errors
@@ -15,62 +16,30 @@ Item = TypeVar("Item")
 Owner = TypeVar("Owner", bound="Closable")
 
 
-class Background(Generic[T]):
-    """A function's result, computed in a thread that starts immediately.
+def in_background(function: Callable[[], T]) -> Future[T]:
+    """Start a function in another thread, and return its future result.
 
     It runs in parallel where the function releases the GIL for long: in hashing, decoding, resizing, engines.
     """
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
-        self._made: list[T] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="bridge-stg-background")
-        self._thread.start()
-
-    def result(self) -> T:
-        """Wait for the function; return what it returned, or raise what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._made[0]
-
-    def wait(self) -> None:
-        """Wait until the function has ended, with or without an error."""
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self._made.append(self._function())
-        except BaseException as error:  # noqa: BLE001 - `result` raises it in the caller's thread
-            self._error = error
+    executor = ThreadPoolExecutor(1, thread_name_prefix="bridge-stg-background")
+    try:
+        return executor.submit(function)
+    finally:
+        executor.shutdown(wait=False)  # after the function
 
 
 def for_each(function: Callable[[Item], object], items: Iterable[Item], *, threads: int) -> None:
-    """Call a function with every item, in at most `threads` threads including this one.
+    """Call a function with every item, in at most `threads` threads.
 
     If it raises, the error of the first such item is raised here; later items may have been skipped.
     """
-    todo = list(enumerate(items))[::-1]
-    errors: list[tuple[int, BaseException]] = []
-
-    def work() -> None:
-        while not errors:
-            try:
-                place, item = todo.pop()
-            except IndexError:
-                return
-            try:
-                function(item)
-            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
-                errors.append((place, error))
-
-    helpers = [Background(work) for _ in range(min(threads, len(todo)) - 1)]
-    work()
-    for helper in helpers:
-        helper.wait()
-    if errors:
-        raise min(errors, key=lambda failed: failed[0])[1]
+    todo = list(items)
+    if min(threads, len(todo)) < 2:
+        for item in todo:
+            function(item)
+        return
+    with ThreadPoolExecutor(min(threads, len(todo)), thread_name_prefix="bridge-stg-background") as executor:
+        list(executor.map(function, todo))
 
 
 class UseCount:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import socket
 import subprocess
@@ -205,8 +206,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _make(factory: str, memory_bytes: int, *arguments: Any) -> Any:
-    module, _, name = factory.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    function = pkgutil.resolve_name(factory)
     _limit("RLIMIT_NOFILE", MOST_FILES)
     _limit("RLIMIT_CORE", 0)
     with suppress(OSError):  # not Linux

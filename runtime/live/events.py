@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.chain.boxes import box_iou
-from bridge_stg.runtime.chain.results import Grounding
+from bridge_stg.runtime.chain.results import Grounding, span_json
 
 KINDS = ("appeared", "moved", "left")
 
@@ -35,14 +35,14 @@ class Event:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dump`."""
-        tube, span = self.grounding.tube, self.grounding.span
+        tube = self.grounding.tube
         return {
             "event": self.kind,
             "query": self.query,
             "time_s": round(self.time_s, 6),
             "known_s": round(self.known_s, 6),
             "box": [round(float(side), 2) for side in self.box],
-            "span": None if span is None else {"start_s": round(span[0], 6), "end_s": round(span[1], 6)},
+            "span": span_json(self.grounding.span),
             "scores": {name: round(float(value), 6) for name, value in self.grounding.scores.items()},
             "tube": None if tube is None else tube.to_json(),
         }

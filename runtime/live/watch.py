@@ -16,7 +16,7 @@ from typing import Any
 
 from bridge_stg.runtime.chain.opened_video import Chain
 from bridge_stg.runtime.chain.prompt import check_query
-from bridge_stg.runtime.chain.results import Grounding
+from bridge_stg.runtime.chain.results import Grounding, span_json
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.host.limits import Cancel, Limits
@@ -88,10 +88,9 @@ class LiveUpdate:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dump`."""
-        start, end = self.window
         return {
             "known_s": round(self.known_s, 6),
-            "window": {"start_s": round(start, 6), "end_s": round(end, 6)},
+            "window": span_json(self.window),
             "behind_s": round(self.behind_s, 6),
             "took_s": round(self.took_s, 6),
             "groundings": [grounding.to_json() for grounding in self.groundings],

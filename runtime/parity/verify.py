@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from bridge_stg.runtime.backends.choose import open_sessions
@@ -90,9 +91,5 @@ def replay_variant(
     bundle: Bundle, variant: str, *, backend: str = "auto", threads: int | None = None, cases: Bundle | None = None
 ) -> list[Boundary]:
     """Replay golden cases, those of `cases` if given, with one variant of a bundle; see `open_sessions` for errors."""
-    sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads)
-    try:
+    with closing(open_sessions(bundle, backend=backend, variant=variant, threads=threads)) as sessions:
         return replay(cases or bundle, sessions)
-    finally:
-        for session in sessions.values():
-            session.close()

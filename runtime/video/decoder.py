@@ -79,11 +79,6 @@ def moving_streams(container: Any) -> list[Any]:
     return sorted(moving, key=lambda stream: (stream is not best, stream.index))
 
 
-def _described(stream: Any) -> str:
-    codec = stream.codec_context
-    return f"{stream.index}" if codec is None else f"{stream.index} ({codec.name}, {codec.width} × {codec.height})"
-
-
 class _CodecThreads:
     """The codec threads of all open decoders, at most two per CPU; a decoder that gets none decodes in its caller's."""
 
@@ -144,7 +139,8 @@ class Decoder:
             raise VideoError("video.no_stream", f"{text}; expected a video or image file")
         chosen = moving[0] if index is None else next((one for one in moving if one.index == index), None)
         if chosen is None:
-            found = ", ".join(_described(one) for one in sorted(moving, key=lambda one: one.index))
+            codecs = {one.index: one.codec_context for one in sorted(moving, key=lambda one: one.index)}
+            found = ", ".join(f"{i} ({c.name}, {c.width} × {c.height})" if c else f"{i}" for i, c in codecs.items())
             raise VideoError("video.bad_stream", f"{self._path} has no video stream {index}; choose one of: {found}")
         if chosen.codec_context is None:
             raise VideoError("video.unsupported_codec", f"{self._path}: PyAV has no decoder; convert it to H.264")

@@ -51,8 +51,8 @@ class FakeCache:
     def nbytes(self) -> int:
         return self.entries.nbytes
 
-    def copy_prefix(self, source: FakeCache, length: int, rows: Sequence[int] | None = None) -> None:
-        assert source.batch == 1 and rows is None
+    def copy_prefix(self, source: FakeCache, length: int) -> None:
+        assert source.batch == 1
         self.entries[:, :length] = source.entries[:, :length]
 
 

@@ -115,7 +115,9 @@ class TensorRTSession(Closable):
         contract, profile = self.graph.cache, self._engine.profile_for(sizes)
         shapes = {tensor.name: tensor_shape(tensor, sizes) for tensor in self.graph.inputs}
         addresses = self._staging.send({n: array for n, array in feeds.items() if isinstance(array, np.ndarray)})
-        resident = {n: _bindable(array) for n, array in feeds.items() if isinstance(array, DeviceArray)}
+        on_device = {n: array for n, array in feeds.items() if isinstance(array, DeviceArray)}
+        # TensorRT needs contiguous and aligned arrays.
+        resident = {n: a if a.contiguous and not a.address % ALIGNMENT else a.copy() for n, a in on_device.items()}
         addresses |= {name: array.address for name, array in resident.items()}
         written: dict[str, str] = {}  # output of the cache → its buffer
         if cache is not None and contract is not None:
@@ -211,8 +213,3 @@ class TensorRTSession(Closable):
             pass  # a read-only folder: the next process compiles again
         finally:
             self.device.close()
-
-
-def _bindable(array: DeviceArray) -> DeviceArray:
-    """Return the array, or a copy if TensorRT cannot use its strides or alignment."""
-    return array if array.contiguous and not array.address % ALIGNMENT else array.copy()

@@ -68,21 +68,23 @@ def test_backends_and_variants_that_are_not_available(bundle_path, installed):
         choose(manifest)
 
 
-def test_backends_are_tried_in_order_of_preference(bundle_path, installed):
+def test_backends_are_tried_in_order_of_preference(bundle_path, installed, monkeypatch):
     faster = dataclasses.replace(
         CPU, name="faster", distributions=("faster",), extra="gpu", variants=lambda version: ("engine",)
     )
-    order = (faster, CPU)
+    monkeypatch.setattr(targets, "BACKENDS", (faster, CPU))
     manifest = Bundle.load(bundle_path).manifest
     installed(onnxruntime="1.32.0")
-    assert choose(manifest, backends=order).backend == "onnxruntime"
+    assert choose(manifest).backend == "onnxruntime"
     installed(onnxruntime="1.32.0", faster="1.0")
-    assert choose(manifest, backends=order).backend == "onnxruntime"  # faster runs no variant of this bundle
-    able = dataclasses.replace(faster, variants=lambda version: ("primitive",))
-    assert choose(manifest, backends=(able, CPU)).backend == "faster"
+    assert choose(manifest).backend == "onnxruntime"  # faster runs no variant of this bundle
     installed(faster="1.0")
     with raises("engine.no_backend", "faster 1.0", "engine", "'onnxruntime' is not installed"):
-        choose(manifest, backends=order)
+        choose(manifest)
+    installed(onnxruntime="1.32.0", faster="1.0")
+    able = dataclasses.replace(faster, variants=lambda version: ("primitive",))
+    monkeypatch.setattr(targets, "BACKENDS", (able, CPU))
+    assert choose(manifest).backend == "faster"
 
 
 def test_sessions_of_a_bundle_run(bundle_path):

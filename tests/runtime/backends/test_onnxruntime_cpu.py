@@ -91,9 +91,8 @@ def test_a_prefix_is_copied_into_rows_of_another_size(session):
     prefix = session.allocate_cache(batch=1, capacity=4)
     session.infer(feeds([[3, 1, 4]], [0]), cache=prefix)
     batch = session.allocate_cache(batch=3, capacity=8)
-    batch.copy_prefix(prefix, 3, rows=[0, 2])
-    assert not batch.buffers["past_key_0"][1].any() and not batch.buffers["past_key_0"][:, :, 3:].any()
     batch.copy_prefix(prefix, 3)
+    assert not batch.buffers["past_key_0"][:, :, 3:].any()
     logits = session.infer(feeds([[1], [5], [9]], [3, 3, 3]), cache=batch)["logits"]
     for row, token in enumerate((1, 5, 9)):
         np.testing.assert_allclose(logits[row, :, 0], expected_logits(session, [3, 1, 4, token])[:, 3], atol=1e-6)
@@ -115,12 +114,12 @@ def test_a_cache_is_read_and_written_whole(session):
 
 
 @pytest.mark.parametrize(
-    ("length", "rows", "value"), [(5, None, "5 positions"), (1, [3], "rows [3] of 2"), (-1, None, "-1 positions")]
+    ("length", "rows", "value"), [(5, 1, "5 positions"), (1, 3, "3 rows of a KV cache"), (-1, 1, "-1 positions")]
 )
 def test_a_prefix_that_does_not_fit_is_rejected(session, length, rows, value):
-    source, target = session.allocate_cache(batch=1, capacity=4), session.allocate_cache(batch=2, capacity=8)
+    source, target = session.allocate_cache(batch=rows, capacity=4), session.allocate_cache(batch=2, capacity=8)
     with raises("engine.bad_cache", value):
-        target.copy_prefix(source, length, rows)
+        target.copy_prefix(source, length)
 
 
 def test_concurrent_calls_with_caches_of_their_own(session):

@@ -68,9 +68,9 @@ def test_tracking_forces_the_first_start(tokenizer):
 
 def test_one_group_leaves_only_presence_to_decide(tokenizer):
     state = AnswerGrammar(tokenizer, SPEC, TIMES[:1]).start()
-    assert state.forced() == [] and len(state.choices()) == 2 and state.is_first_choice
+    assert state.forced() == [] and len(state.choices()) == 2 and not state.ids
     grammar = AnswerGrammar(tokenizer, SPEC, TIMES[:1])
-    state.choose(next(int(c) for c in state.choices() if c != grammar.absent_id))
+    state.choose(next(int(c) for c in state.choices() if c != grammar.none_ids[0]))
     state.forced()
     assert state.done and state.span == (0, 0)
 

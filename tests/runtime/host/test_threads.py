@@ -7,17 +7,17 @@ import threading
 import pytest
 
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.host.threads import Background, UseCount, for_each
+from bridge_stg.runtime.host.threads import UseCount, for_each, in_background
 from tests.errors import raises
 
 
 def test_a_result_is_waited_for_and_an_error_is_raised_by_who_asks() -> None:
     go = threading.Event()
-    background = Background(lambda: go.wait(5) and threading.current_thread().name)
+    background = in_background(lambda: go.wait(5) and threading.current_thread().name)
     go.set()
     assert background.result() == background.result() != threading.current_thread().name
-    failed = Background(lambda: 1 / 0)
-    failed.wait()
+    failed = in_background(lambda: 1 / 0)
+    failed.exception()
     with pytest.raises(ZeroDivisionError):
         failed.result()
 
