@@ -15,7 +15,7 @@ from typing import Any
 from bridge_stg.export.engines import targets
 from bridge_stg.export.engines.profiles import GraphProfiles, profiles_of
 from bridge_stg.export.engines.support import require
-from bridge_stg.export.engines.targets import PRIMITIVE_ONLY_BELOW, EngineTarget, version_numbers
+from bridge_stg.export.engines.targets import PRIMITIVE_ONLY_BELOW, EngineTarget
 from bridge_stg.runtime.backends.tensorrt import engine_cache
 from bridge_stg.runtime.backends.tensorrt.engine_cache import FAMILIES, EngineKey
 from bridge_stg.runtime.backends.tensorrt.library import MODULES
@@ -24,6 +24,7 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.machine import machine
 from bridge_stg.runtime.host.memory import available_bytes, gigabytes
+from bridge_stg.runtime.host.packages import version_numbers
 
 OPTIONS = {"attention": "decomposable", "network": "strongly typed", "tf32": "off"}
 """Settings of every engine, as its key has them."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from itertools import takewhile
 
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.packages import version_numbers
 
 TURING = ("fp32", "fp16", "int8")
 AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -134,11 +134,6 @@ def check_precision(target: EngineTarget, precision: str) -> None:
     if word not in target.precisions:
         message = f"target {target.name} has no {word}; use a bundle in {', '.join(target.precisions)}"
         raise EngineError("engine.unsupported_precision", message)
-
-
-def version_numbers(version: str) -> Version:
-    """Return the leading numbers of a version: "10.15.1rc1" → (10, 15)."""
-    return tuple(map(int, takewhile(str.isdigit, version.split("."))))
 
 
 def target_table() -> str:

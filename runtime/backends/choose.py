@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import takewhile
 from typing import Any
 
 from bridge_stg.runtime.backends import registry
@@ -19,6 +18,7 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec, Manifest
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import DeviceFacts
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.packages import version_numbers
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _fitting(
         raise EngineError("engine.not_installed", message)
     manifest = bundle.manifest if isinstance(bundle, Bundle) else bundle
     bases = {graph.derived_from for graph in manifest.all_graphs() if graph.variant == variant} - {None, variant}
-    runnable = backend.variants(_numbers(version))
+    runnable = backend.variants(version_numbers(version))
     order = runnable
     if variant is not None:  # graphs that lack it use the variant that it is derived from
         order = tuple(v for v in (variant, *sorted(map(str, bases))) if v in runnable) if variant in runnable else ()
@@ -188,8 +188,3 @@ def open_graph(
 
 def _backend(target: ChosenBackend) -> Backend:
     return next(b for b in BACKENDS if b.name == target.backend)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: "1.32.0rc1" → (1, 32)."""
-    return tuple(map(int, takewhile(str.isdigit, version.split("."))))

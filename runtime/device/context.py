@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bridge_stg.runtime.device.array import DeviceArray, HostResize
 from bridge_stg.runtime.device.cuda import Cuda
-from bridge_stg.runtime.device.memory import Block, device_pool, host_view, pinned_pool
+from bridge_stg.runtime.device.memory import Block, MemoryPool, host_view
 from bridge_stg.runtime.device.resize import DeviceResizer
 from bridge_stg.runtime.errors import EngineError
 
@@ -35,7 +36,9 @@ class DeviceContext:
         self.device = self.cuda.facts()
         self.stream, self.uploads = self.cuda.stream(), self.cuda.stream()
         self.lock = threading.RLock()
-        self.memory, self.pinned = device_pool(self.cuda), pinned_pool(self.cuda)
+        wait = partial(self.cuda, "cudaDeviceSynchronize")
+        self.memory = MemoryPool(self.cuda.malloc, partial(self.cuda, "cudaFree"), wait)
+        self.pinned = MemoryPool(self.cuda.malloc_host, partial(self.cuda, "cudaFreeHost"), wait)
         self.scratch: Block | None = None
         self._resizer: DeviceResizer | None = None
         self._kept: deque[tuple[Any, object]] = deque()

@@ -13,15 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bridge_stg.runtime.device.cuda import Cuda, OutOfDeviceMemory
+from bridge_stg.runtime.device.cuda import OutOfDeviceMemory
 
 ALIGNMENT = 256
 """Alignment in bytes that TensorRT needs of every tensor's address."""
-
-
-def aligned(size: int) -> int:
-    """Return a size rounded up to the alignment."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class Block:
@@ -111,16 +106,6 @@ def size_class(size: int) -> int:
     """Round a size up, by at most 1/8 (and to at least 4 KiB), so that blocks of similar sizes can be reused."""
     step = max(4096, 1 << max(0, size.bit_length() - 4))
     return max(step, -(-size // step) * step)
-
-
-def device_pool(cuda: Cuda) -> MemoryPool:
-    """Return a pool of device memory."""
-    return MemoryPool(cuda.malloc, lambda a: cuda("cudaFree", a), lambda: cuda("cudaDeviceSynchronize"))
-
-
-def pinned_pool(cuda: Cuda) -> MemoryPool:
-    """Return a pool of pinned host memory."""
-    return MemoryPool(cuda.malloc_host, lambda a: cuda("cudaFreeHost", a), lambda: cuda("cudaDeviceSynchronize"))
 
 
 def host_view(block: Block, size: int, offset: int = 0) -> np.ndarray:

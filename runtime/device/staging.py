@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.device.context import DeviceContext
-from bridge_stg.runtime.device.memory import Block, aligned, host_view
+from bridge_stg.runtime.device.memory import ALIGNMENT, Block, host_view
 
 
 class Staging:
@@ -37,7 +37,7 @@ class Staging:
         offsets, total = {}, 0
         for name, array in arrays.items():
             offsets[name] = total
-            total += aligned(max(array.nbytes, 1))
+            total += -(-max(array.nbytes, 1) // ALIGNMENT) * ALIGNMENT
         device, pinned = place.sized(total)
         if place.sent:
             cuda("cudaEventSynchronize", place.uploaded)  # until then the pinned memory is read

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from itertools import takewhile
 from types import ModuleType
 
 from bridge_stg.runtime.errors import BridgeError
@@ -37,3 +38,8 @@ def installed_version(distribution: str) -> str | None:
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
     """Return the versions of those distributions that are installed, by name."""
     return {name: version for name in names if (version := installed_version(name)) is not None}
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: "1.32.0rc1" → (1, 32)."""
+    return tuple(map(int, takewhile(str.isdigit, version.split("."))))

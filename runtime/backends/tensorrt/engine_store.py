@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import uuid
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +26,8 @@ def writable_folder(bundle: Bundle) -> Path:
     for folder in engine_folders(bundle):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".{uuid.uuid4().hex[:8]}.partial"
-            probe.mkdir()
-            probe.rmdir()
-            return folder
+            with tempfile.TemporaryDirectory(dir=folder):
+                return folder
         except OSError as error:
             problems.append(f"{folder} ({error.strerror or error})")
     message = f"engines can be written neither to {' nor to '.join(problems)}. Set another cache: XDG_CACHE_HOME=…"
