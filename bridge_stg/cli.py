@@ -23,26 +23,18 @@ import bridge_stg
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.failures import host_error
 
-COMMANDS = {
-    "build": "build:build",
-    "calibrate": "calibrate:calibrate",
-    "convert-refs": "evaluate:convert_refs",
-    "doctor": "export:doctor",
-    "evaluate": "evaluate:evaluate",
-    "evaluate-demo": "evaluate:evaluate_demo",
-    "export": "export:export",
-    "infer": "infer:infer",
-    "infer-many": "evaluate:infer_many",
-    "init": "train:init",
-    "inspect": "export:inspect",
-    "serve": "serve:serve",
-    "train": "train:train",
-    "train-demo": "train:train_demo",
-    "triton": "serve:triton",
-    "verify": "export:verify",
-    "watch": "watch:watch",
+MODULES = {
+    "build": "build",
+    "calibrate": "calibrate",
+    "evaluate": "convert-refs evaluate evaluate-demo infer-many",
+    "export": "doctor export inspect verify",
+    "infer": "infer",
+    "serve": "serve triton",
+    "train": "init train train-demo",
+    "watch": "watch",
 }
-"""Name of a command → its module in bridge_stg.commands and its function there."""
+"""Module in bridge_stg.commands → its commands, which are functions with `_` for `-`."""
+COMMANDS = {command: module for module, commands in MODULES.items() for command in commands.split()}
 EXTRAS = {
     "cpu": "onnxruntime",
     "export": "torch transformers onnx onnx_ir onnxscript safetensors",
@@ -75,9 +67,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, or None if it does not exist."""
         if cmd_name in COMMANDS and cmd_name not in self.commands:
-            module, _, function = COMMANDS[cmd_name].partition(":")
-            command = getattr(importlib.import_module(f"bridge_stg.commands.{module}"), function)
-            self.add_command(command, cmd_name)
+            module = importlib.import_module(f"bridge_stg.commands.{COMMANDS[cmd_name]}")
+            self.add_command(getattr(module, cmd_name.replace("-", "_")), cmd_name)
         return super().get_command(ctx, cmd_name)
 
 

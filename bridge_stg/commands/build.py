@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from bridge_stg.commands.options import PATH, bundle_argument, variant_option
+from bridge_stg.commands import options
+from bridge_stg.commands.options import PATH
 from bridge_stg.commands.progress import ProgressBar, stage_line
 
 
@@ -20,14 +21,14 @@ def _show_targets(context: click.Context, parameter: click.Parameter, value: boo
 
 
 @click.command()
-@bundle_argument
+@options.bundle_argument
 @click.option("--target", "targets", multiple=True, required=True, metavar="NAME", help="See --targets; repeatable.")
 @click.option(
     "--targets", "list_targets", is_flag=True, is_eager=True, callback=_show_targets, expose_value=False,
     help="List the names for --target.",
 )  # fmt: skip
 @click.option("--graph", "graphs", multiple=True, help="Build only this graph; repeatable.")
-@variant_option("the one that fits the target")
+@options.variant_option("the one that fits the target")
 @click.option("--precision", help="Required precision of BUNDLE; nothing is converted.")
 @click.option("--profiles", type=PATH, help="YAML file with sizes to compile for (docs/engines.md).")
 @click.option("--overwrite", "--again", is_flag=True, help="Rebuild existing engines.")

@@ -17,16 +17,8 @@ from bridge_stg.calibration.options import (
     Options,
     require_packages,
 )
-from bridge_stg.commands.options import (
-    PATH,
-    Number,
-    bundle_argument,
-    out_option,
-    overwrite_option,
-    sample_options,
-    seed_option,
-    threads_option,
-)
+from bridge_stg.commands import options
+from bridge_stg.commands.options import PATH, Number
 from bridge_stg.commands.progress import ProgressBar
 from bridge_stg.export.engines.support import BACKENDS
 from bridge_stg.runtime.errors import BridgeError
@@ -62,9 +54,9 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 
 
 @click.command()
-@bundle_argument
-@sample_options(required=True)
-@out_option("the new bundle")
+@options.bundle_argument
+@options.sample_options(required=True)
+@options.out_option("the new bundle")
 @click.option(
     "--recipe", type=click.Choice(RECIPE_NAMES), default="w8a8", show_default=True, help="Quantization recipe."
 )
@@ -93,9 +85,9 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 )  # fmt: skip
 @click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks to score one by one.")
 @click.option("--max-trials", type=click.IntRange(min=2), default=24, show_default=True, help="Maximum search trials.")
-@seed_option
-@threads_option
-@overwrite_option("bundle")
+@options.seed_option
+@options.threads_option
+@options.overwrite_option("bundle")
 def calibrate(bundle: Path, out: Path, **options: Any) -> None:
     """Quantize a float BUNDLE to INT8, and report the loss of accuracy in time spans and boxes.
 
@@ -104,10 +96,7 @@ def calibrate(bundle: Path, out: Path, **options: Any) -> None:
     click.echo(calibrate_bundle(bundle, out, **options))
 
 
-def calibrate_bundle(
-    bundle: Path, out: Path, *, kv8: bool = False, targets: tuple[str, ...] = (),
-    **given: Any,
-) -> str:  # fmt: skip
+def calibrate_bundle(bundle: Path, out: Path, *, kv8: bool = False, targets: tuple[str, ...] = (), **given: Any) -> str:
     """Calibrate with the options of the command, and return the text that it prints at the end."""
     require_packages()
     from bridge_stg.calibration.calibrate import calibrate

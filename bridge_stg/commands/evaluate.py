@@ -13,18 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bridge_stg.commands.options import (
-    COUNT,
-    PATH,
-    backend_options,
-    bundle_option,
-    many_options,
-    output_file,
-    query_options,
-    shard,
-    stream_option,
-    variant_option,
-)
+from bridge_stg.commands import options
+from bridge_stg.commands.options import COUNT, PATH, output_file, shard
 from bridge_stg.commands.progress import ProgressBar, stage_line
 from bridge_stg.evaluation.datasets.registry import DATASETS
 from bridge_stg.runtime.errors import BridgeError
@@ -49,9 +39,8 @@ WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
 @click.option("--split", help="Split to read if the files have several, such as val or testA.")
 @click.option("--limit", type=COUNT, help="Evaluate only the first N samples.")
 @click.option("--shard", type=shard, default="1/1", metavar="I/N", show_default=True, help="Evaluate only part I of N.")
-@stream_option
-@many_options
-@backend_options()
+@options.stream_option
+@options.many_options
 def evaluate(
     *, dataset: str, annotations: tuple[Path, ...], media: Path | None, models: tuple[Path, ...], out: Path,
     split: str | None, stream: int | None, executor: str, workers: int | None, backend: str, variant: str | None,
@@ -92,11 +81,10 @@ def evaluate(
 @click.argument("table", type=PATH)
 @click.option("--media", type=PATH, help="Folder of the videos or images; default: that of TABLE.")
 @click.option("--query", "queries", multiple=True, help="Query for each file if TABLE is a folder; repeatable.")
-@bundle_option
+@options.bundle_option
 @click.option("--out", type=output_file(".jsonl", ".parquet"), required=True, help="Output file.")
-@query_options
-@many_options
-@backend_options()
+@options.query_options
+@options.many_options
 def infer_many(
     *, table: Path, media: Path | None, queries: tuple[str, ...], bundle: Path | None, out: Path, task: str,
     executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None, **options: Any,
@@ -140,9 +128,9 @@ def convert_refs(refs: Path, out: Path) -> None:
 @click.command("evaluate-demo")
 @click.option("--out", type=output_file(".json"), default=Path("assets/demo/figures.json"), show_default=True)
 @click.option("--clips", type=COUNT, default=200, show_default=True, help="Number of held-out clips.")
-@bundle_option
+@options.bundle_option
 @click.option("--checkpoint", type=PATH, help="Evaluate this checkpoint in eager torch instead.")
-@variant_option()
+@options.variant_option()
 def evaluate_demo(out: Path, **options: Any) -> None:
     """Evaluate the demo model on held-out clips, with controls."""
     from bridge_stg.demo.held_out import evaluate_demo as measure

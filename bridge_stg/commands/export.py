@@ -8,18 +8,10 @@ from typing import Any
 
 import click
 
+from bridge_stg.commands import options
 from bridge_stg.commands.calibrate import calibrate_bundle, check_int8, float_bundle
 from bridge_stg.commands.infer import UNVERIFIED
-from bridge_stg.commands.options import (
-    DTYPES,
-    PATH,
-    adapter_option,
-    backend_options,
-    bundle_argument,
-    out_option,
-    overwrite_option,
-    sample_options,
-)
+from bridge_stg.commands.options import DTYPES, PATH
 from bridge_stg.commands.progress import ProgressBar, stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -28,14 +20,14 @@ VARIANTS = ("standard", "primitive")
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@out_option("the bundle")
-@overwrite_option("bundle")
+@options.out_option("the bundle")
+@options.overwrite_option("bundle")
 @click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), help="Default: both; repeatable.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Dtype of the matmuls.")
-@adapter_option
+@options.adapter_option
 @click.option("--verify/--no-verify", default=True, help="Whether to compare the graphs with torch.")
 @click.option("--int8", is_flag=True, help="Calibrate the bundle too, as `calibrate` does; needs --samples.")
-@sample_options(required=False)
+@options.sample_options(required=False)
 def export(
     *, checkpoint: Path, out: Path, overwrite: bool, variants: tuple[str, ...], dtype: str, adapter: str | None,
     verify: bool, int8: bool, **given: Any,
@@ -61,7 +53,7 @@ def export(
 
 
 @click.command()
-@bundle_argument
+@options.bundle_argument
 def inspect(bundle: Path) -> None:
     """Show what is in a BUNDLE: model, graphs, variants, tensors."""
     from bridge_stg.commands.tables import bundle_table
@@ -71,8 +63,8 @@ def inspect(bundle: Path) -> None:
 
 
 @click.command()
-@bundle_argument
-@backend_options(variant="every one that runs here")
+@options.bundle_argument
+@options.backend_options(variant="every one that runs here")
 @click.option("--bisect", is_flag=True, help="Name the block in which the first deviation begins; needs onnx.")
 @click.option(
     "--against", type=PATH, help="With --bisect: a correct bundle of this model; default: another variant of BUNDLE."

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bridge_stg.commands.options import SECONDS, backend_options, box, bundle_option, output_file, query_options
+from bridge_stg.commands import options
+from bridge_stg.commands.options import SECONDS, box, output_file
 from bridge_stg.commands.progress import ProgressBar, stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -56,15 +57,15 @@ class Request:
 @click.command()
 @click.argument("video")
 @click.argument("queries", metavar="QUERY...", nargs=-1)
-@query_options
+@options.query_options
 @click.option("--track", "first_box", type=box, metavar="L,T,R,B", help="Track the object in this box of frame 1.")
-@bundle_option
+@options.bundle_option
 @click.option("--json", "json_file", type=output_file(".json"), help="Write the results, one box per video frame.")
 @click.option(
     "--annotate", type=output_file(".mp4", ".png", ".jpg"), help="Write the video (H.264) or image with the boxes."
 )
 @click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span and a timeline.")
-@backend_options()
+@options.backend_options()
 @click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Stop after this time.")
 def infer(**given: Any) -> None:
     """Find QUERY in VIDEO (or in an image): the time span, and a box in every frame of it.
@@ -128,15 +129,11 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
     with loading.result() as grounder:
         if not grounder.verified:
             click.echo(UNVERIFIED, err=True)
-        with grounder.open(
-            request.video,
-            max_visual_tokens=request.max_visual_tokens,
-            stream=request.stream,
-            deadline_s=request.deadline,
-            progress=progress,
-        ) as video:
-            left = None if request.deadline is None else max(0.0, request.deadline - (time.monotonic() - began))
-            limits: dict[str, Any] = {"deadline_s": left, "progress": progress}
+        limits: dict[str, Any] = {"deadline_s": request.deadline, "progress": progress}
+        tokens = request.max_visual_tokens
+        with grounder.open(request.video, max_visual_tokens=tokens, stream=request.stream, **limits) as video:
+            if request.deadline is not None:
+                limits["deadline_s"] = max(0.0, request.deadline - (time.monotonic() - began))
             queries = list(request.queries)
             if request.first_box is not None:
                 results = [video.track(request.first_box, query=queries[0] if queries else TRACKED, **limits)]

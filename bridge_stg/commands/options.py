@@ -111,15 +111,6 @@ query_options = combine(
     ),
     stream_option,
 )  # fmt: skip
-many_options = combine(
-    click.option(
-        "--executor", "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-        help="Run the model in this process, or in many processes on Ray.",
-    ),
-    click.option("--workers", type=COUNT, help="Processes of --executor ray; default: one, or one per GPU."),
-    click.option("--overwrite", is_flag=True, help="Discard finished results and start again."),
-    click.option("--retry-failed", is_flag=True, help="Retry samples that failed in an earlier run."),
-)  # fmt: skip
 
 
 def variant_option(default: str = "the one that fits this machine") -> Decorator[Any]:
@@ -130,6 +121,18 @@ def variant_option(default: str = "the one that fits this machine") -> Decorator
 def backend_options(*, variant: str = "the one that fits this machine") -> Decorator[Any]:
     """Return the options of commands that run graphs; `variant` is the default of `--variant` in words."""
     return combine(backend_option, variant_option(variant), threads_option)
+
+
+many_options = combine(
+    click.option(
+        "--executor", "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+        help="Run the model in this process, or in many processes on Ray.",
+    ),
+    click.option("--workers", type=COUNT, help="Processes of --executor ray; default: one, or one per GPU."),
+    click.option("--overwrite", is_flag=True, help="Discard finished results and start again."),
+    click.option("--retry-failed", is_flag=True, help="Retry samples that failed in an earlier run."),
+    backend_options(),
+)  # fmt: skip
 
 
 def out_option(what: str) -> Decorator[Any]:

@@ -14,17 +14,12 @@ if TYPE_CHECKING:
 class ProgressBar:
     """A progress bar on stderr for each stage in turn; a context manager, which closes the last one.
 
-    Args:
-        delay_s: seconds that a stage must take before its bar is shown.
-        unit: unit of the count; with one, finished bars stay on the screen.
-        lines: write the name of each stage as a line where stderr is not a terminal; otherwise nothing is written
-            there.
+    A stage must take `delay_s` seconds before its bar is shown. With a `unit` of the count, finished bars stay on the
+    screen. Where stderr is not a terminal, `lines` writes the name of each stage as a line; otherwise nothing is shown.
     """
 
     def __init__(self, *, delay_s: float = 0, unit: str = "", lines: bool = False) -> None:
-        self._delay_s = delay_s
-        self._unit = unit
-        self._lines = lines
+        self._delay_s, self._unit, self._lines = delay_s, unit, lines
         self._shown = sys.stderr.isatty()
         self._stage: str | None = None
         self._bar: tqdm[Any] | None = None

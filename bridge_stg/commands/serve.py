@@ -8,17 +8,8 @@ from typing import Any
 
 import click
 
-from bridge_stg.commands.options import (
-    COUNT,
-    PATH,
-    SECONDS,
-    Number,
-    backend_option,
-    backend_options,
-    bundle_argument,
-    overwrite_option,
-    variant_option,
-)
+from bridge_stg.commands import options
+from bridge_stg.commands.options import COUNT, PATH, SECONDS, Number
 from bridge_stg.runtime.errors import BridgeError
 
 MIB = 2**20
@@ -33,7 +24,7 @@ def live_source(value: str) -> tuple[str, str]:
 
 
 @click.command()
-@bundle_argument
+@options.bundle_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need an API key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
 @click.option("--api-key", help="API key that clients must send; visible in `ps`, so prefer --api-key-env.")
@@ -60,11 +51,10 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--open-videos", type=COUNT, default=8, show_default=True, help="Videos kept ready for the next query.")
 @click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="Maximum memory of open videos, in MiB.")
 @click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to finish running jobs.")
-@backend_options()
+@options.backend_options()
 def serve(
     *, bundle: Path, api_key: str | None, api_key_env: str | None, live: tuple[tuple[str, str], ...], every_s: float,
-    window: int, max_upload_mb: int, max_storage_mb: int, open_mb: int, decode_mb: int, threads: int | None,
-    backend: str, variant: str | None, **limits: Any,
+    window: int, max_upload_mb: int, max_storage_mb: int, open_mb: int, decode_mb: int, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a BUNDLE over HTTP: uploads, jobs, live sources, and a web page.
 
@@ -76,6 +66,7 @@ def serve(
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
 
+    engine = {name: limits.pop(name) for name in ("threads", "backend", "variant")}
     settings = Settings(
         api_key=_key(api_key, api_key_env),
         live=dict(live),
@@ -91,9 +82,7 @@ def serve(
         settings,
         say=lambda url: click.echo(f"Serving {bundle} at {url} (API: {url}docs). Press Ctrl-C to stop."),
         live={"every_s": every_s, "window": window},
-        threads=threads,
-        backend=backend,
-        variant=variant,
+        **engine,
     )
 
 
@@ -108,11 +97,11 @@ def _key(key: str | None, variable: str | None) -> str | None:
 
 
 @click.command()
-@bundle_argument
+@options.bundle_argument
 @click.option("--out", type=PATH, required=True, help="Folder of the model repository.")
 @click.option("--name", default="bridge_stg", show_default=True, help="Name of the model.")
-@backend_option
-@variant_option("the one that fits the server")
+@options.backend_option
+@options.variant_option("the one that fits the server")
 @click.option("--media", help="Folder on the server for paths in VIDEO; without it, only VIDEO_BYTES works.")
 @click.option("--max-batch", type=COUNT, default=16, show_default=True, help="Maximum queries per batch.")
 @click.option(
@@ -125,7 +114,7 @@ def _key(key: str | None, variable: str | None) -> str | None:
     "--open-videos", type=click.IntRange(min=0), default=4, show_default=True, help="Videos kept ready between batches."
 )
 @click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Stop a query after this time.")
-@overwrite_option("model of this name")
+@options.overwrite_option("model of this name")
 def triton(bundle: Path, out: Path, overwrite: bool, **serving: Any) -> None:
     """Write a model repository for Triton Inference Server that serves BUNDLE."""
     from bridge_stg.triton.repository import Serving, write_repository

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from bridge_stg.commands.options import COUNT, DTYPES, PATH, Number, adapter_option, out_option, seed_option
+from bridge_stg.commands import options
+from bridge_stg.commands.options import COUNT, DTYPES, PATH, Number
 from bridge_stg.commands.progress import stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -41,8 +42,8 @@ resume_option = click.option(
 
 @click.command()
 @click.option("--backbone", type=PATH, required=True, help="Folder of a Hugging Face model.")
-@out_option("the checkpoint")
-@seed_option
+@options.out_option("the checkpoint")
+@options.seed_option
 @click.option("--queries", type=COUNT, default=8, show_default=True, help="Number of bridging queries.")
 @click.option("--taps", type=layers, help="LLM layers to tap; default: the last layer of each third.")
 @click.option("--decoder-width", type=click.IntRange(min=8), default=256, show_default=True)
@@ -50,7 +51,7 @@ resume_option = click.option(
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: unchanged, as links."
 )
-@adapter_option
+@options.adapter_option
 def init(
     *, backbone: Path, out: Path, seed: int, queries: int, taps: tuple[int, ...] | None, decoder_width: int,
     decoder_layers: int, dtype: str | None, adapter: str | None,
@@ -79,7 +80,7 @@ def init(
 @click.argument("checkpoint", type=PATH)
 @click.option("--annotations", type=PATH, required=True, help="JSON lines; see docs/annotations.md.")
 @click.option("--media", type=PATH, required=True, help="Folder of their videos and images.")
-@out_option("the new checkpoint")
+@options.out_option("the new checkpoint")
 @click.option("--epochs", type=COUNT, default=10, show_default=True, help="Passes over all clips.")
 @click.option("--clips", type=COUNT, default=1, show_default=True, help="Clips per step.")
 @click.option(
@@ -98,9 +99,9 @@ def init(
     "--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Precision of matmuls."
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: as in CHECKPOINT.")
-@adapter_option
+@options.adapter_option
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
-@seed_option
+@options.seed_option
 @resume_option
 def train(
     *, checkpoint: Path, annotations: Path, media: Path, out: Path, freeze_backbone: bool, train_vision: bool,
@@ -125,12 +126,10 @@ def train(
 @click.option("--out", type=PATH, default=Path("build/demo/checkpoint"), show_default=True, help="Checkpoint folder.")
 @click.option("--vision-steps", type=COUNT, help="Steps of the first stage; default: the recipe's.")
 @click.option("--grounding-steps", type=COUNT, help="Steps of the second stage; default: the recipe's.")
-@seed_option
+@options.seed_option
 @resume_option
-def train_demo(out: Path, vision_steps: int | None, grounding_steps: int | None, seed: int, resume: bool) -> None:
+def train_demo(out: Path, **options: Any) -> None:
     """Train the demo checkpoint from scratch on synthetic clips."""
     from bridge_stg.demo.train import train_demo as train_checkpoint
 
-    given = {"vision_steps": vision_steps, "grounding_steps": grounding_steps}
-    steps: dict[str, Any] = {name: count for name, count in given.items() if count is not None}
-    click.echo(f"Wrote the checkpoint {train_checkpoint(out, seed=seed, resume=resume, **steps)}.")
+    click.echo(f"Wrote the checkpoint {train_checkpoint(out, **options)}.")

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from bridge_stg.commands.options import (
-    COUNT,
-    SECONDS,
-    Number,
-    backend_options,
-    bundle_option,
-    output_file,
-    overwrite_option,
-)
+from bridge_stg.commands import options
+from bridge_stg.commands.options import COUNT, SECONDS, Number, output_file
 from bridge_stg.commands.progress import stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -33,12 +27,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @click.command()
 @click.argument("source")
 @click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
-@bundle_option
+@options.bundle_option
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between two rounds.")
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per round.")
 @click.option("--json", "--jsonl", "json_file", type=output_file(), help="Write the events, one JSON object per line.")
 @click.option("--answers", is_flag=True, help="Write every round's answers to --json too.")
-@overwrite_option("--json file")
+@options.overwrite_option("--json file")
 @click.option("--realtime", is_flag=True, help="Play a file at its own pace instead of as fast as possible.")
 @click.option("--duration", "duration_s", type=SECONDS, metavar="SECONDS", help="Stop after this much stream time.")
 @click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Stop a round after this time.")
@@ -48,7 +42,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 )  # fmt: skip
 @click.option("--moved-iou", type=Number(0, 1), default=0.5, show_default=True, help="Report `moved` below this IoU.")
 @click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent.")
-@backend_options()
+@options.backend_options()
 def watch(
     *, source: str, queries: tuple[str, ...], bundle: Path | None, json_file: Path | None, answers: bool,
     overwrite: bool, realtime: bool, threads: int | None, backend: str, variant: str | None, **options: Any,
@@ -71,74 +65,54 @@ def watch(
         stopped_by_signals() as stop,
         Grounder.load(path, backend=backend, variant=variant, threads=threads) as grounder,
         grounder.watch(source, queries, realtime=realtime, cancel=stop, **options) as watch,
-        Log(json_file) as log,
+        json_lines(json_file) as log,
     ):
         try:
             for update in watch:
                 for event in update.events:
                     box = ",".join(f"{side:.0f}" for side in event.box)
                     click.echo(f"{clock(event.time_s)}  {event.kind:8}  {event.query}  [{box}]")
-                    log.write(event.to_json())
+                    log(event.to_json())
                 if answers:
-                    log.write({"event": "answers", **update.to_json()})
+                    log({"event": "answers", **update.to_json()})
         finally:
             stats = watch.stats
-            log.write({"event": "end", **stats.to_json()})
+            log({"event": "end", **stats.to_json()})
             if stats.frames:
                 click.echo(summary(stats), err=True)
 
 
 def _check_output(json_file: Path | None, source: str, overwrite: bool) -> None:
-    if json_file is None:
+    if json_file is None or not json_file.exists():
         return
-    if json_file.exists():
-        if Path(source).exists() and json_file.samefile(source):
-            raise BridgeError("output.is_input", f"{json_file} is the source itself; give another name for --json.")
-        if not overwrite and json_file.stat().st_size:
-            what = f"{json_file} already exists. Pass --overwrite to replace it, or another --json."
-            raise BridgeError("output.exists", what)
+    if Path(source).exists() and json_file.samefile(source):
+        raise BridgeError("output.is_input", f"{json_file} is the source itself; give another name for --json.")
+    if not overwrite and json_file.stat().st_size:
+        what = f"{json_file} already exists. Pass --overwrite to replace it, or another --json."
+        raise BridgeError("output.exists", what)
 
 
-class Log:
-    """Lines of JSON, each written as soon as it is known; without a path, nothing is written."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file: IO[str] | None = None if path is None else path.open("w", encoding="utf-8", buffering=1)
-
-    def write(self, value: dict[str, Any]) -> None:
-        """Write a value as one line."""
-        if self._file is not None:
-            self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
+@contextmanager
+def json_lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Yield a function that writes a value as one line at once; without a path, it writes nothing."""
+    with open(path or os.devnull, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+        yield lambda value: file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
     """Yield an event that SIGINT and SIGTERM set; another signal has its usual effect."""
     stop = threading.Event()
-    before: dict[int, Any] = {}
+    with ExitStack() as before:
 
-    def handle(number: int, _: object) -> None:
-        stop.set()
-        restore()
+        def handle(number: int, _: object) -> None:
+            stop.set()
+            before.close()
 
-    def restore() -> None:
-        while before:
-            signal.signal(*before.popitem())
-
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            before[number] = signal.signal(number, handle)
-    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                before.callback(signal.signal, number, signal.signal(number, handle))
         yield stop
-    finally:
-        restore()
 
 
 def clock(seconds: float) -> str:

@@ -22,12 +22,10 @@ from bridge_stg.training.clip_batches import answer_row, pad_right, pad_rows
 LOOKS = len(NAMES) * len(COLOUR_NAMES)
 ASKED = (len(NAMES), len(COLOUR_NAMES), len(DIRECTION_NAMES))
 QUERIES_PER_CLIP = 3
-Span = tuple[int, int] | None
-"""First and last group; None if the target is absent."""
+Span = tuple[int, int] | None  # first and last group; None if the target is absent
 ABSENT, TWINS = 0.35, 0.5
 """Share of queries about absent things, and of clips whose first two things differ in direction only."""
-NEAR_AN_END = 5
-"""Number of consecutive fine frames around an end of a span; the others are spread."""
+NEAR_AN_END = 5  # number of consecutive fine frames around an end of a span; the others are spread
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ CHECKPOINT = Path("assets/demo/checkpoint")
 def demo_bundle(*, progress: Callable[[str], None] = lambda stage: None) -> Path:
     """Return a demo bundle: ./build/demo/bundle, else the one in the user's cache, which is exported if missing.
 
-    Raises:
-        BundleError: no bundle exists, and it cannot be exported here; the message says what to install or pass.
+    Raises BundleError, which says what to install or pass, if no bundle exists and it cannot be exported here.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cached = Path(cache) / "bridge-stg" / bridge_stg.__version__ / "demo"
@@ -29,14 +28,11 @@ def demo_bundle(*, progress: Callable[[str], None] = lambda stage: None) -> Path
     checkpoints = [root / CHECKPOINT for root in (Path(), SOURCE_TREE) if (root / CHECKPOINT).is_dir()]
     missing = f"No bundle was given, and no demo bundle exists in {BUILT} or {cached}."
     if not checkpoints:
-        hint = (
-            "Pass one with --bundle, or run `make demo` in a source tree of the project and use its build/demo/bundle."
-        )
-        raise BundleError("bundle.not_given", f"{missing} {hint}")
+        hint = "Pass one with --bundle, or run `make demo` in a source tree of the project and use its"
+        raise BundleError("bundle.not_given", f"{missing} {hint} {BUILT}.")
     if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers", "onnx", "onnxscript")):
-        hint = (
-            f'Exporting it from {checkpoints[0]} needs torch: pip install "bridge-stg[cpu,export]", or pass --bundle.'
-        )
+        hint = f"Exporting it from {checkpoints[0]} needs torch:"
+        hint += ' pip install "bridge-stg[cpu,export]", or pass --bundle.'
         raise BundleError("bundle.not_given", f"{missing} {hint}")
     from bridge_stg.export.export_bundle import export_bundle
 

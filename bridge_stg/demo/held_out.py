@@ -208,16 +208,17 @@ def measure(
         blank = plain.ground(((float(t), grey) for t in clip.times), named.text)
         rows["frames blanked"].append(score(clip, named, blank))
         rows["whole clip, centre box"].append(_centre_box(clip, named))
-    motion = []
     motion_clips = held_out_clips(max(1, clips // 2), MOTION_SEED, motion_only=True)
     for clip in tqdm(motion_clips, "motion clips", total=max(1, clips // 2), unit="clip"):
         assert clip.motion is not None
         encoder.clear()
-        motion.append(score(clip, clip.motion, plain.ground(clip_path(clip, folder / "motion"), clip.motion.text)))
+        rows["motion"].append(
+            score(clip, clip.motion, plain.ground(clip_path(clip, folder / "motion"), clip.motion.text))
+        )
     present_found, absent_found = np.mean(found, 0)
     return {
         "named": tube_scores(*zip(*rows.pop("named"))),
-        "motion": tube_scores(*zip(*motion)),
+        "motion": tube_scores(*zip(*rows.pop("motion"))),
         "absent_auroc": auroc(absent_scores, present_scores),
         "absent_recognized": float(1 - absent_found),
         "present_found": float(present_found),
@@ -234,15 +235,10 @@ def evaluate_demo(
     out: Path, *, clips: int = 200, bundle: Path | None = None, checkpoint: Path | None = None,
     folder: Path = Path("build/held-out"), variant: str | None = None,
 ) -> str:  # fmt: skip
-    """Evaluate a bundle, or a checkpoint in eager torch; write the scores as JSON and return them as text.
+    """Evaluate a bundle, or a checkpoint in eager torch; write the scores as JSON to `out` and return them as text.
 
-    Args:
-        out: the JSON file.
-        clips: number of held-out clips.
-        bundle: bundle to evaluate; None without a checkpoint: the demo bundle.
-        checkpoint: checkpoint to evaluate in eager torch, instead of a bundle.
-        folder: folder that the clips are written to, or read from.
-        variant: variant of the bundle's graphs; None: the default.
+    Without `bundle` and `checkpoint`, it is the demo bundle. The held-out clips are written to `folder`, or read from
+    there. `variant` is that of the bundle's graphs, None for the default.
     """
     if checkpoint is not None:
         from bridge_stg.checkpoint.checkpoint import load_checkpoint
@@ -272,8 +268,7 @@ def evaluate_demo(
 def _centre_box(clip: HeldOutClip, query: Question) -> tuple[float, float]:
     """Score a guess without any input: the whole clip, with a box of the mean size in the middle."""
     truth, truth_boxes = clip.truth(query)
-    side = 0.2
-    corners = np.repeat([0.5 - side / 2, 0.5 + side / 2], 2) * np.tile([clip.scene.width, clip.scene.height], 2)
+    corners = np.repeat([0.4, 0.6], 2) * np.tile([clip.scene.width, clip.scene.height], 2)
     everywhere = np.ones(len(truth), bool)
     boxes = np.repeat(corners[None].astype(np.float32), len(truth), 0)
     return frame_iou(truth, everywhere), tube_iou(truth, truth_boxes, everywhere, boxes)

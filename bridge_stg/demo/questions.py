@@ -16,8 +16,7 @@ class Question:
 
     text: str
     thing: int | None
-    kind: str
-    """`name`, `colour` (name and colour), `motion` (only the direction decides), `absent`."""
+    kind: str  # `name`, `colour` (name and colour), `motion` (only the direction decides), `absent`
     name: int | None = None
     colour: int | None = None
     direction: int | None = None
@@ -49,32 +48,27 @@ PHRASES = ("the {}", "the {}", "the {}", "{}", "a {}", "find the {}", "where is 
 def _query_about(rng: np.random.Generator, scene: Scene, index: int, thing: Thing) -> Question | None:
     """Name a thing by a random choice of traits that no other thing shares."""
 
-    def rivals(name: bool, colour: bool, direction: bool) -> bool:
-        return any(
-            (not name or other.name == thing.name)
-            and (not colour or other.colour == thing.colour)
-            and (not direction or other.direction == thing.direction)
-            for i, other in enumerate(scene.things)
-            if i != index
-        )  # fmt: skip
+    def rivals(*traits: str) -> bool:
+        others = (other for other in scene.things if other is not thing)
+        return any(all(getattr(other, trait) == getattr(thing, trait) for trait in traits) for other in others)
 
     options = []
-    if not rivals(True, True, False):
+    if not rivals("name", "colour"):
         options += ["colour"] * 5
-        if not rivals(True, False, False):
+        if not rivals("name"):
             options += ["name"] * 3
         if thing.direction is not None:
             options += ["colour+motion"]
-    elif thing.direction is not None and not rivals(True, True, True):
+    elif thing.direction is not None and not rivals("name", "colour", "direction"):
         options += ["colour+motion"]
-        if not rivals(True, False, True):
+        if not rivals("name", "direction"):
             options += ["colour+motion", "name+motion"]
-        if not rivals(False, False, True):
+        if not rivals("direction"):
             options += ["motion"]
     if not options:
         return None
     form = str(rng.choice(options))
-    decided_by_motion = rivals("name" in form or "colour" in form, "colour" in form, False) or form == "motion"
+    decided_by_motion = form == "motion" or rivals("name", *["colour"] * ("colour" in form))
     kind = "motion" if decided_by_motion else form.partition("+")[0]
     name, colour = None if form == "motion" else thing.name, thing.colour if "colour" in form else None
     return _phrase(rng, Question("", index, kind, name, colour, thing.direction if "motion" in form else None))

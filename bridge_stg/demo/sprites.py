@@ -57,12 +57,6 @@ def paste(frame: np.ndarray, box: np.ndarray, name: int, colour: int, flipped: b
     region[:] = ((region * keep + ink) // 255).astype(np.uint8)
 
 
-def gain_table(gain: float) -> np.ndarray:
-    """Return the new value of each brightness, uint8 [256]."""
-    table: np.ndarray = np.clip(np.arange(256) * gain, 0, 255).astype(np.uint8)
-    return table
-
-
 def jpeg(frame: np.ndarray, quality: int) -> np.ndarray:
     """Return a frame after JPEG compression."""
     buffer = io.BytesIO()

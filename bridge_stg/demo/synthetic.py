@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bridge_stg.demo.sprites import COLOURS, NAMES, background, gain_table, jpeg, paste, sprite
+from bridge_stg.demo.sprites import COLOURS, NAMES, background, jpeg, paste, sprite
 from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy
 
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 DIRECTION_NAMES = tuple(DIRECTIONS)
 FRAME_SIZES = ((320, 320), (640, 360), (480, 360), (360, 640))
-Look = tuple[int, int, int | None]
-"""Indices of name, colour and direction."""
+Look = tuple[int, int, int | None]  # indices of name, colour and direction
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class Thing:
 
     name: int
     colour: int
-    direction: int | None
-    """Index into DIRECTION_NAMES, None if it does not move or moves diagonally."""
+    direction: int | None  # index into DIRECTION_NAMES, None if it does not move or moves diagonally
     start: float
     end: float
     first: tuple[float, float]
@@ -60,11 +58,9 @@ class Scene:
     height: int
     duration: float
     things: tuple[Thing, ...]
-    photo: np.ndarray
-    """uint8 [h, w, 3], the background."""
+    photo: np.ndarray  # uint8 [h, w, 3], the background
     noise: float
-    drift: float
-    """Relative change of brightness over the clip."""
+    drift: float  # relative change of brightness over the clip
     jpeg: int | None
     seed: int
 
@@ -80,7 +76,8 @@ class Scene:
                 paste(frames[i], boxes[i], thing.name, thing.colour, thing.flipped)
         if self.drift:
             gain = 1 + self.drift * (times / max(self.duration, 1e-6) - 0.5)
-            frames = np.stack([gain_table(g)[f] for g, f in zip(gain, frames)])
+            tables = np.clip(np.arange(256) * gain[:, None], 0, 255).astype(np.uint8)  # new value of each brightness
+            frames = np.stack([table[frame] for table, frame in zip(tables, frames)])
         if self.noise:
             grain = (rng.standard_normal((height, width, 3), dtype=np.float32) * self.noise).astype(np.int16)
             for frame in frames:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 from bridge_stg.demo.sprites import COLOUR_NAMES, NAMES
@@ -81,11 +82,9 @@ def demo_config() -> BridgeSTGConfig:
     )  # fmt: skip
 
 
-def write_demo_tokenizer(path: Any) -> None:
+def write_demo_tokenizer(path: Path) -> None:
     """Write the demo's `tokenizer.json`."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(demo_tokenizer_json(), file, ensure_ascii=False, indent=1)
-        file.write("\n")
+    path.write_text(json.dumps(demo_tokenizer_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _byte_characters() -> list[str]:

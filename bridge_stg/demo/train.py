@@ -13,24 +13,14 @@ EVALUATION_CLIPS = 10
 
 
 def train_demo(
-    out: Path, *, seed: int = 0, resume: bool = True, vision_steps: int = VISION_STEPS,
-    grounding_steps: int = GROUNDING_STEPS, tiny: bool = False,
+    out: Path, *, seed: int = 0, resume: bool = True, vision_steps: int | None = None,
+    grounding_steps: int | None = None, tiny: bool = False,
 ) -> Path:  # fmt: skip
-    """Train the demo model and write its checkpoint.
+    """Train the demo model, write its checkpoint to the folder `out`, and return it.
 
-    Args:
-        out: the checkpoint folder; states and the log are written to `<out>-training/`.
-        seed: seed of the weights and of every batch.
-        resume: whether to continue from saved states, if they exist.
-        vision_steps: number of steps of the first stage.
-        grounding_steps: number of steps of the second stage.
-        tiny: whether to use batches of two clips, for tests.
-
-    Returns:
-        The checkpoint folder.
-
-    Raises:
-        BridgeError: a saved state does not fit the model, or the loss is no longer finite.
+    The seed is that of the weights and of every batch. States are saved in `<out>-training/`, from which `resume`
+    continues. `tiny` makes batches of two clips, for tests. Raises BridgeError if a saved state does not fit the model,
+    or the loss is no longer finite.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
@@ -59,10 +49,11 @@ def train_demo(
 
     patches, clips = (1000, 2) if tiny else (9000, 8)
     train_vision(
-        model.vision_encoder, model.spec, folder, seed=seed, steps=vision_steps, resume=resume, patches=patches
-    )
+        model.vision_encoder, model.spec, folder, seed=seed, steps=vision_steps or VISION_STEPS, resume=resume,
+        patches=patches,
+    )  # fmt: skip
     train_grounding(
-        model, folder, tokenizer, seed=seed, steps=grounding_steps, resume=resume, clips=clips,
+        model, folder, tokenizer, seed=seed, steps=grounding_steps or GROUNDING_STEPS, resume=resume, clips=clips,
         every=None if tiny else evaluate,
     )  # fmt: skip
     save_checkpoint(model.eval(), out, tokenizer)

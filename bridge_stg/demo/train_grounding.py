@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridge_stg.demo.batches import ASKED, LOOKS, QUERIES_PER_CLIP, BatchMaker, GroundingBatch
-from bridge_stg.demo.train_vision import position_tensors
 from bridge_stg.model.model import BridgeSTG
+from bridge_stg.training.clip_task import ClipTask
 from bridge_stg.training.losses import spatial_losses
 from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
 from bridge_stg.training.train_loop import run_stage
@@ -42,22 +42,23 @@ class GroundingTask:
 
     def __init__(self, model: BridgeSTG, heads: AuxiliaryHeads) -> None:
         self.model, self.heads = model, heads
+        self.vision = ClipTask(model, device=torch.device("cpu"))  # which freezes the vision blocks
 
     def __call__(self, batch: GroundingBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the loss, and values to log."""
-        encoder, language, clips = self.model.vision_encoder, self.model.language_model, len(batch.frames)
+        language, clips = self.model.language_model, len(batch.frames)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = encoder.merge(self.encode(batch.frames.flatten(0, 1)))
+            tokens = self.vision.visual_tokens(batch.frames.flatten(0, 1))
             prefix, suffix = prefix_and_suffix_states(language, batch.prefix, tokens, batch.input_ids, clips=clips)
-            feature_map = self.fine_map(batch)
+            feature_map = self.vision.feature_map(batch.fine.flatten(0, 1)).unflatten(0, batch.fine.shape[:2])
             taps = bridging_taps(language, suffix, batch.length, clips=clips)
             found = self.model.spatial_decoder.localize(feature_map, taps, batch.fine_times, batch.mask)
             choices = batch.target >= 0
-            logits = self.model.language_model.logits(suffix[-1][choices])
+            logits = language.logits(suffix[-1][choices])
             auxiliary = self.auxiliary(batch, prefix, suffix)
             auxiliary["asked"] = self.asked(batch, taps)
         config = self.model.config.losses
-        parts, iou = spatial_losses(found, batch.boxes, batch.positive, batch.mask, feature_map.shape[2:4], config)  # type: ignore[arg-type]
+        parts, iou = spatial_losses(found, batch.boxes, batch.positive, batch.mask, feature_map.shape[2:4], config)
         parts["language"] = config.language * F.cross_entropy(logits, batch.target[choices])
         parts |= {k: config.auxiliary * v for k, v in auxiliary.items()}
         figures = {k: v.item() for k, v in parts.items()}
@@ -66,20 +67,6 @@ class GroundingTask:
         wrong = (found.presence[-1] > 0) != batch.positive
         figures["presence_accuracy"] = 1 - wrong[batch.mask].float().mean().item()
         return torch.stack(list(parts.values())).sum(), figures
-
-    @torch.no_grad()
-    def encode(self, frames: Tensor) -> list[Tensor]:
-        """Return the residual streams [G, N, C] of frames uint8 [G, P, height, width, 3]; the blocks are frozen."""
-        return self.model.vision_encoder.hidden_states(frames, *position_tensors(self.model.spec, *frames.shape[2:4]))
-
-    def fine_map(self, batch: GroundingBatch) -> Tensor:
-        """Return the feature map [V, F, h, w, C] of the fine frames, each repeated to fill its group."""
-        spec = self.model.spec.vision
-        frames = batch.fine.flatten(0, 1)[:, None].expand(-1, spec.temporal_patch_size, -1, -1, -1)
-        rows, columns = (size // spec.patch_size for size in frames.shape[2:4])
-        maps = self.model.vision_encoder.feature_map(self.encode(frames)[-1], rows, columns)
-        by_clip: Tensor = maps.unflatten(0, batch.fine.shape[:2])
-        return by_clip
 
     def asked(self, batch: GroundingBatch, taps: Tensor) -> Tensor:
         """Return the loss of predicting name, colour and direction of a query from each tap of the bridging queries."""
@@ -131,7 +118,7 @@ class GroundingTask:
 
 def train_grounding(
     model: BridgeSTG, folder: Path, tokenizer: Path, *, seed: int, steps: int, resume: bool = True,
-    peak_rate: float = 1.5e-3, clips: int = 8, every: Callable[[int], dict[str, float]] | None = None,
+    clips: int = 8, every: Callable[[int], dict[str, float]] | None = None,
 ) -> None:  # fmt: skip
     """Train the LLM, mergers, bridging queries and spatial decoder; the vision blocks are frozen."""
     heads = AuxiliaryHeads(model.spec.language.hidden_size)
@@ -151,5 +138,5 @@ def train_grounding(
         [{"params": rest}, {"params": merger, "scale": 0.5}, {"params": list(heads.asked.parameters())}],
         task,
         BatchMaker(model.spec, tokenizer, seed, clips=clips),
-        folder=folder, total_steps=steps, peak_rate=peak_rate, resume=resume, every=every,
+        folder=folder, total_steps=steps, peak_rate=1.5e-3, resume=resume, every=every,
     )  # fmt: skip

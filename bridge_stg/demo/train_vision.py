@@ -29,12 +29,6 @@ class DenseHead(nn.Module):
         self.token = nn.Linear(merged, len(NAMES) * len(COLOUR_NAMES))
 
 
-def position_tensors(spec: ModelSpec, height: int, width: int) -> list[Tensor]:
-    """Return the encoder's position tables for a frame size in pixels."""
-    patch = spec.vision.patch_size
-    return [torch.from_numpy(table) for table in vision_tables(spec.vision, height // patch, width // patch).values()]
-
-
 def vision_batch(spec: ModelSpec, seed: int, step: int, *, patches: int = 9000) -> dict[str, Tensor]:
     """Render groups of frames, and label their patches (in merge order) with the thing that covers them.
 
@@ -88,7 +82,8 @@ def vision_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss, and its parts to log."""
     frames = batch["frames"]
-    positions = position_tensors(spec, *frames.shape[2:4])
+    rows, columns = (size // spec.vision.patch_size for size in frames.shape[2:4])
+    positions = [torch.from_numpy(table) for table in vision_tables(spec.vision, rows, columns).values()]
     with torch.autocast("cpu", torch.bfloat16):
         states = encoder.hidden_states(frames, *positions)
         dense = head.patch(states[-1])

@@ -57,8 +57,7 @@ class LossConfig:
     heat: LossWeight = 1.0
     contrastive: LossWeight = 0.1
     contrastive_temperature: Annotated[float, Between(0.001, 1000)] = 0.07
-    auxiliary: LossWeight = 1.0
-    """Weight of the demo's auxiliary losses on the LLM's hidden states."""
+    auxiliary: LossWeight = 1.0  # weight of the demo's auxiliary losses on the LLM's hidden states
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class BridgeSTGConfig:
     def model_spec(self) -> ModelSpec:
         """Derive what the runtime needs: the geometry of the graphs and the rules around them.
 
-        Raises:
-            CheckpointError: the backbone's config cannot be used, or a tapped layer does not exist.
+        Raises CheckpointError if the backbone's config cannot be used, or a tapped layer does not exist.
         """
         family, values = backbone(self.backbone), self.backbone_config()
         depth = values.text_config.num_hidden_layers
@@ -120,14 +118,9 @@ class BridgeSTGConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> BridgeSTGConfig:
-        """Check and convert the values of a `config.json`.
+        """Check and convert the values of a `config.json`; `where` is the file's name in error messages.
 
-        Args:
-            values: the values; not changed.
-            where: file name for error messages.
-
-        Raises:
-            CheckpointError: it is not a Bridge-STG config, or a field is unknown, missing or of a wrong type.
+        Raises CheckpointError if it is not a Bridge-STG config, or a field is unknown, missing or of a wrong type.
         """
         values = dict(values)
         model_type = values.pop("model_type", None)
@@ -145,11 +138,7 @@ class BridgeSTGConfig:
 
     @classmethod
     def load(cls, folder: Path) -> BridgeSTGConfig:
-        """Read `config.json` of a checkpoint folder.
-
-        Raises:
-            CheckpointError: the file is missing, not JSON, or does not describe a Bridge-STG model.
-        """
+        """Read `config.json` of a checkpoint folder. Raises CheckpointError as `read_json` and `from_dict` do."""
         path = Path(folder) / "config.json"
         return cls.from_dict(read_json(path, hint="a checkpoint is a folder with a config.json"), str(path))
 

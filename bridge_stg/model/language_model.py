@@ -63,10 +63,7 @@ class LanguageModel(nn.Module):
         self, model: nn.Module, lm_head: nn.Linear, bridging: BridgingQueries, spec: LanguageSpec, rotary_axis: Tensor
     ) -> None:
         super().__init__()
-        self.model = model
-        self.lm_head = lm_head
-        self.bridging = bridging
-        self.spec = spec
+        self.model, self.lm_head, self.bridging, self.spec = model, lm_head, bridging, spec
         self.register_buffer("rotary_axis", rotary_axis, persistent=False)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,7 @@ KEY_PREFIXES = {
 class BridgeSTG(nn.Module):
     """The model (Tu et al., arXiv 2604.08014).
 
-    Args:
-        config: configuration of all parts.
-        tokenizer: needed by `torch_session.torch_grounder`.
-        attention: name in transformers' attention registry.
+    `torch_session.torch_grounder` needs the tokenizer; `attention` is a name in transformers' attention registry.
     """
 
     vision_encoder: VisionEncoder

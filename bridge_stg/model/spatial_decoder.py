@@ -79,9 +79,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: SpatialDecoderConfig) -> None:
         super().__init__()
         width = config.width
-        self.bridge = CrossAttention(width, config.num_heads)
-        self.time = CrossAttention(width, config.num_heads)
-        self.space = CrossAttention(width, config.num_heads)
+        self.bridge, self.time, self.space = (CrossAttention(width, config.num_heads) for _ in range(3))
         self.feed_forward = MLP(width, config.ffn_width, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
 
@@ -183,16 +181,10 @@ class SpatialDecoder(nn.Module):
     def forward(
         self, feature_map: Tensor, taps: Tensor, frame_times: Tensor, frame_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Localize B queries in F frames of one video.
+        """Return boxes float32 [B, F, 4] cxcywh and presence float32 [B, F], both in 0..1, of one video.
 
-        Args:
-            feature_map: [F, h, w, C].
-            taps: [T, B, Q, H].
-            frame_times: float32 [F], seconds.
-            frame_mask: bool [B, F], at least one True per row; False frames are excluded from attention across frames.
-
-        Returns:
-            boxes float32 [B, F, 4] cxcywh in 0..1, and presence float32 [B, F] in 0..1.
+        Shapes: feature_map [F, h, w, C], taps [T, B, Q, H], frame_times float32 [F] in seconds, frame_mask bool [B, F]
+        with at least one True per row; False frames are excluded from attention across frames.
         """
         found = self.localize(feature_map[None], taps[:, None], frame_times[None], frame_mask[None])
         return found.boxes[-1][0], found.presence[-1][0].sigmoid()

@@ -65,11 +65,7 @@ class TorchSession:
 
 
 def torch_grounder(model: BridgeSTG) -> Grounder:
-    """Return a `Grounder` that runs a model's graphs in eager torch.
-
-    Raises:
-        ValueError: the model has no tokenizer.
-    """
+    """Return a `Grounder` that runs a model's graphs in eager torch; raise ValueError without a tokenizer."""
     if model.tokenizer is None:
         raise ValueError("BridgeSTG(config, tokenizer): a tokenizer is needed to ground a query")
     return Grounder({name: TorchSession(name, model) for name in GRAPHS}, model.spec, model.tokenizer)

@@ -68,8 +68,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, spec: VisionSpec) -> None:
         super().__init__()
-        self.model = model
-        self.spec = spec
+        self.model, self.spec = model, spec
         scale, shift = normalization(spec)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)

@@ -19,8 +19,7 @@ from bridge_stg.server.app import create_app
 from bridge_stg.server.service import Service
 from bridge_stg.server.settings import Settings
 
-CLOSING_S = 5.0
-"""Seconds that connections get after the jobs have ended."""
+CLOSING_S = 5.0  # seconds that connections get after the jobs have ended
 REASONS = {
     errno.EADDRINUSE: ("server.port_in_use", "end what listens there, or choose another --port (0 takes a free one)"),
     errno.EACCES: ("server.port_denied", "ports below 1024 need rights that this user lacks; choose another --port"),
@@ -47,9 +46,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(settings.drain_s + CLOSING_S),
             )
         )
-        self.service = service
-        self._ready = ready
-        self._signals = 0
+        self.service, self._ready, self._signals = service, ready, 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

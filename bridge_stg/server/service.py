@@ -24,8 +24,7 @@ from bridge_stg.server.videos.prefix_cache import OpenVideos
 from bridge_stg.server.videos.uploads import Store, Upload
 
 MOST_KEPT_JOBS = 1024
-MOST_RESULT_BYTES = 2**28
-"""Memory of the kept results; beyond it the oldest are deleted early."""
+MOST_RESULT_BYTES = 2**28  # memory of the kept results; beyond it the oldest are deleted early
 SWEEP_S = 5.0
 
 T = TypeVar("T")

@@ -13,8 +13,7 @@ from bridge_stg.runtime.errors import BridgeError
 MIB = 2**20
 LIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MOST_FRAMES_PER_SECOND = 240
-LEAST_KEY = 16
-"""Characters of an API key: a shorter one could be guessed."""
+LEAST_KEY = 16  # characters of an API key: a shorter one could be guessed
 
 
 @dataclass(frozen=True)

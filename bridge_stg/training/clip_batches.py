@@ -1,7 +1,7 @@
 """Batches of annotated clips: frames, queries, answer ids and labels. No torch modules.
 
 Frames, prompt, grammar and the mapping of spans to groups are the runtime's own, so that training matches inference.
-Must not know annotation files.
+Must not read annotation files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from bridge_stg.evaluation.datasets.jsonl import Annotation
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.grammar import AnswerGrammar
 from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, query_segment, time_strings, video_budget, video_segment
@@ -22,12 +24,9 @@ from bridge_stg.runtime.chain.vision_pass import merged_grid
 from bridge_stg.runtime.errors import AnnotationError, BridgeError
 from bridge_stg.runtime.video.open import open_source
 
-TRACKED = 0.125
-"""Share of queries for targets present from the start that are given by the first box."""
-NEAR_AN_END = 5
-"""Number of consecutive fine frames around an end of a span; the others are spread."""
-AROUND_S = 1.0
-"""Most of the spread frames are at most this many seconds outside of the span."""
+TRACKED = 0.125  # share of queries for targets present from the start that are given by the first box
+NEAR_AN_END = 5  # number of consecutive fine frames around an end of a span; the others are spread
+AROUND_S = 1.0  # most of the spread frames are at most this many seconds outside of the span
 
 
 @dataclass(frozen=True)
@@ -46,24 +45,12 @@ class TrainingOptions:
     bf16: bool = True  # whether matmuls are computed in bfloat16
 
 
-@dataclass(frozen=True, eq=False)
-class ClipQuery:
-    """One query about a clip, with its ground truth."""
-
-    where: str  # `file:line` for error messages
-    text: str
-    span: tuple[float, float] | None  # start and end in seconds; None if the target is absent
-    times: np.ndarray  # times of the boxes, float64 [N], increasing; empty if only the span is known
-    boxes: np.ndarray  # float32 [N, 4], left, top, right, bottom in pixels of the displayed video
-    track: bool = False  # whether the query is given by the first box only
-
-
 @dataclass(frozen=True)
 class Clip:
-    """A video or image with its queries."""
+    """A video or image with its queries, each of which has a span if its target is present."""
 
     path: Path
-    queries: tuple[ClipQuery, ...]
+    queries: tuple[Annotation, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,24 +112,22 @@ class ClipBatches:
         boxes, positive = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool)
         mask, counted, rows = np.ones(shape, bool), np.ones(shape, bool), []
         for b, query in enumerate(queries):
-            groups = None if query.span is None else groups_of_span(*query.span, coarse.times)
-            first_box = None
+            groups = first_box = None
             if query.span is not None:
                 start, end = query.span
+                groups = groups_of_span(start, end, coarse.times)
                 positive[b] = (fine.times >= start - TIME_TOLERANCE_S) & (fine.times < end - TIME_TOLERANCE_S)
                 near = (fine.times > start - rng.uniform(0.3, 1.2)) & (fine.times < end + rng.uniform(0.3, 1.2))
                 if rng.random() < 0.5 and near.any():
                     mask[b] = near
                 if len(query.times):
                     boxes[b] = boxes_at(query, fine.times, size)
-                    tracked = groups is not None and groups[0] == 0 and rng.random() < TRACKED
-                    if query.track or tracked:
-                        first_box = (query.boxes[0] / np.array([*size, *size])).clip(0, 1)
+                    tracked = groups[0] == 0 and rng.random() < TRACKED
+                    if query.task == "track" or tracked:
+                        first_box, groups = (query.boxes[0] / np.array([*size, *size])).clip(0, 1), (0, groups[1])
                 else:
                     counted[b] = ~positive[b]
-            if first_box is not None and groups is not None:
-                groups = (0, groups[1])
-            segment = query_segment(tokenizer, spec, query.text, prefix.next_position, first_box=first_box)
+            segment = query_segment(tokenizer, spec, query.query, prefix.next_position, first_box=first_box)
             grammar = free if first_box is None else from_first
             rows.append(answer_row(segment.input_ids, grammar, groups, spec.language.bridging_ids))
         ids, target, length = pad_rows(rows)
@@ -156,13 +141,11 @@ class ClipBatches:
         )  # fmt: skip
 
 
-def check_span(query: ClipQuery, duration_s: float, *, is_image: bool) -> None:
+def check_span(query: Annotation, duration_s: float, *, is_image: bool) -> None:
     """Raise AnnotationError if a query's span begins after the end of the video."""
     if query.span is not None and not is_image and query.span[0] >= duration_s:
-        message = (
-            f"{query.where}: the field 'span' begins at {query.span[0]:g} s, but the video is {duration_s:.2f} s long"
-        )
-        raise AnnotationError("annotation.bad_field", f"{message}; expected seconds from its first frame")
+        found = f"{query.where}: the field 'span' begins at {query.span[0]:g} s, but the video is {duration_s:.2f} s"
+        raise AnnotationError("annotation.bad_field", f"{found} long; expected seconds from its first frame")
 
 
 def choose_fine(
@@ -187,7 +170,7 @@ def choose_fine(
     return grid[sorted(chosen)]
 
 
-def boxes_at(query: ClipQuery, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def boxes_at(query: Annotation, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return a query's boxes at times [F], cxcywh in 0..1, [F, 4].
 
     They are interpolated between annotated times; before the first and after the last, the nearest box is used.
@@ -219,11 +202,10 @@ def answer_row(
 
 def pad_rows(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids and targets [B, L], right-padded, and lengths [B]."""
-    ids, target = ([row[part] for row in rows] for part in (0, 1))
-    return pad_right(ids, 0), pad_right(target, -100), torch.tensor([len(row) for row in ids])
+    ids, target = zip(*rows)
+    return pad_right(ids, 0), pad_right(target, -100), torch.tensor([*map(len, ids)])
 
 
 def pad_right(rows: Sequence[list[int]], fill: int) -> Tensor:
     """Pad rows on the right to int64 [B, L]."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+    return pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_value=fill)

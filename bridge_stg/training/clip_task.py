@@ -17,16 +17,13 @@ from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.training.clip_batches import ClipBatch
 from bridge_stg.training.losses import spatial_losses
 from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
+from bridge_stg.training.train_loop import means
 
 
 class ClipTask:
-    """The loss of a batch.
+    """The loss of a batch, computed on the model's `device`, with matmuls in bfloat16 if `bf16`.
 
-    Args:
-        model: the model, on `device`.
-        device: device of all computation.
-        train_vision: whether the vision blocks get gradients; the mergers always do.
-        bf16: whether matmuls are computed in bfloat16.
+    With `train_vision`, the vision blocks get gradients; the mergers always do.
     """
 
     def __init__(
@@ -45,9 +42,7 @@ class ClipTask:
                 parts, more = self.clip(clip)
                 losses.append(torch.stack(list(parts.values())).sum())
                 figures.append({name: value.item() for name, value in (parts | more).items()})
-        names = dict.fromkeys(name for clip_figures in figures for name in clip_figures)
-        means = {name: [f[name] for f in figures if name in f] for name in names}
-        return torch.stack(losses).mean(), {name: sum(values) / len(values) for name, values in means.items()}
+        return torch.stack(losses).mean(), means(figures)
 
     def clip(self, batch: ClipBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the weighted losses of one clip by name, and other values to log."""

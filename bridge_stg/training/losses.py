@@ -37,13 +37,8 @@ def spatial_losses(  # noqa: PLR0917 - each is a different tensor or config
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return weighted losses by name, and the mean IoU of the last boxes.
 
-    Args:
-        output: output of the spatial decoder.
-        boxes: true boxes [V, B, F, 4]; only those of positive frames are read.
-        positive: bool [V, B, F], whether the target is in the frame.
-        valid: bool [V, B, F], whether the frame counts for the query.
-        grid: (rows, columns) of the feature map.
-        config: loss weights.
+    `boxes` [V, B, F, 4] are the true ones, of which only those of positive frames are read. The bool tensors [V, B, F]
+    say whether the target is in the frame, and whether the frame counts for the query. `grid` is (rows, columns).
     """
     positive = positive & valid
     weights = [0.5] * (len(output.boxes) - 1) + [1.0]

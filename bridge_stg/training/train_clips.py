@@ -29,38 +29,20 @@ WARMUP_STEPS = 200
 
 
 def train_clips(
-    checkpoint: Path | str,
-    annotations: Path | str,
-    media: Path | str,
-    out: Path | str,
-    *,
-    options: TrainingOptions | None = None,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    adapter: Path | str | None = None,
-    resume: bool = True,
-    workers: int = 1,
-) -> Path:
-    """Train a checkpoint on annotated clips and write a new one.
+    checkpoint: Path | str, annotations: Path | str, media: Path | str, out: Path | str, *,
+    options: TrainingOptions | None = None, device: str = "auto", dtype: torch.dtype | None = None,
+    adapter: Path | str | None = None, resume: bool = True, workers: int = 1,
+) -> Path:  # fmt: skip
+    """Train a checkpoint on annotated clips, and write a new one to `out`, which must not exist; return `out`.
 
-    Args:
-        checkpoint: folder of the checkpoint to start from.
-        annotations: JSON lines, see docs/annotations.md.
-        media: folder that the paths in the annotations are relative to.
-        out: folder of the new checkpoint; must not exist.
-        options: see `TrainingOptions`.
-        device: `cpu`, `cuda`, `cuda:1` …; `auto`: CUDA if available.
-        dtype: dtype of the new checkpoint's backbone; None: as in `checkpoint`.
-        adapter: name or path of a LoRA adapter to merge first; None: the only one in the folder, if any.
-        resume: whether to continue from the state in `<out>-training/`, if one exists.
-        workers: number of processes that read clips; 0: read in this process.
+    `annotations` are JSON lines (docs/annotations.md) with paths relative to `media`. `device` is `cpu`, `cuda`,
+    `cuda:1` …, or `auto`: CUDA if available. `dtype` is that of the new backbone, None as in `checkpoint`. `adapter`,
+    a name or path, is a LoRA adapter to merge first; None: the only one in the folder, if any. With `resume`, the
+    training continues from the state in `<out>-training/`, if one exists. Clips are read by `workers` processes; with
+    0, in this process.
 
-    Returns:
-        The new checkpoint folder.
-
-    Raises:
-        AnnotationError: the annotations cannot be read, or do not fit the media.
-        BridgeError: the checkpoint or a video cannot be read, or the loss is no longer finite.
+    Raises AnnotationError if the annotations cannot be read or do not fit the media, and BridgeError if the checkpoint
+    or a video cannot be read, or the loss is no longer finite.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch

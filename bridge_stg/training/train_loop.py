@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,25 +30,16 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
 
 
 def run_stage(
-    name: str,
-    model: nn.Module,
-    groups: Sequence[dict[str, Any]],
-    loss: Callable[[Any, int], tuple[Tensor, dict[str, float]]],
-    make_batch: Callable[[int], Any],
-    *,
-    folder: Path,
-    total_steps: int,
-    peak_rate: float,
-    warmup: int = 200,
-    resume: bool = True,
-    workers: int = 1,
+    name: str, model: nn.Module, groups: Sequence[dict[str, Any]],
+    loss: Callable[[Any, int], tuple[Tensor, dict[str, float]]], make_batch: Callable[[int], Any], *, folder: Path,
+    total_steps: int, peak_rate: float, warmup: int = 200, resume: bool = True, workers: int = 1,
     every: Callable[[int], dict[str, float]] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Train `model` for `total_steps`, saving to `folder/<name>.safetensors` at least every five minutes.
 
     Args:
         name: name of the stage, for file names and the log.
-        model: module to save.
+        model: module to train and save.
         groups: AdamW parameter groups; an entry `scale` multiplies the learning rate of a group.
         loss: function of (batch, step) that returns the loss and values to log.
         make_batch: function that returns the batch of a step, independent of earlier steps; runs in a worker process.
@@ -69,7 +60,7 @@ def run_stage(
     loader: Iterable[Any] = DataLoader(
         cast(Any, steps), batch_size=None, collate_fn=collate, num_workers=workers, prefetch_factor=prefetch
     )
-    started, saved, sums = time.monotonic() - seconds, time.monotonic(), []
+    started, saved, steps_figures = time.monotonic() - seconds, time.monotonic(), []
     progress = tqdm(loader, name, total=total_steps, initial=first, unit="step", mininterval=5)
     for step, batch in enumerate(progress, first):
         for group, scale in zip(optimizer.param_groups, scales):
@@ -82,18 +73,23 @@ def run_stage(
         torch.autograd.backward(value)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        sums.append(figures)
+        steps_figures.append(figures)
         done = step + 1
         if done % LOG_EVERY == 0 or done == total_steps:
-            mean = {key: sum(f[key] for f in sums if key in f) / max(sum(key in f for f in sums), 1)
-                    for key in dict.fromkeys(k for f in sums for k in f)}  # fmt: skip
-            log(folder, stage=name, step=done, seconds=round(time.monotonic() - started), **mean)
-            sums = []
+            log(folder, stage=name, step=done, seconds=round(time.monotonic() - started), **means(steps_figures))
+            steps_figures = []
         if done == total_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
             if every is not None:
                 log(folder, stage=name, step=done, **every(done))
             save_state(path, model, optimizer, done, time.monotonic() - started)
             saved = time.monotonic()
+
+
+def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure over the mappings that have it."""
+    names = dict.fromkeys(name for one in figures for name in one)
+    values = {name: [one[name] for one in figures if name in one] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def log(folder: Path, **figures: Any) -> None:
@@ -112,7 +108,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
         save_file(_without_sharing(tensors), partial, {"step": str(step), "seconds": str(seconds)})
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[int, float]:
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Load a state written by `save_state`, and return (step, seconds)."""
     moments: dict[int, dict[str, Tensor]] = {}
     try:
@@ -132,8 +128,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     if set(missing) - tied or unexpected:
         message = f"{path}: does not fit this model (missing {missing[:3]}, unexpected {unexpected[:3]})"
         raise CheckpointError("training.wrong_state", message)
-    if optimizer is not None:
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return place
 
 

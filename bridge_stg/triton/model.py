@@ -73,13 +73,12 @@ class GroundingModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the bundle. Triton reports an error and does not serve the model then."""
-        self._options = Options.read(json.loads(args["model_config"]).get("parameters", {}))
+        self._options = options = Options.read(json.loads(args["model_config"]).get("parameters", {}))
         if args.get("model_instance_kind") == "GPU":
             _use_gpu(int(args["model_instance_device_id"]))
         self._open: OrderedDict[str, OpenedVideo] = OrderedDict()
-        self._grounder = Grounder.load(
-            self.folder / self._options.bundle, backend=self._options.backend, variant=self._options.variant or None
-        )
+        bundle, variant = self.folder / options.bundle, options.variant or None
+        self._grounder = Grounder.load(bundle, backend=options.backend, variant=variant)
         self.utils.Logger.log_info(f"{args.get('model_name')}: {self._grounder.target or 'loaded'}")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

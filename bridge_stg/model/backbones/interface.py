@@ -11,22 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bridge_stg.model.vision import VisionEncoder
-from bridge_stg.runtime.bundle.spec import (
-    Base,
-    Count,
-    Deviations,
-    FramesSpec,
-    Index,
-    LanguageSpec,
-    Means,
-    Merge,
-    PromptSpec,
-    Rate,
-    Tokens,
-    VisionSpec,
-    Vocabulary,
-    Width,
-)
+from bridge_stg.runtime.bundle import spec as sizes
+from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, LanguageSpec, Means, PromptSpec, VisionSpec
 from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import CheckpointError
 
@@ -43,6 +29,9 @@ class Backbone(ABC):
             `model.language_model.`, `lm_head.`), which are used here. The longest match is replaced; other keys stay.
         image_mean: mean that the family's image processor subtracts, RGB in 0..1.
         image_std: standard deviation that it divides by, RGB in 0..1.
+        token_side: side in pixels of the square that one visual token covers.
+        config_class, vision_class, text_class: transformers' config, vision model and decoder.
+        encoder_class: the family's encoder, around a `vision_class`.
     """
 
     family: ClassVar[str]
@@ -55,26 +44,31 @@ class Backbone(ABC):
     }
     image_mean: ClassVar[Means]
     image_std: ClassVar[Means]
+    token_side: ClassVar[int]
+    config_class: ClassVar[Any]
+    vision_class: ClassVar[type]
+    text_class: ClassVar[type]
+    encoder_class: ClassVar[type[VisionEncoder]]
 
-    @abstractmethod
     def build_config(self, values: Mapping[str, Any]) -> Any:
         """Return transformers' config object of a `config.json` without its `model_type`; may raise anything."""
+        return self.config_class(**values)
 
     @abstractmethod
     def vision_spec(self, config: Any, *, mean: Means, std: Deviations) -> VisionSpec:
         """Return the geometry of the vision encoder, which decides the position tables among its inputs."""
 
-    @abstractmethod
     def vision_encoder(self, config: Any, spec: VisionSpec, *, attention: str) -> VisionEncoder:
         """Return the vision encoder with random weights in float32, which calls a registered attention function."""
+        return self.encoder_class(build(self.vision_class, config.vision_config, attention=attention), spec)
 
-    @abstractmethod
     def text_model(self, config: Any, *, attention: str) -> nn.Module:
         """Return the decoder with random weights in float32: `embed_tokens`, `layers`, `norm` and `rotary_emb`.
 
         A layer is called as `layer(x, position_embeddings=(cos, sin), attention_mask=…, past_key_values=cache)`, and
         passes other keyword arguments to the attention function.
         """
+        return build(self.text_class, config.text_config, attention=attention)
 
     @abstractmethod
     def rotary_axes(self, text_config: Any) -> Tensor:
@@ -84,15 +78,18 @@ class Backbone(ABC):
     def prompt(self) -> PromptSpec:
         """Return the prompt of a new checkpoint: the family's chat template around one video."""
 
-    @abstractmethod
     def frames(self) -> FramesSpec:
-        """Return the frame rates and sizes of a new checkpoint."""
+        """Return the frame rates and sizes of a new checkpoint: at most 128 tokens per coarse group, 256 per frame."""
+        token = self.token_side**2
+        return FramesSpec(
+            coarse_fps=2.0, coarse_max_pixels=128 * token, coarse_min_pixels=16 * token, max_coarse_groups=64,
+            fine_fps=4.0, fine_max_pixels=256 * token, fine_min_pixels=64 * token, max_fine_frames=64,
+        )  # fmt: skip
 
     def config(self, values: Mapping[str, Any]) -> Any:
         """Return transformers' config object for the values of a backbone's `config.json`.
 
-        Raises:
-            CheckpointError: transformers rejects the config, or the graphs do not support it.
+        Raises CheckpointError if transformers rejects the config, or the graphs do not support it.
         """
         # A copy, since transformers completes nested values in place.
         values = {key: copy.deepcopy(value) for key, value in values.items() if key != "model_type"}
@@ -138,15 +135,17 @@ class Backbone(ABC):
 
 
 NUMBERS: dict[str, Any] = {
-    "depth": Count, "num_hidden_layers": Count, "num_heads": Count, "num_attention_heads": Count,
-    "num_key_value_heads": Count | None, "head_dim": Annotated[int, Between(8, 2**14, step=8)] | None,
-    "hidden_size": Width, "intermediate_size": Annotated[int, Between(1, 2**22)], "out_hidden_size": Width,
-    "vocab_size": Vocabulary, "max_position_embeddings": Tokens, "patch_size": Count, "spatial_merge_size": Merge,
-    "temporal_patch_size": Merge, "in_channels": Annotated[int, Between(3, 3)], "tokens_per_second": Rate,
-    "num_position_embeddings": Vocabulary, "window_size": Annotated[int, Between(1, 2**16)],
-    "deepstack_visual_indexes": tuple[Index, ...], "fullatt_block_indexes": tuple[Index, ...],
-    "rms_norm_eps": Annotated[float, Between(0, 1)], "rope_theta": Base,
-    "mrope_section": tuple[Index, Index, Index], "factor": Annotated[float, Between(0.001, 10**6)],
+    "depth": sizes.Count, "num_hidden_layers": sizes.Count, "num_heads": sizes.Count,
+    "num_attention_heads": sizes.Count, "num_key_value_heads": sizes.Count | None,
+    "head_dim": Annotated[int, Between(8, 2**14, step=8)] | None, "hidden_size": sizes.Width,
+    "intermediate_size": Annotated[int, Between(1, 2**22)], "out_hidden_size": sizes.Width,
+    "vocab_size": sizes.Vocabulary, "max_position_embeddings": sizes.Tokens, "patch_size": sizes.Count,
+    "spatial_merge_size": sizes.Merge, "temporal_patch_size": sizes.Merge,
+    "in_channels": Annotated[int, Between(3, 3)], "tokens_per_second": sizes.Rate,
+    "num_position_embeddings": sizes.Vocabulary, "window_size": Annotated[int, Between(1, 2**16)],
+    "deepstack_visual_indexes": tuple[sizes.Index, ...], "fullatt_block_indexes": tuple[sizes.Index, ...],
+    "rms_norm_eps": Annotated[float, Between(0, 1)], "rope_theta": sizes.Base,
+    "mrope_section": tuple[sizes.Index, sizes.Index, sizes.Index], "factor": Annotated[float, Between(0.001, 10**6)],
 }  # fmt: skip
 """Ranges of a backbone's numbers. onnxruntime's GroupQueryAttention needs a `head_dim` that is a multiple of 8."""
 
@@ -207,11 +206,3 @@ def vision_geometry(family: str, config: Any, mean: Means, std: Deviations, **mo
         image_std=std,
         **more,
     )
-
-
-def frames_for(token_pixels: int) -> FramesSpec:
-    """Return frame sizes of at most 128 visual tokens per coarse group and 256 per fine frame."""
-    return FramesSpec(
-        coarse_fps=2.0, coarse_max_pixels=128 * token_pixels, coarse_min_pixels=16 * token_pixels, max_coarse_groups=64,
-        fine_fps=4.0, fine_max_pixels=256 * token_pixels, fine_min_pixels=64 * token_pixels, max_fine_frames=64,
-    )  # fmt: skip

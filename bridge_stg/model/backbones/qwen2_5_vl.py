@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLTextModel,
 )
 
-from bridge_stg.model.backbones.interface import Backbone, build, frames_for, vision_geometry
+from bridge_stg.model.backbones.interface import Backbone, vision_geometry
 from bridge_stg.model.vision import VisionEncoder, Windows
-from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, Means, PromptSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import Deviations, Means, PromptSpec, VisionSpec
 
 
 class Qwen2_5VLEncoder(VisionEncoder):
@@ -48,36 +47,25 @@ class Qwen2_5VLEncoder(VisionEncoder):
         self, frames: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, window_index: Tensor, window_mask: Tensor,
         window_place: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Encode frames.
+        """Encode frames uint8 [G, P, height, width, 3], given the tables of `chain.positions.vision_tables`.
 
-        Args:
-            frames: uint8 [G, P, height, width, 3], RGB.
-            rotary_cos: float32 [N, head_dim], see `bridge_stg.runtime.chain.positions.vision_tables`.
-            rotary_sin: float32 [N, head_dim].
-            window_index: int64 [W, M], see `bridge_stg.runtime.chain.positions.window_tables`.
-            window_mask: bool [W, M].
-            window_place: int64 [N].
-
-        Returns:
-            visual_tokens [1, G·N/merge², H] and feature_map [G, h, w, C], taken before the patch merger.
+        Returns visual_tokens [1, G·N/merge², H] and feature_map [G, h, w, C], taken before the patch merger.
         """
         states = self.hidden_states(frames, rotary_cos, rotary_sin, window_index, window_mask, window_place)
         return self.outputs(frames, states)
 
 
 class Qwen2_5VL(Backbone):
-    """Encode frames uint8 [G, P, height, width, 3], given the tables of `chain.positions.vision_tables`.
-
-    Returns visual_tokens [1+D, G·N/merge², H] and feature_map [G, h, w, C], taken before the patch merger.
-    """
+    """Adapter of Qwen2.5-VL."""
 
     family = "qwen2_5_vl"
     image_mean = (0.48145466, 0.4578275, 0.40821073)
     image_std = (0.26862954, 0.26130258, 0.27577711)
-
-    def build_config(self, values: Mapping[str, Any]) -> Qwen2_5_VLConfig:
-        """See `Backbone.build_config`. Published configs are flat: text values are siblings of `vision_config`."""
-        return Qwen2_5_VLConfig(**values)
+    token_side = 28
+    config_class = Qwen2_5_VLConfig  # published configs are flat: text values are siblings of `vision_config`
+    vision_class = Qwen2_5_VisionTransformerPretrainedModel
+    text_class = Qwen2_5_VLTextModel
+    encoder_class = Qwen2_5VLEncoder
 
     def vision_spec(self, config: Any, *, mean: Means, std: Deviations) -> VisionSpec:
         """See `Backbone.vision_spec`."""
@@ -91,15 +79,6 @@ class Qwen2_5VL(Backbone):
             tokens_per_second=float(vision.tokens_per_second),
         )  # fmt: skip
 
-    def vision_encoder(self, config: Any, spec: VisionSpec, *, attention: str) -> VisionEncoder:
-        """See `Backbone.vision_encoder`."""
-        model = build(Qwen2_5_VisionTransformerPretrainedModel, config.vision_config, attention=attention)
-        return Qwen2_5VLEncoder(model, spec)
-
-    def text_model(self, config: Any, *, attention: str) -> nn.Module:
-        """See `Backbone.text_model`."""
-        return build(Qwen2_5_VLTextModel, config.text_config, attention=attention)
-
     def rotary_axes(self, text_config: Any) -> Tensor:
         """Return sectioned MRoPE: first the frequencies of the time, then of the row, then of the column."""
         sections = text_config.rope_parameters.get("mrope_section", (16, 24, 24))
@@ -108,10 +87,6 @@ class Qwen2_5VL(Backbone):
     def prompt(self) -> PromptSpec:
         """Return the chat template, which begins with a system message; the printed times are added by Bridge-STG."""
         return PromptSpec(head="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
-
-    def frames(self) -> FramesSpec:
-        """See `Backbone.frames`. One visual token covers 28 × 28 pixels."""
-        return frames_for(28 * 28)
 
 
 BACKBONE = Qwen2_5VL()

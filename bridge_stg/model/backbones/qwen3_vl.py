@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
 
-from bridge_stg.model.backbones.interface import Backbone, build, frames_for, vision_geometry
+from bridge_stg.model.backbones.interface import Backbone, vision_geometry
 from bridge_stg.model.vision import VisionEncoder
-from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, Means, PromptSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import Deviations, Means, PromptSpec, VisionSpec
 
 
 class Qwen3VLEncoder(VisionEncoder):
@@ -55,10 +54,11 @@ class Qwen3VL(Backbone):
     family = "qwen3_vl"
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.5, 0.5, 0.5)
-
-    def build_config(self, values: Mapping[str, Any]) -> Qwen3VLConfig:
-        """See `Backbone.build_config`."""
-        return Qwen3VLConfig(**values)
+    token_side = 32
+    config_class = Qwen3VLConfig
+    vision_class = Qwen3VLVisionModel
+    text_class = Qwen3VLTextModel
+    encoder_class = Qwen3VLEncoder
 
     def vision_spec(self, config: Any, *, mean: Means, std: Deviations) -> VisionSpec:
         """See `Backbone.vision_spec`."""
@@ -70,17 +70,7 @@ class Qwen3VL(Backbone):
         if grid**2 != vision.num_position_embeddings:
             found = f"vision_config.num_position_embeddings is {vision.num_position_embeddings}"
             raise ValueError(f"{found}, expected the square of a number")
-        return vision_geometry(
-            self.family, config, mean, std, deepstack_levels=len(levels), position_grid=grid,
-        )  # fmt: skip
-
-    def vision_encoder(self, config: Any, spec: VisionSpec, *, attention: str) -> VisionEncoder:
-        """See `Backbone.vision_encoder`."""
-        return Qwen3VLEncoder(build(Qwen3VLVisionModel, config.vision_config, attention=attention), spec)
-
-    def text_model(self, config: Any, *, attention: str) -> nn.Module:
-        """See `Backbone.text_model`."""
-        return build(Qwen3VLTextModel, config.text_config, attention=attention)
+        return vision_geometry(self.family, config, mean, std, deepstack_levels=len(levels), position_grid=grid)
 
     def rotary_axes(self, text_config: Any) -> Tensor:
         """Return interleaved MRoPE: time, row, column, time, row, column …, then only time at the low frequencies."""
@@ -100,10 +90,6 @@ class Qwen3VL(Backbone):
             query="<|vision_end|>Find {query}.<|im_end|>\n<|im_start|>assistant\n",
             track="<|vision_end|>Track {query}, first at {box}.<|im_end|>\n<|im_start|>assistant\n",
         )
-
-    def frames(self) -> FramesSpec:
-        """See `Backbone.frames`. One visual token covers 32 × 32 pixels."""
-        return frames_for(32 * 32)
 
 
 BACKBONE = Qwen3VL()

@@ -19,8 +19,7 @@ from bridge_stg.server.settings import Settings
 
 MOST_FIELDS = 256
 FIELD_BYTES = 16_384
-PIECE_BYTES = 2**20
-"""Bytes collected in memory before they are written."""
+PIECE_BYTES = 2**20  # bytes collected in memory before they are written
 
 
 class Form:

@@ -83,16 +83,12 @@ class Renderer:
 
     def _render(self, job: Job, path: Path) -> None:
         limits = Limits(deadline_s=self._within_s, cancel=lambda: self._closed or not self._waiting.get(job.id))
-
-        def painter_for(size: tuple[int, int]) -> _Painter:
-            return _Painter(size, job.results, job.upload.file.info.duration_s)
-
-        def check(stage: str, done: float, total: float | None) -> None:
-            limits.check()
-
-        media = replace(job.upload.file.media, stream=job.stream)
+        media, duration_s = replace(job.upload.file.media, stream=job.stream), job.upload.file.info.duration_s
         with media.play() as source, replacing(path) as temporary:
-            encode_h264(paint_frames(source, painter_for, progress=check), temporary, source.last_end_s)
+            painted = paint_frames(
+                source, lambda size: _Painter(size, job.results, duration_s), progress=lambda *_: limits.check()
+            )
+            encode_h264(painted, temporary, source.last_end_s)
 
 
 class _Painter:

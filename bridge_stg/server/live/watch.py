@@ -27,8 +27,7 @@ from bridge_stg.server.metrics import Metrics
 
 MOST_QUERIES = 16
 MOST_CLIENTS = 64
-MOST_EVENTS = 64
-"""Events that wait for one client; beyond it the oldest are dropped and counted."""
+MOST_EVENTS = 64  # events that wait for one client; beyond it the oldest are dropped and counted
 
 
 class NewestFrame:
