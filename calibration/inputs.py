@@ -14,7 +14,7 @@ from bridge_stg.calibration.overrides import Overrides, read_overrides
 from bridge_stg.calibration.quantize.bundle import check_precision
 from bridge_stg.calibration.recipes import RECIPES, Recipe
 from bridge_stg.export.engines.support import UNSUPPORTED, require, support
-from bridge_stg.export.graph.blocks import Matmul, Table, find_matmuls, find_tables
+from bridge_stg.export.graph.blocks import INT8, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.writer import is_bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError
@@ -28,18 +28,7 @@ LISTED = 40
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Checked inputs of a calibration.
-
-    Attributes:
-        bundle: the float bundle.
-        calibration: samples whose activations are collected.
-        select: samples that decide which blocks stay in float; None: the calibration samples.
-        evaluate: samples on which the result is scored; None: it is not scored.
-        own_tubes: whether the float bundle's own tubes are the ground truth, instead of annotations.
-        overrides: manual decisions.
-        recipe: requested recipe, with `overrides` applied.
-        warnings: sentences for the user.
-    """
+    """Checked inputs of a calibration, see `calibrate`; `recipe` is the requested one, with `overrides` applied."""
 
     bundle: Bundle
     calibration: CalibrationSet
@@ -120,9 +109,8 @@ def read_sets(
             continue
         if not file.is_file():
             found = "is a folder" if file.is_dir() else "does not exist"
-            raise BridgeError(
-                "annotation.not_found", f"{option} {file} {found}; expected JSON lines (docs/annotations.md)."
-            )
+            what = f"{option} {file} {found}; expected JSON lines (docs/annotations.md)."
+            raise BridgeError("annotation.not_found", what)
         sets[name] = read_samples(file, media)
         if name != "calibration" and not sets[name].labelled and not own_tubes:
             what = f"{file}: not every line has labels (span, boxes); add them, or pass --own-tubes"
@@ -145,13 +133,11 @@ def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> 
     recipe = RECIPES[options.recipe]
     for graph, name in options.graphs.items():
         recipe = recipe.with_graph(graph, name)
-    for name in options.force_int8:
-        if not recipe.of(name).quantizes:
-            raise BridgeError(
-                "options.conflict", f"--force-int8 {name}: the recipe keeps this graph in float; change it."
-            )
+    if floats := [name for name in options.force_int8 if not recipe.of(name).quantizes]:
+        what = f"--force-int8 {floats[0]}: the recipe keeps this graph in float; change it."
+        raise BridgeError("options.conflict", what)
     if options.int8_cache:
-        recipe = recipe.with_int8_cache()
+        recipe = recipe.replace("language_model", cache=INT8)
     _check_names(overrides, bundle)
     return recipe.with_float(*overrides.keep_float)
 

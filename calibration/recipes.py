@@ -116,43 +116,28 @@ class Recipe:
             known = f"{', '.join(GRAPH_RECIPES)}, for one of the graphs {', '.join(GRAPHS)}"
             raise _error(f"the recipe of {graph} is {name!r}; expected one of {known}.")
         before = self.of(graph)
-        changed = dataclasses.replace(GRAPH_RECIPES[name], cache=before.cache, keep_float=before.keep_float)
-        return dataclasses.replace(self, graphs={**self.graphs, graph: changed})
-
-    def with_int8_cache(self) -> Recipe:
-        """Return the recipe with keys and values in int8."""
-        return self.replace("language_model", cache=INT8)
+        fields = vars(GRAPH_RECIPES[name]) | {"cache": before.cache, "keep_float": before.keep_float}
+        return self.replace(graph, **fields)
 
     def with_reduced_range(self) -> Recipe:
         """Return the recipe with int8 weights that do not saturate 16-bit sums, where activations are int8."""
-        graphs = {
-            name: dataclasses.replace(chosen, reduced_range=True) if chosen.activations == INT8 else chosen
-            for name, chosen in self.graphs.items()
-        }
-        return dataclasses.replace(self, graphs=graphs)
+        recipe = self
+        for name in [name for name, chosen in self.graphs.items() if chosen.activations == INT8]:
+            recipe = recipe.replace(name, reduced_range=True)
+        return recipe
 
     def with_float(self, *blocks: str) -> Recipe:
         """Return the recipe with more blocks in float. The start of a block's name is its graph."""
-        graphs = dict(self.graphs)
+        recipe = self
         for block in blocks:
-            graph = graph_of(block)
-            before = graphs.get(graph, GraphRecipe())
-            if block not in before.keep_float:
-                graphs[graph] = dataclasses.replace(before, keep_float=(*before.keep_float, block))
-        return dataclasses.replace(self, graphs=graphs)
+            kept = recipe.of(graph_of(block)).keep_float
+            if block not in kept:
+                recipe = recipe.replace(graph_of(block), keep_float=(*kept, block))
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Read the values of `to_dict`."""
-        graphs = {
-            name: GraphRecipe(**{**fields, "keep_float": tuple(fields["keep_float"])})
-            for name, fields in values["graphs"].items()
-        }
-        return cls(values["name"], graphs)
 
 
 def _recipe(language_model: str) -> Recipe:

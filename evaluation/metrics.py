@@ -49,7 +49,6 @@ def tube_scores(t_ious: Sequence[float], v_ious: Sequence[float]) -> Mapping[str
     """
     v = np.asarray(v_ious, np.float64)
     return {
-        "clips": len(v),
         "m_tIoU": float(np.mean(t_ious)),
         "m_vIoU": float(v.mean()),
         "vIoU@0.3": float((v > 0.3).mean()),

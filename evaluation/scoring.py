@@ -117,16 +117,14 @@ def _metrics(rows: list[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     if there and task == "tube":
         found = dict(metrics.tube_scores(*([row["scores"][name] for row in there] for name in ("tIoU", "vIoU"))))
-        del found["clips"]
     elif there and task == "span":
         found = dict(metrics.span_scores([row["scores"]["IoU"] for row in there]))
     elif there:
         found = {"Acc@0.5": metrics.recall_at([row["scores"]["IoU"] for row in there], 0.5)}
     if absent:
         found["absent"] = len(absent)
-        found["AUROC"] = metrics.auroc(
-            *([row["absent"] for row in part if "absent" in row] for part in (absent, there))
-        )
+        positive, negative = ([row["absent"] for row in part if "absent" in row] for part in (absent, there))
+        found["AUROC"] = metrics.auroc(positive, negative)
         found["absent recognized"] = float(np.mean([row["scores"]["vIoU"] for row in absent]))
     return counts | found
 
@@ -135,6 +133,16 @@ def _track_row(truth: Truth, boxes: np.ndarray) -> dict[str, Any]:
     ious = metrics.overlaps(truth.boxes, boxes, truth.size)[truth.counted]
     scores = {"AO": float(ious.mean())} if len(ious) else {}
     return {"scores": scores, "overlaps": [round(float(iou), 6) for iou in ious]}
+
+
+def boxes_at(prediction: Mapping[str, Any], times: np.ndarray) -> np.ndarray:
+    """Return boxes [N, 4] at times [N]; zeros, which overlap with nothing, where the prediction has none."""
+    known = np.asarray(prediction.get("times", ()), np.float64)
+    if not len(known):
+        return np.zeros((len(times), 4))
+    boxes = np.asarray(prediction["boxes"], np.float32).reshape(-1, 4)
+    ones = np.ones(len(known), np.float32)
+    return Tube(known, boxes, ones, ones > 0).at(times).boxes.astype(np.float64)
 
 
 def _tube(result: Grounding, size: tuple[int, int] | None) -> Tube | None:

@@ -45,14 +45,8 @@ class Seen:
 class ActivationRecorder(SessionWrapper):
     """Runs an instrumented graph like the plain one. See `session.Session`.
 
-    Args:
-        session: session of the instrumented graph.
-        graph: spec of the plain graph.
-        activations: observed tensors.
-        number: position of the graph in the chain, part of the random seed.
-        kind: returns the kind of a call.
-        quota: rows to keep per tensor, sample and kind of call.
-        seed: seed of the random row choice.
+    `graph` is the spec of the plain graph, `number` its position in the chain, which is part of the random seed, and
+    `quota` the number of rows to keep per tensor, sample and kind of call.
     """
 
     def __init__(

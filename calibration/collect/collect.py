@@ -77,7 +77,8 @@ def collect(
         EngineError: onnxruntime is missing or rejects a graph.
     """
     chosen = choose(bundle.manifest, backend="onnxruntime", variant=variant).variants
-    variants = {name: _traced(bundle, name, chosen[name]) for name in GRAPHS}
+    graphs = (bundle.graph(name, chosen[name]) for name in GRAPHS)
+    variants = {graph.name: str(graph.derived_from) if graph.made_by_pass else graph.variant for graph in graphs}
     identity = {
         "schema": SCHEMA,
         "fingerprint": bundle.manifest.fingerprint,
@@ -132,12 +133,6 @@ def call_kind(graph: str, spec: ModelSpec) -> Kind:
     if graph == "vision_encoder":
         return lambda feeds: "fine" if (feeds["frames"] == feeds["frames"][:, :1]).all() else "coarse"
     return lambda feeds: "boxes"
-
-
-def _traced(bundle: Bundle, name: str, variant: str) -> str:
-    """Return the variant of a graph that a pass made this one of, or else the variant itself."""
-    graph = bundle.graph(name, variant)
-    return str(graph.derived_from) if graph.made_by_pass else graph.variant
 
 
 def _record(

@@ -45,14 +45,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class Instrumented:
-    """A graph with statistics outputs.
-
-    Attributes:
-        path: .onnx file.
-        weights: folder of its external data.
-        graph: inputs and outputs, with the extra ones.
-        activations: observed tensors, in graph order.
-    """
+    """A graph with statistics outputs: its .onnx file, the folder of its external data, and all inputs and outputs."""
 
     path: Path
     weights: Path

@@ -14,11 +14,11 @@ import onnx_ir as ir
 
 from bridge_stg.calibration.quantize.graph import GraphQuantizer, Progress, Ranges, Smoothing, forms_of
 from bridge_stg.calibration.quantize.kv_cache import quantize_cache
-from bridge_stg.calibration.quantize.weight_file import WeightFile
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
 from bridge_stg.export.graph.blocks import FLOAT, INT8, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.export.graph.graph_check import check_graph
 from bridge_stg.export.graph.ort_cpu import derive_ort_cpu
+from bridge_stg.export.graph.weight_file import WeightFile
 from bridge_stg.runtime.bundle.bundle import GOLDEN, GRAPHS, Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.writer import BundleWriter

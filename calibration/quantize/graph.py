@@ -16,10 +16,10 @@ import onnx_ir as ir
 from bridge_stg.calibration.quantize.packing import NO_FACTORS, Factors, Int4Pieces, Int8Pieces, StoredSource
 from bridge_stg.calibration.quantize.ranges import TensorRange
 from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
-from bridge_stg.calibration.quantize.weight_file import WeightFile
 from bridge_stg.calibration.recipes import GraphRecipe
 from bridge_stg.export.graph.blocks import FLOAT, HEAD, INT4, INT8, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.export.graph.graph_edit import Edit
+from bridge_stg.export.graph.weight_file import WeightFile
 from bridge_stg.runtime.errors import BridgeError
 
 INLINE_BYTES = 256

@@ -48,12 +48,7 @@ NO_FACTORS = Factors()
 
 @dataclass(frozen=True)
 class StoredSource:
-    """A float tensor of a graph, in memory or on disk.
-
-    Attributes:
-        tensor: tensor of the graph.
-        factors: factors of its values.
-    """
+    """A float tensor of a graph, in memory or on disk, and the factors of its values."""
 
     tensor: ir.TensorProtocol
     factors: Factors = NO_FACTORS

@@ -124,10 +124,6 @@ def range_of(
     return TensorRange(scales[best], methods[best], largest, errors[best])
 
 
-def _minmax(rows: np.ndarray, largest: float) -> float:
-    return largest
-
-
 def _percentile(rows: np.ndarray, largest: float) -> float:
     return float(np.percentile(np.abs(rows), PERCENTILE)) or largest
 
@@ -159,7 +155,7 @@ def _mse(rows: np.ndarray, largest: float) -> float:
 
 
 CUT_OFFS: Mapping[str, Callable[[np.ndarray, float], float]] = {
-    "minmax": _minmax,
+    "minmax": lambda rows, largest: largest,
     "percentile": _percentile,
     "entropy": _entropy,
     "mse": _mse,

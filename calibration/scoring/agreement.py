@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.evaluation.metrics import frame_iou, temporal_iou, tube_iou
+from bridge_stg.evaluation.scoring import boxes_at
 from bridge_stg.runtime.chain.boxes import box_iou
-from bridge_stg.runtime.chain.results import Tube
 from bridge_stg.runtime.chain.spans import in_span
 
 STEP_S = 0.05
@@ -33,12 +33,15 @@ def agreement(task: str, reference: Mapping[str, Any], prediction: Mapping[str, 
     if task == "span":
         return {"IoU": temporal_iou(_span(reference), _span(prediction))}
     if task != "tube":
-        boxes = _shared_boxes(reference, prediction)
-        return dict.fromkeys((*names, "boxes"), float(boxes.mean())) if len(boxes) else dict.fromkeys(names, 0.0)
+        times = np.asarray(reference.get("times", ()), np.float64)
+        if not len(times) or not prediction.get("times"):
+            return dict.fromkeys(names, 0.0)
+        iou = float(box_iou(boxes_at(reference, times), boxes_at(prediction, times)).mean())
+        return dict.fromkeys((*names, "boxes"), iou)
     spans = [_span(reference), _span(prediction)]
     times = np.arange(min(span[0] for span in spans), max(span[1] for span in spans), STEP_S) + STEP_S / 2
     inside = [in_span(times, span) for span in spans]
-    first, second = (_boxes_at(one, times) for one in (reference, prediction))
+    first, second = (boxes_at(one, times) for one in (reference, prediction))
     scores = {"tIoU": frame_iou(*inside), "vIoU": tube_iou(inside[0], first, inside[1], second)}
     both = inside[0] & inside[1]
     return scores | ({"boxes": float(box_iou(first[both], second[both]).mean())} if both.any() else {})
@@ -47,21 +50,3 @@ def agreement(task: str, reference: Mapping[str, Any], prediction: Mapping[str, 
 def _span(prediction: Mapping[str, Any]) -> tuple[float, float]:
     start, end = prediction["span"]
     return float(start), float(end)
-
-
-def _boxes_at(prediction: Mapping[str, Any], times: np.ndarray) -> np.ndarray:
-    """Return boxes [N, 4] at times [N]; zeros, which overlap with nothing, where the prediction has none."""
-    known = np.asarray(prediction.get("times", ()), np.float64)
-    if not len(known):
-        return np.zeros((len(times), 4))
-    boxes = np.asarray(prediction["boxes"], np.float32).reshape(-1, 4)
-    ones = np.ones(len(known), np.float32)
-    return Tube(known, boxes, ones, ones > 0).at(times).boxes.astype(np.float64)
-
-
-def _shared_boxes(reference: Mapping[str, Any], prediction: Mapping[str, Any]) -> np.ndarray:
-    """Return the IoU [N] of the boxes of an image or track, at the reference's times."""
-    times = np.asarray(reference.get("times", ()), np.float64)
-    if not len(times) or not prediction.get("times"):
-        return np.zeros(0)
-    return box_iou(_boxes_at(reference, times), _boxes_at(prediction, times))

@@ -20,13 +20,7 @@ ROWS, INNER, COLUMNS = (1, 33), (64, 1040), 48
 
 @dataclass(frozen=True)
 class SaturationTest:
-    """Result of the self-test.
-
-    Attributes:
-        worst: largest difference from integer arithmetic over all cases, in units of the integer sums.
-        cases: number of matmuls.
-        failed: names of the cases that differ.
-    """
+    """Number of matmuls, names of those that differ from integer arithmetic, and the largest difference of a sum."""
 
     worst: float
     cases: int
@@ -53,9 +47,8 @@ def saturation_test(
 ) -> SaturationTest:
     """Compare INT8 matmuls at the largest values with integer arithmetic.
 
-    Args:
-        multiply: multiplies int8 [M, K] with int8 [N, K], giving [M, N]; None: onnxruntime.
-        limit: the largest magnitude of the weights: 127 for the test, 64 to check that the limit avoids saturation.
+    `multiply` multiplies int8 [M, K] with int8 [N, K], by default in onnxruntime; `limit` is the largest magnitude of
+    the weights, 64 to check that it avoids saturation.
     """
     matmul = multiply or multiply_in_onnxruntime
     worst, failed, cases = 0.0, [], 0

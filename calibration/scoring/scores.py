@@ -38,10 +38,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % confidence interval (bootstrap over samples, percentile method).
-
-    (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.)
-    """
+    """A mean and its 95 % interval (percentile bootstrap: Efron & Tibshirani, 1993, chapter 13)."""
 
     value: float
     low: float
@@ -149,31 +146,22 @@ def score_rows(
     shares = {name: _agreement(reference.rows[name] if reference else row, row) for name, row in rows.items()}
     values = _by_metric(rows) if labelled else _by_metric(rows, shares)
     seconds = [row["seconds"] for row in rows.values()]
-    scores = Scores(
-        label=label,
-        samples=len(rows),
-        failed=len(failures),
-        labelled=labelled,
-        metrics={metric: bootstrap(list(found.values()), seed=seed) for metric, found in values.items()},
-        seconds_median=float(np.median(seconds)) if seconds else None,
-        rows=rows,
-    )
+    metrics = {metric: bootstrap(list(found.values()), seed=seed) for metric, found in values.items()}
+    median = float(np.median(seconds)) if seconds else None
+    scores = Scores(label, len(rows), len(failures), labelled, metrics, seconds_median=median, rows=rows)
     if reference is None:
         return scores
     before = _by_metric(reference.rows) if labelled else {m: dict.fromkeys(found, 1.0) for m, found in values.items()}
     boxes = [share["boxes"] for share in shares.values() if "boxes" in share]
     tubes = [_main(share) for share in shares.values()]
     same = [reference.rows[name].get("answer") == row.get("answer") for name, row in rows.items()]
-    return dataclasses.replace(
-        scores,
-        drops={
-            metric: bootstrap([100 * (before[metric][name] - value) for name, value in found.items()], seed=seed)
-            for metric, found in values.items()
-        },
-        answer_agreement=float(np.mean(same)),
-        box_iou=float(np.mean(boxes)) if boxes else None,
-        tube_iou=float(np.mean(tubes)),
-    )
+    drops = {
+        metric: bootstrap([100 * (before[metric][name] - value) for name, value in found.items()], seed=seed)
+        for metric, found in values.items()
+    }
+    iou = float(np.mean(boxes)) if boxes else None
+    share, tube_iou = float(np.mean(same)), float(np.mean(tubes))
+    return dataclasses.replace(scores, drops=drops, answer_agreement=share, box_iou=iou, tube_iou=tube_iou)
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:

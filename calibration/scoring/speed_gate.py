@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.choose import choose
-from bridge_stg.runtime.backends.registry import BACKENDS
+from bridge_stg.runtime.backends.choose import choose, open_graph
 from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.parity.compare import Boundary, replay
@@ -22,15 +21,9 @@ MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Gate:
-    """One graph in float and in INT8, on the same calls.
+    """Seconds of all recorded calls of one graph, the minimum of several rounds, and bytes of its weights.
 
-    Attributes:
-        graph: name of the graph.
-        float_seconds: seconds of all recorded calls in float, the minimum of several rounds.
-        int8_seconds: seconds of the same calls in INT8.
-        float_bytes: bytes of the weights in float.
-        int8_bytes: bytes of the weights in INT8.
-        forced: whether the graph is quantized without regard to the measurement.
+    A `forced` graph is quantized without regard to the measurement.
     """
 
     graph: str
@@ -99,26 +92,21 @@ def measure_gate(
     rounds: int = 5,
     forced: bool = False,
 ) -> tuple[Gate, list[Boundary]]:
-    """Replay recorded calls of one graph in both bundles, in alternation, and compare.
+    """Replay recorded calls of one graph in the float bundle `before`, then in `after`, in alternation, and compare.
 
-    Args:
-        graph: name of the graph.
-        before: the float bundle, with which the cases were recorded.
-        after: the quantized bundle.
-        cases: folders of recorded cases.
-        options: `backend`, `variant` and `threads` of the sessions.
-        side_by_side: whether both are open at the same time; otherwise one after the other, to save memory.
-        rounds: number of replays; the first one does not count.
-        forced: see `Gate`.
+    `options` are `backend`, `variant` and `threads` of the sessions, which are open at the same time if `side_by_side`,
+    otherwise one after the other, to save memory. The first of the rounds does not count.
 
     Returns:
         The gate, and the differences of the quantized graph's outputs from the recorded ones, one boundary per output.
     """
+    choice = {name: options[name] for name in ("backend", "variant")}
     groups = [[before, after]] if side_by_side else [[before], [after]]
     least: list[float] = []
     drift: list[Boundary] = []
     for group in groups:
-        sessions = [TimedSession(open_graph(bundle, graph, **options)) for bundle in group]
+        opened = (open_graph(one, graph, choose(one, **choice), threads=options["threads"]) for one in group)
+        sessions = [TimedSession(session) for session in opened]
         try:
             times: list[list[float]] = [[] for _ in sessions]
             for _ in range(rounds):
@@ -132,15 +120,6 @@ def measure_gate(
         least += [min(taken[1:] or taken) for taken in times]
     sizes = [graph_bytes(bundle, graph) for bundle in (before, after)]
     return Gate(graph, least[0], least[1], sizes[0], sizes[1], forced), drift
-
-
-def open_graph(
-    bundle: Bundle, graph: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None
-) -> Session:
-    """Open one graph of a bundle in the way of `open_sessions`."""
-    chosen = choose(bundle, backend=backend, variant=variant)
-    opener = next(known for known in BACKENDS if known.name == chosen.backend)
-    return opener.open(bundle, bundle.graph(graph, chosen.variants[graph]), threads)
 
 
 def graph_bytes(bundle: Bundle, graph: str) -> int:

@@ -13,13 +13,9 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 
 @dataclass(frozen=True)
 class BlockSize:
-    """The matrices of one block; a tied head and table are counted once, for the table.
+    """The matrices of one block with their scales; a tied head and table are counted once, for the table.
 
-    Attributes:
-        graph: graph of the block.
-        stored_bytes: bytes of the weights and their scales.
-        fp32_bytes: bytes of as many values in fp32.
-        quantized: whether any weight is quantized.
+    `fp32_bytes` are those of as many values in fp32.
     """
 
     graph: str
@@ -43,17 +39,14 @@ def size_of_blocks(bundle: Bundle) -> dict[str, BlockSize]:
             value = model.graph.initializers[entry.weight]
             tensor = value.const_value
             assert tensor is not None
+            # Readers with the same scales count once.
+            scales = [node.inputs[1] for node in value.consumers() if node.op_type == "DequantizeLinear"]
+            sizes = {s.const_value.nbytes for s in scales if s is not None and s.const_value is not None}
             before = blocks.get(entry.block, BlockSize(name, 0, 0, False))
             blocks[entry.block] = BlockSize(
                 name,
-                before.stored_bytes + tensor.nbytes + _scale_bytes(value),
+                before.stored_bytes + tensor.nbytes + sum(sizes),
                 before.fp32_bytes + 4 * tensor.size,
                 before.quantized or entry.form != FLOAT,
             )
     return blocks
-
-
-def _scale_bytes(weight: ir.Value) -> int:
-    """Return the bytes of a weight's scales; readers with the same scales count once."""
-    scales = [node.inputs[1] for node in weight.consumers() if node.op_type == "DequantizeLinear"]
-    return sum({s.const_value.nbytes for s in scales if s is not None and s.const_value is not None})

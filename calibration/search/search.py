@@ -14,13 +14,10 @@ Kept = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Choice:
-    """Result of the search.
+    """Result of the search: the blocks that stay in float, and the loss of the trial with exactly these.
 
-    Attributes:
-        kept: blocks that stay in float.
-        loss: loss of the trial with exactly these.
-        within: whether that loss is within the limit; if not, `kept` has the least loss of all trials.
-        minimal: whether trials showed that each of the blocks is needed; False if the trials ran out first.
+    If that is not `within` the limit, it is the least of all trials. The choice is `minimal` if trials showed that each
+    of the blocks is needed, and not if the trials ran out first.
     """
 
     kept: Kept

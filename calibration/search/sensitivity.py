@@ -19,8 +19,6 @@ class Sensitivity:
     """Effect of INT8 on one block.
 
     Attributes:
-        block: name of the block.
-        graph: graph of the block.
         proxy: relative error of its matmuls' outputs (root of the sum of squares over matmuls).
         drop: points of the metric that are lost with only this block quantized; None: not measured.
         changed: share of the tubes that is lost then: 1 − mean vIoU with those of the float bundle; None: not measured.

@@ -33,12 +33,9 @@ class RecipeTrials:
         scales: smoothing and ranges.
         samples: the samples to score on.
         labelled: whether annotations are the ground truth; otherwise the source's own tubes are.
-        work: the work folder.
         base: digest of everything that the scales were computed from.
         session: `backend`, `variant` and `threads` of the sessions.
-        media: folder of the media, as it was given.
         in_subprocess: whether each bundle is evaluated in a subprocess.
-        progress: called as progress(stage, done, total).
     """
 
     source: Bundle
@@ -78,8 +75,8 @@ class RecipeTrials:
         path = self.make(recipe, folder / "bundle")
         scores = score(path, QUANTIZED)
         model = dict(bundle_model(path, QUANTIZED, **self.session).identity)
-        result = {"drop": scores.drop, "changed": scores.changed}
-        write_json(finished, {"model": model, "recipe": recipe.to_dict(), **result})
+        result = {"model": model, "recipe": recipe.to_dict(), "drop": scores.drop, "changed": scores.changed}
+        write_json(finished, result)
         shutil.rmtree(path)
         return scores
 

@@ -9,12 +9,11 @@ can score on an empty span.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bridge_stg.evaluation.datasets.fields import digest, fault, numbered_lines
+from bridge_stg.evaluation.datasets.fields import digest, fault, numbered_lines, parse_number
 from bridge_stg.evaluation.media import MediaFolder
 from bridge_stg.evaluation.samples import Dataset, Sample, span_truth
 
@@ -42,12 +41,5 @@ def _parse(where: str, line: str) -> tuple[str, tuple[float, float], str]:
     if len(parts) != 3 or not sentence.strip():
         what = f"is {line[:60]!r}; expected `VIDEO start end##sentence`"
         raise fault(where, what, code="annotation.bad_line")
-    times = []
-    for name, text in (("start", parts[1]), ("end", parts[2])):
-        try:
-            times.append(float(text))
-        except ValueError:
-            times.append(math.nan)
-        if not math.isfinite(times[-1]):
-            raise fault(where, f"the {name} time is {text!r}; expected seconds", code="annotation.bad_line")
-    return parts[0], (times[0], times[1]), sentence.strip()
+    start, end = (parse_number(where, text, f"the {name} time") for name, text in zip(("start", "end"), parts[1:]))
+    return parts[0], (start, end), sentence.strip()

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -154,6 +155,14 @@ def json_lines(path: Path) -> Iterator[Record]:
             what = "is not an object; expected one like {'video': …, 'query': …}"
             raise fault(where, what, code="annotation.bad_line")
         yield Record(where, values)
+
+
+def parse_number(where: str, text: str, name: str = "the value") -> float:
+    """Return the finite number in a part of a line. Raises AnnotationError."""
+    with suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise fault(where, f"{name} {text.strip()!r} is not a finite number", code="annotation.bad_line")
 
 
 def digest(*parts: Path | str) -> str:

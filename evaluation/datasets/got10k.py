@@ -11,7 +11,6 @@ The toolkit's metrics omit the first frame and frames whose cover is 0, and clip
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,14 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.evaluation.datasets.fields import digest, fault, numbered_lines, read_text
+from bridge_stg.evaluation.datasets.fields import digest, fault, numbered_lines, parse_number, read_text
 from bridge_stg.evaluation.media import frame_files
 from bridge_stg.evaluation.samples import Dataset, Sample, Truth, xyxy_from_xywh
 from bridge_stg.runtime.chain.tasks import TRACKED
-from bridge_stg.runtime.errors import AnnotationError
 from bridge_stg.runtime.host.files import replacing
 
-SPLITS = ("train", "val", "test")
 FRAME_RATE = 10.0
 """All sequences were annotated at 10 frames per second (`anno_fps: 10Hz`)."""
 
@@ -35,9 +32,6 @@ FRAME_RATE = 10.0
 def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
     """Return the sequences of a split, `val` by default; `annotations` is the root with train, val and test."""
     root, split = annotations[0], split or "val"
-    if split not in SPLITS:
-        known = ", ".join(SPLITS)
-        raise AnnotationError("annotation.unknown_split", f"got-10k has no split {split!r}; it has: {known}.")
     samples, files = [], [root / split / "list.txt"]
     for where, line in numbered_lines(root / split / "list.txt"):
         name = line.strip()
@@ -66,34 +60,27 @@ def _truth(folder: Path, frames_folder: Path, split: str) -> Truth:
         raise fault(path, f"has {len(rows)} boxes for the {frames} frames of {frames_folder}; expected one per frame")
     boxes = np.zeros((frames, 4))
     boxes[: len(rows)] = xyxy_from_xywh(rows)
-    counted = np.arange(frames) < len(rows)
+    inside = np.arange(frames) < len(rows)
+    counted = inside.copy()
     counted[0] = False  # the model is given this box
     cover = folder / "cover.label"
     if cover.is_file():
-        values = [_number(where, line) for where, line in numbered_lines(cover)]
+        values = [parse_number(where, line) for where, line in numbered_lines(cover)]
         if len(values) != frames:
             raise fault(cover, f"has {len(values)} lines for {frames} frames; expected one per frame")
         counted &= np.asarray(values) > 0
     times = np.arange(frames) / _frame_rate(folder)
-    inside = np.arange(frames) < len(rows)
-    return Truth(True, None, times, inside, boxes.astype(np.float32), counted, _resolution(folder))
+    # `resolution: (1920, 1080)`, width and height
+    found = re.fullmatch(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", _meta(folder).get("resolution", ""))
+    size = (int(found[1]), int(found[2])) if found else None
+    return Truth(True, None, times, inside, boxes.astype(np.float32), counted, size)
 
 
 def _row(where: str, line: str) -> list[float]:
-    sides = [_number(where, part) for part in line.split(",")]
+    sides = [parse_number(where, part) for part in line.split(",")]
     if len(sides) != 4:
         raise fault(where, f"has {len(sides)} numbers; expected x,y,width,height", code="annotation.bad_line")
     return sides
-
-
-def _number(where: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise fault(where, f"{text.strip()!r} is not a finite number", code="annotation.bad_line")
-    return value
 
 
 def _meta(folder: Path) -> Mapping[str, str]:
@@ -106,12 +93,6 @@ def _meta(folder: Path) -> Mapping[str, str]:
 def _frame_rate(folder: Path) -> float:
     found = re.fullmatch(r"([0-9.]+)\s*Hz", _meta(folder).get("anno_fps", ""), re.IGNORECASE)
     return float(found[1]) if found and float(found[1]) > 0 else FRAME_RATE
-
-
-def _resolution(folder: Path) -> tuple[int, int] | None:
-    """Return (width, height) from `resolution: (1920, 1080)`, None if it is missing."""
-    found = re.fullmatch(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", _meta(folder).get("resolution", ""))
-    return (int(found[1]), int(found[2])) if found else None
 
 
 def write_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> int:

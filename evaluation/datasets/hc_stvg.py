@@ -13,7 +13,7 @@ Format: github.com/tzhhhh123/HC-STVG, whose README shows an entry, and the prepr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,20 +27,13 @@ from bridge_stg.runtime.errors import AnnotationError
 DURATION_S = 20.0
 
 
-def read_hc_stvg_v1(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
-    """Return the clips of a file of version 1, such as test.json."""
-    return _read("hc-stvg-v1", annotations[0], media, sentence="caption", size_of=Record.size)
+SENTENCES = {"hc-stvg-v1": "caption", "hc-stvg-v2": "English"}
+"""Version → field of the sentence."""
 
 
-def read_hc_stvg_v2(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
-    """Return the clips of a file of version 2, such as val_v2.json; the test split has no public truth."""
-    return _read("hc-stvg-v2", annotations[0], media, sentence="English", size_of=_img_size)
-
-
-def _read(
-    name: str, path: Path, media: Path, *, sentence: str, size_of: Callable[[Record], tuple[int, int]]
-) -> Dataset:
-    folder = MediaFolder(media)
+def read_hc_stvg(annotations: Sequence[Path], media: Path, *, split: str | None = None, name: str) -> Dataset:
+    """Return the clips of a file of the version `name`; the test split of version 2 has no public truth."""
+    path, folder = annotations[0], MediaFolder(media)
     values = read_json_file(path, dict, f"video names and the annotations of {name}")
     samples = []
     for video in values:
@@ -48,17 +41,16 @@ def _read(
         _check(record, name)
         samples.append(
             Sample(
-                id=video, task="tube", media=folder.find(video), media_name=video, query=record.text(sentence),
-                read_truth=partial(_truth, record, size_of(record)),
+                id=video, task="tube", media=folder.find(video), media_name=video, query=record.text(SENTENCES[name]),
+                read_truth=partial(_truth, record, record.size() if name == "hc-stvg-v1" else _img_size(record)),
             )
         )  # fmt: skip
     return Dataset(name, path.stem, tuple(samples), digest(path))
 
 
 def _check(record: Record, name: str) -> None:
-    fields = {"hc-stvg-v1": "caption", "hc-stvg-v2": "English"}
-    mine = fields.pop(name)
-    ((rest, other),) = fields.items()
+    mine = SENTENCES[name]
+    ((rest, other),) = SENTENCES.items() - {(name, mine)}
     if mine not in record.values and other in record.values:
         what = f"{record.where}: has {other!r} where {name} has {mine!r}: this is the other version. Evaluate {rest}."
         raise AnnotationError("annotation.wrong_version", what)

@@ -22,7 +22,7 @@ from typing import Any
 
 from bridge_stg.evaluation.datasets.fields import BOX, Record, digest, read_json_file, records
 from bridge_stg.evaluation.media import MediaFolder
-from bridge_stg.evaluation.samples import Dataset, Sample, Truth, image_truth, xyxy_from_xywh
+from bridge_stg.evaluation.samples import Dataset, Sample, image_truth, xyxy_from_xywh
 from bridge_stg.runtime.errors import AnnotationError
 from bridge_stg.runtime.host.files import replacing
 
@@ -33,14 +33,9 @@ GROWTH = 16
 def read_refcoco(
     annotations: Sequence[Path], media: Path, *, split: str | None = None, name: str = "refcoco"
 ) -> Dataset:
-    """Return the sentences of one split.
+    """Return the sentences of one split, val by default; the datasets differ in their files, not in their format.
 
-    Args:
-        annotations: the refs as JSON and instances.json, in any order; or the folder with both, with one
-            refs*.json.
-        media: the folder of COCO's train2014 images.
-        split: name of the split; val if None.
-        name: name of the dataset: the three differ in their files, not in their format.
+    `annotations` are the refs as JSON and instances.json, in any order, or the folder with both.
     """
     refs_path, instances_path = _files(annotations)
     split, folder = split or "val", MediaFolder(media)
@@ -57,15 +52,15 @@ def read_refcoco(
             continue
         image, box = _looked_up(record, "image_id", images), _looked_up(record, "ann_id", boxes)
         file_name = image.text("file_name")
-        truth = image_truth(xyxy_from_xywh(box.numbers("bbox", 4, BOX)), size=image.size())
+        read_truth = partial(image_truth, xyxy_from_xywh(box.numbers("bbox", 4, BOX)), size=image.size())
         samples += [
             Sample(
                 id=sentence.name("sent_id"),
                 task="image",
-                media=folder.find(file_name, f"{file_name.rpartition('_')[2]}"),  # COCO 2017 omits the prefix
+                media=folder.find(file_name, file_name.rpartition("_")[2]),  # COCO 2017 omits the prefix
                 media_name=file_name,
                 query=sentence.text("sent" if str(sentence.values.get("sent", "")).strip() else "raw"),
-                read_truth=partial(_identity, truth),
+                read_truth=read_truth,
             )
             for sentence in record.children("sentences")
         ]
@@ -92,10 +87,6 @@ def _files(annotations: Sequence[Path]) -> tuple[Path, Path]:
         command = f"python cli.py convert-refs '{refs[0]}' '{refs[0].with_suffix('.json')}'"
         raise AnnotationError("annotation.unsafe_pickle", f"{refs[0]} is a pickle. Convert it once: {command}")
     return refs[0], instances
-
-
-def _identity(truth: Truth) -> Truth:
-    return truth
 
 
 def _looked_up(record: Record, field: str, known: Mapping[int, Record]) -> Record:

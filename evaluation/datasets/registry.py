@@ -38,8 +38,8 @@ def _referring_expressions(name: str, *splits: str) -> DatasetFormat:
 
 DATASETS: Mapping[str, DatasetFormat] = {
     "vidstg": DatasetFormat("vidstg:read_vidstg", "test_annotations.json, and the folder of VidOR's annotations"),
-    "hc-stvg-v1": DatasetFormat("hc_stvg:read_hc_stvg_v1", "test.json"),
-    "hc-stvg-v2": DatasetFormat("hc_stvg:read_hc_stvg_v2", "val_v2.json"),
+    "hc-stvg-v1": DatasetFormat("hc_stvg:read_hc_stvg", "test.json", (), {"name": "hc-stvg-v1"}),
+    "hc-stvg-v2": DatasetFormat("hc_stvg:read_hc_stvg", "val_v2.json", (), {"name": "hc-stvg-v2"}),
     "charades-sta": DatasetFormat("charades_sta:read_charades_sta", "charades_sta_test.txt"),
     "refcoco": _referring_expressions("refcoco", "train", "val", "testA", "testB"),
     "refcoco+": _referring_expressions("refcoco+", "train", "val", "testA", "testB"),
@@ -72,10 +72,9 @@ def read_dataset(
     if split is not None and split not in entry.splits:
         known = f"has: {', '.join(entry.splits)}" if entry.splits else "has none: the annotation file is the split"
         raise AnnotationError("annotation.unknown_split", f"{name} has no split {split!r}; it {known}.")
-    for path in annotations:
-        if not path.exists():
-            what = f"{path}: no such file or folder; {name} takes --annotations: {entry.annotations}."
-            raise AnnotationError("annotation.not_found", what)
+    if absent := next((path for path in annotations if not path.exists()), None):
+        what = f"{absent}: no such file or folder; {name} takes --annotations: {entry.annotations}."
+        raise AnnotationError("annotation.not_found", what)
     if media is None:
         media = annotations[0] if annotations[0].is_dir() else annotations[0].parent
     name, _, function = entry.reader.partition(":")

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from bridge_stg.evaluation.media import video_input
 from bridge_stg.evaluation.samples import Sample, Truth
-from bridge_stg.runtime.chain.results import Tube
+from bridge_stg.evaluation.scoring import boxes_at
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, font
 from bridge_stg.runtime.visualize.contact_sheet import GREY, PALE, thumbnail
@@ -91,10 +91,7 @@ def _boxes(
         span = prediction.get("span")
         if not prediction.get("boxes") or (task == "tube" and span and not span[0] <= time < span[1]):
             continue
-        boxes = np.asarray(prediction["boxes"], np.float32)
-        ones = np.ones(len(boxes), np.float32)
-        tube = Tube(np.asarray(prediction["times"], np.float64), boxes, ones, ones > 0)
-        drawn.append((tube.at(np.asarray([0.0 if task == "image" else time])).boxes[0], colour_of(place)))
+        drawn.append((boxes_at(prediction, np.asarray([0.0 if task == "image" else time]))[0], colour_of(place)))
     return drawn
 
 

@@ -25,13 +25,7 @@ KEPT = ("id", "video", "query", "error")
 
 @dataclass(frozen=True)
 class Inferred:
-    """Counts of a run.
-
-    Attributes:
-        answered: number of queries with an answer.
-        failed: number of queries with an error instead.
-        first_error: the first error, with the query's id.
-    """
+    """Numbers of queries with an answer, and with an error instead; the first error, with the query's id."""
 
     answered: int
     failed: int

@@ -61,11 +61,8 @@ def write_parquet(lines: Path, ids: Sequence[str], out: Path) -> None:
                 rows = []
                 for name in ids[start : start + ROWS]:
                     file.seek(places[name])
-                    row = {name: _unicode(value) for name, value in json.loads(file.readline()).items()}
+                    # Parquet does not accept surrogates.
+                    row: dict[str, Any] = json.loads(file.readline())
+                    row |= {k: v.encode(errors="replace").decode() for k, v in row.items() if isinstance(v, str)}
                     rows.append(row | {"timings_s": list(row.get("timings_s", {}).items())})
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-
-def _unicode(value: Any) -> Any:
-    """Return a string without surrogates, which Parquet does not accept; other values as they are."""
-    return value.encode(errors="replace").decode() if isinstance(value, str) else value

@@ -21,11 +21,7 @@ START_AGAIN = "Pass --overwrite to start again, or another --out."
 
 
 class ResultFile:
-    """Rows by sample id, on disk and in memory. A context manager; one process at a time.
-
-    Attributes:
-        rows: the finished samples, by id.
-    """
+    """The `rows` of finished samples by id, on disk and in memory. A context manager; one process at a time."""
 
     def __init__(
         self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False, kept: tuple[str, ...] | None = None
@@ -69,15 +65,11 @@ class ResultFile:
         self._write(row)
         self.rows[row["id"]] = self._shortened(row)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def __enter__(self) -> ResultFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._file.close()
 
     def _shortened(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if self._kept is None or name in self._kept}

@@ -40,12 +40,12 @@ class Edit:
     def quantize(self, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
         """Insert QuantizeLinear after a value and return the int8 values."""
         inputs = [value, self._scale_of(value, scale, dtype), self._zero()]
-        return self._insert_after("QuantizeLinear", inputs, value, f"{value.name}_int8", ir.DataType.INT8)
+        return self.insert_after("QuantizeLinear", inputs, value, f"{value.name}_int8", dtype=ir.DataType.INT8)
 
     def dequantize(self, integers: ir.Value, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
         """Insert DequantizeLinear after integers, with scale and name of `value`, and return the floats."""
         inputs = [integers, self._scale_of(value, scale, dtype), self._zero()]
-        return self._insert_after("DequantizeLinear", inputs, integers, f"{value.name}_dequantized", dtype)
+        return self.insert_after("DequantizeLinear", inputs, integers, f"{value.name}_dequantized", dtype=dtype)
 
     def dequantized(
         self,
@@ -78,10 +78,9 @@ class Edit:
     def transposed(self, value: ir.Value) -> ir.Value:
         """Return a weight [N, K] as [K, N]; engines transpose the integers once, when they load them."""
         if value not in self._transposed:
-            node = ir.node("Transpose", [value], {"perm": [1, 0]}, name=f"{value.name}/Transpose")
-            insert_after(self.graph, value, node)
-            node.outputs[0].name, node.outputs[0].dtype = f"{value.name}_turned", value.dtype
-            self._transposed[value] = node.outputs[0]
+            name, node = f"{value.name}_turned", f"{value.name}/Transpose"
+            attributes = {"perm": [1, 0]}
+            self._transposed[value] = self.insert_after("Transpose", [value], value, name, attributes, node=node)
         return self._transposed[value]
 
     def multiply(self, node: ir.Node, data: ir.Value, weight: ir.Value) -> None:
@@ -124,6 +123,28 @@ class Edit:
         for value in added:
             value.name = self.free_name(f"{name}_out")
         return added
+
+    def insert_after(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value],
+        after: ir.Value,
+        name: str,
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        dtype: ir.DataType | None = None,
+        node: str = "",
+    ) -> ir.Value:
+        """Insert a node after a value's, and return its output `name`, by default with the value's dtype."""
+        source = after.producer()
+        stem = node or f"{(after if source is None else source).name}/{operator}"
+        if not node and source is not None and len(source.outputs) > 1:
+            stem = f"{stem}_{after.index()}"
+        added = ir.node(operator, inputs, attributes or {}, name=self.free_node(stem))
+        insert_after(self.graph, after, added)
+        added.outputs[0].name, added.outputs[0].dtype = self.free_name(name), dtype or after.dtype
+        self.nodes[str(added.name)] = added
+        return added.outputs[0]
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Replace a value by another one, which takes over its name."""
@@ -184,19 +205,6 @@ class Edit:
 
     def _zero(self) -> ir.Value:
         return self.constant("int8_zero_point", np.array(0, np.int8))
-
-    def _insert_after(
-        self, operator: str, inputs: list[ir.Value], after: ir.Value, name: str, dtype: ir.DataType
-    ) -> ir.Value:
-        source = after.producer()
-        stem = f"{source.name}/{operator}" if source is not None else f"{after.name}/{operator}"
-        if source is not None and len(source.outputs) > 1:
-            stem = f"{stem}_{after.index()}"
-        node = ir.node(operator, inputs, name=self.free_node(stem))
-        insert_after(self.graph, after, node)
-        node.outputs[0].name, node.outputs[0].dtype = self.free_name(name), dtype
-        self.nodes[str(node.name)] = node
-        return node.outputs[0]
 
 
 def _free(name: str, used: Container[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bridge_stg.export.graph.graph_edit import Edit, insert_after
+from bridge_stg.export.graph.graph_edit import Edit
 from bridge_stg.runtime.bundle.contracts import TOKEN_GROUPS
 
 TOKENS, MAPS = "visual_tokens", "feature_map"
@@ -42,14 +42,11 @@ def make_tokens_optional(model: ir.Model) -> bool:
     model.graph.inputs.append(groups)
     first, axis = (edit.constant(name, np.zeros(1, np.int64)) for name in ("first_group", "group_axis"))
     for value in sorted(values, key=lambda value: str(value.name)):
-        name = edit.free_node(f"{value.name}/Slice_groups")
-        node = ir.node("Slice", [value, first, groups, axis], name=name)
-        node.outputs[0].name, node.outputs[0].dtype = edit.free_name(f"{value.name}_groups"), value.dtype
-        insert_after(model.graph, value, node)
-        edit.nodes[name] = node
+        inputs, node = [value, first, groups, axis], f"{value.name}/Slice_groups"
+        requested = edit.insert_after("Slice", inputs, value, f"{value.name}_groups", node=node)
         for reader, index in tuple(value.uses()):
             if reader in alone:
-                reader.replace_input_with(index, node.outputs[0])
+                reader.replace_input_with(index, requested)
     return True
 
 

@@ -28,7 +28,6 @@ from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.host.files import temporary_sibling
 from bridge_stg.runtime.parity import compare as parity
 from bridge_stg.runtime.parity.compare import Boundary, format_table
-from bridge_stg.runtime.parity.golden import Tolerance
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
 from bridge_stg.runtime.parity.verify import DriftError, verify_bundle
 
@@ -251,16 +250,17 @@ class _Replay:
         """Compare the block outputs of every call up to the last; also return if the suspect's outputs are correct."""
         expected, _ = self._run(self.reference, [output for _, output in pairs])
         actual, passed = self._run(self.suspect, [output for output, _ in pairs])
-        tolerance = self._tolerance()
+        graphs = [side.bundle.graph(side.graph, side.variant) for side in (self.suspect, self.reference)]
+        known = [parity.tolerance_of(graph.precision, PREFIX) or parity.TOLERANCES["float32"] for graph in graphs]
+        looser = max(known, key=lambda tolerance: tolerance.rel_l2)
         drifts = []
         for call, found in actual.items():
             for place, (output, _) in enumerate(pairs):
                 reference = expected[call][place]
                 if reference.size != found[place].size or not np.isfinite(reference).all():
                     continue  # not the same tensor after all, or rows that nobody reads, with any values
-                compared = parity.compare(
-                    f"{output.block}: {output.module}", reference, found[place], tolerance=tolerance
-                )
+                name = f"{output.block}: {output.module}"
+                compared = parity.compare(name, reference, found[place], tolerance=looser)
                 drifts.append(_Drift(call, place, compared))
         if not drifts:
             message = f"{self.reference}: returns no finite tensor to compare with in {self.last}."
@@ -279,12 +279,6 @@ class _Replay:
             for name, (_, _, values) in zip(names[:until], calls[:until], strict=True)
         }
         return found, all(boundary.passed for boundary in replayed)
-
-    def _tolerance(self) -> Tolerance:
-        """Return the looser of both sides' tolerances."""
-        graphs = [side.bundle.graph(side.graph, side.variant) for side in (self.suspect, self.reference)]
-        known = [parity.tolerance_of(graph.precision, PREFIX) or parity.TOLERANCES["float32"] for graph in graphs]
-        return max(known, key=lambda tolerance: tolerance.rel_l2)
 
 
 @contextmanager

@@ -5,10 +5,8 @@ All variants of a graph share one file of external data.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,10 +14,8 @@ import torch
 
 from bridge_stg.checkpoint.safetensors_file import StoredTensor
 from bridge_stg.checkpoint.weight_store import WeightStore
+from bridge_stg.export.graph.weight_file import WeightFile
 from bridge_stg.runtime.errors import CheckpointError
-
-ALIGNMENT = 64
-"""Alignment of offsets in bytes, so that mapped weights can be used without a copy."""
 
 INLINE_BYTES = 256
 """Smaller tensors stay in the .onnx file, as do integers: engines need shapes and indices at once."""
@@ -91,45 +87,26 @@ def row_blocks(store: WeightStore, key: str, *, block_bytes: int | None = None) 
             yield torch.frombuffer(buffer, dtype=stored.dtype).reshape(count, *stored.shape[1:])
 
 
-def write_weights(models: Sequence[ir.Model], file: Path) -> int:
+def write_weights(models: Sequence[ir.Model], file: Path) -> None:
     """Move the weights of several variants of a graph into one file; equal bytes are written once.
 
-    The graphs refer to the file by its name, so their .onnx files must be saved next to it. Returns the number of bytes
-    written; raises CheckpointError if a weight cannot be read, or does not fit its dtype.
+    The graphs refer to the file by its name, so their .onnx files must be saved next to it. Raises CheckpointError if a
+    weight cannot be read, or does not fit its dtype.
     """
-    places: dict[tuple[str, str], tuple[int, int]] = {}
-    sources: dict[tuple[str, str] | None, tuple[int, int]] = {}
-    with open(file, "wb") as stream:
+    known: dict[tuple[str, str], ir.ExternalTensor] = {}
+    with WeightFile(file) as weights:
         for model in models:
             for name, value in sorted(model.graph.initializers.items()):
                 tensor = value.const_value
                 if tensor is None or tensor.nbytes < INLINE_BYTES or not tensor.dtype.is_floating_point():
                     continue
-                # Equal weights of two graphs are found without reading them.
-                source = (tensor.key, tensor.dtype.name) if isinstance(tensor, StoredWeight) else None
-                place = sources.get(source) or _write(tensor, stream, places)
-                if source is not None:
-                    sources[source] = place
-                shape = ir.Shape(tensor.shape)
-                value.const_value = ir.ExternalTensor(
-                    file.name, *place, tensor.dtype, shape=shape, name=name, base_dir=file.parent
-                )
-        return stream.tell()
-
-
-def _write(tensor: ir.TensorProtocol, stream: Any, places: dict[tuple[str, str], tuple[int, int]]) -> tuple[int, int]:
-    """Write a tensor, or remove it again if the file has the same bytes already; return (offset, length)."""
-    end = stream.tell()
-    stream.write(bytes(-end % ALIGNMENT))
-    offset, digest = stream.tell(), hashlib.sha256()
-    for piece in tensor.pieces() if isinstance(tensor, StoredWeight) else (tensor.tobytes(),):
-        digest.update(piece)
-        stream.write(piece)
-    place = places.setdefault((tensor.dtype.name, digest.hexdigest()), (offset, stream.tell() - offset))
-    if place[0] != offset:
-        stream.seek(end)
-        stream.truncate()
-    return place
+                if not isinstance(tensor, StoredWeight):
+                    value.const_value = weights.write(name, tensor.dtype, tensor.shape, [tensor.tobytes()])
+                    continue
+                source = tensor.key, tensor.dtype.name  # equal weights of two graphs are found without reading them
+                if source not in known:
+                    known[source] = weights.write(name, tensor.dtype, tensor.shape, tensor.pieces())
+                value.const_value = weights.alias(known[source], name, tensor.shape)
 
 
 def _overflow(stored: StoredTensor, block: torch.Tensor, dtype: torch.dtype) -> CheckpointError:

@@ -10,6 +10,7 @@ import pytest
 from bridge_stg.calibration.overrides import Overrides, read_overrides, write_overrides
 from bridge_stg.calibration.recipes import RECIPES, GraphRecipe, Recipe
 from bridge_stg.export.graph.blocks import Matmul
+from bridge_stg.runtime.bundle.typed_json import from_json
 from tests.errors import raises
 
 BLOCK = "language_model.layers.1.mlp"
@@ -22,7 +23,7 @@ def test_defaults() -> None:
     for recipe in RECIPES.values():
         assert recipe.of("vision_encoder").name == "w8a8" and not recipe.of("spatial_decoder").quantizes
         assert recipe.of("language_model").embedding == "int8"
-    kv8 = RECIPES["w4"].with_int8_cache()
+    kv8 = RECIPES["w4"].replace("language_model", cache="int8")
     assert kv8.of("language_model").precision("fp32") == "int4 w4-kv8"
     assert RECIPES["w8a8"].of("vision_encoder").precision("fp16") == "int8 w8a8 fp16"
     assert GraphRecipe().precision("fp16") == "fp16"
@@ -57,7 +58,7 @@ def test_invalid_recipes(fields: dict[str, object], value: str) -> None:
 def test_as_json() -> None:
     recipe = RECIPES["w8a8"].with_float(BLOCK, "vision_encoder.merger").with_float(BLOCK)
     assert recipe.of("language_model").keep_float == (BLOCK,)
-    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert from_json(Recipe, json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 def test_unknown_names() -> None:

@@ -23,6 +23,7 @@ from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends.choose import choose, open_sessions
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.parity.compare import replay
 from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.calibration.conftest import Ranges
@@ -49,8 +50,8 @@ MADE: dict[str, Recipe] = {
     "w8a8": ALL_INT8,
     "w8": RECIPES["w8"],
     "w4": RECIPES["w4"],
-    "w8a8-kv8": ALL_INT8.with_int8_cache(),
-    "w4-kv8": RECIPES["w4"].with_int8_cache(),
+    "w8a8-kv8": ALL_INT8.replace("language_model", cache="int8"),
+    "w4-kv8": RECIPES["w4"].replace("language_model", cache="int8"),
 }
 
 
@@ -103,7 +104,7 @@ def test_contracts(exported: Bundle, bundles: dict[str, Bundle]) -> None:
     for name, found in bundles.items():
         manifest, recipe = found.manifest, MADE[name]
         assert manifest.calibration is not None and manifest.verified
-        assert Recipe.from_dict(manifest.calibration["recipe"]) == recipe
+        assert from_json(Recipe, manifest.calibration["recipe"]) == recipe
         for graph in manifest.all_graphs():
             before = exported.manifest.graphs[graph.name].get(graph.variant)
             assert graph.precision == recipe.of(graph.name).precision("fp32")
@@ -191,7 +192,7 @@ def test_tensorrt_compiles_it(bundle: Bundle, variant: str) -> None:
 
 def test_fp16(exported_fp16: Bundle, ranges: Ranges, tmp_path: Path) -> None:
     """Scales are then fp16, for which `primitive` needs a later opset."""
-    recipe = W8A8.with_int8_cache()
+    recipe = W8A8.replace("language_model", cache="int8")
     path = quantize_bundle(exported_fp16, tmp_path / "b", recipe=recipe, ranges=ranges)
     for name in ("vision_encoder", "language_model"):
         for graph in Bundle.load(path).manifest.graphs[name].values():
@@ -235,7 +236,7 @@ def test_invalid_arguments(exported: Bundle, bundles: dict[str, Bundle], ranges:
         quantize_bundle(exported, out, recipe=W8A8, ranges={})
     with raises("calibration.missing_range", "past_key_0", "language_model"):
         bare = {g: {n: r for n, r in of.items() if "past" not in n} for g, of in ranges.items()}
-        quantize_bundle(exported, out, recipe=RECIPES["w8"].with_int8_cache(), ranges=bare)
+        quantize_bundle(exported, out, recipe=RECIPES["w8"].replace("language_model", cache="int8"), ranges=bare)
     assert list(tmp_path.iterdir()) == []  # no partial bundle
 
 

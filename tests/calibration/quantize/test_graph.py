@@ -14,11 +14,11 @@ import pytest
 from bridge_stg.calibration.quantize.graph import GraphQuantizer
 from bridge_stg.calibration.quantize.packing import INT8_LIMIT, REDUCED_LIMIT
 from bridge_stg.calibration.quantize.ranges import TensorRange
-from bridge_stg.calibration.quantize.weight_file import WeightFile
 from bridge_stg.calibration.recipes import GRAPH_RECIPES, GraphRecipe
 from bridge_stg.calibration.scoring.saturation_test import saturation_test
 from bridge_stg.export.graph.blocks import find_matmuls, find_tables
 from bridge_stg.export.graph.ort_cpu import for_ort_cpu
+from bridge_stg.export.graph.weight_file import WeightFile
 from tests.errors import raises
 from tests.export.graph.test_blocks import LANGUAGE, numbers, small_model
 

@@ -10,7 +10,7 @@ import pytest
 
 from bridge_stg.calibration.quantize import packing
 from bridge_stg.calibration.quantize.packing import Factors, Int4Pieces, Int8Pieces, StoredSource, pack_nibbles
-from bridge_stg.calibration.quantize.weight_file import ALIGNMENT, WeightFile
+from bridge_stg.export.graph.weight_file import ALIGNMENT, WeightFile
 from tests.errors import raises
 
 N, K = 24, 64

@@ -209,7 +209,8 @@ def test_two_processes_never_write_one_file(tmp_path: Path) -> None:
     with ResultFile(tmp_path / "a.jsonl", {}):
         with raises("output.in_use", tmp_path / "a.jsonl"):
             ResultFile(tmp_path / "a.jsonl", {})
-    ResultFile(tmp_path / "a.jsonl", {}).close()
+    with ResultFile(tmp_path / "a.jsonl", {}):
+        pass
 
 
 def test_shards_add_up(tmp_path: Path) -> None:

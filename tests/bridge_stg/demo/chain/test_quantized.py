@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 CLIP = Path(ROOT) / "assets" / "demo" / "clips" / "1-named.mp4"
 W8A8 = RECIPES["w8a8"] if saturation_test().passed else RECIPES["w8a8"].with_reduced_range()
-MADE = {"w8a8-kv8": W8A8.with_int8_cache(), "w8": RECIPES["w8"], "w4": RECIPES["w4"]}
+MADE = {"w8a8-kv8": W8A8.replace("language_model", cache="int8"), "w8": RECIPES["w8"], "w4": RECIPES["w4"]}
 VARIANTS = {"primitive", "standard", "ort-cpu"} if RUNS_STANDARD else {"primitive"}
 
 

@@ -41,15 +41,14 @@ class WeightFile:
         if place != here:
             self._stream.seek(end)
             self._stream.truncate()
-        return self.at(name, dtype, shape, place)
-
-    def alias(self, tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
-        """Return a written tensor under another name."""
-        shape = [int(size) for size in tensor.shape]
-        return self.at(name, tensor.dtype, shape, (int(tensor.offset or 0), int(tensor.length or 0)))
-
-    def at(self, name: str, dtype: ir.DataType, shape: Iterable[int], span: tuple[int, int]) -> ir.ExternalTensor:
-        """Return the external tensor at (offset, bytes)."""
         return ir.ExternalTensor(
-            self._path.name, *span, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent
+            self._path.name, *place, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent
         )
+
+    def alias(
+        self, tensor: ir.ExternalTensor, name: str, shape: Iterable[int | ir.SymbolicDim] | None = None
+    ) -> ir.ExternalTensor:
+        """Return a written tensor under another name, and in another shape if one is given."""
+        place = tensor.location, tensor.offset, tensor.length, tensor.dtype
+        shape = ir.Shape(tensor.shape if shape is None else shape)
+        return ir.ExternalTensor(*place, shape=shape, name=name, base_dir=tensor.base_dir)
