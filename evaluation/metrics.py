@@ -29,11 +29,7 @@ def frame_iou(truth: np.ndarray, predicted: np.ndarray) -> float:
 def tube_iou(truth: np.ndarray, truth_boxes: np.ndarray, predicted: np.ndarray, predicted_boxes: np.ndarray) -> float:
     """Return vIoU: the sum of box IoU over S_i, divided by |S_u| (VidSTG, arXiv 2001.06891, section 5.1).
 
-    Args:
-        truth: bool [n], frames of the true tube.
-        truth_boxes: [n, 4] xyxy, read where `truth`.
-        predicted: bool [n], frames of the predicted tube.
-        predicted_boxes: [n, 4] xyxy, read where `predicted`.
+    Each tube has a mask of its frames, bool [n], and boxes [n, 4] xyxy that are read there.
     """
     union = np.count_nonzero(truth | predicted)
     shared = truth & predicted

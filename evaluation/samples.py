@@ -69,15 +69,9 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The samples of a dataset in the order of its files.
+    """All samples of a dataset in the order of its files, and the SHA-256 of what was read (`annotations`).
 
-    Attributes:
-        name: name of the dataset.
-        split: name of the part of it.
-        samples: all samples, including those without a media file.
-        annotations: SHA-256 of what was read.
-        allow_none: whether "not there" is a possible answer; published datasets guarantee presence.
-        stream: the stream of all samples.
+    `allow_none` is whether "not there" is a possible answer; published datasets guarantee presence.
     """
 
     name: str

@@ -20,12 +20,7 @@ LEVELS = 127
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One way to quantize a matmul.
-
-    Attributes:
-        rows: float32 [R, K], replaces the float rows.
-        weight: returns the replacement of a block of rows of the float weight [N, K].
-    """
+    """One way to quantize a matmul: rows float32 [R, K], and a function of blocks of rows of the weight [N, K]."""
 
     rows: np.ndarray
     weight: Callable[[np.ndarray], np.ndarray] = lambda block: block
@@ -34,10 +29,7 @@ class Candidate:
 def relative_errors(rows: np.ndarray, weights: Iterable[np.ndarray], candidates: Sequence[Candidate]) -> list[float]:
     """Return the relative error of each candidate in rows · weightᵀ, as ratio of Frobenius norms.
 
-    Args:
-        rows: float32 [R, K].
-        weights: float32 [N, K] of one or more matmuls, whole or in blocks; if empty, the error of the rows is returned.
-        candidates: candidates to compare.
+    `weights` are float32 [N, K] of one or more matmuls, whole or in blocks; without any, it is the error of the rows.
     """
     right, wrong, some = 0.0, np.zeros(len(candidates)), False
     for block in weights:

@@ -22,12 +22,7 @@ from bridge_stg.runtime.host.files import replacing
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """Ranges of activations, and vectors of smoothing.
-
-    Attributes:
-        ranges: by graph, then by node of a matmul or past_key_0 …
-        smoothing: by graph and node, float32 [K].
-    """
+    """Ranges by graph and node of a matmul or past_key_0 …, and smoothing vectors, float32 [K], by graph and node."""
 
     ranges: Mapping[str, Mapping[str, TensorRange]] = field(default_factory=dict)
     smoothing: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)

@@ -36,12 +36,7 @@ SPREAD = 1e4
 
 @dataclass(frozen=True, eq=False)
 class Smoothing:
-    """Result of the search. Nodes that are not named are not smoothed.
-
-    Attributes:
-        vectors: graph → node of a matmul → float32 [K], the divisor of its activation.
-        strengths: graph → node → migration strength.
-    """
+    """Divisors of activations, float32 [K], and migration strengths, by graph and node of the smoothed matmuls."""
 
     vectors: Mapping[str, Mapping[str, np.ndarray]]
     strengths: Mapping[str, Mapping[str, float]]
@@ -80,10 +75,7 @@ def choose_smoothing(
 def smoothing_vector(activation: np.ndarray, weight: np.ndarray, strength: float) -> np.ndarray:
     """Return s as float32 [K] with median 1; it is 1 in channels where activations or weights are all zero.
 
-    Args:
-        activation: [K], largest magnitudes of the activation's channels.
-        weight: [K], largest magnitudes of the weights' columns.
-        strength: migration strength, 0 … 1.
+    `activation` and `weight`, [K], are the largest magnitudes of the activation's channels and of the weights' columns.
     """
     live = (activation > 0) & (weight > 0)
     logs = np.zeros(len(activation))

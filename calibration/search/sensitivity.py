@@ -38,12 +38,7 @@ class Sensitivity:
 
 
 def rank_blocks(entries: Iterable[Matmul | Table], errors: Mapping[str, Mapping[str, float]]) -> list[Sensitivity]:
-    """Return the blocks by the proxy, most sensitive first.
-
-    Args:
-        entries: what is quantized, of all graphs.
-        errors: relative output error by graph and node; an entry without one counts as exact.
-    """
+    """Return the blocks by the proxy, most sensitive first; an entry without an error counts as exact."""
     squares: dict[tuple[str, str], float] = {}
     for entry in entries:
         key = entry.block, entry.graph
@@ -58,12 +53,8 @@ def confirm(
 ) -> list[Sensitivity]:
     """Return the ranking with the metric measured for its first blocks, which come first in their new order.
 
-    The worst block of each graph is measured first, since the errors of different graphs cannot be compared.
-
-    Args:
-        ranked: blocks by the proxy.
-        alone: returns `drop` and `changed` with only this block quantized.
-        count: number of measured blocks.
+    The worst block of each graph is measured first, since the errors of different graphs cannot be compared. `alone`
+    returns `drop` and `changed` with only this block quantized.
     """
     firsts = {one.graph: one for one in reversed(ranked)}
     chosen = [one for one in ranked if firsts[one.graph] is one][:count]

@@ -32,13 +32,7 @@ LONGEST_TEMPORARY = 24
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Runs units on Ray.
-
-    Attributes:
-        workers: number of actors; each opens the model once.
-        threads: CPU threads that each model should use.
-        resources: what Ray reserves for each: `num_gpus`, or `num_cpus`.
-    """
+    """Runs units on Ray: each actor opens the model once, and reserves `resources` (`num_gpus`, or `num_cpus`)."""
 
     workers: int
     threads: int
@@ -167,10 +161,7 @@ class Job:
 class Answering:
     """The state of an actor. It opens its model for its first unit, when a failure can be reported.
 
-    Args:
-        job: the pickled `Job`.
-        units: a list of one reference to the pickled units.
-        ledger: the actor that counts.
+    `job` is the pickled `Job`, `units` a list of one reference to the pickled units, `ledger` the actor that counts.
     """
 
     def __init__(self, job: bytes, units: list[Any], ledger: Any) -> None:

@@ -26,16 +26,10 @@ class ResultFile:
     def __init__(
         self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False, kept: tuple[str, ...] | None = None
     ) -> None:
-        """Open a file, or create it.
+        """Open a file, or create it. The plain values of `identity` must agree with those in the file.
 
-        Args:
-            path: the file.
-            identity: plain values that identify the run; all must agree with those in the file.
-            overwrite: whether to drop the file's content.
-            kept: the fields of large rows to keep in memory; None: all.
-
-        Raises:
-            BridgeError: the file has results of another run, is damaged, or is being written by another process.
+        `kept` are the fields of large rows to keep in memory. Raises BridgeError if the file has results of another
+        run, is damaged, or is being written by another process.
         """
         self.path = path
         self._kept = kept

@@ -29,12 +29,7 @@ Report = Callable[[str, int, int], Any]
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A compiled engine.
-
-    Attributes:
-        plan: serialized engine, as a buffer that TensorRT owns: large engines are not copied.
-        timing: timing cache of kernels; None where this TensorRT has none.
-    """
+    """A serialized engine, in a buffer that TensorRT owns, and the timing cache, if this TensorRT has one."""
 
     plan: Any
     timing: bytes | None

@@ -14,12 +14,7 @@ HEADS_FIRST = [0, 2, 1, 3]
 
 
 class Edit:
-    """Edits of one graph. A node or constant that several callers need is inserted once.
-
-    Attributes:
-        graph: the graph.
-        nodes: its nodes by name.
-    """
+    """Edits of one graph, whose `nodes` are kept by name; what several callers need is inserted once."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph

@@ -31,13 +31,7 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Replayed:
-    """Result of the subprocess.
-
-    Attributes:
-        parity: comparisons of every variant.
-        peak_rss_bytes: peak memory of the subprocess.
-        seconds: time to load and run each graph, by `graph (variant)`.
-    """
+    """Comparisons of every variant, the subprocess's peak memory, and the seconds of each `graph (variant)`."""
 
     parity: Parity
     peak_rss_bytes: int

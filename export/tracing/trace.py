@@ -36,12 +36,7 @@ def trace_graph(
 ) -> tuple[GraphSpec, ir.Model]:
     """Trace one graph without the values of its weights, which are read when they are written.
 
-    Args:
-        name: name of the graph.
-        model: float32 model in eval mode; parameters may be on the meta device, buffers must have values.
-        store: weights of the checkpoint.
-        lowering: variant to trace.
-        precision: precision of weights and matmuls; the trace itself is fp32.
+    The trace itself is fp32, of a model in eval mode; parameters may be on the meta device, buffers must have values.
 
     Returns:
         The contract and the graph: initializers have the names of the checkpoint, nodes those of module and operator.

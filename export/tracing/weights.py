@@ -29,13 +29,9 @@ TORCH_DTYPES = {
 
 
 class StoredWeight(ir.LazyTensor):  # type: ignore[misc]  # onnx_ir is not typed
-    """A weight of a graph whose values are read from a checkpoint on use.
+    """A weight of a graph whose values are read from a checkpoint on use, and cast to the graph's dtype.
 
-    Args:
-        store: weights of the checkpoint.
-        key: key of the weight.
-        dtype: dtype of the graph's tensor; values are cast.
-        shape: shape of the graph's tensor; that of the checkpoint may be another view of the same values.
+    The checkpoint's shape may be another view of the same values.
     """
 
     def __init__(self, store: WeightStore, key: str, *, dtype: ir.DataType, shape: Sequence[int]) -> None:
