@@ -1,10 +1,13 @@
-"""Position tables of the vision encoder.
+"""Position tables of the vision encoder, and the three rotary positions of every token of a stock prompt.
 
-They depend on the frame size alone. They are inputs of the graph, since integer paths inside a graph break in
+The tables depend on the frame size alone. They are inputs of the graph, since integer paths inside a graph break in
 fp16, and baked constants would fix the resolution.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -93,3 +96,61 @@ def window_tables(row: np.ndarray, column: np.ndarray, side: int) -> dict[str, n
     index.flat[place] = np.arange(len(place))
     mask.flat[place] = True
     return {"window_index": index, "window_mask": mask, "window_place": place}
+
+
+@dataclass(frozen=True)
+class VisualGrid:
+    """The visual tokens of one image or video of a stock prompt, after merging.
+
+    Attributes:
+        groups: groups of frames; 1 for an image.
+        rows: rows of visual tokens per group.
+        columns: columns of visual tokens per group.
+        interval_s: seconds from one group to the next; None for an image.
+    """
+
+    groups: int
+    rows: int
+    columns: int
+    interval_s: float | None = None
+
+
+def stock_positions(spec: VisionSpec, visual: np.ndarray, grids: Sequence[VisualGrid]) -> tuple[np.ndarray, int]:
+    """Return the rotary positions of a prompt as the family's own processor writes it.
+
+    Text counts up in all three rows; the tokens of a group have (time, row, column) offsets from the end of the text,
+    which continues past the larger side of the grid. With printed times (Qwen3-VL) there is text between the groups;
+    without (Qwen2.5-VL), the groups of a video are adjacent and step in time by `tokens_per_second` · seconds, as
+    truncated whole numbers. (transformers, `get_rope_index` of either family.)
+
+    Args:
+        spec: the family's geometry.
+        visual: bool [L], True for visual tokens.
+        grids: images and videos in the order of the prompt.
+
+    Returns:
+        Positions int64 [3, L] (time, row, column), and the position of the token that follows.
+
+    Raises:
+        ValueError: the visual tokens do not match the grids.
+    """
+    if spec.tokens_per_second is None:
+        grids = [VisualGrid(1, grid.rows, grid.columns) for grid in grids for _ in range(grid.groups)]
+    positions = np.empty((3, len(visual)), np.int64)
+    cursor = place = 0
+    for grid in grids:
+        text = int(np.argmax(visual[place:])) if visual[place:].any() else len(visual) - place
+        positions[:, place : place + text] = cursor + np.arange(text)
+        cursor, place = cursor + text, place + text
+        tokens = grid.groups * grid.rows * grid.columns
+        if place + tokens > len(visual) or not visual[place : place + tokens].all():
+            raise ValueError(f"the prompt has no {tokens} consecutive visual tokens at {place}, as {grid} needs")
+        step = np.float32((spec.tokens_per_second or 0) * (grid.interval_s or 0))
+        time = (np.arange(grid.groups, dtype=np.float32) * step).astype(np.int64)
+        axes = np.meshgrid(time, np.arange(grid.rows), np.arange(grid.columns), indexing="ij")
+        positions[:, place : place + tokens] = cursor + np.stack(axes).reshape(3, -1)
+        cursor, place = cursor + max(grid.rows, grid.columns), place + tokens
+    if visual[place:].any():
+        raise ValueError(f"the prompt has visual tokens after {place}, where the grids end")
+    positions[:, place:] = cursor + np.arange(len(visual) - place)
+    return positions, int(positions.max()) + 1 if len(visual) else 0

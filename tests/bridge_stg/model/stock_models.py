@@ -26,9 +26,9 @@ from bridge_stg.model.backbones import backbone
 from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
-from bridge_stg.runtime.chain.positions import vision_tables
+from bridge_stg.runtime.chain.positions import VisualGrid, vision_tables
 from bridge_stg.runtime.chain.prompt import Segment
-from tests.bridge_stg.model.stock_prompts import VisualGrid, stock_segment
+from bridge_stg.runtime.heads.generate import stock_segment
 
 VOCAB, IMAGE, VIDEO, START, END = 128, 124, 125, 126, 127
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}

@@ -11,6 +11,7 @@ import torch
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.chain.prompt import Segment
+from bridge_stg.runtime.heads.generate import generate
 from tests.bridge_stg.model.stock_models import (
     FAMILIES,
     StockPrompt,
@@ -20,7 +21,6 @@ from tests.bridge_stg.model.stock_models import (
     stock_model,
     visual_rows,
 )
-from tests.bridge_stg.model.stock_prompts import generate
 
 
 class Pair:

@@ -1,0 +1,1 @@
+"""Heads: compute an answer from the hidden states and tokens of the LLM."""
