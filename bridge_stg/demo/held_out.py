@@ -163,6 +163,10 @@ class ShuffledTimes(SessionWrapper):
         return self.session.infer(feeds, cache=cache)
 
 
+def _scores(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    return {"clips": len(pairs), **tube_scores(*zip(*pairs))}
+
+
 def measure(
     sessions: dict[str, Session], spec: ModelSpec, tokenizer: Any, *, clips: int, folder: Path
 ) -> dict[str, Any]:
@@ -217,17 +221,17 @@ def measure(
         )
     present_found, absent_found = np.mean(found, 0)
     return {
-        "named": tube_scores(*zip(*rows.pop("named"))),
-        "motion": tube_scores(*zip(*rows.pop("motion"))),
+        "named": _scores(rows.pop("named")),
+        "motion": _scores(rows.pop("motion")),
         "absent_auroc": auroc(absent_scores, present_scores),
         "absent_recognized": float(1 - absent_found),
         "present_found": float(present_found),
         "swapped_query_vIoU": float(np.mean(swapped)) if swapped else None,
         "swapped_clips": len(swapped),
         "visual_tokens_ratio": float(np.mean(ratios)),
-        "margin_0": tube_scores(*zip(*rows.pop("margin 0"))),
-        "span_as_answered": tube_scores(*zip(*rows.pop("span as answered"))),
-        "controls": {name: tube_scores(*zip(*pairs)) for name, pairs in sorted(rows.items())},
+        "margin_0": _scores(rows.pop("margin 0")),
+        "span_as_answered": _scores(rows.pop("span as answered")),
+        "controls": {name: _scores(pairs) for name, pairs in sorted(rows.items())},
     }
 
 

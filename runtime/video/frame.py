@@ -1,7 +1,6 @@
 """Convert decoded frames to RGB as players display them, and resize RGB frames.
 
-This is the only conversion: files, streams, stills and drawings of one frame have the same bytes, on x86 and ARM alike.
-Knows nothing of files and times.
+The only conversion, with the same bytes on x86 and ARM on every way in. Knows nothing of files and times.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ from bridge_stg.runtime.host.packages import load_package
 Frame = TypeVar("Frame", np.ndarray, DeviceArray)
 
 # Values of ISO/IEC 23091-2 (H.273), as in FFmpeg's libavutil/pixfmt.h.
-BT709 = 1
-BT2020 = 9
-UNKNOWN_PRIMARIES = (0, 2, 3)
-UNKNOWN_MATRICES = (2, 3)
+BT709, BT2020 = 1, 9
+UNKNOWN_PRIMARIES, UNKNOWN_MATRICES = (0, 2, 3), (2, 3)
 HDR_TRANSFERS = (8, 9, 10, 16, 17, 18)  # linear, logarithmic, PQ, SMPTE ST 428-1, HLG
 WIDE_PRIMARIES = (8, 9, 10, 11, 12)  # film, BT.2020, SMPTE ST 428-1, DCI-P3, Display P3
 MAX_PIXEL_ASPECT = 8  # pixels more oblong than 8:1 are a mistake of the program that wrote the file
@@ -74,10 +71,7 @@ class FrameConverter:
 
     def _square_pixels(self, frame: Any) -> tuple[int, int]:
         """Return (width, height) of a frame with square pixels, before its rotation."""
-        aspect = self._aspect
-        if aspect > 1:
-            return round(frame.width * aspect), frame.height
-        return frame.width, round(frame.height / aspect)
+        return round(frame.width * max(self._aspect, 1)), round(frame.height / min(self._aspect, 1))
 
     def _convert(self, frame: Any, options: dict[str, Any]) -> np.ndarray:
         av = load_package("av.video.reformatter", "av")
@@ -143,9 +137,8 @@ def _display(frame: Any) -> tuple[bool, bool, bool]:
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return False, d < 0, a < 0
-    return True, b < 0, c < 0
+    turned = abs(a) + abs(d) < abs(b) + abs(c)
+    return (True, b < 0, c < 0) if turned else (False, d < 0, a < 0)
 
 
 def over_white(rgba: np.ndarray) -> np.ndarray:
@@ -174,5 +167,4 @@ def resize(rgb: Frame, size: tuple[int, int]) -> Frame:
     image = load_package("PIL.Image", "pillow")
     if rgb.shape[:2] == size:
         return np.array(rgb)
-    resized = image.fromarray(np.ascontiguousarray(rgb)).resize((size[1], size[0]), image.Resampling.BICUBIC)
-    return np.array(resized)
+    return np.array(image.fromarray(np.ascontiguousarray(rgb)).resize((size[1], size[0]), image.Resampling.BICUBIC))

@@ -187,8 +187,7 @@ def _to_srgb(picture: Any) -> Any:
         return picture
     colors = load_package("PIL.ImageCms", "pillow")
     try:
-        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
-        source = colors.ImageCmsProfile(io.BytesIO(profile))
+        source, mode = io.BytesIO(profile), "RGBA" if picture.mode == "RGBA" else "RGB"
         return colors.profileToProfile(picture, source, colors.createProfile("sRGB"), outputMode=mode)
     except (colors.PyCMSError, OSError):  # a damaged profile, or one for other channels, in an intact image
         return picture
