@@ -28,7 +28,7 @@ test: $(INSTALLED)
 
 # Checkpoints and bundles are made in $(VENV), and used by Python 3.10, which has no torch.
 OLDEST_PYTHON ?= python3.10
-OLDEST_SLOW_TESTS := tests/bridge_stg/demo/chain/test_quantized.py tests/calibration/test_calibrate.py::test_calibrate
+OLDEST_SLOW_TESTS := tests/bridge_stg/demo/chain/test_quantized.py
 test-oldest: $(INSTALLED)
 	@$(OLDEST_PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null || { echo "make: $(OLDEST_PYTHON) is not a Python 3.10 with venv. Install it (Ubuntu 22.04: apt install python3.10-venv; elsewhere: pyenv install 3.10) or name it: make test-oldest OLDEST_PYTHON=path" >&2; exit 2; }
 	rm -rf build/oldest
