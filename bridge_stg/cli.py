@@ -185,9 +185,12 @@ def main() -> None:
         _open_streams(["stderr"] if sys.argv[1:2] == ["watch"] else ["stdout", "stderr"])
     received = _stop_on_signals()
     code = run(received=received)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it was reported, and the interpreter would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if sys.argv[1:2] == ["infer"] and threading.active_count() == 1:
         # Everything is written and closed: a regular exit of the interpreter would only take time.
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

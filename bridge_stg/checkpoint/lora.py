@@ -126,8 +126,8 @@ def read_adapter(folder: Path) -> Adapter:
         config = read_json(path)
         kind, patterns = config.get("peft_type"), config.get("alpha_pattern") or {}
         list(map(float, (config.get("lora_alpha", 8), *patterns.values())))
-        list(map(re.compile, [*patterns, *(config.get("modules_to_save") or ())]))
-    except (OSError, ValueError, AttributeError, TypeError, re.error) as error:
+        list(map(re.compile, [*(rf"(.*\.)?({one})$" for one in patterns), *(config.get("modules_to_save") or ())]))
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError, re.error) as error:
         raise CheckpointError("checkpoint.bad_adapter", f"{path}: is not a peft config ({error})") from error
     unsupported = [] if kind == "LORA" else [f"peft_type {kind!r}"]
     unsupported += [f"{name} {value!r}" for name, value in config.items() if value and name not in SETTINGS]
@@ -153,6 +153,8 @@ def deltas_and_replacements(
     deltas: dict[str, LoraDelta] = {}
     replacements: dict[str, StoredTensor] = {}
     used = set()
+    if not held:
+        raise CheckpointError("checkpoint.bad_adapter", f"{adapter.weights}: contains no tensors; save it again")
     for name, tensor in held.items():
         suffix = next((suffix for suffix in PAIRS if name.endswith(suffix)), None)
         if suffix is None:
@@ -160,8 +162,9 @@ def deltas_and_replacements(
         module = name.removesuffix(suffix).removesuffix(".base_layer")
         other, transposed = PAIRS[suffix]
         partner = held.get(name.removesuffix(suffix) + other)
-        if partner is None:
-            raise CheckpointError("checkpoint.bad_adapter", f"{adapter.weights}: has {name} without its {other[1:]}")
+        if partner is None or min(len(tensor.shape), len(partner.shape)) < 2 or not tensor.shape[0]:
+            message = f"{adapter.weights}: {name} and its {other[1:]} are not a pair of matrices"
+            raise CheckpointError("checkpoint.bad_adapter", message)
         key = rename_key(f"{module}.weight", prefixes)
         delta = LoraDelta(tensor, partner, scale=adapter.scale_of(module, tensor.shape[0]), transposed=transposed)
         check_target(adapter, name, key, base)

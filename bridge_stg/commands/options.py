@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from bridge_stg.runtime.bundle.writer import is_bundle
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.cpus import MAX_THREADS
 
@@ -33,7 +34,7 @@ class Number(click.FloatRange):
         return number
 
 
-SECONDS = Number(min=0, min_open=True)
+SECONDS = Number(min=1e-6)
 
 
 adapter_option = click.option(
@@ -54,6 +55,9 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
             raise BridgeError("output.no_folder", f"{path}: the folder {path.parent} does not exist. Create it first.")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise BridgeError("output.not_writable", f"{path}: the folder {path.parent} is not writable.")
+        for folder in path.resolve().parents:
+            if (folder / "manifest.json").is_file() and is_bundle(folder):
+                raise BridgeError("output.is_input", f"{path} is in the bundle {folder}; choose another folder.")
         return path
 
     return file
@@ -94,7 +98,7 @@ bundle_argument = click.argument("bundle", type=PATH)
 bundle_option = click.option("--bundle", type=PATH, help="Bundle; default: the demo bundle, exported if missing.")
 backend_option = click.option("--backend", default="auto", show_default=True, help="Backend of the graphs; see doctor.")
 threads_option = click.option("--threads", type=THREADS, help="CPU threads; default: the backend decides.")
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
+seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
 stream_option = click.option(
     "--stream", type=click.IntRange(min=0), metavar="N",
     help="Video stream to read, by its index in the file; default: the one that FFmpeg takes as the best.",

@@ -101,9 +101,9 @@ def _table_queries(table: Path, media: Path | None, texts: Sequence[str]) -> lis
 def _csv_lines(table: Path) -> Iterator[Record]:
     reader = csv.DictReader(StringIO(read_text(table), newline=""), strict=True)
     try:
-        if not {"video", "query"} <= set(reader.fieldnames or ()):
-            found = ", ".join(reader.fieldnames or ()) or "nothing"
-            what = f"the header names {found}; expected the columns video and query"
+        names = list(reader.fieldnames or ())
+        if not {"video", "query"} <= set(names) or len(set(names)) < len(names):
+            what = f"the header names {', '.join(names) or 'nothing'}; expected video and query, and each column once"
             raise fault(f"{table}:1", what, code="annotation.bad_line")
         for values in reader:
             yield Record(f"{table}:{reader.line_num}", values)

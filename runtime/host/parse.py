@@ -79,7 +79,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         return yaml.load(_decode(_read(path, MOST_YAML_BYTES)), Loader)
     except RecursionError:
         raise _too_deep() from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, AttributeError, TypeError, OverflowError) as error:  # of values of YAML's own types, too
         raise ValueError(" ".join(str(error).split())) from error
 
 

@@ -155,7 +155,7 @@ class Decoder:
         rate = stream.codec_context.framerate if self._untimed else stream.average_rate or stream.guessed_rate
         self.frame_s = 1 / rate if rate else None  # nominal seconds per frame
         # AVI has one time stamp per packet, in the order of the file; FFmpeg guesses presentation times from them.
-        self._coded_order = form.name == "avi" and stream.codec_context.name in ("h264", "hevc")
+        self._coded_order = form.name == "avi" and stream.codec_context.name in ("h264", "hevc", "mpeg4")
         if stream.codec_context.has_b_frames and not self._untimed and not self._coded_order:
             ahead: list[Any] = []
             try:

@@ -45,6 +45,8 @@ class FrameConverter:
         aspect = stream.sample_aspect_ratio or Fraction(1)  # of the container, else of the codec
         self._aspect = aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else Fraction(1)
         self._unused: list[Any] = []
+        side_data = load_package("av.sidedata.sidedata", "av")
+        side_data.Type._missing_ = classmethod(lambda kinds, _: next(iter(kinds)))  # PyAV has no name for EXIF
 
     def size(self, frame: Any) -> tuple[int, int]:
         """Return (height, width) of a frame as displayed."""
@@ -129,11 +131,8 @@ def _display(frame: Any) -> tuple[bool, bool, bool]:
     The matrix [[a, b, u], [c, d, v], [x, y, w]], 9 int32, takes a pixel (p, q) to (ap + cq + x, bp + dq + y): FFmpeg's
     libavutil/display.h.
     """
-    try:  # not frame.side_data, which keeps the frame alive until the garbage collector runs
-        matrix = load_package("av.sidedata.sidedata", "av").SideDataContainer(frame).get("DISPLAYMATRIX")
-    except ValueError:  # PyAV does not know another kind of side data of this frame, such as EXIF
-        turns = round(frame.rotation / 90) % 4
-        return turns % 2 == 1, turns in (1, 2), turns in (2, 3)
+    # Not frame.side_data, which keeps the frame alive until the garbage collector runs.
+    matrix = load_package("av.sidedata.sidedata", "av").SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()

@@ -96,9 +96,15 @@ def open_image(path: str) -> Any | None:
 
 
 def _is_motion_jpeg(picture: Any, path: str) -> bool:
-    """Return whether a JPEG is followed by the next one: a video, unless a camera wrote it, which appends previews."""
+    """Return whether a JPEG is followed by one of its size: a video, since cameras append previews, or an MPO."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return not picture.info.keys() & {"mpoffset", "exif", "xmp"} and data.find(b"\xff\xd9\xff\xd8\xff") >= 0
+        after = data.find(b"\xff\xd9\xff\xd8\xff") + 2
+        if after < 2 or "mpoffset" in picture.info:
+            return False
+        with contextlib.suppress(*DAMAGE):
+            head = io.BytesIO(data[after : after + 2**20])
+            return bool(load_package("PIL.Image", "pillow").open(head, formats=["JPEG"]).size == picture.size)
+    return False
 
 
 def is_animation(picture: Any) -> bool:

@@ -145,6 +145,11 @@ def without_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 REJECTED = {
     "DoRA": (lambda t: t, {"use_dora": True}, "unsupported", ["adapter_config.json", "use_dora True"]),
     "an alpha that is no number": (lambda t: t, {"lora_alpha": "x"}, "bad", ["adapter_config.json", "'x'"]),
+    "an alpha beyond floats": (lambda t: t, {"lora_alpha": 10**400}, "bad", ["adapter_config.json"]),
+    "a pattern with flags": (lambda t: t, {"alpha_pattern": {"(?i)Q": 3}}, "bad", ["adapter_config.json"]),
+    "rank 0": (lambda t: {k: torch.ones(v.shape[0] * ("B" in k), 0) for k, v in t.items()}, {}, "bad", [QUERY]),
+    "numbers": (lambda t: {k: torch.ones(()) for k in t}, {}, "bad", [QUERY]),
+    "nothing": (lambda t: {}, {}, "bad", ["adapter_model.safetensors"]),
     "another method": (lambda t: t, {"peft_type": "IA3"}, "unsupported", ["peft_type 'IA3'"]),
     "a changed base": (
         lambda t: t, {"init_lora_weights": "pissa_niter_4"}, "unsupported", ["init_lora_weights 'pissa_niter_4'"]

@@ -58,6 +58,7 @@ ROOT = Path(__file__).resolve().parents[3]
         (["export", "nowhere", "--out", "b", "--samples", "s"], "options.conflict", "--int8"),
         (["serve", "b", "--live", "a=0", "--live", "a=1"], "options.conflict", "--live"),
         (["serve", "b", "--api-key-env", "UNSET_KEY"], "options.invalid", "UNSET_KEY"),
+        (["calibrate", "b", "--samples", "s", "--out", "o", "--seed", "-1"], "options.invalid", "--seed"),
         (["train-demo", "--vision-steps", "0"], "options.invalid", "--vision-steps"),
         (["evaluate-demo", "--out", "nowhere/f.json"], "output.no_folder", "nowhere"),
         (["evaluate-demo", "--out", "f.json", "--clips", "0"], "options.invalid", "--clips"),
@@ -77,6 +78,14 @@ def test_faults_of_the_user(
     Path("folder.png").mkdir()
     assert value in complaint([str(clip) if a == "CLIP" else a for a in arguments], capsys, code=code)
     assert sorted(path.name for path in clip.parent.iterdir()) == ["clip.mp4", "folder.png"]
+
+
+def test_an_output_is_not_in_a_bundle(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = clip.parent / "b" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text('{"schema_version": 1, "fingerprint": "f"}')
+    line = complaint(["infer", str(clip), "q", "--json", str(manifest)], capsys, code="output.is_input")
+    assert str(manifest) in line and "fingerprint" in manifest.read_text()
 
 
 def test_every_bridge_error_is_one_line(

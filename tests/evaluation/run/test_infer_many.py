@@ -215,6 +215,7 @@ def test_tables_and_folders_are_read(table: Path, tmp_path: Path) -> None:
         ("a.jsonl", "\n", "annotation.empty", ("a.jsonl",)),
         ("a.jsonl", '{"video": "a", "query": "b", "id": 2}\n' * 2, "annotation.duplicate_id", ("a.jsonl", "'2'")),
         ("a.csv", "video;query\n", "annotation.bad_line", ("a.csv:1", "video;query")),
+        ("a.csv", "video,query,video\na.mp4,it,b.mp4\n", "annotation.bad_line", ("a.csv:1", "video, query, video")),
         ("a.csv", "video,query\na.mp4\n", "annotation.bad_field", ("a.csv:2", "'query'", "null")),
         ("a.csv", 'video,query\na.mp4,"it\n', "annotation.bad_line", ("a.csv:",)),
         ("a.txt", "", "annotation.bad_file", ("a.txt", ".jsonl", ".csv")),

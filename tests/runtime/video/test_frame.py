@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.frame import FrameConverter
@@ -125,7 +125,7 @@ def write_aspect(path: Path, aspect: Fraction) -> Path:
     return path
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_motion_jpeg_with_exif(orientation: int, tmp_path: Path) -> None:
     path, picture = tmp_path / "camera.avi", gradient(48, 64)
     exif = Image.Exif()
@@ -140,10 +140,22 @@ def test_motion_jpeg_with_exif(orientation: int, tmp_path: Path) -> None:
             packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 8)
             packet.is_keyframe = True
             file.mux(packet)
-    turned = np.rot90(picture, {1: 0, 3: 2, 6: -1, 8: 1}[orientation]).astype(int)
+    image = Image.fromarray(picture)
+    image.getexif()[0x0112] = orientation
+    turned = np.asarray(ImageOps.exif_transpose(image)).astype(int)
     with play(path) as playback:
         frames = [frame for _, frame in playback.frames]
     assert frames[0].shape == turned.shape and np.abs(frames[0] - turned).mean() < 6
+
+
+def test_raw_motion_jpeg_with_exif_is_a_video(tmp_path: Path) -> None:
+    path, exif = tmp_path / "camera.mjpeg", Image.Exif()
+    exif[0x010F] = "maker"
+    with path.open("wb") as file:
+        for index in range(3):
+            Image.fromarray(np.roll(gradient(48, 64), 9 * index, axis=1)).save(file, "JPEG", exif=exif)
+    with play(path) as playback:
+        assert not playback.is_image and len(list(playback.frames)) == 3
 
 
 def test_an_unsupported_matrix_is_an_error() -> None:
