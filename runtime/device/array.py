@@ -99,9 +99,8 @@ class DeviceArray:
     def contiguous(self) -> bool:
         """Whether the elements are adjacent in C order."""
         expected = contiguous_strides(self.shape, self.dtype.itemsize)
-        return (
-            all(n == 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True)) or not self.size
-        )
+        dims = zip(self.shape, self.strides, expected, strict=True)
+        return not self.size or all(n == 1 or s == e for n, s, e in dims)
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype} {list(self.shape)} on {self.context.device.name})"
@@ -185,11 +184,7 @@ class DeviceArray:
         return self if self.contiguous else self.copy()
 
     def numpy(self) -> np.ndarray:
-        """Wait until the array is computed and return a copy on the host.
-
-        Raises:
-            EngineError: the chain was closed, or the work before it failed.
-        """
+        """Wait until the array is computed and return a copy on the host. Raises EngineError as `download` does."""
         return download([self])[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -274,7 +269,7 @@ def copy_strided(
         if rows[0] == 1:
             context.cuda.copy(ours, theirs, width, kind, context.stream)
         else:
-            context.cuda.copy_rows((ours, rows[1]), (theirs, rows[2]), width, rows[0], kind=kind, stream=context.stream)
+            context.cuda("cudaMemcpy2DAsync", ours, rows[1], theirs, rows[2], width, rows[0], kind, context.stream)
 
 
 def download(arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
@@ -295,9 +290,4 @@ def download(arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
             cuda.copy(block.address, whole.address, whole.nbytes, cuda.to_host, context.stream)
             landed.append((whole, block))
     arrays[0].wait()  # without the lock: other threads may put work on the stream meanwhile
-    return [
-        host_view(block, whole.nbytes).view(whole.dtype).reshape(whole.shape).copy()
-        if whole.nbytes
-        else np.zeros(whole.shape, whole.dtype)
-        for whole, block in landed
-    ]
+    return [host_view(block, whole.nbytes).view(whole.dtype).reshape(whole.shape).copy() for whole, block in landed]

@@ -117,13 +117,6 @@ class Cuda:
         if size:
             self("cudaMemcpyAsync", target, source, size, kind, stream)
 
-    def copy_rows(
-        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, *, kind: Any, stream: int
-    ) -> None:
-        """Put a copy of `rows` rows of `width` bytes on a stream. Both sides are (address, bytes per row)."""
-        if width and rows:
-            self("cudaMemcpy2DAsync", *target, *source, width, rows, kind, stream)
-
 
 def _cuda_python() -> Any:
     if sys.platform == "linux":  # importing cuda-python takes long; check for a driver first

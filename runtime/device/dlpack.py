@@ -80,16 +80,12 @@ _destroy_callback = _Destructor(_destroy)
 
 @dataclass(frozen=True)
 class ImportedArray:
-    """An array of another library; its memory stays valid as long as this object.
-
-    `strides` are in bytes. `device` is (type, id).
-    """
+    """An array of another library, whose memory stays valid as long as this object."""
 
     address: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...] | None  # in bytes; None: C-contiguous
     dtype: np.dtype
-    device: tuple[int, int]
     owner: Any
 
 
@@ -125,8 +121,7 @@ def import_array(value: Any, *, stream: int | None) -> ImportedArray:
         EngineError: numpy does not have the dtype, or the library cannot export the array.
     """
     what = f"a {type(value).__name__}"
-    device = tuple(int(part) for part in value.__dlpack_device__())
-    on_gpu = device[0] in (CUDA, CUDA_MANAGED)
+    on_gpu = is_on_gpu(value)
     try:
         exported = value.__dlpack__(stream=stream) if on_gpu else value.__dlpack__()
     except Exception as error:  # each library raises its own, such as for arrays that need a gradient
@@ -143,12 +138,9 @@ def import_array(value: Any, *, stream: int | None) -> ImportedArray:
         raise EngineError("engine.bad_input", message)
     dtype = np.dtype("bool" if kind == "b" else f"{kind}{bits // 8}")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
-    if tensor.strides:
-        strides = tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
-    else:
-        strides = tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) * dtype.itemsize for i in range(len(shape)))
+    strides = tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim)) if tensor.strides else None
     address = (tensor.data or 0) + tensor.byte_offset
-    return ImportedArray(address, shape, strides, dtype, (device[0], device[1]), owner)
+    return ImportedArray(address, shape, strides, dtype, owner)
 
 
 def capsule(

@@ -43,7 +43,6 @@ class MemoryPool:
         self._unused: dict[int, list[tuple[int, bool]]] = {}
         self._returned: deque[tuple[int, int, bool]] = deque()
         self._sizes: dict[int, int] = {}
-        self.closed = False
 
     def take(self, size: int) -> Block:
         """Return an uninitialized block of at least `size` bytes.
@@ -70,7 +69,6 @@ class MemoryPool:
             addresses, self._sizes = list(self._sizes), {}
             self._unused.clear()
             self._returned.clear()
-            self.closed = True
         for address in addresses:
             self._free(address)
 

@@ -67,8 +67,7 @@ def quota_cpus(cgroups: Path, own: Path) -> int | None:
         folder = root / path.strip("/")
         # A container sees its group as the root, or the host's path, which does not exist there.
         for place in (folder, *folder.parents):
-            limit = _limit(place)
-            if limit is not None:
+            if (limit := _limit(place)) is not None:
                 limits.append(limit)
             if place == root:
                 break

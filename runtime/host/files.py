@@ -62,12 +62,10 @@ def _lock_folder(folder: Path) -> int | None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except (ImportError, OSError):  # Windows has no fcntl
         return None
-    try:
+    with suppress(OSError):
         if os.fstat(descriptor).st_uid == os.getuid():
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return descriptor
-    except OSError:
-        pass
     os.close(descriptor)
     return None
 

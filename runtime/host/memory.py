@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -16,17 +17,13 @@ BLOCK_BYTES = 2**17
 def available_bytes(cgroup: Path = CGROUP) -> int | None:
     """Return the bytes still available to this process, given its control group; None: unknown."""
     found = []
-    try:
+    with suppress(OSError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        pass
-    try:
+    with suppress(OSError, ValueError):
         limit, used = ((cgroup / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
         if limit != "max":
             found.append(int(limit) - int(used))
-    except (OSError, ValueError):
-        pass
     return min(found, default=None)
 
 

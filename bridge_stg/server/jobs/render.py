@@ -49,7 +49,7 @@ class Renderer:
         except Exception as error:
             if job.id not in self._waiting:
                 raise job_not_found() from error
-            raise api_error(error, path=job.upload.file.path, name=job.upload.name) from error
+            raise api_error(error, path=job.upload.file.media.path, name=job.upload.name) from error
         finally:
             if job.id in self._waiting:
                 self._waiting[job.id] -= 1

@@ -174,7 +174,7 @@ class Scheduler:
             if job.ended:
                 continue
             if isinstance(outcome, BaseException):
-                self._end(job, "failed", error=api_error(outcome, path=batch.file.path, name=job.upload.name))
+                self._end(job, "failed", error=api_error(outcome, path=batch.file.media.path, name=job.upload.name))
             else:
                 job.results, job.results_text = outcome
                 self._end(job, "done")
@@ -202,10 +202,8 @@ class Scheduler:
             (self._metrics.videos_opened if new else self._metrics.videos_reused).inc()
             try:
                 return self._answer(video, batch, progress, new=new)
-            except Interrupted:
-                raise
-            except BridgeError:
-                if len(batch.jobs) == 1:
+            except BridgeError as error:
+                if isinstance(error, Interrupted) or len(batch.jobs) == 1:
                     raise
             outcomes: list[Outcome] = []
             for job in batch.jobs:  # one by one, so that a bad query fails its own job only

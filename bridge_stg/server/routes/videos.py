@@ -83,7 +83,7 @@ async def delete(found: TheUpload, service: TheService) -> None:
 @router.get("/{video}/content", response_class=FileResponse)
 async def content(found: TheUpload) -> FileResponse:
     """Return the file itself, or the part of it that a Range header requests."""
-    return file_response(found.file.path, found.file.info.media_type, found.name)
+    return file_response(found.file.media.path, found.file.info.media_type, found.name)
 
 
 @router.get("/{video}/frame", response_class=Response, responses=JPEG)
@@ -97,7 +97,7 @@ async def frame(found: TheUpload, service: TheService, time: float = 0.0, stream
         media = replace(file.media, stream=stream)
         return frame_response(await service.in_thread(media.still, file.info, time))
     except Exception as error:
-        raise api_error(error, path=file.path, name=found.name) from error
+        raise api_error(error, path=file.media.path, name=found.name) from error
     finally:
         service.store.release(file)
 

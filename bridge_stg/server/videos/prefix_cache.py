@@ -51,10 +51,14 @@ class OpenVideos:
         try:
             yield video, kept is None
         finally:
+            surplus = []
             with self._lock:
                 del self._leased[key]
                 self._kept[key] = video
-                surplus = self._pop_surplus()
+                nbytes = sum(one.nbytes for one in self._kept.values())
+                while self._kept and (len(self._kept) > self._most or nbytes > self._most_bytes):
+                    surplus.append(self._kept.popitem(last=False)[1])
+                    nbytes -= surplus[-1].nbytes
             for old in surplus:
                 old.close()
 
@@ -69,11 +73,3 @@ class OpenVideos:
         """Close all videos that are not leased."""
         for file, _ in list(self._kept):
             self.close(file)
-
-    def _pop_surplus(self) -> list[OpenedVideo]:
-        surplus = []
-        nbytes = sum(video.nbytes for video in self._kept.values())
-        while self._kept and (len(self._kept) > self._most or nbytes > self._most_bytes):
-            surplus.append(self._kept.popitem(last=False)[1])
-            nbytes -= surplus[-1].nbytes
-        return surplus

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,11 +42,6 @@ class StoredFile:
     info: FileInfo
     ours: bool  # whether the last holder deletes it; files of the media folder are not deleted
     holders: int = 0
-
-    @property
-    def path(self) -> str:
-        """Where the file is."""
-        return self.media.path
 
 
 @dataclass(eq=False)
@@ -172,7 +167,7 @@ class Store:
             del self._files[file.key]
             self._opened.close(file.key)
             if file.ours:
-                Path(file.path).unlink(missing_ok=True)
+                Path(file.media.path).unlink(missing_ok=True)
 
     def remove(self, upload: Upload) -> None:
         """Delete an upload. Can be called repeatedly."""
@@ -210,13 +205,11 @@ class Store:
         if self._settings.media is None:
             raise ApiError(404, "server.no_media_folder", "This server has no media folder; upload the video.")
         root = self._settings.media.resolve()
-        try:
+        with suppress(OSError, ValueError, RuntimeError):  # a missing file, a zero byte, a loop of links
             path = (root / name).resolve(strict=True)
             if name and not Path(name).is_absolute() and path.is_relative_to(root) and path.is_file():
                 return path, path.stat()
-        except (OSError, ValueError, RuntimeError):  # a missing file, a zero byte, a loop of links
-            pass
-        raise ApiError(404, "video.not_found", "The media folder of this server has no such file.") from None
+        raise ApiError(404, "video.not_found", "The media folder of this server has no such file.")
 
     def _add(self, name: str, file: StoredFile) -> Upload:
         upload = Upload(secrets.token_urlsafe(18), name, file)
