@@ -26,7 +26,7 @@ JOBS ?= 2
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-# Checkpoints and bundles are made in $(VENV), and used by Python 3.10, which has no torch.
+# Checkpoints and bundles are made in $(VENV), and used by Python 3.10, which has no torch; one file of tests needs it.
 OLDEST_PYTHON ?= python3.10
 OLDEST_SLOW_TESTS := tests/bridge_stg/demo/chain/test_quantized.py
 test-oldest: $(INSTALLED)
@@ -37,7 +37,7 @@ test-oldest: $(INSTALLED)
 	build/oldest/venv/bin/python -m pip install --disable-pip-version-check -q -r build/oldest/bounds.txt
 	$(BIN)/python -m pytest -qq --setup-only --bundles=build/oldest/bundles -m 'not gpu' tests/runtime $(OLDEST_SLOW_TESTS) > build/oldest/setup.txt || { cat build/oldest/setup.txt; exit 1; }
 	build/oldest/venv/bin/python -m pytest --bundles=build/oldest/bundles -m 'not gpu' $(OLDEST_SLOW_TESTS)
-	build/oldest/venv/bin/python -m pytest -n $(JOBS) --dist loadfile --bundles=build/oldest/bundles tests/runtime
+	build/oldest/venv/bin/python -m pytest -n $(JOBS) --dist loadfile --bundles=build/oldest/bundles tests/runtime --ignore=tests/runtime/chain/test_tokenizer.py
 
 demo: $(INSTALLED)
 	@test -n "$(CLIP)" || { echo "make demo: there is no clip in assets/demo/clips; name one: CLIP=video.mp4 QUERY='...'" >&2; exit 2; }

@@ -46,7 +46,7 @@ class FrameConverter:
         self._aspect = aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else Fraction(1)
         self._unused: list[Any] = []
         side_data = load_package("av.sidedata.sidedata", "av")
-        side_data.Type._missing_ = classmethod(lambda kinds, _: next(iter(kinds)))  # PyAV has no name for EXIF
+        side_data.Type._missing_ = classmethod(lambda kinds, _: kinds.PANSCAN)  # PyAV has no name for EXIF
 
     def size(self, frame: Any) -> tuple[int, int]:
         """Return (height, width) of a frame as displayed."""
