@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.video.decoder import Decoder
 from bridge_stg.runtime.video.frame import over_white, resize
 from bridge_stg.runtime.video.sampling import CoarseSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
@@ -123,6 +125,8 @@ def read_rgb(picture: Any, path: str) -> np.ndarray:
     try:
         with picture:
             picture.load()
+            if (hdr := _hdr_rgb(path)) is not None:
+                return hdr
             with contextlib.suppress(*DAMAGE):  # the EXIF block may be damaged in an intact image
                 operations.exif_transpose(picture, in_place=True)
             return _rgb(picture)
@@ -184,6 +188,19 @@ def _band_rgb(picture: Any, *, unit: bool) -> np.ndarray:
     else:
         return np.array(picture.convert("RGB"))
     return np.repeat(values.round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _hdr_rgb(path: str) -> np.ndarray | None:
+    """Return an image that its file marks as PQ or HLG, which Pillow ignores, by FFmpeg; None for any other."""
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    if not re.search(rb"cICP.[\x10\x12]|nclx..\x00[\x10\x12]", head, re.DOTALL):  # of PNG, and of AVIF and HEIF
+        return None
+    with contextlib.closing(Decoder(path)) as decoder:
+        frame = next(decoder.frames(), None)
+        if frame is None:
+            raise decoder.no_frames()
+        return decoder.converter.rgb(frame)
 
 
 def _to_srgb(picture: Any) -> Any:

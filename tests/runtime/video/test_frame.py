@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +22,7 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.frame import FrameConverter
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.playback import play
-from tests.fakes.clips import SPEC, pictures, to_hdr, write, write_hdr
+from tests.fakes.clips import SPEC, TO_BT2020, WHITE, pictures, pq, to_hdr, write, write_hdr
 
 
 def converter(aspect: Fraction | None = None) -> FrameConverter:
@@ -39,6 +41,19 @@ def test_hdr_becomes_the_sdr_picture(transfer: str, tmp_path: Path) -> None:
         frames = [frame for _, frame in source.frames]
     error = np.abs(frames[1].astype(int) - picture)
     assert error.mean() < 3  # unconverted, the mean is 10 and more
+
+
+def test_an_hdr_image(tmp_path: Path) -> None:
+    picture, data = gradient() // 2 + 60, io.BytesIO()
+    light = (picture / 255.0) ** 2.4 @ TO_BT2020.T * WHITE
+    Image.fromarray((pq(light) * 255).round().astype(np.uint8)).save(data, "PNG")
+    chunk = b"cICP" + bytes([9, 16, 0, 1])  # PNG, third edition: BT.2020, PQ, RGB, full range
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(data.getvalue()[:33] + chunk + data.getvalue()[33:])
+    with play(tmp_path / "a.png") as playback:
+        assert playback.is_image
+        _, frame = next(playback.frames)
+    assert np.abs(frame.astype(int) - picture).mean() < 4
 
 
 def test_light_above_white_is_clipped() -> None:
