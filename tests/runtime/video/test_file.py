@@ -39,7 +39,12 @@ FILES: dict[str, tuple[str, dict]] = {
 }
 
 
-READ_FROM_THE_START = ("long GOP, B-frames", "intra refresh", "elementary stream without times")  # one key, or no times
+READ_FROM_THE_START = (
+    "avi, B-frames",
+    "long GOP, B-frames",
+    "intra refresh",
+    "elementary stream without times",
+)  # one key, or no times
 
 
 @pytest.mark.parametrize("kind", FILES)
