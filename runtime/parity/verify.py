@@ -84,6 +84,8 @@ def verify_bundle(
         report(f"variant {name} was not replayed: {failure}")
     if any(not boundary.passed for found in replayed.values() for boundary in found):
         raise DriftError(bundle, replayed)
+    if count := sum(map(len, replayed.values())):
+        report(f"passed: all {count} outputs are within their tolerances")
     return replayed
 
 

@@ -52,9 +52,10 @@ def check_path(path: str | bytes) -> str:
             raise VideoError("video.not_a_file", f"{path} is {kind}; expected a video or image file")
         with open(path, "rb") as file:
             if not file.read(1):
-                raise VideoError("video.unreadable", f"{path} is empty (0 bytes): copy or record it again")
+                raise VideoError("video.empty", f"{path} is empty (0 bytes): copy or record it again")
     except FileNotFoundError:
-        raise VideoError("video.not_found", f"{path or repr(path)}: no such file (in {os.getcwd()})") from None
+        hint = "; addresses are for `watch`, download the file" if "://" in path else f" (in {os.getcwd()})"
+        raise VideoError("video.not_found", f"{path or repr(path)}: no such file{hint}") from None
     except PermissionError:
         raise VideoError("video.no_permission", f"{path}: no permission to read it; change its permissions") from None
     except (OSError, ValueError) as error:

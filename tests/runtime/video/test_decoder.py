@@ -175,7 +175,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "audio": (lambda d: write_audio(d / "a.wav"), "video.no_stream"),
     "text": (lambda d: text(d / "a.txt"), "video.no_stream"),
     "text called mp4": (lambda d: text(d / "a.mp4"), "video.unreadable"),
-    "empty": (lambda d: text(d / "a.mp4", ""), "video.unreadable"),
+    "empty": (lambda d: text(d / "a.mp4", ""), "video.empty"),
     "no moov": (lambda d: cut(write(d / "a.mp4", pictures(30)), 0.6), "video.unreadable"),
     "header only": (
         lambda d: cut(write(d / "a.avi", pictures(3), codec="mjpeg", pixels="yuvj420p"), 0.2), "video.unreadable"
