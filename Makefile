@@ -14,7 +14,7 @@ comma := ,
 
 help:
 	@echo "make test    install into $(VENV) and run the tests (PYTEST_ARGS=... is passed on)"
-	@echo "make test-oldest  the tests of the runtime on Python 3.10, with the lower bound of every dependency"
+	@echo "make test-oldest  run the runtime's tests on Python 3.10 with the lowest version of every dependency"
 	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
 	@echo "make bench   speed of this runtime beside torch, on the demo and a 0.5B model, with this machine's limits (FULL=1: every size and peer)"
 	@echo "make gpu-test  on a machine with an NVIDIA GPU: install, run the tests marked gpu and the benchmark (WHEELS=dir: no network)"
@@ -26,7 +26,7 @@ JOBS ?= 2
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-# Checkpoints and bundles are made in $(VENV), and used by Python 3.10, which has no torch; one file of tests needs it.
+# Checkpoints and bundles are made in $(VENV), and used by Python 3.10, which has no torch; the one test file that needs it is left out.
 OLDEST_PYTHON ?= python3.10
 OLDEST_SLOW_TESTS := tests/bridge_stg/demo/chain/test_quantized.py
 test-oldest: $(INSTALLED)

@@ -4,5 +4,5 @@ import os
 
 __version__ = "0.1.0"
 
-# onnxruntime starts its telemetry when it is imported, by us or by a package that we use; later is too late.
+# Must be set before onnxruntime is imported, by this or another package: the import starts its telemetry.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

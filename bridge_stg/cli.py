@@ -85,20 +85,20 @@ def app() -> None:
 def run(arguments: Sequence[str] | None = None, *, received: Sequence[int] = ()) -> int:
     """Run the command line and return its exit code: 0, 2 for an error that the user can fix, 130 if interrupted.
 
-    `received` gets the signals that interrupt the command; after one of them the code is 128 and its number.
+    `received` lists the signals that interrupted the command; after one of them the code is 128 plus its number.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = app.main(args=given, prog_name="bridge-stg", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:  # nobody reads the events of `watch` any longer, as in `… | head`
+    except BrokenPipeError:  # the reader of the events of `watch` has ended, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (click.Abort, KeyboardInterrupt):
         return _interrupted(given, received)
     except Exception as error:  # noqa: BLE001 - a bug is raised again
-        if received:  # such as a subprocess that the signal ended, too
+        if received:  # a consequence, such as a subprocess that the signal ended
             return _interrupted(given, received)
         if isinstance(error, click.ClickException) and type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2
             click.echo(error.format_message(), err=True)  # the help
@@ -137,13 +137,13 @@ def _fail(arguments: Sequence[str], code: str, message: str, *, exit_code: int =
     click.echo(f"Error: {text} [{code}]", err=True)
     options = itertools.takewhile(lambda word: word != "--", arguments)
     if any(word.partition("=")[0] in ("--json", "--jsonl") for word in options):
-        with contextlib.suppress(OSError):  # such as a full disk behind stdout, which may be the error itself
+        with contextlib.suppress(OSError):  # such as a full disk that stdout goes to
             click.echo(json.dumps({"error": {"code": code, "message": text}}))
     return exit_code
 
 
 class _LossyStream(io.FileIO):
-    """A standard stream that drops what is written after its reader has closed it: the work goes on."""
+    """A standard stream that drops output after its reader has closed it, so that the command continues."""
 
     def write(self, data: Any) -> int:
         """Write bytes, and return their number."""
@@ -155,7 +155,7 @@ class _LossyStream(io.FileIO):
 
 
 def _open_streams(lossy: Collection[str]) -> None:
-    """Give standard streams that are closed the null device, whose numbers later files would get, and wrap others."""
+    """Open closed standard streams on the null device, since files would get their numbers; wrap those in `lossy`."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -187,7 +187,7 @@ def main() -> None:
     code = run(received=received)
     try:
         sys.stdout.flush()
-    except OSError:  # it was reported, and the interpreter would try again at its end
+    except OSError:  # reported already; the interpreter would try again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if sys.argv[1:2] == ["infer"] and threading.active_count() == 1:
         # Everything is written and closed: a regular exit of the interpreter would only take time.

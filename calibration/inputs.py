@@ -123,7 +123,7 @@ def read_sets(
 
 
 def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> Recipe:
-    """Return the recipe of the options and overrides, with all other blocks quantized."""
+    """Return the recipe of the options and overrides. Raises BridgeError if they are invalid or conflict."""
     if options.recipe not in RECIPES:
         known = ", ".join(RECIPES)
         raise BridgeError("calibration.bad_recipe", f"recipe {options.recipe!r} is unknown; expected one of: {known}.")

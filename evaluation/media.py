@@ -102,7 +102,7 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 def folder_frames(folder: Path, frame_rate: float) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield the images of a folder as frames of a video."""
+    """Yield the images of a folder as frames of a video. Raises VideoError if one cannot be read."""
     from bridge_stg.runtime.video.image import open_image, read_rgb
 
     for index, path in enumerate(frame_files(folder)):

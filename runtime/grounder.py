@@ -60,7 +60,7 @@ class CallOptions:
         max_visual_tokens: maximum visual tokens of coarse frames; a longer video is read in smaller frames, then at a
             lower rate (see `Grounding.coarse`). None: the model's own limits.
         stream: index of the video stream to read, counted among all streams of the file; None: the one that FFmpeg
-            takes as the best (marked as default, then of the highest bit rate), never a cover picture.
+            selects (marked as default, then of the highest bit rate), never a cover picture.
     """
 
     deadline_s: float | None = None
@@ -148,7 +148,7 @@ class Grounder(Closable):
         Raises:
             BundleError: the bundle is damaged, incomplete or of an unknown schema.
             EngineError: the backend is unknown or missing, or does not support a graph.
-            HostError: memory, threads or files are short.
+            HostError: the process ran out of memory, threads or open files.
         """
         from bridge_stg.runtime.backends.choose import open_sessions
         from bridge_stg.runtime.bundle.bundle import Bundle
@@ -194,7 +194,7 @@ class Grounder(Closable):
             QueryError: the query is empty or too long.
             Interrupted: the deadline passed, or `cancel` was set; the message names the stage.
             EngineError: a backend failed, or this Grounder is closed.
-            HostError: memory, threads or files are short.
+            HostError: the process ran out of memory, threads or open files.
         """
         return self._ground(video, query, Task(allow_none=allow_none), CallOptions(**options))
 

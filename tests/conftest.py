@@ -21,7 +21,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "use the checkpoints and bundles in this folder and add missing ones: one Python exports for another"
+    text = "reuse the checkpoints and bundles in this folder and add missing ones, so that two Pythons can share them"
     parser.addoption("--bundles", metavar="DIR", type=Path, help=text)
 
 

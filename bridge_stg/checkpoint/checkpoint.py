@@ -27,7 +27,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def checkpoint_key(name: str) -> str:
-    """Return the checkpoint key of a parameter of `BridgeSTG`."""
+    """Return the checkpoint key of a parameter of `BridgeSTG`; raise KeyError if it has none."""
     for prefix, theirs in KEY_PREFIXES.items():
         if name.startswith(prefix):
             return theirs + name[len(prefix) :]
@@ -162,7 +162,7 @@ def load_tokenizer(folder: Path, config: BridgeSTGConfig) -> Tokenizer:
 def build_model(
     config: BridgeSTGConfig, tokenizer: Tokenizer | None = None, *, where: Path, attention: str | None = None
 ) -> BridgeSTG:
-    """Build a model with random weights from a config; `where` is the config's file for error messages."""
+    """Build a model with random weights. Raises CheckpointError, naming the config's file `where`, if it cannot."""
     try:
         return BridgeSTG(config, tokenizer, **({} if attention is None else {"attention": attention}))
     except CheckpointError:

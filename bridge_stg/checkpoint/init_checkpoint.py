@@ -123,7 +123,7 @@ def new_config(folder: Path, *, bridging: BridgingConfig, spatial_decoder: Spati
 
 
 def image_statistics(folder: Path, mean: Means, std: Deviations) -> tuple[Means, Deviations]:
-    """Return mean and standard deviation of the folder's image processor, or the family's without one."""
+    """Return mean and standard deviation, by default the family's. Raises CheckpointError if they are invalid."""
     path = folder / "preprocessor_config.json"
     values = read_json(path, hint=DOWNLOAD) if path.is_file() else {}
     kinds: dict[str, Any] = {"image_mean": Means, "image_std": Deviations}
@@ -149,7 +149,7 @@ def link_weights(files: list[Path], folder: Path) -> None:
 
 
 def write_weights(path: Path, store: WeightStore, *, dtype: torch.dtype | None) -> None:
-    """Write a store's tensors, with adapters merged, to one file, one tensor at a time."""
+    """Write tensors, adapters merged, to one file, one at a time. Raises CheckpointError if a value is not finite."""
     layout = {key: (dtype or tensor.dtype, tensor.shape) for key, tensor in store.items()}
     check_space(path.parent, sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values()))
 

@@ -32,7 +32,7 @@ SETTINGS = frozenset({
     "modules_to_save", "modules_to_tie", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "runtime_config", "target_modules", "target_modules_to_tie", "task_type", "use_rslora",
 })  # fmt: skip
-"""Settings of plain LoRA in peft's config, without those that make it compute something else when they are set."""
+"""Settings in peft's config that plain LoRA may have; any other one may change what it computes."""
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 BLOCK_VALUES = 1 << 22
 """Number of values merged at a time; limits the size of the float32 copy."""
@@ -87,7 +87,7 @@ class Adapter:
 
 
 def find_adapter(folder: Path, chosen: Path | str | None = None) -> Adapter | None:
-    """Return the `chosen` adapter (a name in the model's folder, or a path), or the only one, None without any.
+    """Return the `chosen` adapter (a name in the model's folder, or a path), or the only one; None if there is none.
 
     peft saves an adapter in the folder that it is given, or below it under the adapter's name: both are looked for in
     `folder` and in its `adapter/`. Raises CheckpointError if there are several, or it is missing or not plain LoRA.
@@ -110,7 +110,7 @@ def find_adapter(folder: Path, chosen: Path | str | None = None) -> Adapter | No
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder has a file of an adapter."""
+    """Return whether a folder contains a file of an adapter."""
     return any(os.path.isfile(folder / name) for name in (CONFIG, ADAPTER))
 
 
@@ -173,7 +173,7 @@ def deltas_and_replacements(
             raise CheckpointError("checkpoint.bad_adapter", f"{message} {list(base[key].shape)} of this model")
         deltas[key] = delta
         used |= {name, name.removesuffix(suffix) + other}
-    for name in sorted(held.keys() - used, key=adapter.copies):  # a copy replaces what is loaded into the model's own
+    for name in sorted(held.keys() - used, key=adapter.copies):  # copies last: they replace the model's own tensors
         if ".lora_" in name:
             message = f"{adapter.weights}: {name} is not plain LoRA; merge the adapter with peft's merge_and_unload()"
             raise CheckpointError("checkpoint.unsupported_adapter", message)

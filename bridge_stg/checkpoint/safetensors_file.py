@@ -107,7 +107,7 @@ def rename_key(name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """Read a tensor as it is stored, without the change by an adapter."""
+    """Read a stored tensor, without merging an adapter. Raises CheckpointError if the file is damaged."""
     if not stored.length:
         return torch.empty(stored.shape, dtype=stored.dtype)
     buffer = bytearray(stored.length)

@@ -29,7 +29,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class WeightStore(Mapping[str, StoredTensor]):
     """All tensors of a checkpoint folder by key, in the order of the files.
 
-    `tied` says that the head is the embedding table, and is left out.
+    `tied` is whether the head is the embedding table, and therefore left out.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, StoredTensor], *, tied: bool) -> None:
@@ -158,7 +158,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shards(index: Path) -> list[Path]:
-    """Return the files of an index, sorted by name."""
+    """Return the files of an index, sorted. Raises CheckpointError if the index is invalid or one is missing."""
     try:
         places = read_json(index)["weight_map"]
         by_file: dict[str, set[str]] = {}

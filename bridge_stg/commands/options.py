@@ -101,7 +101,7 @@ threads_option = click.option("--threads", type=THREADS, help="CPU threads; defa
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
 stream_option = click.option(
     "--stream", type=click.IntRange(min=0), metavar="N",
-    help="Video stream to read, by its index in the file; default: the one that FFmpeg takes as the best.",
+    help="Video stream to read, by its index in the file; default: the one that FFmpeg selects.",
 )  # fmt: skip
 query_options = combine(
     click.option(

@@ -15,7 +15,7 @@ from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 ROWS = 12
 CLOCK_NOTES = {
-    "frame_rate": "times: not all frames have time stamps; the frame rate that the file states counts instead",
+    "frame_rate": "times: not all frames have time stamps; the frame rate stated in the file is used instead",
     "guessed": "times: guessed where the file has no usable time stamps",
 }
 

@@ -94,7 +94,7 @@ def _check_output(json_file: Path | None, source: str, overwrite: bool) -> None:
 
 @contextmanager
 def json_lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Yield a function that writes a value as one line at once; without a path, it writes nothing."""
+    """Yield a function that writes a value as one line, unbuffered; without a path, it writes nothing."""
     with open(path or os.devnull, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
         yield lambda value: file.write(json.dumps(value, ensure_ascii=False) + "\n")
 

@@ -55,7 +55,7 @@ class Service:
 
     def start(self) -> None:
         """Start the deletion of expired uploads and jobs. Called in the server's event loop."""
-        limit_frames(self.settings.max_pixels)  # of live sources
+        limit_frames(self.settings.max_pixels)  # for live sources
         TEMPLATE.start(isolated.__name__)
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 

@@ -33,7 +33,7 @@ def read_clips(annotations: Path, media: Path) -> list[Clip]:
 
 
 def check_clips(clips: Iterable[Clip], spec: ModelSpec) -> None:
-    """Check queries and boxes against the media, without decoding all frames."""
+    """Check queries and boxes against the media, without decoding all frames. Raises AnnotationError."""
     for clip in clips:
         with open_source(clip.path, spec) as source:
             width, height = source.width, source.height

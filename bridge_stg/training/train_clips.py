@@ -118,7 +118,7 @@ def part_of(name: str) -> str:
 
 
 def trained_parameters(model: BridgeSTG, parts: Collection[str]) -> dict[str, Any]:
-    """Return the parameters of some parts by name, and freeze all others."""
+    """Return the parameters of some parts by name; freeze all others. Raises BridgeError for unknown parts."""
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:
         raise BridgeError("options.invalid", f"parts: found {unknown or 'none'}; expected some of {', '.join(PARTS)}")

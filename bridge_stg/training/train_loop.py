@@ -109,7 +109,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Load a state written by `save_state`, and return (step, seconds)."""
+    """Load a saved state; return (step, seconds). Raises CheckpointError if it is damaged or another model's."""
     moments: dict[int, dict[str, Tensor]] = {}
     try:
         with safe_open(path, "pt") as file:

@@ -19,7 +19,7 @@ from bridge_stg.evaluation.samples import Dataset, Sample, span_truth
 
 
 def read_charades_sta(annotations: Sequence[Path], media: Path, *, split: str | None = None) -> Dataset:
-    """Return the sentences of an annotation file; the target is always present."""
+    """Return the sentences of a file; all targets are present. Raises AnnotationError if a line is invalid."""
     path, folder = annotations[0], MediaFolder(media)
     samples = []
     for where, line in numbered_lines(path):

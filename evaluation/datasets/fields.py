@@ -97,7 +97,7 @@ class Record:
 
 
 def records(where: str, values: Iterable[Any]) -> list[Record]:
-    """Return the objects of the list at `where`."""
+    """Return the objects of the list at `where`. Raises AnnotationError if one is not an object."""
     made = []
     for i, value in enumerate(values):
         if not isinstance(value, dict):

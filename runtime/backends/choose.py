@@ -152,7 +152,7 @@ def open_sessions(
 
     `threads` are CPU threads per session (None: the backend's default). Without `wait`, sessions on CPU are opened in
     another thread, in the order of the chain; a call waits for its session, and raises the error of opening it. Raises
-    EngineError: see `choose`; or the backend rejects a graph, and the sessions opened so far are closed.
+    EngineError as `choose` does, or if the backend rejects a graph; the sessions opened so far are closed.
     """
     target = choose(bundle, backend=backend, variant=variant)
     _log.info("running %s on %s", bundle.path, target)

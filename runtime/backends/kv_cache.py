@@ -51,7 +51,7 @@ class BufferedCache(Generic[Buffer]):
             message = f"a {type(self).__name__} cannot be filled from a {type(source).__name__} of another backend"
             raise EngineError("engine.bad_cache", message)
         if source.batch not in (1, self.batch):
-            message = f"{source.batch} rows of a KV cache cannot go into {self.batch}"
+            message = f"{source.batch} rows of a KV cache cannot be copied into {self.batch}"
             raise EngineError("engine.bad_cache", message)
         if not 0 <= length <= min(self.capacity, source.capacity):
             message = f"{length} positions cannot be copied between KV caches of {source.capacity} and {self.capacity}"

@@ -79,7 +79,7 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
             options,
             from_bytes=weights is not None,
             providers=["CPUExecutionProvider"],
-            enable_fallback=0,  # it would try the same again, and print
+            enable_fallback=0,  # the fallback would try the same again, and print
             disabled_optimizers=["ConstantFolding"] if low_memory else None,
         )
         optional = frozenset(node.name for node in self._session.get_overridable_initializers())
@@ -249,5 +249,5 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         message = f'onnxruntime cannot be imported ({error}). Install it with: pip install "bridge-stg[cpu]"'
         raise EngineError("engine.not_installed", message) from error
-    onnxruntime.disable_telemetry_events()  # if the program imported it before this package, which disables it
+    onnxruntime.disable_telemetry_events()  # if the program imported it before bridge_stg
     return onnxruntime

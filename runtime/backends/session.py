@@ -37,7 +37,7 @@ class KVCache(Protocol):
         """Bytes of all buffers."""
 
     def copy_prefix(self, source: KVCache, length: int) -> None:
-        """Copy the first `length` positions of `source`, which has as many rows, or one that is copied into every row.
+        """Copy the first `length` positions of `source`, which has as many rows, or one row that is copied to all.
 
         Raises EngineError: the sizes do not fit, or the cache is another backend's.
         """

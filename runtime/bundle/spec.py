@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 
 from bridge_stg.runtime.bundle.typed_json import Between, Text
 
-# Upper limits are far above any known model, so that a typo does not start to build or decode something huge.
+# Upper limits are far above any known model; they only keep a typo from building or decoding something huge.
 Rate: TypeAlias = Annotated[float, Between(0.001, 1000)]
 Pixels: TypeAlias = Annotated[int, Between(1, 2**28)]
 Frames: TypeAlias = Annotated[int, Between(1, 2**16)]
@@ -48,8 +48,8 @@ class FramesSpec:
     fine_max_pixels: Pixels = 256 * 256
     fine_min_pixels: Pixels = 32 * 32
     max_fine_frames: Frames = 64
-    encoder_chunk_groups: Frames = 16  # most groups per call of the vision encoder; limits its memory on long videos
-    encoder_chunk_patches: Tokens = 8192  # most patches per call (but at least one group); limits its memory too
+    encoder_chunk_groups: Frames = 16  # maximum groups per call of the vision encoder; limits its memory on long videos
+    encoder_chunk_patches: Tokens = 8192  # maximum patches per call (but at least one group); limits its memory too
     max_visual_tokens: Tokens | None = None  # of one video's coarse frames; None: as many as the other fields allow
 
     def __post_init__(self) -> None:

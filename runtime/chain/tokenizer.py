@@ -1,4 +1,4 @@
-"""Load a model's tokenizer, and check everything in tokenizer.json that changes ids, once, with the prompt's own text.
+"""Load a model's tokenizer, and check that its ids fit the model and that it encodes the prompt without changes.
 
 Knows nothing of how a query is answered.
 """
@@ -21,7 +21,7 @@ from bridge_stg.runtime.chain.prompt import Tokenizer, time_strings
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 QUERY = f"{string.ascii_letters} {string.digits} {string.punctuation} straße, машина, 赤い車, 🚗"
-"""Text with one of each kind of character that a query may have."""
+"""A query with every kind of character."""
 
 
 def load_tokenizer(path: Path | str, spec: ModelSpec) -> Tokenizer:
@@ -40,7 +40,7 @@ def load_tokenizer(path: Path | str, spec: ModelSpec) -> Tokenizer:
 
 
 def id_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the ids of the tokens in tokenizer.json (`values`)."""
+    """Yield the faults of the token ids in tokenizer.json (`values`)."""
     added = {token["content"]: int(token["id"]) for token in values.get("added_tokens") or ()}
     for text, number in added.items():
         if (found := tokenizer.id_of(text)) != number:
@@ -56,7 +56,7 @@ def id_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]) 
 
 
 def text_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which text of the prompt a tokenizer cannot encode as it is written."""
+    """Yield the texts of the prompt that a tokenizer cannot encode without changing them."""
     prompt = spec.prompt
     for marker in (prompt.visual_token, *re.findall(r"<\|.*?\|>", prompt.head + prompt.query + prompt.track)):
         if (tokens := len(tokenizer.encode(marker))) != 1:
@@ -67,7 +67,7 @@ def text_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]
             at = next(i for i in range(len(given) + len(back)) if given[: i + 1] != back[: i + 1])
             part = slice(max(0, at - 8), at + 8)
             steps = [*names(values.get("normalizer")), *names(values.get("pre_tokenizer")), *names(values["model"])]
-            yield f"turns {given[part]!r} into {back[part]!r} ({', '.join(steps)}), expected to keep every text"
+            yield f"turns {given[part]!r} into {back[part]!r} ({', '.join(steps)}), expected no change"
     try:
         AnswerGrammar(tokenizer, prompt, time_strings(np.arange(2 * spec.frames.max_coarse_groups) / 2, prompt))
     except BridgeError as error:
@@ -75,7 +75,7 @@ def text_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]
 
 
 def prompt_texts(prompt: PromptSpec) -> list[str]:
-    """Return every text that is encoded separately, with a query of all kinds of characters."""
+    """Return every text of a prompt that is encoded separately, with the query `QUERY`."""
     queries = [form.replace("{query}", QUERY).replace("{box}", "0 12 345 999") for form in (prompt.query, prompt.track)]
     times = time_strings([0.0, 12.3, 456.7], prompt)
     return [prompt.head, prompt.group_open, prompt.group_close, *queries, *times, prompt.between, prompt.absent]

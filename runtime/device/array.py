@@ -173,7 +173,7 @@ class DeviceArray:
         return self
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """Return the elements in another shape: a view of a contiguous array, else a copy."""
+        """Return a view of a contiguous array in another shape, else a copy. Raises ValueError if it does not fit."""
         whole = self.as_contiguous()
         if math.prod(shape) != self.size:
             raise ValueError(f"{self.size} elements cannot be given the shape {list(shape)}")

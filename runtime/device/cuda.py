@@ -88,7 +88,7 @@ class Cuda:
         )
 
     def malloc(self, size: int) -> int:
-        """Return the address of `size` bytes on the device, aligned to 256 or more."""
+        """Allocate `size` bytes, aligned to at least 256; return the address. Raises OutOfDeviceMemory."""
         try:
             return int(self("cudaMalloc", size))
         except OutOfDeviceMemory as error:

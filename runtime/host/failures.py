@@ -1,6 +1,6 @@
-"""Recognize errors of any library that the system caused: no more memory, threads, files or disk; unreadable files.
+"""Recognize system errors in the errors of any library: out of memory, threads, files or disk space; unreadable files.
 
-They must not be reported as faults of the video, bundle or option that was being read.
+They must not be reported as errors of the video, bundle or option that was being read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from bridge_stg.runtime.errors import BridgeError, HostError
 
-TRIED_BYTES = 2**28
+TRIED_BYTES = 2**28  # memory is short if a mapping of this size fails
 CODES = {
     errno.ENOMEM: "host.out_of_memory", errno.EAGAIN: "host.out_of_threads", errno.EMFILE: "host.too_many_files",
     errno.ENFILE: "host.too_many_files", errno.ENOSPC: "output.disk_full", errno.EDQUOT: "output.disk_full",
@@ -21,17 +21,17 @@ CODES = {
     errno.EPERM: "host.file", errno.EIO: "host.file", errno.ESTALE: "host.file",
     errno.ECHILD: "host.subprocess_killed",
 }  # fmt: skip
-"""Number of a system error → code of the `HostError`."""
+"""`errno` of a system error → code of the `HostError`."""
 MESSAGES = {
-    "host.out_of_memory": "this process gets no more memory ({}); close other programs, raise its limit (`ulimit -v`, "
-    "the container's), or use smaller inputs",
-    "host.out_of_threads": "this process gets no more threads or processes ({}); raise the limit (`ulimit -u`, the "
-    "pids limit of the container), or pass fewer --threads",
-    "host.subprocess_killed": "a subprocess was killed ({}), most likely for lack of memory; close other programs, or "
-    "pass fewer --workers",
+    "host.out_of_memory": "this process is out of memory ({}); close other programs, raise its limit (`ulimit -v`, "
+    "or the container's), or use smaller inputs",
+    "host.out_of_threads": "this process cannot start more threads or processes ({}); raise the limit (`ulimit -u`, "
+    "the pids limit of the container), or pass fewer --threads",
+    "host.subprocess_killed": "a subprocess was killed ({}), most likely because memory ran out; close other programs, "
+    "or pass fewer --workers",
     "host.too_many_files": "too many files are open ({}); close some, or raise the limit (`ulimit -n`)",
 }
-"""Messages of the shortages; {} is the system's text, which is the whole message of other codes."""
+"""Code → message, where {} is the system's text. For other codes, that text is the whole message."""
 TEXTS = {
     errno.ENOMEM: r"bad_alloc|bad allocation|[Oo]ut of memory|ailed to allocate memory|an(no|')t allocate memory",
     errno.EAGAIN: r"can't start new thread|pthread_create|Resource temporarily unavailable",
@@ -39,10 +39,10 @@ TEXTS = {
     errno.ENOSPC: r"No space left on device",
     errno.ECHILD: r"^DataLoader worker \(pid.* (killed by signal|exited unexpectedly)",
 }
-"""What libraries without numbers say: onnxruntime, torch, Pillow, threading."""
+"""`errno` → messages of libraries that do not set it: onnxruntime, torch, Pillow, threading."""
 LIBRARIES = ("onnxruntime", "safetensors")
 NAMED = re.compile(r"(host|output|server|live|call)\..+|.+\.(out_of_memory|no_permission)")
-"""Codes of errors that say already what the system did."""
+"""Codes of errors that already name the system error."""
 
 
 def host_error(error: BaseException) -> BridgeError | None:
@@ -63,9 +63,9 @@ def host_error(error: BaseException) -> BridgeError | None:
 
 @contextmanager
 def reporting_host_errors() -> Iterator[None]:
-    """Raise HostError instead of errors inside the block that the system caused; also a decorator.
+    """Convert errors that the system caused inside the block to HostError; also works as a decorator.
 
-    OSErrors of the caller's own iterators and callbacks stay, unless they are a shortage.
+    An OSError of the caller's own iterator or callback is raised unchanged, unless a resource has run out.
     """
     try:
         yield
@@ -77,7 +77,7 @@ def reporting_host_errors() -> Iterator[None]:
 
 
 def _number(error: BaseException) -> int | None:
-    """Return the number of the system error that an exception means; None if it means none."""
+    """Return the `errno` that an exception stands for; None if the system did not cause it."""
     if isinstance(error, BridgeError):
         return None
     number = getattr(error, "errno", None)
@@ -86,21 +86,21 @@ def _number(error: BaseException) -> int | None:
     elif not isinstance(number, int):
         is_theirs = type(error) is Exception or type(error).__module__.partition(".")[0] in LIBRARIES
         if not (is_theirs or isinstance(error, (RuntimeError, OSError))):
-            return None  # its text may be the user's
+            return None  # its text may quote the user's input
         rust = re.search(r"\(os error (\d+)\)", str(error))
         number = int(rust[1]) if rust else next((n for n, form in TEXTS.items() if re.search(form, str(error))), None)
     if number == errno.EAGAIN:
-        if hasattr(error, "characters_written"):  # a pipe that does not block
+        if hasattr(error, "characters_written"):  # BlockingIOError of a non-blocking pipe
             return None
         return errno.ENOMEM if _is_short() else number  # a thread needs memory for its stack
     if type(error).__module__ == "av.error" and (number in (errno.EACCES, errno.EPERM, errno.EIO) or
                                                  (number == errno.ENOMEM and not _is_short())):  # fmt: skip
-        return None  # FFmpeg: damaged files read beyond their end, or request impossible sizes
+        return None  # FFmpeg also raises these for damaged files: reads beyond the end, impossible sizes
     return number
 
 
 def _is_short() -> bool:
-    """Return whether some memory cannot be had."""
+    """Return whether memory is short: whether `TRIED_BYTES` cannot be mapped."""
     try:
         mmap.mmap(-1, TRIED_BYTES).close()
     except (OSError, ValueError):

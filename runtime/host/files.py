@@ -13,17 +13,17 @@ from pathlib import Path
 from bridge_stg.runtime.errors import BridgeError, HostError
 from bridge_stg.runtime.host.memory import gigabytes
 
-NEW, OLD = "new", "old"  # in the hidden folder: what is built, and what it replaces
+NEW, OLD = "new", "old"  # subfolders of the hidden folder: for the new output, and for the old one
 
 
 @contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yield a path to build the file or folder `path` at, in a hidden folder next to it, which is removed at the end.
+    """Yield a path at which to build the file or folder `path`, in a hidden folder that is removed at the end.
 
-    What killed processes left of the same name is removed, too: the folder of a running process is locked. System
-    errors that name the hidden folder, or nothing, name `path`.
+    Hidden folders that killed processes left for `path` are removed, too; those of running processes are locked. An
+    OSError that names the hidden folder, or no file, is raised with the name `path` instead.
     """
-    stem = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # a name holds 255 bytes
+    stem = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # names have at most 255 bytes
     for left in path.parent.glob(f".{glob.escape(stem)}.????????.partial"):
         _remove_left(left, path)
     folder = path.with_name(f".{stem}.{secrets.token_hex(4)}.partial")
@@ -44,7 +44,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 def _remove_left(folder: Path, path: Path) -> None:
-    """Remove the folder of a killed process; what it had moved away from `path` is moved back."""
+    """Remove the hidden folder of a killed process, after moving back what it had moved away from `path`."""
     if not (folder / NEW).is_dir() or (lock := _lock_folder(folder)) is None:
         return
     with suppress(OSError):
@@ -55,7 +55,7 @@ def _remove_left(folder: Path, path: Path) -> None:
 
 
 def _lock_folder(folder: Path) -> int | None:
-    """Lock a folder of this user and return its descriptor; None if another process has, or the system cannot."""
+    """Lock a folder of this user and return its descriptor; None if it is locked, or cannot be locked here."""
     try:
         import fcntl
 
@@ -72,7 +72,7 @@ def _lock_folder(folder: Path) -> int | None:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the path of a temporary file of the same name; it becomes `path` after the block, unless that fails.
+    """Yield the path of a temporary file of the same name; it becomes `path` after the block, unless the block raises.
 
     Raises:
         BridgeError: `path` is a folder, or its parent folder does not exist.
@@ -89,9 +89,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Rename a finished folder that was built in a `temporary_sibling` to `target`, in place of the folder there.
+    """Replace the folder `target`, if it exists, with a finished folder that was built in a `temporary_sibling`.
 
-    If it fails, the old folder stays; if the process is killed meanwhile, the next `temporary_sibling` restores it.
+    If that fails, the old folder stays; if the process is killed meanwhile, the next `temporary_sibling` restores it.
     """
     backup = temporary.parents[1] / OLD / target.name
     had_old = target.exists()
@@ -110,7 +110,7 @@ def require_space(path: Path, needed: int, *, purpose: str) -> None:
     """Check that the disk of a path, which may not exist yet, has `needed` free bytes.
 
     Raises:
-        HostError: it has not; the message says "<path>: <purpose> needs …".
+        HostError: it has fewer; the message begins with "<path>: <purpose> needs".
     """
     folder = next(place for place in (path, *path.resolve().parents) if place.exists())
     free = shutil.disk_usage(folder).free
@@ -120,10 +120,10 @@ def require_space(path: Path, needed: int, *, purpose: str) -> None:
 
 
 def lock_file(descriptor: int, *, message: str) -> None:
-    """Lock an open file for this process until it is closed; does nothing where the system lacks such locks.
+    """Lock an open file for this process until it is closed; do nothing where the system lacks such locks.
 
     Raises:
-        BridgeError: with `message`, if another process has locked it.
+        BridgeError: another process has locked it; `message` is the error's text.
     """
     with suppress(ImportError):  # Windows has no fcntl
         import fcntl

@@ -67,7 +67,7 @@ def return_freed_memory() -> bool:
 
 
 def trim_heap() -> None:
-    """Return what is free in the heaps of all threads to the system now, where the C library supports it."""
+    """Return free memory in the heaps of all threads to the system, where the C library supports it."""
     if malloc_trim := _c_function("malloc_trim"):
         malloc_trim(0)
 

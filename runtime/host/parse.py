@@ -1,6 +1,6 @@
-"""Parse JSON and YAML text of users. Whatever is wrong with it is one ValueError, so that callers name file and cause.
+"""Parse JSON and YAML files of users. Every fault is a ValueError with its cause, to which callers add the file's name.
 
-Knows nothing of what the values mean.
+Knows nothing of the meaning of the values.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Iterable
 from typing import Any
 
 MOST_BYTES = 32 * 2**20
-"""Largest file of settings or metadata; only annotations and results may be larger."""
+"""Maximum size of a file of settings or metadata; only annotations and results may be larger."""
 MOST_YAML_BYTES = 2**20
 MOST_LEVELS = 64
-_LONG_INTEGER = re.compile(r"\d{4301}")  # the parser's own limit, whose message has no line
+_LONG_INTEGER = re.compile(r"\d{4301}")  # Python's own limit, whose message does not name the line
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the value in a JSON file of at most `MOST_BYTES`; see `parse_json` for the errors."""
+    """Return the value in a JSON file. Raises OSError; ValueError beyond `MOST_BYTES`, or as `parse_json` does."""
     return parse_json(_read(path, MOST_BYTES))
 
 
@@ -30,8 +30,8 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """Return the value of JSON text; bytes are UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: it is not JSON or not UTF-8, repeats a name in an object, has more than `MOST_LEVELS` levels, half
-            of a surrogate pair, or, if `finite` is set, NaN or an infinity as the value of a name.
+        ValueError: the text is not JSON or not UTF-8, repeats a name in an object, has more than `MOST_LEVELS` levels
+            or an unpaired surrogate, or, if `finite` is set, NaN or an infinity as a value in an object.
     """
     text = _decode(text)
     try:
@@ -60,7 +60,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     """Return the value in a YAML file of at most `MOST_YAML_BYTES`, with YAML's plain types only.
 
     Raises:
-        ValueError: it is not YAML or not UTF-8, repeats a key, has aliases, or is nested too deeply.
+        ValueError: the file is too large, not YAML or not UTF-8, repeats a key, has aliases, or is nested too deeply.
     """
     import yaml
 
@@ -79,7 +79,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         return yaml.load(_decode(_read(path, MOST_YAML_BYTES)), Loader)
     except RecursionError:
         raise _too_deep() from None
-    except (yaml.YAMLError, AttributeError, TypeError, OverflowError) as error:  # of values of YAML's own types, too
+    except (yaml.YAMLError, AttributeError, TypeError, OverflowError) as error:  # also for invalid values
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -102,7 +102,7 @@ def _decode(text: str | bytes) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]], *, finite: bool) -> dict[str, Any]:
-    """Return an object whose names differ and, if `finite` is set, whose numbers are finite."""
+    """Return an object as a dictionary. Raises ValueError for repeated names and, if `finite`, NaN or infinities."""
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError(f"{_repeated(name for name, _ in pairs)!r} occurs twice in an object")

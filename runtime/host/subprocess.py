@@ -68,13 +68,13 @@ def answer(function: str, job: Any) -> None:
 
 
 def error_to_json(error: BridgeError) -> dict[str, Any]:
-    """Return what a child process sends of an error."""
+    """Return an error as JSON values, from which the parent process builds it again."""
     kinds = [kind.__name__ for kind in type(error).__mro__]  # the parent may not know the first ones
     return {"kinds": kinds, "code": error.code, "message": error.message}
 
 
 def error_from_json(found: dict[str, Any]) -> BridgeError:
-    """Return the error of `error_to_json`."""
+    """Build an error from the values that `error_to_json` returned."""
     kinds = (getattr(errors, name) for name in found["kinds"] if hasattr(errors, name))
     error: BridgeError = next(kinds)(found["code"], found["message"])
     return error

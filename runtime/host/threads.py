@@ -25,7 +25,7 @@ def in_background(function: Callable[[], T]) -> Future[T]:
     try:
         return executor.submit(function)
     finally:
-        executor.shutdown(wait=False)  # after the function
+        executor.shutdown(wait=False)  # its thread ends after the function
 
 
 def for_each(function: Callable[[Item], object], items: Iterable[Item], *, threads: int) -> None:
@@ -57,7 +57,7 @@ class UseCount:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Keep the object open inside the block. Raises `closed_error` after `close`, and HostError."""
+        """Keep the object open inside the block. Raises `closed_error` after `close`; HostError if the system fails."""
         with self._lock:
             if self._closed:
                 raise type(self._closed_error)(*self._closed_error.args)

@@ -1,7 +1,7 @@
-"""Call methods of an object in a subprocess under a limit of memory: nothing that happens there reaches this process.
+"""Call methods of an object in a subprocess with limited memory, so that a crash there does not end this process.
 
-Workers are forked from a template, a process that has imported the object's module and does nothing else, so that one
-starts in milliseconds. They send JSON and plain arrays: nothing that a worker sends can run code in this process.
+Workers are forked from a template, a process that has imported the object's module and does nothing else, so that they
+start in milliseconds. They send only JSON and plain arrays, which cannot run code in this process.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from bridge_stg.runtime.host.subprocess import START, error_from_json, error_to_
 
 ENDED = "host.subprocess_killed"
 """Code of the error when a worker crashed, hung, was killed, needed too much memory, or raised an unexpected error."""
-START_S, CALL_S = 60.0, 60.0
-POLL_S, GRACE_S = 0.05, 2.0
-CALL_CPU_S = 3600  # ends a call whose parent process was killed
-MOST_FILES = 64
+START_S, CALL_S = 60.0, 60.0  # seconds to wait for a worker to start, and for a call without limits
+POLL_S, GRACE_S = 0.05, 2.0  # seconds between checks of the limits, and for a cancelled call to end
+CALL_CPU_S = 3600  # CPU seconds; ends a call whose parent process was killed
+MOST_FILES = 64  # open files per worker
 
 
 class Worker:
-    """An object in a subprocess; one thread at a time may call its methods. It takes seconds to start the first worker.
+    """An object in a subprocess; one thread at a time may call its methods. Starting the first worker takes seconds.
 
     Args:
         factory: "module:function", which makes the object from `arguments`.
         arguments: anything that can be pickled.
-        memory_bytes: maximum address space of the worker besides that of its modules.
+        memory_bytes: maximum address space of the worker, in addition to that of its imported modules.
 
     The attribute `process_id` is that of the subprocess.
 
     Raises:
         BridgeError: the function raised one.
-        EngineError: no process can be started (`host.subprocess_failed`), or it ended (`ENDED`).
+        EngineError: the process cannot be started (`host.subprocess_failed`), or ended (`ENDED`).
     """
 
     def __init__(self, factory: str, *arguments: Any, memory_bytes: int) -> None:
@@ -73,14 +73,14 @@ class Worker:
         Args:
             method: name of the method.
             arguments: anything that can be pickled.
-            limits: deadline, cancel signal and progress callback of the call; None: it ends after `CALL_S` seconds.
+            limits: deadline, cancel signal and progress callback of the call; None: it fails after `CALL_S` seconds.
 
         Returns:
             The result, of JSON values and numpy arrays; bytes become uint8 [N], dataclasses become dictionaries.
 
         Raises:
             BridgeError: the method raised one, or the limits or their callback stopped the call.
-            EngineError: the worker has ended, or the call raised another exception (`ENDED`).
+            EngineError: the worker ended, or the method raised another exception (`ENDED`).
         """
         until = time.monotonic() + (CALL_S if limits is None else float("inf"))
         limits = limits or Limits()
@@ -107,7 +107,7 @@ class Worker:
 
     @property
     def ended(self) -> bool:
-        """Whether the process has ended, as far as the calls have noticed."""
+        """Whether a call found that the process has ended, or `close` was called."""
         return self._connection.closed
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class Worker:
         self._connection.close()
 
     def _cancel(self) -> None:
-        """Wait until the call has ended, so that the worker can take another; kill it if it takes too long."""
+        """Cancel the call, so that the worker can take another; kill the worker if the call does not end in time."""
         until = time.monotonic() + GRACE_S
         with suppress(EOFError, OSError):
             self._connection.send(None)
@@ -127,22 +127,22 @@ class Worker:
 
 
 class _Template:
-    """The process that workers are forked from; one per process, which it ends with."""
+    """The process that workers are forked from; this process has one, which ends when this process ends."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: tuple[subprocess.Popen[str], socket.socket] | None = None
 
     def start(self, module: str) -> socket.socket:
-        """Start it if it does not run, without waiting for it; it calls module.preload(). Return its connection."""
+        """Start the template, unless it runs, without waiting; it calls module.preload(). Return its connection."""
         with self._lock:
             if self._running is None or self._running[0].poll() is not None:
                 ours, theirs = socket.socketpair()
                 with theirs:
                     process = subprocess.Popen(
                         [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                        pass_fds=[theirs.fileno()], start_new_session=True,  # Ctrl-C ends the parent alone
-                        env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # each thread's would take 64 MiB of addresses
+                        pass_fds=[theirs.fileno()], start_new_session=True,  # so that Ctrl-C reaches only the parent
+                        env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # one per thread takes 64 MiB of addresses each
                     )  # fmt: skip
                     assert process.stdin is not None
                     with process.stdin as job:
@@ -161,7 +161,7 @@ TEMPLATE = _Template()
 def fork_workers(job: tuple[int, str]) -> None:
     """Fork a worker for each connection that arrives, until the parent has ended."""
     number, module = job
-    with suppress(Exception):  # the worker's own import reports it
+    with suppress(Exception):  # the worker imports it again and reports the error
         importlib.import_module(module).preload()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that no worker remains as a zombie
     with socket.socket(fileno=number) as parent:
@@ -184,7 +184,7 @@ def _serve(connection: Connection) -> None:
     _send(connection, os.getpid())
     while True:
         call = connection.recv()
-        if call is None:  # cancels a call that has just ended
+        if call is None:  # cancels a call that had already ended
             continue
         method, arguments = call
         try:
@@ -194,7 +194,7 @@ def _serve(connection: Connection) -> None:
                 answer: Any = {"result": None}
             else:
                 answer = {"result": getattr(target, method)(limits, *arguments)}
-        except Exception as error:  # noqa: BLE001  # whatever a file leads to, it is not the parent's
+        except Exception as error:  # noqa: BLE001  # the parent gets every error as a BridgeError
             found = host_error(error) or error
             if not isinstance(found, BridgeError):
                 traceback.print_exc()
@@ -220,7 +220,7 @@ def _make(factory: str, memory_bytes: int, *arguments: Any) -> Any:
 def _limit(name: str, value: int) -> None:
     import resource
 
-    with suppress(ValueError, OSError):  # a lower limit is in force
+    with suppress(ValueError, OSError):  # a lower limit applies already
         number = getattr(resource, name)
         resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
 

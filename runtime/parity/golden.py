@@ -38,7 +38,7 @@ class Tolerance:
 
 READ_ERRORS = (OSError, ValueError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError, zlib.error,
                zipfile.BadZipFile)  # fmt: skip
-"""What numpy and zipfile raise for a file that is not one of arrays."""
+"""Exceptions of numpy and zipfile for a file that is not an archive of arrays."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Tolerances of a quantized bundle's golden cases, measured on the machine that makes it.
 
-The precision alone says little: the same recipe costs one model a hundredth, another a fifth.
+The precision alone does not determine them: one recipe causes an error of 0.01 in one model and of 0.2 in another.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from bridge_stg.runtime.parity.golden import Tolerance
 from bridge_stg.runtime.parity.verify import replay_variant
 
 MARGIN = 2.0
-"""Ratio of a tolerance to the measured difference: other kernels round differently, and so differ by as much again."""
+"""Ratio of a tolerance to the measured difference: kernels of other machines round differently, which may double it."""
 
 Tolerances = dict[str, dict[str, Tolerance]]
-"""By golden case and `graph.tensor`."""
+"""Golden case → `graph.tensor` → tolerance."""
 
 
 def measure_tolerances(bundle: Bundle, source: Bundle) -> Tolerances:
@@ -52,7 +52,7 @@ def measure_tolerances(bundle: Bundle, source: Bundle) -> Tolerances:
 def _widest(boundaries: list[Boundary], least: Tolerance | None) -> Tolerance:
     for boundary in boundaries:
         if boundary.problem:
-            what = f"{boundary.name}: the quantized graph returned {boundary.problem}; give other samples or a recipe"
+            what = f"{boundary.name}: the quantized graph returned {boundary.problem}; change samples or recipe"
             raise BridgeError("calibration.not_finite", what)
     least = least or TOLERANCES["float32"]
     lost = [MARGIN * (1 - boundary.iou) for boundary in boundaries if boundary.iou is not None]

@@ -53,13 +53,13 @@ def verify_bundle(
 ) -> dict[str, list[Boundary]]:
     """Hash a bundle's files and replay its golden cases. Return the compared boundaries by variant; all have passed.
 
-    Without a variant, every variant of the bundle that runs on this machine is replayed; if its precision runs on other
-    devices only, the result is empty. `report` is called with lines and tables of the progress.
+    Without a variant, every variant of the bundle that runs on this machine is replayed; if the bundle's precision
+    runs on other devices only, the result is empty. `report` is called with lines and tables of the progress.
 
     Raises:
         BundleError: a hash differs; the message names the file.
         DriftError: an output exceeds its tolerance; the message names the first one in chain order.
-        EngineError: no variant, or not the requested one, runs on this machine.
+        EngineError: no variant runs on this machine, or the requested one does not.
     """
     report = report or (lambda text: None)
     bundle = Bundle.load(path, check="all")
@@ -92,6 +92,6 @@ def verify_bundle(
 def replay_variant(
     bundle: Bundle, variant: str, *, backend: str = "auto", threads: int | None = None, cases: Bundle | None = None
 ) -> list[Boundary]:
-    """Replay golden cases, those of `cases` if given, with one variant of a bundle; see `open_sessions` for errors."""
+    """Replay golden cases of `cases`, or of the bundle, with one variant of it. Raises as `open_sessions` does."""
     with closing(open_sessions(bundle, backend=backend, variant=variant, threads=threads)) as sessions:
         return replay(cases or bundle, sessions)

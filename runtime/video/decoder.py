@@ -26,10 +26,10 @@ from bridge_stg.runtime.video.frame import FrameConverter
 MAX_TOLERANCE_S = 1e-3
 DEFAULT_FRAME_S = Fraction(1, 25)
 FFMPEG_PIXELS = 2**31 - 1
-NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS: time stamps of such a format are invented
-PACKETS_LOOKED_AT = 64  # enough to see whether a video with B-frames has the time stamps of its coded order
+NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS: FFmpeg makes up the time stamps of such a format
+PACKETS_LOOKED_AT = 64  # enough to detect decoding times that are stored as presentation times
 REFERENCES = {"concat", "dash", "hls", "image2", "imf", "lavfi", "mlv", "rtp", "rtsp", "sap", "sdp", "vobsub"}
-"""FFmpeg's demuxers that open other files or addresses, which the file names."""
+"""FFmpeg's demuxers that open other files or addresses, which are named in the file."""
 DISCONTINUITY_S = 1.0  # a time stamp that goes back by more starts a new clock (joined recordings)
 
 _codec_options = {"max_pixels": str(FFMPEG_PIXELS)}
@@ -44,7 +44,7 @@ def limit_frames(pixels: int | None) -> None:
 
 
 def check_path(path: str | bytes) -> str:
-    """Return the path of a file that can be opened. Raises VideoError for any other."""
+    """Return a path as a string. Raises VideoError if it is not the path of a file that can be opened."""
     path = os.fsdecode(path)
     try:
         if not stat.S_ISREG(mode := os.stat(path).st_mode):
@@ -74,20 +74,20 @@ def _not_opened(path: str, error: Exception) -> VideoError:
 
 
 def moving_streams(container: Any) -> list[Any]:
-    """Return the video streams of a file without attached pictures, the one first that FFmpeg takes as the best."""
+    """Return the video streams of a file except attached pictures, beginning with the one that FFmpeg selects."""
     attached, best = load_package("av", "av").stream.Disposition.attached_pic, container.streams.best("video")
     moving = [stream for stream in container.streams.video if not stream.disposition & attached]
     return sorted(moving, key=lambda stream: (stream is not best, stream.index))
 
 
 class _CodecThreads:
-    """The codec threads of all open decoders, at most two per CPU; a decoder that gets none decodes in its caller's."""
+    """The codec threads of all open decoders, two per CPU. When all are taken, a decoder uses its caller's."""
 
     def __init__(self) -> None:
         self._lock, self._taken = threading.Lock(), 0
 
     def take(self) -> int:
-        """Return the number of threads that a new decoder may use."""
+        """Reserve threads for a new decoder, and return their number."""
         cpus = usable_cpus()
         with self._lock:
             count = max(1, min(cpus, 2 * cpus - self._taken))
@@ -95,7 +95,7 @@ class _CodecThreads:
         return count
 
     def give(self, count: int) -> None:
-        """Return the threads of a decoder that was closed."""
+        """Release the threads of a closed decoder."""
         with self._lock:
             self._taken -= count
 
@@ -104,15 +104,15 @@ CODEC_THREADS = _CodecThreads()
 
 
 class Decoder:
-    """A video file that is open for decoding. What the file does not say is None."""
+    """A video file, open for decoding; unknown attributes are None. Raises VideoError if it cannot be opened."""
 
     def __init__(self, path: str, stream: int | None = None) -> None:
         self._av = load_package("av", "av")
         self._path, self._threads = path, 0
-        self.damaged = False  # whether something could not be decoded so far
+        self.damaged = False  # whether anything could not be decoded so far
         options = {**_codec_options, "format_whitelist": ",".join(sorted(self._av.formats_available - REFERENCES))}
         try:
-            # With the prefix, a colon in the name is no protocol.
+            # The prefix keeps FFmpeg from reading a colon in the name as a protocol.
             self._container = self._av.open(f"file:{path}", options=options, metadata_errors="replace")
         except (self._av.FFmpegError, OSError, ValueError) as error:
             raise _not_opened(path, error) from error
@@ -122,7 +122,7 @@ class Decoder:
             self._threads = CODEC_THREADS.take()
             self._stream.thread_type, self._stream.thread_count = "AUTO", self._threads
             self._stream.codec_context.options = dict(_codec_options)
-            self._packets: Iterator[Any] = self._container.demux(self._stream)  # the last one flushes the decoder
+            self._packets: Iterator[Any] = self._container.demux(self._stream)  # the last packet flushes the decoder
             self._find_clock()
         except BaseException:
             self.close()
@@ -145,11 +145,11 @@ class Decoder:
             raise VideoError("video.bad_stream", f"{self._path} has no video stream {index}; choose one of: {found}")
         if chosen.codec_context is None:
             raise VideoError("video.unsupported_codec", f"{self._path}: PyAV has no decoder; convert it to H.264")
-        self.stream: int | None = chosen.index if len(moving) > 1 else None  # None: there is no choice
+        self.stream: int | None = chosen.index if len(moving) > 1 else None  # None: it is the only one
         return chosen
 
     def _find_clock(self) -> None:
-        """Find out which time stamps and which frame rate are to be trusted."""
+        """Find out which time stamps and which frame rate can be trusted."""
         stream, form = self._stream, self._container.format
         self.time_base: Fraction = stream.time_base or Fraction(1, 1000)  # seconds per tick of the clock
         self._untimed = bool(form.flags & NO_TIMESTAMPS) or form.name.endswith("_pipe")
@@ -165,13 +165,13 @@ class Decoder:
                 self._skip(error)
             self._packets = chain(ahead, self._packets)
             stamps = [packet.pts for packet in ahead if packet.pts is not None]
-            # Files that were copied from AVI, and ASF, have such times as presentation times.
+            # Files copied from AVI, and ASF files, store decoding times as presentation times.
             self._coded_order = not stamps or (stamps == sorted(stamps) and self._goes_back(ahead))
-        # Frames get the decoding time of a later packet, by a delay that may differ after a seek.
+        # A frame gets the decoding time of a later packet; after a seek, the delay may differ.
         self.seekable = not (self._coded_order and stream.codec_context.has_b_frames)
 
     def _goes_back(self, packets: list[Any]) -> bool:
-        """Return whether the time stamps of frames go back, though decoders return them in presentation order."""
+        """Return whether time stamps decrease between decoded frames, which are in presentation order."""
         context, before = self._av.CodecContext.create(self._stream.codec_context.codec, "r"), None
         context.extradata, context.thread_count = self._stream.codec_context.extradata, 1
         context.options = dict(_codec_options)
@@ -190,7 +190,7 @@ class Decoder:
     def frames(self) -> Iterator[Any]:
         """Yield the remaining `av.VideoFrame`s in presentation order, skipping those that cannot be decoded.
 
-        `pts` of a frame is its time stamp in ticks of `time_base`, None where the file has none.
+        `pts` of a frame is its time stamp in ticks of `time_base`, or None. Raises HostError if the system fails.
         """
         for frame in self._decoded():
             frame.pts = None if self._untimed else frame.dts if self._coded_order else frame.pts
@@ -203,20 +203,20 @@ class Decoder:
                     yield from packet.decode()
                 except self._av.FFmpegError as error:
                     self._skip(error, decoding=True)
-        except self._av.FFmpegError as error:  # a container error: nothing after this point can be found
+        except self._av.FFmpegError as error:  # a container error: nothing after this point can be read
             self._skip(error)
         with suppress(self._av.FFmpegError):  # if an error came before the packet that flushes the decoder
             yield from self._stream.codec_context.decode(None)
 
     def _skip(self, error: Exception, *, decoding: bool = False) -> None:
-        """Note that something cannot be read; raise HostError if that is not the file's fault."""
-        of_system = decoding or not isinstance(error, BlockingIOError)  # a decoder that cannot start its threads
+        """Record that the file is damaged. Raises HostError if the system caused the error instead."""
+        of_system = decoding or not isinstance(error, BlockingIOError)  # while decoding: threads cannot start
         if of_system and (found := host_error(error)) is not None and found.code.startswith("host."):
             raise found from error
         self.damaged = True
 
     def frames_from(self, pts: int) -> Iterator[Any]:
-        """Seek to the key frame at `pts` ticks, and yield frames from there; it may land earlier or later."""
+        """Seek to the key frame at `pts` ticks, and yield frames from there; the seek may land earlier or later."""
         try:
             self._container.seek(pts, stream=self._stream)
             self._packets = self._container.demux(self._stream)
@@ -238,8 +238,8 @@ class Decoder:
 
 
 CLOCKS = ("timestamps", "frame_rate", "guessed")
-"""Where the times of a video come from: from time stamps only; some from the frame rate that the file states; some from
-neither, so 25 frames per second were assumed, or time stamps that go back were corrected."""
+"""Source of a video's times. `timestamps`: time stamps only; `frame_rate`: partly the frame rate that the file states;
+`guessed`: partly an assumed rate of 25 frames per second, or time stamps that went back and were corrected."""
 
 
 class Timeline:
@@ -255,7 +255,7 @@ class Timeline:
         self.tolerance_s = max(min(0.49 * float(time_base), MAX_TOLERANCE_S), 1e-6)  # largest rounding error
         self._time_base, self._frame_s = time_base, frame_s
         self._origin: Fraction | None = None
-        self._length_s = 0.0  # of the newest frame, if the file says it
+        self._length_s = 0.0  # duration of the newest frame; 0: unknown
 
     def add(self, frame: Any) -> float:
         """Append a frame and return its time."""

@@ -28,7 +28,7 @@ SEEK_GAIN_FRAMES = 16  # a seek must skip more to pay off: it finds a key frame 
 
 
 class VideoFile(VideoSource):
-    """A video file. The coarse pass decodes all of it once; fine frames beyond `KEPT_BYTES` are decoded again."""
+    """A video file, decoded once; fine frames beyond `KEPT_BYTES` again. Raises VideoError if it cannot be read."""
 
     read_ahead = True
 
@@ -58,7 +58,7 @@ class VideoFile(VideoSource):
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
-        trim_heap()  # frames of several threads would stay in their heaps: hundreds of megabytes
+        trim_heap()  # freed frames would stay in the heaps of threads: hundreds of megabytes
 
     def _scan(self, limits: Limits) -> CoarseSampler:
         sampler = self._read_all(None, limits)

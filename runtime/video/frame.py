@@ -1,6 +1,6 @@
 """Convert decoded frames to RGB as players display them, and resize RGB frames.
 
-The only conversion, with the same bytes on x86 and ARM on every way in. Knows nothing of files and times.
+All decoded frames are converted here, to the same bytes on x86 and ARM. Knows nothing of files and times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BT709, BT2020 = 1, 9
 UNKNOWN_PRIMARIES, UNKNOWN_MATRICES = (0, 2, 3), (2, 3)
 HDR_TRANSFERS = (8, 9, 10, 16, 17, 18)  # linear, logarithmic, PQ, SMPTE ST 428-1, HLG
 WIDE_PRIMARIES = (8, 9, 10, 11, 12)  # film, BT.2020, SMPTE ST 428-1, DCI-P3, Display P3
-MAX_PIXEL_ASPECT = 8  # pixels more oblong than 8:1 are a mistake of the program that wrote the file
+MAX_PIXEL_ASPECT = 8  # a larger ratio than 8:1 is a mistake of the program that wrote the file
 TO_BT709 = "out_transfer=bt709:out_primaries=bt709"
 HDR_THREADS = 4
 
@@ -80,7 +80,7 @@ class FrameConverter:
         try:
             reformatter = self._unused.pop()
         except IndexError:
-            reformatter = av.VideoReformatter()  # the frame's own would keep a pool of threads as long as the frame
+            reformatter = av.VideoReformatter()  # frame.reformat keeps a thread pool alive as long as the frame
         rgb: np.ndarray = reformatter.reformat(frame, **options, interpolation=BILINEAR, threads=1).to_ndarray()
         self._unused.append(reformatter)
         return rgb
@@ -114,7 +114,7 @@ def _bt709_graph(
     height: int,
     format: str,
 ) -> tuple[Any, threading.Lock]:
-    """Return FFmpeg's converter for one kind of frame, and its lock; it computes a table in seconds, so it is kept."""
+    """Return FFmpeg's filter graph for one kind of frame, and its lock; cached, since its table takes seconds."""
     graph = load_package("av.filter", "av").Graph()
     graph.threads = min(usable_cpus(), HDR_THREADS)
     scale = f"w={width}:h={height}:flags=bicubic+accurate_rnd+full_chroma_int+bitexact:{TO_BT709}"
@@ -157,9 +157,9 @@ def fingerprint(frame: Any) -> int:
 
 
 def resize(rgb: Frame, size: tuple[int, int]) -> Frame:
-    """Return an RGB frame, uint8 [H, W, 3], at (height, width) `size`, by Pillow's bicubic filter.
+    """Resize an RGB frame, uint8 [H, W, 3], to `size`, (height, width), with Pillow's bicubic filter.
 
-    A frame on a device stays there, and gets the same bytes.
+    A frame on a device stays there, and the result has the same bytes.
     """
     if isinstance(rgb, DeviceArray):
         return rgb.context.resize(rgb, size, resize)

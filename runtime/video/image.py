@@ -59,7 +59,7 @@ class StillImage(VideoSource):
 
 
 def read_image(path: str) -> np.ndarray | Animation | None:
-    """Read an image file: uint8 [H, W, 3], or the frames of an animation; None if it is not an image."""
+    """Read an image, uint8 [H, W, 3], or an animation; None if it is neither. Raises VideoError if it is damaged."""
     picture = open_image(path)
     if picture is None:
         return None
@@ -73,7 +73,7 @@ def bomb_error() -> type[Exception]:
 
 
 def open_image(path: str) -> Any | None:
-    """Return the file as a lazily read `PIL.Image.Image`, or None if it is not an image."""
+    """Open a file as a `PIL.Image.Image`; None if it is not an image. Raises VideoError if it is damaged."""
     with open(path, "rb") as file:
         head = file.read(12)
     # Recognize videos by their signature, without loading all of Pillow's readers.
@@ -98,7 +98,7 @@ def open_image(path: str) -> Any | None:
 
 
 def _is_motion_jpeg(picture: Any, path: str) -> bool:
-    """Return whether a JPEG is followed by one of its size: a video, since cameras append previews, or an MPO."""
+    """Return whether a JPEG is followed by one of equal size, so a video: previews are smaller, and MPO is excluded."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         after = data.find(b"\xff\xd9\xff\xd8\xff") + 2
         if after < 2 or "mpoffset" in picture.info:
@@ -137,7 +137,7 @@ def read_rgb(picture: Any, path: str) -> np.ndarray:
 class Animation:
     """The frames of an animated image as (time in seconds, RGB frame), up to the first damaged one, to be read once.
 
-    `end_s` is the end of the newest frame.
+    `end_s` is the end of the newest frame. Raises VideoError if the first frame is damaged or any is too large.
     """
 
     def __init__(self, picture: Any, path: str) -> None:
@@ -162,7 +162,7 @@ class Animation:
 
 
 def _rgb(picture: Any) -> np.ndarray:
-    """Convert an image in bands of rows, since the steps in between take many bytes per pixel."""
+    """Convert an image to RGB in bands of rows, since intermediate arrays take many bytes per pixel."""
     width, height = picture.size
     rows = max(1, BAND_PIXELS // width)
     boxes = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
@@ -217,4 +217,4 @@ def _to_srgb(picture: Any) -> Any:
 
 
 def _unreadable(path: str, error: Exception) -> VideoError:
-    return VideoError("video.unreadable", f"{path}: a truncated, damaged or too large image ({error}); copy it again")
+    return VideoError("video.unreadable", f"{path} is a truncated, damaged or too large image ({error}); copy it again")

@@ -32,7 +32,7 @@ def open_source(
     `video` is the path of a video or image; an image, uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such
     an image), with strictly increasing times and one size. An iterable is read once, and at most `buffer_frames` of its
     frames are kept, at fine size; they may also be DLPack arrays on `device`, and stay there. Without a budget for the
-    coarse frames, the spec's `max_visual_tokens` applies. `stream` is that of a video file, see `CallOptions`.
+    coarse frames, the spec's `max_visual_tokens` applies. `stream` is the video stream of a file, see `CallOptions`.
     """
     name = None
     if isinstance(video, (str, os.PathLike)):
@@ -55,7 +55,7 @@ def open_source(
 
 
 def check_no_stream(stream: int | None, name: str) -> None:
-    """Raise VideoError if a stream was chosen of what is no video file."""
+    """Raise VideoError if a stream was chosen for something other than a video file."""
     if stream is not None:
-        text = f"stream {stream}: {name} has no streams to choose from, since it is no video file; omit the stream"
+        text = f"stream {stream}: {name} has no streams to choose from, since it is not a video file; omit the stream"
         raise VideoError("video.bad_stream", text)

@@ -27,7 +27,7 @@ class Playback:
     pictures: Iterator[tuple[float, Picture]]
     duration_s: float | None  # None if not known before reading; 0 for an image
     is_image: bool = False
-    last_end_s: Callable[[], float | None] = lambda: None  # end of the newest frame; None if the source does not say it
+    last_end_s: Callable[[], float | None] = lambda: None  # end of the newest frame; None if it is unknown
     end_s: float = 0.0  # end of the frames that `intervals` has yielded
 
     @property
@@ -36,7 +36,7 @@ class Playback:
         return ((time_s, picture()) for time_s, picture in self.pictures)
 
     def intervals(self) -> Iterator[tuple[float, Picture]]:
-        """Yield start and function of each frame, once its end is known."""
+        """Yield the start in seconds of each frame and the function that returns it, once its end is known."""
         last_s, gap, last = 0.0, float(DEFAULT_FRAME_S), None
         for time_s, picture in self.pictures:
             if last is not None:
@@ -67,7 +67,7 @@ class Playback:
 def play(
     video: str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]], stream: int | None = None
 ) -> Iterator[Playback]:
-    """Open any video that `Grounder.ground` takes, `stream` being that of a file. Raises VideoError as it does."""
+    """Open any video that `Grounder.ground` takes; `stream` chooses one of a file. Raises VideoError as it does."""
     source: np.ndarray | Iterable[tuple[float, np.ndarray]] | None
     if isinstance(video, (str, os.PathLike)):
         path = check_path(os.fspath(video))

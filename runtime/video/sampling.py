@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def grid_places(until: float, rate: float, stride: int = 1) -> int:
-    """Return how many of the times k * stride / rate are before `until` seconds, however late that is."""
+    """Return how many of the times k * stride / rate are before `until` seconds, without a maximum."""
     count = max(int(until * rate / stride) - 1, 0)
     while count * stride / rate < until:
         count += 1

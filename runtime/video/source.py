@@ -68,7 +68,7 @@ class VideoSource(AbstractContextManager["VideoSource"]):
 
     is_image = False
     clock = "timestamps"  # where the times come from, one of decoder.CLOCKS; known once the video has been read
-    stream: int | None = None  # which video stream of the file is read; None if it has one only
+    stream: int | None = None  # index of the video stream that is read; None if the file has only one
     read_ahead = False  # whether reading fine frames releases the GIL, so that another thread should do it
 
     def __init__(self, spec: ModelSpec, *, width: int, height: int, name: str, budget: Budget | None = None) -> None:
@@ -110,7 +110,7 @@ class VideoSource(AbstractContextManager["VideoSource"]):
         return self._duration_s
 
     def samples(self, limits: Limits | None = None) -> CoarseSampler:
-        """Return the samples that `coarse` groups; the video is decoded once, with its seconds as progress."""
+        """Decode the video once and return the samples that `coarse` groups; progress counts the video's seconds."""
         if self._samples is None:
             self._samples = self._scan(limits or Limits())
         return self._samples

@@ -56,7 +56,7 @@ def api_error(error: BaseException, *, path: str = "", name: str = "the video") 
         return ApiError(status, error.code, text.replace(path, name) if path else text)
     logger.error("%s: %s", type(error).__name__, error, exc_info=None if isinstance(error, BridgeError) else error)
     if isinstance(error, HostError):
-        message = "This server has no more memory, threads, files or disk space; its log says which. Try again later."
+        message = "This server has run out of memory, threads, files or disk; its log says which. Try again later."
         return ApiError(503, error.code, message, retry_after_s=30)
     if isinstance(error, EngineError):
         return ApiError(503, error.code, "The engine of this server failed; its log says why.", retry_after_s=30)

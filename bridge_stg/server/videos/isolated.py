@@ -1,4 +1,4 @@
-"""Read the files of clients in subprocesses, so that nothing a file does reaches the server.
+"""Read the files of clients in subprocesses, so that a damaged or malicious file cannot harm the server.
 
 The server receives plain arrays. A file whose subprocess crashes, hangs or needs too much memory is rejected.
 """
@@ -36,7 +36,7 @@ from bridge_stg.server.videos.stills import still
 
 
 def preload() -> None:
-    """Import what workers need, once in their template."""
+    """Import the packages that workers need, once, in their template."""
     load_package("av", "av")
     load_package("PIL.ImageOps", "pillow")
     load_package("PIL.Image", "pillow").init()
@@ -95,7 +95,7 @@ class IsolatedMedia:
         """Return a worker that has opened the file, with the `size` (width, height) of a video, or `is_image`."""
         worker = self._start()
         try:
-            # The text's share of the budget counts when samples are grouped, which happens in this process.
+            # The part of the budget for text is needed when samples are grouped, which happens in this process.
             known = {name: getattr(budget, name) for name in ("visual_tokens", "positions", "capacity")}
             return worker, self.call(worker, "open", spec, known)
         except BaseException:
@@ -103,7 +103,7 @@ class IsolatedMedia:
             raise
 
     def call(self, worker: Worker, method: str, *arguments: Any, limits: Limits | None = None) -> Any:
-        """Call a method of `_Reader` in a worker."""
+        """Call a method of `_Reader` in a worker. Raises VideoError also if the worker ends."""
         try:
             return worker.call(method, *arguments, limits=limits)
         except EngineError as error:
@@ -133,7 +133,7 @@ class _Frames:
 
 
 class _IsolatedFile(VideoSource):
-    """A `VideoFile` in a worker; another worker is started if that has ended."""
+    """A `VideoFile` in a worker; if it has ended, another one is started."""
 
     read_ahead = True
 
@@ -176,7 +176,7 @@ class _Reader:
         self._file: VideoFile | None = None
         limit_frames(limits.max_pixels)
         pillow = load_package("PIL.Image", "pillow")
-        pillow.__dict__["MAX_IMAGE_PIXELS"] = (limits.max_pixels + 1) // 2  # twice as many are an error
+        pillow.__dict__["MAX_IMAGE_PIXELS"] = (limits.max_pixels + 1) // 2  # Pillow rejects more than twice as many
         warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
 
     def probe(self, _: Limits, name: str) -> Any:
@@ -214,7 +214,7 @@ class _Reader:
         assert file is not None
         samples = file.samples(limits)
         items, samples.items = samples.items, []
-        frames = {id(item): item for item in items}  # a slow video repeats them
+        frames = {id(item): item for item in items}  # a frame shown for long is sampled repeatedly
         places = {key: place for place, key in enumerate(frames)}
         return {
             "frames": list(frames.values()),

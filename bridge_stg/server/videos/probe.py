@@ -197,7 +197,7 @@ class _Check:
             if packet.stream.index != stream.index:
                 continue
             count += 1
-            if stamp is not None and not packet.is_discard:  # before the start that an edit list sets
+            if stamp is not None and not packet.is_discard:  # discarded: before the start in an edit list
                 start_s = float(stamp * packet.time_base)
                 first_s = start_s if first_s is None else min(first_s, start_s)
                 last_s = max(last_s, end_s)

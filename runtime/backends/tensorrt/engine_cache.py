@@ -123,7 +123,7 @@ class EngineEntry:
             raise _damaged(self.plan, f"cannot be read ({error})") from error
 
     def read_plan(self) -> bytes:
-        """Check the serialized engine with `check_plan` and return it."""
+        """Check the serialized engine with `check_plan` and return it. Raises EngineError if it is damaged."""
         self.check_plan()
         try:
             return self.plan.read_bytes()
