@@ -125,7 +125,7 @@ def export_once(
     bundle = copy_of(factory, shared, name, export)
     if stages is not None:
         stages += json.loads(reported.read_text(encoding="utf-8"))
-    return bundle
+    return bundle.rename(bundle.with_name("bundle"))
 
 
 def copy_of(factory: pytest.TempPathFactory, shared: Path, name: str, make: Callable[[Path], object]) -> Path:
