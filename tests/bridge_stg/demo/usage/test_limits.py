@@ -23,7 +23,6 @@ sys.exit(cli.run(sys.argv[3:]))
 @pytest.mark.parametrize(
     ("limit", "value", "codes"),
     [
-        ("RLIMIT_AS", 350 * 2**20, {"host.out_of_memory"}),
         ("RLIMIT_AS", 500 * 2**20, {"host.out_of_memory", None}),
         pytest.param("RLIMIT_AS", 650 * 2**20, {"host.out_of_memory", None}, marks=pytest.mark.slow),
         pytest.param("RLIMIT_AS", 1200 * 2**20, {"host.out_of_memory", None}, marks=pytest.mark.slow),
