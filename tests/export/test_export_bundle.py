@@ -16,7 +16,7 @@ from bridge_stg import cli
 from bridge_stg.export import export_bundle as onnx_export
 from bridge_stg.export.export_bundle import export_bundle
 from bridge_stg.export.graph.graph_check import FORBIDDEN, check_graph
-from bridge_stg.export.tracing.weights import ALIGNMENT
+from bridge_stg.export.graph.weight_file import ALIGNMENT
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract

@@ -62,7 +62,7 @@ def expect_boxes(page: Any, result: dict[str, Any]) -> None:
     bar = page.locator("#scrubber")
     seen = set()
     for _ in range(8):
-        page.wait_for_timeout(250)
+        page.wait_for_timeout(600)
         measured = page.evaluate(MEASURE, [list(MAGENTA), result["size"]])
         time_s = min(boxes, key=lambda known: abs(known - measured["time"]))
         assert abs(time_s - measured["time"]) < 2e-3
