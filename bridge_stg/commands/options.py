@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import click
 
-from bridge_stg.runtime.bundle.writer import is_bundle
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.cpus import MAX_THREADS
 
@@ -56,8 +55,11 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise BridgeError("output.not_writable", f"{path}: the folder {path.parent} is not writable.")
         for folder in path.resolve().parents:
-            if (folder / "manifest.json").is_file() and is_bundle(folder):
-                raise BridgeError("output.is_input", f"{path} is in the bundle {folder}; choose another folder.")
+            if (folder / "manifest.json").is_file():
+                from bridge_stg.runtime.bundle.writer import is_bundle
+
+                if is_bundle(folder):
+                    raise BridgeError("output.is_input", f"{path} is in the bundle {folder}; choose another folder.")
         return path
 
     return file
