@@ -276,8 +276,7 @@ class Timeline:
             self.clock = "frame_rate" if self._frame_s and self.clock != "guessed" else "guessed"
         self.times.append(time)
         self.pts.append(frame.pts or 0)
-        duration = getattr(frame, "duration", None)  # PyAV before 15 does not have it
-        self._length_s = float(max(duration or 0, 0) * self._time_base)
+        self._length_s = float(max(frame.duration or 0, 0) * self._time_base)
         return time
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import zlib
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,8 +45,6 @@ class FrameConverter:
         aspect = stream.sample_aspect_ratio or Fraction(1)  # of the container, else of the codec
         self._aspect = aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else Fraction(1)
         self._unused: list[Any] = []
-        side_data = load_package("av.sidedata.sidedata", "av")
-        side_data.Type._missing_ = classmethod(lambda kinds, _: kinds.PANSCAN)  # PyAV has no name for EXIF
 
     def size(self, frame: Any) -> tuple[int, int]:
         """Return (height, width) of a frame as displayed."""
@@ -92,7 +90,7 @@ def _to_bt709(frame: Any, options: dict[str, Any]) -> np.ndarray:
     if frame.colorspace in UNKNOWN_MATRICES:
         frame.colorspace = BT2020
     colors = frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range
-    graph, lock = _bt709_graph(frame.width, frame.height, frame.format.name, colors, **options)
+    graph, lock = _bt709_graph((frame.width, frame.height, frame.format.name), colors, **options)
     with lock:
         try:
             graph.push(frame)
@@ -105,23 +103,15 @@ def _to_bt709(frame: Any, options: dict[str, Any]) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _bt709_graph(
-    from_width: int,
-    from_height: int,
-    from_format: str,
-    colors: tuple[int, ...],
-    *,
-    width: int,
-    height: int,
-    format: str,
+    source: tuple[int, int, str], colors: tuple[int, ...], *, width: int, height: int, format: str
 ) -> tuple[Any, threading.Lock]:
     """Return FFmpeg's filter graph for one kind of frame, and its lock; cached, since its table takes seconds."""
     graph = load_package("av.filter", "av").Graph()
     graph.threads = min(usable_cpus(), HDR_THREADS)
+    given = dict(zip(("width", "height", "format"), source))
     scale = f"w={width}:h={height}:flags=bicubic+accurate_rnd+full_chroma_int+bitexact:{TO_BT709}"
-    source = graph.add_buffer(width=from_width, height=from_height, format=from_format, time_base=Fraction(1, 1000))
-    graph.link_nodes(
-        source, graph.add("scale", scale), graph.add("format", format), graph.add("buffersink")
-    ).configure()
+    nodes = (graph.add(*node) for node in (("scale", scale), ("format", format), ("buffersink",)))
+    graph.link_nodes(graph.add_buffer(**given, time_base=Fraction(1, 1000)), *nodes).configure()
     return graph, threading.Lock()
 
 
@@ -132,12 +122,20 @@ def _display(frame: Any) -> tuple[bool, bool, bool]:
     libavutil/display.h.
     """
     # Not frame.side_data, which keeps the frame alive until the garbage collector runs.
-    matrix = load_package("av.sidedata.sidedata", "av").SideDataContainer(frame).get("DISPLAYMATRIX")
+    matrix = _side_data().SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     turned = abs(a) + abs(d) < abs(b) + abs(c)
     return (True, b < 0, c < 0) if turned else (False, d < 0, a < 0)
+
+
+@cache
+def _side_data() -> Any:
+    """Return PyAV's module of side data; it has no name for EXIF, and would raise ValueError for a frame with it."""
+    module = load_package("av.sidedata.sidedata", "av")
+    module.Type._missing_ = classmethod(lambda kinds, _: kinds.PANSCAN)
+    return module
 
 
 def over_white(rgba: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 MATROSKA = b"\x1a\x45\xdf\xa3"
 BAND_PIXELS = 2**22
-SHORTEST_FRAME_S = 0.011  # browsers show frames of animations that request 10 ms or less for 100 ms
+SHORTEST_FRAME_S = 0.011
 
 # Raised by Pillow's plugins for damaged files.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error)
@@ -134,6 +134,12 @@ def read_rgb(picture: Any, path: str) -> np.ndarray:
         raise _unreadable(path, error) from error
 
 
+def frame_seconds(picture: Any) -> float:
+    """Return how long browsers show the loaded frame of an animation: if 10 ms or less are requested, 100 ms."""
+    seconds = float(picture.info.get("duration") or 0) / 1000
+    return seconds if seconds >= SHORTEST_FRAME_S else 0.1
+
+
 class Animation:
     """The frames of an animated image as (time in seconds, RGB frame), up to the first damaged one, to be read once.
 
@@ -156,8 +162,8 @@ class Animation:
                     return
                 except bomb_error() as error:
                     raise _unreadable(self._path, error) from error
-                shown_s, time = float(picture.info.get("duration") or 0) / 1000, self.end_s
-                self.end_s += shown_s if shown_s >= SHORTEST_FRAME_S else 0.1
+                time = self.end_s
+                self.end_s += frame_seconds(picture)
                 yield time, rgb
 
 

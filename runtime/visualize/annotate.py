@@ -157,7 +157,7 @@ def encode_h264(
         try:
             stream: Any = container.add_stream("libx264", rate=30, options={"crf": "18", "preset": "veryfast"})
         except av.error.FFmpegError as error:
-            raise BridgeError("output.no_encoder", 'PyAV cannot write H.264: pip install "av>=14"') from error
+            raise BridgeError("output.no_encoder", 'PyAV cannot write H.264: pip install "av>=17.1"') from error
         stream.width, stream.height = (side + side % 2 for side in first[1].size)
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context

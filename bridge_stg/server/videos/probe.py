@@ -15,7 +15,7 @@ from typing import Any
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.video.decoder import Decoder, moving_streams
-from bridge_stg.runtime.video.image import DAMAGE, SHORTEST_FRAME_S, bomb_error, is_animation, open_image, read_rgb
+from bridge_stg.runtime.video.image import DAMAGE, bomb_error, frame_seconds, is_animation, open_image, read_rgb
 from bridge_stg.server.http.errors import ApiError, api_error
 from bridge_stg.server.settings import MediaLimits
 
@@ -133,8 +133,7 @@ class _Check:
                 break
             except bomb_error() as error:
                 raise self._too_many_pixels("a frame with more pixels") from error
-            frame_s = float(image.info.get("duration") or 0) / 1000
-            frames, duration_s = frames + 1, duration_s + (frame_s if frame_s >= SHORTEST_FRAME_S else 0.1)
+            frames, duration_s = frames + 1, duration_s + frame_seconds(image)
             self._length(duration_s, frames, end)
         if not frames:
             raise self._no_frames()
