@@ -168,9 +168,8 @@ def build_model(
     except CheckpointError:
         raise
     except Exception as error:  # transformers validates configs with many exception types
-        raise CheckpointError(
-            "checkpoint.bad_config", f"{where}: cannot build the backbone ({error!s:.300})"
-        ) from error
+        message = f"{where}: cannot build the backbone ({error!s:.300})"
+        raise CheckpointError("checkpoint.bad_config", message) from error
 
 
 def checkpoint_tensors(model: BridgeSTG) -> dict[str, torch.Tensor]:

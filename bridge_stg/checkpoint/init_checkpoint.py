@@ -42,7 +42,7 @@ from bridge_stg.model.spatial_decoder import SpatialDecoder
 from bridge_stg.runtime.bundle.spec import Deviations, Means
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
-from bridge_stg.runtime.host.files import require_space
+from bridge_stg.runtime.host.files import require_space, target_of
 
 SPARE_BYTES = 64 << 20
 """Disk space that must stay free."""
@@ -165,7 +165,7 @@ def write_weights(path: Path, store: WeightStore, *, dtype: torch.dtype | None) 
 
 def check_space(folder: Path, needed: int) -> None:
     """Raise BridgeError if the disk of a `temporary_sibling` has too little free space."""
-    require_space(folder.parents[2] / folder.name, needed + SPARE_BYTES, purpose="the checkpoint")
+    require_space(target_of(folder), needed + SPARE_BYTES, purpose="the checkpoint")
 
 
 def new_parts(config: BridgeSTGConfig, seed: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -43,6 +43,11 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
         raise
 
 
+def target_of(temporary: Path) -> Path:
+    """Return the path that a `temporary_sibling` is built for."""
+    return temporary.parents[2] / temporary.name
+
+
 def _remove_left(folder: Path, path: Path) -> None:
     """Remove the hidden folder of a killed process, after moving back what it had moved away from `path`."""
     if not (folder / NEW).is_dir() or (lock := _lock_folder(folder)) is None:

@@ -13,7 +13,7 @@ from bridge_stg.runtime.backends.tensorrt.engine_cache import ABOUT, PLAN, Engin
 from bridge_stg.runtime.bundle.bundle import Bundle, file_sha256
 from bridge_stg.runtime.bundle.manifest import canonical_sha256
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
+from bridge_stg.runtime.host.files import replace_folder, target_of, temporary_sibling
 
 
 def writable_folder(bundle: Bundle) -> Path:
@@ -56,7 +56,7 @@ def publish(partial: Path, entry: EngineEntry) -> EngineEntry:
     values = json.loads(json.dumps(dataclasses.asdict(entry)))
     values["about_sha256"] = canonical_sha256(values, without="")
     (partial / ABOUT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    place = partial.parents[2] / entry.key.folder(entry.graph, entry.variant)
+    place = target_of(partial).parent / entry.key.folder(entry.graph, entry.variant)
     place.parent.mkdir(exist_ok=True)
     replace_folder(partial, place)
     return dataclasses.replace(entry, folder=str(place))
