@@ -1,4 +1,4 @@
-"""Bind, serve, and shut down gracefully: the function behind the command `serve`."""
+"""Bind, serve, and shut down gracefully: the function that the command `serve` calls."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ import onnxruntime
 import pytest
 
 from bridge_stg.runtime.backends.registry import STANDARD_SINCE
+from bridge_stg.runtime.host.packages import version_numbers
 
-RUNS_STANDARD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= STANDARD_SINCE
+RUNS_STANDARD = version_numbers(onnxruntime.__version__) >= STANDARD_SINCE
 RUNNABLE = {"standard", "primitive"} if RUNS_STANDARD else {"primitive"}
 
 
