@@ -15,7 +15,7 @@ from bridge_stg.calibration.options import METHODS
 from bridge_stg.calibration.recipes import graph_of
 from bridge_stg.export.graph.blocks import block_of
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.host.parse import read_yaml
+from bridge_stg.runtime.host.parse import parse_yaml_file
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_overrides(path: str | os.PathLike[str]) -> Overrides:
     """Read overrides from a YAML file. Raises BridgeError for unreadable YAML, unknown names, or bad strengths."""
     file = Path(path)
     try:
-        values = read_yaml(file)
+        values = parse_yaml_file(file)
     except (OSError, ValueError) as error:
         raise _error(file, f"cannot be read as YAML ({error}).") from error
     values = {} if values is None else values

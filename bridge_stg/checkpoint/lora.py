@@ -18,7 +18,7 @@ import torch
 
 from bridge_stg.checkpoint.safetensors_file import StoredTensor, rename_key
 from bridge_stg.runtime.errors import CheckpointError
-from bridge_stg.runtime.host.parse import read_json
+from bridge_stg.runtime.host.parse import parse_json_file
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 PAIRS = {".lora_A.weight": (".lora_B.weight", False), ".lora_embedding_A": (".lora_embedding_B", True)}
@@ -123,7 +123,7 @@ def read_adapter(folder: Path) -> Adapter:
             message = f"{file}: no such file, but the folder contains the rest of a LoRA adapter; {hint}"
             raise CheckpointError("checkpoint.missing_file", message)
     try:
-        config = read_json(path)
+        config = parse_json_file(path)
         kind, patterns = config.get("peft_type"), config.get("alpha_pattern") or {}
         list(map(float, (config.get("lora_alpha", 8), *patterns.values())))
         list(map(re.compile, [*(rf"(.*\.)?({one})$" for one in patterns), *(config.get("modules_to_save") or ())]))

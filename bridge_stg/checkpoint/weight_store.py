@@ -16,7 +16,7 @@ import torch
 from bridge_stg.checkpoint.lora import EMBEDDING, HEAD, LoraDelta, deltas_and_replacements, find_adapter
 from bridge_stg.checkpoint.safetensors_file import StoredTensor, read_header, read_tensor, rename_key, same_bytes
 from bridge_stg.runtime.errors import CheckpointError
-from bridge_stg.runtime.host.parse import read_json
+from bridge_stg.runtime.host.parse import parse_json_file
 
 WEIGHTS, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 PARTS = ("bridging.safetensors", "spatial_decoder.safetensors")
@@ -160,7 +160,7 @@ def weight_files(folder: Path) -> list[Path]:
 def shards(index: Path) -> list[Path]:
     """Return the files of an index, sorted. Raises CheckpointError if the index is invalid or one is missing."""
     try:
-        places = read_json(index)["weight_map"]
+        places = parse_json_file(index)["weight_map"]
         by_file: dict[str, set[str]] = {}
         for key, name in places.items():
             by_file.setdefault(str(name), set()).add(key)

@@ -146,7 +146,7 @@ class BridgeSTGConfig:
 def read_json(path: Path, *, hint: str) -> dict[str, Any]:
     """Return the JSON object in a file; `hint` is the advice if the file does not exist."""
     try:
-        values = parse.read_json(path)
+        values = parse.parse_json_file(path)
     except FileNotFoundError:
         raise CheckpointError("checkpoint.missing_file", f"{path}: no such file; {hint}") from None
     except (OSError, ValueError) as error:

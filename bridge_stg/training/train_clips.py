@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.runtime.host.files import require_space
-from bridge_stg.runtime.host.parse import read_json
+from bridge_stg.runtime.host.parse import parse_json_file
 from bridge_stg.training.annotated_clips import check_clips, read_clips
 from bridge_stg.training.clip_batches import ClipBatches, TrainingOptions
 
@@ -151,7 +151,7 @@ def same_run(path: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
     """Write the identity of a new run, or raise CheckpointError if a resumed run had another."""
     if resume and path.is_file():
         try:
-            begun = dict(read_json(path))
+            begun = dict(parse_json_file(path))
         except (OSError, ValueError, TypeError) as error:
             message = f"{path}: cannot be read ({error}); start again with --no-resume, or choose another --out"
             raise CheckpointError("training.wrong_state", message) from error

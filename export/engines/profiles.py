@@ -21,7 +21,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.chain.spatial_pass import MAX_ROWS
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.parse import read_yaml
+from bridge_stg.runtime.host.parse import parse_yaml_file
 
 Range = tuple[int, int, int]
 Ranges = dict[str, Range]
@@ -147,7 +147,7 @@ def read_overrides(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises EngineError if the file cannot be read, is not a mapping, or has an unknown key.
     """
     try:
-        values = read_yaml(path)
+        values = parse_yaml_file(path)
     except ImportError as error:
         message = f'pyyaml cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"'
         raise EngineError("host.missing_package", message) from error

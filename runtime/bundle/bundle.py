@@ -15,7 +15,7 @@ from bridge_stg.runtime.bundle.manifest import SCHEMA_VERSION, FileEntry, GraphS
 from bridge_stg.runtime.bundle.onnx_file import external_locations
 from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.host.cpus import usable_cpus
-from bridge_stg.runtime.host.parse import read_json
+from bridge_stg.runtime.host.parse import parse_json_file
 from bridge_stg.runtime.host.threads import for_each
 
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ def read_manifest(root: Path) -> Manifest:
         found = f"has no {MANIFEST}" if root.is_dir() else "is a file" if root.exists() else "does not exist"
         raise BundleError("bundle.not_found", f"{root}: {found}; expected the folder that `export` wrote.")
     try:
-        values = read_json(file)
+        values = parse_json_file(file)
     except (OSError, ValueError) as error:
         raise BundleError("bundle.unreadable", f"{file}: cannot be read as JSON ({error}). {COPY_AGAIN}") from error
     _check_schema_version(file, values)

@@ -25,7 +25,7 @@ from bridge_stg.runtime.bundle.manifest import FileEntry, GraphSpec, Manifest, c
 from bridge_stg.runtime.bundle.onnx_file import external_locations
 from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
-from bridge_stg.runtime.host.parse import read_json
+from bridge_stg.runtime.host.parse import parse_json_file
 
 
 class BundleWriter:
@@ -142,7 +142,7 @@ class BundleWriter:
 def is_bundle(path: Path) -> bool:
     """Return whether a folder contains a manifest with a schema version and a fingerprint, of any version."""
     try:
-        values = read_json(path / MANIFEST)
+        values = parse_json_file(path / MANIFEST)
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and {"schema_version", "fingerprint"} <= set(values)

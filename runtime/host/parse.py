@@ -21,7 +21,7 @@ MOST_LEVELS = 64
 _LONG_INTEGER = re.compile(r"\d{4301}")  # Python's own limit, whose message does not name the line
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def parse_json_file(path: str | os.PathLike[str]) -> Any:
     """Return the value in a JSON file. Raises OSError; ValueError beyond `MOST_BYTES`, or as `parse_json` does."""
     return parse_json(_read(path, MOST_BYTES))
 
@@ -56,7 +56,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     raise _too_deep()
 
 
-def read_yaml(path: str | os.PathLike[str]) -> Any:
+def parse_yaml_file(path: str | os.PathLike[str]) -> Any:
     """Return the value in a YAML file of at most `MOST_YAML_BYTES`, with YAML's plain types only.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 from bridge_stg.runtime.bundle.bundle import COPY_AGAIN
 from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import BundleError
-from bridge_stg.runtime.host.parse import read_json
+from bridge_stg.runtime.host.parse import parse_json_file
 
 Difference: TypeAlias = Annotated[float, Between(0, 10**9)]
 
@@ -101,7 +101,7 @@ def read_case(folder: Path) -> GoldenCase:
     """Read case.json and the list of calls. Raises BundleError if case.json is missing or wrong."""
     file = folder / "case.json"
     try:
-        about = from_json(CaseFile, read_json(file), "case")
+        about = from_json(CaseFile, parse_json_file(file), "case")
     except (OSError, ValueError) as error:
         raise BundleError("bundle.bad_golden_case", f"{file}: cannot be read ({error}). {COPY_AGAIN}") from error
     names = [(*path.stem.rpartition("_")[::2], path) for path in folder.glob("*.npz")]

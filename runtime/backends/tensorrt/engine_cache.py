@@ -19,7 +19,7 @@ from bridge_stg.runtime.bundle.bundle import ENGINES, HASHED_BYTES_ON_LOAD, Bund
 from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec, canonical_sha256
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.parse import read_json
+from bridge_stg.runtime.host.parse import parse_json_file
 
 PLAN, ABOUT = "engine.plan", "engine.json"
 SCHEMA_VERSION = 1
@@ -231,7 +231,7 @@ def _differences(key: EngineKey, graph: GraphSpec, device: EngineDevice) -> Iter
 
 def _read(file: Path) -> EngineEntry:
     try:
-        values = read_json(file)
+        values = parse_json_file(file)
         if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
             found = values.get("schema_version") if isinstance(values, dict) else type(values).__name__
             raise _damaged(file, f"schema version {found!r}, and this program reads {SCHEMA_VERSION}")

@@ -36,7 +36,7 @@ BAD = [
 @pytest.mark.parametrize(("text", "value"), GOOD)
 def test_json_is_read(text: bytes, value: object, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(text)
-    found = parse.read_json(tmp_path / "a.json")
+    found = parse.parse_json_file(tmp_path / "a.json")
     assert value is None or found == value
 
 
@@ -44,13 +44,13 @@ def test_json_is_read(text: bytes, value: object, tmp_path: Path) -> None:
 def test_every_fault_of_json_is_a_value_error(text: bytes, named: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(text)
     with pytest.raises(ValueError, match=named):
-        parse.read_json(tmp_path / "a.json")
+        parse.parse_json_file(tmp_path / "a.json")
 
 
 def test_a_file_that_is_too_large_is_not_read_whole(tmp_path: Path) -> None:
     with open(tmp_path / "a.json", "wb") as file:
         file.truncate(2**40)
-    for read in (parse.read_json, parse.read_yaml):
+    for read in (parse.parse_json_file, parse.parse_yaml_file):
         with pytest.raises(ValueError, match="MiB"):
             read(tmp_path / "a.json")
 
@@ -63,7 +63,7 @@ def test_a_repeated_name_among_many_is_found_at_once() -> None:
 
 def test_yaml_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("capacity: 64\nlist: [1, a]\nnested: {a: 0.5}\n")
-    assert parse.read_yaml(tmp_path / "a.yaml") == {"capacity": 64, "list": [1, "a"], "nested": {"a": 0.5}}
+    assert parse.parse_yaml_file(tmp_path / "a.yaml") == {"capacity": 64, "list": [1, "a"], "nested": {"a": 0.5}}
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_yaml_is_read(tmp_path: Path) -> None:
 def test_every_fault_of_yaml_is_a_value_error(text: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=named):
-        parse.read_yaml(tmp_path / "a.yaml")
+        parse.parse_yaml_file(tmp_path / "a.yaml")
