@@ -11,10 +11,16 @@ from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec, TensorSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec, VisionSpec
 
 GRAPHS = ("vision_encoder", "language_model", "spatial_decoder")
+"""All graphs, in the order of the chain; see `graphs_of`."""
 
 TOKEN_GROUPS = "token_groups"
 """int64 [1], number of groups to compute `visual_tokens` for: an optional input of vision encoders beyond the contract
 (default: all groups). With 0, `visual_tokens` has no rows and the mergers cost nothing."""
+
+
+def graphs_of(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the names of a model's graphs, in the order of the chain: with text heads, there is no spatial decoder."""
+    return GRAPHS if spec.heads == "bridge" else GRAPHS[:2]
 
 
 def graph_contract(
@@ -55,10 +61,9 @@ def _vision_encoder(spec: ModelSpec, io: str) -> Parts:
         TensorSpec("frames", "uint8", ("G", vision.temporal_patch_size, "height", "width", 3)),
         *_vision_tables(vision),
     ]
-    outputs = [
-        TensorSpec("visual_tokens", io, (1 + vision.deepstack_levels, f"G*N/{vision.merge_size**2}", hidden)),
-        TensorSpec("feature_map", io, ("G", "h", "w", vision.hidden_size)),
-    ]
+    outputs = [TensorSpec("visual_tokens", io, (1 + vision.deepstack_levels, f"G*N/{vision.merge_size**2}", hidden))]
+    if spec.heads == "bridge":
+        outputs.append(TensorSpec("feature_map", io, ("G", "h", "w", vision.hidden_size)))
     side = vision.patch_size * vision.merge_size
     ranges: dict[str, tuple[int, int | None]] = {"G": (1, None), "height": (side, None), "width": (side, None)}
     ranges |= {"N": (vision.merge_size**2, None)} | ({"W": (1, None)} if vision.window_patches else {})
@@ -88,10 +93,9 @@ def _language_model(spec: ModelSpec, io: str) -> Parts:
         TensorSpec("cache_position", "int64", ("B",)),
         TensorSpec("output_index", "int64", ("B", "K")),
     ]
-    outputs = [
-        TensorSpec("logits", "float32", ("B", "K", language.vocab_size)),
-        TensorSpec("taps", io, (len(language.tapped_layers), "B", "K", language.hidden_size)),
-    ]
+    outputs = [TensorSpec("logits", "float32", ("B", "K", language.vocab_size))]
+    if language.tapped_layers:
+        outputs.append(TensorSpec("taps", io, (len(language.tapped_layers), "B", "K", language.hidden_size)))
     return inputs, outputs, dict.fromkeys("BLKSV", (1, None))
 
 

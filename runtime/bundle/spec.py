@@ -34,6 +34,11 @@ Word: TypeAlias = Annotated[str, Text(1)]
 QueryForm: TypeAlias = Annotated[str, Text(parts=("{query}",))]
 TrackForm: TypeAlias = Annotated[str, Text(parts=("{query}", "{box}"))]
 TimeForm: TypeAlias = Annotated[str, Text(parts=("{time}",))]
+TurnForm: TypeAlias = Annotated[str, Text(parts=("{message}",))]
+TokenId: TypeAlias = Annotated[int, Between(0, 2**24)]
+
+HEADS = ("bridge", "text")
+"""Heads that answer queries: `bridge` (bridging queries and spatial decoder), `text` (spans and boxes as JSON)."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class LanguageSpec:
     head_dim: HeadDim
     vocab_size: Vocabulary
     max_positions: Tokens
-    num_bridging_queries: Count
-    tapped_layers: tuple[Index, ...]
+    num_bridging_queries: Index
+    tapped_layers: tuple[Index, ...]  # both are empty in a model without bridge heads
 
     def __post_init__(self) -> None:
         if any(layer >= self.num_layers for layer in self.tapped_layers):
@@ -113,10 +118,33 @@ class PromptSpec:
     query: QueryForm = "Find {query}.<|im_end|>\n<|im_start|>assistant\n"
     track: TrackForm = "Track {query}, first at {box}.<|im_end|>\n<|im_start|>assistant\n"
     time: TimeForm = "<{time} seconds>"
+    prints_times: bool = True  # False: the visual tokens of all groups are adjacent, without `time` and group markers
     time_decimals: Annotated[int, Between(0, 6)] = 1
     between: Piece = " to "
     absent: Word = "none"
     max_query_characters: Annotated[int, Between(1, 100_000)] = 1000
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """How a model answers in text: its chat template around a video or an image, and a message per task.
+
+    `{message}` is one of the messages or what a user asks, `{query}` is what to find; everything else is literal.
+    """
+
+    tube: QueryForm  # message that asks for a list of times and boxes
+    span: QueryForm  # message that asks for the start and end of the target
+    image: QueryForm  # message that asks for a box in one image
+    video_turn: TurnForm = "<|vision_end|>{message}<|im_end|>\n<|im_start|>assistant\n"  # after a video's tokens
+    image_head: Piece = "<|im_start|>user\n<|vision_start|>"  # before an image's tokens
+    image_token: Word = "<|image_pad|>"
+    image_turn: TurnForm = "<|vision_end|>{message}<|im_end|>\n<|im_start|>assistant\n"  # after an image's tokens
+    list_open: Piece = "```json\n[\n\t"  # the JSON list of an answer, as the family writes it
+    list_separator: Piece = ",\n\t"
+    list_close: Piece = "\n]\n```"
+    box_scale: Annotated[int, Between(0, 10**6)] = 1000  # boxes are integers from 0 to this; 0: pixels of the input
+    stop_ids: tuple[TokenId, ...] = ()  # ids that end an answer
+    repetition_penalty: Annotated[float, Between(0.1, 10)] = 1.0  # of answers without a grammar
 
 
 @dataclass(frozen=True)
@@ -129,10 +157,26 @@ class SpanSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that the chain needs to know about a model besides its graphs and tokenizer."""
+    """Everything that the chain needs to know about a model besides its graphs and tokenizer.
+
+    `heads` is the default of `HEADS`. A `text` model has no spatial decoder, taps and feature maps; a `bridge` model can
+    answer in text as well if it has the section `text`.
+    """
 
     vision: VisionSpec
     language: LanguageSpec
     frames: FramesSpec = field(default_factory=FramesSpec)
     prompt: PromptSpec = field(default_factory=PromptSpec)
     span: SpanSpec = field(default_factory=SpanSpec)
+    heads: str = "bridge"
+    text: TextSpec | None = None
+
+    def __post_init__(self) -> None:
+        bridging = (self.language.num_bridging_queries > 0, bool(self.language.tapped_layers))
+        if self.heads not in HEADS:
+            raise ValueError(f"heads is {self.heads!r}, expected one of {', '.join(HEADS)}")
+        if bridging != (self.heads == "bridge",) * 2:
+            counts = f"{self.language.num_bridging_queries} bridging queries and taps {self.language.tapped_layers}"
+            raise ValueError(f"heads is {self.heads!r}, which does not fit {counts}")
+        if self.heads == "text" and self.text is None:
+            raise ValueError("heads is 'text', but the section text is missing")
