@@ -159,8 +159,8 @@ class SpanSpec:
 class ModelSpec:
     """Everything that the chain needs to know about a model besides its graphs and tokenizer.
 
-    `heads` is the default of `HEADS`. A `text` model has no spatial decoder, taps and feature maps; a `bridge` model can
-    answer in text as well if it has the section `text`.
+    `heads` is one of `HEADS`. A `text` model has no spatial decoder, taps and feature maps; a `bridge` model can answer
+    in text as well if it has the section `text`.
     """
 
     vision: VisionSpec

@@ -134,7 +134,9 @@ def test_every_number_of_the_spec_has_a_range(bundle_path):
     file, optional = bundle_path / "manifest.json", ("margin_s", "max_visual_tokens", "tokens_per_second")
     clean = json.loads(file.read_text())
     spec = clean["spec"]
-    fields = [(part, name, value) for part in spec if isinstance(spec[part], dict) for name, value in spec[part].items()]
+    fields = [
+        (part, name, value) for part in spec if isinstance(spec[part], dict) for name, value in spec[part].items()
+    ]
     numbers = [(part, name) for part, name, v in fields if name in optional or type(v) in (int, float)]
     assert len(numbers) > 30
     for part, name in numbers:
