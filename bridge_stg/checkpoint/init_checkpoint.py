@@ -74,7 +74,7 @@ def init_checkpoint(
         progress: called with the name of each stage.
 
     Returns:
-        The checkpoint folder.
+        The checkpoint folder; its config says `"trained": false`.
 
     Raises:
         CheckpointError: the model is not supported, its tokenizer does not fit the prompt, or `out` exists.
@@ -117,7 +117,7 @@ def new_config(folder: Path, *, bridging: BridgingConfig, spatial_decoder: Spati
     mean, std = image_statistics(folder, family.image_mean, family.image_std)
     config = BridgeSTGConfig(
         backbone=values, bridging=bridging, spatial_decoder=spatial_decoder, frames=family.frames(),
-        prompt=family.prompt(), image_mean=mean, image_std=std,
+        prompt=family.prompt(), image_mean=mean, image_std=std, trained=False,
     )  # fmt: skip
     return BridgeSTGConfig.from_dict(json.loads(json.dumps(config.to_dict())), str(folder / "config.json"))
 

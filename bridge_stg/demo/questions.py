@@ -43,6 +43,12 @@ def ask_to_track(rng: np.random.Generator, scene: Scene, index: int) -> Question
 
 
 PHRASES = ("the {}", "the {}", "the {}", "{}", "a {}", "find the {}", "where is the {}", "show the {}")
+UNNAMED, MOTIONS = "object", ("moving", "that moves")
+QUERY_WORDS = (
+    *NAMES, *COLOUR_NAMES, *DIRECTION_NAMES, UNNAMED,
+    *dict.fromkeys(" ".join((*PHRASES, *MOTIONS, "an")).replace("{}", "").split()),
+)  # fmt: skip
+"""All words of the queries, and "an", which is "a" before a vowel."""
 
 
 def _query_about(rng: np.random.Generator, scene: Scene, index: int, thing: Thing) -> Question | None:
@@ -77,9 +83,9 @@ def _query_about(rng: np.random.Generator, scene: Scene, index: int, thing: Thin
 def _phrase(rng: np.random.Generator, query: Question) -> Question:
     """Return the query with a random text that names its traits."""
     words = [COLOUR_NAMES[query.colour]] if query.colour is not None else []
-    words.append(NAMES[query.name] if query.name is not None else "object")
+    words.append(NAMES[query.name] if query.name is not None else UNNAMED)
     if query.direction is not None:
-        words.append(("moving " if rng.random() < 0.7 else "that moves ") + DIRECTION_NAMES[query.direction])
+        words += [MOTIONS[0] if rng.random() < 0.7 else MOTIONS[1], DIRECTION_NAMES[query.direction]]
     return replace(query, text=PHRASES[rng.integers(len(PHRASES))].format(" ".join(words)))
 
 

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bridge_stg.demo.questions import QUERY_WORDS
 from bridge_stg.demo.sprites import COLOUR_NAMES, NAMES
 from bridge_stg.demo.synthetic import DIRECTION_NAMES
 from bridge_stg.model.config import BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig
-from bridge_stg.runtime.bundle.spec import FramesSpec, PromptSpec
+from bridge_stg.runtime.bundle.spec import FramesSpec, KnowsSpec, PromptSpec
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                   "<|image_pad|>", "<|video_pad|>")  # fmt: skip
@@ -79,6 +80,10 @@ def demo_config() -> BridgeSTGConfig:
             fine_fps=8.0, fine_max_pixels=288 * 288, fine_min_pixels=96 * 96, max_fine_frames=64,
         ),
         prompt=PromptSpec(),
+        knows=KnowsSpec(
+            f"This model knows {len(NAMES)} drawn things ({', '.join(NAMES)}) in {len(COLOUR_NAMES)} colours "
+            f"({', '.join(COLOUR_NAMES)}), in synthetic clips.", QUERY_WORDS,
+        ),
     )  # fmt: skip
 
 

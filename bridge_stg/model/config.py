@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from bridge_stg.model.backbones import backbone
-from bridge_stg.runtime.bundle.spec import Count, Deviations, FramesSpec, Index, Means, ModelSpec, PromptSpec, SpanSpec
+from bridge_stg.runtime.bundle.spec import (
+    Count,
+    Deviations,
+    FramesSpec,
+    Index,
+    KnowsSpec,
+    Means,
+    ModelSpec,
+    PromptSpec,
+    SpanSpec,
+)
 from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host import parse
@@ -74,6 +84,10 @@ class BridgeSTGConfig:
     losses: LossConfig = field(default_factory=LossConfig)
     image_mean: Means = (0.5, 0.5, 0.5)
     image_std: Deviations = (0.5, 0.5, 0.5)
+    trained: bool = True
+    """False until `train` has trained the bridging and spatial parts that `init` made."""
+    knows: KnowsSpec | None = None
+    """What the model was trained to find; None: not stated."""
 
     def backbone_config(self) -> Any:
         """Return transformers' config object of the backbone; see `Backbone.config` for its errors."""
@@ -95,6 +109,8 @@ class BridgeSTGConfig:
                 frames=self.frames,
                 prompt=self.prompt,
                 span=self.span,
+                trained=self.trained,
+                knows=self.knows,
             )
             return from_json(ModelSpec, dataclasses.asdict(spec))  # checks what follows from the backbone's config
         except ValueError as error:

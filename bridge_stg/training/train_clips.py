@@ -5,11 +5,11 @@ State, log and the options of the run are in `<out>-training/`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ def train_clips(
     adapter: Path | str | None = None, resume: bool = True, workers: int = 1,
 ) -> Path:  # fmt: skip
     """Train a checkpoint on annotated clips, and write a new one to `out`, which must not exist; return `out`.
+
+    Its config says `"trained": true`, and has no section `knows`: the clips may have any words.
 
     `annotations` are JSON lines (docs/annotations.md) with paths relative to `media`. `device` is `cpu`, `cuda`,
     `cuda:1` …, or `auto`: CUDA if available. `dtype` is that of the new backbone, None as in `checkpoint`. `adapter`,
@@ -87,6 +89,7 @@ def train_clips(
         resume=resume,
         workers=workers,
     )
+    model.config = dataclasses.replace(model.config, trained=True, knows=None)
     save_checkpoint(model.eval().to("cpu"), out, checkpoint / TOKENIZER, dtype=dtype, parts_dtype=torch.float32)
     return out
 
@@ -143,7 +146,11 @@ def parameter_groups(trained: Mapping[str, Any], backbone_scale: float) -> list[
 def run_identity(options: TrainingOptions, documents: Mapping[str, Path], weights: Sequence[Path]) -> dict[str, Any]:
     """Return what must not change when a run is resumed, as JSON values: options, hashes, sizes of the weights."""
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in documents.items()}
-    values = {**asdict(options), **digests, "weights": [[path.name, path.stat().st_size] for path in weights]}
+    values = {
+        **dataclasses.asdict(options),
+        **digests,
+        "weights": [[path.name, path.stat().st_size] for path in weights],
+    }
     return dict(json.loads(json.dumps(values)))  # tuples become lists, as in the file
 
 
@@ -157,7 +164,9 @@ def same_run(path: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
             raise CheckpointError("training.wrong_state", message) from error
         for name, value in identity.items():
             if begun.get(name) != value:
-                change = f" from {begun.get(name)!r} to {value!r}" if name in asdict(TrainingOptions()) else ""
+                change = (
+                    f" from {begun.get(name)!r} to {value!r}" if name in dataclasses.asdict(TrainingOptions()) else ""
+                )
                 message = f"{path}: {name} has changed{change} since this training started"
                 hint = "use the same, start again with --no-resume, or choose another --out"
                 raise CheckpointError("training.other_options", f"{message}; {hint}")

@@ -34,7 +34,7 @@ def answer_schema() -> Any:
             ("span", numbers("start_s", "end_s")), ("named_span", numbers("start_s", "end_s")),
             ("answer", pa.string()), ("size", size), ("scores", numbers("absent", "answer", "presence")),
             ("tube", boxes("visible")), ("boxes", boxes("visible", "interpolated")), ("coarse", pa.struct(coarse)),
-            ("clock", pa.string()), ("stream", pa.int32()),
+            ("clock", pa.string()), ("stream", pa.int32()), ("unknown_words", pa.list_(pa.string())),
             ("tokens", numbers("coarse", "fine", "dense", "ratio")), ("timings_s", pa.map_(pa.string(), pa.float64())),
         ]
     )  # fmt: skip

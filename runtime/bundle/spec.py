@@ -6,6 +6,8 @@ runtime read the same numbers. They know nothing of torch and of files.
 
 from __future__ import annotations
 
+import functools
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Annotated, TypeAlias
 
@@ -156,6 +158,14 @@ class SpanSpec:
 
 
 @dataclass(frozen=True)
+class KnowsSpec:
+    """What a model was trained to find; for models that know little."""
+
+    summary: Word  # one sentence for people
+    words: tuple[Word, ...] = ()  # every word of the queries that it was trained on; empty: no word is reported
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Everything that the chain needs to know about a model besides its graphs and tokenizer.
 
@@ -170,6 +180,8 @@ class ModelSpec:
     span: SpanSpec = field(default_factory=SpanSpec)
     heads: str = "bridge"
     text: TextSpec | None = None
+    trained: bool = True  # False: the bridging and spatial parts are random, as `init` makes them
+    knows: KnowsSpec | None = None  # None: not stated
 
     def __post_init__(self) -> None:
         bridging = (self.language.num_bridging_queries > 0, bool(self.language.tapped_layers))
@@ -180,3 +192,24 @@ class ModelSpec:
             raise ValueError(f"heads is {self.heads!r}, which does not fit {counts}")
         if self.heads == "text" and self.text is None:
             raise ValueError("heads is 'text', but the section text is missing")
+
+    def is_trained(self, heads: str | None = None) -> bool:
+        """Return whether some heads, of `HEADS`, were trained; None: the default. Text heads are the backbone's own."""
+        return self.trained or (heads or self.heads) == "text"
+
+    def unknown_words(self, query: str) -> tuple[str, ...]:
+        """Return the words of a query, casefolded and each once, that are not among those in the section `knows`."""
+        known = _vocabulary(self.knows.words) if self.knows else frozenset()
+        return tuple(word for word in dict.fromkeys(_words(query)) if word not in known) if known else ()
+
+
+def _words(text: str) -> list[str]:
+    """Return the runs of letters, with their combining marks, of a casefolded text."""
+    folded = unicodedata.normalize("NFC", text).casefold()
+    letters = "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in folded)
+    return letters.split()
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(words: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(part for word in words for part in _words(word))

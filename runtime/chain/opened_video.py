@@ -290,6 +290,7 @@ class OpenedVideo(Closable):
             clock=self._video.clock,
             stream=self._video.stream,
             task=task.name,
+            unknown_words=self._chain.spec.unknown_words(query),
             taps=None if answer.taps is None else np.array(on_host(answer.taps)),
         )
 

@@ -130,6 +130,8 @@ class Grounding:
         clock: where the times of the frames come from, one of `bridge_stg.runtime.video.decoder.CLOCKS`.
         stream: index of the video stream that was read; None if the file has only one, or is no video file.
         task: the task, one of `bridge_stg.runtime.chain.tasks.TASKS`.
+        unknown_words: words of the query, casefolded, that the bundle says its model does not know; see
+            `ModelSpec.unknown_words`.
         taps: [T, Q, H], hidden states of the bridging queries in the tapped layers, from which the boxes are computed;
             input for your own heads. None if not found. Not in the JSON.
     """
@@ -149,6 +151,7 @@ class Grounding:
     clock: str = "timestamps"
     stream: int | None = None
     task: str = "tube"
+    unknown_words: tuple[str, ...] = ()
     taps: np.ndarray | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -157,6 +160,7 @@ class Grounding:
             "schema": SCHEMA,
             "task": self.task,
             "query": self.query,
+            "unknown_words": list(self.unknown_words),
             "found": self.found,
             "span": span_json(self.span),
             "named_span": span_json(self.named_span),

@@ -32,6 +32,7 @@ def grounding(
         "query": query, "found": found, "span": span if found else None, "tube": tube, "size": size, "answer": "",
         "boxes": None if tube is None else FrameBoxes(times, boxes, ones, ones > 0, ones < 0), "named_span": span,
         "scores": {"absent": absent, "answer": 1.0, "presence": 1.0}, "tokens": {}, "timings": {},
+        "unknown_words": (),
     }  # fmt: skip
     return Grounding(**{field.name: known.get(field.name) for field in dataclasses.fields(Grounding)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from PIL import Image
 
 from bridge_stg import cli
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from bridge_stg.model.config import BridgeSTGConfig
+from bridge_stg.runtime.bundle.spec import KnowsSpec
 from tests.bridge_stg.model.published import publish
 
 
@@ -42,9 +45,13 @@ TRAIN = ["train", "new", "--annotations", "clips.jsonl", "--media", ".", "--out"
 def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
     assert cli.run([*INIT, "--taps", "0,2", "--dtype", "bf16"]) == 0
     assert "untrained checkpoint" in capsys.readouterr().out
+    config = BridgeSTGConfig.load(folder / "new")
+    assert config.trained is False and config.model_spec().trained is False
+    dataclasses.replace(config, knows=KnowsSpec("It knows dogs.", ("dog",))).save(folder / "new")
     assert cli.run([*TRAIN, "--freeze-backbone", "--workers", "0", "--device", "cpu", "--precision", "fp32"]) == 0
     assert "checkpoint trained" in capsys.readouterr().out
     model = load_checkpoint(folder / "trained")
+    assert model.spec.trained and model.spec.knows is None
     assert model.spec.language.tapped_layers == (0, 2) and model.config.spatial_decoder.width == 32
     options = json.loads((folder / "trained-training" / "run.json").read_text())
     assert options["parts"] == ["bridging", "spatial"] and options["bf16"] is False

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from bridge_stg.demo.held_out import HELD_OUT_SEED, held_out_clips
-from bridge_stg.demo.questions import ask
+from bridge_stg.demo.questions import ask, ask_to_track
 from bridge_stg.demo.sprites import COLOUR_NAMES, HELD_OUT_PHOTOS, NAMES, TRAIN_PHOTOS
 from bridge_stg.demo.synthetic import DIRECTION_NAMES, make_scene, write_clip
+from bridge_stg.demo.tiny_model import demo_config
+from bridge_stg.model.config import BridgeSTGConfig
 
+ROOT = Path(__file__).parents[3]
 SCENES = [make_scene(np.random.default_rng(seed), frame_rate=8) for seed in range(150)]
 
 
@@ -52,6 +57,16 @@ def test_questions_name_exactly_one_thing():
             ):
                 assert word is None or names[word] in question.text
     assert kinds == {"name", "colour", "motion", "absent"}
+
+
+def test_the_demo_knows_the_words_of_its_queries_and_no_other():
+    spec, rng = demo_config().model_spec(), np.random.default_rng(0)
+    texts = [query.text for _ in range(10) for scene in SCENES for query in ask(rng, scene)]
+    texts += [ask_to_track(rng, scene, 0).text for scene in SCENES]
+    assert not {word for text in texts for word in spec.unknown_words(text)}
+    assert spec.knows is not None and set(spec.knows.words) == {"an", *" ".join(texts).split()}
+    assert spec.unknown_words("The man with a red dog") == ("man", "with")
+    assert BridgeSTGConfig.load(ROOT / "assets" / "demo" / "checkpoint") == demo_config()
 
 
 def test_things_move_as_they_are_called():
