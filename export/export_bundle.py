@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from bridge_stg.checkpoint.plain_folder import describe
 from bridge_stg.checkpoint.weight_store import TOKENIZER, WeightStore
 from bridge_stg.export.graph.graph_check import check_graph
 from bridge_stg.export.graph.ort_cpu import derive_ort_cpu
@@ -27,7 +28,7 @@ from bridge_stg.export.tracing.trace import trace_graph
 from bridge_stg.export.tracing.weights import write_weights
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.bundle import GOLDEN, GRAPHS
-from bridge_stg.runtime.bundle.contracts import GRAPHS as GRAPH_NAMES
+from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.manifest import GraphSpec, Manifest
 from bridge_stg.runtime.bundle.reports import write_report
 from bridge_stg.runtime.bundle.writer import BundleWriter
@@ -59,7 +60,8 @@ def export_bundle(
     """Export a checkpoint as a bundle. Weights are read, cast and written one at a time, for models of any size.
 
     Args:
-        checkpoint: folder with config.json, weights and tokenizer.json.
+        checkpoint: folder with config.json, weights and tokenizer.json: a checkpoint, or a downloaded Qwen3-VL or
+            Qwen2.5-VL, which becomes a bundle with text heads.
         out: folder of the bundle; it appears when it is complete, or not at all.
         variants: variants to trace, of `VARIANTS`; `ort-cpu` is derived from `standard` where it is faster.
         dtype: `fp32`, `fp16` or `bf16`, for weights and matmuls; see `precision`.
@@ -81,6 +83,8 @@ def export_bundle(
     stages = _Stages(progress)
     stages.begin("reading the checkpoint")
     model, store = open_skeleton(checkpoint, adapter=adapter)
+    if note := describe(Path(checkpoint)):
+        progress(note)
     precision = PRECISIONS[dtype]
     needed = estimate(store, model.spec, precision, verify=verify)
     progress(f"estimated: {needed}")
@@ -89,7 +93,7 @@ def export_bundle(
         progress("memory is short: the replay keeps no second copy of the weights, which is slower")
     with BundleWriter(out, overwrite=overwrite) as writer:
         export = _Export(model, store, precision, writer, stages)
-        contracts = [contract for name in GRAPH_NAMES for contract in export.write_graph(name, variants)]
+        contracts = [contract for name in graphs_of(model.spec) for contract in export.write_graph(name, variants)]
         writer.add_file(TOKENIZER, Path(checkpoint) / TOKENIZER)
         replayed = export.compare_with_torch(contracts, low_memory=low_memory) if verify else None
         stages.begin("writing the manifest")

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from bridge_stg.checkpoint.lora import HEAD
+from bridge_stg.checkpoint.plain_folder import plain_config
 from bridge_stg.checkpoint.safetensors_file import StoredTensor
 from bridge_stg.checkpoint.weight_store import PARTS, TOKENIZER, WEIGHTS, WeightStore, check_folder, list_keys
-from bridge_stg.model.backbones import backbone
-from bridge_stg.model.config import BridgeSTGConfig, read_json
+from bridge_stg.model.backbones import FAMILIES, backbone
+from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, read_json
 from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
 from bridge_stg.runtime.chain import tokenizer as tokenizers
 from bridge_stg.runtime.chain.prompt import Tokenizer
@@ -95,7 +96,8 @@ def load_checkpoint(
     """Load a checkpoint folder as a float32 model in eval mode.
 
     Args:
-        folder: folder with config.json, weights (see `WeightStore.open`) and tokenizer.json.
+        folder: folder with config.json, weights (see `WeightStore.open`) and tokenizer.json: a checkpoint, or a
+            downloaded model of `FAMILIES`, which then has text heads.
         attention: name in transformers' attention registry; None: the model's default.
         adapter: name or path of a LoRA adapter to merge; None: the only one in the folder, if any.
 
@@ -113,13 +115,28 @@ def load_checkpoint(
     return model.eval()
 
 
+def load_config(folder: Path) -> BridgeSTGConfig:
+    """Read the config of a checkpoint, or make one with text heads for a downloaded vision-language model.
+
+    Raises CheckpointError as `BridgeSTGConfig.load` and `plain_config` do.
+    """
+    path = folder / "config.json"
+    values = read_json(path, hint="a checkpoint is a folder with a config.json")
+    if values.get("model_type") in FAMILIES:
+        return plain_config(folder, values)
+    if (found := values.get("model_type")) != MODEL_TYPE:
+        expected = f"{MODEL_TYPE!r}, or a downloaded model of {' or '.join(FAMILIES)}"
+        raise CheckpointError("checkpoint.wrong_model_type", f"{path}: model_type is {found!r}, expected {expected}")
+    return BridgeSTGConfig.from_dict(values, str(path))
+
+
 def open_checkpoint(
     folder: Path | str, *, attention: str | None = None, adapter: Path | str | None = None
 ) -> tuple[BridgeSTG, WeightStore]:
     """Return a checkpoint's model with random weights, on torch's current default device, and its checked weights."""
     folder = Path(folder)
     check_folder(folder)
-    config = BridgeSTGConfig.load(folder)
+    config = load_config(folder)
     config, store = open_weights(folder, config, adapter=adapter)
     tokenizer = load_tokenizer(folder, config)
     where = folder / "config.json"

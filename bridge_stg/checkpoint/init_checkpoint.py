@@ -6,13 +6,13 @@ an adapter or change the dtype. Must not know training.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,6 +24,7 @@ from bridge_stg.checkpoint.checkpoint import (
     open_weights,
     save_files,
 )
+from bridge_stg.checkpoint.plain_folder import DOWNLOAD, image_statistics, text_section
 from bridge_stg.checkpoint.safetensors_file import write_safetensors
 from bridge_stg.checkpoint.weight_store import (
     INDEX,
@@ -39,14 +40,11 @@ from bridge_stg.model.backbones import backbone as adapter_of
 from bridge_stg.model.bridging import BridgingQueries
 from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig, read_json
 from bridge_stg.model.spatial_decoder import SpatialDecoder
-from bridge_stg.runtime.bundle.spec import Deviations, Means
-from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.files import require_space, target_of
 
 SPARE_BYTES = 64 << 20
 """Disk space that must stay free."""
-DOWNLOAD = "download the model's whole folder"
 Report = Callable[[str], object]
 
 
@@ -114,26 +112,15 @@ def new_config(folder: Path, *, bridging: BridgingConfig, spatial_decoder: Spati
         message = f"{folder}: is already a Bridge-STG checkpoint; use it with `train` or `export`"
         raise CheckpointError("checkpoint.not_a_backbone", message)
     family = adapter_of(values)
-    mean, std = image_statistics(folder, family.image_mean, family.image_std)
+    mean, std = image_statistics(folder, family)
+    prompt, (_, text) = family.prompt(), text_section(folder, values)
+    if not prompt.head.endswith(prompt.group_open):  # each group of a video closes itself
+        text = dataclasses.replace(text, video_turn=text.video_turn.removeprefix(prompt.group_close))
     config = BridgeSTGConfig(
         backbone=values, bridging=bridging, spatial_decoder=spatial_decoder, frames=family.frames(),
-        prompt=family.prompt(), image_mean=mean, image_std=std, trained=False,
+        prompt=prompt, image_mean=mean, image_std=std, trained=False, text=text,
     )  # fmt: skip
     return BridgeSTGConfig.from_dict(json.loads(json.dumps(config.to_dict())), str(folder / "config.json"))
-
-
-def image_statistics(folder: Path, mean: Means, std: Deviations) -> tuple[Means, Deviations]:
-    """Return mean and standard deviation, by default the family's. Raises CheckpointError if they are invalid."""
-    path = folder / "preprocessor_config.json"
-    values = read_json(path, hint=DOWNLOAD) if path.is_file() else {}
-    kinds: dict[str, Any] = {"image_mean": Means, "image_std": Deviations}
-    try:
-        mean, std = (
-            from_json(kind, values.get(name, own), name) for (name, kind), own in zip(kinds.items(), (mean, std))
-        )
-    except ValueError as error:
-        raise CheckpointError("checkpoint.bad_config", f"{path}: {error}") from error
-    return mean, std
 
 
 def link_weights(files: list[Path], folder: Path) -> None:

@@ -24,6 +24,7 @@ from bridge_stg.runtime.bundle.spec import (
     ModelSpec,
     PromptSpec,
     SpanSpec,
+    TextSpec,
 )
 from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import CheckpointError
@@ -88,6 +89,9 @@ class BridgeSTGConfig:
     """False until `train` has trained the bridging and spatial parts that `init` made."""
     knows: KnowsSpec | None = None
     """What the model was trained to find; None: not stated."""
+    heads: str = "bridge"
+    """Default of `runtime.bundle.spec.HEADS`; a `text` model has neither bridging queries nor a spatial decoder."""
+    text: TextSpec | None = None
 
     def backbone_config(self) -> Any:
         """Return transformers' config object of the backbone; see `Backbone.config` for its errors."""
@@ -102,6 +106,8 @@ class BridgeSTGConfig:
         depth = values.text_config.num_hidden_layers
         layers = tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
         queries = self.bridging.num_queries
+        if self.heads == "text":
+            layers, queries = (), 0
         try:
             spec = ModelSpec(
                 vision=family.vision_spec(values, mean=self.image_mean, std=self.image_std),
@@ -111,6 +117,8 @@ class BridgeSTGConfig:
                 span=self.span,
                 trained=self.trained,
                 knows=self.knows,
+                heads=self.heads,
+                text=self.text,
             )
             return from_json(ModelSpec, dataclasses.asdict(spec))  # checks what follows from the backbone's config
         except ValueError as error:

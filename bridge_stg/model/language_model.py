@@ -49,19 +49,20 @@ class LanguageModel(nn.Module):
     Args:
         model: the backbone's decoder, see `Backbone.text_model`.
         lm_head: projection of hidden states to logits.
-        bridging: table of the bridging queries.
+        bridging: table of the bridging queries; None: a model with text heads, which has no taps either.
         spec: sizes.
         rotary_axis: int64 [head_dim / 2], index of the position (0 time, 1 row, 2 column) of each rotary frequency.
     """
 
     model: Any  # transformers' module
     lm_head: nn.Linear
-    bridging: BridgingQueries
+    bridging: BridgingQueries | None
     rotary_axis: Tensor
 
     def __init__(
-        self, model: nn.Module, lm_head: nn.Linear, bridging: BridgingQueries, spec: LanguageSpec, rotary_axis: Tensor
-    ) -> None:
+        self, model: nn.Module, lm_head: nn.Linear, bridging: BridgingQueries | None, spec: LanguageSpec,
+        rotary_axis: Tensor,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.lm_head, self.bridging, self.spec = model, lm_head, bridging, spec
         self.register_buffer("rotary_axis", rotary_axis, persistent=False)
@@ -78,6 +79,9 @@ class LanguageModel(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed ids [B, L]; ids from vocab_size on are bridging queries, selected by Where over two gathers."""
+        if self.bridging is None:
+            embedded: Tensor = self.model.embed_tokens(input_ids)
+            return embedded
         vocab = self.spec.vocab_size
         text = self.model.embed_tokens(input_ids.clamp(max=vocab - 1))
         queries = self.bridging((input_ids - vocab).clamp(min=0))
@@ -112,7 +116,7 @@ class LanguageModel(nn.Module):
     def forward(  # noqa: PLR0917 - the graph's inputs
         self, input_ids: Tensor, visual_index: Tensor, visual_tokens: Tensor, positions: Tensor,
         cache_position: Tensor, output_index: Tensor, mask: Tensor, cache: KeyValueCache,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Run L new tokens per row.
 
         Args:
@@ -126,14 +130,17 @@ class LanguageModel(nn.Module):
             cache: KV cache that the new keys and values are written to.
 
         Returns:
-            logits float32 [B, K, vocab] and taps [T, B, K, H], RMS-normalised in fp32.
+            logits float32 [B, K, vocab] and, with bridge heads, taps [T, B, K, H], RMS-normalised in fp32.
         """
         visual = visual_tokens.index_select(1, visual_index.flatten()).unflatten(1, visual_index.shape)
         x = torch.where((visual_index > 0)[..., None], visual[0], self.embed(input_ids))
         states = self.hidden_states(x, positions, mask, cache, visual[1:])
         index = output_index[..., None].expand(-1, -1, self.spec.hidden_size)
+        logits = self.logits(states[-1].gather(1, index))
+        if self.bridging is None:
+            return (logits,)
         taps = torch.stack([rms_normalize(states[layer].gather(1, index)) for layer in self.spec.tapped_layers])
-        return self.logits(states[-1].gather(1, index)), taps
+        return logits, taps
 
 
 def visible_keys(cache_position: Tensor, length: int | torch.SymInt, capacity: int | torch.SymInt) -> Tensor:

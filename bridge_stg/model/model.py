@@ -1,4 +1,4 @@
-"""The Bridge-STG model in torch: vision encoder, language model and spatial decoder."""
+"""The model in torch: vision encoder, language model and, with bridge heads, the spatial decoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY_PREFIXES = {
 
 
 class BridgeSTG(nn.Module):
-    """The model (Tu et al., arXiv 2604.08014).
+    """The model (Tu et al., arXiv 2604.08014). With text heads, it has no bridging queries and no spatial decoder.
 
     `torch_session.torch_grounder` needs the tokenizer; `attention` is a name in transformers' attention registry.
     """
@@ -48,20 +48,22 @@ class BridgeSTG(nn.Module):
         lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if values.tie_word_embeddings:
             lm_head.weight = language.embed_tokens.weight
-        queries = BridgingQueries(self.spec.language.num_bridging_queries, text.hidden_size)
+        bridge = self.spec.heads == "bridge"
+        queries = BridgingQueries(self.spec.language.num_bridging_queries, text.hidden_size) if bridge else None
         axes = family.rotary_axes(text)
         if len(axes) != self.spec.language.head_dim // 2:
             channels = self.spec.language.head_dim
             message = f"the backbone's mrope_section covers {len(axes)} rotary frequencies, but a head of {channels} "
             raise CheckpointError("checkpoint.bad_config", f"{message}channels has {channels // 2}")
         self.language_model = LanguageModel(language, lm_head, queries, self.spec.language, axes)
-        self.spatial_decoder = SpatialDecoder(
-            config.spatial_decoder,
-            channels=self.spec.vision.hidden_size,
-            num_taps=len(self.spec.language.tapped_layers),
-            num_queries=self.spec.language.num_bridging_queries,
-            hidden_size=text.hidden_size,
-        )
+        if bridge:
+            self.spatial_decoder = SpatialDecoder(
+                config.spatial_decoder,
+                channels=self.spec.vision.hidden_size,
+                num_taps=len(self.spec.language.tapped_layers),
+                num_queries=self.spec.language.num_bridging_queries,
+                hidden_size=text.hidden_size,
+            )
 
     @property
     def tied(self) -> bool:

@@ -1,4 +1,4 @@
-"""Runtime sessions that run the three graphs in eager torch: the reference of every export."""
+"""Runtime sessions that run the graphs in eager torch: the reference of every export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bridge_stg.model.language_model import BufferCache, visible_keys
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.backends.kv_cache import BufferedCache, cache_spec, own_cache
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
-from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
+from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
 from bridge_stg.runtime.grounder import Grounder
 
 
@@ -48,9 +48,9 @@ class TorchSession:
         position = tensors["cache_position"]
         buffers = BufferCache(past, position)
         mask = visible_keys(position, tensors["input_ids"].shape[1], past[0].shape[2])
-        logits, taps = self._model.language_model(**tensors, mask=mask, cache=buffers)
+        found = self._model.language_model(**tensors, mask=mask, cache=buffers)
         present = [buffer.numpy() for buffer in buffers.present]
-        outputs = {"logits": logits.numpy(), "taps": taps.numpy()}
+        outputs = {name: output.numpy() for name, output in zip(("logits", "taps"), found)}
         if kv is None:
             return outputs | dict(zip(contract.written_names, present))
         kv.buffers = dict(zip(contract.past_names, present))
@@ -68,4 +68,4 @@ def torch_grounder(model: BridgeSTG) -> Grounder:
     """Return a `Grounder` that runs a model's graphs in eager torch; raise ValueError without a tokenizer."""
     if model.tokenizer is None:
         raise ValueError("BridgeSTG(config, tokenizer): a tokenizer is needed to ground a query")
-    return Grounder({name: TorchSession(name, model) for name in GRAPHS}, model.spec, model.tokenizer)
+    return Grounder({name: TorchSession(name, model) for name in graphs_of(model.spec)}, model.spec, model.tokenizer)

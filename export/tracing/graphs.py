@@ -1,4 +1,4 @@
-"""The three graphs as modules with tensors as inputs and outputs, in the order of their contracts.
+"""The graphs as modules with tensors as inputs and outputs, in the order of their contracts.
 
 Each module has its part of the model under the name that it has in `BridgeSTG`, so that parameters keep their names.
 """
@@ -17,20 +17,21 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 
 
 class VisionEncoderGraph(nn.Module):
-    """frames and position tables → visual_tokens, feature_map."""
+    """frames and position tables → visual_tokens and, with bridge heads, feature_map."""
 
     def __init__(self, model: BridgeSTG, lowering: Lowering) -> None:
         super().__init__()
         self.vision_encoder = model.vision_encoder
+        self.outputs = 2 if model.spec.heads == "bridge" else 1
 
     def forward(self, frames: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
         """See the `forward` of the family's encoder in `bridge_stg.model.backbones`."""
         outputs: tuple[Tensor, ...] = self.vision_encoder(frames, *tables)
-        return outputs
+        return outputs[: self.outputs]
 
 
 class LanguageModelGraph(nn.Module):
-    """ids, positions and KV buffers → logits, taps and the outputs of the cache contract."""
+    """ids, positions and KV buffers → logits, with bridge heads taps, and the outputs of the cache contract."""
 
     def __init__(self, model: BridgeSTG, lowering: Lowering) -> None:
         super().__init__()
@@ -50,10 +51,10 @@ class LanguageModelGraph(nn.Module):
         """See `bridge_stg.model.language_model.LanguageModel.forward`; past_key/value_i [B, kv_heads, S, head_dim]."""
         cache = self.lowering.cache(list(past), cache_position)
         mask = self.lowering.mask(cache_position, input_ids.shape[1], past[0].shape[2])
-        logits, taps = self.language_model(
+        outputs = self.language_model(
             input_ids, visual_index, visual_tokens, positions, cache_position, output_index, mask, cache
         )
-        return logits, taps, *cache.written
+        return *outputs, *cache.written
 
 
 class SpatialDecoderGraph(nn.Module):

@@ -141,7 +141,7 @@ class Lowering:
         switches: list[tuple[Any, str]] = [
             (model.vision_encoder.model.config, "_attn_implementation"),
             (model.language_model.model.config, "_attn_implementation"),
-            *((m, "attention") for m in model.spatial_decoder.modules() if isinstance(m, CrossAttention)),
+            *((m, "attention") for m in model.modules() if isinstance(m, CrossAttention)),
         ]
         before = [getattr(holder, name) for holder, name in switches]
         for holder, name in switches:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.bundle.spec import ModelSpec, PromptSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec, PromptSpec, TextSpec
 from bridge_stg.runtime.chain.grammar import AnswerGrammar
 from bridge_stg.runtime.chain.prompt import Tokenizer, time_strings
 from bridge_stg.runtime.errors import BridgeError, BundleError
@@ -58,16 +58,20 @@ def id_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]) 
 def text_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]) -> Iterator[str]:
     """Yield the texts of the prompt that a tokenizer cannot encode without changing them."""
     prompt = spec.prompt
-    for marker in (prompt.visual_token, *re.findall(r"<\|.*?\|>", prompt.head + prompt.query + prompt.track)):
+    forms, visual = [prompt.head, prompt.query, prompt.track], [prompt.visual_token]
+    if (text := spec.text) is not None:
+        forms += [text.video_turn, text.image_head, text.image_turn]
+        visual.append(text.image_token)
+    for marker in (*visual, *re.findall(r"<\|.*?\|>", "".join(forms))):
         if (tokens := len(tokenizer.encode(marker))) != 1:
             yield f"encodes the prompt's {marker!r} as {tokens} tokens, expected one"
-    for text in prompt_texts(prompt):
-        given, back = text.casefold(), tokenizer.decode(tokenizer.encode(text)).casefold()
+    for part in [*prompt_texts(prompt), *(text_texts(text) if text else ())]:
+        given, back = part.casefold(), tokenizer.decode(tokenizer.encode(part)).casefold()
         if back != given:
             at = next(i for i in range(len(given) + len(back)) if given[: i + 1] != back[: i + 1])
-            part = slice(max(0, at - 8), at + 8)
+            near = slice(max(0, at - 8), at + 8)
             steps = [*names(values.get("normalizer")), *names(values.get("pre_tokenizer")), *names(values["model"])]
-            yield f"turns {given[part]!r} into {back[part]!r} ({', '.join(steps)}), expected no change"
+            yield f"turns {given[near]!r} into {back[near]!r} ({', '.join(steps)}), expected no change"
     try:
         AnswerGrammar(tokenizer, prompt, time_strings(np.arange(2 * spec.frames.max_coarse_groups) / 2, prompt))
     except BridgeError as error:
@@ -79,6 +83,13 @@ def prompt_texts(prompt: PromptSpec) -> list[str]:
     queries = [form.replace("{query}", QUERY).replace("{box}", "0 12 345 999") for form in (prompt.query, prompt.track)]
     times = time_strings([0.0, 12.3, 456.7], prompt)
     return [prompt.head, prompt.group_open, prompt.group_close, *queries, *times, prompt.between, prompt.absent]
+
+
+def text_texts(text: TextSpec) -> list[str]:
+    """Return the texts of prompts and answers of a model that answers in text, with the query `QUERY`."""
+    messages = [form.replace("{query}", QUERY) for form in (text.tube, text.span, text.image)]
+    turns = [form.replace("{message}", message) for form in (text.video_turn, text.image_turn) for message in messages]
+    return [text.image_head, *turns, text.list_open, text.list_separator, text.list_close]
 
 
 def names(part: Mapping[str, Any] | None) -> list[str]:

@@ -12,12 +12,31 @@ from torch import Tensor, nn
 
 from bridge_stg.model.vision import VisionEncoder
 from bridge_stg.runtime.bundle import spec as sizes
-from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, LanguageSpec, Means, PromptSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, LanguageSpec, Means, PromptSpec, TextSpec, VisionSpec
 from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import CheckpointError
 
 FIXED_ROTARY = ("default", "linear", "yarn", "llama3")
 """Kinds of rotary embedding whose frequencies do not change with the length of the input."""
+
+
+TUBE = (
+    'Given the query "{query}", for each frame, detect and localize the visual content described by the given textual '
+    "query in JSON format. If the visual content does not exist in a frame, skip that frame. Output Format: "
+    '[{"time": 1.0, "bbox_2d": [x_min, y_min, x_max, y_max], "label": ""}, '
+    '{"time": 2.0, "bbox_2d": [x_min, y_min, x_max, y_max], "label": ""}, ...].'
+)
+"""Asks for a tube; Qwen3-VL's cookbook `video_understanding`, spatio-temporal grounding."""
+
+SPAN = (
+    "Give you a textual query: '{query}'. When does the described content occur in the video? Please return the "
+    'timestamp in seconds. Answer in JSON format: {"start": 1.0, "end": 2.0}.'
+)
+"""Asks for a span; Qwen3-VL's cookbook `video_understanding`, temporal grounding. The last sentence is this project's:
+the cookbook reads the seconds from free text."""
+
+IMAGE = "Locate {query}, output its bbox coordinates using JSON format."
+"""Asks for a box in an image; Qwen2.5-VL's cookbook `spatial_understanding`."""
 
 
 class Backbone(ABC):
@@ -77,6 +96,28 @@ class Backbone(ABC):
     @abstractmethod
     def prompt(self) -> PromptSpec:
         """Return the prompt of a new checkpoint: the family's chat template around one video."""
+
+    def text_prompt(self) -> PromptSpec:
+        """Return the prompt of a plain model, which has no bridge heads: what the family's own processor writes."""
+        return self.prompt()
+
+    @abstractmethod
+    def text(self) -> TextSpec:
+        """Return the messages that ask a plain model for tubes, spans and boxes, each with its source."""
+
+    def text_frames(self, *, image_pixels: int | None, video_pixels: int | None) -> FramesSpec:
+        """Return the frames of a plain model: at most 256 tokens per coarse group, 768 per frame.
+
+        Args:
+            image_pixels: most pixels of an image in the folder of the model; None: no limit.
+            video_pixels: the same of a video; whether of each frame or of all is a rule of the family.
+        """
+        token = self.token_side**2
+        coarse, fine = min(256 * token, video_pixels or image_pixels or 2**28), min(768 * token, image_pixels or 2**28)
+        return FramesSpec(
+            coarse_fps=2.0, coarse_max_pixels=coarse, coarse_min_pixels=min(16 * token, coarse), max_coarse_groups=64,
+            fine_fps=4.0, fine_max_pixels=fine, fine_min_pixels=min(64 * token, fine), max_fine_frames=64,
+        )  # fmt: skip
 
     def frames(self) -> FramesSpec:
         """Return the frame rates and sizes of a new checkpoint: at most 128 tokens per coarse group, 256 per frame."""

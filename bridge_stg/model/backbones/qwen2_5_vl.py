@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 
-from bridge_stg.model.backbones.interface import Backbone, vision_geometry
+from bridge_stg.model.backbones.interface import IMAGE, SPAN, TUBE, Backbone, vision_geometry
 from bridge_stg.model.vision import VisionEncoder, Windows
-from bridge_stg.runtime.bundle.spec import Deviations, Means, PromptSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import Deviations, Means, PromptSpec, TextSpec, VisionSpec
 
 
 class Qwen2_5VLEncoder(VisionEncoder):
@@ -87,6 +88,19 @@ class Qwen2_5VL(Backbone):
     def prompt(self) -> PromptSpec:
         """Return the chat template, which begins with a system message; the printed times are added by Bridge-STG."""
         return PromptSpec(head="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+
+    def text_prompt(self) -> PromptSpec:
+        """Return the chat template around the adjacent groups of a video, whose times are positions."""
+        prompt = self.prompt()
+        return dataclasses.replace(prompt, head=prompt.head + prompt.group_open, prints_times=False)
+
+    def text(self) -> TextSpec:
+        """Return Qwen2.5-VL's form for images and Qwen3-VL's for videos; boxes are pixels of the resized frames.
+
+        Image: the family's cookbook `spatial_understanding`. Qwen2.5-VL has no form of its own for tubes.
+        """
+        head = self.text_prompt().head
+        return TextSpec(tube=TUBE, span=SPAN, image=IMAGE, image_head=head, box_scale=0)
 
 
 BACKBONE = Qwen2_5VL()

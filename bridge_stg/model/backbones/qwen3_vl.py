@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from operator import itemgetter
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
 
-from bridge_stg.model.backbones.interface import Backbone, vision_geometry
+from bridge_stg.model.backbones.interface import IMAGE, SPAN, TUBE, Backbone, vision_geometry
 from bridge_stg.model.vision import VisionEncoder
-from bridge_stg.runtime.bundle.spec import Deviations, Means, PromptSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, Means, PromptSpec, TextSpec, VisionSpec
 
 
 class Qwen3VLEncoder(VisionEncoder):
@@ -90,6 +91,21 @@ class Qwen3VL(Backbone):
             query="<|vision_end|>Find {query}.<|im_end|>\n<|im_start|>assistant\n",
             track="<|vision_end|>Track {query}, first at {box}.<|im_end|>\n<|im_start|>assistant\n",
         )
+
+    def text(self) -> TextSpec:
+        """Return the messages of the family's cookbooks; boxes are printed in thousandths of width and height.
+
+        The cookbook `video_understanding` has the forms of tubes and spans; images have that of Qwen2.5-VL.
+        """
+        return TextSpec(tube=TUBE, span=SPAN, image=IMAGE, box_scale=1000)
+
+    def text_frames(self, *, image_pixels: int | None, video_pixels: int | None) -> FramesSpec:
+        """See `Backbone.text_frames`; the video processor limits the pixels of all frames together."""
+        frames = super().text_frames(image_pixels=image_pixels, video_pixels=None)
+        if video_pixels is None:
+            return frames
+        # Two frames are one group, the temporal patch of every published model.
+        return dataclasses.replace(frames, max_visual_tokens=max(1, video_pixels // (2 * self.token_side**2)))
 
 
 BACKBONE = Qwen3VL()

@@ -1,0 +1,167 @@
+"""The config of a vision-language model as it is downloaded: text heads, with what its folder says about prompts.
+
+The chat template, the ids that end an answer, and limits of frames are the folder's; messages are those of the family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from bridge_stg.checkpoint.weight_store import TOKENIZER
+from bridge_stg.model.backbones import FAMILIES, backbone
+from bridge_stg.model.backbones.interface import Backbone
+from bridge_stg.model.config import BridgeSTGConfig, read_json
+from bridge_stg.runtime.bundle.spec import Deviations, Means, Pixels, TextSpec
+from bridge_stg.runtime.bundle.typed_json import from_json
+from bridge_stg.runtime.errors import CheckpointError
+
+DOWNLOAD = "download the model's whole folder"
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+"""Files that may have the chat template, in the order in which transformers looks for it."""
+MESSAGE = "{message}"
+
+
+def plain_config(folder: Path, values: Mapping[str, Any]) -> BridgeSTGConfig:
+    """Return the config of a downloaded model.
+
+    Args:
+        folder: its folder.
+        values: values of its config.json.
+
+    Raises:
+        CheckpointError: the model is not supported, a file of its folder is invalid, or its chat template cannot print
+            a video and an image, or opens a thought.
+    """
+    family = backbone(values)
+    mean, std = image_statistics(folder, family)
+    head, text = text_section(folder, values)
+    config = BridgeSTGConfig(
+        backbone=values, prompt=dataclasses.replace(family.text_prompt(), head=head), heads="text", text=text,
+        frames=family.text_frames(
+            image_pixels=most_pixels(folder / "preprocessor_config.json"),
+            video_pixels=most_pixels(folder / "video_preprocessor_config.json"),
+        ),
+        image_mean=mean, image_std=std,
+    )  # fmt: skip
+    return BridgeSTGConfig.from_dict(json.loads(json.dumps(config.to_dict())), str(folder / "config.json"))
+
+
+def describe(folder: Path) -> str:
+    """Return a line on what is made of a downloaded model, and on where its prompt comes from; empty for others."""
+    values, found = optional_json(folder / "config.json"), find_template(folder)
+    if values.get("model_type") not in FAMILIES:
+        return ""
+    prompt = f"prompt by {found[0].name}" if found else "no chat template in the folder, so the prompt is the family's"
+    return f"a plain {values['model_type']} model: text heads, two graphs, boxes written as text; {prompt}"
+
+
+def text_section(folder: Path, values: Mapping[str, Any]) -> tuple[str, TextSpec]:
+    """Return the text before a video's tokens, and how the model answers in text. Raises as `plain_config` does."""
+    family = backbone(values)
+    prompt, text = family.text_prompt(), family.text()
+    head = prompt.head
+    if (found := find_template(folder)) is not None:
+        head, video_turn = around(*found, "video", prompt.visual_token)
+        image_head, image_turn = around(*found, "image", text.image_token)
+        text = dataclasses.replace(text, video_turn=video_turn, image_head=image_head, image_turn=image_turn)
+    penalty = optional_json(folder / "generation_config.json").get("repetition_penalty")
+    text = dataclasses.replace(text, stop_ids=stop_ids(folder, values))
+    return head, text if penalty is None else dataclasses.replace(text, repetition_penalty=penalty)
+
+
+def find_template(folder: Path) -> tuple[Path, str] | None:
+    """Return the file and the text of a folder's chat template; None if it has none."""
+    for name in TEMPLATE_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".json":
+            template = optional_json(path).get("chat_template")
+        else:
+            try:
+                template = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeError) as error:
+                raise CheckpointError("checkpoint.bad_chat_template", f"{path}: cannot be read ({error})") from error
+        if isinstance(template, list):  # several templates by name
+            named = {one.get("name"): one.get("template") for one in template if isinstance(one, Mapping)}
+            template = named.get("default")
+        if isinstance(template, str) and template.strip():
+            return path, template
+    return None
+
+
+def around(path: Path, template: str, kind: str, token: str) -> tuple[str, str]:
+    """Return what a chat template prints before the visual token of a video or image, and after it, with `{message}`.
+
+    Args:
+        path: the template's file.
+        template: its text.
+        kind: `video` or `image`.
+        token: the visual token that stands for it.
+    """
+    content = [{"type": kind}, {"type": "text", "text": MESSAGE}]
+    chat = [{"role": "user", "content": content}]
+    try:
+        printed, _ = render_jinja_template(
+            [chat], chat_template=template, add_generation_prompt=True, enable_thinking=False
+        )
+    except Exception as error:  # templates raise many exception types
+        message = f"{path}: the chat template cannot print a message with a {kind} ({error!s:.300})"
+        raise CheckpointError("checkpoint.bad_chat_template", f"{message}; {DOWNLOAD}") from error
+    head, _, turn = printed[0].partition(token)
+    if printed[0].count(token) != 1 or turn.count(MESSAGE) != 1:
+        message = f"{path}: the chat template prints a message with a {kind} as {printed[0]!r:.300}"
+        hint = f"expected one {token} and then the text; use the template of the model's processor"
+        raise CheckpointError("checkpoint.bad_chat_template", f"{message}, {hint}")
+    if turn.rstrip().endswith("<think>"):
+        message = f"{path}: the chat template opens a thought (<think>) before the answer, which has no boxes in it"
+        hint = "use the Instruct model of the same size, or a template that closes the thought"
+        raise CheckpointError("checkpoint.thinking_model", f"{message}; {hint}")
+    return head, turn
+
+
+def stop_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
+    for section in (optional_json(folder / "generation_config.json"), values, values.get("text_config") or {}):
+        if (ids := section.get("eos_token_id")) is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    end = optional_json(folder / "tokenizer_config.json").get("eos_token")
+    end = end.get("content") if isinstance(end, Mapping) else end
+    added = optional_json(folder / TOKENIZER).get("added_tokens") or ()
+    return tuple(token["id"] for token in added if token.get("content") == end)
+
+
+def image_statistics(folder: Path, family: Backbone) -> tuple[Means, Deviations]:
+    """Return mean and standard deviation, by default the family's. Raises CheckpointError if they are invalid."""
+    path = folder / "preprocessor_config.json"
+    values = optional_json(path)
+    kinds: dict[str, Any] = {"image_mean": Means, "image_std": Deviations}
+    try:
+        mean, std = (from_json(kind, values.get(name, getattr(family, name)), name) for name, kind in kinds.items())
+    except ValueError as error:
+        raise CheckpointError("checkpoint.bad_config", f"{path}: {error}") from error
+    return mean, std
+
+
+def most_pixels(path: Path) -> int | None:
+    """Return the most pixels that a processor's config allows; None if it names no limit."""
+    values = optional_json(path)
+    size = values.get("size")
+    limit = values.get("max_pixels") or (size.get("longest_edge") if isinstance(size, Mapping) else None)
+    if limit is None:
+        return None
+    try:
+        return min(limit, 2**28) if isinstance(limit, int) and limit > 0 else from_json(Pixels, limit, "longest_edge")
+    except ValueError as error:
+        raise CheckpointError("checkpoint.bad_config", f"{path}: {error}") from error
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if the file does not exist."""
+    return read_json(path, hint=DOWNLOAD) if path.is_file() else {}
