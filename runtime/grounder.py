@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,21 +12,35 @@ import numpy as np
 
 from bridge_stg.runtime.backends.kv_pool import DEFAULT_BUDGET_BYTES, KVPool
 from bridge_stg.runtime.backends.session import Session
-from bridge_stg.runtime.bundle.contracts import GRAPHS
-from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.bundle.contracts import graphs_of
+from bridge_stg.runtime.bundle.spec import HEADS, ModelSpec
 from bridge_stg.runtime.chain.decode import prefill_video
-from bridge_stg.runtime.chain.opened_video import Chain, OpenedVideo, VideoFacts
-from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, check_query, video_budget, video_segment
+from bridge_stg.runtime.chain.opened_video import Chain, Head, OpenedVideo, VideoFacts, VideoParts
+from bridge_stg.runtime.chain.positions import VisualGrid
+from bridge_stg.runtime.chain.prompt import (
+    Segment,
+    Tokenizer,
+    check_query,
+    video_budget,
+    video_segment,
+    visual_segment,
+)
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid
-from bridge_stg.runtime.errors import EngineError, VideoError
+from bridge_stg.runtime.device import array_ops as arrays
+from bridge_stg.runtime.device.array_ops import Array
+from bridge_stg.runtime.errors import BundleError, EngineError, VideoError
+from bridge_stg.runtime.heads.bridge import BridgeHead
+from bridge_stg.runtime.heads.json_grammar import JsonGrammar
+from bridge_stg.runtime.heads.text import TextHead, TextOptions
 from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
 from bridge_stg.runtime.video.open import open_source
-from bridge_stg.runtime.video.source import CoarseFrames, Openable
+from bridge_stg.runtime.video.source import CoarseFrames, Openable, VideoSource
+from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
@@ -81,17 +96,19 @@ class Grounder(Closable):
     Calls that read a video take the fields of `CallOptions` as keyword arguments.
 
     Args:
-        sessions: the sessions of the three graphs by name.
+        sessions: the sessions of the model's graphs by name.
         spec: the model's sizes, rates and rules.
         tokenizer: the model's tokenizer.
         kv_budget_bytes: maximum bytes of the KV caches of one batch of queries; more queries run in several batches.
         feature_budget_bytes: maximum bytes of a video's fine feature maps that are cached between calls.
         unchanged_tolerance: largest mean change of any patch of the coarse frames, in levels of 0 to 255, at which a
             group is not encoded again; 0: only equal groups (see `vision_pass.deduplicate_frames`).
+        heads: what answers queries, one of `bridge_stg.runtime.bundle.spec.HEADS`; None: the model's own.
+        text: how text heads answer; None: the defaults.
         verified: whether the graphs were compared with the torch reference when they were exported.
         target: the backend of the sessions and why it was chosen; None if unknown.
 
-    The arguments `sessions`, `tokenizer`, `verified` and `target` are attributes too.
+    The arguments `sessions`, `tokenizer`, `heads`, `verified` and `target` are attributes too.
     """
 
     def __init__(
@@ -103,24 +120,31 @@ class Grounder(Closable):
         kv_budget_bytes: int = DEFAULT_BUDGET_BYTES,
         feature_budget_bytes: int = 2**28,
         unchanged_tolerance: float = 0.0,
+        heads: str | None = None,
+        text: TextOptions | None = None,
         verified: bool = True,
         target: ChosenBackend | None = None,
     ) -> None:
-        if missing := [name for name in GRAPHS if name not in sessions]:
-            message = f"no session for graph {missing[0]!r}; expected {', '.join(GRAPHS)}, found {', '.join(sessions)}"
+        names = graphs_of(spec)
+        if missing := [name for name in names if name not in sessions]:
+            message = f"no session for graph {missing[0]!r}; expected {', '.join(names)}, found {', '.join(sessions)}"
             raise EngineError("engine.missing_session", message)
+        self.heads = check_heads(spec, heads)
         if not 0 <= unchanged_tolerance <= 255:
             message = f"unchanged_tolerance={unchanged_tolerance!r}: expected levels from 0 to 255"
             raise VideoError("options.out_of_range", message)
         self.sessions: Mapping[str, Session] = dict(sessions)
         self.tokenizer, self.verified, self.target = tokenizer, verified, target
-        vision_encoder, language_model, spatial_decoder = (sessions[name] for name in GRAPHS)
+        vision_encoder, language_model = sessions["vision_encoder"], sessions["language_model"]
         self._pool = KVPool(language_model, budget_bytes=kv_budget_bytes)
         self._feature_budget_bytes = feature_budget_bytes
         self._unchanged_tolerance = unchanged_tolerance
         closed_error = EngineError("engine.closed", "this Grounder is closed; load the bundle again")
         self._usage = UseCount(self._free, closed_error=closed_error)
-        self._chain = Chain(vision_encoder, language_model, spatial_decoder, spec, tokenizer, self._pool, self._usage)
+        self._text, self._grammar = text or TextOptions(), JsonGrammar(tokenizer)
+        self._chain = Chain(
+            vision_encoder, language_model, spec, tokenizer, self._pool, self._usage, self.heads, self._open_head
+        )
 
     @classmethod
     @reporting_host_errors()
@@ -133,6 +157,8 @@ class Grounder(Closable):
         threads: int | None = None,
         wait: bool = True,
         unchanged_tolerance: float = 0.0,
+        heads: str | None = None,
+        text: TextOptions | None = None,
     ) -> Grounder:
         """Load a bundle.
 
@@ -144,9 +170,11 @@ class Grounder(Closable):
             wait: whether to return only when all sessions are open. Otherwise those of a CPU are opened while the first
                 video is read, and an unsupported graph raises at the first call that needs it.
             unchanged_tolerance: see `Grounder`.
+            heads: see `Grounder`.
+            text: see `Grounder`.
 
         Raises:
-            BundleError: the bundle is damaged, incomplete or of an unknown schema.
+            BundleError: the bundle is damaged, incomplete or of an unknown schema, or has no such heads.
             EngineError: the backend is unknown or missing, or does not support a graph.
             HostError: the process ran out of memory, threads or open files.
         """
@@ -154,6 +182,7 @@ class Grounder(Closable):
         from bridge_stg.runtime.bundle.bundle import Bundle
 
         bundle = Bundle.load(path)
+        check_heads(bundle.manifest.spec, heads)
         sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
         try:
             tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
@@ -165,6 +194,8 @@ class Grounder(Closable):
             bundle.manifest.spec,
             tokenizer,
             unchanged_tolerance=unchanged_tolerance,
+            heads=heads,
+            text=text,
             verified=bundle.manifest.verified,
             target=sessions.target,
         )
@@ -229,6 +260,28 @@ class Grounder(Closable):
         one outside the frame, raises QueryError.
         """
         return self._ground(video, query, track_from(first_box), CallOptions(**options))
+
+    def ask(
+        self, video: Video, question: str, *, max_tokens: int = 512, **options: Unpack[OptionKeywords]
+    ) -> Iterator[str]:
+        """Answer a question about a video, image or stream, and yield the text as it is written.
+
+        Greedy decoding: the same question has the same answer. Needs a model that can answer in text.
+
+        Args:
+            video: see `Video`; an iterable is read once, to its end.
+            question: in words.
+            max_tokens: length at which the answer is cut.
+            options: see `CallOptions`.
+
+        Raises:
+            QueryError: the question is empty or too long, or the model cannot answer in text.
+            BridgeError: others as for `ground`.
+        """
+        call = CallOptions(**options)
+        limits = call.limits()
+        with self._usage.call(), self._open(video, call, limits) as opened:
+            yield from opened.ask_within(limits, question, max_tokens=max_tokens)
 
     def open(self, video: Video, **options: Unpack[OptionKeywords]) -> OpenedVideo:
         """Read a video and compute all that does not depend on a query. Arguments and errors as for `ground`."""
@@ -306,11 +359,13 @@ class Grounder(Closable):
         try:
             with limits.stage("decode_video"):
                 coarse, grid = source.coarse(limits), source.fine_grid()
-            segment = self._segment(coarse)
+            segment, frames, choice = self._segment(coarse), coarse.frames, coarse.choice
+            if source.is_image and self.heads == "text":
+                segment, frames, choice = self._image(source, choice, limits)
             with limits.stage("vision_coarse"):
                 tolerance = self._unchanged_tolerance
                 visual_tokens = coarse_tokens(
-                    chain.vision_encoder, spec, coarse.frames, report=limits.report, tolerance=tolerance
+                    chain.vision_encoder, spec, frames, report=limits.report, tolerance=tolerance
                 )
             with limits.stage("prefill"):
                 cache = chain.pool.take(batch=1, positions=len(segment))
@@ -320,6 +375,7 @@ class Grounder(Closable):
                 spec,
                 read=lambda places, limits: source.fine(grid[places], limits),
                 budget_bytes=self._feature_budget_bytes,
+                whole_tokens=self.heads == "text",
                 read_ahead=source.fine_size if source.read_ahead else None,
             )
             facts = VideoFacts(
@@ -331,7 +387,7 @@ class Grounder(Closable):
                 sample_times=coarse.times,
                 interval_s=coarse.interval_s,
                 duration_s=coarse.duration_s,
-                choice=coarse.choice,
+                choice=choice,
                 clock=source.clock,
                 stream=source.stream,
             )
@@ -339,6 +395,22 @@ class Grounder(Closable):
         except BaseException:
             source.close()
             raise
+
+    def _open_head(self, chain: Chain, parts: VideoParts) -> Head:
+        text = None if self.spec.text is None else TextHead(chain, parts, self._text, self._grammar)
+        if self.heads == "bridge" or text is None:
+            return BridgeHead(chain, parts, self.sessions["spatial_decoder"], text)
+        return text
+
+    def _image(self, source: VideoSource, choice: CoarseChoice, limits: Limits) -> tuple[Segment, Array, CoarseChoice]:
+        """Return the family's own prompt of an image, and the image at fine size as one group of frames."""
+        assert self.spec.text is not None
+        frames = arrays.repeat_new_axis(source.fine([0.0], limits).frames, self.spec.vision.temporal_patch_size)
+        (rows, columns), text = merged_grid(frames, self.spec), self.spec.text
+        grid = VisualGrid(1, rows, columns)
+        segment = visual_segment(self.tokenizer, self.spec, text.image_head, text.image_token, grid)
+        size = frames.shape[-2], frames.shape[-3]
+        return segment, frames, dataclasses.replace(choice, size=size, tokens=rows * columns, limited_by=())
 
     def _segment(self, coarse: CoarseFrames) -> Segment:
         """Return the video's part of the prompt. Raises VideoError if the model has too few positions for it."""
@@ -348,3 +420,17 @@ class Grounder(Closable):
             message = f"one group of the smallest frames needs {segment.next_position} positions; the model has {most}"
             raise VideoError("video.exceeds_prompt", message)
         return segment
+
+
+def check_heads(spec: ModelSpec, heads: str | None) -> str:
+    """Return the heads that answer queries: `heads`, by default the model's own. Raises BundleError if it has none."""
+    chosen = spec.heads if heads is None else heads
+    if chosen not in HEADS:
+        raise BundleError("options.invalid", f"heads={heads!r}: expected one of {', '.join(HEADS)}")
+    if chosen == "bridge" and spec.heads == "text":
+        message = "this bundle has text heads only; leave out heads=bridge, or export a Bridge-STG checkpoint"
+        raise BundleError("bundle.no_heads", message)
+    if chosen == "text" and spec.text is None:
+        message = "this bundle cannot answer in text: its checkpoint's config.json has no section `text`"
+        raise BundleError("bundle.no_heads", f"{message}; leave out heads=text")
+    return chosen

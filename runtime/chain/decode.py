@@ -25,13 +25,18 @@ class Prefix:
     Attributes:
         cache: contains the keys and values of the first `length` positions.
         length: tokens in the cache.
-        next_position: rotary position of the token that follows.
+        next_position: rotary position of the text that follows.
+        last_position: largest rotary position in the cache; more than `next_position` in a long video without printed
+            times, whose tokens count the time.
+        input_ids: int64, ids of the last prefilled part.
         no_visual_tokens: zeros [1+D, 2, H], the visual tokens of calls whose tokens are all text.
     """
 
     cache: KVCache
     length: int
     next_position: int
+    last_position: int
+    input_ids: np.ndarray
     no_visual_tokens: np.ndarray
 
 
@@ -95,7 +100,8 @@ def prefill_video(
     report(total, total)
     # One zero row would do; but a dim of one is a special case to tracers and engine profiles.
     no_visual_tokens = np.zeros((visual_tokens.shape[0], 2, visual_tokens.shape[2]), visual_tokens.dtype)
-    return Prefix(cache, cached + total, segment.next_position, no_visual_tokens)
+    last_position = int(segment.positions.max())
+    return Prefix(cache, cached + total, segment.next_position, last_position, segment.input_ids, no_visual_tokens)
 
 
 def answer_queries(
@@ -205,8 +211,8 @@ def feed(
 ) -> dict[str, Any]:
     """Feed each row its segment after `lengths[b]` cached tokens; return outputs of its last `outputs` positions.
 
-    Rows are padded on the right by their last token. The padding lies past the row's end, where it is overwritten
-    before a later token attends to it.
+    In a row with fewer tokens, the output of the first repeats. Rows are padded on the right by their last token. The
+    padding lies past the row's end, where it is overwritten before a later token attends to it.
     """
     counts = np.array([len(segment) for segment in segments])  # [B]
     longest = int(counts.max())
@@ -216,7 +222,7 @@ def feed(
         "visual_tokens": visual_tokens,  # [1+D, V, H]
         "positions": np.stack([_padded(segment.positions, longest) for segment in segments], axis=1),  # [3, B, L]
         "cache_position": np.array(lengths, np.int64),  # [B]
-        "output_index": counts[:, None] - outputs + np.arange(outputs, dtype=np.int64)[None],  # [B, K]
+        "output_index": (counts[:, None] - outputs + np.arange(outputs, dtype=np.int64)[None]).clip(min=0),  # [B, K]
     }
     return session.infer(feeds, cache=cache)
 

@@ -1,12 +1,12 @@
 """One opened video: its prefix is computed once, then queries are grounded in it, one or many at a time.
 
-`OpenedVideo.ground_within` lists the steps of a query in order.
+The queries are answered by a head (`bridge_stg.runtime.heads`), which the chain opens for every video.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,16 +14,11 @@ import numpy as np
 
 from bridge_stg.runtime.backends.session import KVCache, Session
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy, boxes_to_pixels
-from bridge_stg.runtime.chain.decode import Answer, Prefix, answer_queries, positions_needed
-from bridge_stg.runtime.chain.grammar import AnswerGrammar
-from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, query_segment, time_strings
-from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube, tube_in_span
-from bridge_stg.runtime.chain.spans import fine_frames, in_span, refine_span, span_of_groups
-from bridge_stg.runtime.chain.spatial_pass import Located, SpatialQuery, locate
+from bridge_stg.runtime.chain.decode import Prefix
+from bridge_stg.runtime.chain.prompt import Segment, Tokenizer
+from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.vision_pass import FeatureMaps
-from bridge_stg.runtime.device.array_ops import on_host
 from bridge_stg.runtime.errors import QueryError, VideoError
 from bridge_stg.runtime.host.limits import CallKeywords, Limits
 from bridge_stg.runtime.host.threads import Closable, UseCount
@@ -32,8 +27,6 @@ from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
-
-Span = tuple[float, float]
 
 
 class CachePool(Protocol):
@@ -49,17 +42,51 @@ class CachePool(Protocol):
         """Return how many rows of `positions` tokens fit the budget, at least one."""
 
 
+class Head(Protocol):
+    """Answers the queries on one video."""
+
+    def ground(self, queries: Sequence[str], task: Task, limits: Limits) -> list[Grounding]:
+        """Return the grounding of each query, without its timings.
+
+        Raises:
+            QueryError: a query is empty or too long, or the head does not support the task.
+        """
+
+    def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
+        """Return the answer to a question as text; QueryError if the model has no text head."""
+
+
+class TextStream(Iterator[str]):
+    """The answer to a question, piece by piece.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, those of the video included.
+        tokens: tokens of the answer so far.
+        finish_reason: `stop` (the model ended the answer) or `length` (`max_tokens` was reached); empty before the end.
+    """
+
+    prompt_tokens: int
+    tokens: int
+    finish_reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The sessions and rules that all videos of one Grounder share."""
+    """The sessions and rules that all videos of one Grounder share.
+
+    Attributes:
+        heads: what answers queries, one of `bridge_stg.runtime.bundle.spec.HEADS`.
+        open_head: returns the head that answers the queries on a video.
+    """
 
     vision_encoder: Session
     language_model: Session
-    spatial_decoder: Session
     spec: ModelSpec
     tokenizer: Tokenizer
     pool: CachePool
     usage: UseCount
+    heads: str
+    open_head: Callable[[Chain, VideoParts], Head]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +119,23 @@ class VideoFacts:
     clock: str = "timestamps"
     stream: int | None = None
 
+    def token_counts(self, spec: ModelSpec, fine_frames: int) -> dict[str, float]:
+        """Count the visual tokens of the coarse and of F fine frames, and those of the whole fine grid."""
+        factor = spec.vision.patch_size * spec.vision.merge_size
+        _, (height, width) = frame_sizes(self.size[1], self.size[0], spec)
+        per_frame, coarse = (height // factor) * (width // factor), self.choice.tokens
+        fine, dense = fine_frames * per_frame, len(self.fine_grid) * per_frame
+        return {"coarse": coarse, "fine": fine, "dense": dense, "ratio": (coarse + fine) / dense}
+
+
+@dataclass(frozen=True, eq=False)
+class VideoParts:
+    """What a head needs of one video: facts, the prefilled prefix, and feature maps (or tokens) of fine frames."""
+
+    facts: VideoFacts
+    prefix: Prefix
+    features: FeatureMaps
+
 
 class OpenedVideo(Closable):
     """A video whose prefix has been computed. Get one from `Grounder.open`; safe to use from many threads.
@@ -119,14 +163,7 @@ class OpenedVideo(Closable):
         self._chain, self._video, self._prefix = chain, video, prefix
         self._timings, self._close_source = dict(timings or {}), close_source
         self.size, self.duration_s, self.features = video.size, video.duration_s, features
-        times = time_strings(video.sample_times.mean(axis=1), chain.spec.prompt)
-        self._grammars = {
-            (allow_none, first): AnswerGrammar(
-                chain.tokenizer, chain.spec.prompt, times, allow_none=allow_none, first_start=first
-            )
-            for allow_none, first in ((True, None), (False, None), (False, 0))
-        }
-        self._answer_tokens = self._grammars[True, None].longest_answer
+        self._head = chain.open_head(chain, VideoParts(video, prefix, features))
         closed_error = VideoError("video.closed", "this video is closed; open it again to ground in it")
         self._usage = UseCount(self._free, closed_error=closed_error)
 
@@ -167,162 +204,35 @@ class OpenedVideo(Closable):
             raise QueryError("query.not_a_list", "ground_many takes a list of queries; pass a single one to `ground`")
         return self._call(list(queries), Task(allow_none=allow_none), Limits(**limits))
 
+    def ask(self, question: str, *, max_tokens: int = 512, **limits: Unpack[CallKeywords]) -> Iterator[str]:
+        """Answer a question about this video, and yield the text as it is written.
+
+        Arguments and errors as for `Grounder.ask`.
+        """
+        with self._chain.usage.call(), self._usage.call():
+            yield from self.ask_within(Limits(**limits), question, max_tokens=max_tokens)
+
+    def ask_within(self, limits: Limits, question: str, *, max_tokens: int) -> TextStream:
+        """Ask as part of a call that is under way already; see `TextStream` for what it tells besides the text."""
+        return self._head.ask(question, max_tokens=max_tokens, limits=limits)
+
     def _call(self, queries: list[str], task: Task, limits: Limits) -> list[Grounding]:
         with self._chain.usage.call():
             return self.ground_within(limits, queries, task)
 
     def ground_within(self, limits: Limits, queries: list[str], task: Task) -> list[Grounding]:
         """Ground queries as part of a call that is under way already, and that keeps the grounder open."""
-        chain, video = self._chain, self._video
+        video = self._video
         with self._usage.call():
             if task.name == "image" and not video.is_image:
                 message = (
                     f"{video.name} is a video; to find when and where, call `ground` (`infer` without --task image)"
                 )
                 raise VideoError("video.not_an_image", message)
-            prompts = self._prompts(queries, task)
-            with limits.stage("answer"):
-                answers = self._answer(prompts, self._grammars[task.grammar_key], limits)
-            times, sizes = video.sample_times, {"interval_s": video.interval_s, "duration_s": video.duration_s}
-            spans = [answer.groups and span_of_groups(answer.groups, times, **sizes) for answer in answers]
-            searches = self._searches(answers, spans) if task.name != "span" else {}
-            most = chain.spec.frames.max_fine_frames
-            located = locate(
-                chain.spatial_decoder, self.features, video.fine_grid, searches, max_frames=most, limits=limits
-            )
+            groundings = self._head.ground(queries, task, limits)
             timings = {**self._timings, **limits.timings, "total": limits.elapsed_s}
-            return [
-                self._result(query, task, answer, named_span=span, located=located.get(i), timings=timings)
-                for i, (query, answer, span) in enumerate(zip(queries, answers, spans, strict=True))
-            ]
-
-    def _prompts(self, queries: list[str], task: Task) -> list[Segment]:
-        """Return the queries' part of the prompt; of several, a QueryError names the index of the wrong one."""
-        prompts = []
-        for i, query in enumerate(queries):
-            try:
-                prompts.append(self._prompt(query, task))
-            except QueryError as error:
-                if len(queries) == 1:
-                    raise
-                raise QueryError(error.code, f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
-        return prompts
-
-    def _prompt(self, query: str, task: Task) -> Segment:
-        chain, start = self._chain, self._prefix.next_position
-        segment = query_segment(chain.tokenizer, chain.spec, query, start, first_box=task.relative_box(self.size))
-        language = chain.spec.language
-        last = segment.next_position + self._answer_tokens + language.num_bridging_queries
-        if last > language.max_positions:
-            message = (
-                f"after this video, the query ends at position {last} of {language.max_positions}; shorten one of them"
-            )
-            raise QueryError("query.too_long", message)
-        return segment
-
-    def _answer(self, prompts: list[Segment], grammar: AnswerGrammar, limits: Limits) -> list[Answer]:
-        """Run the language model, in batches whose caches fit the budget."""
-        pool, language = self._chain.pool, self._chain.spec.language
-        answers: list[Answer] = []
-        while len(answers) < len(prompts):
-            rest = prompts[len(answers) :]
-            positions = positions_needed(
-                self._prefix.length, rest, answer_tokens=self._answer_tokens, bridging=language.num_bridging_queries
-            )
-            batch = rest[: pool.rows(self._prefix.cache, positions=positions)]
-            cache = pool.take(batch=len(batch), positions=positions)
-            answers += answer_queries(
-                self._chain.language_model,
-                cache,
-                self._prefix,
-                batch,
-                grammar,
-                bridging_ids=language.bridging_ids,
-                report=limits.report_from(len(answers), len(prompts)),
-            )
-            pool.give(cache)  # not after a failed call, which leaves the cache in an unknown state
-        return answers
-
-    def _searches(self, answers: Sequence[Answer], spans: Sequence[Span | None]) -> dict[int, SpatialQuery]:
-        """Choose the fine frames around the span of each answer that names one, by the answer's index."""
-        spec, video = self._chain.spec, self._video
-        margin_s = spec.span.margin_s
-        if margin_s is None:
-            margin_s = video.interval_s * spec.vision.temporal_patch_size
-        # An image's only fine frame lasts as long as the image.
-        fps = 1 / video.duration_s if video.is_image else spec.frames.fine_fps
-        most = spec.frames.max_fine_frames
-        searches = {}
-        for i, (answer, span) in enumerate(zip(answers, spans, strict=True)):
-            if span is not None and answer.taps is not None:
-                frames = fine_frames(span, video.fine_grid, fine_fps=fps, margin_s=margin_s, max_frames=most)
-                searches[i] = SpatialQuery(frames, answer.taps)
-        return searches
-
-    def _result(
-        self,
-        query: str,
-        task: Task,
-        answer: Answer,
-        *,
-        named_span: Span | None,
-        located: Located | None,
-        timings: Mapping[str, float],
-    ) -> Grounding:
-        span, tube, boxes, presence, fine = named_span, None, None, 0.0, 0
-        if named_span is not None and located is not None:
-            span, tube = self._refined(named_span, located, task)
-            boxes = self._frame_boxes(tube, span, task)
-            presence, fine = float(tube.presence.mean()), len(located.frames.indices)
-        return Grounding(
-            query=query,
-            found=span is not None,
-            span=span,
-            tube=tube,
-            boxes=boxes,
-            size=self.size,
-            coarse=self._video.choice,
-            answer=self._chain.tokenizer.decode(answer.ids),
-            named_span=named_span,
-            scores={"absent": answer.absent, "answer": math.exp(answer.log_probability), "presence": presence},
-            tokens=self._token_counts(fine),
-            timings=dict(timings),
-            clock=self._video.clock,
-            stream=self._video.stream,
-            task=task.name,
-            unknown_words=self._chain.spec.unknown_words(query),
-            taps=None if answer.taps is None else np.array(on_host(answer.taps)),
-        )
-
-    def _refined(self, named: Span, located: Located, task: Task) -> tuple[Span, Tube]:
-        """Return the span after the presence scores moved its ends, and the boxes of the fine frames in it."""
-        (width, height), threshold = self.size, self._chain.spec.span.presence_threshold
-        frames, presence = located.frames, located.presence
-        start, end = refine_span(named, frames, presence, threshold=threshold, duration_s=self.duration_s)
-        span = (start if task.first_box is None else named[0]), end
-        boxes = boxes_to_pixels(box_cxcywh_to_xyxy(located.boxes), width=width, height=height)
-        times = located.shown_times
-        return span, tube_in_span(span, frames, shown_times=times, boxes=boxes, presence=presence, threshold=threshold)
-
-    def _frame_boxes(self, tube: Tube, span: Span, task: Task) -> FrameBoxes:
-        """Return the boxes of the video's frames inside the span; of a track those of all frames."""
-        times = self._video.frame_times
-        inside = in_span(times, span)
-        if task.first_box is None:
-            return tube.at(times[inside])
-        boxes = tube.at(times)
-        boxes.boxes[0] = task.first_box
-        boxes.visible[~inside] = False
-        return boxes
-
-    def _token_counts(self, fine_frames_used: int) -> dict[str, float]:
-        """Count the visual tokens of a query's two passes, and those of the whole fine grid at fine size."""
-        vision, coarse = self._chain.spec.vision, self._video.choice.tokens
-        factor = vision.patch_size * vision.merge_size
-        _, (height, width) = frame_sizes(self.size[1], self.size[0], self._chain.spec)
-        per_frame = (height // factor) * (width // factor)
-        fine, dense = fine_frames_used * per_frame, len(self._video.fine_grid) * per_frame
-        return {"coarse": coarse, "fine": fine, "dense": dense, "ratio": (coarse + fine) / dense}
+            words = self._chain.spec.unknown_words
+            return [dataclasses.replace(g, timings=timings, unknown_words=words(g.query)) for g in groundings]
 
     @property
     def nbytes(self) -> int:
@@ -334,6 +244,19 @@ class OpenedVideo(Closable):
             self._close_source()
         self.features.clear()
         self._chain.pool.give(self._prefix.cache)
+
+
+def prompts_of(queries: Sequence[str], prompt: Callable[[str], Segment]) -> list[Segment]:
+    """Return the prompt of each query; of several, a QueryError names the index of the wrong one."""
+    prompts = []
+    for i, query in enumerate(queries):
+        try:
+            prompts.append(prompt(query))
+        except QueryError as error:
+            if len(queries) == 1:
+                raise
+            raise QueryError(error.code, f"query {i} (of 0 to {len(queries) - 1}): {error}") from error
+    return prompts
 
 
 GroundedVideo = OpenedVideo

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bridge_stg.runtime.bundle.spec import ModelSpec, PromptSpec
+from bridge_stg.runtime.chain.positions import VisualGrid, stock_positions
 from bridge_stg.runtime.errors import BundleError, QueryError, VideoError
 from bridge_stg.runtime.video.token_budget import Budget
 
@@ -52,6 +53,10 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)  # type: ignore[attr-defined]
         return found
 
+    def to_json(self) -> str:
+        """Return the content of tokenizer.json as it is used here."""
+        return str(self._backend.to_str())  # type: ignore[attr-defined]
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, nothing added before or after."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)  # type: ignore[attr-defined]
@@ -78,6 +83,11 @@ class Segment:
         taken = slice(start, stop)
         return Segment(self.input_ids[taken], self.visual_index[taken], self.positions[:, taken], self.next_position)
 
+    def with_rows(self, offset: int) -> Segment:
+        """Return the segment with the visual tokens of rows that are `offset` further on."""
+        index = np.where(self.visual_index > 0, self.visual_index + offset, 0)
+        return Segment(self.input_ids, index, self.positions, self.next_position)
+
     def followed_by(self, ids: Sequence[int]) -> Segment:
         """Return the segment followed by text tokens, whose positions continue its own."""
         return join_segments([self, text_segment(ids, self.next_position)])
@@ -100,8 +110,8 @@ def join_segments(segments: Sequence[Segment]) -> Segment:
     )
 
 
-def time_strings(group_times: Sequence[float] | np.ndarray, spec: PromptSpec) -> list[str]:
-    """Return the time text of each group, times in seconds; raise VideoError if two groups have the same text."""
+def time_numbers(group_times: Sequence[float] | np.ndarray, spec: PromptSpec) -> list[str]:
+    """Return the time of each group in seconds as text; raise VideoError if two groups have the same text."""
     numbers = [f"{max(float(time), 0.0):.{spec.time_decimals}f}" for time in group_times]
     for earlier, later in pairwise(numbers):
         if float(later) <= float(earlier):
@@ -109,7 +119,12 @@ def time_strings(group_times: Sequence[float] | np.ndarray, spec: PromptSpec) ->
                 f"the frames at {earlier} s and {later} s are printed as one time; sample the video at a lower rate"
             )
             raise VideoError("video.times_too_close", message)
-    return [spec.time.replace("{time}", number) for number in numbers]
+    return numbers
+
+
+def time_strings(group_times: Sequence[float] | np.ndarray, spec: PromptSpec) -> list[str]:
+    """Return the text before each group's tokens, which holds its time; raise VideoError like `time_numbers`."""
+    return [spec.time.replace("{time}", number) for number in time_numbers(group_times, spec)]
 
 
 def video_segment(
@@ -117,18 +132,19 @@ def video_segment(
 ) -> Segment:
     """Return the prefix that depends on the video alone: the head, then for each group its time and its tokens.
 
-    Positions are Qwen3-VL's interleaved MRoPE (transformers, `get_rope_index`): text counts up in all three rows; the
+    Without printed times, the tokens of all groups are adjacent, at the positions of `stock_positions`. Otherwise they
+    are Qwen3-VL's interleaved MRoPE (transformers, `get_rope_index`): text counts up in all three rows; the
     tokens of a group share one time, and the text after them continues past the larger side. `group_times` [G] are in
     seconds; `grid` is (rows, columns) of visual tokens per group, after merging.
     """
     prompt = spec.prompt
     rows, columns = grid
     tokens = rows * columns
-    visual_id = tokenizer.encode(prompt.visual_token)
-    if len(visual_id) != 1:
-        message = f"tokenizer.json: {prompt.visual_token!r} must be one token, found {len(visual_id)}"
-        raise BundleError("bundle.bad_tokenizer", message)
-    visual_ids = np.full(tokens, visual_id[0], np.int64)
+    if not prompt.prints_times:
+        interval_s = float(group_times[1] - group_times[0]) if len(group_times) > 1 else 0.0
+        visual = VisualGrid(len(group_times), rows, columns, interval_s)
+        return visual_segment(tokenizer, spec, prompt.head, prompt.visual_token, visual)
+    visual_ids = np.full(tokens, token_id(tokenizer, prompt.visual_token), np.int64)
     opening, closing = tokenizer.encode(prompt.group_open), tokenizer.encode(prompt.group_close)
     row, column = np.divmod(np.arange(tokens, dtype=np.int64), columns)
     segments = [text_segment(tokenizer.encode(prompt.head), 0)]
@@ -140,6 +156,27 @@ def video_segment(
         segments.append(Segment(visual_ids, visual_index, positions, start + max(rows, columns)))
         segments.append(text_segment(closing, segments[-1].next_position))
     return join_segments(segments)
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a text that must be one token; raise BundleError if it is not."""
+    ids = tokenizer.encode(token)
+    if len(ids) != 1:
+        raise BundleError("bundle.bad_tokenizer", f"tokenizer.json: {token!r} must be one token, found {len(ids)}")
+    return ids[0]
+
+
+def visual_segment(tokenizer: Tokenizer, spec: ModelSpec, head: str, token: str, grid: VisualGrid) -> Segment:
+    """Return the text `head` and the visual tokens of one image or video, as the family's own processor writes them.
+
+    The text that follows has positions from `next_position` on, which may be below those of a long video's tokens.
+    """
+    before = tokenizer.encode(head)
+    count = grid.groups * grid.rows * grid.columns
+    ids = np.array(before + [token_id(tokenizer, token)] * count, np.int64)
+    visual_index = np.concatenate([np.zeros(len(before), np.int64), 1 + np.arange(count, dtype=np.int64)])
+    positions, _ = stock_positions(spec.vision, visual_index > 0, [grid])
+    return Segment(ids, visual_index, positions, len(before) + max(grid.rows, grid.columns))
 
 
 def video_budget(
@@ -158,7 +195,8 @@ def video_budget(
     after_video = query + min(prompt.max_query_characters, positions // 4) + language.num_bridging_queries
 
     def text_positions(group_times: np.ndarray) -> int:
-        video = video_segment(tokenizer, spec, group_times, (1, 1)).next_position - len(group_times)
+        printed = len(group_times) if prompt.prints_times else 1  # of the positions below, those of visual tokens
+        video = video_segment(tokenizer, spec, group_times, (1, 1)).next_position - printed
         longest = max(len(tokenizer.encode(text)) for text in time_strings(group_times, prompt))
         return video + after_video + 2 * longest + len(tokenizer.encode(prompt.between))
 

@@ -121,12 +121,18 @@ class Grounding:
         answer: the language model's answer as text.
         named_span: the span that the answer names, before the presence scores moved its ends; None if not found.
         scores: `absent`, probability of the answer that the target is absent; `answer`, probability of the answer among
-            all that the grammar allows; `presence`, mean over the tube (0 if not found).
+            all that the grammar allows (of a text answer, the geometric mean of its tokens' probabilities);
+            `presence`, mean over the tube (0 if not found; text heads: 1 in all frames that the answer lists).
         tokens: visual tokens computed for this query, `coarse` and `fine`; `dense`, tokens of the whole fine grid at
             fine size; `ratio`, (coarse + fine) / dense.
         timings: seconds per stage. `decode_video`, `vision_coarse` and `prefill` belong to the video and are shared by
             its queries; `answer`, `decode_fine`, `vision_fine` and `spatial` belong to the call and are shared by the
             queries of a `ground_many`; `total` is the call's.
+        heads: what computed the answer, one of `bridge_stg.runtime.bundle.spec.HEADS`.
+        mode: of a text answer, `joint` (all boxes in one answer), `two-step` (the span, then a box per frame), `span`
+            or `image`; else empty.
+        decoding: counts of a text answer: `calls` of the language model, `tokens` of the answer, of these `forced` by
+            the grammar; `drafted` tokens and of these `accepted`; `truncated`, 1 if `max_tokens` cut the answer.
         clock: where the times of the frames come from, one of `bridge_stg.runtime.video.decoder.CLOCKS`.
         stream: index of the video stream that was read; None if the file has only one, or is no video file.
         task: the task, one of `bridge_stg.runtime.chain.tasks.TASKS`.
@@ -147,7 +153,10 @@ class Grounding:
     named_span: tuple[float, float] | None
     scores: Mapping[str, float]
     tokens: Mapping[str, float]
-    timings: Mapping[str, float]
+    timings: Mapping[str, float] = field(default_factory=dict)
+    heads: str = "bridge"
+    mode: str = ""
+    decoding: Mapping[str, int] = field(default_factory=dict)
     clock: str = "timestamps"
     stream: int | None = None
     task: str = "tube"
@@ -165,6 +174,9 @@ class Grounding:
             "span": span_json(self.span),
             "named_span": span_json(self.named_span),
             "answer": self.answer,
+            "heads": self.heads,
+            "mode": self.mode,
+            "decoding": dict(self.decoding),
             "size": {"width": self.size[0], "height": self.size[1]},
             "coarse": self.coarse.to_json(),
             "clock": self.clock,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Span = tuple[float, float]
+
 TIME_TOLERANCE_S = 5e-4
 """Times that differ by less are equal: containers round frame times, often to a millisecond."""
 

@@ -130,10 +130,10 @@ _tables = lru_cache(maxsize=16)(vision_tables)
 
 def _encode(
     session: Session, spec: ModelSpec, frames: Array, *, report: Report, tokens: bool = True
-) -> Iterator[tuple[Array, Array]]:
+) -> Iterator[tuple[Array, Array | None]]:
     """Yield visual tokens [1+D, n, H] and feature maps [g, h, w, C] of chunks of g groups.
 
-    Without `tokens`, n may be 0.
+    Without `tokens`, n may be 0; a model with text heads alone has no feature maps (None).
     """
     patch = spec.vision.patch_size
     rows, columns = frames.shape[2] // patch, frames.shape[3] // patch
@@ -144,19 +144,31 @@ def _encode(
         report(start, len(frames))
         chunk = arrays.contiguous(frames[start : start + size])
         outputs = session.infer({"frames": chunk, **fixed})
-        yield outputs["visual_tokens"], outputs["feature_map"]
+        yield outputs["visual_tokens"], outputs.get("feature_map")
     report(len(frames), len(frames))
 
 
+def frame_tokens(session: Session, spec: ModelSpec, frames: Array, *, report: Report) -> Array:
+    """Return visual tokens [F, 1+D, n, H] of single frames uint8 [F, height, width, 3], each repeated P times."""
+    groups = arrays.repeat_new_axis(frames, spec.vision.temporal_patch_size)
+    tokens = coarse_tokens(session, spec, groups, report=report)[:, 1:]  # [1+D, F·n, H]
+    size = tokens.shape[1] // len(frames)
+    stacked: Array = arrays.stack([tokens[:, at : at + size] for at in range(0, tokens.shape[1], size)])
+    return stacked
+
+
 class FeatureMaps(Protocol):
-    """The fine feature maps of one video: `FineFeatures`, or a view of those of a live stream."""
+    """The fine feature maps, or visual tokens, of one video: `FineFeatures`, or a view of those of a live stream."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the cached maps."""
 
     def at(self, indices: np.ndarray, limits: Limits) -> tuple[Array, np.ndarray]:
-        """Return feature maps [F, h, w, C] and the times [F] of the frames shown, for indices [F] of the grid."""
+        """Return feature maps [F, h, w, C] or visual tokens [F, 1+D, n, H] for indices [F] of the grid.
+
+        The second result are the times [F] of the frames shown.
+        """
 
     def clear(self) -> None:
         """Drop all maps."""
@@ -172,6 +184,7 @@ class FineFeatures:
         spec: the model's sizes and rates.
         read: returns the frames at the given indices of the fine grid; called by one thread at a time.
         budget_bytes: maximum bytes of the cached maps; the least recently used are dropped first.
+        whole_tokens: whether to return visual tokens instead of feature maps.
         read_ahead: height and width of the frames, if another thread can read them while a chunk is encoded; None:
             all are read first.
     """
@@ -183,9 +196,11 @@ class FineFeatures:
         *,
         read: Callable[[np.ndarray, Limits], Samples],
         budget_bytes: int,
+        whole_tokens: bool = False,
         read_ahead: tuple[int, int] | None = None,
     ) -> None:
         self._session, self._spec = session, spec
+        self._encode = frame_tokens if whole_tokens else fine_maps
         self._read, self._read_ahead = read, read_ahead
         self._budget_bytes = budget_bytes
         self._cached_bytes = 0
@@ -202,7 +217,7 @@ class FineFeatures:
             with closing(self._samples(missing, limits)) as chunks:
                 for samples in chunks:
                     report = limits.report_from(done, missing.size)
-                    maps = fine_maps(self._session, self._spec, samples.frames, report=report)
+                    maps = self._encode(self._session, self._spec, samples.frames, report=report)
                     for i, feature_map, time in zip(missing[done:].tolist(), maps, samples.times, strict=False):
                         # A copy, since a view would keep the maps of the whole call alive.
                         found[i] = (feature_map.copy(), float(time))

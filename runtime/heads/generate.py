@@ -1,20 +1,179 @@
-"""Free decoding with a backbone's language model: stock prompts, greedy decoding without a grammar.
+"""Write text answers with a backbone's language model: greedy, several rows at a time, with drafts that are verified.
 
-Equal to transformers' `generate` for the same weights. Knows ids and positions; grounding goes through
-`bridge_stg.runtime.chain.decode`.
+Without a grammar equal to transformers' greedy `generate` for the same weights. Knows ids, positions and one session;
+nothing of videos and times. Letters as in `bridge_stg.runtime.chain.decode`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from bridge_stg.runtime.backends.session import PREFILL_CHUNK, KVCache, Session
+from bridge_stg.runtime.backends.session import PREFILL_CHUNK, KVCache, Session, check_finite, largest
 from bridge_stg.runtime.bundle.spec import VisionSpec
 from bridge_stg.runtime.chain.decode import feed
 from bridge_stg.runtime.chain.positions import VisualGrid, stock_positions
 from bridge_stg.runtime.chain.prompt import Segment, text_segment
+from bridge_stg.runtime.device.array_ops import Array
+
+Draft = Callable[[Sequence[int]], Sequence[int]]
+"""Returns a guess of the ids that follow the ids of an answer so far."""
+
+
+class Writing:
+    """An answer that is being written greedily, here without a grammar.
+
+    Args:
+        max_tokens: length at which the answer is cut.
+        stop_ids: ids that end it.
+        penalty: repetition penalty (Keskar et al., arXiv 1909.05858) of the ids in the prompt and in the answer.
+        prompt_ids: ids of the prompt; not needed without a penalty.
+        absent_ids: the answer that the target is absent; empty if it is not allowed.
+
+    Attributes:
+        ids: the answer so far.
+        done: whether it is complete.
+        truncated: whether it was cut.
+        absent: probability of the answer `absent_ids`.
+        log_probability: sum over the chosen tokens, `choices` of them.
+    """
+
+    def __init__(
+        self, *, max_tokens: int, stop_ids: Sequence[int] = (), penalty: float = 1.0,
+        prompt_ids: Sequence[int] | np.ndarray = (), absent_ids: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self.ids: list[int] = []
+        self.done = self.truncated = False
+        self.absent, self.log_probability, self.choices = float(bool(absent_ids)), 0.0, 0
+        self.max_tokens, self._stop_ids, self._penalty = max_tokens, frozenset(stop_ids), penalty
+        self._seen = set(map(int, prompt_ids))
+        self._rest_of_absent = list(absent_ids)  # empty once the answer differs
+
+    def allowed(self) -> np.ndarray | None:
+        """Return the ids, int64 sorted, that may come next; None: all."""
+        return None
+
+    def forced(self) -> list[int]:
+        """Append the ids that have no alternative, and return them."""
+        return []
+
+    def accept(self, ids: Sequence[int]) -> None:
+        """Append ids to the answer."""
+        for token in ids:
+            if self._rest_of_absent and self._rest_of_absent.pop(0) != token:
+                self._rest_of_absent = []
+        self.ids += ids
+        self._seen.update(ids)
+        self.done = bool(ids) and ids[-1] in self._stop_ids
+        if not self.done and len(self.ids) >= self.max_tokens:
+            self.done = self.truncated = True
+
+    def choose(self, logits: np.ndarray) -> int:
+        """Append the most probable allowed id by the logits [vocab], and return it.
+
+        Raises EngineError if a logit is not finite.
+        """
+        allowed = self.allowed()
+        values = (logits if allowed is None else logits[allowed]).astype(np.float64)
+        check_finite("language_model", logits=values)
+        if self._penalty != 1 and allowed is None:
+            seen = np.fromiter(self._seen, np.int64, len(self._seen))
+            values[seen] = np.where(values[seen] < 0, values[seen] * self._penalty, values[seen] / self._penalty)
+        log_probabilities = values - values.max()
+        log_probabilities -= np.log(np.exp(log_probabilities).sum())
+        if self._rest_of_absent:
+            ids = np.arange(len(values)) if allowed is None else allowed
+            self.absent *= float(np.exp(log_probabilities[ids == self._rest_of_absent[0]]).sum())
+        best = int(log_probabilities.argmax())
+        self.log_probability += float(log_probabilities[best])
+        self.choices += 1
+        chosen = best if allowed is None else int(allowed[best])
+        self.accept([chosen])
+        return chosen
+
+
+@dataclass(eq=False)
+class TextRow:
+    """One answer in its row of a cache.
+
+    Attributes:
+        writing: the answer.
+        length: tokens in the row.
+        pending: tokens to feed next, whose `next_position` is that of the first answer token that follows.
+        draft: guesses the next tokens; None: no drafts.
+        counts: `calls` while the answer was open, `tokens`, `forced`, `drafted`, `accepted`.
+    """
+
+    writing: Writing
+    length: int
+    pending: Segment
+    draft: Draft | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def start(self) -> None:
+        """Append the tokens that are forced at the beginning of the answer."""
+        self._write(self.writing.forced())
+
+    def drafted(self, most: int) -> list[int]:
+        """Return a draft of at most `most` tokens."""
+        ids = [] if self.draft is None else list(self.draft(self.writing.ids))[: max(most, 0)]
+        self.counts["drafted"] += len(ids)
+        return ids
+
+    def verify(self, drafted: Sequence[int], logits: np.ndarray) -> None:
+        """Choose tokens as long as the draft agrees, given the logits [1 + drafted, vocab] after the fed tokens."""
+        self.counts["calls"] += 1
+        self.length += len(self.pending)
+        position, agreed = self.pending.next_position, 0
+        while True:
+            new = [self.writing.choose(logits[agreed])]
+            if not self.writing.done:
+                new += self._forced()
+            equal = 0
+            while equal < len(new) and drafted[agreed + equal : agreed + equal + 1] == new[equal : equal + 1]:
+                equal += 1
+            agreed += equal
+            if self.writing.done or equal < len(new):
+                break
+        self.counts["accepted"] += agreed
+        self.length += agreed
+        self.pending = text_segment(new[equal:], position + agreed)
+
+    def _forced(self) -> list[int]:
+        ids = self.writing.forced()
+        self.counts["forced"] += len(ids)
+        return ids
+
+    def _write(self, ids: Sequence[int]) -> None:
+        self.counts["forced"] += len(ids)
+        self.pending = self.pending.followed_by(ids)
+
+
+def write_answers(session: Session, cache: KVCache, rows: Sequence[TextRow], no_visual_tokens: Array) -> Iterator[int]:
+    """Write the answers of B rows; yield the number of calls of the model so far after each.
+
+    Every row has at least one pending token, all of them text; `no_visual_tokens` are zeros [1+D, 2, H]. A row that is
+    done waits for the others: it is fed its last token at its own end, which nothing attends to.
+    """
+    most = largest(session, "L")
+    for row in rows:
+        row.start()
+    calls = 0
+    while any(not row.writing.done for row in rows):
+        drafts = [[] if row.writing.done else row.drafted(most - len(row.pending)) for row in rows]
+        fed = [row.pending.followed_by(draft) for row, draft in zip(rows, drafts, strict=True)]
+        fed = [s if len(s) else text_segment([0], s.next_position) for s in fed]
+        longest = 1 + max(map(len, drafts))
+        lengths = [row.length for row in rows]
+        outputs = feed(session, cache, fed, lengths, outputs=longest, visual_tokens=no_visual_tokens)
+        for row, draft, logits in zip(rows, drafts, outputs["logits"], strict=True):
+            if not row.writing.done:
+                row.verify(draft, logits[longest - 1 - len(draft) :])
+        calls += 1
+        yield calls
 
 
 def stock_segment(
@@ -38,26 +197,21 @@ def stock_segment(
 
 
 def prefill(
-    session: Session,
-    cache: KVCache,
-    prompts: Sequence[Segment],
-    visual_tokens: np.ndarray,
-    *,
-    chunk: int = PREFILL_CHUNK,
-) -> np.ndarray:
-    """Run B whole prompts of any lengths through the language model; return the logits [B, vocab] after each.
+    session: Session, cache: KVCache, prompts: Sequence[Segment], visual_tokens: Array, *, chunk: int = PREFILL_CHUNK
+) -> list[Segment]:
+    """Run B prompts through the language model except for their last token, which must be text; return the last tokens.
 
     A row whose prompt has ended is fed its last token again, at the same position. `cache` has B rows with room for the
     longest prompt; `visual_tokens` are [1+D, V, H] of all prompts, row 0 all zero; a call feeds at most `chunk` tokens
     per row.
     """
-    longest = max(map(len, prompts))
-    outputs: dict[str, np.ndarray] = {}
+    longest = max(map(len, prompts)) - 1
     for start in range(0, longest, chunk):
-        starts = [min(start, len(prompt) - 1) for prompt in prompts]
-        pieces = [prompt.part(begin, start + chunk) for prompt, begin in zip(prompts, starts, strict=True)]
-        outputs = feed(session, cache, pieces, starts, outputs=1, visual_tokens=visual_tokens)
-    return outputs["logits"][:, 0]
+        starts = [max(0, min(start, len(prompt) - 2)) for prompt in prompts]
+        ends = [min(start + chunk, max(len(prompt) - 1, 1)) for prompt in prompts]
+        pieces = [prompt.part(*piece) for prompt, *piece in zip(prompts, starts, ends, strict=True)]
+        feed(session, cache, pieces, starts, outputs=1, visual_tokens=visual_tokens)
+    return [prompt.part(len(prompt) - 1, len(prompt)) for prompt in prompts]
 
 
 def generate(
@@ -75,22 +229,11 @@ def generate(
     """
     capacity = max(map(len, prompts)) + max_new_tokens
     cache = session.allocate_cache(batch=len(prompts), capacity=capacity)
-    logits = prefill(session, cache, prompts, visual_tokens, chunk=chunk)
-    no_visual_tokens = np.ascontiguousarray(visual_tokens[:, :2])  # new tokens are all text
-    lengths = [len(prompt) for prompt in prompts]
-    # The one token that each row is fed next.
-    tails = [text_segment([], prompt.next_position) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
-    for _ in range(max_new_tokens):
-        for row, best in enumerate(logits.argmax(-1).tolist()):
-            if not done[row]:
-                answers[row].append(best)
-                lengths[row] += len(tails[row])
-                tails[row] = text_segment([best], tails[row].next_position)
-                done[row] = best in stop_ids or len(answers[row]) == max_new_tokens
-        if all(done):
-            break
-        # A row that is done is fed its last token, at the same position, until the others are done.
-        logits = feed(session, cache, tails, lengths, outputs=1, visual_tokens=no_visual_tokens)["logits"][:, 0]
-    return answers
+    last = prefill(session, cache, prompts, visual_tokens, chunk=chunk)
+    rows = [
+        TextRow(Writing(max_tokens=max_new_tokens, stop_ids=stop_ids), len(prompt) - 1, pending)
+        for prompt, pending in zip(prompts, last, strict=True)
+    ]
+    for _ in write_answers(session, cache, rows, np.zeros_like(visual_tokens[:, :2])):
+        pass
+    return [row.writing.ids for row in rows]

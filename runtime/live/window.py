@@ -49,7 +49,11 @@ class LiveWindow:
         self._cache = chain.pool.take(batch=1, positions=len(full) + QUERY_POSITIONS)
         self._own = dataclasses.replace(chain, pool=_WindowPool(self._cache, chain.pool))
         self._features = FineFeatures(
-            chain.vision_encoder, chain.spec, read=self._read_fine, budget_bytes=feature_budget_bytes
+            chain.vision_encoder,
+            chain.spec,
+            read=self._read_fine,
+            budget_bytes=feature_budget_bytes,
+            whole_tokens=chain.heads == "text",
         )
         self._groups: list[_Encoded] = []
         self._fine: dict[int, FineSample] = {}
@@ -125,11 +129,10 @@ class LiveWindow:
         new = [encoded.tokens for encoded in self._groups[first:]]
         rows = sum(encoded.tokens.shape[1] - 1 for encoded in self._groups[:first])
         rest = segment.part(cached, len(segment))
-        visual_index = np.where(rest.visual_index > 0, rest.visual_index - rows, 0)
         self._prefix = prefill_video(
             self._chain.language_model,
             self._cache,
-            dataclasses.replace(rest, visual_index=visual_index),
+            rest.with_rows(-rows),
             arrays.join([new[0], *(tokens[:, 1:] for tokens in new[1:])], axis=1),
             report=limits.report,
             cached=cached,

@@ -1,0 +1,412 @@
+"""The text head: a plain Qwen-VL model writes spans and boxes as JSON, and answers questions.
+
+Two ways to a tube: `joint` asks for all boxes of the video in one answer; `two-step` asks for the span first, then for
+the box in single frames of the span, several at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bridge_stg.runtime.backends.session import largest
+from bridge_stg.runtime.bundle.spec import TextSpec
+from bridge_stg.runtime.chain.decode import prefill_chunk
+from bridge_stg.runtime.chain.opened_video import Chain, TextStream, VideoParts, prompts_of
+from bridge_stg.runtime.chain.positions import VisualGrid
+from bridge_stg.runtime.chain.prompt import (
+    Segment,
+    Tokenizer,
+    check_query,
+    join_segments,
+    text_segment,
+    time_numbers,
+    visual_segment,
+)
+from bridge_stg.runtime.chain.results import Grounding, Tube
+from bridge_stg.runtime.chain.spans import Span, fine_frames, in_span, span_of_groups
+from bridge_stg.runtime.chain.tasks import Task
+from bridge_stg.runtime.device import array_ops as arrays
+from bridge_stg.runtime.errors import BridgeError, QueryError
+from bridge_stg.runtime.heads.answers import Box, nearest, read_boxes, read_span
+from bridge_stg.runtime.heads.drafts import draft
+from bridge_stg.runtime.heads.generate import TextRow, Writing, prefill, write_answers
+from bridge_stg.runtime.heads.json_grammar import JsonForm, JsonGrammar, JsonWriting, json_label
+from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.video.sizes import frame_sizes
+
+COUNTS = ("calls", "tokens", "forced", "drafted", "accepted", "truncated")
+"""Names in `Grounding.decoding`."""
+MODES = ("auto", "joint", "two-step")
+JOINT_GROUPS = 32
+"""Most groups of frames of a video that the mode `auto` answers in one step."""
+STEP_FRAMES = 16
+"""Most frames whose box the mode `two-step` asks for; boxes between them are interpolated."""
+STEP_ROWS = 8
+"""Most frames of one batch of that mode; bounds the memory of the KV cache."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How text heads answer.
+
+    Attributes:
+        mode: one of `MODES`; `auto` chooses by the length of the video.
+        grammar: whether answers are constrained to the JSON form; otherwise the model writes freely.
+        drafts: whether to guess entries from those before; the answers are the same, the calls fewer.
+        max_tokens: length at which an answer is cut.
+    """
+
+    mode: str = "auto"
+    grammar: bool = True
+    drafts: bool = True
+    max_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise BridgeError("options.invalid", f"mode={self.mode!r}: expected one of {', '.join(MODES)}")
+        check_max_tokens(self.max_tokens)
+
+
+def check_max_tokens(value: int) -> None:
+    """Raise BridgeError if a maximum length is not a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BridgeError("options.out_of_range", f"max_tokens={value!r}: expected 1 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A complete answer: its text, scores and counts; see `Grounding.scores` and `Grounding.decoding`."""
+
+    text: str
+    absent: float
+    log_probability: float
+    choices: int
+    counts: Counter[str]
+
+    @property
+    def score(self) -> float:
+        """Geometric mean of the probabilities of the chosen tokens."""
+        return math.exp(self.log_probability / max(self.choices, 1))
+
+
+class TextHead:
+    """Answers queries and questions on one video with text.
+
+    Args:
+        chain: what all videos share; its spec has the section `text`.
+        parts: the video. With text heads alone, the prefix of an image is the family's own prompt of an image.
+        options: how to answer.
+        grammar: the tokenizer's tokens.
+    """
+
+    def __init__(self, chain: Chain, parts: VideoParts, options: TextOptions, grammar: JsonGrammar) -> None:
+        assert chain.spec.text is not None
+        self._chain, self._options, self._grammar = chain, options, grammar
+        self._text: TextSpec = chain.spec.text
+        self._video, self._prefix, self._features = parts.facts, parts.prefix, parts.features
+        self._group_times = parts.facts.sample_times.mean(axis=1)
+        self._times = tuple(time_numbers(self._group_times, chain.spec.prompt))
+        image = parts.facts.is_image and chain.heads == "text"
+        self._turn = self._text.image_turn if image else self._text.video_turn
+
+    def ground(self, queries: Sequence[str], task: Task, limits: Limits) -> list[Grounding]:
+        """Ground queries; see `Head.ground`."""
+        if task.first_box is not None:
+            message = "tracking needs bridge heads, but text heads answer here; ground a query instead"
+            raise QueryError("query.needs_bridge_heads", message)
+        mode = self._mode(task)
+        message = {"image": self._text.image, "joint": self._text.tube}.get(mode, self._text.span)
+        prompts = prompts_of(queries, lambda query: self._prompt(self._message(message, query)))
+        if mode in ("image", "joint"):
+            times, size = self._times if mode == "joint" else (), self._video.choice.size
+            forms = [self._boxes_form(query, times, size, allow_none=task.allow_none) for query in queries]
+        else:
+            forms = [JsonForm(self._text, self._times, allow_none=task.allow_none)] * len(queries)
+        with limits.stage("answer"):
+            answers = self._write(prompts, forms, limits)
+        answered = {"image": self._of_image, "joint": self._of_list}.get(mode, self._of_span)
+        results = []
+        for query, form, answer in zip(queries, forms, answers, strict=True):
+            result = answered(query, form, answer, limits if mode == "two-step" else None)
+            results.append(dataclasses.replace(result, task=task.name, mode=mode))
+        return results
+
+    def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
+        """Answer a question; see `Head.ask`."""
+        check_max_tokens(max_tokens)
+        check_query(self._chain.spec.prompt, question)
+        prompt = self._prompt(question)
+        writing = self._free(prompt, max_tokens=self._room(prompt, max_tokens, margin=2))
+        row = TextRow(writing, self._prefix.length, prompt)
+
+        def steps() -> Iterator[None]:
+            with limits.stage("answer"):
+                for _ in self._decode([row], margin=2):
+                    limits.report(len(writing.ids), None)
+                    yield
+
+        return AskedText(
+            self._chain.tokenizer, writing, steps(), self._text.stop_ids, self._prefix.length + len(prompt)
+        )
+
+    def _mode(self, task: Task) -> str:
+        if self._video.is_image:
+            return "image"
+        if task.name == "span":
+            return "span"
+        short = len(self._times) <= JOINT_GROUPS
+        return self._options.mode if self._options.mode != "auto" else "joint" if short else "two-step"
+
+    # The prompts and the forms of their answers.
+
+    def _message(self, form: str, query: str) -> str:
+        """Return the message that asks for a query."""
+        before, _, after = form.partition("{query}")
+        return before + check_query(self._chain.spec.prompt, query) + after
+
+    def _turn_segment(self, turn: str, message: str, start_position: int) -> Segment:
+        before, _, after = turn.partition("{message}")
+        return text_segment(self._chain.tokenizer.encode(before + message + after), start_position)
+
+    def _prompt(self, message: str) -> Segment:
+        """Return what follows the prefix. The answer continues after all positions, those of visual tokens included."""
+        segment = self._turn_segment(self._turn, message, self._prefix.next_position)
+        answer_position = max(self._prefix.last_position + 1, segment.next_position)
+        return dataclasses.replace(segment, next_position=answer_position)
+
+    def _boxes_form(self, query: str, times: tuple[str, ...], size: tuple[int, int], *, allow_none: bool) -> JsonForm:
+        """Return the form of a list of boxes in frames of `size` (width, height in pixels, as the model sees them)."""
+        scale = (self._text.box_scale,) * 2 if self._text.box_scale else size
+        label = json_label(check_query(self._chain.spec.prompt, query))
+        return JsonForm(self._text, times, scale=(scale[0], scale[1]), label=label, allow_none=allow_none)
+
+    # Writing answers.
+
+    def _free(self, prompt: Segment, *, max_tokens: int, absent: str | None = None) -> Writing:
+        penalty = self._text.repetition_penalty
+        seen = np.concatenate([self._prefix.input_ids, prompt.input_ids]) if penalty != 1 else ()
+        absent_ids = self._chain.tokenizer.encode(absent) if absent else ()
+        stop_ids = self._text.stop_ids
+        return Writing(
+            max_tokens=max_tokens, stop_ids=stop_ids, penalty=penalty, prompt_ids=seen, absent_ids=absent_ids
+        )
+
+    def _row(self, prompt: Segment, form: JsonForm, *, length: int, max_tokens: int) -> TextRow:
+        if self._options.grammar:
+            writing: Writing = JsonWriting(self._grammar, form, max_tokens=max_tokens)
+        else:
+            writing = self._free(prompt, max_tokens=max_tokens, absent=form.absent if form.allow_none else None)
+        tokenizer = self._chain.tokenizer
+
+        def guess(ids: Sequence[int]) -> list[int]:
+            return tokenizer.encode(draft(form, tokenizer.decode(ids)))
+
+        return TextRow(writing, length, prompt, guess if form.times and form.label and self._options.drafts else None)
+
+    def _entry_tokens(self, form: JsonForm) -> int:
+        """Return how many tokens one entry of a list has at most."""
+        label = form.label or ""
+        longest = "0" * max(map(len, (*form.times, "")))
+        return 24 + len(
+            self._chain.tokenizer.encode(f'{{"time": {longest}, "bbox_2d": [, , , ], "label": {label}}},\n\t')
+        )
+
+    def _room(self, prompt: Segment, max_tokens: int, *, margin: int) -> int:
+        """Return how many tokens an answer may have. Raises QueryError if the model has no position left for it."""
+        most = self._chain.spec.language.max_positions
+        capacity = largest(self._chain.language_model, "S")
+        room = min(most - prompt.next_position, capacity - self._prefix.length - len(prompt) - margin)
+        if room < 1:
+            message = (
+                f"after this video, the query ends at position {prompt.next_position} of {most}; shorten one of them"
+            )
+            raise QueryError("query.too_long", message)
+        return min(room, max_tokens)
+
+    def _write(self, prompts: Sequence[Segment], forms: Sequence[JsonForm], limits: Limits) -> list[Written]:
+        """Write the answers to prompts that follow the prefix, in batches whose caches fit the budget."""
+        written: list[Written] = []
+        entry = max(map(self._entry_tokens, forms), default=0)
+        margin = 3 * entry  # rows are padded to the longest of a call, which has at most a forced text and two drafts
+        longest = (len(self._times) + 1) * entry if self._options.grammar else self._options.max_tokens
+        most = min(self._options.max_tokens, longest)
+        while len(written) < len(prompts):
+            rest = range(len(written), len(prompts))
+            positions = self._prefix.length + max(len(prompts[i]) for i in rest) + most + margin
+            batch = rest[: self._chain.pool.rows(self._prefix.cache, positions=positions)]
+            rows = []
+            for i in batch:
+                room = self._room(prompts[i], most, margin=margin)
+                rows.append(self._row(prompts[i], forms[i], length=self._prefix.length, max_tokens=room))
+            for _ in self._decode(rows, margin=margin):
+                limits.report(sum(len(row.writing.ids) for row in rows), None)
+            written += [self._written(row) for row in rows]
+        return written
+
+    def _decode(self, rows: Sequence[TextRow], *, margin: int) -> Iterator[int]:
+        """Write the answers of rows that follow the prefix; yield after each call of the model."""
+        chain, prefix = self._chain, self._prefix
+        most = max(len(row.pending) + row.writing.max_tokens for row in rows)
+        cache = chain.pool.take(batch=len(rows), positions=prefix.length + most + margin)
+        if cache is not prefix.cache:
+            cache.copy_prefix(prefix.cache, prefix.length)
+        yield from write_answers(chain.language_model, cache, rows, prefix.no_visual_tokens)
+        chain.pool.give(cache)  # not after a failed call, which leaves the cache in an unknown state
+
+    def _written(self, row: TextRow) -> Written:
+        writing, stop_ids = row.writing, self._text.stop_ids
+        counts = row.counts + Counter(tokens=len(writing.ids), truncated=int(writing.truncated))
+        text = self._chain.tokenizer.decode([i for i in writing.ids if i not in stop_ids])
+        return Written(text, writing.absent, writing.log_probability, writing.choices, counts)
+
+    # From answers to results.
+
+    def _of_image(self, query: str, form: JsonForm, answer: Written, limits: Limits | None) -> Grounding:
+        boxes = [box for _, box in read_boxes(answer.text)[:1]]
+        span = (0.0, self._video.duration_s) if boxes else None
+        tube = self._tube(np.zeros(1), boxes, form.scale) if boxes else None
+        return self._grounding(query, answer, span=span, tube=tube)
+
+    def _of_list(self, query: str, form: JsonForm, answer: Written, limits: Limits | None) -> Grounding:
+        found: dict[int, Box] = {}
+        for time_s, box in read_boxes(answer.text):
+            if time_s is not None:
+                found.setdefault(nearest(time_s, list(map(float, self._times))), box)
+        if not found:
+            return self._grounding(query, answer, span=None, tube=None)
+        groups = sorted(found)
+        tube = self._tube(self._group_times[groups], [found[group] for group in groups], form.scale)
+        return self._grounding(query, answer, span=self._span(groups[0], groups[-1]), tube=tube)
+
+    def _of_span(self, query: str, form: JsonForm, answer: Written, limits: Limits | None) -> Grounding:
+        times = read_span(answer.text)
+        if times is None:
+            return self._grounding(query, answer, span=None, tube=None)
+        first, last = (nearest(time, list(map(float, self._times))) for time in times)
+        span = self._span(first, last)
+        if limits is None:
+            return self._grounding(query, answer, span=span, tube=None)
+        frames = fine_frames(
+            span, self._video.fine_grid, fine_fps=self._chain.spec.frames.fine_fps, margin_s=0.0,
+            max_frames=min(STEP_FRAMES, self._chain.spec.frames.max_fine_frames),
+        )  # fmt: skip
+        boxes: dict[float, Box] = {}
+        counts = Counter(answer.counts)
+        for start in range(0, len(frames.indices), STEP_ROWS):
+            shown, written, calls = self._in_frames(query, frames.indices[start : start + STEP_ROWS], limits)
+            for time_s, one in zip(shown, written, strict=True):
+                counts += Counter({**one.counts, "calls": 0})
+                for _, box in read_boxes(one.text)[:1]:
+                    boxes.setdefault(float(time_s), box)
+            counts["calls"] += calls
+        answer = dataclasses.replace(answer, counts=counts)
+        if not boxes:
+            return self._grounding(query, answer, span=None, tube=None, frames=len(frames.indices))
+        scale = self._boxes_form(query, (), self._fine_size, allow_none=True).scale
+        tube = self._tube(np.array(sorted(boxes)), [boxes[time] for time in sorted(boxes)], scale)
+        return self._grounding(query, answer, span=span, tube=tube, frames=len(frames.indices))
+
+    @property
+    def _fine_size(self) -> tuple[int, int]:
+        """Width and height of fine frames in pixels."""
+        _, (height, width) = frame_sizes(self._video.size[1], self._video.size[0], self._chain.spec)
+        return width, height
+
+    def _in_frames(self, query: str, indices: np.ndarray, limits: Limits) -> tuple[np.ndarray, list[Written], int]:
+        """Ask for the box in single frames of the fine grid; return their times, the answers, and the calls made."""
+        chain, spec, session = self._chain, self._chain.spec, self._chain.language_model
+        tokens, times = self._features.at(indices, limits)  # [F, 1+D, n, H]
+        (width, height), side = self._fine_size, spec.vision.patch_size * spec.vision.merge_size
+        grid = VisualGrid(1, height // side, width // side)
+        image = visual_segment(chain.tokenizer, spec, self._text.image_head, self._text.image_token, grid)
+        message = self._message(self._text.image, query)
+        prompt = join_segments([image, self._turn_segment(self._text.image_turn, message, image.next_position)])
+        form = self._boxes_form(query, (), self._fine_size, allow_none=True)
+        entry, chunk = self._entry_tokens(form), prefill_chunk(session)
+        most, positions = min(self._options.max_tokens, 2 * entry), len(prompt) + 4 * entry
+        rows: list[TextRow] = []
+        calls = 0
+        with limits.stage("boxes"):
+            while len(rows) < len(indices):
+                batch = tokens[len(rows) :][: chain.pool.rows(self._prefix.cache, positions=positions)]
+                prompts = [prompt.with_rows(f * tokens.shape[2]) for f in range(len(batch))]
+                cache = chain.pool.take(batch=len(batch), positions=positions)
+                visual = arrays.join(list(batch), axis=1, zeros_before=1)
+                last = prefill(session, cache, prompts, visual, chunk=chunk)
+                new = [self._row(pending, form, length=len(prompt) - 1, max_tokens=most) for pending in last]
+                for made in write_answers(session, cache, new, self._prefix.no_visual_tokens):
+                    limits.report(calls + made, None)
+                calls += made - (-(len(prompt) - 1) // chunk)
+                rows += new
+                chain.pool.give(cache)
+        return times, [self._written(row) for row in rows], calls
+
+    def _span(self, first: int, last: int) -> Span:
+        video = self._video
+        return span_of_groups(
+            (first, last), video.sample_times, interval_s=video.interval_s, duration_s=video.duration_s
+        )
+
+    def _tube(self, times: np.ndarray, boxes: Sequence[Box], scale: tuple[int, int]) -> Tube:
+        """Return the tube of boxes [N] given in units of `scale`, clipped to the frame."""
+        size = np.tile(np.asarray(self._video.size, np.float64), 2)
+        pixels = np.clip(np.asarray(boxes, np.float64) / np.tile(scale, 2), 0, 1) * size
+        count = len(pixels)
+        return Tube(times, pixels.astype(np.float32), np.ones(count, np.float32), np.ones(count, bool))
+
+    def _grounding(
+        self, query: str, answer: Written, *, span: Span | None, tube: Tube | None, frames: int = 0
+    ) -> Grounding:
+        video = self._video
+        boxes = None
+        if span is not None and tube is not None:
+            boxes = tube.at(video.frame_times[in_span(video.frame_times, span)])
+        return Grounding(
+            query=query,
+            found=span is not None,
+            span=span,
+            tube=tube,
+            boxes=boxes,
+            size=video.size,
+            coarse=video.choice,
+            answer=answer.text,
+            named_span=span,
+            scores={"absent": answer.absent, "answer": answer.score, "presence": float(tube is not None)},
+            tokens=video.token_counts(self._chain.spec, frames),
+            heads="text",
+            decoding={name: answer.counts[name] for name in COUNTS},
+            clock=video.clock,
+            stream=video.stream,
+        )
+
+
+class AskedText(TextStream):
+    """The answer to a question; see `TextStream`. `steps` writes the next tokens with every step."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, writing: Writing, steps: Iterator[None], stop_ids: Sequence[int], prompt_tokens: int
+    ) -> None:
+        self._tokenizer, self._writing, self._steps = tokenizer, writing, steps
+        self._stop_ids, self._shown = stop_ids, ""
+        self.prompt_tokens, self.tokens, self.finish_reason = prompt_tokens, 0, ""
+
+    def __next__(self) -> str:
+        """Return the next piece of text; whole characters only."""
+        while True:
+            ended = next(self._steps, self) is self
+            ids = self._writing.ids
+            self.tokens = len(ids)
+            text = self._tokenizer.decode([token for token in ids if token not in self._stop_ids])
+            if ended or self._writing.done:
+                self.finish_reason = "length" if self._writing.truncated else "stop"
+            if text != self._shown and (self.finish_reason or not text.endswith("\ufffd")):
+                piece, self._shown = text[len(self._shown) :], text
+                return piece
+            if ended:
+                raise StopIteration
