@@ -44,7 +44,7 @@ EXTRAS = {
     "ray": "ray pyarrow",
     "serve": "fastapi starlette pydantic anyio uvicorn python_multipart prometheus_client",
     "calibrate": "yaml",
-    "": "numpy av PIL tokenizers tqdm jinja2",
+    "": "numpy av PIL tokenizers llguidance tqdm jinja2",
 }
 """Extra of this package → import names of the packages that it installs."""
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))

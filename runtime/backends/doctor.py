@@ -19,7 +19,7 @@ from bridge_stg.runtime.backends.tensorrt.library import MODULES
 from bridge_stg.runtime.host.machine import Machine, machine
 from bridge_stg.runtime.host.packages import installed_version
 
-NEEDED = ("numpy", "av", "pillow", "tokenizers", "click", "tqdm", "jinja2")
+NEEDED = ("numpy", "av", "pillow", "tokenizers", "llguidance", "click", "tqdm", "jinja2")
 """Distributions that every backend needs."""
 
 FLAVOURS = (
