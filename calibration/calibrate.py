@@ -40,7 +40,7 @@ from bridge_stg.calibration.work_folder import digest, read_json, working_in, wr
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.export.graph.blocks import Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.bundle.contracts import GRAPHS
+from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
 from bridge_stg.runtime.parity.compare import Boundary
@@ -113,7 +113,7 @@ def calibrate(
             trials = prepare_trials(run, statistics, entries, requested)
         cases = record_calls(run)
         gates = measure_gates(run, trials, requested, cases)
-        recipe = without_slow_graphs(requested, gates)
+        recipe = without_slow_graphs(requested, gates, graphs_of(run.source.manifest.spec))
         with run.timed("float bundle"):
             reference = trials.reference()
         with run.timed("sensitivity"):
@@ -176,7 +176,7 @@ class Run:
     @property
     def large(self) -> bool:
         """Whether memory may be too small for two open bundles."""
-        return sum(graph_bytes(self.source, name) for name in GRAPHS) > LARGE_BYTES
+        return sum(graph_bytes(self.source, name) for name in graphs_of(self.source.manifest.spec)) > LARGE_BYTES
 
     def forced(self, graph: str) -> bool:
         """Return whether a graph is quantized without regard to its gate: on request, or only for other backends."""
@@ -246,11 +246,11 @@ def measure_gates(run: Run, trials: RecipeTrials, requested: Recipe, cases: Sequ
     return {name: Gate(**{**values, "forced": run.forced(name)}) for name, values in known.items()}
 
 
-def without_slow_graphs(requested: Recipe, gates: Mapping[str, Gate]) -> Recipe:
-    """Return the recipe with graphs in float that gain nothing. Raises BridgeError if none gains."""
+def without_slow_graphs(requested: Recipe, gates: Mapping[str, Gate], graphs: Sequence[str]) -> Recipe:
+    """Return the recipe with graphs in float that gain nothing. Raises BridgeError if none of `graphs` gains."""
     closed = {name: GraphRecipe() for name, gate in gates.items() if not gate.open}
     recipe = dataclasses.replace(requested, graphs={**requested.graphs, **closed})
-    if not any(recipe.of(name).quantizes for name in GRAPHS):
+    if not any(recipe.of(name).quantizes for name in graphs):
         found = "; ".join(f"{name}: {gate.why}" for name, gate in gates.items()) or "the recipe keeps all in float"
         message = f"no graph gains from {requested.name} here ({found}); pass --force-int8 GRAPH to quantize it anyway"
         raise BridgeError("calibration.no_gain", message)
@@ -278,7 +278,7 @@ def replay_calls(
 ) -> tuple[dict[str, Gate], list[Boundary]]:
     """Replay the recorded calls in both bundles, graph by graph. Return the gates, and the drift of the outputs."""
     gates, drift = {}, []
-    graphs = [name for name in GRAPHS if recipe.of(name).quantizes]
+    graphs = [name for name in graphs_of(bundle.manifest.spec) if recipe.of(name).quantizes]
     for done, name in enumerate(graphs):
         run.progress("timing graphs", done, len(graphs))
         gates[name], found = measure_gate(

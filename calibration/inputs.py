@@ -16,6 +16,7 @@ from bridge_stg.calibration.recipes import RECIPES, Recipe
 from bridge_stg.export.engines.support import UNSUPPORTED, require, support
 from bridge_stg.export.graph.blocks import INT8, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.writer import is_bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError
 from bridge_stg.runtime.host.files import require_space
@@ -130,7 +131,10 @@ def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> 
     if not (options.max_drop > 0 and options.max_changed > 0):
         limits = f"max_drop {options.max_drop:g} and max_changed {options.max_changed:g}"
         raise BridgeError("options.invalid", f"the limits are {limits}; expected more than 0.")
-    recipe = RECIPES[options.recipe]
+    recipe, graphs = RECIPES[options.recipe], graphs_of(bundle.manifest.spec)
+    if absent := [name for name in (*options.graphs, *options.force_int8) if name not in graphs]:
+        what = f"the recipe names {absent[0]}; the graphs of this bundle are {', '.join(graphs)}."
+        raise BridgeError("calibration.bad_recipe", what)
     for graph, name in options.graphs.items():
         recipe = recipe.with_graph(graph, name)
     if floats := [name for name in options.force_int8 if not recipe.of(name).quantizes]:

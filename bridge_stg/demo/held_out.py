@@ -21,7 +21,7 @@ from bridge_stg.demo.questions import Question, ask
 from bridge_stg.demo.synthetic import Scene, make_scene, write_clip
 from bridge_stg.evaluation.metrics import auroc, frame_iou, tube_iou, tube_scores
 from bridge_stg.runtime.backends.session import Session, SessionWrapper
-from bridge_stg.runtime.bundle.contracts import GRAPHS
+from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.grounder import Grounder
@@ -249,7 +249,7 @@ def evaluate_demo(
         from bridge_stg.model.torch_session import TorchSession
 
         model = load_checkpoint(checkpoint)
-        sessions: dict[str, Session] = {name: TorchSession(name, model) for name in GRAPHS}
+        sessions: dict[str, Session] = {name: TorchSession(name, model) for name in graphs_of(model.spec)}
         spec, tokenizer, what = model.spec, model.tokenizer, "checkpoint, eager torch fp32"
     else:
         from bridge_stg.demo.bundle import demo_bundle

@@ -27,7 +27,7 @@ from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.run.results import check_identity
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.bundle.contracts import GRAPHS
+from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.errors import BridgeError, QueryError, VideoError
@@ -77,7 +77,7 @@ def collect(
         EngineError: onnxruntime is missing or rejects a graph.
     """
     chosen = choose(bundle.manifest, backend="onnxruntime", variant=variant).variants
-    graphs = (bundle.graph(name, chosen[name]) for name in GRAPHS)
+    graphs = (bundle.graph(name, chosen[name]) for name in graphs_of(bundle.manifest.spec))
     variants = {graph.name: str(graph.derived_from) if graph.made_by_pass else graph.variant for graph in graphs}
     identity = {
         "schema": SCHEMA,
@@ -122,7 +122,7 @@ def collect(
 def call_kind(graph: str, spec: ModelSpec) -> Kind:
     """Return a function that classifies a graph's calls, so that rare kinds get their share of rows."""
     if graph == "language_model":
-        bridging = min(spec.language.bridging_ids)
+        bridging = spec.language.vocab_size  # with text heads, no id is as large
 
         def kind(feeds: Mapping[str, np.ndarray]) -> str:
             if feeds["visual_index"].any():
