@@ -12,7 +12,6 @@ import numpy as np
 
 from bridge_stg.runtime.errors import EngineError
 
-OBJECT = re.compile(r"\{[^{}]*\}")
 CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 Box = tuple[float, float, float, float]
@@ -37,26 +36,34 @@ def read_boxes(text: str) -> list[tuple[float | None, Box]]:
 
     The last entry of a list that was cut is left out. Raises EngineError if the text is no list.
     """
-    entries = []
-    for value in objects(text):
+    entries, found = [], objects(text)
+    for value in found:
         box = value.get("bbox_2d", value.get("bbox"))
         numbers = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
         if numbers and all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]:
             entries.append((seconds(value.get("time")), (box[0], box[1], box[2], box[3])))
-    if not entries and not OBJECT.search(text) and not is_absent(text):
+    if not found and not is_absent(text):
         raise unreadable(text, 'a list of {"bbox_2d": [x1, y1, x2, y2], …}')
     return entries
 
 
 def objects(text: str) -> list[Mapping[str, Any]]:
-    """Return the innermost JSON objects in a text."""
-    found = []
-    for match in OBJECT.finditer(text):
+    """Return the complete JSON objects in a text, those inside of others included."""
+    found: list[Mapping[str, Any]] = []
+    decoder, at = json.JSONDecoder(), text.find("{")
+    while at >= 0:
         try:
-            found.append(json.loads(match[0]))
-        except ValueError:
-            continue
+            value, end = decoder.raw_decode(text, at)
+            found += _inside(value)
+        except (ValueError, RecursionError):
+            end = at + 1
+        at = text.find("{", end)
     return found
+
+
+def _inside(value: Any) -> list[Mapping[str, Any]]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return ([value] if isinstance(value, dict) else []) + [found for part in inner for found in _inside(part)]
 
 
 def seconds(value: Any) -> float | None:

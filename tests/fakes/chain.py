@@ -6,6 +6,7 @@ wrong position or a stale cache entry changes them. A script can give it the ans
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from bridge_stg.runtime.backends.session import Preferences
 from bridge_stg.runtime.bundle.manifest import GraphSpec
-from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import FramesSpec, LanguageSpec, ModelSpec, PromptSpec, TextSpec, VisionSpec
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.grounder import Grounder
 
@@ -34,6 +35,16 @@ class FakeTokenizer:
             ord(piece) if len(piece) == 1 else self.special.setdefault(piece, 200 + len(self.special))
             for piece in PIECES.findall(text)
         ]
+
+    def to_json(self) -> str:
+        """Return a tokenizer.json with the same ids of ASCII characters and special tokens."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = {i: chr(i) if 33 <= i < 127 else chr(256 + min(i, 33)) for i in range(128)}
+        made = Tokenizer(models.BPE({letter: i for i, letter in letters.items()}, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        return made.to_str()
 
     def decode(self, ids: Sequence[int]) -> str:
         names = {value: key for key, value in self.special.items()}
@@ -108,6 +119,7 @@ class FakeLanguageModel(FakeSession):
         super().__init__()
         self.tokenizer = tokenizer
         self.script: dict[str, str] = {}
+        self.replies: dict[str, str] = {}  # text that the user's turn contains → the reply as text
         self.seen: list[list[str]] = []
         self.allocated: list[FakeCache] = []
         self.lock = threading.Lock()
@@ -150,6 +162,11 @@ class FakeLanguageModel(FakeSession):
             _, found, written = text.rpartition(f"Find {query}.<|im_end|>\n<|im_start|>assistant\n")
             if found and answer.startswith(written) and written != answer:
                 wish[self.tokenizer.encode(answer[len(written) :])[0]] = 50
+        turn, _, written = text.rpartition("<|im_end|>\n<|im_start|>assistant\n")
+        for part, reply in self.replies.items():
+            if part in turn and f"{reply}<|im_end|>".startswith(written):
+                wish[self.tokenizer.encode(f"{reply}<|im_end|>"[len(written) :])[0]] = 50
+                break
         return wish
 
 
@@ -169,6 +186,22 @@ class FakeSpatialDecoder(FakeSession):
         boxes = np.stack([x, y, size, size * 2], axis=-1).astype(np.float32)
         presence = np.broadcast_to(colour[None, :, 0], x.shape).astype(np.float32)
         return {"boxes": boxes, "presence": presence}
+
+
+def text_spec(family: str = "qwen3_vl", heads: str = "text", **frames: Any) -> ModelSpec:
+    """Return the spec of a small model with text heads, whose prompt is that of a family."""
+    spec = fake_spec(**frames)
+    end = FakeTokenizer().encode("<|im_end|>")
+    text = TextSpec(tube="Boxes of {query}?", span="When is {query}?", image="Where is {query}?", stop_ids=tuple(end))
+    prompt = PromptSpec(head="<|im_start|>user\n<|vision_start|>")
+    vision = spec.vision
+    if family == "qwen2_5_vl":
+        prompt = dataclasses.replace(prompt, prints_times=False)
+        text = dataclasses.replace(text, box_scale=0)
+        vision = dataclasses.replace(vision, family=family, tokens_per_second=2.0)
+    language = dataclasses.replace(spec.language, num_bridging_queries=0, tapped_layers=())
+    language = spec.language if heads == "bridge" else language
+    return ModelSpec(vision, language, spec.frames, prompt, spec.span, heads=heads, text=text)
 
 
 def fake_spec(**frames: Any) -> ModelSpec:
@@ -207,12 +240,18 @@ def fake_spec(**frames: Any) -> ModelSpec:
     )
 
 
-def fake_grounder(spec: ModelSpec | None = None, script: Mapping[str, str] | None = None, **options: Any) -> Grounder:
-    """Return a Grounder over fake sessions; see `Grounder.sessions`."""
+def fake_grounder(
+    spec: ModelSpec | None = None,
+    script: Mapping[str, str] | None = None,
+    replies: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Grounder:
+    """Return a Grounder over fake sessions; see `Grounder.sessions`, `FakeLanguageModel.script` and `.replies`."""
     spec = spec or fake_spec()
     tokenizer: Any = FakeTokenizer()
+    tokenizer.encode("<|im_end|>")  # the id of `text_spec`
     language = FakeLanguageModel(tokenizer)
-    language.script = dict(script or {})
+    language.script, language.replies = dict(script or {}), dict(replies or {})
     sessions: dict[str, Any] = {
         "vision_encoder": FakeVisionEncoder(spec),
         "language_model": language,

@@ -23,7 +23,7 @@ MOST_ENTRIES = {
     "runtime": 13,
     "runtime/chain": 13,
     "tests": 13,
-    "tests/runtime": 13,
+    "tests/runtime": 14,
 }
 """Folders that may hold more than 12 entries: lists of packages, the web page, and the pages of documentation."""
 
