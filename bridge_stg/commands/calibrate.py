@@ -19,7 +19,7 @@ from bridge_stg.calibration.options import (
 )
 from bridge_stg.commands import options
 from bridge_stg.commands.options import PATH, Number
-from bridge_stg.commands.progress import ProgressBar
+from bridge_stg.commands.progress import ProgressBar, note_untrained
 from bridge_stg.export.engines.support import BACKENDS
 from bridge_stg.runtime.errors import BridgeError
 
@@ -93,6 +93,9 @@ def calibrate(bundle: Path, out: Path, **options: Any) -> None:
 
     Sensitive blocks stay in float. Intermediate results are in OUT.calibration: the same command resumes.
     """
+    from bridge_stg.runtime.bundle.bundle import read_manifest
+
+    note_untrained(read_manifest(bundle).spec, bundle)
     click.echo(calibrate_bundle(bundle, out, **options))
 
 

@@ -15,7 +15,7 @@ import click
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, PATH, output_file, shard
-from bridge_stg.commands.progress import ProgressBar, stage_line
+from bridge_stg.commands.progress import ProgressBar, note_unknown_words, note_untrained, stage_line
 from bridge_stg.evaluation.datasets.registry import DATASETS
 from bridge_stg.runtime.errors import BridgeError
 
@@ -60,6 +60,8 @@ def evaluate(
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:
         described = named_models(models, backend=backend, variant=variant, threads=opened.threads)
+        for path, model in zip(models, described, strict=True):
+            note_untrained(model.spec, path)
         evaluation = run(samples, described, out, executor=opened, progress=progress, **options)
     values = write_report(evaluation, out)
     click.echo(table_text(values))
@@ -107,6 +109,8 @@ def infer_many(
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:
         model = bundle_model(path, path.resolve().name, backend=backend, variant=variant, threads=opened.threads)
+        note_untrained(model.spec, path)
+        note_unknown_words(model.spec, (row.text for row in rows))
         done = run(rows, model, out, task=task, executor=opened, progress=progress, **options)
     click.echo(f"{done.answered} answered, {done.failed} failed; the rows are in {out}")
     if done.first_error is not None:
@@ -169,12 +173,14 @@ def checkpoint_model(path: Path, label: str) -> Model:
 
     from bridge_stg.checkpoint.checkpoint import load_checkpoint
     from bridge_stg.evaluation.run.evaluate import Model
+    from bridge_stg.model.config import BridgeSTGConfig
     from bridge_stg.model.torch_session import torch_grounder
 
     files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors"))
     contents = contents_digest(files, path)
     identity = {"kind": "checkpoint", "fingerprint": contents, "engine": f"torch {torch.__version__}"}
-    return Model(label, identity, lambda: contextlib.nullcontext(torch_grounder(load_checkpoint(path))))
+    spec = BridgeSTGConfig.load(path).model_spec()
+    return Model(label, identity, lambda: contextlib.nullcontext(torch_grounder(load_checkpoint(path))), spec)
 
 
 def contents_digest(files: Sequence[Path], root: Path) -> str:

@@ -12,7 +12,7 @@ from bridge_stg.commands import options
 from bridge_stg.commands.calibrate import calibrate_bundle, check_int8, float_bundle
 from bridge_stg.commands.infer import UNVERIFIED
 from bridge_stg.commands.options import DTYPES, PATH
-from bridge_stg.commands.progress import ProgressBar, stage_line
+from bridge_stg.commands.progress import ProgressBar, note_untrained, stage_line
 from bridge_stg.runtime.errors import BridgeError
 
 VARIANTS = ("standard", "primitive")
@@ -38,6 +38,7 @@ def export(
         raise BridgeError("output.exists", f"{out} already exists. Pass --overwrite to replace it, or another --out.")
     from bridge_stg.export.export_bundle import export_bundle
     from bridge_stg.export.parity.parity import parity_table
+    from bridge_stg.runtime.bundle.bundle import read_manifest
 
     options: dict[str, Any] = {
         "variants": variants or VARIANTS, "dtype": dtype, "adapter": adapter, "verify": verify, "progress": stage_line,
@@ -47,9 +48,11 @@ def export(
             made = export_bundle(checkpoint, path, overwrite=True, **options)  # an interrupted call may have left it
             click.echo(parity_table(made) if verify else UNVERIFIED)
             click.echo(calibrate_bundle(made, out, overwrite=overwrite, **given))
+        note_untrained(read_manifest(out).spec, out)
         return
     made = export_bundle(checkpoint, out, overwrite=overwrite, **options)
     click.echo(f"{parity_table(made) if verify else UNVERIFIED}\n{made} is complete.")
+    note_untrained(read_manifest(made).spec, made)
 
 
 @click.command()
@@ -59,7 +62,9 @@ def inspect(bundle: Path) -> None:
     from bridge_stg.commands.tables import bundle_table
     from bridge_stg.runtime.bundle.bundle import Bundle
 
-    click.echo(bundle_table(Bundle.load(bundle)))
+    loaded = Bundle.load(bundle)
+    click.echo(bundle_table(loaded))
+    note_untrained(loaded.manifest.spec, bundle)
 
 
 @click.command()

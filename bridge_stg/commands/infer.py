@@ -16,8 +16,8 @@ import click
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import SECONDS, box, output_file
-from bridge_stg.commands.progress import ProgressBar, stage_line
-from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.commands.progress import ProgressBar, note_unknown_words, note_untrained, stage_line, untrained
+from bridge_stg.runtime.errors import BridgeError, BundleError
 
 if TYPE_CHECKING:
     from bridge_stg.runtime.backends.choose import ChosenBackend
@@ -47,6 +47,7 @@ class Request:
     max_visual_tokens: int | None
     stream: int | None
     deadline: float | None
+    untrained: bool
 
     @property
     def outputs(self) -> list[Path]:
@@ -67,6 +68,7 @@ class Request:
 @click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span and a timeline.")
 @options.backend_options()
 @click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Stop after this time.")
+@click.option("--untrained", is_flag=True, help="Run a bundle whose bridging and spatial parts were never trained.")
 def infer(**given: Any) -> None:
     """Find QUERY in VIDEO (or in an image): the time span, and a box in every frame of it.
 
@@ -129,6 +131,13 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
     with loading.result() as grounder:
         if not grounder.verified:
             click.echo(UNVERIFIED, err=True)
+        heads = getattr(grounder, "heads", None)
+        if not request.untrained and not grounder.spec.is_trained(heads):
+            text = "" if grounder.spec.text is None else ", use its text heads (--heads text)"
+            advice = f"Train its checkpoint (`train`) and export it again{text}, or pass --untrained to run it anyway."
+            raise BundleError("bundle.untrained", f"{untrained(path)} {advice}")
+        note_untrained(grounder.spec, path, heads=heads)
+        note_unknown_words(grounder.spec, request.queries)
         limits: dict[str, Any] = {"deadline_s": request.deadline, "progress": progress}
         tokens = request.max_visual_tokens
         with grounder.open(request.video, max_visual_tokens=tokens, stream=request.stream, **limits) as video:

@@ -1,14 +1,19 @@
-"""Progress of the commands on stderr: bars on a terminal, and lines for the stages of a long command."""
+"""What commands write to stderr: progress bars, lines for the stages of a long command, and notes about the model."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from bridge_stg.runtime.bundle.spec import ModelSpec
+
+SHOWN_WORDS = 10
 
 
 class ProgressBar:
@@ -59,3 +64,24 @@ class ProgressBar:
 def stage_line(stage: object, *_: object) -> None:
     """Write the name of a stage as a line on stderr."""
     click.echo(f"  {stage}", err=True)
+
+
+def untrained(name: object) -> str:
+    """Return the sentence that says that a bundle or checkpoint was never trained."""
+    return f"{name} is untrained: its bridging and spatial parts are random, so its answers mean nothing."
+
+
+def note_untrained(spec: ModelSpec | None, name: object, *, heads: str | None = None) -> None:
+    """Write a line if the heads that answer, by default those of the spec, were never trained."""
+    if spec and not spec.is_trained(heads):
+        click.echo(f"Note: {untrained(name)}", err=True)
+
+
+def note_unknown_words(spec: ModelSpec | None, queries: Iterable[str]) -> None:
+    """Write a line if queries have words that the model does not know."""
+    if spec is None or spec.knows is None:
+        return
+    if words := list(dict.fromkeys(word for query in queries for word in spec.unknown_words(query))):
+        more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
+        shown = f"{', '.join(words[:SHOWN_WORDS])}{more}"
+        click.echo(f"Note: words that the model does not know: {shown}. {spec.knows.summary}", err=True)

@@ -10,6 +10,7 @@ import click
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, PATH, SECONDS, Number
+from bridge_stg.commands.progress import note_untrained
 from bridge_stg.runtime.errors import BridgeError
 
 MIB = 2**20
@@ -62,6 +63,7 @@ def serve(
     """
     if len(dict(live)) < len(live):
         raise BridgeError("options.conflict", "--live has two sources of the same name; choose different names.")
+    from bridge_stg.runtime.bundle.bundle import read_manifest
     from bridge_stg.runtime.host.memory import return_freed_memory
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
@@ -76,11 +78,16 @@ def serve(
         decode_bytes=decode_mb * MIB,
         **limits,
     )
+
+    def say(url: str) -> None:
+        note_untrained(read_manifest(bundle).spec, bundle)
+        click.echo(f"Serving {bundle} at {url} (API: {url}docs). Press Ctrl-C to stop.")
+
     return_freed_memory()  # a server runs for days, and its memory should not grow
     run(
         bundle,
         settings,
-        say=lambda url: click.echo(f"Serving {bundle} at {url} (API: {url}docs). Press Ctrl-C to stop."),
+        say=say,
         live={"every_s": every_s, "window": window},
         **engine,
     )
@@ -117,7 +124,9 @@ def _key(key: str | None, variable: str | None) -> str | None:
 @options.overwrite_option("model of this name")
 def triton(bundle: Path, out: Path, overwrite: bool, **serving: Any) -> None:
     """Write a model repository for Triton Inference Server that serves BUNDLE."""
+    from bridge_stg.runtime.bundle.bundle import read_manifest
     from bridge_stg.triton.repository import Serving, write_repository
 
     made = write_repository(bundle, out, Serving(**serving), overwrite=overwrite)
+    note_untrained(read_manifest(bundle).spec, bundle)
     click.echo(f"{made} is complete. Start it with: tritonserver --model-repository={out}")

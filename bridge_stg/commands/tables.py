@@ -76,6 +76,7 @@ def bundle_table(bundle: Bundle) -> str:
         "model": ", ".join(f"{name} {value}" for name, value in manifest.model.items()),
         "made with": ", ".join(f"{name} {value}" for name, value in manifest.tools.items()),
         "parity": "measured, within the tolerances" if manifest.verified else "not measured: unverified (--no-verify)",
+        "knows": spec.knows.summary if spec.knows else "not stated",
         "quantized": "no" if manifest.calibration is None else "yes, see calibration in manifest.json",
         "frames": f"{spec.frames.coarse_fps:g} per second coarse (up to {spec.frames.coarse_max_pixels} pixels), "
         f"{spec.frames.fine_fps:g} fine (up to {spec.frames.fine_max_pixels})",

@@ -15,7 +15,7 @@ import click
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, SECONDS, Number, output_file
-from bridge_stg.commands.progress import stage_line
+from bridge_stg.commands.progress import note_unknown_words, note_untrained, stage_line
 from bridge_stg.runtime.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def watch(
         grounder.watch(source, queries, realtime=realtime, cancel=stop, **options) as watch,
         json_lines(json_file) as log,
     ):
+        note_untrained(grounder.spec, path, heads=getattr(grounder, "heads", None))
+        note_unknown_words(grounder.spec, queries)
         try:
             for update in watch:
                 for event in update.events:

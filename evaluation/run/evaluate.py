@@ -19,6 +19,7 @@ from bridge_stg.evaluation.samples import Dataset, Sample, Truth
 from bridge_stg.evaluation.scoring import metrics_by_group, score, score_nothing
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import AnnotationError, BridgeError, EngineError
 from bridge_stg.runtime.grounder import Grounder
@@ -35,11 +36,13 @@ class Model:
         label: its name in tables; unique in a run.
         identity: plain values that identify the model, such as a bundle's fingerprint.
         open: returns a context manager whose value has `ground`, `span`, `locate` and `track`.
+        spec: what it says about itself, such as whether it was trained; None: unknown.
     """
 
     label: str
     identity: Mapping[str, Any]
     open: Callable[[], AbstractContextManager[Any]]
+    spec: ModelSpec | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,8 @@ def bundle_model(
         "kind": "bundle", "fingerprint": bundle.manifest.fingerprint,
         "engine": f"{chosen.backend} {chosen.version}", "variants": dict(chosen.variants),
     }  # fmt: skip
-    return Model(label, identity, lambda: Grounder.load(path, backend=backend, variant=variant, threads=threads))
+    options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads}
+    return Model(label, identity, lambda: Grounder.load(path, **options), bundle.manifest.spec)
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Task = Literal["ground", "span"]
 Results = list[dict[str, Any]]
+RESULTS = "One grounding per query (`unknown_words` lists words of the query that the model does not know)"
 
 
 class Problem(BaseModel):
@@ -62,7 +63,7 @@ class Job(BaseModel):
     status: Literal["queued", "running", "done", "failed", "cancelled"]
     position: int | None = Field(None, description="Number of jobs before it in the queue; null outside the queue.")
     progress: dict[str, Any] | None = Field(None, description="The newest stage, done and total of the runtime.")
-    results: Results | None = Field(None, description="One grounding per query, when done.")
+    results: Results | None = Field(None, description=f"{RESULTS}, when done.")
     error: str | None = Field(None, description="Why it failed.")
     code: str | None = None
 
@@ -71,7 +72,7 @@ class Grounded(BaseModel):
     """The answers to one request."""
 
     video: Video
-    results: Results = Field(description="One grounding per query, in their order.")
+    results: Results = Field(description=f"{RESULTS}, in their order.")
 
 
 class LiveSource(BaseModel):
@@ -104,5 +105,7 @@ class Health(BaseModel):
     bundle: str
     backend: str
     verified: bool
+    trained: bool = Field(description="False: the bridging and spatial parts are random, so the answers mean nothing.")
+    knows: str | None = Field(description="What the model was trained to find, in one sentence; null if not stated.")
     queue: Queue
     limits: dict[str, float]

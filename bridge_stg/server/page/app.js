@@ -88,9 +88,11 @@ addEventListener("pagehide", (event) => {
 /** Say which server this is and what it takes. */
 async function greet() {
   try {
-    const { bundle, backend, limits = {} } = await api.json("health", { quiet: true });
+    const { bundle, backend, trained, knows, limits = {} } = await api.json("health", { quiet: true });
     state.limits = limits;
     queries.setLimits(limits.queries, limits.query_chars);
+    say(byId("untrained"), trained === false ? "This model is untrained: its answers mean nothing." : "");
+    say(byId("knows"), knows);
     const minutes = limits.duration_s && `${Math.round(limits.duration_s / 6) / 10} minutes`;
     const bounds = [limits.upload_bytes && size(limits.upload_bytes), minutes].filter(Boolean);
     byId("limits").textContent = bounds.length > 0 ? ` Up to ${bounds.join(" and ")}.` : "";

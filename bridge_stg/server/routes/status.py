@@ -26,12 +26,15 @@ router = APIRouter(tags=["status"])
 async def health(service: TheService) -> Response:
     """Return the state and the load of this server; 503 while it shuts down."""
     settings, jobs, target = service.settings, service.scheduler, service.grounder.target
+    spec = service.grounder.spec
     value = Health(
         status="stopping" if service.stopping else "ok",
         version=bridge_stg.__version__,
         bundle=service.bundle,
         backend="unknown" if target is None else target.summary,
         verified=service.grounder.verified,
+        trained=spec.is_trained(getattr(service.grounder, "heads", None)),
+        knows=spec.knows.summary if spec.knows else None,
         queue=Queue(waiting=jobs.waiting, running=jobs.running, most_waiting=settings.max_queue),
         limits={name: getattr(settings, f"max_{name}") for name in SHOWN_LIMITS},
     )

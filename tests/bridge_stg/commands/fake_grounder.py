@@ -14,6 +14,7 @@ from bridge_stg import cli
 from bridge_stg.runtime.backends.choose import ChosenBackend
 from bridge_stg.runtime.chain.results import Grounding, Tube
 from bridge_stg.runtime.video.token_budget import CoarseChoice
+from tests.fakes.chain import fake_spec
 
 SIZE = (64, 48)
 TIMES = np.arange(20) / 10
@@ -59,6 +60,7 @@ class FakeGrounder(FakeVideo):
 
     calls: ClassVar[list[tuple[Any, ...]]] = []
     verified = True
+    spec = fake_spec()
     target = ChosenBackend("tensorrt", "10.15.1", {"language_model": "standard"}, "Orin (SM 87)", "requested")
 
     @classmethod
