@@ -171,15 +171,14 @@ def checkpoint_model(path: Path, label: str) -> Model:
     """Return a checkpoint as a model in eager torch, identified by the contents of its files and torch's version."""
     import torch
 
-    from bridge_stg.checkpoint.checkpoint import load_checkpoint
+    from bridge_stg.checkpoint.checkpoint import load_checkpoint, load_config
     from bridge_stg.evaluation.run.evaluate import Model
-    from bridge_stg.model.config import BridgeSTGConfig
     from bridge_stg.model.torch_session import torch_grounder
 
     files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors"))
     contents = contents_digest(files, path)
     identity = {"kind": "checkpoint", "fingerprint": contents, "engine": f"torch {torch.__version__}"}
-    spec = BridgeSTGConfig.load(path).model_spec()
+    spec = load_config(path).model_spec()
     return Model(label, identity, lambda: contextlib.nullcontext(torch_grounder(load_checkpoint(path))), spec)
 
 

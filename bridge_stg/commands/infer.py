@@ -131,7 +131,7 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
     with loading.result() as grounder:
         if not grounder.verified:
             click.echo(UNVERIFIED, err=True)
-        heads = getattr(grounder, "heads", None)
+        heads = grounder.heads
         if not request.untrained and not grounder.spec.is_trained(heads):
             text = "" if grounder.spec.text is None else ", use its text heads (--heads text)"
             advice = f"Train its checkpoint (`train`) and export it again{text}, or pass --untrained to run it anyway."

@@ -67,7 +67,7 @@ def watch(
         grounder.watch(source, queries, realtime=realtime, cancel=stop, **options) as watch,
         json_lines(json_file) as log,
     ):
-        note_untrained(grounder.spec, path, heads=getattr(grounder, "heads", None))
+        note_untrained(grounder.spec, path, heads=grounder.heads)
         note_unknown_words(grounder.spec, queries)
         try:
             for update in watch:

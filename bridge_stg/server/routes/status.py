@@ -33,7 +33,7 @@ async def health(service: TheService) -> Response:
         bundle=service.bundle,
         backend="unknown" if target is None else target.summary,
         verified=service.grounder.verified,
-        trained=spec.is_trained(getattr(service.grounder, "heads", None)),
+        trained=spec.is_trained(service.grounder.heads),
         knows=spec.knows.summary if spec.knows else None,
         queue=Queue(waiting=jobs.waiting, running=jobs.running, most_waiting=settings.max_queue),
         limits={name: getattr(settings, f"max_{name}") for name in SHOWN_LIMITS},

@@ -60,7 +60,7 @@ class FakeGrounder(FakeVideo):
 
     calls: ClassVar[list[tuple[Any, ...]]] = []
     verified = True
-    spec = fake_spec()
+    spec, heads = fake_spec(), "bridge"
     target = ChosenBackend("tensorrt", "10.15.1", {"language_model": "standard"}, "Orin (SM 87)", "requested")
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import bridge_stg
 from bridge_stg import cli
 from bridge_stg.demo import bundle as demo_bundle
+from bridge_stg.runtime.bundle.spec import KnowsSpec, TextSpec
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
 
 
@@ -60,6 +62,36 @@ def test_infer_reports_an_unverified_bundle(
     monkeypatch.setattr(FakeGrounder, "verified", False)
     assert cli.run(["infer", "v.mp4", "q", "--bundle", "b"]) == 0
     assert "unverified" in capsys.readouterr().err
+
+
+def test_infer_refuses_an_untrained_bundle(
+    fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TextSpec(tube="{query}", span="{query}", image="{query}")
+    for spec, hinted in ((FakeGrounder.spec, False), (dataclasses.replace(FakeGrounder.spec, text=text), True)):
+        monkeypatch.setattr(FakeGrounder, "spec", dataclasses.replace(spec, trained=False))
+        line = complaint(["infer", "v.mp4", "q", "--bundle", "b"], capsys, code="bundle.untrained")
+        assert "b is untrained" in line and "--untrained" in line and ("--heads text" in line) == hinted
+    assert cli.run(["infer", "v.mp4", "q", "--bundle", "b", "--untrained"]) == 0
+    assert capsys.readouterr().err.count("b is untrained") == 1
+    monkeypatch.setattr(FakeGrounder, "heads", "text")
+    assert cli.run(["infer", "v.mp4", "q", "--bundle", "b"]) == 0
+    assert "untrained" not in capsys.readouterr().err
+
+
+def test_infer_names_words_that_the_model_does_not_know(
+    fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knows = KnowsSpec("It knows dogs.", ("the", "dog"))
+    monkeypatch.setattr(FakeGrounder, "spec", dataclasses.replace(FakeGrounder.spec, knows=knows))
+    assert cli.run(["infer", "v.mp4", "the dog", "--bundle", "b"]) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.run(["infer", "v.mp4", "the cat", "the Man and the CAT", "--bundle", "b"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cat, man, and." in line and line.endswith("It knows dogs.")
+    many = [f"w{chr(97 + i)}" for i in range(12)]
+    assert cli.run(["infer", "v.mp4", " ".join(many), "--bundle", "b"]) == 0
+    assert f"{many[9]} and 2 more." in capsys.readouterr().err
 
 
 def test_infer_takes_several_queries(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

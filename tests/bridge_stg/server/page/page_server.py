@@ -42,6 +42,7 @@ class Script:
         busy: how many jobs it answers with 429 first.
         lose: how many connections of events it drops.
         stage_s: how long a stage takes.
+        about: what its health says about the model.
         fail: what a job ends with instead of an answer.
         live: events of a live source that is called "door".
         image: returns its image at a time; None: there is none.
@@ -54,6 +55,7 @@ class Script:
     busy: int = 0
     lose: int = 0
     stage_s: float = 0.02
+    about: dict[str, Any] = field(default_factory=dict)
     fail: str | None = None
     live: list[dict[str, Any]] = field(default_factory=list)
     image: Callable[[float], np.ndarray] | None = None
@@ -93,7 +95,10 @@ def true_box(query: int, time_s: float, width: int, height: int) -> list[float]:
 
 
 def answer(upload: Upload, index: int, query: str, task: str) -> dict[str, Any]:
-    """A grounding of a made up target, as the server's JSON has it; queries with "absent" find nothing."""
+    """A grounding of a made up target, as the server's JSON has it; queries with "absent" find nothing.
+
+    Words that begin with "unknown" are not known.
+    """
     width, height = upload.record["width"], upload.record["height"]
     found = "absent" not in query
     still = upload.duration_s == 0
@@ -111,6 +116,7 @@ def answer(upload: Upload, index: int, query: str, task: str) -> dict[str, Any]:
     ]
     return {
         "query": query,
+        "unknown_words": [word for word in query.split() if word.startswith("unknown")],
         "found": found,
         "span": {"start_s": round(start, 6), "end_s": round(end, 6)} if found else None,
         "size": {"width": width, "height": height},
@@ -142,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def health(self) -> None:
-        self._json(200, {"status": "ok", "bundle": {"name": "demo"}, "backend": "onnxruntime-cpu"})
+        self._json(200, {"status": "ok", "bundle": {"name": "demo"}, "backend": "onnxruntime-cpu", **self.script.about})
 
     def sources(self) -> None:
         self._json(200, {"live": [{"name": "door"}] if self.script.live else []})

@@ -207,6 +207,29 @@ def test_boxes_follow_the_playing_video(name: str, visit: Callable[..., Visit], 
         assert frame["drawn"] == pytest.approx(true_box(0, frame["time"], WIDTH, HEIGHT), abs=2)
 
 
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_page_says_what_the_model_is_and_which_words_it_does_not_know(
+    viewport: dict[str, int], visit: Callable[..., Visit], clips: Path
+) -> None:
+    knows = "This model knows 10 drawn things (car, bus, dog, cat, ball, airplane, bicycle, tree, bird, boat)."
+    seen = visit(Script(about={"trained": False, "knows": knows}), viewport)
+    seen.until("!document.getElementById('untrained').hidden")
+    assert "untrained" in seen.page.locator("#untrained").inner_text()
+    assert seen.page.locator("#knows").inner_text() == knows
+    seen.choose(clips / "plain.mp4")
+    seen.ask("the target", "an unknownman and unknowncat")
+    assert seen.answers().nth(0).locator(".note").count() == 0
+    assert seen.answers().nth(1).locator(".note").inner_text().endswith("not know: unknownman, unknowncat")
+    assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("about", [{}, {"trained": True, "knows": None}])
+def test_a_trained_model_without_a_vocabulary_gets_no_note(about: dict[str, Any], visit: Callable[..., Visit]) -> None:
+    seen = visit(Script(about=about))
+    seen.until("document.getElementById('server').textContent.includes('demo')")
+    assert not seen.page.locator("#untrained").is_visible() and not seen.page.locator("#knows").is_visible()
+
+
 def test_keyboard_alone(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit()
     page = seen.page

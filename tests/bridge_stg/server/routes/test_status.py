@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from bridge_stg.runtime.bundle.spec import KnowsSpec
 from tests.bridge_stg.server.conftest import ROOT, Running, ask, ended, http_error, small_clip, upload
+from tests.fakes.chain import fake_grounder, fake_spec
 
 
 def test_health_says_what_runs(demo_server: Running) -> None:
@@ -20,6 +23,22 @@ def test_health_says_what_runs(demo_server: Running) -> None:
             answer = client.head(path)
             assert answer.status_code == 200 and answer.content == b"", path
         assert client.head("/v1/live/gate/events").status_code == 405
+
+
+def test_health_says_what_the_model_knows_and_whether_it_was_trained(
+    served: Callable[..., Running], tmp_path: Path
+) -> None:
+    with served().client() as client:
+        value = client.get("/health").json()
+        assert value["trained"] and value["knows"] is None
+    knows = KnowsSpec("It knows dogs.", ("the", "dog"))
+    spec = dataclasses.replace(fake_spec(), trained=False, knows=knows)
+    with served(fake_grounder(spec)).client() as client:
+        value = client.get("/health").json()
+        assert value["trained"] is False and value["knows"] == "It knows dogs."
+        video = upload(client, small_clip(tmp_path / "a.mp4"))["id"]
+        results = ended(client, ask(client, video, ["the dog", "the Man"]).json()["id"])["results"]
+        assert [result["unknown_words"] for result in results] == [[], ["man"]]
 
 
 def test_metrics_parse_and_count(served: Callable[..., Running], tmp_path: Path) -> None:
