@@ -28,7 +28,7 @@ MODULES = {
     "calibrate": "calibrate",
     "evaluate": "convert-refs evaluate evaluate-demo infer-many",
     "export": "doctor export inspect verify",
-    "infer": "infer",
+    "infer": "ask infer",
     "serve": "serve triton",
     "train": "init train train-demo",
     "watch": "watch",

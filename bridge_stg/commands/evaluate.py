@@ -44,7 +44,7 @@ WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
 def evaluate(
     *, dataset: str, annotations: tuple[Path, ...], media: Path | None, models: tuple[Path, ...], out: Path,
     split: str | None, stream: int | None, executor: str, workers: int | None, backend: str, variant: str | None,
-    threads: int | None, **options: Any,
+    threads: int | None, **given: Any,
 ) -> None:  # fmt: skip
     """Evaluate and compare models on the published files of a DATASET, with its standard metrics.
 
@@ -56,13 +56,14 @@ def evaluate(
     from bridge_stg.evaluation.run.evaluate import result_path
     from bridge_stg.evaluation.run.executor import open_executor
 
+    heads = options.take_heads(given)
     samples = read_dataset(dataset, annotations, media, split=split).with_stream(stream)
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:
-        described = named_models(models, backend=backend, variant=variant, threads=opened.threads)
+        described = named_models(models, backend=backend, variant=variant, threads=opened.threads, **heads)
         for path, model in zip(models, described, strict=True):
-            note_untrained(model.spec, path)
-        evaluation = run(samples, described, out, executor=opened, progress=progress, **options)
+            note_untrained(model.spec, path, heads=heads["heads"])
+        evaluation = run(samples, described, out, executor=opened, progress=progress, **given)
     values = write_report(evaluation, out)
     click.echo(table_text(values))
     if dataset == "got-10k":
@@ -89,7 +90,7 @@ def evaluate(
 @options.many_options
 def infer_many(
     *, table: Path, media: Path | None, queries: tuple[str, ...], bundle: Path | None, out: Path, task: str,
-    executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None, **options: Any,
+    executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None, **given: Any,
 ) -> int:  # fmt: skip
     """Answer every (video, query) of TABLE, and write a row for each.
 
@@ -104,14 +105,15 @@ def infer_many(
 
     if out.exists() and table.exists() and out.samefile(table):
         raise BridgeError("output.is_input", f"{out} is the table itself; choose another --out.")
+    loading = {"backend": backend, "variant": variant, **options.take_heads(given)}
     rows = read_queries(table, media, texts=queries, images=task == "image")
     path = bundle or demo_bundle(progress=stage_line)
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:
-        model = bundle_model(path, path.resolve().name, backend=backend, variant=variant, threads=opened.threads)
-        note_untrained(model.spec, path)
+        model = bundle_model(path, path.resolve().name, threads=opened.threads, **loading)
+        note_untrained(model.spec, path, heads=loading["heads"])
         note_unknown_words(model.spec, (row.text for row in rows))
-        done = run(rows, model, out, task=task, executor=opened, progress=progress, **options)
+        done = run(rows, model, out, task=task, executor=opened, progress=progress, **given)
     click.echo(f"{done.answered} answered, {done.failed} failed; the rows are in {out}")
     if done.first_error is not None:
         click.echo(f"The first error: {done.first_error}", err=True)
@@ -142,8 +144,11 @@ def evaluate_demo(out: Path, **options: Any) -> None:
     click.echo(measure(out, **options))
 
 
-def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, threads: int | None) -> list[Model]:
-    """Return models with unique labels: the folder's name, or as much of its path as makes it unique."""
+def named_models(paths: Sequence[Path], **loading: Any) -> list[Model]:
+    """Return models with unique labels: the folder's name, or as much of its path as makes it unique.
+
+    `loading` are the keyword arguments of `bundle_model`.
+    """
     from bridge_stg.evaluation.run.evaluate import bundle_model
 
     resolved = [path.resolve() for path in paths]
@@ -157,7 +162,7 @@ def named_models(paths: Sequence[Path], *, backend: str, variant: str | None, th
             count += 1
         label = "/".join(whole.parts[-count:])
         if (path / "manifest.json").is_file():
-            models.append(bundle_model(path, label, backend=backend, variant=variant, threads=threads))
+            models.append(bundle_model(path, label, **loading))
         elif (path / "config.json").is_file():
             models.append(checkpoint_model(path, label))
         else:

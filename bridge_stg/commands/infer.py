@@ -1,13 +1,14 @@
-"""The command `infer`: check the options, run the model, write the results."""
+"""The commands `infer` (check the options, run the model, write the results) and `ask` (stream an answer in text)."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import SECONDS, box, output_file
+from bridge_stg.commands.options import COUNT, SECONDS, box, output_file
 from bridge_stg.commands.progress import ProgressBar, note_unknown_words, note_untrained, stage_line, untrained
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.chain.results import Grounding
 
+BACKEND_ARGUMENTS = ("backend", "variant", "threads")
 UNVERIFIED = (
     "Note: this bundle is unverified: it was exported with --no-verify, so its graphs were never compared with torch."
 )
+
+
+deadline_option = click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Stop after this time.")
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,11 @@ class Request:
     annotate: Path | None
     sheet: Path | None
     allow_none: bool
-    threads: int | None
-    backend: str
-    variant: str | None
+    heads: str | None
+    mode: str
+    grammar: bool
+    max_tokens: int
+    backend: Mapping[str, Any]  # arguments of `Grounder.load`
     max_visual_tokens: int | None
     stream: int | None
     deadline: float | None
@@ -66,15 +73,16 @@ class Request:
     "--annotate", type=output_file(".mp4", ".png", ".jpg"), help="Write the video (H.264) or image with the boxes."
 )
 @click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span and a timeline.")
+@options.text_options
 @options.backend_options()
-@click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Stop after this time.")
+@deadline_option
 @click.option("--untrained", is_flag=True, help="Run a bundle whose bridging and spatial parts were never trained.")
 def infer(**given: Any) -> None:
     """Find QUERY in VIDEO (or in an image): the time span, and a box in every frame of it.
 
     The video is processed once for all queries. With --track, QUERY is optional.
     """
-    request = Request(**given)
+    request = Request(backend={name: given.pop(name) for name in BACKEND_ARGUMENTS}, **given)
     check(request)
     with ProgressBar(delay_s=1) as progress:
         results, chosen = ground(request, progress)
@@ -121,8 +129,8 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
         with play(request.video, request.stream) as source:  # a wrong suffix fails now, not after the work
             check_suffix(source, request.annotate)
     path = request.bundle or demo_bundle(progress=stage_line)
-    options: dict[str, Any] = {"backend": request.backend, "variant": request.variant, "threads": request.threads}
-    loading = in_background(lambda: Grounder.load(path, wait=False, **options))
+    loading_options = {**request.backend, **options.take_heads(dataclasses.asdict(request))}
+    loading = in_background(lambda: Grounder.load(path, wait=False, **loading_options))
     for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):  # a missing one is reported when it is used
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
@@ -174,3 +182,38 @@ def write(request: Request, results: Sequence[Grounding], chosen: ChosenBackend 
             annotate(request.video, results[0], request.annotate, progress=progress)
         if request.sheet:
             contact_sheet(request.video, results[0], request.sheet)
+
+
+@click.command()
+@click.argument("video")
+@click.argument("question")
+@options.bundle_option
+@click.option("--max-tokens", type=COUNT, default=512, show_default=True, help="Maximum tokens of the answer.")
+@options.visual_tokens_option
+@options.stream_option
+@options.backend_options()
+@deadline_option
+def ask(
+    *, video: str, question: str, bundle: Path | None, max_tokens: int, max_visual_tokens: int | None,
+    stream: int | None, deadline: float | None, **backend: Any,
+) -> None:  # fmt: skip
+    """Ask a QUESTION about VIDEO (or an image), and print the answer while the model writes it.
+
+    The model must answer in text; decoding is greedy.
+    """
+    from bridge_stg.demo.bundle import demo_bundle
+    from bridge_stg.runtime import Grounder
+
+    path = bundle or demo_bundle(progress=stage_line)
+    with Grounder.load(path, **backend) as grounder:
+        if not grounder.verified:
+            click.echo(UNVERIFIED, err=True)
+        note_untrained(grounder.spec, path, heads="text")
+        grounder.check_query(question)  # before a long video is read for it
+        pieces = grounder.ask(
+            video, question, max_tokens=max_tokens, max_visual_tokens=max_visual_tokens, stream=stream,
+            deadline_s=deadline,
+        )  # fmt: skip
+        for piece in pieces:
+            click.echo(piece, nl=False)  # which also flushes
+    click.echo()

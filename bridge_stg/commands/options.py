@@ -105,16 +105,17 @@ stream_option = click.option(
     "--stream", type=click.IntRange(min=0), metavar="N",
     help="Video stream to read, by its index in the file; default: the one that FFmpeg selects.",
 )  # fmt: skip
+visual_tokens_option = click.option(
+    "--max-visual-tokens", type=COUNT,
+    help="Maximum visual tokens per video; a longer video gets smaller frames, then a lower frame rate.",
+)  # fmt: skip
 query_options = combine(
     click.option(
         "--task", type=click.Choice(["tube", "span", "image"]), default="tube", show_default=True,
         help="tube: time span and boxes; span: time span only; image: one box in an image that shows the target.",
     ),
     click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent."),
-    click.option(
-        "--max-visual-tokens", type=COUNT,
-        help="Maximum visual tokens per video; a longer video gets smaller frames, then a lower frame rate.",
-    ),
+    visual_tokens_option,
     stream_option,
 )  # fmt: skip
 
@@ -129,6 +130,30 @@ def backend_options(*, variant: str = "the one that fits this machine") -> Decor
     return combine(backend_option, variant_option(variant), threads_option)
 
 
+heads_option = click.option(
+    "--heads", type=click.Choice(["bridge", "text"]), help="Heads that answer; default: those of the bundle."
+)
+text_options = combine(
+    heads_option,
+    click.option(
+        "--mode", type=click.Choice(["auto", "joint", "two-step"]), default="auto", show_default=True,
+        help="How text heads find a tube: all boxes in one answer, or the span first; auto: by the video's length.",
+    ),
+    click.option("--grammar/--no-grammar", default=True, help="Whether text heads may write the JSON form only."),
+    click.option(
+        "--max-tokens", type=COUNT, default=4096, show_default=True, help="Maximum tokens of an answer of text heads.",
+    ),
+)  # fmt: skip
+
+
+def take_heads(given: dict[str, Any]) -> dict[str, Any]:
+    """Remove the values of `text_options` from `given`, and return the arguments of `Grounder.load` that they mean."""
+    from bridge_stg.runtime import TextOptions
+
+    text = TextOptions(**{name: given.pop(name) for name in ("mode", "grammar", "max_tokens")})
+    return {"heads": given.pop("heads"), "text": text}
+
+
 many_options = combine(
     click.option(
         "--executor", "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
@@ -137,6 +162,7 @@ many_options = combine(
     click.option("--workers", type=COUNT, help="Processes of --executor ray; default: one, or one per GPU."),
     click.option("--overwrite", is_flag=True, help="Discard finished results and start again."),
     click.option("--retry-failed", is_flag=True, help="Retry samples that failed in an earlier run."),
+    text_options,
     backend_options(),
 )  # fmt: skip
 

@@ -52,6 +52,7 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--open-videos", type=COUNT, default=8, show_default=True, help="Videos kept ready for the next query.")
 @click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="Maximum memory of open videos, in MiB.")
 @click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to finish running jobs.")
+@options.text_options
 @options.backend_options()
 def serve(
     *, bundle: Path, api_key: str | None, api_key_env: str | None, live: tuple[tuple[str, str], ...], every_s: float,
@@ -68,7 +69,7 @@ def serve(
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
 
-    engine = {name: limits.pop(name) for name in ("threads", "backend", "variant")}
+    engine = {name: limits.pop(name) for name in ("threads", "backend", "variant")} | options.take_heads(limits)
     settings = Settings(
         api_key=_key(api_key, api_key_env),
         live=dict(live),
@@ -80,7 +81,7 @@ def serve(
     )
 
     def say(url: str) -> None:
-        note_untrained(read_manifest(bundle).spec, bundle)
+        note_untrained(read_manifest(bundle).spec, bundle, heads=engine["heads"])
         click.echo(f"Serving {bundle} at {url} (API: {url}docs). Press Ctrl-C to stop.")
 
     return_freed_memory()  # a server runs for days, and its memory should not grow
@@ -121,12 +122,14 @@ def _key(key: str | None, variable: str | None) -> str | None:
     "--open-videos", type=click.IntRange(min=0), default=4, show_default=True, help="Videos kept ready between batches."
 )
 @click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Stop a query after this time.")
+@options.text_options
 @options.overwrite_option("model of this name")
 def triton(bundle: Path, out: Path, overwrite: bool, **serving: Any) -> None:
     """Write a model repository for Triton Inference Server that serves BUNDLE."""
     from bridge_stg.runtime.bundle.bundle import read_manifest
     from bridge_stg.triton.repository import Serving, write_repository
 
-    made = write_repository(bundle, out, Serving(**serving), overwrite=overwrite)
-    note_untrained(read_manifest(bundle).spec, bundle)
+    chosen = Serving(**options.take_heads(serving), **serving)
+    made = write_repository(bundle, out, chosen, overwrite=overwrite)
+    note_untrained(read_manifest(bundle).spec, bundle, heads=chosen.heads)
     click.echo(f"{made} is complete. Start it with: tritonserver --model-repository={out}")

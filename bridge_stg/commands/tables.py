@@ -33,6 +33,7 @@ def grounding_table(result: Grounding) -> str:
     else:
         lines += [f"  not in this video (probability {result.scores['absent']:.2f})"]
     lines += [f"  {CLOCK_NOTES[result.clock]}"] if result.clock in CLOCK_NOTES else []
+    lines += [_text_line(result)] if result.heads == "text" else []
     tokens = result.tokens
     lines += [
         _coarse_line(result.coarse),
@@ -41,6 +42,16 @@ def grounding_table(result: Grounding) -> str:
         "  seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.timings.items()),
     ]
     return "\n".join(lines)
+
+
+def _text_line(result: Grounding) -> str:
+    """Return how text heads wrote the answer."""
+    counts = result.decoding
+    cut = "; cut by --max-tokens" if counts.get("truncated") else ""
+    return (
+        f"  text answer: mode {result.mode}, {counts['tokens']} tokens in {counts['calls']} language-model calls "
+        f"({counts['forced']} forced, {counts['accepted']} of {counts['drafted']} drafted accepted){cut}"
+    )
 
 
 def _coarse_line(coarse: CoarseChoice) -> str:
@@ -78,7 +89,6 @@ def bundle_table(bundle: Bundle) -> str:
         "parity": "measured, within the tolerances" if manifest.verified else "not measured: unverified (--no-verify)",
         "knows": spec.knows.summary if spec.knows else "not stated",
         "quantized": "no" if manifest.calibration is None else "yes, see calibration in manifest.json",
-        "heads": "bridge" + (", or text" if spec.text else "") if spec.heads == "bridge" else "text",
         "frames": f"{spec.frames.coarse_fps:g} per second coarse (up to {spec.frames.coarse_max_pixels} pixels), "
         f"{spec.frames.fine_fps:g} fine (up to {spec.frames.fine_max_pixels})",
         "size": f"{sum(entry.size for entry in manifest.entries().values()) / 1e6:.1f} MB",

@@ -42,10 +42,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 )  # fmt: skip
 @click.option("--moved-iou", type=Number(0, 1), default=0.5, show_default=True, help="Report `moved` below this IoU.")
 @click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent.")
+@options.text_options
 @options.backend_options()
 def watch(
     *, source: str, queries: tuple[str, ...], bundle: Path | None, json_file: Path | None, answers: bool,
-    overwrite: bool, realtime: bool, threads: int | None, backend: str, variant: str | None, **options: Any,
+    overwrite: bool, realtime: bool, threads: int | None, backend: str, variant: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Watch SOURCE for each QUERY, and print when its target appears, moves and leaves.
 
@@ -60,11 +61,12 @@ def watch(
     from bridge_stg.runtime.host.memory import return_freed_memory
 
     return_freed_memory()  # a watch runs for days, and its memory should not grow
+    heads = options.take_heads(given)
     path = bundle or demo_bundle(progress=stage_line)
     with (
         stopped_by_signals() as stop,
-        Grounder.load(path, backend=backend, variant=variant, threads=threads) as grounder,
-        grounder.watch(source, queries, realtime=realtime, cancel=stop, **options) as watch,
+        Grounder.load(path, backend=backend, variant=variant, threads=threads, **heads) as grounder,
+        grounder.watch(source, queries, realtime=realtime, cancel=stop, **given) as watch,
         json_lines(json_file) as log,
     ):
         note_untrained(grounder.spec, path, heads=grounder.heads)

@@ -14,18 +14,16 @@ from starlette.requests import ClientDisconnect
 import bridge_stg
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.server.http.errors import api_error, error_response
-from bridge_stg.server.http.schemas import Problem
+from bridge_stg.server.http.schemas import Problem, problems
 from bridge_stg.server.http.security import Guard
-from bridge_stg.server.routes import jobs, live, status, videos
+from bridge_stg.server.routes import chat, jobs, live, status, videos
 from bridge_stg.server.service import Service
 
 DESCRIPTION = (
     "Find when and where a sentence happens in a video. Upload a video, send queries about it, follow the job, and get "
     "a time span and a box for every frame of it. Every error is {error, code}: one paragraph of text, and a stable "
-    "code for programs; 429 and 503 come with Retry-After."
+    "code for programs; 429 and 503 come with Retry-After. Errors of chats and models have OpenAI's form."
 )
-PROBLEMS = {400: "malformed", 401: "no valid key", 404: "not found", 408: "too slow", 409: "wrong state",
-            413: "too large", 415: "unsupported type", 422: "invalid", 429: "busy", 503: "unavailable"}  # fmt: skip
 
 
 def create_app(service: Service) -> FastAPI:
@@ -37,11 +35,11 @@ def create_app(service: Service) -> FastAPI:
         lifespan=_lifespan,
         docs_url=None,
         redoc_url=None,
-        responses={code: {"model": Problem, "description": text} for code, text in PROBLEMS.items()},
+        responses=problems(Problem),
     )
     app.openapi_version = "3.2.0"  # the first that describes server-sent events
     app.state.service = service
-    for routes in (videos, jobs, live, status):
+    for routes in (videos, jobs, live, chat, status):
         app.include_router(routes.router)
     app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)
     for kind in (BridgeError, RequestValidationError, HTTPException, Exception):
@@ -60,7 +58,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    return error_response(api_error(error), request.app.state.service.metrics)
+    return error_response(api_error(error), request.app.state.service.metrics, request.url.path)
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -23,6 +23,7 @@ class Metrics:
         self.requests = counter("requests", "Requests answered.", ["method", "route", "status"])
         self.errors = counter("errors", "HTTP errors and failed jobs.", ["code"])
         self.jobs = counter("jobs", "Jobs that ended.", ["outcome"])
+        self.chat_tokens = counter("chat_tokens", "Tokens of the answers of chats.")
         self.uploaded = counter("uploaded_bytes", "Bytes of uploads written.")
         self.videos_opened = counter("videos_opened", "Videos whose prefix was computed.")
         self.videos_reused = counter("videos_reused", "Batches that reused a computed prefix.")

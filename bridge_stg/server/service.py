@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from bridge_stg.runtime.host.worker import TEMPLATE
 from bridge_stg.runtime.video.decoder import limit_frames
 from bridge_stg.server.http.errors import ApiError, logger, stopping
 from bridge_stg.server.http.schemas import NewJob
-from bridge_stg.server.jobs.job import Job, job_not_found
+from bridge_stg.server.jobs.job import Chat, Job, job_not_found
 from bridge_stg.server.jobs.render import Renderer
 from bridge_stg.server.jobs.scheduler import Scheduler
 from bridge_stg.server.live.watch import LiveHub
@@ -50,6 +51,7 @@ class Service:
         self.renderer = Renderer(self.store.folder, self._drawing, within_s=settings.max_seconds)
         self.stopping = False
         self._jobs: dict[str, Job] = {}
+        self._chat_files: deque[Upload] = deque()  # of ended chats
         self._sweeper: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -112,6 +114,19 @@ class Service:
         self._jobs[job.id] = job
         self._delete_surplus()
         return job
+
+    def add_chat(self, upload: Upload, question: str, *, max_tokens: int) -> Chat:
+        """Add a question to the queue as a job. Raises as `Scheduler.add` does."""
+        chat = Chat(upload, question, self.settings.max_seconds, max_tokens=max_tokens)
+        self.scheduler.add(chat)
+        self._jobs[chat.id] = chat
+        return chat
+
+    def keep_file(self, upload: Upload) -> None:
+        """Keep the file of a data URL for a while: the next chat about it often sends it again."""
+        self._chat_files.append(upload)
+        if len(self._chat_files) > self.settings.open_videos:
+            self.remove_video(self._chat_files.popleft())
 
     def check_queries(self, queries: Sequence[str]) -> None:
         """Check queries before a video is read for them. Raises ApiError 413, 422 or 503, and QueryError."""

@@ -23,6 +23,7 @@ from bridge_stg.runtime.chain.opened_video import OpenedVideo
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.heads.text import TextOptions
 
 BOX_COLUMNS = ("time_s", "left", "top", "right", "bottom", "presence")  # of BOXES; rows after the last box are NaN
 
@@ -35,6 +36,10 @@ class Options:
     backend: str = "auto"
     variant: str = ""
     media: str = ""
+    heads: str = ""
+    mode: str = "auto"
+    grammar: bool = True
+    max_tokens: int = 4096
     open_videos: int = 4
     deadline_s: float = 0.0  # 0 for never
 
@@ -42,7 +47,9 @@ class Options:
     def read(cls, parameters: Mapping[str, Mapping[str, str]]) -> Options:
         """Read the options from `model_config["parameters"]`; unknown ones belong to Triton and are ignored."""
         values = {name: entry.get("string_value", "") for name, entry in parameters.items()}
-        kinds: dict[str, Any] = {"open_videos": int, "deadline_s": float}
+        kinds: dict[str, Any] = {
+            "grammar": lambda value: value == "true", "max_tokens": int, "open_videos": int, "deadline_s": float,
+        }  # fmt: skip
         known = cls.__dataclass_fields__
         return cls(**{name: kinds.get(name, str)(value) for name, value in values.items() if name in known})
 
@@ -78,7 +85,9 @@ class GroundingModel:
             _use_gpu(int(args["model_instance_device_id"]))
         self._open: OrderedDict[str, OpenedVideo] = OrderedDict()
         bundle, variant = self.folder / options.bundle, options.variant or None
-        self._grounder = Grounder.load(bundle, backend=options.backend, variant=variant)
+        text = TextOptions(mode=options.mode, grammar=options.grammar, max_tokens=options.max_tokens)
+        heads = options.heads or None
+        self._grounder = Grounder.load(bundle, backend=options.backend, variant=variant, heads=heads, text=text)
         self.utils.Logger.log_info(f"{args.get('model_name')}: {self._grounder.target or 'loaded'}")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.bundle.bundle import MANIFEST, REPORTS, Bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
+from bridge_stg.runtime.heads.text import TextOptions
 from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
 from bridge_stg.triton.model import BOX_COLUMNS
 
@@ -37,6 +38,8 @@ class Serving:
     instances: int = 1  # processes, each of which loads the model
     kind: str = "auto"  # `cpu`, `gpu` (one set of instances per GPU) or `auto` for Triton's choice
     open_videos: int = 4  # videos per instance that stay open between batches, so that they are read once
+    heads: str | None = None  # heads and text as for `Grounder.load`
+    text: TextOptions = field(default_factory=TextOptions)
     deadline_s: float | None = None  # seconds after which a call stops, None for never
 
 
@@ -93,6 +96,10 @@ def model_config(serving: Serving) -> str:
         "backend": serving.backend,
         "variant": serving.variant or "",
         "media": serving.media or "",
+        "heads": serving.heads or "",
+        "mode": serving.text.mode,
+        "grammar": "true" if serving.text.grammar else "false",
+        "max_tokens": str(serving.text.max_tokens),
         "open_videos": str(serving.open_videos),
         "deadline_s": str(serving.deadline_s or 0),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -23,6 +24,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import AnnotationError, BridgeError, EngineError
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.heads.text import TextOptions
 
 BUFFER_FRAMES = 1024
 """Frames kept of a stream, such as a part of a video or a folder of frames: 128 s at 8 fine frames per second."""
@@ -67,16 +69,23 @@ class Evaluation:
 
 
 def bundle_model(
-    path: Path, label: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None
-) -> Model:
-    """Return a bundle as a model, identified by its fingerprint, backend and variants."""
+    path: Path, label: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None,
+    heads: str | None = None, text: TextOptions | None = None,
+) -> Model:  # fmt: skip
+    """Return a bundle as a model, identified by its fingerprint, backend, variants, and options of text heads.
+
+    The arguments are those of `Grounder.load`.
+    """
     bundle = Bundle.load(path)
+    text = text or TextOptions()
     chosen = choose(bundle, backend=backend, variant=variant)
     identity = {
         "kind": "bundle", "fingerprint": bundle.manifest.fingerprint,
         "engine": f"{chosen.backend} {chosen.version}", "variants": dict(chosen.variants),
     }  # fmt: skip
-    options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads}
+    if (heads or bundle.manifest.spec.heads) == "text":
+        identity |= {"heads": "text", "text": dataclasses.asdict(text)}
+    options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads, "heads": heads, "text": text}
     return Model(label, identity, lambda: Grounder.load(path, **options), bundle.manifest.spec)
 
 

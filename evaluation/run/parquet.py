@@ -35,6 +35,7 @@ def answer_schema() -> Any:
             ("answer", pa.string()), ("size", size), ("scores", numbers("absent", "answer", "presence")),
             ("tube", boxes("visible")), ("boxes", boxes("visible", "interpolated")), ("coarse", pa.struct(coarse)),
             ("clock", pa.string()), ("stream", pa.int32()), ("unknown_words", pa.list_(pa.string())),
+            ("heads", pa.string()), ("mode", pa.string()), ("decoding", pa.map_(pa.string(), pa.int64())),
             ("tokens", numbers("coarse", "fine", "dense", "ratio")), ("timings_s", pa.map_(pa.string(), pa.float64())),
         ]
     )  # fmt: skip
@@ -64,5 +65,6 @@ def write_parquet(lines: Path, ids: Sequence[str], out: Path) -> None:
                     # Parquet does not accept surrogates.
                     row: dict[str, Any] = json.loads(file.readline())
                     row |= {k: v.encode(errors="replace").decode() for k, v in row.items() if isinstance(v, str)}
-                    rows.append(row | {"timings_s": list(row.get("timings_s", {}).items())})
+                    maps = (name for name in ("decoding", "timings_s") if name in row)
+                    rows.append(row | {name: list(row[name].items()) for name in maps})
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))

@@ -19,6 +19,9 @@ from bridge_stg.server.metrics import Metrics
 logger = logging.getLogger("bridge_stg.server")
 
 FRAMEWORK_CODES = {404: "server.not_found", 405: "server.method_not_allowed"}
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+OPENAI_PATHS = ("/v1/chat/", "/v1/models")
+"""Beginnings of the paths whose errors have OpenAI's form."""
 
 
 class ApiError(HTTPException):
@@ -37,6 +40,11 @@ class ApiError(HTTPException):
     def to_json(self) -> dict[str, Any]:
         """Return the body of the response."""
         return {"error": self.detail, "code": self.code}
+
+    def to_openai_json(self) -> dict[str, Any]:
+        """Return the body of the response in OpenAI's form."""
+        kind = OPENAI_TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        return {"error": {"message": self.detail, "type": kind, "param": None, "code": self.code}}
 
 
 def api_error(error: BaseException, *, path: str = "", name: str = "the video") -> ApiError:
@@ -88,7 +96,11 @@ def stopping() -> ApiError:
     return ApiError(503, "server.stopping", "This server is shutting down; try again later.", retry_after_s=10)
 
 
-def error_response(error: ApiError, metrics: Metrics) -> JSONResponse:
-    """Count an error and return its response."""
+def error_response(error: ApiError, metrics: Metrics, path: str) -> JSONResponse:
+    """Count an error and return its response, in the form of the path of the request."""
     metrics.errors.labels(error.code).inc()
-    return JSONResponse(error.to_json(), error.status_code, error.headers)
+    if not path.startswith(OPENAI_PATHS):
+        return JSONResponse(error.to_json(), error.status_code, error.headers)
+    # OpenAI's clients repeat a request that timed out, unless this header says no: it would time out again.
+    headers = {**(error.headers or {}), **({"x-should-retry": "false"} if error.status_code == 408 else {})}
+    return JSONResponse(error.to_openai_json(), error.status_code, headers)

@@ -9,6 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 Task = Literal["ground", "span"]
 Results = list[dict[str, Any]]
 RESULTS = "One grounding per query (`unknown_words` lists words of the query that the model does not know)"
+PROBLEMS = {400: "malformed", 401: "no valid key", 404: "not found", 408: "too slow", 409: "wrong state",
+            413: "too large", 415: "unsupported type", 422: "invalid", 429: "busy", 503: "unavailable"}  # fmt: skip
+
+
+def problems(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of the errors of a route, whose bodies are a `model`."""
+    return {code: {"model": model, "description": text} for code, text in PROBLEMS.items()}
 
 
 class Problem(BaseModel):

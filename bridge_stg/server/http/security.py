@@ -30,6 +30,11 @@ UPLOADS = frozenset({"/v1/videos", "/v1/ground"})
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "DELETE")
 SAFE_METHODS = METHODS[:3]
 BODY_BYTES = 2**18
+CHAT_PATH = "/v1/chat/completions"
+CHAT_BYTES = 2**25
+"""Maximum body of a chat, whose data URL may hold a whole file; it is in memory, unlike an upload."""
+CHATS_BYTES = 8 * CHAT_BYTES
+"""Maximum memory of the bodies of all chats."""
 REST_BYTES, REST_S = 2**23, 2.0
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self' blob:; "
@@ -51,7 +56,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
-        self._active = 0
+        self._active = self._chat_bytes = 0
         self._key = None if settings.api_key is None else _digest(settings.api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +65,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         path, method = scope["path"], scope["method"]
-        status, sent, more = 500, False, path in UPLOADS
+        status, sent, more, held = 500, False, path in UPLOADS, list[int]()
         if method == "HEAD" and not path.endswith("/events"):
             scope = {**scope, "method": "GET"}  # uvicorn sends the answer to HEAD without its body
 
@@ -84,15 +89,13 @@ class Guard:
         try:
             self._active += 1
             self._check(scope)
-            form = path in UPLOADS and not is_json(Headers(scope=scope))
-            read = counted if form or method in SAFE_METHODS else await _read_body(counted, self._settings.idle_s)
-            await self._app(scope, read, sending)
+            await self._app(scope, await self._read(scope, counted, held), sending)
         except ApiError as error:
             if sent:
                 raise
-            await error_response(error, self._metrics)(scope, receive, sending)
+            await error_response(error, self._metrics, path)(scope, receive, sending)
         finally:
-            self._active -= 1
+            self._active, self._chat_bytes = self._active - 1, self._chat_bytes - sum(held)
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(method if method in METHODS else "other", route, str(status)).inc()
 
@@ -113,6 +116,23 @@ class Guard:
         if scope["method"] not in SAFE_METHODS and origin and urlsplit(origin).netloc.lower() != host:
             raise ApiError(403, "server.foreign_origin", "Pages of other origins may not use this server.")
 
+    async def _read(self, scope: Scope, receive: Receive, held: list[int]) -> Receive:
+        """Read the body of a request, and return a `receive` for its route, which reads forms itself."""
+
+        def hold(size: int) -> None:
+            if self._chat_bytes + size > CHATS_BYTES:
+                message = "This server reads too many chats with large data URLs; upload the file, or try again later."
+                raise ApiError(503, "server.too_many_connections", message, retry_after_s=5)
+            held.append(size)
+            self._chat_bytes += size
+
+        path, settings = scope["path"], self._settings
+        if scope["method"] in SAFE_METHODS or (path in UPLOADS and not is_json(Headers(scope=scope))):
+            return receive
+        if path == CHAT_PATH:
+            return await _read_body(receive, settings.upload_s, most=CHAT_BYTES, hold=hold)
+        return await _read_body(receive, settings.idle_s)
+
     def _has_key(self, headers: Headers) -> bool:
         """Compare the digests of the keys: the duration does not depend on how much of a key is right."""
         assert self._key is not None
@@ -126,18 +146,26 @@ def is_json(headers: Headers) -> bool:
     return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
-async def _read_body(receive: Receive, within_s: float) -> Receive:
-    """Read a body within BODY_BYTES and `within_s` seconds; return a `receive` that gives it to the route."""
+async def _read_body(
+    receive: Receive, within_s: float, *, most: int = BODY_BYTES, hold: Callable[[int], None] = lambda size: None
+) -> Receive:
+    """Read a body of at most `most` bytes in `within_s` seconds; return a `receive` that gives it to the route.
+
+    `hold` is called with the size of each piece, and raises ApiError if the server has no memory for it.
+    """
     body = bytearray()
 
     async def read() -> None:
         more = True
         while more:
             message = await receive()
-            body.extend(message.get("body", b""))
+            piece = message.get("body", b"")
+            hold(len(piece))
+            body.extend(piece)
             more = message.get("more_body", False)
-            if len(body) > BODY_BYTES:
-                raise ApiError(413, "server.body_too_large", f"The body is larger than {BODY_BYTES} bytes.")
+            if len(body) > most:
+                text = f"The body is larger than {most} bytes; a file can be uploaded first, see /docs."
+                raise ApiError(413, "server.body_too_large", text)
 
     try:
         await asyncio.wait_for(read(), within_s)

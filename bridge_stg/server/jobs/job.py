@@ -7,7 +7,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any
 
 from fastapi.sse import ServerSentEvent
@@ -44,6 +44,11 @@ class Job:
         self.version = 0  # number of changes
         self.timer: asyncio.TimerHandle | None = None  # ends the job at its deadline
         self._news = asyncio.Event()
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Jobs of equal keys can be answered together."""
+        return self.upload.file, self.stream, self.runtime_task
 
     @property
     def ended(self) -> bool:
@@ -115,3 +120,63 @@ class Job:
         """Wait until the job has ended."""
         while not self.ended:
             await self._news.wait()
+
+    def check_done(self) -> None:
+        """Raise the ApiError of a job that has ended without results."""
+        if self.error is not None:
+            raise self.error
+        if self.status != "done":
+            raise ApiError(409, "call.cancelled", "The job was cancelled.")
+
+
+class Chat(Job):
+    """A question about one video, whose answer in text arrives in pieces.
+
+    Attributes:
+        question: the question.
+        max_tokens: maximum tokens of the answer.
+        usage: counts of tokens, once the answer is complete: `prompt_tokens`, `completion_tokens`, `total_tokens`.
+        finish_reason: why the answer ended: `stop`, or `length` for `max_tokens`.
+    """
+
+    def __init__(self, upload: Upload, question: str, deadline_s: float, *, max_tokens: int) -> None:
+        super().__init__(upload, NewJob.model_validate({"video": upload.id, "queries": [question]}), deadline_s)
+        self.question, self.max_tokens = question, max_tokens
+        self.usage: dict[str, int] = {}
+        self.finish_reason = "stop"
+        self._pieces: list[str] = []
+
+    @property
+    def batch_key(self) -> Hashable:
+        """A chat shares its batch with no other job."""
+        return self.id
+
+    @property
+    def text(self) -> str:
+        """The answer as far as it is known."""
+        return "".join(self._pieces)
+
+    def add(self, piece: str) -> None:
+        """Append a piece of the answer."""
+        self._pieces.append(piece)
+        self.notify()
+
+    async def begin(self) -> None:
+        """Wait until the answer begins. Raises ApiError as `check_done` if the job fails before."""
+        while not self._pieces and not self.ended:
+            await self._news.wait()
+        if self.ended:
+            self.check_done()
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Yield the pieces of the answer as they arrive. Raises ApiError as `check_done` if the job fails."""
+        sent = 0
+        while True:
+            for piece in self._pieces[sent:]:
+                sent += 1
+                yield piece
+            if sent == len(self._pieces):
+                if self.ended:
+                    self.check_done()
+                    return
+                await self._news.wait()

@@ -21,7 +21,7 @@ from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 from bridge_stg.runtime.host.limits import Limits, Progress
 from bridge_stg.server.http.errors import ApiError, api_error, busy, stopping
-from bridge_stg.server.jobs.job import Job
+from bridge_stg.server.jobs.job import Chat, Job
 from bridge_stg.server.metrics import Metrics
 from bridge_stg.server.settings import Settings
 from bridge_stg.server.videos.prefix_cache import OpenVideos
@@ -146,7 +146,7 @@ class Scheduler:
         """Remove a job from the queue, with all jobs that have the same video, task and options."""
         batch, queries = Batch(first.upload.file, first.stream, first.runtime_task, []), 0
         for job in list(self._waiting):
-            same = (job.upload.file, job.stream, job.runtime_task) == (batch.file, batch.stream, batch.task)
+            same = job.batch_key == first.batch_key
             if same and (job is first or queries + len(job.queries) <= MOST_BATCH_QUERIES):
                 self._waiting.remove(job)
                 batch.jobs.append(job)
@@ -200,6 +200,8 @@ class Scheduler:
         media = dataclasses.replace(batch.file.media, stream=batch.stream)
         with self._opened.lease(batch.file.key, media, cancel=batch.over, progress=progress) as (video, new):
             (self._metrics.videos_opened if new else self._metrics.videos_reused).inc()
+            if isinstance(chat := batch.jobs[0], Chat):
+                return [self._reply(video, chat, progress, loop)]
             try:
                 return self._answer(video, batch, progress, new=new)
             except BridgeError as error:
@@ -212,6 +214,21 @@ class Scheduler:
                 except BridgeError as error:
                     outcomes.append(error)
             return outcomes
+
+    def _reply(self, video: OpenedVideo, chat: Chat, progress: Progress, loop: asyncio.AbstractEventLoop) -> Outcome:
+        """Answer a chat; its pieces are passed on as they come."""
+        limits = Limits(cancel=chat.over, progress=progress)
+        answer = video.ask_within(limits, chat.question, max_tokens=chat.max_tokens)
+        for piece in answer:
+            loop.call_soon_threadsafe(chat.add, piece)
+        chat.finish_reason = answer.finish_reason
+        chat.usage = {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.tokens,
+            "total_tokens": answer.prompt_tokens + answer.tokens,
+        }
+        self._metrics.chat_tokens.inc(answer.tokens)
+        return (), "[]"
 
     def _answer(self, video: OpenedVideo, batch: Batch, progress: Progress, *, new: bool) -> list[Outcome]:
         queries = batch.queries

@@ -61,10 +61,10 @@ export class Answers {
     const row = make("li.answer", {}, this.#head(grounding, index, ends, video));
     row.style.setProperty("--colour", colourOf(index));
     if (video.durationS > 0) row.append(this.#track(grounding, ends, video.durationS));
-    row.append(scores(grounding.scores));
+    row.append(details(grounding));
     if (grounding.clock === "guessed") row.append(make("p.note", {}, "Times are guessed where the file has no usable time stamps."));
     const unknown = grounding.unknown_words ?? [];
-    if (unknown.length > 0) row.append(make("p.quiet", {}, `Words that this model does not know: ${unknown.join(", ")}`));
+    if (unknown.length > 0) row.append(make("p.note", {}, `Words that this model does not know: ${unknown.join(", ")}`));
     if (!grounding.found) row.classList.add("absent");
     return row;
   }
@@ -118,12 +118,15 @@ export class Answers {
   }
 }
 
-function scores(values) {
+/** Return the scores, and how an answer in text was written. */
+function details({ scores, heads, mode, decoding }) {
   const list = make("dl.scores");
+  const add = (name, meaning, text) => list.append(make("div", { title: meaning }, make("dt", {}, name), make("dd", {}, text)));
   for (const [name, meaning] of Object.entries(SCORES)) {
-    if (!(name in values)) continue;
-    const value = Math.round(100 * values[name]) / 100;
-    list.append(make("div", { title: meaning }, make("dt", {}, name), make("dd", {}, value.toFixed(2))));
+    if (name in scores) add(name, meaning, (Math.round(100 * scores[name]) / 100).toFixed(2));
   }
+  if (heads !== "text") return list;
+  add("mode", "how the text heads were asked", mode);
+  add("calls", "calls of the language model", String(decoding.calls));
   return list;
 }

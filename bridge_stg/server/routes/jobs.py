@@ -68,7 +68,7 @@ async def annotated(request: Request, found: TheJob, service: TheService) -> Fil
         raise ApiError(409, "server.job_not_done", message)
     service.store.hold(found.upload.file)
     try:
-        path = await _while_connected(request.receive, service.renderer.file(found))
+        path = await while_connected(request.receive, service.renderer.file(found))
     finally:
         service.store.release(found.upload.file)
     return file_response(str(path), "video/mp4", f"{found.upload.name.rpartition('.')[0] or 'video'}-annotated.mp4")
@@ -106,18 +106,15 @@ async def _answer(request: Request, service: Service, upload: Upload, new: schem
     """Run a job and return its answers; it is deleted afterwards."""
     job = service.add_job(upload, new)
     try:
-        await _while_connected(request.receive, job.end())
-        if job.error is not None:
-            raise job.error
-        if job.status != "done":
-            raise ApiError(409, "call.cancelled", "The job was cancelled.")
+        await while_connected(request.receive, job.end())
+        job.check_done()
         video = json.dumps(service.store.describe(upload).model_dump(), ensure_ascii=False)
         return Response(f'{{"video": {video}, "results": {job.results_text}}}', media_type="application/json")
     finally:
         service.forget(job)
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Wait for `work` as long as the client is connected. Raises ClientDisconnect."""
 
     async def disconnected() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,15 +13,19 @@ import pytest
 from bridge_stg import cli
 from bridge_stg.runtime.backends.choose import ChosenBackend
 from bridge_stg.runtime.chain.results import Grounding, Tube
+from bridge_stg.runtime.errors import QueryError
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 from tests.fakes.chain import fake_spec
 
 SIZE = (64, 48)
+COUNTS = {"calls": 7, "tokens": 90, "forced": 20, "drafted": 70, "accepted": 60, "truncated": 1}
 TIMES = np.arange(20) / 10
 
 
 class FakeVideo:
     """Answers every query with the same tube; a ghost is not found."""
+
+    heads = "bridge"
 
     def __enter__(self) -> FakeVideo:
         return self
@@ -52,25 +56,41 @@ class FakeVideo:
             scores={"absent": 0.25, "answer": 0.5, "presence": 0.7},
             tokens={"coarse": 64, "fine": 128, "dense": 1024, "ratio": 0.1875},
             timings={"answer": 0.01, "total": 0.25},
+            heads=self.heads,
+            mode="joint" if self.heads == "text" else "",
+            decoding=COUNTS if self.heads == "text" else {},
         )
 
 
 class FakeGrounder(FakeVideo):
-    """Records how it was loaded and opened."""
+    """Records how it was loaded, opened and asked."""
 
     calls: ClassVar[list[tuple[Any, ...]]] = []
     verified = True
-    spec, heads = fake_spec(), "bridge"
+    spec = fake_spec()
     target = ChosenBackend("tensorrt", "10.15.1", {"language_model": "standard"}, "Orin (SM 87)", "requested")
 
     @classmethod
     def load(cls, path: Any, **options: Any) -> FakeGrounder:
         cls.calls.append((path, options))
-        return cls()
+        grounder = cls()
+        grounder.heads = options.get("heads") or cls.heads
+        return grounder
 
     def open(self, video: str, **options: Any) -> FakeVideo:
         self.calls.append((video, options))
-        return FakeVideo()
+        video = FakeVideo()
+        video.heads = self.heads
+        return video
+
+    def check_query(self, query: str) -> None:
+        return
+
+    def ask(self, video: str, question: str, **options: Any) -> Iterator[str]:
+        self.calls.append((video, question, options))
+        if question == "nothing":
+            raise QueryError("query.needs_text_heads", "nothing answers")
+        yield from ("A red", " car", " – 🚗")
 
 
 def complaint(arguments: Sequence[object], capsys: pytest.CaptureFixture[str], *, code: str) -> str:

@@ -32,7 +32,7 @@ def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             dataset = read_dataset(files[0], [Path(p) for p in files[1]], Path(files[2]), split=files[3])
             return nullcontext(Oracle(dataset, delay=delay))
 
-        return Model(label, {"fingerprint": str(path), **{k: v for k, v in options.items() if v}}, open_model)
+        return Model(label, {"fingerprint": str(path), **{k: str(v) for k, v in options.items() if v}}, open_model)
 
     monkeypatch.setattr(evaluate_module, "bundle_model", fake)
     paths = [tmp_path / "one/bundle", tmp_path / "two/bundle"]

@@ -14,6 +14,7 @@ import pytest
 import bridge_stg
 from bridge_stg import cli
 from bridge_stg.demo import bundle as demo_bundle
+from bridge_stg.runtime import TextOptions
 from bridge_stg.runtime.bundle.spec import KnowsSpec, TextSpec
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
 
@@ -35,7 +36,8 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
         "backend: tensorrt 10.15.1 on Orin (SM 87), standard",
     ):
         assert part in shown
-    assert fake[0] == (Path("b"), {"backend": "auto", "variant": "primitive", "threads": 1, "wait": False})
+    loading = {"backend": "auto", "variant": "primitive", "threads": 1, "wait": False}
+    assert fake[0] == (Path("b"), {**loading, "heads": None, "text": TextOptions()})
     assert fake[1][1]["deadline_s"] == 9 and fake[1][1]["max_visual_tokens"] == 90
     assert fake[1][1]["stream"] == 0
     document = json.loads(outputs["r.json"].read_text())
@@ -133,6 +135,26 @@ def test_unwritable_file_is_one_line(
     monkeypatch.setattr("PIL.Image.Image.save", fail)
     line = complaint([*infer, "--sheet", clip.parent / "s.png"], capsys, code="output.disk_full")
     assert line == f"Error: {clip.parent / 's.png'}: No space left on device [output.disk_full]"
+
+
+def test_infer_says_how_text_heads_answered(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--heads", "text", "--mode", "two-step", "--no-grammar", "--max-tokens", "99"]
+    assert cli.run(["infer", str(clip), "the dog", "--bundle", "b", *options]) == 0
+    assert fake[0][1]["heads"] == "text"
+    assert fake[0][1]["text"] == TextOptions(mode="two-step", grammar=False, max_tokens=99)
+    shown = capsys.readouterr().out
+    assert "mode joint, 90 tokens in 7 language-model calls (20 forced, 60 of 70 drafted accepted); cut by" in shown
+
+
+def test_ask_streams_its_answer(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--bundle", "b", "--max-tokens", "9", "--max-visual-tokens", "90", "--stream", "0", "--deadline", "5"]
+    assert cli.run(["ask", str(clip), "What happens?", *options, "--threads", "2"]) == 0
+    assert capsys.readouterr().out == "A red car – 🚗\n"
+    assert fake[0] == (Path("b"), {"backend": "auto", "variant": None, "threads": 2})
+    limits = {"max_tokens": 9, "max_visual_tokens": 90, "stream": 0, "deadline_s": 5}
+    assert fake[1] == (str(clip), "What happens?", limits)
+    line = complaint(["ask", str(clip), "nothing", "--bundle", "b"], capsys, code="query.needs_text_heads")
+    assert "nothing" in line
 
 
 def test_names_that_are_no_unicode(fake: list[Any], clip: Path) -> None:

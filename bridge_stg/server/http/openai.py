@@ -1,0 +1,143 @@
+"""The forms of OpenAI's API for chats: requests, whole answers and pieces of answers. Knows nothing of videos."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+DEFAULT_TOKENS = 512
+
+
+class OpenAIError(BaseModel):
+    """The content of an HTTP error."""
+
+    message: str = Field(description="One paragraph of text; its wording may change.")
+    type: str
+    param: None = None
+    code: str = Field(description="Stable dotted code for programs.")
+
+
+class OpenAIProblem(BaseModel):
+    """An HTTP error in OpenAI's form."""
+
+    error: OpenAIError
+
+
+class Address(BaseModel):
+    """Where an image or video is."""
+
+    url: str = Field(description="`upload:ID` with the id of an uploaded video, or a data URL in base64.")
+
+
+class TextPart(BaseModel):
+    """A part of the question."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(BaseModel):
+    """The image; a video is accepted, too."""
+
+    type: Literal["image_url"]
+    image_url: Address
+
+
+class VideoPart(BaseModel):
+    """The video; an image is accepted, too."""
+
+    type: Literal["video_url"]
+    video_url: Address
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    """A message of the conversation."""
+
+    role: Literal["user", "system", "developer", "assistant", "tool"]
+    content: str | list[Part]
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool = Field(False, description="Whether a last piece without text counts the tokens.")
+
+
+class ResponseFormat(BaseModel):
+    """The form of the answer."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(BaseModel):
+    """A question about one image or video: one user message with text and one image or video.
+
+    Decoding is greedy. Options that would change the answer are accepted only with the values that do not; unknown ones
+    are ignored.
+    """
+
+    model: str = Field(description="Name of the bundle; see `GET /v1/models`.")
+    messages: list[Message] = Field(json_schema_extra={"minItems": 1, "maxItems": 1})
+    stream: bool | None = Field(None, description="Whether the answer comes as server-sent events.")
+    stream_options: StreamOptions | None = None
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description=f"Maximum tokens of the answer; by default max_tokens, or else {DEFAULT_TOKENS}."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Former name of max_completion_tokens.")
+    temperature: float | None = Field(None, ge=0, le=0)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    n: int | None = Field(None, ge=1, le=1)
+    stop: str | list[str] | None = Field(None, max_length=0)
+    tools: list[Any] | None = Field(None, max_length=0)
+    logprobs: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def limit(self) -> int:
+        """Maximum tokens of the answer."""
+        return self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS
+
+
+class Completion:
+    """The answer to one request, called `name`, in the forms that clients read."""
+
+    def __init__(self, name: str, model: str) -> None:
+        self._head = {"id": f"chatcmpl-{name}", "created": int(time.time()), "model": model}
+
+    def whole(self, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
+        """Return the whole answer."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage}
+
+    def piece(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+        """Return a piece of a streamed answer, as a server-sent event."""
+        return self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
+
+    def usage(self, usage: dict[str, int]) -> bytes:
+        """Return the counts of tokens after a streamed answer."""
+        return self._chunk([], usage=usage)
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return event({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
+
+
+END = b"data: [DONE]\n\n"
+"""The event after the last piece."""
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """Return a server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+
+
+def model_card(name: str, created: int) -> dict[str, Any]:
+    """Return the description of a model."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "bridge-stg"}

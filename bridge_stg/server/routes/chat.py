@@ -1,0 +1,169 @@
+"""Routes for clients of OpenAI's API: a chat about one image or video, and the models that answer chats.
+
+The prompt is the bundle's own template around the video, whose prefix is computed before the question is known. So a
+system message and earlier turns, which would change it, are rejected.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse
+from starlette.types import Receive, Scope, Send
+
+from bridge_stg.server.http.errors import ApiError
+from bridge_stg.server.http.openai import (
+    END,
+    ChatRequest,
+    Completion,
+    OpenAIProblem,
+    TextPart,
+    VideoPart,
+    event,
+    model_card,
+)
+from bridge_stg.server.http.schemas import problems
+from bridge_stg.server.jobs.job import Chat
+from bridge_stg.server.routes.jobs import while_connected
+from bridge_stg.server.routes.videos import TheService
+from bridge_stg.server.service import Service
+from bridge_stg.server.videos.uploads import Upload
+
+router = APIRouter(prefix="/v1", tags=["chat"], responses=problems(OpenAIProblem))
+
+UPLOAD, DATA = "upload:", "data:"
+STARTED = int(time.time())
+STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
+
+
+@router.post("/chat/completions", response_class=JSONResponse, responses=STREAM)
+async def complete(request: Request, service: TheService, chat: ChatRequest) -> Response:
+    """Answer a question about one image or video in text, at once or in pieces. Closing the connection cancels.
+
+    The question is all text of the message, and follows the image or video wherever it is in the message. A file is
+    given as `upload:ID` with the id of `POST /v1/videos`, or as a data URL; addresses are not loaded.
+    """
+    check_model(service, chat.model)
+    question, url = split_message(chat)
+    service.check_queries([question])
+    service.scheduler.check_room()
+    with ExitStack() as stack:
+        job = service.add_chat(await upload_of(service, url, stack), question, max_tokens=chat.limit)
+        stack.callback(service.forget, job)
+        completion = Completion(job.id, service.bundle)
+        if chat.stream:
+            await while_connected(request.receive, job.begin())  # an error before it has a status of its own
+            usage = chat.stream_options is not None and chat.stream_options.include_usage
+            return _Stream(_events(job, completion, usage=usage), stack.pop_all().close)
+        await while_connected(request.receive, job.end())
+        job.check_done()
+        return JSONResponse(completion.whole(job.text, job.finish_reason, job.usage))
+
+
+@router.get("/models")
+async def models(service: TheService) -> dict[str, Any]:
+    """List the models that answer chats: the bundle, if it answers in text."""
+    known = [] if service.grounder.spec.text is None else [model_card(service.bundle, STARTED)]
+    return {"object": "list", "data": known}
+
+
+@router.get("/models/{model}")
+async def model(model: str, service: TheService) -> dict[str, Any]:
+    """Describe a model that answers chats."""
+    check_model(service, model)
+    return model_card(service.bundle, STARTED)
+
+
+def check_model(service: Service, name: str) -> None:
+    """Raise ApiError 404 if no such model is served, and 422 if it does not answer in text."""
+    if name != service.bundle:
+        message = f"This server has no model {name[:100]!r}; its model is {service.bundle!r}."
+        raise ApiError(404, "server.model_not_found", message)
+    if service.grounder.spec.text is None:
+        message = "The bundle of this server does not answer in text; send queries to /v1/jobs or /v1/ground."
+        raise ApiError(422, "query.needs_text_heads", message)
+
+
+def split_message(chat: ChatRequest) -> tuple[str, str]:
+    """Return the question and the address of the image or video. Raises ApiError 422."""
+    if [message.role for message in chat.messages] != ["user"]:
+        roles = ", ".join(message.role for message in chat.messages[:5])
+        raise _bad_chat(f"the messages are from {roles or 'nobody'}")
+    content = chat.messages[0].content
+    parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    media = [part for part in parts if not isinstance(part, TextPart)]
+    if len(media) != 1:
+        raise _bad_chat(f"the message has {len(media)} images and videos")
+    address = media[0].video_url if isinstance(media[0], VideoPart) else media[0].image_url
+    return "".join(texts), address.url
+
+
+def _bad_chat(found: str) -> ApiError:
+    message = f"A chat is one message from user with text and one image or video; {found}."
+    return ApiError(422, "server.unsupported_chat", message)
+
+
+async def upload_of(service: Service, url: str, stack: ExitStack) -> Upload:
+    """Return the upload of an address; that of a data URL is kept for a while after `stack` is closed.
+
+    Raises ApiError 404 if there is no such upload, 422 for other addresses, and as `Store.finish`.
+    """
+    if url.startswith(UPLOAD):
+        return service.store.get(url.removeprefix(UPLOAD))
+    if not url.startswith(DATA):
+        message = "This server loads no addresses. Send a data URL, or `upload:ID` with the id of `POST /v1/videos`."
+        raise ApiError(422, "server.unsupported_url", message)
+    content = await service.in_thread(decode, url)
+    with service.store.receive() as incoming:
+        await incoming.write(content)
+        upload = await service.store.finish(incoming, "the file")
+    stack.callback(service.keep_file, upload)
+    return upload
+
+
+def decode(url: str) -> bytes:
+    """Return the content of a data URL, whose media type does not matter. Raises ApiError 422."""
+    head, comma, content = url.partition(",")
+    try:
+        if comma and head.endswith(";base64"):
+            return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    raise ApiError(422, "server.bad_data_url", "The data URL is not as in `data:video/mp4;base64,…`.")
+
+
+async def _events(job: Chat, completion: Completion, *, usage: bool) -> AsyncIterator[bytes]:
+    """Yield the pieces of an answer, or the error that ends it."""
+    yield completion.piece({"role": "assistant", "content": ""})
+    try:
+        async for piece in job.pieces():
+            yield completion.piece({"content": piece})
+    except ApiError as error:
+        yield event(error.to_openai_json())
+        return
+    yield completion.piece({}, job.finish_reason)
+    if usage:
+        yield completion.usage(job.usage)
+    yield END
+
+
+class _Stream(EventSourceResponse):
+    """A stream that calls `close` when it has ended, also if its client has left before it began."""
+
+    def __init__(self, content: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        super().__init__(content)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
