@@ -415,7 +415,7 @@ class Grounder(Closable):
     def _segment(self, coarse: CoarseFrames) -> Segment:
         """Return the video's part of the prompt. Raises VideoError if the model has too few positions for it."""
         grid, most = merged_grid(coarse.frames, self.spec), self.spec.language.max_positions
-        segment = video_segment(self.tokenizer, self.spec, coarse.group_times, grid)
+        segment = video_segment(self.tokenizer, self.spec, coarse.group_times, grid, interval_s=coarse.interval_s)
         if segment.next_position > most:
             message = f"one group of the smallest frames needs {segment.next_position} positions; the model has {most}"
             raise VideoError("video.exceeds_prompt", message)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,31 @@ def exported(checkpoint: Path, stages: list[str], shared: Path, tmp_path_factory
     from bridge_stg.runtime.bundle.bundle import Bundle
 
     return Bundle.load(export_once(tmp_path_factory, shared, "exported", checkpoint, stages), check="all")
+
+
+@pytest.fixture(scope="session")
+def plain_folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a random model of a family as it is downloaded: two shards, and a tied head in Qwen3-VL."""
+
+    def save(folder: Path) -> None:
+        from tests.bridge_stg.checkpoint.plain_folders import make_plain_folder
+
+        make_plain_folder(folder, folder.name.removeprefix("plain_"), layers=3, shards=2)
+
+    return lru_cache(lambda family: copy_of(tmp_path_factory, shared, f"plain_{family}", save))
+
+
+@pytest.fixture(scope="session")
+def text_bundle(
+    plain_folder: Callable[[str], Path], shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Bundle]:
+    """Return that folder of a family, exported in both variants."""
+    from bridge_stg.runtime.bundle.bundle import Bundle
+
+    def load(family: str) -> Bundle:
+        return Bundle.load(export_once(tmp_path_factory, shared, f"text_{family}", plain_folder(family)))
+
+    return lru_cache(load)
 
 
 @pytest.fixture(scope="session")

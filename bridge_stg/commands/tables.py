@@ -89,6 +89,7 @@ def bundle_table(bundle: Bundle) -> str:
         "parity": "measured, within the tolerances" if manifest.verified else "not measured: unverified (--no-verify)",
         "knows": spec.knows.summary if spec.knows else "not stated",
         "quantized": "no" if manifest.calibration is None else "yes, see calibration in manifest.json",
+        "heads": "bridge" + (", or text" if spec.text else "") if spec.heads == "bridge" else "text",
         "frames": f"{spec.frames.coarse_fps:g} per second coarse (up to {spec.frames.coarse_max_pixels} pixels), "
         f"{spec.frames.fine_fps:g} fine (up to {spec.frames.fine_max_pixels})",
         "size": f"{sum(entry.size for entry in manifest.entries().values()) / 1e6:.1f} MB",

@@ -30,6 +30,10 @@ ROWS = 8
 """Queries of one call of the language model; each has a row of the KV cache."""
 DECODE_TOKENS = 16
 """New tokens of a decode step: the chosen one and those that the grammar forces after it."""
+DRAFT_TOKENS = 128
+"""The same of text heads: the next entries of a list are drafted, and verified in one step."""
+ANSWER_TOKENS = 4096
+"""KV positions for an answer of text heads, as long as `TextOptions` allows by default."""
 ASPECT = 4
 """Largest aspect ratio of a bucket of frame sizes at its largest area."""
 TEXT_TOKENS_A_GROUP, TEXT_TOKENS = 16, 512
@@ -66,6 +70,7 @@ def default_profiles(graph: GraphSpec, spec: ModelSpec, *, capacity: int | None 
 def default_capacity(spec: ModelSpec) -> int:
     """Return KV positions for the model's longest video and a query: a multiple of the cache's bucket."""
     tokens = _visual_tokens(spec) + spec.frames.max_coarse_groups * TEXT_TOKENS_A_GROUP + TEXT_TOKENS
+    tokens += ANSWER_TOKENS if spec.heads == "text" else 0
     return bucketed(min(tokens, spec.language.max_positions))
 
 
@@ -76,8 +81,9 @@ def _visual_tokens(spec: ModelSpec) -> int:
 
 
 def _language_profiles(spec: ModelSpec, capacity: int) -> dict[str, Ranges]:
-    prefill, decode = min(PREFILL_CHUNK, capacity), min(DECODE_TOKENS, capacity)
-    outputs: Range = (1, 1, max(1, spec.language.num_bridging_queries))
+    text = spec.heads == "text"
+    prefill, decode = min(PREFILL_CHUNK, capacity), min(DRAFT_TOKENS if text else DECODE_TOKENS, capacity)
+    outputs: Range = (1, 1, decode if text else max(1, spec.language.num_bridging_queries))
     visual = max(2, _visual_tokens(spec) + 1)
     return {
         "prefill": {

@@ -128,21 +128,28 @@ def time_strings(group_times: Sequence[float] | np.ndarray, spec: PromptSpec) ->
 
 
 def video_segment(
-    tokenizer: Tokenizer, spec: ModelSpec, group_times: Sequence[float] | np.ndarray, grid: tuple[int, int]
+    tokenizer: Tokenizer,
+    spec: ModelSpec,
+    group_times: Sequence[float] | np.ndarray,
+    grid: tuple[int, int],
+    *,
+    interval_s: float | None = None,
 ) -> Segment:
     """Return the prefix that depends on the video alone: the head, then for each group its time and its tokens.
 
     Without printed times, the tokens of all groups are adjacent, at the positions of `stock_positions`. Otherwise they
     are Qwen3-VL's interleaved MRoPE (transformers, `get_rope_index`): text counts up in all three rows; the
     tokens of a group share one time, and the text after them continues past the larger side. `group_times` [G] are in
-    seconds; `grid` is (rows, columns) of visual tokens per group, after merging.
+    seconds; `grid` is (rows, columns) of visual tokens per group, after merging; `interval_s` are the seconds between
+    two samples, by default those that the first two groups have (the last group of a video may be padded).
     """
     prompt = spec.prompt
     rows, columns = grid
     tokens = rows * columns
     if not prompt.prints_times:
-        interval_s = float(group_times[1] - group_times[0]) if len(group_times) > 1 else 0.0
-        visual = VisualGrid(len(group_times), rows, columns, interval_s)
+        between_s = float(group_times[1] - group_times[0]) if len(group_times) > 1 else 0.0
+        between_s = between_s if interval_s is None else interval_s * spec.vision.temporal_patch_size
+        visual = VisualGrid(len(group_times), rows, columns, between_s)
         return visual_segment(tokenizer, spec, prompt.head, prompt.visual_token, visual)
     visual_ids = np.full(tokens, token_id(tokenizer, prompt.visual_token), np.int64)
     opening, closing = tokenizer.encode(prompt.group_open), tokenizer.encode(prompt.group_close)

@@ -225,6 +225,6 @@ def _next_cache(
         return before
     capacity = before.capacity if before is not None else int(case.about.cache_capacity or 0)
     cache = session.allocate_cache(batch=len(positions), capacity=capacity)
-    if before is not None:
-        cache.copy_prefix(before, int(positions.min()))
+    if before is not None and (length := int(positions.min())):
+        cache.copy_prefix(before, length)
     return cache

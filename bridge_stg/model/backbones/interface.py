@@ -101,9 +101,9 @@ class Backbone(ABC):
         """Return the prompt of a plain model, which has no bridge heads: what the family's own processor writes."""
         return self.prompt()
 
-    @abstractmethod
     def text(self) -> TextSpec:
-        """Return the messages that ask a plain model for tubes, spans and boxes, each with its source."""
+        """Return the messages that ask a plain model for tubes, spans and boxes; it writes boxes in thousandths."""
+        return TextSpec(tube=TUBE, span=SPAN, image=IMAGE, box_scale=1000)
 
     def text_frames(self, *, image_pixels: int | None, video_pixels: int | None) -> FramesSpec:
         """Return the frames of a plain model: at most 256 tokens per coarse group, 768 per frame.

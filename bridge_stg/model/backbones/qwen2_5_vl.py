@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 
-from bridge_stg.model.backbones.interface import IMAGE, SPAN, TUBE, Backbone, vision_geometry
+from bridge_stg.model.backbones.interface import Backbone, vision_geometry
 from bridge_stg.model.vision import VisionEncoder, Windows
 from bridge_stg.runtime.bundle.spec import Deviations, Means, PromptSpec, TextSpec, VisionSpec
 
@@ -95,12 +95,8 @@ class Qwen2_5VL(Backbone):
         return dataclasses.replace(prompt, head=prompt.head + prompt.group_open, prints_times=False)
 
     def text(self) -> TextSpec:
-        """Return Qwen2.5-VL's form for images and Qwen3-VL's for videos; boxes are pixels of the resized frames.
-
-        Image: the family's cookbook `spatial_understanding`. Qwen2.5-VL has no form of its own for tubes.
-        """
-        head = self.text_prompt().head
-        return TextSpec(tube=TUBE, span=SPAN, image=IMAGE, image_head=head, box_scale=0)
+        """Return the base's messages, since this family has none of its own for tubes; boxes are in resized pixels."""
+        return dataclasses.replace(super().text(), image_head=self.text_prompt().head, box_scale=0)
 
 
 BACKBONE = Qwen2_5VL()

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
 
-from bridge_stg.model.backbones.interface import IMAGE, SPAN, TUBE, Backbone, vision_geometry
+from bridge_stg.model.backbones.interface import Backbone, vision_geometry
 from bridge_stg.model.vision import VisionEncoder
-from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, Means, PromptSpec, TextSpec, VisionSpec
+from bridge_stg.runtime.bundle.spec import Deviations, FramesSpec, Means, PromptSpec, VisionSpec
 
 
 class Qwen3VLEncoder(VisionEncoder):
@@ -91,13 +91,6 @@ class Qwen3VL(Backbone):
             query="<|vision_end|>Find {query}.<|im_end|>\n<|im_start|>assistant\n",
             track="<|vision_end|>Track {query}, first at {box}.<|im_end|>\n<|im_start|>assistant\n",
         )
-
-    def text(self) -> TextSpec:
-        """Return the messages of the family's cookbooks; boxes are printed in thousandths of width and height.
-
-        The cookbook `video_understanding` has the forms of tubes and spans; images have that of Qwen2.5-VL.
-        """
-        return TextSpec(tube=TUBE, span=SPAN, image=IMAGE, box_scale=1000)
 
     def text_frames(self, *, image_pixels: int | None, video_pixels: int | None) -> FramesSpec:
         """See `Backbone.text_frames`; the video processor limits the pixels of all frames together."""

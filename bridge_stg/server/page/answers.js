@@ -64,7 +64,7 @@ export class Answers {
     row.append(details(grounding));
     if (grounding.clock === "guessed") row.append(make("p.note", {}, "Times are guessed where the file has no usable time stamps."));
     const unknown = grounding.unknown_words ?? [];
-    if (unknown.length > 0) row.append(make("p.note", {}, `Words that this model does not know: ${unknown.join(", ")}`));
+    if (unknown.length > 0) row.append(make("p.quiet", {}, `Words that this model does not know: ${unknown.join(", ")}`));
     if (!grounding.found) row.classList.add("absent");
     return row;
   }

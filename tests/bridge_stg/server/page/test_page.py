@@ -218,8 +218,8 @@ def test_the_page_says_what_the_model_is_and_which_words_it_does_not_know(
     assert seen.page.locator("#knows").inner_text() == knows
     seen.choose(clips / "plain.mp4")
     seen.ask("the target", "an unknownman and unknowncat")
-    assert seen.answers().nth(0).locator(".note").count() == 0
-    assert seen.answers().nth(1).locator(".note").inner_text().endswith("not know: unknownman, unknowncat")
+    assert seen.answers().nth(0).locator(".quiet").count() == 0
+    assert seen.answers().nth(1).locator(".quiet").inner_text().endswith("not know: unknownman, unknowncat")
     assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 

@@ -1,0 +1,158 @@
+"""Downloaded models against transformers: the same frames give equal prompts, positions, pixels and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from bridge_stg.model.torch_session import TorchSession
+from bridge_stg.runtime.bundle.contracts import graphs_of
+from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.parity.recording import Call, RecordingSession
+from tests.bridge_stg.checkpoint.plain_folders import FAMILIES, token_id
+from tests.errors import raises
+
+FPS, TOKENS = 8.0, 200
+QUESTION = "What happens when the red car turns?"
+
+
+def clip(frames: int, height: int, width: int) -> Iterator[tuple[float, np.ndarray]]:
+    rng = np.random.default_rng(frames)
+    for i in range(frames):
+        yield i / FPS, rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+
+
+class Pair:
+    """A folder, transformers' model and processor of it, and the grounder of ours, which records its calls."""
+
+    def __init__(self, folder: Path, family: str) -> None:
+        self.folder, self.family, self.calls = folder, family, list[Call]()
+        self.theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        self.model = load_checkpoint(folder)
+        self.side = self.model.spec.vision.patch_size
+
+    def grounder(self, **text: Any) -> Grounder:
+        assert self.model.tokenizer is not None
+        self.calls.clear()
+        sessions = {
+            name: RecordingSession(TorchSession(name, self.model), self.calls) for name in graphs_of(self.model.spec)
+        }
+        return Grounder(sessions, self.model.spec, self.model.tokenizer, text=TextOptions(**text))
+
+    def fed(self, name: str) -> np.ndarray:
+        """Return an input of all calls of the language model on one row, one after another."""
+        return np.concatenate(
+            [feeds[name][..., 0, :] for graph, feeds, _ in self.calls if graph == "language_model"], -1
+        )
+
+    def frames(self) -> np.ndarray:
+        """Return the groups uint8 [G, P, height, width, 3] that the vision encoder got."""
+        (found,) = [feeds["frames"] for graph, feeds, _ in self.calls if graph == "vision_encoder"]
+        return found
+
+    def text(self, message: str, kind: str) -> str:
+        """Return the chat template's text."""
+        chat = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": message}]}]
+        template = (self.folder / "chat_template.jinja").read_text()
+        (text,), _ = render_jinja_template([chat], chat_template=template, add_generation_prompt=True)
+        return str(text)
+
+    def processor(self) -> Any:
+        """Return the family's processor with what writes text; its video processor needs torchvision."""
+        kind = Qwen3VLProcessor if self.family == "qwen3_vl" else Qwen2_5_VLProcessor
+        made = kind.__new__(kind)
+        made.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+        made.image_processor = SimpleNamespace(merge_size=2)
+        made.image_token, made.video_token = "<|image_pad|>", "<|video_pad|>"
+        made.vision_start_token, made.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+        return made
+
+    def inputs(self, message: str, indices: list[int] | None) -> dict[str, Any]:
+        """Return what the processor gives for the recorded frames; `indices` are those of a video's samples."""
+        vision, groups = self.model.spec.vision, self.frames()
+        kind, found = "image" if indices is None else "video", {}
+        if indices is None:
+            processor = Qwen2VLImageProcessorPil(
+                patch_size=self.side, merge_size=2, image_mean=vision.image_mean, image_std=vision.image_std,
+                do_resize=False,
+            )  # fmt: skip
+            found = dict(processor(groups[0, 0], return_tensors="pt"))
+            visual = self.processor().replace_image_token(found, 0)
+        else:
+            mean, std = (np.float32(values) for values in (vision.image_mean, vision.image_std))
+            frames = groups.reshape(-1, *groups.shape[2:])[: len(indices)]
+            pixels = torch.from_numpy((frames.astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2)[None]
+            patches, *grid = Qwen3VLVideoProcessor.patchify(None, pixels, self.side, 2, 2)
+            found = {"pixel_values_videos": patches[0], "video_grid_thw": torch.tensor([grid])}
+            about = SimpleNamespace(fps=FPS, frames_indices=indices)
+            visual = self.processor().replace_video_token({**found, "video_metadata": [about]}, 0)
+            if self.family == "qwen2_5_vl":
+                found["second_per_grid_ts"] = [2 * (indices[1] - indices[0]) / FPS]
+        text = self.text(message, kind).replace(f"<|{kind}_pad|>", visual)
+        ids = torch.tensor([self.tokenizer.encode(text, add_special_tokens=False)])
+        types = (ids == token_id("<|image_pad|>")).int() + 2 * (ids == token_id("<|video_pad|>")).int()
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **found}
+
+    def check(self, inputs: dict[str, Any]) -> None:
+        """Check the recorded prompt, positions and visual tokens, and the answer of `TOKENS` greedy ids."""
+        prompt = inputs["input_ids"][0].numpy()
+        ids, positions = self.fed("input_ids"), self.fed("positions")
+        np.testing.assert_array_equal(ids[: len(prompt)], prompt)
+        needed = {k: v for k, v in inputs.items() if not k.startswith("pixel")}
+        theirs, _ = self.theirs.model.get_rope_index(**needed)
+        np.testing.assert_array_equal(positions[:, : len(prompt)], theirs[:, 0].numpy())
+        with torch.no_grad():
+            answer = self.theirs.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, len(prompt) :].numpy()
+        count = len(ids) - len(prompt)  # the last token of an answer is not fed
+        assert count >= min(len(answer) - 1, TOKENS - 1) > 10
+        np.testing.assert_array_equal(ids[len(prompt) :][: len(answer) - 1], answer[:count])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, plain_folder: Callable[[str], Path]) -> Pair:
+    return Pair(plain_folder(request.param), request.param)
+
+
+@pytest.mark.parametrize(
+    "frames, size, indices",
+    [(12, (96, 128), [0, 4, 8]), (32, (64, 200), [0, 4, 8, 12, 16, 20, 24, 28]), (20, (260, 90), [0, 4, 8, 12, 16])],
+)
+def test_a_question_about_a_video(pair: Pair, frames: int, size: tuple[int, int], indices: list[int]) -> None:
+    with pair.grounder() as grounder:
+        "".join(grounder.ask(clip(frames, *size), QUESTION, max_tokens=TOKENS))
+    pair.check(pair.inputs(QUESTION, indices))
+
+
+@pytest.mark.parametrize("size", [(96, 128), (300, 61), (33, 350)])
+def test_a_question_about_an_image(pair: Pair, size: tuple[int, int]) -> None:
+    image = next(clip(1, *((side + 7) // 8 * 8 for side in size)))[1][: size[0], : size[1]]
+    with pair.grounder() as grounder:
+        "".join(grounder.ask(image, QUESTION, max_tokens=TOKENS))
+    pair.check(pair.inputs(QUESTION, None))
+
+
+def test_a_tube_without_a_grammar(pair: Pair) -> None:
+    """The model is random, so that its answer is no JSON; its ids are those of transformers."""
+    text = pair.model.spec.text
+    assert text is not None
+    with (
+        pair.grounder(mode="joint", grammar=False, drafts=False, max_tokens=TOKENS) as grounder,
+        raises("engine.unreadable_answer"),
+    ):
+        grounder.ground(clip(12, 96, 128), "the red car")
+    pair.check(pair.inputs(text.tube.replace("{query}", "the red car"), [0, 4, 8]))
