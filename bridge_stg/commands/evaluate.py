@@ -21,6 +21,7 @@ from bridge_stg.runtime.errors import BridgeError
 
 if TYPE_CHECKING:
     from bridge_stg.evaluation.run.evaluate import Model
+    from bridge_stg.runtime import TextOptions
 
 WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
 
@@ -164,7 +165,7 @@ def named_models(paths: Sequence[Path], **loading: Any) -> list[Model]:
         if (path / "manifest.json").is_file():
             models.append(bundle_model(path, label, **loading))
         elif (path / "config.json").is_file():
-            models.append(checkpoint_model(path, label))
+            models.append(checkpoint_model(path, label, heads=loading["heads"], text=loading["text"]))
         else:
             found = "does not exist" if not path.exists() else "is a file" if path.is_file() else "has neither"
             what = f"{path} {found}; expected the folder of a bundle (manifest.json) or checkpoint (config.json)."
@@ -172,19 +173,27 @@ def named_models(paths: Sequence[Path], **loading: Any) -> list[Model]:
     return models
 
 
-def checkpoint_model(path: Path, label: str) -> Model:
-    """Return a checkpoint as a model in eager torch, identified by the contents of its files and torch's version."""
+def checkpoint_model(path: Path, label: str, *, heads: str | None = None, text: TextOptions | None = None) -> Model:
+    """Return a checkpoint as a model in eager torch, identified by the contents of its files and torch's version.
+
+    `heads` and `text` are as for `Grounder.load`.
+    """
     import torch
 
     from bridge_stg.checkpoint.checkpoint import load_checkpoint, load_config
-    from bridge_stg.evaluation.run.evaluate import Model
+    from bridge_stg.evaluation.run.evaluate import Model, text_identity
     from bridge_stg.model.torch_session import torch_grounder
 
     files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors"))
     contents = contents_digest(files, path)
     identity = {"kind": "checkpoint", "fingerprint": contents, "engine": f"torch {torch.__version__}"}
     spec = load_config(path).model_spec()
-    return Model(label, identity, lambda: contextlib.nullcontext(torch_grounder(load_checkpoint(path))), spec)
+    identity |= text_identity(spec, heads, text)
+
+    def open_model() -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext(torch_grounder(load_checkpoint(path), heads=heads, text=text))
+
+    return Model(label, identity, open_model, spec)
 
 
 def contents_digest(files: Sequence[Path], root: Path) -> str:

@@ -13,6 +13,7 @@ from bridge_stg.runtime.backends.kv_cache import BufferedCache, cache_spec, own_
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.heads.text import TextOptions
 
 
 class TorchCache(BufferedCache[np.ndarray]):
@@ -64,8 +65,12 @@ class TorchSession:
         """Do nothing: the model owns its weights."""
 
 
-def torch_grounder(model: BridgeSTG) -> Grounder:
-    """Return a `Grounder` that runs a model's graphs in eager torch; raise ValueError without a tokenizer."""
+def torch_grounder(model: BridgeSTG, *, heads: str | None = None, text: TextOptions | None = None) -> Grounder:
+    """Return a `Grounder` that runs a model's graphs in eager torch; raise ValueError without a tokenizer.
+
+    `heads` and `text` are as for `Grounder.load`.
+    """
     if model.tokenizer is None:
         raise ValueError("BridgeSTG(config, tokenizer): a tokenizer is needed to ground a query")
-    return Grounder({name: TorchSession(name, model) for name in graphs_of(model.spec)}, model.spec, model.tokenizer)
+    sessions = {name: TorchSession(name, model) for name in graphs_of(model.spec)}
+    return Grounder(sessions, model.spec, model.tokenizer, heads=heads, text=text)

@@ -77,16 +77,21 @@ def bundle_model(
     The arguments are those of `Grounder.load`.
     """
     bundle = Bundle.load(path)
-    text = text or TextOptions()
     chosen = choose(bundle, backend=backend, variant=variant)
     identity = {
         "kind": "bundle", "fingerprint": bundle.manifest.fingerprint,
         "engine": f"{chosen.backend} {chosen.version}", "variants": dict(chosen.variants),
     }  # fmt: skip
-    if (heads or bundle.manifest.spec.heads) == "text":
-        identity |= {"heads": "text", "text": dataclasses.asdict(text)}
+    identity |= text_identity(bundle.manifest.spec, heads, text)
     options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads, "heads": heads, "text": text}
     return Model(label, identity, lambda: Grounder.load(path, **options), bundle.manifest.spec)
+
+
+def text_identity(spec: ModelSpec, heads: str | None, text: TextOptions | None) -> dict[str, Any]:
+    """Return the part of a model's identity that text heads add; arguments as for `Grounder.load`."""
+    if (heads or spec.heads) != "text":
+        return {}
+    return {"heads": "text", "text": dataclasses.asdict(text or TextOptions())}
 
 
 def evaluate(
