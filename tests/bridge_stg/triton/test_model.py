@@ -20,6 +20,7 @@ from bridge_stg.cli import run
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import EngineError, QueryError, VideoError
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.heads.text import TextOptions
 from bridge_stg.triton.model import GroundingModel, outputs
 from bridge_stg.triton.repository import KINDS, Serving, model_config, write_repository
 from tests.bridge_stg.commands.fake_grounder import FakeVideo
@@ -132,6 +133,22 @@ def test_config_follows_the_schema() -> None:
         assert config.parameters["deadline_s"].string_value == "2.5"
     with pytest.raises(text_format.ParseError):
         parsed(model_config(Serving()).replace("dynamic_batching", "dynamic_batch"))
+
+
+@pytest.mark.parametrize("heads", [None, "text"])
+def test_the_model_loads_with_the_heads_of_its_config(
+    heads: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[dict[str, Any]] = []
+    monkeypatch.setattr(Grounder, "load", lambda path, **options: loaded.append(options) or Chain())
+    text = TextOptions(mode="two-step", grammar=False, max_tokens=99)
+
+    class Model(GroundingModel):
+        utils = fake_triton.as_module()
+        folder = tmp_path
+
+    fake_triton.Server(Model, as_json(model_config(Serving(heads=heads, text=text))), str(tmp_path))
+    assert loaded == [{"backend": "auto", "variant": None, "heads": heads, "text": text}]
 
 
 def test_requests_are_grouped_by_video(server: fake_triton.Server, chain: Chain) -> None:

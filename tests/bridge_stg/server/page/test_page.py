@@ -353,6 +353,15 @@ def test_the_error_of_a_bad_file_is_shown(visit: Callable[..., Visit], clips: Pa
     assert failure.count() == 0 or failure.is_hidden()
 
 
+def test_an_answer_of_text_heads_says_how_it_was_written(visit: Callable[..., Visit], clips: Path) -> None:
+    seen = visit()
+    seen.choose(clips / "plain.mp4")
+    seen.ask("the car in text", "the dog")
+    details = [seen.answers().nth(index).locator(".scores") for index in (0, 1)]
+    text = re.sub(r"\s+", " ", details[0].inner_text())
+    assert "mode joint" in text and "calls 7" in text and "calls" not in details[1].inner_text()
+
+
 def test_an_absent_target(visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit()
     seen.choose(clips / "plain.mp4")
