@@ -351,7 +351,13 @@ class Grounder(Closable):
         chain, spec = self._chain, self.spec
         with limits.stage("decode_video"):
             _, capacity = chain.language_model.graph.ranges.get("S", (1, None))
-            budget = video_budget(self.tokenizer, spec, options.max_visual_tokens, capacity=capacity)
+            budget = video_budget(
+                self.tokenizer,
+                spec,
+                options.max_visual_tokens,
+                capacity=capacity,
+                answer_tokens=self._text.max_tokens if self.heads == "text" else 0,
+            )
             device, buffer_frames = chain.vision_encoder.device, options.buffer_frames
             source = open_source(
                 video, spec, buffer_frames=buffer_frames, budget=budget, device=device, stream=options.stream

@@ -187,19 +187,25 @@ def visual_segment(tokenizer: Tokenizer, spec: ModelSpec, head: str, token: str,
 
 
 def video_budget(
-    tokenizer: Tokenizer, spec: ModelSpec, max_visual_tokens: int | None, *, capacity: int | None = None
+    tokenizer: Tokenizer,
+    spec: ModelSpec,
+    max_visual_tokens: int | None,
+    *,
+    capacity: int | None = None,
+    answer_tokens: int = 0,
 ) -> Budget:
     """Return what a video may take of the prompt so that a query and its answer still fit after it.
 
-    The room for a query is one position per character that it may have, at most a quarter of the model's positions.
-    `capacity` is the size of an engine's KV cache in tokens, where that is fixed. Raises VideoError if
-    `max_visual_tokens` is not a whole number of 1 or more.
+    The room for a query is one position per character that it may have, at most a quarter of the model's positions; the
+    room for a text answer is `answer_tokens`, at most a quarter as well. `capacity` is the size of an engine's KV cache
+    in tokens, where that is fixed. Raises VideoError if `max_visual_tokens` is not a whole number of 1 or more.
     """
     prompt, language = spec.prompt, spec.language
     positions = language.max_positions if capacity is None else min(language.max_positions, capacity)
     boxes = (None, (0.5, 0.5, 1.0, 1.0))  # a query alone, and one with the box to track
     query = max(query_segment(tokenizer, spec, "a", 0, first_box=box).next_position for box in boxes)
     after_video = query + min(prompt.max_query_characters, positions // 4) + language.num_bridging_queries
+    after_video += min(answer_tokens, positions // 4)
 
     def text_positions(group_times: np.ndarray) -> int:
         printed = len(group_times) if prompt.prints_times else 1  # of the positions below, those of visual tokens
