@@ -131,10 +131,11 @@ def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> 
     if not (options.max_drop > 0 and options.max_changed > 0):
         limits = f"max_drop {options.max_drop:g} and max_changed {options.max_changed:g}"
         raise BridgeError("options.invalid", f"the limits are {limits}; expected more than 0.")
-    recipe, graphs = RECIPES[options.recipe], graphs_of(bundle.manifest.spec)
+    graphs = graphs_of(bundle.manifest.spec)
     if absent := [name for name in (*options.graphs, *options.force_int8) if name not in graphs]:
         what = f"the recipe names {absent[0]}; the graphs of this bundle are {', '.join(graphs)}."
         raise BridgeError("calibration.bad_recipe", what)
+    recipe = Recipe(options.recipe, {name: RECIPES[options.recipe].of(name) for name in graphs})
     for graph, name in options.graphs.items():
         recipe = recipe.with_graph(graph, name)
     if floats := [name for name in options.force_int8 if not recipe.of(name).quantizes]:

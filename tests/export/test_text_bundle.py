@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.cli import app
 from bridge_stg.commands.tables import bundle_table
 from bridge_stg.export.engines.build import build_engines
-from bridge_stg.export.engines.profiles import profiles_of
+from bridge_stg.export.engines.profiles import default_capacity, profiles_of
 from bridge_stg.export.export_bundle import export_bundle
 from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.model.torch_session import torch_grounder
@@ -102,7 +103,9 @@ def test_decode_profiles_have_room_for_drafts(text_bundle: Bundles) -> None:
     bundle = text_bundle("qwen3_vl")
     made = profiles_of(bundle.graph("language_model", "standard"), bundle.manifest.spec)
     assert made.profiles["decode"]["L"][2] == made.profiles["decode"]["K"][2] == 128
-    assert made.capacity is not None and made.capacity >= 4096 + bundle.manifest.spec.frames.max_visual_tokens
+    spec = bundle.manifest.spec
+    wide = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=2**17))
+    assert made.capacity == 8192 and default_capacity(wide) >= 4096 + (spec.frames.max_visual_tokens or 0)
 
 
 def test_text_bundles_have_no_bridge_heads(text_bundle: Bundles) -> None:
