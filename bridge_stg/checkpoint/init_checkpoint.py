@@ -80,9 +80,8 @@ def init_checkpoint(
     backbone, out, report = Path(backbone), Path(out), progress or (lambda stage: None)
     if out.exists():
         raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
-    config = new_config(
-        backbone, bridging=bridging or BridgingConfig(), spatial_decoder=spatial_decoder or SpatialDecoderConfig()
-    )
+    decoder = spatial_decoder or SpatialDecoderConfig()
+    config = new_config(backbone, bridging=bridging or BridgingConfig(), spatial_decoder=decoder, report=report)
     load_tokenizer(backbone, config)
     config, store = open_weights(backbone, config, adapter=adapter)
     with torch.device("meta"):
@@ -104,8 +103,13 @@ def init_checkpoint(
     return out
 
 
-def new_config(folder: Path, *, bridging: BridgingConfig, spatial_decoder: SpatialDecoderConfig) -> BridgeSTGConfig:
-    """Return the config of a new checkpoint, with the prompt and frames of the model's family."""
+def new_config(
+    folder: Path, *, bridging: BridgingConfig, spatial_decoder: SpatialDecoderConfig, report: Report
+) -> BridgeSTGConfig:
+    """Return the config of a new checkpoint, with the prompt and frames of the model's family.
+
+    A model whose chat template cannot be used has no section `text`; `report` is called with the reason.
+    """
     check_folder(folder, "a downloaded vision-language model")
     values = read_json(folder / "config.json", hint=DOWNLOAD)
     if values.get("model_type") == MODEL_TYPE:
@@ -113,8 +117,14 @@ def new_config(folder: Path, *, bridging: BridgingConfig, spatial_decoder: Spati
         raise CheckpointError("checkpoint.not_a_backbone", message)
     family = adapter_of(values)
     mean, std = image_statistics(folder, family)
-    prompt, (_, text) = family.prompt(), text_section(folder, values)
-    if not prompt.head.endswith(prompt.group_open):  # each group of a video closes itself
+    prompt, text = family.prompt(), None
+    try:
+        _, text = text_section(folder, values)
+    except CheckpointError as error:
+        if error.code not in ("checkpoint.bad_chat_template", "checkpoint.thinking_model"):
+            raise
+        report(f"the checkpoint cannot answer in text: {error}")
+    if text is not None and not prompt.head.endswith(prompt.group_open):  # each group of a video closes itself
         text = dataclasses.replace(text, video_turn=text.video_turn.removeprefix(prompt.group_close))
     config = BridgeSTGConfig(
         backbone=values, bridging=bridging, spatial_decoder=spatial_decoder, frames=family.frames(),

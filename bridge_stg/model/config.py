@@ -149,7 +149,7 @@ class BridgeSTGConfig:
         values = dict(values)
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:
-            message = f"{where}: model_type is {model_type!r}, expected {MODEL_TYPE!r}"
+            message = f"{where}: model_type is {model_type!r}, expected {MODEL_TYPE!r}, which `init` makes"
             raise CheckpointError("checkpoint.wrong_model_type", message)
         try:
             config = from_json(cls, values)

@@ -61,6 +61,9 @@ def train_clips(
         raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
     place = chosen_device(device)
     config = BridgeSTGConfig.load(checkpoint)
+    if config.heads != "bridge":
+        message = f"{checkpoint}: has {config.heads} heads, and only bridge heads are trained; begin with `init`"
+        raise CheckpointError("checkpoint.wrong_model_type", message)
     clips = read_clips(Path(annotations), Path(media))
     _, store = open_weights(checkpoint, config, adapter=adapter)
     attention = "sdpa" if place.type == "cuda" else None

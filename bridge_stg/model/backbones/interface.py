@@ -32,8 +32,8 @@ SPAN = (
     "Give you a textual query: '{query}'. When does the described content occur in the video? Please return the "
     'timestamp in seconds. Answer in JSON format: {"start": 1.0, "end": 2.0}.'
 )
-"""Asks for a span; the usual question of evaluations on Charades-STA. The last sentence is this project's: the families'
-cookbooks ask for a list of all events, not for one."""
+"""Asks for a span; the usual question of evaluations on Charades-STA. The last sentence is this project's: the
+cookbooks of the families ask for a list of all events, not for one."""
 
 IMAGE = "Locate {query}, output its bbox coordinates using JSON format."
 """Asks for a box in an image; Qwen2.5-VL's cookbook `spatial_understanding`."""

@@ -177,6 +177,13 @@ def test_init_keeps_the_ways_to_answer_in_text(made: dict[str, Path], tmp_path: 
     assert config.text.video_turn == TURN.removeprefix("" if family == "qwen3_vl" else "<|vision_end|>")
 
 
+def test_init_goes_on_without_a_usable_template(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, said = copy("qwen3_vl"), list[str]()
+    thinking(folder)
+    config = BridgeSTGConfig.load(init_checkpoint(folder, tmp_path / "checkpoint", progress=said.append))
+    assert config.text is None and "<think>" in said[0]
+
+
 def text_only(folder: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
