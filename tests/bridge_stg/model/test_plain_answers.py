@@ -18,6 +18,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from bridge_stg.checkpoint.init_checkpoint import init_checkpoint
+from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.grounder import Grounder
@@ -46,13 +48,12 @@ class Pair:
         self.model = load_checkpoint(folder)
         self.side = self.model.spec.vision.patch_size
 
-    def grounder(self, **text: Any) -> Grounder:
-        assert self.model.tokenizer is not None
+    def grounder(self, model: BridgeSTG | None = None, **text: Any) -> Grounder:
+        model = model or self.model
+        assert model.tokenizer is not None
         self.calls.clear()
-        sessions = {
-            name: RecordingSession(TorchSession(name, self.model), self.calls) for name in graphs_of(self.model.spec)
-        }
-        return Grounder(sessions, self.model.spec, self.model.tokenizer, text=TextOptions(**text))
+        sessions = {name: RecordingSession(TorchSession(name, model), self.calls) for name in graphs_of(model.spec)}
+        return Grounder(sessions, model.spec, model.tokenizer, heads="text", text=TextOptions(**text))
 
     def fed(self, name: str) -> np.ndarray:
         """Return an input of all calls of the language model on one row, one after another."""
@@ -156,3 +157,39 @@ def test_a_tube_without_a_grammar(pair: Pair) -> None:
     ):
         grounder.ground(clip(12, 96, 128), "the red car")
     pair.check(pair.inputs(text.tube.replace("{query}", "the red car"), [0, 4, 8]))
+
+
+def test_frames_of_a_span_are_prompts_of_images(pair: Pair) -> None:
+    """The second step of `two-step`: a batch of rows, each the family's own prompt of one image."""
+    text = pair.model.spec.text
+    assert text is not None
+    with pair.grounder(mode="two-step", max_tokens=60) as grounder:
+        grounder.ground(clip(24, 96, 128), "the red car", allow_none=False)
+    *_, fine = [feeds["frames"] for graph, feeds, _ in pair.calls if graph == "vision_encoder"]
+    rows = [feeds for graph, feeds, _ in pair.calls if graph == "language_model" and feeds["visual_index"].any()][1:]
+    pair.calls[:] = [("vision_encoder", {"frames": fine[:1]}, {})]
+    inputs = pair.inputs(text.image.replace("{query}", "the red car"), None)
+    ids = inputs.pop("input_ids")[0]
+    positions, _ = pair.theirs.model.get_rope_index(
+        input_ids=ids[None], image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=inputs["mm_token_type_ids"]
+    )
+    assert rows and max(len(feeds["input_ids"]) for feeds in rows) > 1
+    for feeds in rows:  # the last token of the prompt is fed with the first of the answer
+        first = feeds["visual_index"].max(1) - (ids == token_id("<|image_pad|>")).sum().item()
+        assert np.array_equal(first, np.arange(len(first)) * first[1] if len(first) > 1 else first)
+        for row in range(len(feeds["input_ids"])):
+            np.testing.assert_array_equal(feeds["input_ids"][row], ids[:-1])
+            np.testing.assert_array_equal(feeds["positions"][:, row], positions[:, 0, :-1])
+
+
+def test_a_new_checkpoint_answers_in_text_too(pair: Pair, tmp_path: Path) -> None:
+    """A Qwen3-VL has the same prompt with both heads; the prompt of a Qwen2.5-VL prints times with bridge heads."""
+    model = load_checkpoint(init_checkpoint(pair.folder, tmp_path / "checkpoint"))
+    with pair.grounder(model) as grounder:
+        assert grounder.heads == "text"
+        answer = "".join(grounder.ask(clip(12, 96, 128), QUESTION, max_tokens=TOKENS))
+    if pair.family == "qwen3_vl":
+        pair.check(pair.inputs(QUESTION, [0, 4, 8]))
+    else:
+        printed = pair.tokenizer.decode(pair.fed("input_ids"))
+        assert printed.count("<|vision_start|>") == printed.count("<|vision_end|>") == 2 and answer
