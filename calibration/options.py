@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bridge_stg.export.engines.support import BACKENDS
 from bridge_stg.runtime.errors import BridgeError
@@ -42,6 +43,8 @@ class Options:
         max_trials: maximum number of trials of the search for blocks that stay in float.
         seed: seed of the random row choice and of the bootstrap.
         threads: CPU threads of a session; None: the backend decides.
+        heads: heads that answer the samples, as for `Grounder.load`.
+        text: fields of `TextOptions` for text heads, where they differ from the defaults.
     """
 
     recipe: str = "w8a8"
@@ -57,6 +60,21 @@ class Options:
     max_trials: int = 24
     seed: int = 0
     threads: int | None = None
+    heads: str | None = None
+    text: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answering(self) -> dict[str, Any]:
+        """`heads` and `text` as plain values, where they are set; otherwise digests stay the same."""
+        values = {"heads": self.heads, "text": dict(self.text)}
+        return {name: value for name, value in values.items() if value}
+
+
+def loading(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain values, such as `Options.answering`, as arguments of `Grounder` and `Grounder.load`."""
+    from bridge_stg.runtime.heads.text import TextOptions
+
+    return {**plain, **({"text": TextOptions(**plain["text"])} if "text" in plain else {})}
 
 
 def require_packages() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,21 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 )  # fmt: skip
 @click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks to score one by one.")
 @click.option("--max-trials", type=click.IntRange(min=2), default=24, show_default=True, help="Maximum search trials.")
+@options.text_options
 @options.seed_option
 @options.threads_option
 @options.overwrite_option("bundle")
-def calibrate(bundle: Path, out: Path, **options: Any) -> None:
+def calibrate(bundle: Path, out: Path, **given: Any) -> None:
     """Quantize a float BUNDLE to INT8, and report the loss of accuracy in time spans and boxes.
 
     Sensitive blocks stay in float. Intermediate results are in OUT.calibration: the same command resumes.
     """
     from bridge_stg.runtime.bundle.bundle import read_manifest
 
-    note_untrained(read_manifest(bundle).spec, bundle)
-    click.echo(calibrate_bundle(bundle, out, **options))
+    heads, text = options.take_heads(given).values()
+    differs = {name: value for name, value in asdict(text).items() if value != getattr(type(text)(), name)}
+    note_untrained(read_manifest(bundle).spec, bundle, heads=heads)
+    click.echo(calibrate_bundle(bundle, out, heads=heads, text=differs, **given))
 
 
 def calibrate_bundle(bundle: Path, out: Path, *, kv8: bool = False, targets: tuple[str, ...] = (), **given: Any) -> str:

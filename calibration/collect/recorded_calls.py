@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bridge_stg.calibration.options import loading
 from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.backends.choose import open_sessions
@@ -22,25 +23,35 @@ from bridge_stg.runtime.parity.golden import write_case
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
 
 
-def record(bundle: Bundle, samples: Sequence[Sample], folder: Path, *, options: Mapping[str, Any]) -> list[Path]:
+def record(
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    folder: Path,
+    *,
+    options: Mapping[str, Any],
+    answering: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """Evaluate samples and write the calls of all graphs into `folder`/<place>, unless `folder` exists.
 
+    `options` are those of `open_sessions`; see `Options.answering`.
     The folder appears when it is complete. Return the folders of the cases, one per sample that did not fail; if every
     sample failed, raise BridgeError.
     """
     if not folder.is_dir():
         with temporary_sibling(folder) as partial:
-            _record(bundle, samples, partial, options)
+            _record(bundle, samples, partial, options, loading(answering or {}))
             os.replace(partial, folder)
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def _record(bundle: Bundle, samples: Sequence[Sample], folder: Path, options: Mapping[str, Any]) -> None:
+def _record(
+    bundle: Bundle, samples: Sequence[Sample], folder: Path, options: Mapping[str, Any], heads: Mapping[str, Any]
+) -> None:
     calls: list[Call] = []
     opened = {name: RecordingSession(session, calls) for name, session in open_sessions(bundle, **options).items()}
     failure: Exception | None = None
     tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
-    with Grounder(opened, bundle.manifest.spec, tokenizer) as grounder:
+    with Grounder(opened, bundle.manifest.spec, tokenizer, **heads) as grounder:
         for place, sample in enumerate(samples):
             calls.clear()
             opened["language_model"].capacity = 0

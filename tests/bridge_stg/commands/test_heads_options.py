@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bridge_stg.calibration.options import Options, loading
 from bridge_stg.runtime import TextOptions
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
 from tests.bridge_stg.commands.fake_grounder import complaint
+from tests.fakes.chain import fake_spec
 
 GIVEN = ["--heads", "text", "--mode", "two-step", "--no-grammar", "--max-tokens", "99"]
 TEXT = TextOptions(mode="two-step", grammar=False, max_tokens=99)
@@ -71,6 +74,24 @@ def test_each_command_passes_them_on(
         assert (loaded[-1]["heads"], loaded[-1]["text"]) == expected
 
 
+def test_calibrate_passes_on_what_differs_from_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[dict[str, Any]] = []
+
+    def stop(bundle: Path, out: Path, *, options: Options, **_: Any) -> None:
+        found.append(options.answering)
+        raise Stopped("bundle.not_found", "stopped here")
+
+    monkeypatch.setattr("bridge_stg.calibration.calibrate.calibrate", stop)
+    manifest = SimpleNamespace(spec=fake_spec())
+    monkeypatch.setattr("bridge_stg.runtime.bundle.bundle.read_manifest", lambda path: manifest)
+    for given in ([], GIVEN):
+        words = ["calibrate", "bundle", "--samples", "a.jsonl", "--out", str(tmp_path / "out"), *given]
+        complaint(words, capsys, code="bundle.not_found")
+    assert found[0] == {} and loading(found[1]) == {"heads": "text", "text": TEXT}
+
+
 @pytest.mark.parametrize("wrong", [["--heads", "none"], ["--mode", "all"], ["--max-tokens", "0"]])
 def test_wrong_values(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     complaint(["watch", "a.mp4", "q", *wrong], capsys, code="options.invalid")
@@ -78,7 +99,6 @@ def test_wrong_values(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_results_of_other_options_are_not_resumed() -> None:
     from bridge_stg.evaluation.run.evaluate import text_identity
-    from tests.fakes.chain import fake_spec
 
     spec = fake_spec()
     assert text_identity(spec, None, TEXT) == {}  # bridge heads: their results do not depend on it
