@@ -26,7 +26,7 @@ DESCRIBED = {
     for kind in (
         manifest.Manifest, manifest.GraphSpec, manifest.TensorSpec, manifest.CacheSpec, manifest.FileEntry,
         spec.ModelSpec, spec.VisionSpec, spec.LanguageSpec, spec.FramesSpec, spec.PromptSpec, spec.SpanSpec,
-        spec.KnowsSpec,
+        spec.TextSpec, spec.KnowsSpec,
         golden.Tolerance, engine_cache.EngineEntry, engine_cache.EngineKey,
     )
 } | {"case.json": golden.CaseFile}  # fmt: skip
