@@ -104,7 +104,7 @@ class Grounder(Closable):
         unchanged_tolerance: largest mean change of any patch of the coarse frames, in levels of 0 to 255, at which a
             group is not encoded again; 0: only equal groups (see `vision_pass.deduplicate_frames`).
         heads: what answers queries, one of `bridge_stg.runtime.bundle.spec.HEADS`; None: the model's own.
-        text: how text heads answer; None: the defaults.
+        text: how text heads answer; None: the defaults of `TextOptions`.
         verified: whether the graphs were compared with the torch reference when they were exported.
         target: the backend of the sessions and why it was chosen; None if unknown.
 
@@ -129,7 +129,7 @@ class Grounder(Closable):
         if missing := [name for name in names if name not in sessions]:
             message = f"no session for graph {missing[0]!r}; expected {', '.join(names)}, found {', '.join(sessions)}"
             raise EngineError("engine.missing_session", message)
-        self.heads = check_heads(spec, heads)
+        self.heads = chosen_heads(spec, heads)
         if not 0 <= unchanged_tolerance <= 255:
             message = f"unchanged_tolerance={unchanged_tolerance!r}: expected levels from 0 to 255"
             raise VideoError("options.out_of_range", message)
@@ -182,7 +182,7 @@ class Grounder(Closable):
         from bridge_stg.runtime.bundle.bundle import Bundle
 
         bundle = Bundle.load(path)
-        check_heads(bundle.manifest.spec, heads)
+        chosen_heads(bundle.manifest.spec, heads)  # a wrong name fails before the sessions are opened
         sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
         try:
             tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
@@ -264,14 +264,14 @@ class Grounder(Closable):
     def ask(
         self, video: Video, question: str, *, max_tokens: int = 512, **options: Unpack[OptionKeywords]
     ) -> Iterator[str]:
-        """Answer a question about a video, image or stream, and yield the text as it is written.
+        """Answer a question about a video, image or stream, and yield the text while the model writes it.
 
-        Greedy decoding: the same question has the same answer. Needs a model that can answer in text.
+        The video is read when the iteration begins. Decoding is greedy, so equal questions have equal answers.
 
         Args:
             video: see `Video`; an iterable is read once, to its end.
-            question: in words.
-            max_tokens: length at which the answer is cut.
+            question: a question or an instruction.
+            max_tokens: maximum tokens of the answer; it is cut there.
             options: see `CallOptions`.
 
         Raises:
@@ -367,7 +367,7 @@ class Grounder(Closable):
                 coarse, grid = source.coarse(limits), source.fine_grid()
             segment, frames, choice = self._segment(coarse), coarse.frames, coarse.choice
             if source.is_image and self.heads == "text":
-                segment, frames, choice = self._image(source, choice, limits)
+                segment, frames, choice = self._image_prompt(source, choice, limits)
             with limits.stage("vision_coarse"):
                 tolerance = self._unchanged_tolerance
                 visual_tokens = coarse_tokens(
@@ -381,7 +381,7 @@ class Grounder(Closable):
                 spec,
                 read=lambda places, limits: source.fine(grid[places], limits),
                 budget_bytes=self._feature_budget_bytes,
-                whole_tokens=self.heads == "text",
+                as_tokens=self.heads == "text",
                 read_ahead=source.fine_size if source.read_ahead else None,
             )
             facts = VideoFacts(
@@ -403,13 +403,16 @@ class Grounder(Closable):
             raise
 
     def _open_head(self, chain: Chain, parts: VideoParts) -> Head:
+        """Return the head that answers the queries on a video; with bridge heads, a text head answers its questions."""
         text = None if self.spec.text is None else TextHead(chain, parts, self._text, self._grammar)
         if self.heads == "bridge" or text is None:
             return BridgeHead(chain, parts, self.sessions["spatial_decoder"], text)
         return text
 
-    def _image(self, source: VideoSource, choice: CoarseChoice, limits: Limits) -> tuple[Segment, Array, CoarseChoice]:
-        """Return the family's own prompt of an image, and the image at fine size as one group of frames."""
+    def _image_prompt(
+        self, source: VideoSource, choice: CoarseChoice, limits: Limits
+    ) -> tuple[Segment, Array, CoarseChoice]:
+        """Return the family's prompt of an image, the image at fine size as one group of frames, and this size."""
         assert self.spec.text is not None
         frames = arrays.repeat_new_axis(source.fine([0.0], limits).frames, self.spec.vision.temporal_patch_size)
         (rows, columns), text = merged_grid(frames, self.spec), self.spec.text
@@ -428,8 +431,8 @@ class Grounder(Closable):
         return segment
 
 
-def check_heads(spec: ModelSpec, heads: str | None) -> str:
-    """Return the heads that answer queries: `heads`, by default the model's own. Raises BundleError if it has none."""
+def chosen_heads(spec: ModelSpec, heads: str | None) -> str:
+    """Return the heads that answer queries: `heads`, by default the model's. Raises BundleError if it lacks them."""
     chosen = spec.heads if heads is None else heads
     if chosen not in HEADS:
         raise BundleError("options.invalid", f"heads={heads!r}: expected one of {', '.join(HEADS)}")

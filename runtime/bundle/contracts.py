@@ -19,7 +19,7 @@ TOKEN_GROUPS = "token_groups"
 
 
 def graphs_of(spec: ModelSpec) -> tuple[str, ...]:
-    """Return the names of a model's graphs, in the order of the chain: with text heads, there is no spatial decoder."""
+    """Return the names of a model's graphs, in the order of the chain. Only bridge heads have a spatial decoder."""
     return GRAPHS if spec.heads == "bridge" else GRAPHS[:2]
 
 

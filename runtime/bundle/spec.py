@@ -95,8 +95,8 @@ class LanguageSpec:
     head_dim: HeadDim
     vocab_size: Vocabulary
     max_positions: Tokens
-    num_bridging_queries: Index
-    tapped_layers: tuple[Index, ...]  # both are empty in a model without bridge heads
+    num_bridging_queries: Index  # 0 without bridge heads
+    tapped_layers: tuple[Index, ...]  # empty without bridge heads
 
     def __post_init__(self) -> None:
         if any(layer >= self.num_layers for layer in self.tapped_layers):
@@ -131,12 +131,12 @@ class PromptSpec:
 class TextSpec:
     """How a model answers in text: its chat template around a video or an image, and a message per task.
 
-    `{message}` is one of the messages or what a user asks, `{query}` is what to find; everything else is literal.
+    `{query}` is the target, `{message}` is one of the messages or a user's question; all else is literal text.
     """
 
-    tube: QueryForm  # message that asks for a list of times and boxes
-    span: QueryForm  # message that asks for the start and end of the target
-    image: QueryForm  # message that asks for a box in one image
+    tube: QueryForm  # message that requests a list of times and boxes
+    span: QueryForm  # message that requests the start and end of the target
+    image: QueryForm  # message that requests a box in one image
     video_turn: TurnForm = "<|vision_end|>{message}<|im_end|>\n<|im_start|>assistant\n"  # after a video's tokens
     image_head: Piece = "<|im_start|>user\n<|vision_start|>"  # before an image's tokens
     image_token: Word = "<|image_pad|>"
@@ -144,7 +144,7 @@ class TextSpec:
     list_open: Piece = "```json\n[\n\t"  # the JSON list of an answer, as the family writes it
     list_separator: Piece = ",\n\t"
     list_close: Piece = "\n]\n```"
-    box_scale: Annotated[int, Between(0, 10**6)] = 1000  # boxes are integers from 0 to this; 0: pixels of the input
+    box_scale: Annotated[int, Between(0, 10**6)] = 1000  # boxes are integers from 0 to this; 0: pixels of the frame
     stop_ids: tuple[TokenId, ...] = ()  # ids that end an answer
     repetition_penalty: Annotated[float, Between(0.1, 10)] = 1.0  # of answers without a grammar
 
@@ -194,11 +194,11 @@ class ModelSpec:
             raise ValueError("heads is 'text', but the section text is missing")
 
     def is_trained(self, heads: str | None = None) -> bool:
-        """Return whether some heads, of `HEADS`, were trained; None: the default. Text heads are the backbone's own."""
+        """Return whether `heads` were trained, by default the model's own. Text heads need no training."""
         return self.trained or (heads or self.heads) == "text"
 
     def unknown_words(self, query: str) -> tuple[str, ...]:
-        """Return the words of a query, casefolded and each once, that are not among those in the section `knows`."""
+        """Return the words of a query that the section `knows` does not list, casefolded, without duplicates."""
         known = _vocabulary(self.knows.words) if self.knows else frozenset()
         return tuple(word for word in dict.fromkeys(_words(query)) if word not in known) if known else ()
 
@@ -212,4 +212,5 @@ def _words(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def _vocabulary(words: tuple[str, ...]) -> frozenset[str]:
+    """Return the casefolded words in a list of texts."""
     return frozenset(part for word in words for part in _words(word))

@@ -1,6 +1,6 @@
 """One opened video: its prefix is computed once, then queries are grounded in it, one or many at a time.
 
-The queries are answered by a head (`bridge_stg.runtime.heads`), which the chain opens for every video.
+A head (`bridge_stg.runtime.heads`), which the chain opens for each video, answers the queries.
 """
 
 from __future__ import annotations
@@ -53,11 +53,15 @@ class Head(Protocol):
         """
 
     def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
-        """Return the answer to a question as text; QueryError if the model has no text head."""
+        """Return the answer to a question, as text that is written while it is iterated.
+
+        Raises:
+            QueryError: the question is empty or too long, or the model has no text head.
+        """
 
 
 class TextStream(Iterator[str]):
-    """The answer to a question, piece by piece.
+    """The answer to a question, in pieces of text.
 
     Attributes:
         prompt_tokens: tokens of the prompt, those of the video included.
@@ -130,7 +134,7 @@ class VideoFacts:
 
 @dataclass(frozen=True, eq=False)
 class VideoParts:
-    """What a head needs of one video: facts, the prefilled prefix, and feature maps (or tokens) of fine frames."""
+    """What a head needs of one video: facts, the prefix, and feature maps or visual tokens of fine frames."""
 
     facts: VideoFacts
     prefix: Prefix
@@ -205,7 +209,7 @@ class OpenedVideo(Closable):
         return self._call(list(queries), Task(allow_none=allow_none), Limits(**limits))
 
     def ask(self, question: str, *, max_tokens: int = 512, **limits: Unpack[CallKeywords]) -> Iterator[str]:
-        """Answer a question about this video, and yield the text as it is written.
+        """Answer a question about this video, and yield the text while the model writes it.
 
         Arguments and errors as for `Grounder.ask`.
         """
@@ -213,7 +217,7 @@ class OpenedVideo(Closable):
             yield from self.ask_within(Limits(**limits), question, max_tokens=max_tokens)
 
     def ask_within(self, limits: Limits, question: str, *, max_tokens: int) -> TextStream:
-        """Ask as part of a call that is under way already; see `TextStream` for what it tells besides the text."""
+        """Answer a question as part of a running call, which keeps the grounder open; the stream also counts tokens."""
         return self._head.ask(question, max_tokens=max_tokens, limits=limits)
 
     def _call(self, queries: list[str], task: Task, limits: Limits) -> list[Grounding]:
@@ -247,7 +251,7 @@ class OpenedVideo(Closable):
 
 
 def prompts_of(queries: Sequence[str], prompt: Callable[[str], Segment]) -> list[Segment]:
-    """Return the prompt of each query; of several, a QueryError names the index of the wrong one."""
+    """Return the prompt of each query. Raises the QueryError of `prompt`; of several queries, it names the index."""
     prompts = []
     for i, query in enumerate(queries):
         try:

@@ -84,7 +84,7 @@ class Segment:
         return Segment(self.input_ids[taken], self.visual_index[taken], self.positions[:, taken], self.next_position)
 
     def with_rows(self, offset: int) -> Segment:
-        """Return the segment with the visual tokens of rows that are `offset` further on."""
+        """Return the segment with `offset` added to the rows of its visual tokens."""
         index = np.where(self.visual_index > 0, self.visual_index + offset, 0)
         return Segment(self.input_ids, index, self.positions, self.next_position)
 
@@ -123,7 +123,7 @@ def time_numbers(group_times: Sequence[float] | np.ndarray, spec: PromptSpec) ->
 
 
 def time_strings(group_times: Sequence[float] | np.ndarray, spec: PromptSpec) -> list[str]:
-    """Return the text before each group's tokens, which holds its time; raise VideoError like `time_numbers`."""
+    """Return the text before each group's tokens, which contains its time; raise VideoError as `time_numbers`."""
     return [spec.time.replace("{time}", number) for number in time_numbers(group_times, spec)]
 
 
@@ -208,8 +208,8 @@ def video_budget(
     after_video += min(answer_tokens, positions // 4)
 
     def text_positions(group_times: np.ndarray) -> int:
-        printed = len(group_times) if prompt.prints_times else 1  # of the positions below, those of visual tokens
-        video = video_segment(tokenizer, spec, group_times, (1, 1)).next_position - printed
+        visual = len(group_times) if prompt.prints_times else 1  # positions of visual tokens in a grid of 1 × 1
+        video = video_segment(tokenizer, spec, group_times, (1, 1)).next_position - visual
         longest = max(len(tokenizer.encode(text)) for text in time_strings(group_times, prompt))
         return video + after_video + 2 * longest + len(tokenizer.encode(prompt.between))
 

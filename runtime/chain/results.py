@@ -132,7 +132,8 @@ class Grounding:
         mode: of a text answer, `joint` (all boxes in one answer), `two-step` (the span, then a box per frame), `span`
             or `image`; else empty.
         decoding: counts of a text answer: `calls` of the language model, `tokens` of the answer, of these `forced` by
-            the grammar; `drafted` tokens and of these `accepted`; `truncated`, 1 if `max_tokens` cut the answer.
+            the grammar; `drafted` tokens and of these `accepted`; `truncated`, answers that
+            `max_tokens` cut.
         clock: where the times of the frames come from, one of `bridge_stg.runtime.video.decoder.CLOCKS`.
         stream: index of the video stream that was read; None if the file has only one, or is no video file.
         task: the task, one of `bridge_stg.runtime.chain.tasks.TASKS`.

@@ -65,7 +65,7 @@ def text_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]
     for marker in (*visual, *re.findall(r"<\|.*?\|>", "".join(forms))):
         if (tokens := len(tokenizer.encode(marker))) != 1:
             yield f"encodes the prompt's {marker!r} as {tokens} tokens, expected one"
-    for part in [*prompt_texts(prompt), *(text_texts(text) if text else ())]:
+    for part in [*prompt_texts(prompt), *(chat_texts(text) if text else ())]:
         given, back = part.casefold(), tokenizer.decode(tokenizer.encode(part)).casefold()
         if back != given:
             at = next(i for i in range(len(given) + len(back)) if given[: i + 1] != back[: i + 1])
@@ -85,8 +85,8 @@ def prompt_texts(prompt: PromptSpec) -> list[str]:
     return [prompt.head, prompt.group_open, prompt.group_close, *queries, *times, prompt.between, prompt.absent]
 
 
-def text_texts(text: TextSpec) -> list[str]:
-    """Return the texts of prompts and answers of a model that answers in text, with the query `QUERY`."""
+def chat_texts(text: TextSpec) -> list[str]:
+    """Return the texts of a text head's prompts and answers, with the query `QUERY`."""
     messages = [form.replace("{query}", QUERY) for form in (text.tube, text.span, text.image)]
     turns = [form.replace("{message}", message) for form in (text.video_turn, text.image_turn) for message in messages]
     return [text.image_head, *turns, text.list_open, text.list_separator, text.list_close]

@@ -167,7 +167,7 @@ class FeatureMaps(Protocol):
     def at(self, indices: np.ndarray, limits: Limits) -> tuple[Array, np.ndarray]:
         """Return feature maps [F, h, w, C] or visual tokens [F, 1+D, n, H] for indices [F] of the grid.
 
-        The second result are the times [F] of the frames shown.
+        The second value has the times [F] of the frames shown.
         """
 
     def clear(self) -> None:
@@ -184,7 +184,7 @@ class FineFeatures:
         spec: the model's sizes and rates.
         read: returns the frames at the given indices of the fine grid; called by one thread at a time.
         budget_bytes: maximum bytes of the cached maps; the least recently used are dropped first.
-        whole_tokens: whether to return visual tokens instead of feature maps.
+        as_tokens: whether to return visual tokens instead of feature maps.
         read_ahead: height and width of the frames, if another thread can read them while a chunk is encoded; None:
             all are read first.
     """
@@ -196,11 +196,11 @@ class FineFeatures:
         *,
         read: Callable[[np.ndarray, Limits], Samples],
         budget_bytes: int,
-        whole_tokens: bool = False,
+        as_tokens: bool = False,
         read_ahead: tuple[int, int] | None = None,
     ) -> None:
         self._session, self._spec = session, spec
-        self._encode = frame_tokens if whole_tokens else fine_maps
+        self._encode = frame_tokens if as_tokens else fine_maps
         self._read, self._read_ahead = read, read_ahead
         self._budget_bytes = budget_bytes
         self._cached_bytes = 0

@@ -1,4 +1,4 @@
-"""Read spans and boxes from text answers, written under a grammar or freely. Knows text and numbers only."""
+"""Read spans and boxes from the text of answers, under a grammar or free. Must not know models and videos."""
 
 from __future__ import annotations
 
@@ -18,56 +18,58 @@ Box = tuple[float, float, float, float]
 
 
 def read_span(text: str) -> tuple[float, float] | None:
-    """Return start and end in seconds of `{"start": …, "end": …}`; None: the answer is that the target is absent.
+    """Return start and end in seconds of `{"start": …, "end": …}`; None if the answer says that the target is absent.
 
-    Raises EngineError if the text names no two times.
+    Raises EngineError if the text has no span.
     """
-    for value in objects(text):
-        start, end = seconds(value.get("start")), seconds(value.get("end"))
+    for value in json_objects(text):
+        start, end = read_seconds(value.get("start")), read_seconds(value.get("end"))
         if start is not None and end is not None:
             return min(start, end), max(start, end)
     if is_absent(text):
         return None
-    raise unreadable(text, '{"start": 1.0, "end": 2.0}, or null')
+    raise unreadable_answer(text, '{"start": 1.0, "end": 2.0}, or null')
 
 
 def read_boxes(text: str) -> list[tuple[float | None, Box]]:
-    """Return time in seconds (None: not given) and box of each entry of a list; boxes without an area are left out.
+    """Return the time in seconds (None: not given) and the box of each entry of a list.
 
-    The last entry of a list that was cut is left out. Raises EngineError if the text is no list.
+    Entries without a finite box of positive width and height are left out, and so is an incomplete last entry. Raises
+    EngineError if the text has no JSON object and does not say that the target is absent.
     """
-    entries, found = [], objects(text)
+    entries, found = [], json_objects(text)
     for value in found:
         box = value.get("bbox_2d", value.get("bbox"))
-        numbers = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
-        if numbers and all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]:
-            entries.append((seconds(value.get("time")), (box[0], box[1], box[2], box[3])))
+        is_box = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+        if is_box and all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]:
+            entries.append((read_seconds(value.get("time")), (box[0], box[1], box[2], box[3])))
     if not found and not is_absent(text):
-        raise unreadable(text, 'a list of {"bbox_2d": [x1, y1, x2, y2], …}')
+        raise unreadable_answer(text, 'a list of {"bbox_2d": [x1, y1, x2, y2], …}')
     return entries
 
 
-def objects(text: str) -> list[Mapping[str, Any]]:
-    """Return the complete JSON objects in a text, those inside of others included."""
+def json_objects(text: str) -> list[Mapping[str, Any]]:
+    """Return the complete JSON objects in a text, including those inside of others."""
     found: list[Mapping[str, Any]] = []
     decoder, at = json.JSONDecoder(), text.find("{")
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
-            found += _inside(value)
+            found += _objects_in(value)
         except (ValueError, RecursionError):
             end = at + 1
         at = text.find("{", end)
     return found
 
 
-def _inside(value: Any) -> list[Mapping[str, Any]]:
+def _objects_in(value: Any) -> list[Mapping[str, Any]]:
+    """Return a JSON value if it is an object, and all objects inside of it."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return ([value] if isinstance(value, dict) else []) + [found for part in inner for found in _inside(part)]
+    return ([value] if isinstance(value, dict) else []) + [found for part in inner for found in _objects_in(part)]
 
 
-def seconds(value: Any) -> float | None:
-    """Return a time in seconds from a number or a text such as `1.5 seconds`, `01:02.5` or `1:00:02`, else None."""
+def read_seconds(value: Any) -> float | None:
+    """Return the seconds that a number or a text names (`1.5 seconds`, `01:02.5`, `1:00:02`); None if it names none."""
     if isinstance(value, str):
         if clock := CLOCK.search(value):
             return 3600 * float(clock[1] or 0) + 60 * float(clock[2]) + float(clock[3])
@@ -81,13 +83,13 @@ def is_absent(text: str) -> bool:
     return re.sub(r"^```(?:json)?|```$|\s", "", text.strip()) in ("[]", "{}", "null", "none", "None")
 
 
-def nearest(time_s: float, times: Sequence[float] | np.ndarray) -> int:
-    """Return the index of the nearest of the times [N] in seconds."""
+def nearest_index(time_s: float, times: Sequence[float] | np.ndarray) -> int:
+    """Return the index of the one of N times in seconds that is nearest to `time_s`."""
     return int(np.abs(np.asarray(times) - time_s).argmin())
 
 
-def unreadable(text: str, expected: str) -> EngineError:
-    """Return the error for an answer that cannot be read."""
+def unreadable_answer(text: str, expected: str) -> EngineError:
+    """Return the error for an answer that cannot be read; `expected` describes the form."""
     shown = text if len(text) <= 200 else f"{text[:200]}…"
-    advice = "use the grammar (without --no-grammar), which makes every answer readable"
+    advice = "keep the grammar on (no --no-grammar), and allow a larger --max-tokens if the answer was cut"
     return EngineError("engine.unreadable_answer", f"the model answered {shown!r}, expected {expected}; {advice}")

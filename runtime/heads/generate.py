@@ -1,7 +1,7 @@
-"""Write text answers with a backbone's language model: greedy, several rows at a time, with drafts that are verified.
+"""Decode text answers greedily with a backbone's language model, several rows at a time, and verify drafts.
 
-Without a grammar equal to transformers' greedy `generate` for the same weights. Knows ids, positions and one session;
-nothing of videos and times. Letters as in `bridge_stg.runtime.chain.decode`.
+Without a grammar, the ids equal those of transformers' greedy `generate` for the same weights. Knows ids, positions
+and one session; must not know videos and times. Letters as in `bridge_stg.runtime.chain.decode`.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from bridge_stg.runtime.chain.prompt import Segment, text_segment
 from bridge_stg.runtime.device.array_ops import Array
 
 Draft = Callable[[Sequence[int]], Sequence[int]]
-"""Returns a guess of the ids that follow the ids of an answer so far."""
+"""Given the ids of an answer so far, return a draft of the next ids."""
 
 
 class Writing:
-    """An answer that is being written greedily, here without a grammar.
+    """The state of one answer that is decoded greedily, here without a grammar.
 
     Args:
-        max_tokens: length at which the answer is cut.
+        max_tokens: maximum tokens of the answer; it is cut there.
         stop_ids: ids that end it.
         penalty: repetition penalty (Keskar et al., arXiv 1909.05858) of the ids in the prompt and in the answer.
         prompt_ids: ids of the prompt; not needed without a penalty.
-        absent_ids: the answer that the target is absent; empty if it is not allowed.
+        absent_ids: ids of the answer that the target is absent; empty if that is not allowed.
 
     Attributes:
         ids: the answer so far.
-        done: whether it is complete.
+        done: whether it is complete or was cut.
         truncated: whether it was cut.
-        absent: probability of the answer `absent_ids`.
-        log_probability: sum over the chosen tokens, `choices` of them.
+        absent: probability of the answer `absent_ids`; 0 without them.
+        log_probability: sum over the tokens that were chosen by logits.
+        choices: number of these tokens.
     """
 
     def __init__(
@@ -102,9 +103,9 @@ class TextRow:
     Attributes:
         writing: the answer.
         length: tokens in the row.
-        pending: tokens to feed next, whose `next_position` is that of the first answer token that follows.
-        draft: guesses the next tokens; None: no drafts.
-        counts: `calls` while the answer was open, `tokens`, `forced`, `drafted`, `accepted`.
+        pending: tokens to feed next; its `next_position` is that of the token that follows them.
+        draft: see `Draft`; None: no drafts.
+        counts: `calls` while the answer was not done; `forced`, `drafted` and `accepted` tokens.
     """
 
     writing: Writing
@@ -115,7 +116,7 @@ class TextRow:
 
     def start(self) -> None:
         """Append the tokens that are forced at the beginning of the answer."""
-        self._write(self.writing.forced())
+        self.pending = self.pending.followed_by(self._forced())
 
     def drafted(self, most: int) -> list[int]:
         """Return a draft of at most `most` tokens."""
@@ -124,7 +125,10 @@ class TextRow:
         return ids
 
     def verify(self, drafted: Sequence[int], logits: np.ndarray) -> None:
-        """Choose tokens as long as the draft agrees, given the logits [1 + drafted, vocab] after the fed tokens."""
+        """Append the tokens that greedy decoding chooses, as long as the draft agrees with them.
+
+        `logits` [1 + D, vocab] are those after the last pending token and after each of the D drafted ones.
+        """
         self.counts["calls"] += 1
         self.length += len(self.pending)
         position, agreed = self.pending.next_position, 0
@@ -143,17 +147,14 @@ class TextRow:
         self.pending = text_segment(new[equal:], position + agreed)
 
     def _forced(self) -> list[int]:
+        """Append the forced tokens to the answer, count and return them."""
         ids = self.writing.forced()
         self.counts["forced"] += len(ids)
         return ids
 
-    def _write(self, ids: Sequence[int]) -> None:
-        self.counts["forced"] += len(ids)
-        self.pending = self.pending.followed_by(ids)
-
 
 def write_answers(session: Session, cache: KVCache, rows: Sequence[TextRow], no_visual_tokens: Array) -> Iterator[int]:
-    """Write the answers of B rows; yield the number of calls of the model so far after each.
+    """Decode the answers of B rows; after each call of the model, yield the number of calls so far.
 
     Every row has at least one pending token, all of them text; `no_visual_tokens` are zeros [1+D, 2, H]. A row that is
     done waits for the others: it is fed its last token at its own end, which nothing attends to.

@@ -1,8 +1,8 @@
 """The grammar of text answers: JSON with times of the prompt in rising order, and boxes with positive sides.
 
-An answer is written in parts that end before a number on which the rest depends: the right side of a box on its left
-one, a time on the time before. Each part is a small grammar of the package llguidance, which returns the allowed tokens
-and those without an alternative. Knows nothing of logits and caches.
+An answer is written in parts. A part ends where the next number depends on one before it: the right side of a box on
+its left side, a time on the time before. Each part has a small grammar for the package llguidance, which returns the
+allowed tokens and those without an alternative. Must not know logits and caches.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ CORNER = re.compile(r'(?:\{"time": ([\d.]+), |\{)"bbox_2d": \[(\d+), (\d+), $')
 
 
 def json_label(query: str) -> str:
-    """Return a query as the label of its boxes, in JSON."""
+    """Return a query as a JSON string, the label of its boxes."""
     return json.dumps(query, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
 class JsonForm:
-    """The form of one answer: the parts of its text, and what may follow each.
+    """The form of one answer: a span, or a list of boxes.
 
     Attributes:
         spec: how the model writes a list.
         times: the times of the prompt as text, in order; empty for a list of boxes without times.
-        scale: largest right and bottom side of a box.
+        scale: largest right and bottom side of a box; see `TextSpec.box_scale`.
         label: label of every box in JSON; None: the answer is a span, `{"start": …, "end": …}`, without boxes.
         allow_none: whether the answer may be that the target is absent.
     """
@@ -58,7 +58,7 @@ class JsonForm:
         return f"{self.spec.list_open.partition('[')[0]}[]{self.spec.list_close.partition(']')[2]}"
 
     def first(self) -> str:
-        """Return the rules of the first part, in Lark."""
+        """Return the grammar of the first part, in the Lark syntax of llguidance."""
         if self.label is None:
             part = f"{_text(START)} ({_any(self.times)}) {_text(END)}"
         else:
@@ -66,7 +66,7 @@ class JsonForm:
         return self._rules(f"{_text(self.absent)} | {part}" if self.allow_none else part)
 
     def following(self, written: str) -> str | None:
-        """Return the rules of the part that follows `written`, the previous part; None: the answer is complete."""
+        """Return the grammar of the part after the part `written`; None: the answer is complete."""
         if self.label is None:
             if not written.endswith(END):
                 return None
@@ -82,10 +82,12 @@ class JsonForm:
         return self._rules(part) + f"x2: {_integer(left + 1, right)}\ny2: {_integer(top + 1, bottom)}\n"
 
     def _corner(self, times: tuple[str, ...]) -> str:
+        """Return the rule of an entry up to the left and top sides of its box; its time is one of `times`."""
         before = f"{_text(TIME)} ({_any(times)}) {_text(', ' + BOX)}" if self.times else _text("{" + BOX)
         return f'{before} x1 ", " y1 ", "'
 
     def _rules(self, start: str) -> str:
+        """Return the grammar with this start rule, and the rules of left and top sides if it uses them."""
         rules = f"start: {start}\n"
         if " x1 " in start:
             right, bottom = self.scale
@@ -94,27 +96,29 @@ class JsonForm:
 
 
 def _text(text: str) -> str:
-    """Return a text as a literal of Lark."""
+    """Return a text as a Lark literal."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _any(texts: tuple[str, ...]) -> str:
+    """Return a Lark rule that accepts one of several texts."""
     return " | ".join(map(_text, texts))
 
 
 def _integer(least: int, most: int) -> str:
+    """Return a Lark rule that accepts an integer from `least` to `most`."""
     return "%json " + json.dumps({"type": "integer", "minimum": least, "maximum": most})
 
 
 class JsonGrammar:
-    """The tokens of a tokenizer as llguidance needs them; made on first use, and shared by all answers."""
+    """Makes llguidance's matchers for one tokenizer, which is converted once, on first use, for all answers."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     @functools.cached_property
     def tokens(self) -> Any:
-        """The package's tokenizer. Raises BundleError if it cannot read this one."""
+        """The tokenizer in llguidance's form. Raises BundleError if llguidance cannot read it."""
         from llguidance import LLTokenizer
 
         try:
@@ -124,7 +128,7 @@ class JsonGrammar:
             raise BundleError("bundle.bad_tokenizer", message) from error
 
     def matcher(self, rules: str) -> Any:
-        """Return the state of a part that is being written."""
+        """Return a new `llguidance.LLMatcher` for a grammar. Raises BundleError if llguidance rejects it."""
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self.tokens, LLMatcher.grammar_from_lark(rules), log_level=0)
@@ -134,7 +138,7 @@ class JsonGrammar:
 
 
 class JsonWriting(Writing):
-    """An answer that follows a `JsonForm`. Arguments and attributes as of `Writing`; it needs no stop ids."""
+    """The state of one answer in a `JsonForm`. Arguments and attributes as of `Writing`; it needs no stop ids."""
 
     def __init__(self, grammar: JsonGrammar, form: JsonForm, *, max_tokens: int) -> None:
         absent = grammar.tokenizer.encode(form.absent) if form.allow_none else ()
@@ -156,7 +160,7 @@ class JsonWriting(Writing):
         return ids
 
     def accept(self, ids: Sequence[int]) -> None:
-        """Append ids that the grammar allows, and begin the next part at the end of one."""
+        """Append ids that the grammar allows; at the end of a part, begin the next one."""
         self._matcher.consume_tokens(list(ids))
         self._part += ids
         super().accept(ids)

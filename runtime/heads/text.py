@@ -1,7 +1,7 @@
-"""The text head: a plain Qwen-VL model writes spans and boxes as JSON, and answers questions.
+"""The text head: the language model writes spans and boxes as JSON, and answers questions.
 
-Two ways to a tube: `joint` asks for all boxes of the video in one answer; `two-step` asks for the span first, then for
-the box in single frames of the span, several at a time.
+A tube is found in one of two modes: `joint` requests all boxes of the video in one answer; `two-step` requests the
+span, then the box in single frames of the span, several at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bridge_stg.runtime.chain.spans import Span, fine_frames, in_span, span_of_g
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.errors import BridgeError, QueryError
-from bridge_stg.runtime.heads.answers import Box, nearest, read_boxes, read_span
+from bridge_stg.runtime.heads.answers import Box, nearest_index, read_boxes, read_span
 from bridge_stg.runtime.heads.drafts import draft
 from bridge_stg.runtime.heads.generate import TextRow, Writing, prefill, write_answers
 from bridge_stg.runtime.heads.json_grammar import JsonForm, JsonGrammar, JsonWriting, json_label
@@ -41,14 +41,15 @@ from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.video.sizes import frame_sizes
 
 COUNTS = ("calls", "tokens", "forced", "drafted", "accepted", "truncated")
-"""Names in `Grounding.decoding`."""
+"""Keys of `Grounding.decoding`."""
 MODES = ("auto", "joint", "two-step")
+"""Values of `TextOptions.mode`."""
 JOINT_GROUPS = 32
-"""Most groups of frames of a video that the mode `auto` answers in one step."""
+"""Maximum groups of frames of a video for which the mode `auto` is `joint`."""
 STEP_FRAMES = 16
-"""Most frames whose box the mode `two-step` asks for; boxes between them are interpolated."""
+"""Maximum frames of a span in whose second step a box is requested; boxes between them are interpolated."""
 STEP_ROWS = 8
-"""Most frames of one batch of that mode; bounds the memory of the KV cache."""
+"""Maximum frames of one batch of the second step; bounds the memory of visual tokens and KV cache."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class TextOptions:
     Attributes:
         mode: one of `MODES`; `auto` chooses by the length of the video.
         grammar: whether answers are constrained to the JSON form; otherwise the model writes freely.
-        drafts: whether to guess entries from those before; the answers are the same, the calls fewer.
-        max_tokens: length at which an answer is cut.
+        drafts: whether entries are drafted from those before; the answers are equal, with fewer calls of the model.
+        max_tokens: maximum tokens of an answer; it is cut there.
     """
 
     mode: str = "auto"
@@ -100,9 +101,9 @@ class TextHead:
 
     Args:
         chain: what all videos share; its spec has the section `text`.
-        parts: the video. With text heads alone, the prefix of an image is the family's own prompt of an image.
+        parts: the video. If the chain's heads are text, the prefix of an image is the family's prompt of an image.
         options: how to answer.
-        grammar: the tokenizer's tokens.
+        grammar: makes the matchers of the chain's tokenizer.
     """
 
     def __init__(self, chain: Chain, parts: VideoParts, options: TextOptions, grammar: JsonGrammar) -> None:
@@ -111,9 +112,9 @@ class TextHead:
         self._text: TextSpec = chain.spec.text
         self._video, self._prefix, self._features = parts.facts, parts.prefix, parts.features
         self._group_times = parts.facts.sample_times.mean(axis=1)
-        self._times = tuple(time_numbers(self._group_times, chain.spec.prompt))
-        image = parts.facts.is_image and chain.heads == "text"
-        self._turn = self._text.image_turn if image else self._text.video_turn
+        self._times = tuple(time_numbers(self._group_times, chain.spec.prompt))  # as text
+        has_image_prompt = parts.facts.is_image and chain.heads == "text"
+        self._turn = self._text.image_turn if has_image_prompt else self._text.video_turn
 
     def ground(self, queries: Sequence[str], task: Task, limits: Limits) -> list[Grounding]:
         """Ground queries; see `Head.ground`."""
@@ -130,19 +131,17 @@ class TextHead:
             forms = [JsonForm(self._text, self._times, allow_none=task.allow_none)] * len(queries)
         with limits.stage("answer"):
             answers = self._write(prompts, forms, limits)
-        answered = {"image": self._of_image, "joint": self._of_list}.get(mode, self._of_span)
-        results = []
-        for query, form, answer in zip(queries, forms, answers, strict=True):
-            result = answered(query, form, answer, limits if mode == "two-step" else None)
-            results.append(dataclasses.replace(result, task=task.name, mode=mode))
-        return results
+        return [
+            dataclasses.replace(self._result(mode, query, form, answer, limits), task=task.name, mode=mode)
+            for query, form, answer in zip(queries, forms, answers, strict=True)
+        ]
 
     def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
         """Answer a question; see `Head.ask`."""
         check_max_tokens(max_tokens)
         check_query(self._chain.spec.prompt, question)
         prompt = self._prompt(question)
-        writing = self._free(prompt, max_tokens=self._room(prompt, max_tokens, margin=2))
+        writing = self._free_writing(prompt, max_tokens=self._room(prompt, max_tokens, margin=2))
         row = TextRow(writing, self._prefix.length, prompt)
 
         def steps() -> Iterator[None]:
@@ -156,26 +155,29 @@ class TextHead:
         )
 
     def _mode(self, task: Task) -> str:
+        """Return the mode of a task; see `Grounding.mode`."""
         if self._video.is_image:
             return "image"
         if task.name == "span":
             return "span"
-        short = len(self._times) <= JOINT_GROUPS
-        return self._options.mode if self._options.mode != "auto" else "joint" if short else "two-step"
+        if self._options.mode != "auto":
+            return self._options.mode
+        return "joint" if len(self._times) <= JOINT_GROUPS else "two-step"
 
     # The prompts and the forms of their answers.
 
     def _message(self, form: str, query: str) -> str:
-        """Return the message that asks for a query."""
+        """Return the message for a query; `form` is one of those of `TextSpec`, with `{query}`."""
         before, _, after = form.partition("{query}")
         return before + check_query(self._chain.spec.prompt, query) + after
 
     def _turn_segment(self, turn: str, message: str, start_position: int) -> Segment:
+        """Return the rest of a prompt after the visual tokens; `turn` is one of those of `TextSpec`."""
         before, _, after = turn.partition("{message}")
         return text_segment(self._chain.tokenizer.encode(before + message + after), start_position)
 
     def _prompt(self, message: str) -> Segment:
-        """Return what follows the prefix. The answer continues after all positions, those of visual tokens included."""
+        """Return the prompt after the prefix. The answer's positions follow all others, also those of visual tokens."""
         segment = self._turn_segment(self._turn, message, self._prefix.next_position)
         answer_position = max(self._prefix.last_position + 1, segment.next_position)
         return dataclasses.replace(segment, next_position=answer_position)
@@ -186,9 +188,10 @@ class TextHead:
         label = json_label(check_query(self._chain.spec.prompt, query))
         return JsonForm(self._text, times, scale=(scale[0], scale[1]), label=label, allow_none=allow_none)
 
-    # Writing answers.
+    # The answers.
 
-    def _free(self, prompt: Segment, *, max_tokens: int, absent: str | None = None) -> Writing:
+    def _free_writing(self, prompt: Segment, *, max_tokens: int, absent: str | None = None) -> Writing:
+        """Return the state of an answer without a grammar; `absent` is the answer that the target is absent."""
         penalty = self._text.repetition_penalty
         seen = np.concatenate([self._prefix.input_ids, prompt.input_ids]) if penalty != 1 else ()
         absent_ids = self._chain.tokenizer.encode(absent) if absent else ()
@@ -198,19 +201,22 @@ class TextHead:
         )
 
     def _row(self, prompt: Segment, form: JsonForm, *, length: int, max_tokens: int) -> TextRow:
+        """Return the row of a new answer to a prompt that follows `length` cached tokens."""
         if self._options.grammar:
             writing: Writing = JsonWriting(self._grammar, form, max_tokens=max_tokens)
         else:
-            writing = self._free(prompt, max_tokens=max_tokens, absent=form.absent if form.allow_none else None)
+            absent = form.absent if form.allow_none else None
+            writing = self._free_writing(prompt, max_tokens=max_tokens, absent=absent)
         tokenizer = self._chain.tokenizer
 
-        def guess(ids: Sequence[int]) -> list[int]:
+        def draft_ids(ids: Sequence[int]) -> list[int]:
             return tokenizer.encode(draft(form, tokenizer.decode(ids)))
 
-        return TextRow(writing, length, prompt, guess if form.times and form.label and self._options.drafts else None)
+        is_list = bool(form.times and form.label)  # other answers have one entry
+        return TextRow(writing, length, prompt, draft_ids if is_list and self._options.drafts else None)
 
     def _entry_tokens(self, form: JsonForm) -> int:
-        """Return how many tokens one entry of a list has at most."""
+        """Return the maximum tokens of one entry of a list."""
         label = form.label or ""
         longest = "0" * max(map(len, (*form.times, "")))
         return 24 + len(
@@ -218,7 +224,10 @@ class TextHead:
         )
 
     def _room(self, prompt: Segment, max_tokens: int, *, margin: int) -> int:
-        """Return how many tokens an answer may have. Raises QueryError if the model has no position left for it."""
+        """Return the maximum tokens of an answer, `max_tokens` or fewer; `margin` positions of the cache stay free.
+
+        Raises QueryError if the model has no position left for an answer.
+        """
         most = self._chain.spec.language.max_positions
         capacity = largest(self._chain.language_model, "S")
         room = min(most - prompt.next_position, capacity - self._prefix.length - len(prompt) - margin)
@@ -230,10 +239,10 @@ class TextHead:
         return min(room, max_tokens)
 
     def _write(self, prompts: Sequence[Segment], forms: Sequence[JsonForm], limits: Limits) -> list[Written]:
-        """Write the answers to prompts that follow the prefix, in batches whose caches fit the budget."""
+        """Return the answers to prompts that follow the prefix, in batches whose caches fit the budget."""
         written: list[Written] = []
         entry = max(map(self._entry_tokens, forms), default=0)
-        margin = 3 * entry  # rows are padded to the longest of a call, which has at most a forced text and two drafts
+        margin = 3 * entry  # a row is padded to the longest of a call: forced tokens (1 entry) and a draft (2)
         longest = (len(self._times) + 1) * entry if self._options.grammar else self._options.max_tokens
         most = min(self._options.max_tokens, longest)
         while len(written) < len(prompts):
@@ -250,7 +259,7 @@ class TextHead:
         return written
 
     def _decode(self, rows: Sequence[TextRow], *, margin: int) -> Iterator[int]:
-        """Write the answers of rows that follow the prefix; yield after each call of the model."""
+        """Decode the answers of rows that follow the prefix; yield the number of calls after each call of the model."""
         chain, prefix = self._chain, self._prefix
         most = max(len(row.pending) + row.writing.max_tokens for row in rows)
         cache = chain.pool.take(batch=len(rows), positions=prefix.length + most + margin)
@@ -267,31 +276,47 @@ class TextHead:
 
     # From answers to results.
 
-    def _of_image(self, query: str, form: JsonForm, answer: Written, limits: Limits | None) -> Grounding:
+    def _result(self, mode: str, query: str, form: JsonForm, answer: Written, limits: Limits) -> Grounding:
+        """Return the result of an answer; in the mode `two-step`, after the second step."""
+        if mode == "image":
+            return self._of_image(query, form, answer)
+        if mode == "joint":
+            return self._of_list(query, form, answer)
+        span = self._named_span(answer)
+        if span is None or mode == "span":
+            return self._grounding(query, answer, span=span, tube=None)
+        return self._of_frames(query, answer, span, limits)
+
+    def _of_image(self, query: str, form: JsonForm, answer: Written) -> Grounding:
+        """Return the result of an answer that has one box."""
         boxes = [box for _, box in read_boxes(answer.text)[:1]]
         span = (0.0, self._video.duration_s) if boxes else None
         tube = self._tube(np.zeros(1), boxes, form.scale) if boxes else None
         return self._grounding(query, answer, span=span, tube=tube)
 
-    def _of_list(self, query: str, form: JsonForm, answer: Written, limits: Limits | None) -> Grounding:
+    def _of_list(self, query: str, form: JsonForm, answer: Written) -> Grounding:
+        """Return the result of an answer that lists times and boxes; of equal times, the first one counts."""
         found: dict[int, Box] = {}
         for time_s, box in read_boxes(answer.text):
             if time_s is not None:
-                found.setdefault(nearest(time_s, list(map(float, self._times))), box)
+                found.setdefault(self._group_at(time_s), box)
         if not found:
             return self._grounding(query, answer, span=None, tube=None)
         groups = sorted(found)
         tube = self._tube(self._group_times[groups], [found[group] for group in groups], form.scale)
         return self._grounding(query, answer, span=self._span(groups[0], groups[-1]), tube=tube)
 
-    def _of_span(self, query: str, form: JsonForm, answer: Written, limits: Limits | None) -> Grounding:
+    def _named_span(self, answer: Written) -> Span | None:
+        """Return the span that an answer names, from the first to the last group; None if the target is absent."""
         times = read_span(answer.text)
-        if times is None:
-            return self._grounding(query, answer, span=None, tube=None)
-        first, last = (nearest(time, list(map(float, self._times))) for time in times)
-        span = self._span(first, last)
-        if limits is None:
-            return self._grounding(query, answer, span=span, tube=None)
+        return None if times is None else self._span(*map(self._group_at, times))
+
+    def _group_at(self, time_s: float) -> int:
+        """Return the index of the group whose time in the prompt is nearest."""
+        return nearest_index(time_s, list(map(float, self._times)))
+
+    def _of_frames(self, query: str, answer: Written, span: Span, limits: Limits) -> Grounding:
+        """Request the box in single frames of a span, and return the result; `answer` named the span."""
         frames = fine_frames(
             span, self._video.fine_grid, fine_fps=self._chain.spec.frames.fine_fps, margin_s=0.0,
             max_frames=min(STEP_FRAMES, self._chain.spec.frames.max_fine_frames),
@@ -300,9 +325,9 @@ class TextHead:
         counts = Counter(answer.counts)
         for start in range(0, len(frames.indices), STEP_ROWS):
             shown, written, calls = self._in_frames(query, frames.indices[start : start + STEP_ROWS], limits)
-            for time_s, one in zip(shown, written, strict=True):
-                counts += Counter({**one.counts, "calls": 0})
-                for _, box in read_boxes(one.text)[:1]:
+            for time_s, frame_answer in zip(shown, written, strict=True):
+                counts += Counter({**frame_answer.counts, "calls": 0})  # rows of a batch share its calls
+                for _, box in read_boxes(frame_answer.text)[:1]:
                     boxes.setdefault(float(time_s), box)
             counts["calls"] += calls
         answer = dataclasses.replace(answer, counts=counts)
@@ -319,7 +344,11 @@ class TextHead:
         return width, height
 
     def _in_frames(self, query: str, indices: np.ndarray, limits: Limits) -> tuple[np.ndarray, list[Written], int]:
-        """Ask for the box in single frames of the fine grid; return their times, the answers, and the calls made."""
+        """Request the box in F frames of the fine grid, by `indices` [F].
+
+        Returns:
+            The times [F] of the frames, their answers, and the number of calls of the language model.
+        """
         chain, spec, session = self._chain, self._chain.spec, self._chain.language_model
         tokens, times = self._features.at(indices, limits)  # [F, 1+D, n, H]
         (width, height), side = self._fine_size, spec.vision.patch_size * spec.vision.merge_size
@@ -340,21 +369,23 @@ class TextHead:
                 visual = arrays.join(list(batch), axis=1, zeros_before=1)
                 last = prefill(session, cache, prompts, visual, chunk=chunk)
                 new = [self._row(pending, form, length=len(prompt) - 1, max_tokens=most) for pending in last]
+                calls += math.ceil((len(prompt) - 1) / chunk)  # of `prefill`
                 for made in write_answers(session, cache, new, self._prefix.no_visual_tokens):
                     limits.report(calls + made, None)
-                calls += made - (-(len(prompt) - 1) // chunk)
+                calls += made
                 rows += new
                 chain.pool.give(cache)
         return times, [self._written(row) for row in rows], calls
 
     def _span(self, first: int, last: int) -> Span:
+        """Return the span in seconds from the first to the last group, by their indices."""
         video = self._video
         return span_of_groups(
             (first, last), video.sample_times, interval_s=video.interval_s, duration_s=video.duration_s
         )
 
     def _tube(self, times: np.ndarray, boxes: Sequence[Box], scale: tuple[int, int]) -> Tube:
-        """Return the tube of boxes [N] given in units of `scale`, clipped to the frame."""
+        """Return the tube of boxes [N] at times [N] in seconds; boxes are in units of `scale` and get clipped."""
         size = np.tile(np.asarray(self._video.size, np.float64), 2)
         pixels = np.clip(np.asarray(boxes, np.float64) / np.tile(scale, 2), 0, 1) * size
         count = len(pixels)
@@ -363,6 +394,7 @@ class TextHead:
     def _grounding(
         self, query: str, answer: Written, *, span: Span | None, tube: Tube | None, frames: int = 0
     ) -> Grounding:
+        """Return the result without task and mode; `frames` is the number of fine frames that were encoded."""
         video = self._video
         boxes = None
         if span is not None and tube is not None:
@@ -387,7 +419,7 @@ class TextHead:
 
 
 class AskedText(TextStream):
-    """The answer to a question; see `TextStream`. `steps` writes the next tokens with every step."""
+    """The answer to a question; see `TextStream`. Each item of `steps` has added tokens to `writing`."""
 
     def __init__(
         self, tokenizer: Tokenizer, writing: Writing, steps: Iterator[None], stop_ids: Sequence[int], prompt_tokens: int

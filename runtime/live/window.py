@@ -53,7 +53,7 @@ class LiveWindow:
             chain.spec,
             read=self._read_fine,
             budget_bytes=feature_budget_bytes,
-            whole_tokens=chain.heads == "text",
+            as_tokens=chain.heads == "text",
         )
         self._groups: list[_Encoded] = []
         self._fine: dict[int, FineSample] = {}
