@@ -48,7 +48,7 @@ def export(
             made = export_bundle(checkpoint, path, overwrite=True, **options)  # an interrupted call may have left it
             click.echo(parity_table(made) if verify else UNVERIFIED)
             click.echo(calibrate_bundle(made, out, overwrite=overwrite, **given))
-        note_untrained(read_manifest(out).spec, out)
+            note_untrained(read_manifest(made).spec, out)
         return
     made = export_bundle(checkpoint, out, overwrite=overwrite, **options)
     click.echo(f"{parity_table(made) if verify else UNVERIFIED}\n{made} is complete.")
