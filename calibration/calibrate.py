@@ -106,7 +106,7 @@ def calibrate(
         with run.timed("collect"):
             statistics = collect(
                 run.source, inputs.calibration, folder=folder / "statistics" / run.statistics_name, seed=chosen.seed,
-                threads=chosen.threads, answering=chosen.answering, low_memory=run.large, progress=run.progress,
+                threads=chosen.threads, head_options=chosen.head_options, low_memory=run.large, progress=run.progress,
             )  # fmt: skip
         entries = quantizable(run.source, statistics.variants)
         with run.timed("ranges"):
@@ -169,15 +169,15 @@ class Run:
         return {"backend": "auto", "variant": None, "threads": self.options.threads}
 
     @property
-    def answering(self) -> dict[str, Any]:
-        """`session` and `Options.answering`: how bundles are loaded, as plain values."""
-        return {**self.session, **self.options.answering}
+    def load_options(self) -> dict[str, Any]:
+        """`session` and `Options.head_options`: how bundles are loaded, as plain values."""
+        return {**self.session, **self.options.head_options}
 
     @property
     def statistics_name(self) -> str:
-        """Digest of bundle, samples and seed."""
-        answering = [self.options.answering] if self.options.answering else []
-        return digest(self.source.manifest.fingerprint, self.inputs.calibration.digest, self.options.seed, *answering)
+        """Digest of bundle, samples, seed and head options."""
+        heads = [self.options.head_options] if self.options.head_options else []
+        return digest(self.source.manifest.fingerprint, self.inputs.calibration.digest, self.options.seed, *heads)
 
     @property
     def large(self) -> bool:
@@ -218,7 +218,7 @@ def prepare_trials(run: Run, statistics: Statistics, entries: Entries, requested
     )  # fmt: skip
     return RecipeTrials(
         source=run.source, scales=scales, samples=run.inputs.selection, labelled=run.inputs.selection_labelled,
-        work=run.work, base=base, session=run.answering, media=run.media, in_subprocess=run.large,
+        work=run.work, base=base, session=run.load_options, media=run.media, in_subprocess=run.large,
         progress=run.progress,
     )  # fmt: skip
 
@@ -236,7 +236,7 @@ def record_calls(run: Run) -> list[Path]:
     run.progress("recording calls", 0, len(recorded))
     (run.work / "recorded").mkdir(exist_ok=True)
     return record(
-        run.source, recorded, run.work / "recorded" / name, options=run.session, answering=run.options.answering
+        run.source, recorded, run.work / "recorded" / name, options=run.session, head_options=run.options.head_options
     )
 
 
@@ -302,7 +302,7 @@ def measure_stages(run: Run, bundle: Bundle) -> dict[str, Any]:
     clips = [sample for sample in run.inputs.selection.dataset.samples if sample.task in ("tube", "span")][:TIMED]
     run.progress("timing clips", 0, len(clips))
     bundles = {FLOAT: run.source.path, QUANTIZED: bundle.path}
-    return stage_seconds(bundles, clips, options=run.answering, side_by_side=not run.large)
+    return stage_seconds(bundles, clips, options=run.load_options, side_by_side=not run.large)
 
 
 def evaluate_bundles(
@@ -314,7 +314,7 @@ def evaluate_bundles(
         return None, {FLOAT: None, QUANTIZED: None}
     final = dataclasses.replace(trials, samples=inputs.evaluate, labelled=not inputs.own_tubes)
     folders = {
-        label: run.work / "evaluation" / digest(one.manifest.fingerprint, inputs.evaluate.digest, run.answering)
+        label: run.work / "evaluation" / digest(one.manifest.fingerprint, inputs.evaluate.digest, run.load_options)
         for label, one in ((FLOAT, run.source), (QUANTIZED, bundle))
     }
     before = final.score(run.source.path, FLOAT, folders[FLOAT])

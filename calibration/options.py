@@ -64,14 +64,14 @@ class Options:
     text: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def answering(self) -> dict[str, Any]:
-        """`heads` and `text` as plain values, where they are set; otherwise digests stay the same."""
+    def head_options(self) -> dict[str, Any]:
+        """`heads` and `text` as plain values; those that are not set are left out, as in earlier digests."""
         values = {"heads": self.heads, "text": dict(self.text)}
         return {name: value for name, value in values.items() if value}
 
 
-def loading(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain values, such as `Options.answering`, as arguments of `Grounder` and `Grounder.load`."""
+def load_arguments(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert plain values, such as `Options.head_options`, to arguments of `Grounder` and `Grounder.load`."""
     from bridge_stg.runtime.heads.text import TextOptions
 
     return {**plain, **({"text": TextOptions(**plain["text"])} if "text" in plain else {})}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bridge_stg.checkpoint.plain_folder import describe
+from bridge_stg.checkpoint.plain_folder import plain_summary
 from bridge_stg.checkpoint.weight_store import TOKENIZER, WeightStore
 from bridge_stg.export.graph.graph_check import check_graph
 from bridge_stg.export.graph.ort_cpu import derive_ort_cpu
@@ -60,7 +60,7 @@ def export_bundle(
     """Export a checkpoint as a bundle. Weights are read, cast and written one at a time, for models of any size.
 
     Args:
-        checkpoint: folder with config.json, weights and tokenizer.json: a checkpoint, or a downloaded Qwen3-VL or
+        checkpoint: folder with config.json, weights and tokenizer.json: a checkpoint, or a plain Qwen3-VL or
             Qwen2.5-VL, which becomes a bundle with text heads.
         out: folder of the bundle; it appears when it is complete, or not at all.
         variants: variants to trace, of `VARIANTS`; `ort-cpu` is derived from `standard` where it is faster.
@@ -83,7 +83,7 @@ def export_bundle(
     stages = _Stages(progress)
     stages.begin("reading the checkpoint")
     model, store = open_skeleton(checkpoint, adapter=adapter)
-    if note := describe(Path(checkpoint)):
+    if note := plain_summary(Path(checkpoint)):
         progress(note)
     precision = PRECISIONS[dtype]
     needed = estimate(store, model.spec, precision, verify=verify)

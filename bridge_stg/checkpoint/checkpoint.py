@@ -96,8 +96,8 @@ def load_checkpoint(
     """Load a checkpoint folder as a float32 model in eval mode.
 
     Args:
-        folder: folder with config.json, weights (see `WeightStore.open`) and tokenizer.json: a checkpoint, or a
-            downloaded model of `FAMILIES`, which then has text heads.
+        folder: folder with config.json, weights (see `WeightStore.open`) and tokenizer.json: a checkpoint, or a plain
+            model of `FAMILIES`, which gets text heads.
         attention: name in transformers' attention registry; None: the model's default.
         adapter: name or path of a LoRA adapter to merge; None: the only one in the folder, if any.
 
@@ -116,7 +116,7 @@ def load_checkpoint(
 
 
 def load_config(folder: Path) -> BridgeSTGConfig:
-    """Read the config of a checkpoint, or make one with text heads for a downloaded vision-language model.
+    """Return the config of a checkpoint, or a new one with text heads for a plain model.
 
     Raises CheckpointError as `BridgeSTGConfig.load` and `plain_config` do.
     """

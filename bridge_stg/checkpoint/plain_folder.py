@@ -1,6 +1,6 @@
-"""The config of a vision-language model as it is downloaded: text heads, with what its folder says about prompts.
+"""The config of a plain model, a vision-language model as it is downloaded: text heads, and the prompts of its folder.
 
-The chat template, the ids that end an answer, and limits of frames are the folder's; messages are those of the family.
+Chat template, ids that end an answer and limits of frame sizes come from the folder, messages from the family.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from bridge_stg.runtime.errors import CheckpointError
 
 DOWNLOAD = "download the model's whole folder"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-"""Files that may have the chat template, in the order in which transformers looks for it."""
+"""Files that may have the chat template, in the order in which transformers searches them."""
 MESSAGE = "{message}"
+"""Placeholder of the message in the printed template; see `TextSpec`."""
 
 
 def plain_config(folder: Path, values: Mapping[str, Any]) -> BridgeSTGConfig:
-    """Return the config of a downloaded model.
+    """Return the config of a plain model.
 
     Args:
         folder: its folder.
@@ -44,16 +45,16 @@ def plain_config(folder: Path, values: Mapping[str, Any]) -> BridgeSTGConfig:
     config = BridgeSTGConfig(
         backbone=values, prompt=dataclasses.replace(family.text_prompt(), head=head), heads="text", text=text,
         frames=family.text_frames(
-            image_pixels=most_pixels(folder / "preprocessor_config.json"),
-            video_pixels=most_pixels(folder / "video_preprocessor_config.json"),
+            image_pixels=max_pixels(folder / "preprocessor_config.json"),
+            video_pixels=max_pixels(folder / "video_preprocessor_config.json"),
         ),
         image_mean=mean, image_std=std,
     )  # fmt: skip
     return BridgeSTGConfig.from_dict(json.loads(json.dumps(config.to_dict())), str(folder / "config.json"))
 
 
-def describe(folder: Path) -> str:
-    """Return a line on what is made of a downloaded model, and on where its prompt comes from; empty for others."""
+def plain_summary(folder: Path) -> str:
+    """Return a line that says what `export` makes of a plain model, and whose prompt it has; empty for others."""
     values, found = optional_json(folder / "config.json"), find_template(folder)
     if values.get("model_type") not in FAMILIES:
         return ""
@@ -67,8 +68,8 @@ def text_section(folder: Path, values: Mapping[str, Any]) -> tuple[str, TextSpec
     prompt, text = family.text_prompt(), family.text()
     head = prompt.head
     if (found := find_template(folder)) is not None:
-        head, video_turn = around(*found, "video", prompt.visual_token)
-        image_head, image_turn = around(*found, "image", text.image_token)
+        head, video_turn = template_parts(*found, "video", prompt.visual_token)
+        image_head, image_turn = template_parts(*found, "image", text.image_token)
         text = dataclasses.replace(text, video_turn=video_turn, image_head=image_head, image_turn=image_turn)
     penalty = optional_json(folder / "generation_config.json").get("repetition_penalty")
     text = dataclasses.replace(text, stop_ids=stop_ids(folder, values))
@@ -96,14 +97,16 @@ def find_template(folder: Path) -> tuple[Path, str] | None:
     return None
 
 
-def around(path: Path, template: str, kind: str, token: str) -> tuple[str, str]:
-    """Return what a chat template prints before the visual token of a video or image, and after it, with `{message}`.
+def template_parts(path: Path, template: str, kind: str, token: str) -> tuple[str, str]:
+    """Return the text that a chat template prints before and after a video or image; the latter has `{message}`.
 
     Args:
         path: the template's file.
         template: its text.
         kind: `video` or `image`.
-        token: the visual token that stands for it.
+        token: placeholder of its visual tokens.
+
+    Raises CheckpointError as `plain_config` does.
     """
     content = [{"type": kind}, {"type": "text", "text": MESSAGE}]
     chat = [{"role": "user", "content": content}]
@@ -120,8 +123,8 @@ def around(path: Path, template: str, kind: str, token: str) -> tuple[str, str]:
         hint = f"expected one {token} and then the text; use the template of the model's processor"
         raise CheckpointError("checkpoint.bad_chat_template", f"{message}, {hint}")
     if turn.rstrip().endswith("<think>"):
-        message = f"{path}: the chat template opens a thought (<think>) before the answer, which has no boxes in it"
-        hint = "use the Instruct model of the same size, or a template that closes the thought"
+        message = f"{path}: the chat template opens a thought (<think>) before the answer"
+        hint = "text heads need an answer without one; use the Instruct model, or a template that closes the thought"
         raise CheckpointError("checkpoint.thinking_model", f"{message}; {hint}")
     return head, turn
 
@@ -138,7 +141,7 @@ def stop_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def image_statistics(folder: Path, family: Backbone) -> tuple[Means, Deviations]:
-    """Return mean and standard deviation, by default the family's. Raises CheckpointError if they are invalid."""
+    """Return mean and standard deviation of pixels, by default the family's. Raises CheckpointError if invalid."""
     path = folder / "preprocessor_config.json"
     values = optional_json(path)
     kinds: dict[str, Any] = {"image_mean": Means, "image_std": Deviations}
@@ -149,8 +152,8 @@ def image_statistics(folder: Path, family: Backbone) -> tuple[Means, Deviations]
     return mean, std
 
 
-def most_pixels(path: Path) -> int | None:
-    """Return the most pixels that a processor's config allows; None if it names no limit."""
+def max_pixels(path: Path) -> int | None:
+    """Return the maximum pixels by a processor's config; None without a limit. Raises CheckpointError if invalid."""
     values = optional_json(path)
     size = values.get("size")
     limit = values.get("max_pixels") or (size.get("longest_edge") if isinstance(size, Mapping) else None)

@@ -97,10 +97,10 @@ def calibrate(bundle: Path, out: Path, **given: Any) -> None:
     """
     from bridge_stg.runtime.bundle.bundle import read_manifest
 
-    heads, text = options.take_heads(given).values()
-    differs = {name: value for name, value in asdict(text).items() if value != getattr(type(text)(), name)}
+    heads, text = options.pop_head_options(given).values()
+    changed = {name: value for name, value in asdict(text).items() if value != getattr(type(text)(), name)}
     note_untrained(read_manifest(bundle).spec, bundle, heads=heads)
-    click.echo(calibrate_bundle(bundle, out, heads=heads, text=differs, **given))
+    click.echo(calibrate_bundle(bundle, out, heads=heads, text=changed, **given))
 
 
 def calibrate_bundle(bundle: Path, out: Path, *, kv8: bool = False, targets: tuple[str, ...] = (), **given: Any) -> str:

@@ -57,13 +57,13 @@ def evaluate(
     from bridge_stg.evaluation.run.evaluate import result_path
     from bridge_stg.evaluation.run.executor import open_executor
 
-    heads = options.take_heads(given)
+    head_options = options.pop_head_options(given)
     samples = read_dataset(dataset, annotations, media, split=split).with_stream(stream)
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:
-        described = named_models(models, backend=backend, variant=variant, threads=opened.threads, **heads)
+        described = named_models(models, backend=backend, variant=variant, threads=opened.threads, **head_options)
         for path, model in zip(models, described, strict=True):
-            note_untrained(model.spec, path, heads=heads["heads"])
+            note_untrained(model.spec, path, heads=head_options["heads"])
         evaluation = run(samples, described, out, executor=opened, progress=progress, **given)
     values = write_report(evaluation, out)
     click.echo(table_text(values))
@@ -106,13 +106,13 @@ def infer_many(
 
     if out.exists() and table.exists() and out.samefile(table):
         raise BridgeError("output.is_input", f"{out} is the table itself; choose another --out.")
-    loading = {"backend": backend, "variant": variant, **options.take_heads(given)}
+    load_options = {"backend": backend, "variant": variant, **options.pop_head_options(given)}
     rows = read_queries(table, media, texts=queries, images=task == "image")
     path = bundle or demo_bundle(progress=stage_line)
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:
-        model = bundle_model(path, path.resolve().name, threads=opened.threads, **loading)
-        note_untrained(model.spec, path, heads=loading["heads"])
+        model = bundle_model(path, path.resolve().name, threads=opened.threads, **load_options)
+        note_untrained(model.spec, path, heads=load_options["heads"])
         note_unknown_words(model.spec, (row.text for row in rows))
         done = run(rows, model, out, task=task, executor=opened, progress=progress, **given)
     click.echo(f"{done.answered} answered, {done.failed} failed; the rows are in {out}")
@@ -145,10 +145,10 @@ def evaluate_demo(out: Path, **options: Any) -> None:
     click.echo(measure(out, **options))
 
 
-def named_models(paths: Sequence[Path], **loading: Any) -> list[Model]:
+def named_models(paths: Sequence[Path], **load_options: Any) -> list[Model]:
     """Return models with unique labels: the folder's name, or as much of its path as makes it unique.
 
-    `loading` are the keyword arguments of `bundle_model`.
+    `load_options` are the keyword arguments of `bundle_model`.
     """
     from bridge_stg.evaluation.run.evaluate import bundle_model
 
@@ -163,9 +163,9 @@ def named_models(paths: Sequence[Path], **loading: Any) -> list[Model]:
             count += 1
         label = "/".join(whole.parts[-count:])
         if (path / "manifest.json").is_file():
-            models.append(bundle_model(path, label, **loading))
+            models.append(bundle_model(path, label, **load_options))
         elif (path / "config.json").is_file():
-            models.append(checkpoint_model(path, label, heads=loading["heads"], text=loading["text"]))
+            models.append(checkpoint_model(path, label, heads=load_options["heads"], text=load_options["text"]))
         else:
             found = "does not exist" if not path.exists() else "is a file" if path.is_file() else "has neither"
             what = f"{path} {found}; expected the folder of a bundle (manifest.json) or checkpoint (config.json)."

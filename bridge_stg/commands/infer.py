@@ -17,19 +17,17 @@ import click
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, SECONDS, box, output_file
-from bridge_stg.commands.progress import ProgressBar, note_unknown_words, note_untrained, stage_line, untrained
+from bridge_stg.commands.progress import ProgressBar, note_unknown_words, note_untrained, stage_line, untrained_text
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 if TYPE_CHECKING:
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.chain.results import Grounding
 
-BACKEND_ARGUMENTS = ("backend", "variant", "threads")
+BACKEND_OPTIONS = ("backend", "variant", "threads")
 UNVERIFIED = (
     "Note: this bundle is unverified: it was exported with --no-verify, so its graphs were never compared with torch."
 )
-
-
 deadline_option = click.option("--deadline", type=SECONDS, metavar="SECONDS", help="Stop after this time.")
 
 
@@ -50,7 +48,7 @@ class Request:
     mode: str
     grammar: bool
     max_tokens: int
-    backend: Mapping[str, Any]  # arguments of `Grounder.load`
+    backend_options: Mapping[str, Any]  # arguments of `Grounder.load`
     max_visual_tokens: int | None
     stream: int | None
     deadline: float | None
@@ -82,7 +80,7 @@ def infer(**given: Any) -> None:
 
     The video is processed once for all queries. With --track, QUERY is optional.
     """
-    request = Request(backend={name: given.pop(name) for name in BACKEND_ARGUMENTS}, **given)
+    request = Request(backend_options={name: given.pop(name) for name in BACKEND_OPTIONS}, **given)
     check(request)
     with ProgressBar(delay_s=1) as progress:
         results, chosen = ground(request, progress)
@@ -129,8 +127,8 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
         with play(request.video, request.stream) as source:  # a wrong suffix fails now, not after the work
             check_suffix(source, request.annotate)
     path = request.bundle or demo_bundle(progress=stage_line)
-    loading_options = {**request.backend, **options.take_heads(dataclasses.asdict(request))}
-    loading = in_background(lambda: Grounder.load(path, wait=False, **loading_options))
+    load_options = {**request.backend_options, **options.pop_head_options(dataclasses.asdict(request))}
+    loading = in_background(lambda: Grounder.load(path, wait=False, **load_options))
     for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):  # a missing one is reported when it is used
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
@@ -141,9 +139,9 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
             click.echo(UNVERIFIED, err=True)
         heads = grounder.heads
         if not request.untrained and not grounder.spec.is_trained(heads):
-            text = "" if grounder.spec.text is None else ", use its text heads (--heads text)"
-            advice = f"Train its checkpoint (`train`) and export it again{text}, or pass --untrained to run it anyway."
-            raise BundleError("bundle.untrained", f"{untrained(path)} {advice}")
+            other = "" if grounder.spec.text is None else ", use its text heads (--heads text)"
+            advice = f"Train its checkpoint (`train`) and export it again{other}, or pass --untrained to run it anyway."
+            raise BundleError("bundle.untrained", f"{untrained_text(path)} {advice}")
         note_untrained(grounder.spec, path, heads=heads)
         note_unknown_words(grounder.spec, request.queries)
         limits: dict[str, Any] = {"deadline_s": request.deadline, "progress": progress}
@@ -199,7 +197,7 @@ def ask(
 ) -> None:  # fmt: skip
     """Ask a QUESTION about VIDEO (or an image), and print the answer while the model writes it.
 
-    The model must answer in text; decoding is greedy.
+    The bundle must answer in text (docs/text_heads.md). Decoding is greedy.
     """
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
@@ -208,8 +206,7 @@ def ask(
     with Grounder.load(path, **backend) as grounder:
         if not grounder.verified:
             click.echo(UNVERIFIED, err=True)
-        note_untrained(grounder.spec, path, heads="text")
-        grounder.check_query(question)  # before a long video is read for it
+        grounder.check_query(question)  # fails before a long video is read
         pieces = grounder.ask(
             video, question, max_tokens=max_tokens, max_visual_tokens=max_visual_tokens, stream=stream,
             deadline_s=deadline,

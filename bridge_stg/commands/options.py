@@ -131,7 +131,7 @@ def backend_options(*, variant: str = "the one that fits this machine") -> Decor
 
 
 heads_option = click.option(
-    "--heads", type=click.Choice(["bridge", "text"]), help="Heads that answer; default: those of the bundle."
+    "--heads", type=click.Choice(["bridge", "text"]), help="Heads that answer; default: the bundle's own."
 )
 text_options = combine(
     heads_option,
@@ -139,15 +139,15 @@ text_options = combine(
         "--mode", type=click.Choice(["auto", "joint", "two-step"]), default="auto", show_default=True,
         help="How text heads find a tube: all boxes in one answer, or the span first; auto: by the video's length.",
     ),
-    click.option("--grammar/--no-grammar", default=True, help="Whether text heads may write the JSON form only."),
+    click.option("--grammar/--no-grammar", default=True, help="Whether answers of text heads are constrained to JSON."),
     click.option(
         "--max-tokens", type=COUNT, default=4096, show_default=True, help="Maximum tokens of an answer of text heads.",
     ),
 )  # fmt: skip
 
 
-def take_heads(given: dict[str, Any]) -> dict[str, Any]:
-    """Remove the values of `text_options` from `given`, and return the arguments of `Grounder.load` that they mean."""
+def pop_head_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Remove the values of `text_options` from `given`, and return them as arguments of `Grounder.load`."""
     from bridge_stg.runtime import TextOptions
 
     text = TextOptions(**{name: given.pop(name) for name in ("mode", "grammar", "max_tokens")})

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bridge_stg.runtime.bundle.spec import ModelSpec
 
 SHOWN_WORDS = 10
+"""Maximum words in the note about unknown words."""
 
 
 class ProgressBar:
@@ -66,15 +67,15 @@ def stage_line(stage: object, *_: object) -> None:
     click.echo(f"  {stage}", err=True)
 
 
-def untrained(name: object) -> str:
-    """Return the sentence that says that a bundle or checkpoint was never trained."""
+def untrained_text(name: object) -> str:
+    """Return the sentence about a bundle or checkpoint whose bridging and spatial parts were never trained."""
     return f"{name} is untrained: its bridging and spatial parts are random, so its answers mean nothing."
 
 
 def note_untrained(spec: ModelSpec | None, name: object, *, heads: str | None = None) -> None:
     """Write a line if the heads that answer, by default those of the spec, were never trained."""
     if spec and not spec.is_trained(heads):
-        click.echo(f"Note: {untrained(name)}", err=True)
+        click.echo(f"Note: {untrained_text(name)}", err=True)
 
 
 def note_unknown_words(spec: ModelSpec | None, queries: Iterable[str]) -> None:

@@ -69,7 +69,8 @@ def serve(
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
 
-    engine = {name: limits.pop(name) for name in ("threads", "backend", "variant")} | options.take_heads(limits)
+    load_options = {name: limits.pop(name) for name in ("threads", "backend", "variant")}
+    load_options |= options.pop_head_options(limits)
     settings = Settings(
         api_key=_key(api_key, api_key_env),
         live=dict(live),
@@ -81,7 +82,7 @@ def serve(
     )
 
     def say(url: str) -> None:
-        note_untrained(read_manifest(bundle).spec, bundle, heads=engine["heads"])
+        note_untrained(read_manifest(bundle).spec, bundle, heads=load_options["heads"])
         click.echo(f"Serving {bundle} at {url} (API: {url}docs). Press Ctrl-C to stop.")
 
     return_freed_memory()  # a server runs for days, and its memory should not grow
@@ -90,7 +91,7 @@ def serve(
         settings,
         say=say,
         live={"every_s": every_s, "window": window},
-        **engine,
+        **load_options,
     )
 
 
@@ -129,7 +130,7 @@ def triton(bundle: Path, out: Path, overwrite: bool, **serving: Any) -> None:
     from bridge_stg.runtime.bundle.bundle import read_manifest
     from bridge_stg.triton.repository import Serving, write_repository
 
-    chosen = Serving(**options.take_heads(serving), **serving)
+    chosen = Serving(**options.pop_head_options(serving), **serving)
     made = write_repository(bundle, out, chosen, overwrite=overwrite)
     note_untrained(read_manifest(bundle).spec, bundle, heads=chosen.heads)
     click.echo(f"{made} is complete. Start it with: tritonserver --model-repository={out}")

@@ -61,11 +61,11 @@ def watch(
     from bridge_stg.runtime.host.memory import return_freed_memory
 
     return_freed_memory()  # a watch runs for days, and its memory should not grow
-    heads = options.take_heads(given)
+    head_options = options.pop_head_options(given)
     path = bundle or demo_bundle(progress=stage_line)
     with (
         stopped_by_signals() as stop,
-        Grounder.load(path, backend=backend, variant=variant, threads=threads, **heads) as grounder,
+        Grounder.load(path, backend=backend, variant=variant, threads=threads, **head_options) as grounder,
         grounder.watch(source, queries, realtime=realtime, cancel=stop, **given) as watch,
         json_lines(json_file) as log,
     ):

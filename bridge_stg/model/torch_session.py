@@ -49,9 +49,9 @@ class TorchSession:
         position = tensors["cache_position"]
         buffers = BufferCache(past, position)
         mask = visible_keys(position, tensors["input_ids"].shape[1], past[0].shape[2])
-        found = self._model.language_model(**tensors, mask=mask, cache=buffers)
+        results = self._model.language_model(**tensors, mask=mask, cache=buffers)
         present = [buffer.numpy() for buffer in buffers.present]
-        outputs = {name: output.numpy() for name, output in zip(("logits", "taps"), found)}
+        outputs = {name: output.numpy() for name, output in zip(("logits", "taps"), results)}
         if kv is None:
             return outputs | dict(zip(contract.written_names, present))
         kv.buffers = dict(zip(contract.past_names, present))

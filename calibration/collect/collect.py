@@ -22,7 +22,7 @@ from bridge_stg.calibration.collect.activation_recorder import ActivationRecorde
 from bridge_stg.calibration.collect.instrument import Activation, instrument
 from bridge_stg.calibration.collect.samples import CalibrationSet
 from bridge_stg.calibration.collect.statistics import FILE, SCHEMA, Statistics
-from bridge_stg.calibration.options import loading
+from bridge_stg.calibration.options import load_arguments
 from bridge_stg.calibration.work_folder import read_json, write_json
 from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.run.results import check_identity
@@ -56,7 +56,7 @@ def collect(
     rows: int = ROWS,
     variant: str | None = None,
     threads: int | None = None,
-    answering: Mapping[str, Any] | None = None,
+    head_options: Mapping[str, Any] | None = None,
     low_memory: bool = False,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Statistics:
@@ -71,7 +71,7 @@ def collect(
         variant: variant to run; None: the best available one. In place of a variant that a graph pass made, its source
             runs, since passes fuse matmuls that are to be quantized.
         threads: CPU threads of each graph.
-        answering: see `Options.answering`.
+        head_options: see `Options.head_options`.
         low_memory: whether to keep no second copy of weights in memory, which is slower.
         progress: called as progress("collect", samples done, samples).
 
@@ -89,7 +89,7 @@ def collect(
         "samples": samples.digest,
         "seed": seed,
         "rows": rows,
-        **(answering or {}),
+        **(head_options or {}),
     }
     if (folder / IDENTITY).exists():
         known = read_json(folder / IDENTITY)
@@ -112,7 +112,7 @@ def collect(
                     quota=math.ceil(math.ceil(2 * rows / count) / KINDS[name]),
                 )  # fmt: skip
             tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
-            grounder = Grounder(recorders, bundle.manifest.spec, tokenizer, **loading(answering or {}))
+            grounder = Grounder(recorders, bundle.manifest.spec, tokenizer, **load_arguments(head_options or {}))
             stack.enter_context(grounder)
             for done, place in enumerate(left, count - len(left) + 1):
                 _record(grounder, recorders, samples, place, shards)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.calibration.options import loading
+from bridge_stg.calibration.options import load_arguments
 from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.backends.choose import open_sessions
@@ -29,17 +29,17 @@ def record(
     folder: Path,
     *,
     options: Mapping[str, Any],
-    answering: Mapping[str, Any] | None = None,
+    head_options: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Evaluate samples and write the calls of all graphs into `folder`/<place>, unless `folder` exists.
 
-    `options` are those of `open_sessions`; see `Options.answering`.
-    The folder appears when it is complete. Return the folders of the cases, one per sample that did not fail; if every
-    sample failed, raise BridgeError.
+    `options` are those of `open_sessions`, `head_options` is `Options.head_options`. The folder appears when it is
+    complete. Return the folders of the cases, one per sample that did not fail; if every sample failed, raise
+    BridgeError.
     """
     if not folder.is_dir():
         with temporary_sibling(folder) as partial:
-            _record(bundle, samples, partial, options, loading(answering or {}))
+            _record(bundle, samples, partial, options, load_arguments(head_options or {}))
             os.replace(partial, folder)
     return sorted(path for path in folder.iterdir() if path.is_dir())
 

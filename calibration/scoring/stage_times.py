@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_stg.calibration.options import loading
+from bridge_stg.calibration.options import load_arguments
 from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.errors import BridgeError
@@ -24,7 +24,7 @@ def stage_seconds(
     All samples are grounded as tubes. The first one warms the sessions up and does not count; those that fail are left
     out. Bundles are open at the same time if `side_by_side`, otherwise one after the other, to save memory.
     """
-    loaded = loading(options)
+    loaded = load_arguments(options)
     groups = [list(bundles)] if side_by_side else [[label] for label in bundles]
     taken: dict[str, dict[str, list[float]]] = {label: {} for label in bundles}
     clips = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.calibration.collect.samples import read_samples
-from bridge_stg.calibration.options import loading
+from bridge_stg.calibration.options import load_arguments
 from bridge_stg.calibration.work_folder import read_json
 from bridge_stg.evaluation.run.evaluate import bundle_model, evaluate
 from bridge_stg.runtime.host.memory import peak_bytes
@@ -44,7 +44,7 @@ def evaluate_job(job: Mapping[str, Any]) -> None:
     """Run a job of `evaluate_in_subprocess`."""
     folder = Path(job["folder"])
     dataset = read_samples(Path(job["samples"]), None if job["media"] is None else Path(job["media"])).dataset
-    model = bundle_model(Path(job["bundle"]), job["label"], **loading(job["options"]))
+    model = bundle_model(Path(job["bundle"]), job["label"], **load_arguments(job["options"]))
     evaluate(dataset.only(job["ids"]), [model], folder, limit=job["limit"])
     (folder / PEAK).write_text(json.dumps(peak_bytes()), encoding="utf-8")
 

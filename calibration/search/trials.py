@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.calibration.collect.samples import CalibrationSet
-from bridge_stg.calibration.options import loading
+from bridge_stg.calibration.options import load_arguments
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
 from bridge_stg.calibration.quantize.scales import Scales
 from bridge_stg.calibration.recipes import Recipe
@@ -35,7 +35,7 @@ class RecipeTrials:
         samples: the samples to score on.
         labelled: whether annotations are the ground truth; otherwise the source's own tubes are.
         base: digest of everything that the scales were computed from.
-        session: how bundles are loaded, see `Run.answering`.
+        session: how bundles are loaded, see `Run.load_options`.
         in_subprocess: whether each bundle is evaluated in a subprocess.
     """
 
@@ -75,7 +75,7 @@ class RecipeTrials:
             return score(Model(QUANTIZED, known["model"], nullcontext), QUANTIZED)
         path = self.make(recipe, folder / "bundle")
         scores = score(path, QUANTIZED)
-        model = dict(bundle_model(path, QUANTIZED, **loading(self.session)).identity)
+        model = dict(bundle_model(path, QUANTIZED, **load_arguments(self.session)).identity)
         result = {"model": model, "recipe": recipe.to_dict(), "drop": scores.drop, "changed": scores.changed}
         write_json(finished, result)
         shutil.rmtree(path)
@@ -112,7 +112,7 @@ class RecipeTrials:
         report = self.progress
         name = stage or f"evaluating the {label} bundle"
         return score_model(
-            bundle if isinstance(bundle, Model) else bundle_model(bundle, label, **loading(self.session)),
+            bundle if isinstance(bundle, Model) else bundle_model(bundle, label, **load_arguments(self.session)),
             self.samples.dataset.only(ids),
             folder=folder, reference=reference, labelled=self.labelled, stop_above=stop_above, fill_rows=fill_rows,
             progress=None if report is None else lambda _, done, total: report(name, done, total),

@@ -38,7 +38,7 @@ class Model:
         label: its name in tables; unique in a run.
         identity: plain values that identify the model, such as a bundle's fingerprint.
         open: returns a context manager whose value has `ground`, `span`, `locate` and `track`.
-        spec: what it says about itself, such as whether it was trained; None: unknown.
+        spec: its spec, which says whether it was trained and what it knows; None: unknown.
     """
 
     label: str
@@ -88,7 +88,7 @@ def bundle_model(
 
 
 def text_identity(spec: ModelSpec, heads: str | None, text: TextOptions | None) -> dict[str, Any]:
-    """Return the part of a model's identity that text heads add; arguments as for `Grounder.load`."""
+    """Return what text heads add to a model's identity, empty for bridge heads; arguments as for `Grounder.load`."""
     if (heads or spec.heads) != "text":
         return {}
     return {"heads": "text", "text": dataclasses.asdict(text or TextOptions())}

@@ -31,9 +31,9 @@ ROWS = 8
 DECODE_TOKENS = 16
 """New tokens of a decode step: the chosen one and those that the grammar forces after it."""
 DRAFT_TOKENS = 128
-"""The same of text heads: the next entries of a list are drafted, and verified in one step."""
+"""New tokens of a decode step of text heads, which verifies the draft of a list's next entries."""
 ANSWER_TOKENS = 4096
-"""KV positions for an answer of text heads, as long as `TextOptions` allows by default."""
+"""KV positions for an answer of text heads: the default of `TextOptions.max_tokens`."""
 ASPECT = 4
 """Largest aspect ratio of a bucket of frame sizes at its largest area."""
 TEXT_TOKENS_A_GROUP, TEXT_TOKENS = 16, 512

@@ -18,7 +18,8 @@ from bridge_stg.runtime.parity.golden import write_case
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
 
 HEIGHT, WIDTH, FRAMES, FPS = 96, 128, 12, 8.0
-ANSWER_TOKENS = 4
+RECORDED_TOKENS = 4
+"""Tokens of each recorded answer of text heads."""
 
 
 def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") -> list[Path]:
@@ -59,7 +60,7 @@ def scene() -> Iterator[tuple[float, np.ndarray]]:
 def record(model: BridgeSTG, video: Video, queries: tuple[str, ...]) -> list[Call]:
     """Return every call of the chain in torch; the answer "none" is not allowed, so that the spatial pass runs.
 
-    A model with text heads is asked the queries one by one, and writes `ANSWER_TOKENS`: a whole tube has many calls,
+    A model with text heads answers the queries one by one as questions, in `RECORDED_TOKENS`: a tube takes many calls,
     each with the logits of the whole vocabulary.
     """
     assert model.tokenizer is not None
@@ -68,7 +69,7 @@ def record(model: BridgeSTG, video: Video, queries: tuple[str, ...]) -> list[Cal
     with Grounder(sessions, model.spec, model.tokenizer) as grounder, grounder.open(video) as opened:
         if grounder.heads == "text":
             for query in queries:
-                "".join(opened.ask(query, max_tokens=ANSWER_TOKENS))
+                "".join(opened.ask(query, max_tokens=RECORDED_TOKENS))
         else:
             opened.ground_many(list(queries), allow_none=False)
     return calls

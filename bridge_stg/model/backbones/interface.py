@@ -20,23 +20,23 @@ FIXED_ROTARY = ("default", "linear", "yarn", "llama3")
 """Kinds of rotary embedding whose frequencies do not change with the length of the input."""
 
 
-TUBE = (
+TUBE_MESSAGE = (
     'Given the query "{query}", for each frame, detect and localize the visual content described by the given textual '
     "query in JSON format. If the visual content does not exist in a frame, skip that frame. Output Format: "
     '[{"time": 1.0, "bbox_2d": [x_min, y_min, x_max, y_max], "label": ""}, '
     '{"time": 2.0, "bbox_2d": [x_min, y_min, x_max, y_max], "label": ""}, ...].'
 )
-"""Asks for a tube; Qwen3-VL's cookbook `video_understanding`, spatio-temporal grounding."""
+"""Requests a tube. Source: Qwen3-VL's cookbook `video_understanding`, spatio-temporal grounding."""
 
-SPAN = (
+SPAN_MESSAGE = (
     "Give you a textual query: '{query}'. When does the described content occur in the video? Please return the "
     'timestamp in seconds. Answer in JSON format: {"start": 1.0, "end": 2.0}.'
 )
-"""Asks for a span; the usual question of evaluations on Charades-STA. The last sentence is this project's: the
-cookbooks of the families ask for a list of all events, not for one."""
+"""Requests a span. Source: the usual prompt of evaluations on Charades-STA. The last sentence is this project's: the
+families' cookbooks request a list of all events, not one."""
 
-IMAGE = "Locate {query}, output its bbox coordinates using JSON format."
-"""Asks for a box in an image; Qwen2.5-VL's cookbook `spatial_understanding`."""
+IMAGE_MESSAGE = "Locate {query}, output its bbox coordinates using JSON format."
+"""Requests a box in an image. Source: Qwen2.5-VL's cookbook `spatial_understanding`."""
 
 
 class Backbone(ABC):
@@ -98,19 +98,19 @@ class Backbone(ABC):
         """Return the prompt of a new checkpoint: the family's chat template around one video."""
 
     def text_prompt(self) -> PromptSpec:
-        """Return the prompt of a plain model, which has no bridge heads: what the family's own processor writes."""
+        """Return the prompt of a plain model, which has no bridge heads, as the family's processor writes it."""
         return self.prompt()
 
     def text(self) -> TextSpec:
-        """Return the messages that ask a plain model for tubes, spans and boxes; it writes boxes in thousandths."""
-        return TextSpec(tube=TUBE, span=SPAN, image=IMAGE, box_scale=1000)
+        """Return the messages that request tubes, spans and boxes in text; boxes are integers from 0 to 1000."""
+        return TextSpec(tube=TUBE_MESSAGE, span=SPAN_MESSAGE, image=IMAGE_MESSAGE, box_scale=1000)
 
     def text_frames(self, *, image_pixels: int | None, video_pixels: int | None) -> FramesSpec:
         """Return the frames of a plain model: at most 256 tokens per coarse group, 768 per frame.
 
         Args:
-            image_pixels: most pixels of an image in the folder of the model; None: no limit.
-            video_pixels: the same of a video; whether of each frame or of all is a rule of the family.
+            image_pixels: maximum pixels of an image by the config of the folder's image processor; None: no limit.
+            video_pixels: that of the video processor; the family decides whether it limits each frame or their sum.
         """
         token = self.token_side**2
         coarse, fine = min(256 * token, video_pixels or image_pixels or 2**28), min(768 * token, image_pixels or 2**28)

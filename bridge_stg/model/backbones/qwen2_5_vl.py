@@ -95,7 +95,7 @@ class Qwen2_5VL(Backbone):
         return dataclasses.replace(prompt, head=prompt.head + prompt.group_open, prints_times=False)
 
     def text(self) -> TextSpec:
-        """Return the base's messages, since this family has none of its own for tubes; boxes are in resized pixels."""
+        """Return the default messages, since the family has none for tubes; boxes are pixels of the resized frame."""
         return dataclasses.replace(super().text(), image_head=self.text_prompt().head, box_scale=0)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from bridge_stg.checkpoint.checkpoint import load_checkpoint, load_config
 from bridge_stg.checkpoint.init_checkpoint import init_checkpoint
-from bridge_stg.checkpoint.plain_folder import describe
+from bridge_stg.checkpoint.plain_folder import plain_summary
 from bridge_stg.model.config import BridgeSTGConfig
 from tests.bridge_stg.checkpoint.plain_folders import (
     FAMILIES,
@@ -91,7 +91,7 @@ def test_the_prompt_is_the_chat_template(tmp_path: Path, family: str, source: st
     assert config.text is not None and config.prompt.head == config.text.image_head == HEADS[family]
     assert config.text.video_turn == config.text.image_turn == TURN
     assert config.prompt.prints_times == (family == "qwen3_vl")
-    said = describe(tmp_path)
+    said = plain_summary(tmp_path)
     assert family in said and ("no chat template" if source == "none" else "chat_template.jinja") in said
 
 
@@ -104,7 +104,7 @@ def test_older_places_of_a_template(copy: Callable[[str], Path], file: str, seve
     named = [{"name": "tools", "template": "{{ tools }}"}, {"name": "default", "template": template}]
     (folder / file).write_text(json.dumps({"chat_template": named if several else template}))
     text = load_config(folder).text
-    assert text is not None and text.video_turn.endswith("<|im_start|>robot\n") and file in describe(folder)
+    assert text is not None and text.video_turn.endswith("<|im_start|>robot\n") and file in plain_summary(folder)
 
 
 def test_a_template_that_can_answer_without_a_thought_does(copy: Callable[[str], Path]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bridge_stg.calibration.options import Options, loading
+from bridge_stg.calibration.options import Options, load_arguments
 from bridge_stg.runtime import TextOptions
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
@@ -80,7 +80,7 @@ def test_calibrate_passes_on_what_differs_from_the_defaults(
     found: list[dict[str, Any]] = []
 
     def stop(bundle: Path, out: Path, *, options: Options, **_: Any) -> None:
-        found.append(options.answering)
+        found.append(options.head_options)
         raise Stopped("bundle.not_found", "stopped here")
 
     monkeypatch.setattr("bridge_stg.calibration.calibrate.calibrate", stop)
@@ -89,7 +89,7 @@ def test_calibrate_passes_on_what_differs_from_the_defaults(
     for given in ([], GIVEN):
         words = ["calibrate", "bundle", "--samples", "a.jsonl", "--out", str(tmp_path / "out"), *given]
         complaint(words, capsys, code="bundle.not_found")
-    assert found[0] == {} and loading(found[1]) == {"heads": "text", "text": TEXT}
+    assert found[0] == {} and load_arguments(found[1]) == {"heads": "text", "text": TEXT}
 
 
 @pytest.mark.parametrize("wrong", [["--heads", "none"], ["--mode", "all"], ["--max-tokens", "0"]])
