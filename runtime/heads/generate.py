@@ -6,6 +6,7 @@ and one session; must not know videos and times. Letters as in `bridge_stg.runti
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from bridge_stg.runtime.device.array_ops import Array
 
 Draft = Callable[[Sequence[int]], Sequence[int]]
 """Given the ids of an answer so far, return a draft of the next ids."""
+LEAST_DRAFT = 4
+"""Length of a draft after one of which nothing was accepted; a call of few tokens costs about as much as one of one."""
 
 
 class Writing:
@@ -106,6 +109,7 @@ class TextRow:
         pending: tokens to feed next; its `next_position` is that of the token that follows them.
         draft: see `Draft`; None: no drafts.
         counts: `calls` while the answer was not done; `forced`, `drafted` and `accepted` tokens.
+        longest_draft: most tokens of the next draft: twice as many as were accepted of the last one.
     """
 
     writing: Writing
@@ -113,6 +117,7 @@ class TextRow:
     pending: Segment
     draft: Draft | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    longest_draft: int = sys.maxsize
 
     def start(self) -> None:
         """Append the tokens that are forced at the beginning of the answer."""
@@ -120,7 +125,7 @@ class TextRow:
 
     def drafted(self, most: int) -> list[int]:
         """Return a draft of at most `most` tokens."""
-        ids = [] if self.draft is None else list(self.draft(self.writing.ids))[: max(most, 0)]
+        ids = [] if self.draft is None else list(self.draft(self.writing.ids))[: max(min(most, self.longest_draft), 0)]
         self.counts["drafted"] += len(ids)
         return ids
 
@@ -142,6 +147,8 @@ class TextRow:
             agreed += equal
             if self.writing.done or equal < len(new):
                 break
+        if drafted:
+            self.longest_draft = max(LEAST_DRAFT, 2 * agreed)
         self.counts["accepted"] += agreed
         self.length += agreed
         self.pending = text_segment(new[equal:], position + agreed)
