@@ -51,7 +51,7 @@ class Service:
         self.renderer = Renderer(self.store.folder, self._drawing, within_s=settings.max_seconds)
         self.stopping = False
         self._jobs: dict[str, Job] = {}
-        self._chat_files: deque[Upload] = deque()  # of ended chats
+        self._chat_files: deque[Upload] = deque()  # from data URLs of ended chats
         self._sweeper: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -123,7 +123,7 @@ class Service:
         return chat
 
     def keep_file(self, upload: Upload) -> None:
-        """Keep the file of a data URL for a while: the next chat about it often sends it again."""
+        """Keep the files of the last data URLs, as many as open videos: clients send them again with each question."""
         self._chat_files.append(upload)
         if len(self._chat_files) > self.settings.open_videos:
             self.remove_video(self._chat_files.popleft())

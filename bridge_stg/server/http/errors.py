@@ -97,10 +97,10 @@ def stopping() -> ApiError:
 
 
 def error_response(error: ApiError, metrics: Metrics, path: str) -> JSONResponse:
-    """Count an error and return its response, in the form of the path of the request."""
+    """Count an error and return its response; `path`, that of the request, decides its form."""
     metrics.errors.labels(error.code).inc()
     if not path.startswith(OPENAI_PATHS):
         return JSONResponse(error.to_json(), error.status_code, error.headers)
-    # OpenAI's clients repeat a request that timed out, unless this header says no: it would time out again.
+    # OpenAI's clients would repeat a request that timed out, and it would time out again.
     headers = {**(error.headers or {}), **({"x-should-retry": "false"} if error.status_code == 408 else {})}
     return JSONResponse(error.to_openai_json(), error.status_code, headers)

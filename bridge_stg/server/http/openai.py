@@ -1,4 +1,4 @@
-"""The forms of OpenAI's API for chats: requests, whole answers and pieces of answers. Knows nothing of videos."""
+"""The JSON forms of OpenAI's API for chats: requests, complete and streamed answers. Must not know videos and jobs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class OpenAIProblem(BaseModel):
     error: OpenAIError
 
 
-class Address(BaseModel):
-    """Where an image or video is."""
+class MediaUrl(BaseModel):
+    """The URL of an image or video."""
 
     url: str = Field(description="`upload:ID` with the id of an uploaded video, or a data URL in base64.")
 
@@ -40,17 +40,17 @@ class TextPart(BaseModel):
 
 
 class ImagePart(BaseModel):
-    """The image; a video is accepted, too."""
+    """The image, or a video."""
 
     type: Literal["image_url"]
-    image_url: Address
+    image_url: MediaUrl
 
 
 class VideoPart(BaseModel):
-    """The video; an image is accepted, too."""
+    """The video, or an image."""
 
     type: Literal["video_url"]
-    video_url: Address
+    video_url: MediaUrl
 
 
 Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
@@ -66,7 +66,7 @@ class Message(BaseModel):
 class StreamOptions(BaseModel):
     """Options of a streamed answer."""
 
-    include_usage: bool = Field(False, description="Whether a last piece without text counts the tokens.")
+    include_usage: bool = Field(False, description="Whether the last piece, without text, has the counts of tokens.")
 
 
 class ResponseFormat(BaseModel):
@@ -78,13 +78,13 @@ class ResponseFormat(BaseModel):
 class ChatRequest(BaseModel):
     """A question about one image or video: one user message with text and one image or video.
 
-    Decoding is greedy. Options that would change the answer are accepted only with the values that do not; unknown ones
-    are ignored.
+    Decoding is greedy. Options that would change the answer are accepted only with values that do not change it;
+    unknown options are ignored.
     """
 
     model: str = Field(description="Name of the bundle; see `GET /v1/models`.")
     messages: list[Message] = Field(json_schema_extra={"minItems": 1, "maxItems": 1})
-    stream: bool | None = Field(None, description="Whether the answer comes as server-sent events.")
+    stream: bool | None = Field(None, description="Whether the answer is sent in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(
         None, ge=1, description=f"Maximum tokens of the answer; by default max_tokens, or else {DEFAULT_TOKENS}."
@@ -106,13 +106,18 @@ class ChatRequest(BaseModel):
 
 
 class Completion:
-    """The answer to one request, called `name`, in the forms that clients read."""
+    """Writes the answer to one request in OpenAI's forms.
+
+    Args:
+        name: unique name of the answer.
+        model: name of the model.
+    """
 
     def __init__(self, name: str, model: str) -> None:
         self._head = {"id": f"chatcmpl-{name}", "created": int(time.time()), "model": model}
 
     def whole(self, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        """Return the whole answer."""
+        """Return a complete answer."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
         return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage}
@@ -122,7 +127,7 @@ class Completion:
         return self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
 
     def usage(self, usage: dict[str, int]) -> bytes:
-        """Return the counts of tokens after a streamed answer."""
+        """Return the counts of tokens that end a streamed answer, as a server-sent event."""
         return self._chunk([], usage=usage)
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -134,7 +139,7 @@ END = b"data: [DONE]\n\n"
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """Return a server-sent event."""
+    """Return a value as a server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
 
 

@@ -121,7 +121,7 @@ class Guard:
 
         def hold(size: int) -> None:
             if self._chat_bytes + size > CHATS_BYTES:
-                message = "This server reads too many chats with large data URLs; upload the file, or try again later."
+                message = "The bodies of other chats take all memory for them; upload the file, or try again later."
                 raise ApiError(503, "server.too_many_connections", message, retry_after_s=5)
             held.append(size)
             self._chat_bytes += size

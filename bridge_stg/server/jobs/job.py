@@ -47,7 +47,7 @@ class Job:
 
     @property
     def batch_key(self) -> Hashable:
-        """Jobs of equal keys can be answered together."""
+        """Key of the batch: jobs with equal keys are answered together."""
         return self.upload.file, self.stream, self.runtime_task
 
     @property
@@ -153,7 +153,7 @@ class Chat(Job):
 
     @property
     def text(self) -> str:
-        """The answer as far as it is known."""
+        """The answer so far."""
         return "".join(self._pieces)
 
     def add(self, piece: str) -> None:
@@ -162,7 +162,7 @@ class Chat(Job):
         self.notify()
 
     async def begin(self) -> None:
-        """Wait until the answer begins. Raises ApiError as `check_done` if the job fails before."""
+        """Wait for the first piece of the answer. Raises ApiError as `check_done` if the job fails before it."""
         while not self._pieces and not self.ended:
             await self._news.wait()
         if self.ended:

@@ -216,7 +216,7 @@ class Scheduler:
             return outcomes
 
     def _reply(self, video: OpenedVideo, chat: Chat, progress: Progress, loop: asyncio.AbstractEventLoop) -> Outcome:
-        """Answer a chat; its pieces are passed on as they come."""
+        """Answer a chat, and add its pieces to the job while the model writes them."""
         limits = Limits(cancel=chat.over, progress=progress)
         answer = video.ask_within(limits, chat.question, max_tokens=chat.max_tokens)
         for piece in answer:
@@ -228,7 +228,7 @@ class Scheduler:
             "total_tokens": answer.prompt_tokens + answer.tokens,
         }
         self._metrics.chat_tokens.inc(answer.tokens)
-        return (), "[]"
+        return (), "[]"  # no groundings
 
     def _answer(self, video: OpenedVideo, batch: Batch, progress: Progress, *, new: bool) -> list[Outcome]:
         queries = batch.queries

@@ -118,7 +118,7 @@ export class Answers {
   }
 }
 
-/** Return the scores, and how an answer in text was written. */
+/** Return the scores and, for text heads, the mode and the calls of the language model. */
 function details({ scores, heads, mode, decoding }) {
   const list = make("dl.scores");
   const add = (name, meaning, text) => list.append(make("div", { title: meaning }, make("dt", {}, name), make("dd", {}, text)));
@@ -126,7 +126,7 @@ function details({ scores, heads, mode, decoding }) {
     if (name in scores) add(name, meaning, (Math.round(100 * scores[name]) / 100).toFixed(2));
   }
   if (heads !== "text") return list;
-  add("mode", "how the text heads were asked", mode);
+  add("mode", "how text heads found the answer", mode);
   add("calls", "calls of the language model", String(decoding.calls));
   return list;
 }

@@ -1,7 +1,7 @@
 """Routes for clients of OpenAI's API: a chat about one image or video, and the models that answer chats.
 
-The prompt is the bundle's own template around the video, whose prefix is computed before the question is known. So a
-system message and earlier turns, which would change it, are rejected.
+The prompt is the bundle's template around the video. Its prefix, up to the end of the video, is computed before the
+question is known. So a system message and earlier turns, which would change the prefix, are rejected.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ async def complete(request: Request, service: TheService, chat: ChatRequest) -> 
     """Answer a question about one image or video in text, at once or in pieces. Closing the connection cancels.
 
     The question is all text of the message, and follows the image or video wherever it is in the message. A file is
-    given as `upload:ID` with the id of `POST /v1/videos`, or as a data URL; addresses are not loaded.
+    given as `upload:ID` with the id of `POST /v1/videos`, or as a data URL; other URLs are rejected.
     """
     check_model(service, chat.model)
     question, url = split_message(chat)
     service.check_queries([question])
     service.scheduler.check_room()
     with ExitStack() as stack:
-        job = service.add_chat(await upload_of(service, url, stack), question, max_tokens=chat.limit)
+        job = service.add_chat(await upload_from_url(service, url, stack), question, max_tokens=chat.limit)
         stack.callback(service.forget, job)
         completion = Completion(job.id, service.bundle)
         if chat.stream:
@@ -92,36 +92,37 @@ def check_model(service: Service, name: str) -> None:
 
 
 def split_message(chat: ChatRequest) -> tuple[str, str]:
-    """Return the question and the address of the image or video. Raises ApiError 422."""
+    """Return the question and the URL of the image or video. Raises ApiError 422 for any other form of chat."""
     if [message.role for message in chat.messages] != ["user"]:
         roles = ", ".join(message.role for message in chat.messages[:5])
-        raise _bad_chat(f"the messages are from {roles or 'nobody'}")
+        raise _unsupported_chat(f"found messages with the roles: {roles or 'none'}")
     content = chat.messages[0].content
     parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
     texts = [part.text for part in parts if isinstance(part, TextPart)]
     media = [part for part in parts if not isinstance(part, TextPart)]
     if len(media) != 1:
-        raise _bad_chat(f"the message has {len(media)} images and videos")
-    address = media[0].video_url if isinstance(media[0], VideoPart) else media[0].image_url
-    return "".join(texts), address.url
+        raise _unsupported_chat(f"found {len(media)} images and videos in the message")
+    given = media[0].video_url if isinstance(media[0], VideoPart) else media[0].image_url
+    return "".join(texts), given.url
 
 
-def _bad_chat(found: str) -> ApiError:
-    message = f"A chat is one message from user with text and one image or video; {found}."
+def _unsupported_chat(found: str) -> ApiError:
+    message = f"A chat is one message with the role user, with text and one image or video; {found}."
     return ApiError(422, "server.unsupported_chat", message)
 
 
-async def upload_of(service: Service, url: str, stack: ExitStack) -> Upload:
-    """Return the upload of an address; that of a data URL is kept for a while after `stack` is closed.
+async def upload_from_url(service: Service, url: str, stack: ExitStack) -> Upload:
+    """Return the upload that a URL names, or a new one with the content of a data URL.
 
-    Raises ApiError 404 if there is no such upload, 422 for other addresses, and as `Store.finish`.
+    A new one is given to `Service.keep_file` when `stack` is closed. Raises ApiError 404 for an unknown upload, 422 for
+    other URLs, and as `Store.finish`.
     """
     if url.startswith(UPLOAD):
         return service.store.get(url.removeprefix(UPLOAD))
     if not url.startswith(DATA):
-        message = "This server loads no addresses. Send a data URL, or `upload:ID` with the id of `POST /v1/videos`."
+        message = "This server does not load URLs. Send a data URL, or `upload:ID` with the id of `POST /v1/videos`."
         raise ApiError(422, "server.unsupported_url", message)
-    content = await service.in_thread(decode, url)
+    content = await service.in_thread(decode_data_url, url)
     with service.store.receive() as incoming:
         await incoming.write(content)
         upload = await service.store.finish(incoming, "the file")
@@ -129,19 +130,19 @@ async def upload_of(service: Service, url: str, stack: ExitStack) -> Upload:
     return upload
 
 
-def decode(url: str) -> bytes:
-    """Return the content of a data URL, whose media type does not matter. Raises ApiError 422."""
+def decode_data_url(url: str) -> bytes:
+    """Return the content of a data URL in base64; its media type is ignored. Raises ApiError 422."""
     head, comma, content = url.partition(",")
     try:
         if comma and head.endswith(";base64"):
             return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
         pass
-    raise ApiError(422, "server.bad_data_url", "The data URL is not as in `data:video/mp4;base64,…`.")
+    raise ApiError(422, "server.bad_data_url", "The data URL is invalid; expected `data:video/mp4;base64,…`.")
 
 
 async def _events(job: Chat, completion: Completion, *, usage: bool) -> AsyncIterator[bytes]:
-    """Yield the pieces of an answer, or the error that ends it."""
+    """Yield the pieces of an answer as server-sent events, and the error if one ends it."""
     yield completion.piece({"role": "assistant", "content": ""})
     try:
         async for piece in job.pieces():
@@ -156,7 +157,7 @@ async def _events(job: Chat, completion: Completion, *, usage: bool) -> AsyncIte
 
 
 class _Stream(EventSourceResponse):
-    """A stream that calls `close` when it has ended, also if its client has left before it began."""
+    """A stream that calls `close` when it has ended, also if its client disconnected before it began."""
 
     def __init__(self, content: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         super().__init__(content)
