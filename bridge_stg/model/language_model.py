@@ -136,11 +136,9 @@ class LanguageModel(nn.Module):
         x = torch.where((visual_index > 0)[..., None], visual[0], self.embed(input_ids))
         states = self.hidden_states(x, positions, mask, cache, visual[1:])
         index = output_index[..., None].expand(-1, -1, self.spec.hidden_size)
-        logits = self.logits(states[-1].gather(1, index))
-        if self.bridging is None:
-            return (logits,)
-        taps = torch.stack([rms_normalize(states[layer].gather(1, index)) for layer in self.spec.tapped_layers])
-        return logits, taps
+        taps = [rms_normalize(states[layer].gather(1, index)) for layer in self.spec.tapped_layers]
+        stacked = (torch.stack(taps),) if taps else ()
+        return self.logits(states[-1].gather(1, index)), *stacked
 
 
 def visible_keys(cache_position: Tensor, length: int | torch.SymInt, capacity: int | torch.SymInt) -> Tensor:
