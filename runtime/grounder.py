@@ -34,7 +34,7 @@ from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.errors import BundleError, EngineError, VideoError
 from bridge_stg.runtime.heads.bridge import BridgeHead
 from bridge_stg.runtime.heads.json_grammar import JsonGrammar
-from bridge_stg.runtime.heads.text import TextHead, TextOptions
+from bridge_stg.runtime.heads.text import TextHead, TextOptions, check_question
 from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
@@ -280,6 +280,7 @@ class Grounder(Closable):
         """
         call = CallOptions(**options)
         limits = call.limits()
+        check_question(self.spec, question, max_tokens)
         with self._usage.call(), self._open(video, call, limits) as opened:
             yield from opened.ask_within(limits, question, max_tokens=max_tokens)
 

@@ -19,6 +19,7 @@ from bridge_stg.runtime.chain.spatial_pass import Located, SpatialQuery, locate
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.device.array_ops import on_host
 from bridge_stg.runtime.errors import QueryError
+from bridge_stg.runtime.heads.text import check_question
 from bridge_stg.runtime.host.limits import Limits
 
 
@@ -64,9 +65,8 @@ class BridgeHead:
 
     def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
         """Answer a question; see `Head.ask`."""
-        if self._text is None:
-            message = "this model cannot answer questions: its config.json has no section `text`; export it again"
-            raise QueryError("query.needs_text_heads", message)
+        check_question(self._chain.spec, question, max_tokens)
+        assert self._text is not None
         return self._text.ask(question, max_tokens=max_tokens, limits=limits)
 
     def _prompt(self, query: str, task: Task) -> Segment:

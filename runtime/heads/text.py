@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bridge_stg.runtime.backends.session import largest
-from bridge_stg.runtime.bundle.spec import TextSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec, TextSpec
 from bridge_stg.runtime.chain.decode import prefill_chunk
 from bridge_stg.runtime.chain.opened_video import Chain, TextStream, VideoParts, prompts_of
 from bridge_stg.runtime.chain.positions import VisualGrid
@@ -80,6 +80,20 @@ def check_max_tokens(value: int) -> None:
         raise BridgeError("options.out_of_range", f"max_tokens={value!r}: expected 1 or more")
 
 
+def check_question(spec: ModelSpec, question: str, max_tokens: int) -> None:
+    """Check a question before a video is read for it.
+
+    Raises:
+        QueryError: the model cannot answer in text, or the question is empty or too long.
+        BridgeError: `max_tokens` is not a whole number of 1 or more.
+    """
+    if spec.text is None:
+        message = "this model cannot answer questions: its config.json has no section `text`; export it again"
+        raise QueryError("query.needs_text_heads", message)
+    check_max_tokens(max_tokens)
+    check_query(spec.prompt, question)
+
+
 @dataclass(frozen=True, eq=False)
 class Written:
     """A complete answer: its text, scores and counts; see `Grounding.scores` and `Grounding.decoding`."""
@@ -138,8 +152,7 @@ class TextHead:
 
     def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
         """Answer a question; see `Head.ask`."""
-        check_max_tokens(max_tokens)
-        check_query(self._chain.spec.prompt, question)
+        check_question(self._chain.spec, question, max_tokens)
         prompt = self._prompt(question)
         writing = self._free_writing(prompt, max_tokens=self._room(prompt, max_tokens, margin=2))
         row = TextRow(writing, self._prefix.length, prompt)
