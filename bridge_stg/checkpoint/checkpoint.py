@@ -125,7 +125,7 @@ def load_config(folder: Path) -> BridgeSTGConfig:
     if values.get("model_type") in FAMILIES:
         return plain_config(folder, values)
     if (found := values.get("model_type")) != MODEL_TYPE:
-        expected = f"{MODEL_TYPE!r}, or a downloaded model of {' or '.join(FAMILIES)}"
+        expected = f"{MODEL_TYPE!r}, or a plain model of {' or '.join(FAMILIES)}"
         raise CheckpointError("checkpoint.wrong_model_type", f"{path}: model_type is {found!r}, expected {expected}")
     return BridgeSTGConfig.from_dict(values, str(path))
 

@@ -7,7 +7,6 @@ an adapter or change the dtype. Must not know training.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -110,7 +109,7 @@ def new_config(
 
     A model whose chat template cannot be used has no section `text`; `report` is called with the reason.
     """
-    check_folder(folder, "a downloaded vision-language model")
+    check_folder(folder, "a plain vision-language model, as it is downloaded")
     values = read_json(folder / "config.json", hint=DOWNLOAD)
     if values.get("model_type") == MODEL_TYPE:
         message = f"{folder}: is already a Bridge-STG checkpoint; use it with `train` or `export`"
@@ -130,7 +129,7 @@ def new_config(
         backbone=values, bridging=bridging, spatial_decoder=spatial_decoder, frames=family.frames(),
         prompt=prompt, image_mean=mean, image_std=std, trained=False, text=text,
     )  # fmt: skip
-    return BridgeSTGConfig.from_dict(json.loads(json.dumps(config.to_dict())), str(folder / "config.json"))
+    return config.checked(folder / "config.json")
 
 
 def link_weights(files: list[Path], folder: Path) -> None:

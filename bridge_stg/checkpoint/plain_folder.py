@@ -6,7 +6,6 @@ Chat template, ids that end an answer and limits of frame sizes come from the fo
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def plain_config(folder: Path, values: Mapping[str, Any]) -> BridgeSTGConfig:
         ),
         image_mean=mean, image_std=std,
     )  # fmt: skip
-    return BridgeSTGConfig.from_dict(json.loads(json.dumps(config.to_dict())), str(folder / "config.json"))
+    return config.checked(folder / "config.json")
 
 
 def plain_summary(folder: Path) -> str:

@@ -140,6 +140,10 @@ class BridgeSTGConfig:
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
+    def checked(self, where: Path) -> BridgeSTGConfig:
+        """Return the config as it would be read from the file `where`. Raises CheckpointError as `from_dict` does."""
+        return self.from_dict(json.loads(json.dumps(self.to_dict())), str(where))
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> BridgeSTGConfig:
         """Check and convert the values of a `config.json`; `where` is the file's name in error messages.

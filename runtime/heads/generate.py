@@ -23,7 +23,7 @@ from bridge_stg.runtime.device.array_ops import Array
 Draft = Callable[[Sequence[int]], Sequence[int]]
 """Given the ids of an answer so far, return a draft of the next ids."""
 LEAST_DRAFT = 4
-"""Length of a draft after one of which nothing was accepted; a call of few tokens costs about as much as one of one."""
+"""Minimum of `TextRow.longest_draft`: a call of a few tokens costs about as much as a call of one."""
 
 
 class Writing:
@@ -109,7 +109,7 @@ class TextRow:
         pending: tokens to feed next; its `next_position` is that of the token that follows them.
         draft: see `Draft`; None: no drafts.
         counts: `calls` while the answer was not done; `forced`, `drafted` and `accepted` tokens.
-        longest_draft: most tokens of the next draft: twice as many as were accepted of the last one.
+        longest_draft: maximum tokens of the next draft: twice those that were accepted of the last one.
     """
 
     writing: Writing
@@ -124,7 +124,7 @@ class TextRow:
         self.pending = self.pending.followed_by(self._forced())
 
     def drafted(self, most: int) -> list[int]:
-        """Return a draft of at most `most` tokens."""
+        """Return and count a draft of at most `most` and `longest_draft` tokens."""
         ids = [] if self.draft is None else list(self.draft(self.writing.ids))[: max(min(most, self.longest_draft), 0)]
         self.counts["drafted"] += len(ids)
         return ids

@@ -12,7 +12,7 @@ export const COLOURS = [
 ];
 export const INK = "rgb(28, 30, 34)";
 
-/** Return the CSS colour of the query at `index`; behind the last colour they begin again. */
+/** Return the CSS colour of the query at `index`; after the last colour they begin again. */
 export function colourOf(index) {
   return `rgb(${COLOURS[index % COLOURS.length].join(", ")})`;
 }

@@ -104,7 +104,7 @@ export class VideoPlayer extends Player {
   seek(time) {
     const inside = Math.min(Math.max(time, 0), Math.max(0, this.durationS - this.frameS / 2));
     this.target = inside;
-    // A little behind the frame's own time, which a browser may round down into the frame before.
+    // A little after the frame's own time, which a browser may round down into the frame before.
     this.element.currentTime = this.origin + inside + Math.min(1e-3, this.frameS / 10);
     this.tell("state");
   }

@@ -20,7 +20,7 @@ export class Queries {
     return this.#inputs().map((input) => input.value.trim()).filter((query) => query !== "");
   }
 
-  /** Add a row behind `before`, or at the end, and return its input. */
+  /** Add a row after `before`, or at the end, and return its input. */
   add(value = "", before = null) {
     const input = make("input", { type: "text", value, spellcheck: true, autocomplete: "off", enterKeyHint: "search" });
     const remove = make("button.icon", { type: "button" }, icon("close"));
