@@ -206,7 +206,6 @@ def ask(
     with Grounder.load(path, **backend) as grounder:
         if not grounder.verified:
             click.echo(UNVERIFIED, err=True)
-        grounder.check_query(question)  # fails before a long video is read
         pieces = grounder.ask(
             video, question, max_tokens=max_tokens, max_visual_tokens=max_visual_tokens, stream=stream,
             deadline_s=deadline,

@@ -88,8 +88,8 @@ def check_question(spec: ModelSpec, question: str, max_tokens: int) -> None:
         BridgeError: `max_tokens` is not a whole number of 1 or more.
     """
     if spec.text is None:
-        message = "this model cannot answer questions: its config.json has no section `text`; export it again"
-        raise QueryError("query.needs_text_heads", message)
+        message = "this model cannot answer in text: its checkpoint's config.json has no section `text`"
+        raise QueryError("query.needs_text_heads", f"{message}; use a bundle with text heads")
     check_max_tokens(max_tokens)
     check_query(spec.prompt, question)
 

@@ -27,7 +27,7 @@ from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.parity.compare import replay
 from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.calibration.conftest import Ranges
-from tests.calibration.sizes import quantized_share
+from tests.calibration.quantize.sizes import quantized_share
 from tests.errors import raises
 from tests.export.engines.real_tensorrt import compile_for, rtx, small_sizes
 

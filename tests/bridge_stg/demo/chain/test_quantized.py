@@ -16,7 +16,7 @@ from bridge_stg.runtime.chain.boxes import box_iou
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.calibration.golden_ranges import golden_ranges
-from tests.calibration.sizes import quantized_share
+from tests.calibration.quantize.sizes import quantized_share
 from tests.conftest import ROOT, copy_of
 from tests.runtime.backends.lowerings import RUNS_STANDARD
 
