@@ -96,7 +96,15 @@ def check_question(spec: ModelSpec, question: str, max_tokens: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """A complete answer: its text, scores and counts; see `Grounding.scores` and `Grounding.decoding`."""
+    """A complete answer; see `Grounding.decoding` for its counts.
+
+    Attributes:
+        text: the answer without the tokens that ended it.
+        absent: probability of the answer that the target is absent.
+        log_probability: sum over the tokens that were chosen by logits.
+        choices: number of these tokens.
+        counts: values of `COUNTS`.
+    """
 
     text: str
     absent: float
@@ -116,7 +124,7 @@ class TextHead:
     Args:
         chain: what all videos share; its spec has the section `text`.
         parts: the video. If the chain's heads are text, the prefix of an image is the family's prompt of an image.
-        options: how to answer.
+        options: mode, grammar, drafts and length of answers.
         grammar: makes the matchers of the chain's tokenizer.
     """
 
@@ -282,6 +290,7 @@ class TextHead:
         chain.pool.give(cache)  # not after a failed call, which leaves the cache in an unknown state
 
     def _written(self, row: TextRow) -> Written:
+        """Return the complete answer of a row, without the ids that ended it."""
         writing, stop_ids = row.writing, self._text.stop_ids
         counts = row.counts + Counter(tokens=len(writing.ids), truncated=int(writing.truncated))
         text = self._chain.tokenizer.decode([i for i in writing.ids if i not in stop_ids])
@@ -337,7 +346,7 @@ class TextHead:
         boxes: dict[float, Box] = {}
         counts = Counter(answer.counts)
         for start in range(0, len(frames.indices), STEP_ROWS):
-            shown, written, calls = self._in_frames(query, frames.indices[start : start + STEP_ROWS], limits)
+            shown, written, calls = self._answers_in_frames(query, frames.indices[start : start + STEP_ROWS], limits)
             for time_s, frame_answer in zip(shown, written, strict=True):
                 counts += Counter({**frame_answer.counts, "calls": 0})  # rows of a batch share its calls
                 for _, box in read_boxes(frame_answer.text)[:1]:
@@ -356,19 +365,25 @@ class TextHead:
         _, (height, width) = frame_sizes(self._video.size[1], self._video.size[0], self._chain.spec)
         return width, height
 
-    def _in_frames(self, query: str, indices: np.ndarray, limits: Limits) -> tuple[np.ndarray, list[Written], int]:
+    def _frame_prompt(self, query: str) -> Segment:
+        """Return the family's prompt that requests a box in one fine frame; its visual tokens are rows 1 to n."""
+        chain, spec, (width, height) = self._chain, self._chain.spec, self._fine_size
+        side = spec.vision.patch_size * spec.vision.merge_size
+        grid = VisualGrid(1, height // side, width // side)
+        image = visual_segment(chain.tokenizer, spec, self._text.image_head, self._text.image_token, grid)
+        message = self._message(self._text.image, query)
+        return join_segments([image, self._turn_segment(self._text.image_turn, message, image.next_position)])
+
+    def _answers_in_frames(
+        self, query: str, indices: np.ndarray, limits: Limits
+    ) -> tuple[np.ndarray, list[Written], int]:
         """Request the box in F frames of the fine grid, by `indices` [F].
 
         Returns:
             The times [F] of the frames, their answers, and the number of calls of the language model.
         """
-        chain, spec, session = self._chain, self._chain.spec, self._chain.language_model
+        chain, session, prompt = self._chain, self._chain.language_model, self._frame_prompt(query)
         tokens, times = self._features.at(indices, limits)  # [F, 1+D, n, H]
-        (width, height), side = self._fine_size, spec.vision.patch_size * spec.vision.merge_size
-        grid = VisualGrid(1, height // side, width // side)
-        image = visual_segment(chain.tokenizer, spec, self._text.image_head, self._text.image_token, grid)
-        message = self._message(self._text.image, query)
-        prompt = join_segments([image, self._turn_segment(self._text.image_turn, message, image.next_position)])
         form = self._boxes_form(query, (), self._fine_size, allow_none=True)
         entry, chunk = self._entry_tokens(form), prefill_chunk(session)
         most, positions = min(self._options.max_tokens, 2 * entry), len(prompt) + 4 * entry
