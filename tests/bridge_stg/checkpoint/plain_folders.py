@@ -41,11 +41,10 @@ TEMPLATES = {"qwen3_vl": TURNS.replace("HEAD", ""), "qwen2_5_vl": TURNS.replace(
 """Short templates that print messages as the official ones do, see `official_template`."""
 
 
-def official_template(family: str) -> str | None:
-    """Return the published chat template of a family, which the package trl contains; None if it is not installed."""
+def official_template(family: str) -> str:
+    """Return the published chat template of a family, which the package trl contains."""
     found = importlib.util.find_spec("trl")
-    if found is None or not found.submodule_search_locations:
-        return None
+    assert found is not None and found.submodule_search_locations
     folder = Path(found.submodule_search_locations[0]) / "chat_templates"
     return (folder / f"{family}.jinja").read_text(encoding="utf-8")
 
