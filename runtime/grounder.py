@@ -438,9 +438,9 @@ def chosen_heads(spec: ModelSpec, heads: str | None) -> str:
     if chosen not in HEADS:
         raise BundleError("options.invalid", f"heads={heads!r}: expected one of {', '.join(HEADS)}")
     if chosen == "bridge" and spec.heads == "text":
-        message = "this bundle has text heads only; leave out heads=bridge, or export a Bridge-STG checkpoint"
+        message = "this bundle has text heads only; leave out --heads bridge, or export a Bridge-STG checkpoint"
         raise BundleError("bundle.no_heads", message)
     if chosen == "text" and spec.text is None:
         message = "this bundle cannot answer in text: its checkpoint's config.json has no section `text`"
-        raise BundleError("bundle.no_heads", f"{message}; leave out heads=text")
+        raise BundleError("bundle.no_heads", f"{message}; leave out --heads text")
     return chosen

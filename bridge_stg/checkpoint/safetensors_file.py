@@ -68,7 +68,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise ValueError("it is a Git LFS pointer; `git lfs pull` replaces it with the weights")
+            length = int.from_bytes(start, "little")
             if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
                 raise ValueError(f"its header should have {length:,} bytes, the file has {size:,}")
             header = parse_json(file.read(length))

@@ -141,7 +141,7 @@ def same_values(head: StoredTensor, table: StoredTensor) -> bool:
 def check_folder(folder: Path, expected: str = f"a checkpoint with config.json, {WEIGHTS} and {TOKENIZER}") -> None:
     """Raise CheckpointError if a path is not a folder."""
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "no such folder"
+        found = "is a file" if folder.exists() else "no such folder, and nothing is downloaded"
         raise CheckpointError("checkpoint.not_found", f"{folder}: {found}; expected the folder of {expected}")
 
 

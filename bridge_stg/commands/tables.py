@@ -14,6 +14,7 @@ from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 ROWS = 12
+VIDEO_STAGES = ("decode_video", "vision_coarse", "prefill")
 CLOCK_NOTES = {
     "frame_rate": "times: not all frames have time stamps; the frame rate stated in the file is used instead",
     "guessed": "times: guessed where the file has no usable time stamps",
@@ -28,7 +29,8 @@ def grounding_table(result: Grounding) -> str:
     if result.found and result.span is not None:
         start, end = result.span
         verb = "followed" if result.task == "track" else "found"
-        lines += ["  found"] if result.task == "image" else [f"  {verb} from {start:.2f} s to {end:.2f} s"]
+        in_image = "image" in (result.task, result.mode)
+        lines.append("  found" if in_image else f"  {verb} from {start:.2f} s to {end:.2f} s")
         lines += [] if result.boxes is None else _box_rows(result.boxes)
     else:
         lines += [f"  not in this video (probability {result.scores['absent']:.2f})"]
@@ -39,9 +41,17 @@ def grounding_table(result: Grounding) -> str:
         _coarse_line(result.coarse),
         f"  visual tokens: {tokens['coarse']:.0f} coarse + {tokens['fine']:.0f} fine; "
         f"a dense pass would take {tokens['dense']:.0f}",
-        "  seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.timings.items()),
+        *_seconds_lines(result),
     ]
     return "\n".join(lines)
+
+
+def _seconds_lines(result: Grounding) -> list[str]:
+    """Return the seconds of the stages of the video, which its queries share, and of the call that answered them."""
+    lines = {"video": "", "queries": ""}
+    for stage, seconds in result.timings.items():
+        lines["video" if stage in VIDEO_STAGES else "queries"] += f", {stage} {seconds:.2f}"
+    return [f"  seconds, {owner}: {stages[2:]}" for owner, stages in lines.items() if stages]
 
 
 def _text_line(result: Grounding) -> str:

@@ -114,5 +114,5 @@ def parity_table(bundle: Path | str) -> str:
     return (
         f"{format_table(list(worst.values()))}\n"
         f"Each is the worst of several sizes ({len(compared)} comparisons), against {report['reference']}.{iou}\n"
-        f"Relative change of the reference with other inputs: {moved}"
+        f"For comparison, other inputs change the reference by: {moved}"
     )

@@ -254,7 +254,7 @@ def check_query(spec: PromptSpec, query: str) -> str:
         raise QueryError("query.bad_characters", message) from None
     text = " ".join(unicodedata.normalize("NFC", query).split()).removesuffix(".").rstrip()
     if not any(character.isalnum() or ord(character) > 0x2000 for character in text):
-        message = f'the query {query!r} is empty: it must name what to look for, such as "the red car"'
+        message = f'the query {query!r} has no words; expected text, such as "the red car"'
         raise QueryError("query.empty", message)
     bad = next((c for c in text if unicodedata.category(c) == "Cc"), "<|" if "<|" in text else None)
     if bad is not None:

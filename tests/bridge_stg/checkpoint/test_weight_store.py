@@ -124,6 +124,8 @@ BREAKAGES = {
     "a shard is missing": (lambda f: shard(f).unlink(), "missing_file", ["index.json", "'model-00001"]),
     "a shard is cut": (lambda f: cut(shard(f), shard(f).stat().st_size - 5), "damaged", ["00001"]),
     "a shard is empty": (lambda f: cut(shard(f), 0), "damaged", ["00001"]),
+    "a Git LFS pointer": (lambda f: shard(f).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "damaged",
+                          ["00001", "git lfs pull"]),
     "no shape": (lambda f: rewrite_header(shard(f), shape=None), "damaged", ["00001"]),
     "another shape": (lambda f: rewrite_header(shard(f), shape=[1, 2, 3]), "damaged", ["[1, 2, 3]"]),
     "unknown dtype": (lambda f: rewrite_header(shard(f), dtype="F3"), "damaged", ["'F3'"]),

@@ -8,7 +8,7 @@ import numpy as np
 
 from bridge_stg.commands.tables import grounding_table
 from bridge_stg.runtime.video.token_budget import CoarseChoice
-from tests.bridge_stg.commands.fake_grounder import FakeVideo
+from tests.bridge_stg.commands.fake_grounder import COUNTS, FakeVideo
 
 
 def test_table_names_the_limits_of_the_coarse_frames() -> None:
@@ -34,3 +34,15 @@ def test_table_shows_at_most_twelve_boxes() -> None:
     rows = [line for line in grounding_table(result).splitlines() if line.startswith("     ")]
     assert len(rows) == 1 + 12
     assert rows[1].split()[0] == "0.40" and rows[-1].split()[0] == "1.60"
+
+
+def test_table_separates_the_seconds_of_the_video_from_those_of_the_queries() -> None:
+    timings = {"decode_video": 1.0, "prefill": 2.0, "answer": 0.25, "total": 0.5}
+    table = grounding_table(dataclasses.replace(FakeVideo().ground("the dog"), timings=timings))
+    assert "seconds, video: decode_video 1.00, prefill 2.00\n" in table
+    assert table.endswith("seconds, queries: answer 0.25, total 0.50")
+
+
+def test_table_states_no_span_of_an_image() -> None:
+    result = dataclasses.replace(FakeVideo().ground("the dog"), heads="text", mode="image", decoding=COUNTS)
+    assert "  found\n" in grounding_table(result)
