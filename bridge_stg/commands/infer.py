@@ -68,7 +68,9 @@ class Request:
 @options.bundle_option
 @click.option("--json", "json_file", type=output_file(".json"), help="Write the results, one box per video frame.")
 @click.option(
-    "--annotate", type=output_file(".mp4", ".png", ".jpg"), help="Write the video (H.264) or image with boxes; one QUERY."
+    "--annotate",
+    type=output_file(".mp4", ".png", ".jpg"),
+    help="Write the video (H.264) or image with boxes; one QUERY.",
 )
 @click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span and a timeline; one QUERY.")
 @options.text_options
