@@ -118,11 +118,17 @@ class JsonGrammar:
 
     @functools.cached_property
     def tokens(self) -> Any:
-        """The tokenizer in llguidance's form. Raises BundleError if llguidance cannot read it."""
+        """The tokenizer in llguidance's form. Raises BundleError if llguidance cannot read it.
+
+        Tokens such as `<think>`, added but not special, are left out: llguidance would force them where a label has
+        their text, and then reject them, because it treats them as special.
+        """
         from llguidance import LLTokenizer
 
         try:
-            return LLTokenizer(self.tokenizer.to_json())
+            values = json.loads(self.tokenizer.to_json())
+            values["added_tokens"] = [token for token in values.get("added_tokens") or () if token["special"]]
+            return LLTokenizer(json.dumps(values))
         except Exception as error:  # the package raises ValueError and its own panics
             message = f"tokenizer.json: llguidance cannot read it ({error!s:.200}); use --no-grammar"
             raise BundleError("bundle.bad_tokenizer", message) from error
@@ -160,8 +166,10 @@ class JsonWriting(Writing):
         return ids
 
     def accept(self, ids: Sequence[int]) -> None:
-        """Append ids that the grammar allows; at the end of a part, begin the next one."""
-        self._matcher.consume_tokens(list(ids))
+        """Append ids; at the end of a part, begin the next one. Raises BundleError if the grammar rejects an id."""
+        if not self._matcher.consume_tokens(list(ids)):
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise BundleError("bundle.bad_tokenizer", f"llguidance rejects the answer's ids {list(ids)} ({reason})")
         self._part += ids
         super().accept(ids)
         if self._matcher.is_accepting():

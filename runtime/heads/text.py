@@ -238,11 +238,10 @@ class TextHead:
 
     def _entry_tokens(self, form: JsonForm) -> int:
         """Return the maximum tokens of one entry of a list."""
-        label = form.label or ""
+        label = (form.label or "").replace("<", "< ")  # under a grammar, added tokens such as `<think>` are spelled out
         longest = "0" * max(map(len, (*form.times, "")))
-        return 24 + len(
-            self._chain.tokenizer.encode(f'{{"time": {longest}, "bbox_2d": [, , , ], "label": {label}}},\n\t')
-        )
+        text = f'{{"time": {longest}, "bbox_2d": [, , , ], "label": {label}}},\n\t'
+        return 8 + 4 * max(4, len(str(max(form.scale)))) + len(self._chain.tokenizer.encode(text))
 
     def _room(self, prompt: Segment, max_tokens: int, *, margin: int) -> int:
         """Return the maximum tokens of an answer, `max_tokens` or fewer; `margin` positions of the cache stay free.
