@@ -31,18 +31,22 @@ def read_span(text: str) -> tuple[float, float] | None:
     raise unreadable_answer(text, '{"start": 1.0, "end": 2.0}, or null')
 
 
-def read_boxes(text: str) -> list[tuple[float | None, Box]]:
+def read_boxes(text: str, scale: tuple[int, int]) -> list[tuple[float | None, Box]]:
     """Return the time in seconds (None: not given) and the box of each entry of a list.
 
-    Entries without a finite box of positive width and height are left out, and so is an incomplete last entry. Raises
-    EngineError if the text has no JSON object and does not say that the target is absent.
+    Boxes are clipped to `scale`, the right and bottom sides of a frame. Entries without a box of positive width and
+    height in the frame are left out, and so is an incomplete last entry. Raises EngineError if the text has no JSON
+    object and does not say that the target is absent.
     """
     entries, found = [], json_objects(text)
     for value in found:
         box = value.get("bbox_2d", value.get("bbox"))
-        is_box = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
-        if is_box and all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]:
-            entries.append((read_seconds(value.get("time")), (box[0], box[1], box[2], box[3])))
+        if isinstance(box, list) and len(box) == 4 and all(isinstance(side, float) for side in box):
+            left, top, right, bottom = (
+                min(max(side, 0.0), float(most)) for side, most in zip(box, 2 * scale, strict=True)
+            )
+            if left < right and top < bottom and all(map(math.isfinite, box)):
+                entries.append((read_seconds(value.get("time")), (left, top, right, bottom)))
     if not found and not is_absent(text):
         raise unreadable_answer(text, 'a list of {"bbox_2d": [x1, y1, x2, y2], …}')
     return entries
@@ -51,7 +55,7 @@ def read_boxes(text: str) -> list[tuple[float | None, Box]]:
 def json_objects(text: str) -> list[Mapping[str, Any]]:
     """Return the complete JSON objects in a text, including those inside of others."""
     found: list[Mapping[str, Any]] = []
-    decoder, at = json.JSONDecoder(), text.find("{")
+    decoder, at = json.JSONDecoder(parse_int=float), text.find("{")  # the float of an integer too large is infinite
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
@@ -72,10 +76,10 @@ def read_seconds(value: Any) -> float | None:
     """Return the seconds that a number or a text names (`1.5 seconds`, `01:02.5`, `1:00:02`); None if it names none."""
     if isinstance(value, str):
         if clock := CLOCK.search(value):
-            return 3600 * float(clock[1] or 0) + 60 * float(clock[2]) + float(clock[3])
-        value = float(number[0]) if (number := NUMBER.search(value)) else None
-    is_number = type(value) in (int, float) and math.isfinite(value)
-    return float(value) if is_number else None
+            value = 3600 * float(clock[1] or 0) + 60 * float(clock[2]) + float(clock[3])
+        else:
+            value = float(number[0]) if (number := NUMBER.search(value)) else None
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def is_absent(text: str) -> bool:

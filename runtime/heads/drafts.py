@@ -6,7 +6,7 @@ import re
 
 from bridge_stg.runtime.heads.json_grammar import BOX, LABEL, TIME, JsonForm
 
-ENTRY = re.compile(r'\{"time": ([\d.]+), "bbox_2d": \[(\d+), (\d+), (\d+), (\d+)\]')
+ENTRY = re.compile(r'\{"time": ([\d.]+), "bbox_2d": \[(\d{1,9}), (\d{1,9}), (\d{1,9}), (\d{1,9})\]')
 DIGITS = re.compile(r"[\d.]*")
 Box = tuple[int, int, int, int]
 

@@ -306,11 +306,11 @@ class TextHead:
         span = self._named_span(answer)
         if span is None or mode == "span":
             return self._grounding(query, answer, span=span, tube=None)
-        return self._of_frames(query, answer, span, limits)
+        return self._of_frames(query, answer, span, limits, allow_none=form.allow_none)
 
     def _of_image(self, query: str, form: JsonForm, answer: Written) -> Grounding:
         """Return the result of an answer that has one box."""
-        boxes = [box for _, box in read_boxes(answer.text)[:1]]
+        boxes = [box for _, box in read_boxes(answer.text, form.scale)[:1]]
         span = (0.0, self._video.duration_s) if boxes else None
         tube = self._tube(np.zeros(1), boxes, form.scale) if boxes else None
         return self._grounding(query, answer, span=span, tube=tube)
@@ -318,7 +318,7 @@ class TextHead:
     def _of_list(self, query: str, form: JsonForm, answer: Written) -> Grounding:
         """Return the result of an answer that lists times and boxes; of equal times, the first one counts."""
         found: dict[int, Box] = {}
-        for time_s, box in read_boxes(answer.text):
+        for time_s, box in read_boxes(answer.text, form.scale):
             if time_s is not None:
                 found.setdefault(self._group_at(time_s), box)
         if not found:
@@ -336,26 +336,27 @@ class TextHead:
         """Return the index of the group whose time in the prompt is nearest."""
         return nearest_index(time_s, list(map(float, self._times)))
 
-    def _of_frames(self, query: str, answer: Written, span: Span, limits: Limits) -> Grounding:
+    def _of_frames(self, query: str, answer: Written, span: Span, limits: Limits, *, allow_none: bool) -> Grounding:
         """Request the box in single frames of a span, and return the result; `answer` named the span."""
         frames = fine_frames(
             span, self._video.fine_grid, fine_fps=self._chain.spec.frames.fine_fps, margin_s=0.0,
             max_frames=min(STEP_FRAMES, self._chain.spec.frames.max_fine_frames),
         )  # fmt: skip
+        form = self._boxes_form(query, (), self._fine_size, allow_none=allow_none)
         boxes: dict[float, Box] = {}
         counts = Counter(answer.counts)
         for start in range(0, len(frames.indices), STEP_ROWS):
-            shown, written, calls = self._answers_in_frames(query, frames.indices[start : start + STEP_ROWS], limits)
+            indices = frames.indices[start : start + STEP_ROWS]
+            shown, written, calls = self._answers_in_frames(query, form, indices, limits)
             for time_s, frame_answer in zip(shown, written, strict=True):
                 counts += Counter({**frame_answer.counts, "calls": 0})  # rows of a batch share its calls
-                for _, box in read_boxes(frame_answer.text)[:1]:
+                for _, box in read_boxes(frame_answer.text, form.scale)[:1]:
                     boxes.setdefault(float(time_s), box)
             counts["calls"] += calls
         answer = dataclasses.replace(answer, counts=counts)
         if not boxes:
             return self._grounding(query, answer, span=None, tube=None, frames=len(frames.indices))
-        scale = self._boxes_form(query, (), self._fine_size, allow_none=True).scale
-        tube = self._tube(np.array(sorted(boxes)), [boxes[time] for time in sorted(boxes)], scale)
+        tube = self._tube(np.array(sorted(boxes)), [boxes[time] for time in sorted(boxes)], form.scale)
         return self._grounding(query, answer, span=span, tube=tube, frames=len(frames.indices))
 
     @property
@@ -374,16 +375,15 @@ class TextHead:
         return join_segments([image, self._turn_segment(self._text.image_turn, message, image.next_position)])
 
     def _answers_in_frames(
-        self, query: str, indices: np.ndarray, limits: Limits
+        self, query: str, form: JsonForm, indices: np.ndarray, limits: Limits
     ) -> tuple[np.ndarray, list[Written], int]:
-        """Request the box in F frames of the fine grid, by `indices` [F].
+        """Request the box in F frames of the fine grid, by `indices` [F]; `form` is that of each answer.
 
         Returns:
             The times [F] of the frames, their answers, and the number of calls of the language model.
         """
         chain, session, prompt = self._chain, self._chain.language_model, self._frame_prompt(query)
         tokens, times = self._features.at(indices, limits)  # [F, 1+D, n, H]
-        form = self._boxes_form(query, (), self._fine_size, allow_none=True)
         entry, chunk = self._entry_tokens(form), prefill_chunk(session)
         most, positions = min(self._options.max_tokens, 2 * entry), len(prompt) + 4 * entry
         rows: list[TextRow] = []
@@ -412,9 +412,9 @@ class TextHead:
         )
 
     def _tube(self, times: np.ndarray, boxes: Sequence[Box], scale: tuple[int, int]) -> Tube:
-        """Return the tube of boxes [N] at times [N] in seconds; boxes are in units of `scale` and get clipped."""
+        """Return the tube of boxes [N] at times [N] in seconds; boxes are in units of `scale`."""
         size = np.tile(np.asarray(self._video.size, np.float64), 2)
-        pixels = np.clip(np.asarray(boxes, np.float64) / np.tile(scale, 2), 0, 1) * size
+        pixels = np.asarray(boxes, np.float64) / np.tile(scale, 2) * size
         count = len(pixels)
         return Tube(times, pixels.astype(np.float32), np.ones(count, np.float32), np.ones(count, bool))
 

@@ -15,6 +15,8 @@ from tests.fakes.chain import clip, fake_grounder, text_spec
 
 SIZE = (48, 64)  # height and width of the clip
 CLIP = list(clip(8.0, size=SIZE))
+HUGE = "9" * 400
+"""An integer beyond the range of a float."""
 TIMES = [f"{0.25 + i:.1f}" for i in range(8)]
 """What the prompt prints: the mean time of two samples, half a second apart."""
 
@@ -109,6 +111,13 @@ def test_frames_without_a_box_are_left_out() -> None:
     assert not result.found and result.tube is None
 
 
+def test_a_target_that_is_known_to_be_present_has_a_box_in_each_frame_of_its_span() -> None:
+    replies = {"When": '{"start": 2.2, "end": 4.2}', "Where": "```json\n[]\n```"}
+    with text_grounder(replies, mode="two-step") as grounder:
+        result = grounder.ground(CLIP, "the car", allow_none=False)
+    assert result.found and result.tube is not None and len(result.tube) == 12
+
+
 @pytest.mark.parametrize("grammar", [True, False])
 def test_absent(grammar: bool) -> None:
     replies = {"Boxes": "```json\n[]\n```", "When": "null", "Where": "```json\n[]\n```"}
@@ -165,7 +174,10 @@ def test_several_queries_are_answered_in_one_batch() -> None:
         ('Sure! [{"time": 2.2, "bbox_2d": [300, 2, 100, 400]}, {"time": 3.2, "bbox_2d": [1, 2, 3, 4]}]', 1),
         ('[{"time": 2.2, "bbox_2d": [1, 2, 300, 400]}, {"time": 3.2, "bbox_', 1),  # cut
         ('[{"time": 2.2, "bbox_2d": [1, 2, 300]}]', 0),
+        ('[{"time": 2.2, "bbox_2d": [1500, 2, 3000, 400]}, {"time": 3.2, "bbox_2d": [1, -9, 300, 0]}]', 0),  # outside
         ('[{"time": 1e999, "bbox_2d": [1, 2, 300, 400]}]', 0),
+        (f'[{{"time": {HUGE}, "bbox_2d": [1, 2, 300, 400]}}, {{"time": 2.2, "bbox_2d": [1, 2, {HUGE}, 400]}}]', 0),
+        (f'[{{"time": "{HUGE}:00", "bbox_2d": [1, 2, 300, 400]}}]', 0),
     ],
 )
 def test_free_answers(answer: str, count: int) -> None:
