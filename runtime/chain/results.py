@@ -126,8 +126,8 @@ class Grounding:
         tokens: visual tokens computed for this query, `coarse` and `fine`; `dense`, tokens of the whole fine grid at
             fine size; `ratio`, (coarse + fine) / dense.
         timings: seconds per stage. `decode_video`, `vision_coarse` and `prefill` belong to the video and are shared by
-            its queries; `answer`, `decode_fine`, `vision_fine` and `spatial` belong to the call and are shared by the
-            queries of a `ground_many`; `total` is the call's.
+            its queries; `answer`, `decode_fine`, `vision_fine`, `spatial` (bridge heads) and `boxes` (`two-step`)
+            belong to the call and are shared by the queries of a `ground_many`; `total` is the call's.
         heads: what computed the answer, one of `bridge_stg.runtime.bundle.spec.HEADS`.
         mode: of a text answer, `joint` (all boxes in one answer), `two-step` (the span, then a box per frame), `span`
             or `image`; else empty.
