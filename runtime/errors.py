@@ -12,6 +12,7 @@ class BridgeError(Exception):
     """
 
     def __init__(self, code: str, message: str) -> None:
+        message = " ".join(message.splitlines())  # texts of other packages in it may have several lines
         super().__init__(code, message)
         self.code = code
         self.message = message

@@ -20,7 +20,7 @@ from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, read_json
 from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
 from bridge_stg.runtime.chain import tokenizer as tokenizers
 from bridge_stg.runtime.chain.prompt import Tokenizer
-from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.runtime.host.files import temporary_sibling
 
 PART_FILES = dict(zip(("bridging", "spatial_decoder"), PARTS))
@@ -172,7 +172,10 @@ def load_tokenizer(folder: Path, config: BridgeSTGConfig) -> Tokenizer:
                 message = f"{path}: gives {token['content']!r} the id {number}, {TOKENIZER} gives {found}"
                 raise CheckpointError("checkpoint.bad_tokenizer", f"{message}; save both together")
     except Exception as error:
-        raise CheckpointError("checkpoint.bad_tokenizer", str(error)) from error
+        detail = (
+            str(error) if isinstance(error, BridgeError) else f"{folder}: its tokenizer is damaged ({error!r:.200})"
+        )
+        raise CheckpointError("checkpoint.bad_tokenizer", detail) from error
     return tokenizer
 
 

@@ -16,7 +16,7 @@ from bridge_stg.checkpoint.weight_store import TOKENIZER
 from bridge_stg.model.backbones import FAMILIES, backbone
 from bridge_stg.model.backbones.interface import Backbone
 from bridge_stg.model.config import BridgeSTGConfig, read_json
-from bridge_stg.runtime.bundle.spec import Deviations, Means, Pixels, TextSpec
+from bridge_stg.runtime.bundle.spec import Deviations, Means, Penalty, Pixels, TextSpec, TokenId
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
 
@@ -70,9 +70,12 @@ def text_section(folder: Path, values: Mapping[str, Any]) -> tuple[str, TextSpec
         head, video_turn = template_parts(*found, "video", prompt.visual_token)
         image_head, image_turn = template_parts(*found, "image", text.image_token)
         text = dataclasses.replace(text, video_turn=video_turn, image_head=image_head, image_turn=image_turn)
-    penalty = optional_json(folder / "generation_config.json").get("repetition_penalty")
     text = dataclasses.replace(text, stop_ids=stop_ids(folder, values))
-    return head, text if penalty is None else dataclasses.replace(text, repetition_penalty=penalty)
+    path = folder / "generation_config.json"
+    if (penalty := optional_json(path).get("repetition_penalty")) is not None:
+        penalty = checked_value(Penalty, penalty, path, "repetition_penalty")
+        text = dataclasses.replace(text, repetition_penalty=penalty)
+    return head, text
 
 
 def find_template(folder: Path) -> tuple[Path, str] | None:
@@ -89,8 +92,8 @@ def find_template(folder: Path) -> tuple[Path, str] | None:
             except (OSError, UnicodeError) as error:
                 raise CheckpointError("checkpoint.bad_chat_template", f"{path}: cannot be read ({error})") from error
         if isinstance(template, list):  # several templates by name
-            named = {one.get("name"): one.get("template") for one in template if isinstance(one, Mapping)}
-            template = named.get("default")
+            named = [one.get("template") for one in template if isinstance(one, dict) and one.get("name") == "default"]
+            template = named[0] if named else None
         if isinstance(template, str) and template.strip():
             return path, template
     return None
@@ -130,13 +133,21 @@ def template_parts(path: Path, template: str, kind: str, token: str) -> tuple[st
 
 def stop_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
-    for section in (optional_json(folder / "generation_config.json"), values, values.get("text_config") or {}):
-        if (ids := section.get("eos_token_id")) is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
+    generation, config = folder / "generation_config.json", folder / "config.json"
+    places = ((generation, optional_json(generation)), (config, values), (config, values.get("text_config") or {}))
+    ids: tuple[int, ...]
+    for path, section in places:
+        if (given := section.get("eos_token_id")) is not None:
+            given = given if isinstance(given, list) else [given]
+            ids = checked_value(tuple[TokenId, ...], given, path, "eos_token_id")
+            return ids
     end = optional_json(folder / "tokenizer_config.json").get("eos_token")
     end = end.get("content") if isinstance(end, Mapping) else end
-    added = optional_json(folder / TOKENIZER).get("added_tokens") or ()
-    return tuple(token["id"] for token in added if token.get("content") == end)
+    added = optional_json(folder / TOKENIZER).get("added_tokens")
+    tokens = [token for token in added if isinstance(token, Mapping)] if isinstance(added, list) else []
+    given = [token.get("id") for token in tokens if token.get("content") == end]
+    ids = checked_value(tuple[TokenId, ...], given, folder / TOKENIZER, "id")
+    return ids
 
 
 def image_statistics(folder: Path, family: Backbone) -> tuple[Means, Deviations]:
@@ -144,10 +155,9 @@ def image_statistics(folder: Path, family: Backbone) -> tuple[Means, Deviations]
     path = folder / "preprocessor_config.json"
     values = optional_json(path)
     kinds: dict[str, Any] = {"image_mean": Means, "image_std": Deviations}
-    try:
-        mean, std = (from_json(kind, values.get(name, getattr(family, name)), name) for name, kind in kinds.items())
-    except ValueError as error:
-        raise CheckpointError("checkpoint.bad_config", f"{path}: {error}") from error
+    mean, std = (
+        checked_value(kind, values.get(name, getattr(family, name)), path, name) for name, kind in kinds.items()
+    )
     return mean, std
 
 
@@ -158,8 +168,14 @@ def max_pixels(path: Path) -> int | None:
     limit = values.get("max_pixels") or (size.get("longest_edge") if isinstance(size, Mapping) else None)
     if limit is None:
         return None
+    pixels: int = checked_value(Pixels, min(limit, 2**28) if type(limit) is int else limit, path, "longest_edge")
+    return pixels
+
+
+def checked_value(kind: Any, value: Any, path: Path, name: str) -> Any:
+    """Return the value of a field in a file as `kind`. Raises CheckpointError, which names both, if it does not fit."""
     try:
-        return min(limit, 2**28) if isinstance(limit, int) and limit > 0 else from_json(Pixels, limit, "longest_edge")
+        return from_json(kind, value, name)
     except ValueError as error:
         raise CheckpointError("checkpoint.bad_config", f"{path}: {error}") from error
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.bundle.bundle import MANIFEST, REPORTS, Bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
+from bridge_stg.runtime.grounder import chosen_heads
 from bridge_stg.runtime.heads.text import TextOptions
 from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
 from bridge_stg.triton.model import BOX_COLUMNS
@@ -53,8 +54,8 @@ def write_repository(
     """Write <out>/<name>/config.pbtxt, 1/model.py and 1/bundle/, and return the model's folder.
 
     Other models of the repository are kept, one of the same name only without `overwrite`. The engines of the bundle
-    are copied, its reports are not. Raises BridgeError if the bundle is damaged or lacks the variant, the backend is
-    unknown, Triton does not accept the name, or a model of this name exists.
+    are copied, its reports are not. Raises BridgeError if the bundle is damaged or lacks the variant or the heads, the
+    backend is unknown, Triton does not accept the name, or a model of this name exists.
     """
     serving = serving or Serving()
     loaded, repository = Bundle.load(bundle), Path(out)
@@ -87,6 +88,7 @@ def _check(serving: Serving, bundle: Bundle) -> None:
     if serving.variant is not None and serving.variant not in variants:
         message = f"{bundle.path}: no graph has the variant {serving.variant!r}; known: {', '.join(variants)}."
         raise BundleError("bundle.no_variant", message)
+    chosen_heads(bundle.manifest.spec, serving.heads)
 
 
 def model_config(serving: Serving) -> str:

@@ -23,7 +23,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import AnnotationError, BridgeError, EngineError
-from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.grounder import Grounder, chosen_heads
 from bridge_stg.runtime.heads.text import TextOptions
 
 BUFFER_FRAMES = 1024
@@ -88,8 +88,11 @@ def bundle_model(
 
 
 def text_identity(spec: ModelSpec, heads: str | None, text: TextOptions | None) -> dict[str, Any]:
-    """Return what text heads add to a model's identity, empty for bridge heads; arguments as for `Grounder.load`."""
-    if (heads or spec.heads) != "text":
+    """Return what text heads add to a model's identity, empty for bridge heads.
+
+    Arguments as for `Grounder.load`. Raises BundleError if the model lacks the heads.
+    """
+    if chosen_heads(spec, heads) != "text":
         return {}
     return {"heads": "text", "text": dataclasses.asdict(text or TextOptions())}
 

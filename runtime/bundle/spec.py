@@ -37,7 +37,10 @@ QueryForm: TypeAlias = Annotated[str, Text(parts=("{query}",))]
 TrackForm: TypeAlias = Annotated[str, Text(parts=("{query}", "{box}"))]
 TimeForm: TypeAlias = Annotated[str, Text(parts=("{time}",))]
 TurnForm: TypeAlias = Annotated[str, Text(parts=("{message}",))]
+ListStart: TypeAlias = Annotated[str, Text(parts=("[",))]
+ListEnd: TypeAlias = Annotated[str, Text(parts=("]",))]
 TokenId: TypeAlias = Annotated[int, Between(0, 2**24)]
+Penalty: TypeAlias = Annotated[float, Between(0.1, 10)]
 
 HEADS = ("bridge", "text")
 """Heads that answer queries: `bridge` (bridging queries and spatial decoder), `text` (spans and boxes as JSON)."""
@@ -141,12 +144,12 @@ class TextSpec:
     image_head: Piece = "<|im_start|>user\n<|vision_start|>"  # before an image's tokens
     image_token: Word = "<|image_pad|>"
     image_turn: TurnForm = "<|vision_end|>{message}<|im_end|>\n<|im_start|>assistant\n"  # after an image's tokens
-    list_open: Piece = "```json\n[\n\t"  # the JSON list of an answer, as the family writes it
+    list_open: ListStart = "```json\n[\n\t"  # the JSON list of an answer, as the family writes it
     list_separator: Piece = ",\n\t"
-    list_close: Piece = "\n]\n```"
+    list_close: ListEnd = "\n]\n```"
     box_scale: Annotated[int, Between(0, 10**6)] = 1000  # boxes are integers from 0 to this; 0: pixels of the frame
     stop_ids: tuple[TokenId, ...] = ()  # ids that end an answer
-    repetition_penalty: Annotated[float, Between(0.1, 10)] = 1.0  # of answers without a grammar
+    repetition_penalty: Penalty = 1.0  # of answers without a grammar
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.cli import app
 from bridge_stg.commands.tables import bundle_table
+from bridge_stg.evaluation.run.evaluate import bundle_model
 from bridge_stg.export.engines.build import build_engines
 from bridge_stg.export.engines.profiles import default_capacity, profiles_of
 from bridge_stg.export.export_bundle import export_bundle
@@ -22,6 +23,7 @@ from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.parity.verify import verify_bundle
+from bridge_stg.triton.repository import Serving, write_repository
 from tests.bridge_stg.checkpoint.plain_folders import FAMILIES, make_plain_folder
 from tests.errors import raises
 from tests.export.engines.real_tensorrt import rtx
@@ -108,6 +110,12 @@ def test_decode_profiles_have_room_for_drafts(text_bundle: Bundles) -> None:
     assert made.capacity == 8192 and default_capacity(wide) >= 4096 + (spec.frames.max_visual_tokens or 0)
 
 
-def test_text_bundles_have_no_bridge_heads(text_bundle: Bundles) -> None:
+def test_text_bundles_have_no_bridge_heads(text_bundle: Bundles, tmp_path: Path) -> None:
+    path, repository = text_bundle("qwen3_vl").path, tmp_path / "models"
     with raises("bundle.no_heads", "bridge"):
-        Grounder.load(text_bundle("qwen3_vl").path, heads="bridge")
+        Grounder.load(path, heads="bridge")
+    with raises("bundle.no_heads", "bridge"):  # before a file of results is begun
+        bundle_model(path, "model", heads="bridge")
+    with raises("bundle.no_heads", "bridge"):
+        write_repository(path, repository, Serving(heads="bridge"))
+    assert not repository.exists()

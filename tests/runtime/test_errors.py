@@ -17,3 +17,7 @@ def test_code_and_message_survive_pickling(kind: type[errors.BridgeError]) -> No
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert type(one) is kind and str(one) == one.message == "a.mp4 has no video stream"
         assert one.code == "video.no_stream"
+
+
+def test_a_message_is_one_line() -> None:
+    assert str(errors.BridgeError("a.b", "it failed (first\nsecond)")) == "it failed (first second)"

@@ -198,6 +198,21 @@ def broken_index(folder: Path) -> None:
     weights.unlink()
 
 
+def named_by_a_list(folder: Path) -> None:
+    """Name one template wrongly; the default one is used, and it is for text only."""
+    (folder / "chat_template.jinja").unlink()
+    templates = [{"name": ["x"], "template": "x"}, {"name": "default", "template": "x"}]
+    change_json(folder / "tokenizer_config.json", chat_template=templates)
+
+
+def no_stop_ids(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"].pop("eos_token_id", None)
+    (folder / "config.json").write_text(json.dumps(values | {"eos_token_id": None}))
+    change_json(folder / "tokenizer.json", added_tokens=[5])
+
+
 REJECTED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
     "a template of text": (text_only, "checkpoint.bad_chat_template", ("chat_template.jinja", "<|video_pad|>")),
     "a template that raises": (
@@ -221,7 +236,23 @@ REJECTED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
     "a missing shard": (broken_index, "checkpoint.missing_file", ("model-1.safetensors",)),
     "a stop id that is text": (
         lambda f: change_json(f / "generation_config.json", eos_token_id="<|im_end|>"),
-        "checkpoint.bad_config", ("stop_ids",),
+        "checkpoint.bad_config", ("generation_config.json", "eos_token_id"),
+    ),
+    "a penalty that is text": (
+        lambda f: change_json(f / "generation_config.json", repetition_penalty="1"),
+        "checkpoint.bad_config", ("generation_config.json", "repetition_penalty"),
+    ),
+    "a limit that is true": (
+        lambda f: change_json(f / "preprocessor_config.json", max_pixels=True),
+        "checkpoint.bad_config", ("preprocessor_config.json", "longest_edge"),
+    ),
+    "a template whose name is a list": (
+        named_by_a_list, "checkpoint.bad_chat_template", ("tokenizer_config.json",),
+    ),
+    "added tokens that are numbers": (no_stop_ids, "checkpoint.bad_tokenizer", ("tokenizer.json",)),
+    "added tokens of another form": (
+        lambda f: change_json(f / "tokenizer_config.json", added_tokens_decoder={"1": 5}),
+        "checkpoint.bad_tokenizer", ("model",),
     ),
     "a limit that is text": (
         lambda f: change_json(f / "preprocessor_config.json", size={"longest_edge": "large"}),

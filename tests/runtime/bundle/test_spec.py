@@ -57,3 +57,12 @@ def test_text_heads_are_the_trained_backbone() -> None:
     spec = dataclasses.replace(fake_spec(), trained=False, text=text)
     assert not spec.is_trained() and not spec.is_trained("bridge") and spec.is_trained("text")
     assert fake_spec().is_trained()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"list_open": "list: "}, {"list_close": ""}, {"stop_ids": [-1]}, {"tube": "find it"}], ids=str
+)
+def test_sections_of_text_that_answers_cannot_follow(wrong: dict[str, Any]) -> None:
+    text = dataclasses.asdict(TextSpec(tube="{query}", span="{query}", image="{query}")) | wrong
+    with pytest.raises(ValueError, match=rf"text\.{next(iter(wrong))}"):
+        from_json(ModelSpec, dataclasses.asdict(fake_spec()) | {"text": text})
