@@ -14,7 +14,7 @@ from bridge_stg.runtime import TextOptions
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
 from tests.bridge_stg.commands.fake_grounder import complaint
-from tests.fakes.chain import fake_spec
+from tests.fakes.chain import fake_spec, text_spec
 
 GIVEN = ["--heads", "text", "--mode", "two-step", "--no-grammar", "--max-tokens", "99"]
 TEXT = TextOptions(mode="two-step", grammar=False, max_tokens=99)
@@ -100,6 +100,6 @@ def test_wrong_values(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFi
 def test_results_of_other_options_are_not_resumed() -> None:
     from bridge_stg.evaluation.run.evaluate import text_identity
 
-    spec = fake_spec()
+    spec = text_spec(heads="bridge")
     assert text_identity(spec, None, TEXT) == {}  # bridge heads: their results do not depend on it
     assert text_identity(spec, "text", TEXT) != text_identity(spec, "text", None) != {}
