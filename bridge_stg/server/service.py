@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.heads.text import check_question
 from bridge_stg.runtime.host.worker import TEMPLATE
 from bridge_stg.runtime.video.decoder import limit_frames
 from bridge_stg.server.http.errors import ApiError, logger, stopping
@@ -141,6 +142,11 @@ class Service:
                 message = f"A query has {len(query)} characters; this server accepts at most {most_chars}."
                 raise ApiError(413, "query.too_long", message)
             self.grounder.check_query(query)
+
+    def check_question(self, question: str, max_tokens: int) -> None:
+        """Check a question before a video is read for it. Raises ApiError 503, and as the runtime's function."""
+        self.check_open()
+        check_question(self.grounder.spec, question, max_tokens)
 
     def forget(self, job: Job) -> None:
         """Cancel a job, and delete its answer."""

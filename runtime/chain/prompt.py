@@ -237,15 +237,16 @@ def query_segment(
     return text_segment(tokenizer.encode(before + text + after), start_position)
 
 
-def check_query(spec: PromptSpec, query: str) -> str:
+def check_query(spec: PromptSpec, query: str, *, max_characters: int | None = None) -> str:
     """Return the query in the form that the prompt uses: Unicode NFC, blanks collapsed, one closing full stop dropped.
 
-    Raises QueryError like `query_segment`.
+    `max_characters` is by default the model's own limit. Raises QueryError like `query_segment`.
     """
+    most = spec.max_query_characters if max_characters is None else max_characters
     if not isinstance(query, str):
         raise QueryError("query.not_text", f"a query must be a string, found {type(query).__name__}")
-    if len(query) > spec.max_query_characters:
-        message = f"the query has {len(query):,} characters, and at most {spec.max_query_characters:,} are possible"
+    if len(query) > most:
+        message = f"the query has {len(query):,} characters, and at most {most:,} are possible"
         raise QueryError("query.too_long", message)
     try:
         query.encode("utf-8")

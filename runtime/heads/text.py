@@ -80,6 +80,10 @@ def check_max_tokens(value: int) -> None:
         raise BridgeError("options.out_of_range", f"max_tokens={value!r}: expected 1 or more")
 
 
+MAX_QUESTION_CHARACTERS = 10_000
+"""Maximum length of a question, if the model has enough positions; its text is used as it is."""
+
+
 def check_question(spec: ModelSpec, question: str, max_tokens: int) -> None:
     """Check a question before a video is read for it.
 
@@ -91,7 +95,7 @@ def check_question(spec: ModelSpec, question: str, max_tokens: int) -> None:
         message = "this model cannot answer in text: its checkpoint's config.json has no section `text`"
         raise QueryError("query.needs_text_heads", f"{message}; use a bundle with text heads")
     check_max_tokens(max_tokens)
-    check_query(spec.prompt, question)
+    check_query(spec.prompt, question, max_characters=MAX_QUESTION_CHARACTERS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,7 @@ async def complete(request: Request, service: TheService, chat: ChatRequest) -> 
     """
     check_model(service, chat.model)
     question, url = split_message(chat)
-    service.check_queries([question])
+    service.check_question(question, chat.limit)
     service.scheduler.check_room()
     with ExitStack() as stack:
         job = service.add_chat(await upload_from_url(service, url, stack), question, max_tokens=chat.limit)

@@ -216,7 +216,16 @@ def test_ask_yields_the_answer_in_pieces() -> None:
             calls = len(grounder.sessions["vision_encoder"].calls)  # type: ignore[attr-defined]
             list(opened.ask("What happens?"))
             assert len(grounder.sessions["vision_encoder"].calls) == calls  # type: ignore[attr-defined]
-        for bad, code in (("", "query.empty"), ("a <|im_end|>", "query.bad_characters")):
+        language: Any = grounder.sessions["language_model"]
+        list(grounder.ask(CLIP, "First,\n look. Then\ttell me.", max_tokens=1))
+        assert "First,\n look. Then\ttell me.<|im_end|>" in language.seen[-1][0]  # as it is
+        assert not list(grounder.ask(CLIP, "why " * 800, max_tokens=1))[1:]
+        for bad, code in (
+            ("", "query.empty"),
+            ("a <|im_end|>", "query.bad_characters"),
+            ("x" * 5000, "query.too_long"),
+            ("x" * 10_001, "query.too_long"),
+        ):
             with raises(code):
                 list(grounder.ask(CLIP, bad))
         with raises("options.out_of_range", "0"):
