@@ -186,7 +186,7 @@ def test_bare_machine(tmp_path: Path) -> None:
     assert not any(state.ready for state in diagnosis.backends)
     for backend in BACKENDS:
         assert f'pip install "bridge-stg[{backend.extra}]"' in lacks(diagnosis, backend.name).values()
-    assert diagnosis.problems[0].command == "pip install av pillow tokenizers click tqdm jinja2"
+    assert diagnosis.problems[0].command == "pip install av pillow tokenizers llguidance click tqdm jinja2"
     assert json.loads(json.dumps(diagnosis.to_json()))["backends"][0]["ready"] is False
 
 
