@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.errors import QueryError
 
 CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -20,7 +20,7 @@ Box = tuple[float, float, float, float]
 def read_span(text: str) -> tuple[float, float] | None:
     """Return start and end in seconds of `{"start": …, "end": …}`; None if the answer says that the target is absent.
 
-    Raises EngineError if the text has no span.
+    Raises QueryError if the text has no span.
     """
     for value in json_objects(text):
         start, end = read_seconds(value.get("start")), read_seconds(value.get("end"))
@@ -35,7 +35,7 @@ def read_boxes(text: str, scale: tuple[int, int]) -> list[tuple[float | None, Bo
     """Return the time in seconds (None: not given) and the box of each entry of a list.
 
     Boxes are clipped to `scale`, the right and bottom sides of a frame. Entries without a box of positive width and
-    height in the frame are left out, and so is an incomplete last entry. Raises EngineError if the text has no JSON
+    height in the frame are left out, and so is an incomplete last entry. Raises QueryError if the text has no JSON
     object and does not say that the target is absent.
     """
     entries, found = [], json_objects(text)
@@ -92,8 +92,8 @@ def nearest_index(time_s: float, times: Sequence[float] | np.ndarray) -> int:
     return int(np.abs(np.asarray(times) - time_s).argmin())
 
 
-def unreadable_answer(text: str, expected: str) -> EngineError:
+def unreadable_answer(text: str, expected: str) -> QueryError:
     """Return the error for an answer that cannot be read; `expected` describes the form."""
     shown = text if len(text) <= 200 else f"{text[:200]}…"
     advice = "keep the grammar on (no --no-grammar), and allow a larger --max-tokens if the answer was cut"
-    return EngineError("engine.unreadable_answer", f"the model answered {shown!r}, expected {expected}; {advice}")
+    return QueryError("query.unreadable_answer", f"the model answered {shown!r}, expected {expected}; {advice}")

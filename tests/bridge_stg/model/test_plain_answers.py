@@ -153,7 +153,7 @@ def test_a_tube_without_a_grammar(pair: Pair) -> None:
     assert text is not None
     with (
         pair.grounder(mode="joint", grammar=False, drafts=False, max_tokens=TOKENS) as grounder,
-        raises("engine.unreadable_answer"),
+        raises("query.unreadable_answer"),
     ):
         grounder.ground(clip(12, 96, 128), "the red car")
     pair.check(pair.inputs(text.tube.replace("{query}", "the red car"), [0, 4, 8]))

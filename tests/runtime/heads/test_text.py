@@ -190,9 +190,9 @@ def test_free_answers(answer: str, count: int) -> None:
 
 def test_a_free_answer_that_is_no_list() -> None:
     with text_grounder({"Boxes": "I cannot help with that."}, grammar=False) as grounder:
-        with raises("engine.unreadable_answer", "I cannot help"):
+        with raises("query.unreadable_answer", "I cannot help"):
             grounder.ground(CLIP, "the car")
-        with raises("engine.unreadable_answer"):
+        with raises("query.unreadable_answer"):
             grounder.sessions["language_model"].replies = {"When": "Soon."}  # type: ignore[attr-defined]
             grounder.span(CLIP, "the car")
 
