@@ -1,5 +1,7 @@
 """Write the figures of assets/demo/figures.json and tasks.json into README.md, between its markers.
 
+Those of text_figures.json, if it exists, go into docs/text_heads.md.
+
 Usage: python assets/demo/fill_readme.py [REPORTS]
 
 REPORTS, if given, contains one output folder of `python cli.py evaluate jsonl` per task, named after the task, with the
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 FIGURES, TASKS, README = Path("assets/demo/figures.json"), Path("assets/demo/tasks.json"), Path("README.md")
+TEXT_FIGURES, TEXT_HEADS = Path("assets/demo/text_figures.json"), Path("docs/text_heads.md")
 NAMES = {
     "tube": "when and where (`ground`)",
     "span": "only when (`span`)",
@@ -76,6 +79,29 @@ def tasks_table(tasks: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def text_table(figures: dict[str, Any]) -> str:
+    """Return the figures of both heads, by the length of tubes, as Markdown."""
+    lines = [
+        "| tubes | heads | m_tIoU | m_vIoU | calls of the language model | answer tokens | seconds | clips |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for length in next(iter(figures["tubes"].values())):
+        for way, by_length in figures["tubes"].items():
+            found = by_length[length]
+            tokens = f"{found['tokens']:.0f}" if found["tokens"] else "–"
+            scores = f"{found['m_tIoU']:.3f} | {found['m_vIoU']:.3f} | {found['calls']:.1f} | {tokens}"
+            lines.append(f"| {length} | {way} | {scores} | {found['seconds']:.2f} | {found['clips']} |")
+    locate = figures["locate"]
+    lines += [
+        "",
+        f"A box in an image (`locate`, {locate['images']} images): Acc@0.5 {locate['Acc@0.5']:.3f}, mean IoU "
+        f"{locate['mean_IoU']:.3f}. Absent targets: AUROC {figures['absent_auroc']:.3f}; the "
+        f"answer is an empty list for {figures['absent_recognized']:.0%} of absent and "
+        f"{1 - figures['present_found']:.0%} of present targets.",
+    ]
+    return "\n".join(lines)
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """Return the text with `content` between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
     pattern = re.compile(f"<!-- {marker}:begin -->.*<!-- {marker}:end -->", re.S)
@@ -87,6 +113,9 @@ def main() -> None:
     if len(sys.argv) > 1:
         TASKS.write_text(json.dumps(collect(Path(sys.argv[1])), indent=2) + "\n", encoding="utf-8")
     text = fill(README.read_text(encoding="utf-8"), "figures", table(json.loads(FIGURES.read_text(encoding="utf-8"))))
+    if TEXT_FIGURES.exists():
+        content = text_table(json.loads(TEXT_FIGURES.read_text(encoding="utf-8")))
+        TEXT_HEADS.write_text(fill(TEXT_HEADS.read_text(encoding="utf-8"), "figures", content), encoding="utf-8")
     README.write_text(fill(text, "tasks", tasks_table(json.loads(TASKS.read_text(encoding="utf-8")))), encoding="utf-8")
 
 

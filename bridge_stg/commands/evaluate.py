@@ -137,9 +137,17 @@ def convert_refs(refs: Path, out: Path) -> None:
 @click.option("--clips", type=COUNT, default=200, show_default=True, help="Number of held-out clips.")
 @options.bundle_option
 @click.option("--checkpoint", type=PATH, help="Evaluate this checkpoint in eager torch instead.")
+@click.option("--text-bundle", type=PATH, help="Compare this demo bundle with text heads with --bundle.")
 @options.variant_option()
-def evaluate_demo(out: Path, **options: Any) -> None:
-    """Evaluate the demo model on held-out clips, with controls."""
+def evaluate_demo(out: Path, *, text_bundle: Path | None, **options: Any) -> None:
+    """Evaluate the demo model on held-out clips, with controls, or compare its text heads with its bridge heads."""
+    if text_bundle is not None:
+        if options.pop("checkpoint") is not None or options.pop("variant") is not None:
+            raise BridgeError("options.conflict", "--text-bundle excludes --checkpoint and --variant.")
+        from bridge_stg.demo.text_heads.held_out import evaluate_text_demo
+
+        click.echo(evaluate_text_demo(out, text=text_bundle, **options))
+        return
     from bridge_stg.demo.held_out import evaluate_demo as measure
 
     click.echo(measure(out, **options))

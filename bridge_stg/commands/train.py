@@ -124,12 +124,30 @@ def train(
 
 @click.command("train-demo")
 @click.option("--out", type=PATH, default=Path("build/demo/checkpoint"), show_default=True, help="Checkpoint folder.")
+@click.option(
+    "--heads", type=click.Choice(["bridge", "text"]), default="bridge", show_default=True,
+    help="What answers; text heads are trained from the demo checkpoint of a source tree.",
+)  # fmt: skip
 @click.option("--vision-steps", type=COUNT, help="Steps of the first stage; default: the recipe's.")
 @click.option("--grounding-steps", type=COUNT, help="Steps of the second stage; default: the recipe's.")
+@click.option("--text-steps", type=COUNT, help="Steps with --heads text; default: the recipe's.")
 @options.seed_option
 @resume_option
-def train_demo(out: Path, **options: Any) -> None:
-    """Train the demo checkpoint from scratch on synthetic clips."""
-    from bridge_stg.demo.train import train_demo as train_checkpoint
+def train_demo(
+    *, out: Path, heads: str, vision_steps: int | None, grounding_steps: int | None, text_steps: int | None, **rest: Any
+) -> None:
+    """Train the demo checkpoint on synthetic clips: from scratch, or text heads on its backbone."""
+    if heads == "text":
+        if vision_steps or grounding_steps:
+            message = "--vision-steps and --grounding-steps train bridge heads; with --heads text, use --text-steps."
+            raise BridgeError("options.conflict", message)
+        from bridge_stg.demo.text_heads.train import train_text_demo
 
-    click.echo(f"Wrote the checkpoint {train_checkpoint(out, **options)}.")
+        made = train_text_demo(out, steps=text_steps, **rest)
+    else:
+        if text_steps:
+            raise BridgeError("options.conflict", "--text-steps needs --heads text.")
+        from bridge_stg.demo.train import train_demo as train_checkpoint
+
+        made = train_checkpoint(out, vision_steps=vision_steps, grounding_steps=grounding_steps, **rest)
+    click.echo(f"Wrote the checkpoint {made}.")

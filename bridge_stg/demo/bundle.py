@@ -8,11 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bridge_stg
-from bridge_stg.runtime.errors import BundleError
+from bridge_stg.runtime.errors import BundleError, CheckpointError
 
 SOURCE_TREE = Path(bridge_stg.__file__).resolve().parents[1]
 BUILT = Path("build/demo/bundle")
 CHECKPOINT = Path("assets/demo/checkpoint")
+
+
+def demo_checkpoint(path: Path = CHECKPOINT) -> Path:
+    """Return a checkpoint of the source tree, from the working folder or next to this package.
+
+    Raises CheckpointError if it is in neither.
+    """
+    for root in (Path(), SOURCE_TREE):
+        if (root / path).is_dir():
+            return root / path
+    raise CheckpointError(
+        "checkpoint.missing_file", f"{path}: no such folder; run this in a source tree of the project"
+    )
 
 
 def demo_bundle(*, progress: Callable[[str], None] = lambda stage: None) -> Path:

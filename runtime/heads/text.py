@@ -210,7 +210,9 @@ class TextHead:
     def _boxes_form(self, query: str, times: tuple[str, ...], size: tuple[int, int], *, allow_none: bool) -> JsonForm:
         """Return the form of a list of boxes in frames of `size` (width, height in pixels, as the model sees them)."""
         scale = (self._text.box_scale,) * 2 if self._text.box_scale else size
-        label = json_label(check_query(self._chain.spec.prompt, query))
+        tokenizer = self._chain.tokenizer
+        shown = tokenizer.decode(tokenizer.encode(check_query(self._chain.spec.prompt, query)))
+        label = json_label(shown)  # as the tokenizer can write it, such as in lower case
         return JsonForm(self._text, times, scale=(scale[0], scale[1]), label=label, allow_none=allow_none)
 
     # The answers.
