@@ -192,7 +192,7 @@ def test_without_verify(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The manifest and the commands say so, and the bundle runs."""
-    monkeypatch.setattr(onnx_export, "GRAPH_NAMES", ("spatial_decoder",))
+    monkeypatch.setattr(onnx_export, "graphs_of", lambda spec: ("spatial_decoder",))
     bundle = tmp_path / "bundle"
     options = ["--out", str(bundle), "--variant", "primitive", "--no-verify"]
     assert cli.run(["export", str(checkpoint), *options]) == 0

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.host.memory import peak_bytes
+from bridge_stg.runtime.live.stats import LiveStats
 from tests.fakes.chain import (
     VOCAB,
     FakeCache,
@@ -94,3 +99,23 @@ def stream(
     for i in range(int(seconds * fps)):
         time = i / fps
         yield start_s + time, frames[any(low <= time < high for low, high in bright)]
+
+
+def watch_for_an_hour() -> tuple[list[int], LiveStats]:
+    """Watch an hour of a stream; return the resident bytes after each minute from the sixth on, and the counts."""
+    measured: list[int] = []
+    grounder = live_grounder(seeing=False)
+    with grounder.watch(stream(3600, fps=4.0), ["the car", "a dog"], window=16) as watch:
+        for update in watch:
+            if update.known_s >= 360 and update.known_s % 60 == 0:
+                measured.append(resident_bytes())
+    return measured, watch.stats
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process; its peak where the system does not tell."""
+    gc.collect()
+    statm = Path("/proc/self/statm")
+    if not statm.exists():  # not Linux
+        return peak_bytes()
+    return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -159,7 +159,7 @@ def test_a_failed_export_names_the_boundary_and_leaves_nothing(
             model.spatial_decoder.presence_heads[-1][-1].bias.add_(0.5)
         record_random_cases(name, model, folder)
 
-    monkeypatch.setattr(onnx_export, "GRAPH_NAMES", ("spatial_decoder",))
+    monkeypatch.setattr(onnx_export, "graphs_of", lambda spec: ("spatial_decoder",))
     monkeypatch.setattr(onnx_export, "record_random_cases", perturbed)
     with raises("export.parity", "spatial_decoder.presence (primitive; B 1, F 1", kind=EngineError):
         export_bundle(checkpoint, tmp_path / "bundle", variants=("primitive",))
