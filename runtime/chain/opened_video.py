@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.decode import Prefix
 from bridge_stg.runtime.chain.prompt import Segment, Tokenizer
 from bridge_stg.runtime.chain.results import Grounding
+from bridge_stg.runtime.chain.spans import Span, span_of_groups
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.vision_pass import FeatureMaps
 from bridge_stg.runtime.errors import QueryError, VideoError
@@ -123,13 +124,24 @@ class VideoFacts:
     clock: str = "timestamps"
     stream: int | None = None
 
-    def token_counts(self, spec: ModelSpec, fine_frames: int) -> dict[str, float]:
-        """Count the visual tokens of the coarse and of F fine frames, and those of the whole fine grid."""
-        factor = spec.vision.patch_size * spec.vision.merge_size
+    def span_of(self, groups: tuple[int, int]) -> Span:
+        """Return the span in seconds from the first to the last of a named pair of groups; see `span_of_groups`."""
+        return span_of_groups(groups, self.sample_times, interval_s=self.interval_s, duration_s=self.duration_s)
+
+    def fine_size(self, spec: ModelSpec) -> tuple[int, int]:
+        """Return width and height of fine frames in pixels."""
         _, (height, width) = frame_sizes(self.size[1], self.size[0], spec)
-        per_frame, coarse = (height // factor) * (width // factor), self.choice.tokens
+        return width, height
+
+    def result_fields(self, spec: ModelSpec, fine_frames: int) -> dict[str, Any]:
+        """Return the fields of a `Grounding` that follow from the video and the number of fine frames used."""
+        (width, height), side = self.fine_size(spec), spec.vision.patch_size * spec.vision.merge_size
+        per_frame, coarse = (height // side) * (width // side), self.choice.tokens
         fine, dense = fine_frames * per_frame, len(self.fine_grid) * per_frame
-        return {"coarse": coarse, "fine": fine, "dense": dense, "ratio": (coarse + fine) / dense}
+        tokens = {"coarse": coarse, "fine": fine, "dense": dense, "ratio": (coarse + fine) / dense}
+        return {
+            "size": self.size, "coarse": self.choice, "tokens": tokens, "clock": self.clock, "stream": self.stream
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

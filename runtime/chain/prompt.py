@@ -237,6 +237,12 @@ def query_segment(
     return text_segment(tokenizer.encode(before + text + after), start_position)
 
 
+def query_too_long(position: int, most: int) -> QueryError:
+    """Return the error of a query after which the model, of `most` positions, has no room left for an answer."""
+    message = f"after this video, the query ends at position {position} of {most}; shorten one of them"
+    return QueryError("query.too_long", message)
+
+
 def check_query(spec: PromptSpec, query: str, *, max_characters: int | None = None) -> str:
     """Return the query in the form that the prompt uses: Unicode NFC, blanks collapsed, one closing full stop dropped.
 

@@ -12,13 +12,12 @@ from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy, boxes_to_pixels
 from bridge_stg.runtime.chain.decode import Answer, answer_queries, positions_needed
 from bridge_stg.runtime.chain.grammar import AnswerGrammar
 from bridge_stg.runtime.chain.opened_video import Chain, Head, TextStream, VideoParts, prompts_of
-from bridge_stg.runtime.chain.prompt import Segment, query_segment, time_strings
+from bridge_stg.runtime.chain.prompt import Segment, query_segment, query_too_long, time_strings
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube, tube_in_span
-from bridge_stg.runtime.chain.spans import Span, fine_frames, in_span, refine_span, span_of_groups
+from bridge_stg.runtime.chain.spans import Span, fine_frames, in_span, refine_span
 from bridge_stg.runtime.chain.spatial_pass import Located, SpatialQuery, locate
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.device.array_ops import on_host
-from bridge_stg.runtime.errors import QueryError
 from bridge_stg.runtime.heads.text import check_question
 from bridge_stg.runtime.host.limits import Limits
 
@@ -51,8 +50,7 @@ class BridgeHead:
         prompts = prompts_of(queries, lambda query: self._prompt(query, task))
         with limits.stage("answer"):
             answers = self._answer(prompts, self._grammars[task.grammar_key], limits)
-        times, sizes = video.sample_times, {"interval_s": video.interval_s, "duration_s": video.duration_s}
-        spans = [answer.groups and span_of_groups(answer.groups, times, **sizes) for answer in answers]
+        spans = [answer.groups and video.span_of(answer.groups) for answer in answers]
         searches = self._searches(answers, spans) if task.name != "span" else {}
         most = chain.spec.frames.max_fine_frames
         located = locate(
@@ -77,10 +75,7 @@ class BridgeHead:
         language = chain.spec.language
         last = segment.next_position + self._answer_tokens + language.num_bridging_queries
         if last > language.max_positions:
-            message = (
-                f"after this video, the query ends at position {last} of {language.max_positions}; shorten one of them"
-            )
-            raise QueryError("query.too_long", message)
+            raise query_too_long(last, language.max_positions)
         return segment
 
     def _answer(self, prompts: list[Segment], grammar: AnswerGrammar, limits: Limits) -> list[Answer]:
@@ -142,16 +137,12 @@ class BridgeHead:
             span=span,
             tube=tube,
             boxes=boxes,
-            size=self._video.size,
-            coarse=self._video.choice,
             answer=self._chain.tokenizer.decode(answer.ids),
             named_span=named_span,
             scores={"absent": answer.absent, "answer": math.exp(answer.log_probability), "presence": presence},
-            tokens=self._video.token_counts(self._chain.spec, fine),
-            clock=self._video.clock,
-            stream=self._video.stream,
             task=task.name,
             taps=None if answer.taps is None else np.array(on_host(answer.taps)),
+            **self._video.result_fields(self._chain.spec, fine),
         )
 
     def _refined(self, named: Span, located: Located, task: Task) -> tuple[Span, Tube]:

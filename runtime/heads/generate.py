@@ -164,7 +164,7 @@ def write_answers(session: Session, cache: KVCache, rows: Sequence[TextRow], no_
     """Decode the answers of B rows; after each call of the model, yield the number of calls so far.
 
     Every row has at least one pending token, all of them text; `no_visual_tokens` are zeros [1+D, 2, H]. A row that is
-    done waits for the others: it is fed its last token at its own end, which nothing attends to.
+    done waits for the others: it is fed tokens after its own end, which nothing attends to.
     """
     most = largest(session, "L")
     for row in rows:

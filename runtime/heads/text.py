@@ -24,21 +24,22 @@ from bridge_stg.runtime.chain.prompt import (
     Tokenizer,
     check_query,
     join_segments,
+    query_too_long,
     text_segment,
     time_numbers,
     visual_segment,
 )
 from bridge_stg.runtime.chain.results import Grounding, Tube
-from bridge_stg.runtime.chain.spans import Span, fine_frames, in_span, span_of_groups
+from bridge_stg.runtime.chain.spans import Span, fine_frames, in_span
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.device import array_ops as arrays
+from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.errors import BridgeError, QueryError
 from bridge_stg.runtime.heads.answers import Box, nearest_index, read_boxes, read_span
 from bridge_stg.runtime.heads.drafts import draft
 from bridge_stg.runtime.heads.generate import TextRow, Writing, prefill, write_answers
 from bridge_stg.runtime.heads.json_grammar import JsonForm, JsonGrammar, JsonWriting, json_label
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.video.sizes import frame_sizes
 
 COUNTS = ("calls", "tokens", "forced", "drafted", "accepted", "truncated")
 """Keys of `Grounding.decoding`."""
@@ -105,21 +106,14 @@ class Written:
     Attributes:
         text: the answer without the tokens that ended it.
         absent: probability of the answer that the target is absent.
-        log_probability: sum over the tokens that were chosen by logits.
-        choices: number of these tokens.
+        score: geometric mean of the probabilities of the tokens that were chosen by logits.
         counts: values of `COUNTS`.
     """
 
     text: str
     absent: float
-    log_probability: float
-    choices: int
+    score: float
     counts: Counter[str]
-
-    @property
-    def score(self) -> float:
-        """Geometric mean of the probabilities of the chosen tokens."""
-        return math.exp(self.log_probability / max(self.choices, 1))
 
 
 class TextHead:
@@ -139,6 +133,7 @@ class TextHead:
         self._video, self._prefix, self._features = parts.facts, parts.prefix, parts.features
         self._group_times = parts.facts.sample_times.mean(axis=1)
         self._times = tuple(time_numbers(self._group_times, chain.spec.prompt))  # as text
+        self._printed_times = np.array(self._times, np.float64)
         has_image_prompt = parts.facts.is_image and chain.heads == "text"
         self._turn = self._text.image_turn if has_image_prompt else self._text.video_turn
 
@@ -258,10 +253,7 @@ class TextHead:
         capacity = largest(self._chain.language_model, "S")
         room = min(most - prompt.next_position, capacity - self._prefix.length - len(prompt) - margin)
         if room < 1:
-            message = (
-                f"after this video, the query ends at position {prompt.next_position} of {most}; shorten one of them"
-            )
-            raise QueryError("query.too_long", message)
+            raise query_too_long(prompt.next_position, most)
         return min(room, max_tokens)
 
     def _write(self, prompts: Sequence[Segment], forms: Sequence[JsonForm], limits: Limits) -> list[Written]:
@@ -299,7 +291,8 @@ class TextHead:
         writing, stop_ids = row.writing, self._text.stop_ids
         counts = row.counts + Counter(tokens=len(writing.ids), truncated=int(writing.truncated))
         text = self._chain.tokenizer.decode([i for i in writing.ids if i not in stop_ids])
-        return Written(text, writing.absent, writing.log_probability, writing.choices, counts)
+        score = math.exp(writing.log_probability / max(writing.choices, 1))
+        return Written(text, writing.absent, score, counts)
 
     # From answers to results.
 
@@ -331,16 +324,16 @@ class TextHead:
             return self._grounding(query, answer, span=None, tube=None)
         groups = sorted(found)
         tube = self._tube(self._group_times[groups], [found[group] for group in groups], form.scale)
-        return self._grounding(query, answer, span=self._span(groups[0], groups[-1]), tube=tube)
+        return self._grounding(query, answer, span=self._video.span_of((groups[0], groups[-1])), tube=tube)
 
     def _named_span(self, answer: Written) -> Span | None:
         """Return the span that an answer names, from the first to the last group; None if the target is absent."""
         times = read_span(answer.text)
-        return None if times is None else self._span(*map(self._group_at, times))
+        return None if times is None else self._video.span_of((self._group_at(times[0]), self._group_at(times[1])))
 
     def _group_at(self, time_s: float) -> int:
         """Return the index of the group whose time in the prompt is nearest."""
-        return nearest_index(time_s, list(map(float, self._times)))
+        return nearest_index(time_s, self._printed_times)
 
     def _of_frames(self, query: str, answer: Written, span: Span, limits: Limits, *, allow_none: bool) -> Grounding:
         """Request the box in single frames of a span, and return the result; `answer` named the span."""
@@ -348,12 +341,16 @@ class TextHead:
             span, self._video.fine_grid, fine_fps=self._chain.spec.frames.fine_fps, margin_s=0.0,
             max_frames=min(STEP_FRAMES, self._chain.spec.frames.max_fine_frames),
         )  # fmt: skip
-        form = self._boxes_form(query, (), self._fine_size, allow_none=allow_none)
+        form = self._boxes_form(query, (), self._video.fine_size(self._chain.spec), allow_none=allow_none)
+        prompt, answer_tokens = self._frame_prompt(query), 2 * self._entry_tokens(form)
+        positions = len(prompt) + 2 * answer_tokens  # as many for padding as for the answer
+        most = min(STEP_ROWS, self._chain.pool.rows(self._prefix.cache, positions=positions))
         boxes: dict[float, Box] = {}
         counts = Counter(answer.counts)
-        for start in range(0, len(frames.indices), STEP_ROWS):
-            indices = frames.indices[start : start + STEP_ROWS]
-            shown, written, calls = self._answers_in_frames(query, form, indices, limits)
+        for start in range(0, len(frames.indices), most):
+            tokens, shown = self._features.at(frames.indices[start : start + most], limits)  # [F, 1+D, n, H]
+            with limits.stage("boxes"):
+                written, calls = self._answers_in_frames(tokens, prompt, form, limits, answer_tokens=answer_tokens)
             for time_s, frame_answer in zip(shown, written, strict=True):
                 counts += Counter({**frame_answer.counts, "calls": 0})  # rows of a batch share its calls
                 for _, box in read_boxes(frame_answer.text, form.scale)[:1]:
@@ -365,15 +362,10 @@ class TextHead:
         tube = self._tube(np.array(sorted(boxes)), [boxes[time] for time in sorted(boxes)], form.scale)
         return self._grounding(query, answer, span=span, tube=tube, frames=len(frames.indices))
 
-    @property
-    def _fine_size(self) -> tuple[int, int]:
-        """Width and height of fine frames in pixels."""
-        _, (height, width) = frame_sizes(self._video.size[1], self._video.size[0], self._chain.spec)
-        return width, height
-
     def _frame_prompt(self, query: str) -> Segment:
         """Return the family's prompt that requests a box in one fine frame; its visual tokens are rows 1 to n."""
-        chain, spec, (width, height) = self._chain, self._chain.spec, self._fine_size
+        chain, spec = self._chain, self._chain.spec
+        width, height = self._video.fine_size(spec)
         side = spec.vision.patch_size * spec.vision.merge_size
         grid = VisualGrid(1, height // side, width // side)
         image = visual_segment(chain.tokenizer, spec, self._text.image_head, self._text.image_token, grid)
@@ -381,41 +373,31 @@ class TextHead:
         return join_segments([image, self._turn_segment(self._text.image_turn, message, image.next_position)])
 
     def _answers_in_frames(
-        self, query: str, form: JsonForm, indices: np.ndarray, limits: Limits
-    ) -> tuple[np.ndarray, list[Written], int]:
-        """Request the box in F frames of the fine grid, by `indices` [F]; `form` is that of each answer.
+        self, tokens: Array, prompt: Segment, form: JsonForm, limits: Limits, *, answer_tokens: int
+    ) -> tuple[list[Written], int]:
+        """Request the box in F frames in one batch; return their answers, and the number of calls of the model.
 
-        Returns:
-            The times [F] of the frames, their answers, and the number of calls of the language model.
+        Args:
+            tokens: visual tokens of the frames [F, 1+D, n, H].
+            prompt: see `_frame_prompt`.
+            form: the form of each answer.
+            limits: those of the call.
+            answer_tokens: maximum tokens of each answer in the form.
         """
-        chain, session, prompt = self._chain, self._chain.language_model, self._frame_prompt(query)
-        tokens, times = self._features.at(indices, limits)  # [F, 1+D, n, H]
-        entry, chunk = self._entry_tokens(form), prefill_chunk(session)
-        most, positions = min(self._options.max_tokens, 2 * entry), len(prompt) + 4 * entry
-        rows: list[TextRow] = []
-        calls = 0
-        with limits.stage("boxes"):
-            while len(rows) < len(indices):
-                batch = tokens[len(rows) :][: chain.pool.rows(self._prefix.cache, positions=positions)]
-                prompts = [prompt.with_rows(f * tokens.shape[2]) for f in range(len(batch))]
-                cache = chain.pool.take(batch=len(batch), positions=positions)
-                visual = arrays.join(list(batch), axis=1, zeros_before=1)
-                last = prefill(session, cache, prompts, visual, chunk=chunk)
-                new = [self._row(pending, form, length=len(prompt) - 1, max_tokens=most) for pending in last]
-                calls += math.ceil((len(prompt) - 1) / chunk)  # of `prefill`
-                for made in write_answers(session, cache, new, self._prefix.no_visual_tokens):
-                    limits.report(calls + made, None)
-                calls += made
-                rows += new
-                chain.pool.give(cache)
-        return times, [self._written(row) for row in rows], calls
-
-    def _span(self, first: int, last: int) -> Span:
-        """Return the span in seconds from the first to the last group, by their indices."""
-        video = self._video
-        return span_of_groups(
-            (first, last), video.sample_times, interval_s=video.interval_s, duration_s=video.duration_s
-        )
+        chain, session = self._chain, self._chain.language_model
+        chunk, length = prefill_chunk(session), len(prompt) - 1
+        prompts = [prompt.with_rows(f * tokens.shape[2]) for f in range(len(tokens))]
+        cache = chain.pool.take(batch=len(prompts), positions=len(prompt) + 2 * answer_tokens)
+        visual = arrays.join(list(tokens), axis=1, zeros_before=1)
+        last = prefill(session, cache, prompts, visual, chunk=chunk)
+        most = min(self._options.max_tokens, answer_tokens)
+        rows = [self._row(pending, form, length=length, max_tokens=most) for pending in last]
+        calls = prefills = math.ceil(length / chunk)
+        for made in write_answers(session, cache, rows, self._prefix.no_visual_tokens):
+            calls = prefills + made
+            limits.report(calls, None)
+        chain.pool.give(cache)
+        return [self._written(row) for row in rows], calls
 
     def _tube(self, times: np.ndarray, boxes: Sequence[Box], scale: tuple[int, int]) -> Tube:
         """Return the tube of boxes [N] at times [N] in seconds; boxes are in units of `scale`."""
@@ -438,16 +420,12 @@ class TextHead:
             span=span,
             tube=tube,
             boxes=boxes,
-            size=video.size,
-            coarse=video.choice,
             answer=answer.text,
             named_span=span,
             scores={"absent": answer.absent, "answer": answer.score, "presence": float(tube is not None)},
-            tokens=video.token_counts(self._chain.spec, frames),
             heads="text",
             decoding={name: answer.counts[name] for name in COUNTS},
-            clock=video.clock,
-            stream=video.stream,
+            **video.result_fields(self._chain.spec, frames),
         )
 
 
