@@ -91,9 +91,14 @@ def make_plain_folder(
 
 
 def random_weights(family: str, *, layers: int, tied: bool, seed: int) -> PreTrainedModel:
-    """Return transformers' model with random weights that make every output depend on every input."""
+    """Return transformers' model with random weights of a seed; see `randomize`."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(plain_config(family, layers=layers, tied=tied))
+    return randomize(model, tied=tied)
+
+
+def randomize(model: PreTrainedModel, *, tied: bool) -> PreTrainedModel:
+    """Return a model in eval mode with random weights that make every output depend on every input."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "embed_tokens" in name or "pos_embed" in name:

@@ -29,6 +29,7 @@ from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.chain.positions import VisualGrid, vision_tables
 from bridge_stg.runtime.chain.prompt import Segment
 from bridge_stg.runtime.heads.generate import stock_segment
+from tests.bridge_stg.checkpoint.plain_folders import randomize
 
 VOCAB, IMAGE, VIDEO, START, END = 128, 124, 125, 126, 127
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
@@ -59,19 +60,8 @@ def stock_model(family: str) -> PreTrainedModel:
             tie_word_embeddings=False, **IDS,
         )  # fmt: skip
         model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed_tokens" in name or "pos_embed" in name:
-                # A tied head repeats the token that it sees, unless the layers say more than the embedding.
-                torch.nn.init.normal_(parameter, std=0.1 if family == "qwen3_vl" else 1.0)
-            elif parameter.ndim >= 2:
-                torch.nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)
-            elif name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
-            else:
-                torch.nn.init.uniform_(parameter, 0.7, 1.3)
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return randomize(model, tied=family == "qwen3_vl")
 
 
 def our_model(folder: Path) -> BridgeSTG:
