@@ -45,6 +45,7 @@ from bridge_stg.runtime.host.files import require_space, target_of
 SPARE_BYTES = 64 << 20
 """Disk space that must stay free."""
 Report = Callable[[str], object]
+DecoderOfWidth = Callable[[int], SpatialDecoderConfig]
 
 
 def init_checkpoint(
@@ -53,7 +54,7 @@ def init_checkpoint(
     *,
     seed: int = 0,
     bridging: BridgingConfig | None = None,
-    spatial_decoder: SpatialDecoderConfig | None = None,
+    spatial_decoder: SpatialDecoderConfig | DecoderOfWidth = SpatialDecoderConfig.fitting,
     dtype: torch.dtype | None = None,
     adapter: Path | str | None = None,
     progress: Report | None = None,
@@ -65,7 +66,7 @@ def init_checkpoint(
         out: the folder to create; must not exist.
         seed: seed of the new parts' weights.
         bridging: number of queries and tapped layers; None: the config's defaults.
-        spatial_decoder: sizes of the spatial decoder; None: the config's defaults.
+        spatial_decoder: sizes of the spatial decoder, or a function that returns them for the LLM's width.
         dtype: dtype of the backbone's weights; None: unchanged.
         adapter: name or path of a LoRA adapter to merge; None: the only one in the folder, if any.
         progress: called with the name of each stage.
@@ -79,8 +80,9 @@ def init_checkpoint(
     backbone, out, report = Path(backbone), Path(out), progress or (lambda stage: None)
     if out.exists():
         raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
-    decoder = spatial_decoder or SpatialDecoderConfig()
-    config = new_config(backbone, bridging=bridging or BridgingConfig(), spatial_decoder=decoder, report=report)
+    bridging = bridging or BridgingConfig()
+    config = new_config(backbone, bridging=bridging, spatial_decoder=spatial_decoder, report=report)
+    report(sizes_of(config))
     load_tokenizer(backbone, config)
     config, store = open_weights(backbone, config, adapter=adapter)
     with torch.device("meta"):
@@ -103,7 +105,7 @@ def init_checkpoint(
 
 
 def new_config(
-    folder: Path, *, bridging: BridgingConfig, spatial_decoder: SpatialDecoderConfig, report: Report
+    folder: Path, *, bridging: BridgingConfig, spatial_decoder: SpatialDecoderConfig | DecoderOfWidth, report: Report
 ) -> BridgeSTGConfig:
     """Return the config of a new checkpoint, with the prompt and frames of the model's family.
 
@@ -126,10 +128,22 @@ def new_config(
     if text is not None and not prompt.head.endswith(prompt.group_open):  # each group of a video closes itself
         text = dataclasses.replace(text, video_turn=text.video_turn.removeprefix(prompt.group_close))
     config = BridgeSTGConfig(
-        backbone=values, bridging=bridging, spatial_decoder=spatial_decoder, frames=family.frames(),
-        prompt=prompt, image_mean=mean, image_std=std, trained=False, text=text,
-    )  # fmt: skip
-    return config.checked(folder / "config.json")
+        backbone=values, bridging=bridging, frames=family.frames(), prompt=prompt, image_mean=mean, image_std=std,
+        trained=False, text=text,
+    ).checked(folder / "config.json")  # fmt: skip
+    if callable(spatial_decoder):
+        spatial_decoder = spatial_decoder(config.model_spec().language.hidden_size)
+    return dataclasses.replace(config, spatial_decoder=spatial_decoder)
+
+
+def sizes_of(config: BridgeSTGConfig) -> str:
+    """Return one line with the sizes of the new parts."""
+    language, decoder = config.model_spec().language, config.spatial_decoder
+    taps = ", ".join(map(str, language.tapped_layers))
+    return (
+        f"{language.num_bridging_queries} bridging queries, tapped after layers {taps} of {language.num_layers}; "
+        f"spatial decoder of width {decoder.width} with {decoder.num_layers} layers of {decoder.num_heads} heads"
+    )
 
 
 def link_weights(files: list[Path], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,6 @@ from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, DTYPES, PATH, Number
 from bridge_stg.commands.progress import stage_line
 from bridge_stg.runtime.errors import BridgeError
-
-HEADS = 8
 
 
 def layers(value: str) -> tuple[int, ...]:
@@ -44,17 +43,21 @@ resume_option = click.option(
 @click.option("--backbone", type=PATH, required=True, help="Folder of a Hugging Face model.")
 @options.out_option("the checkpoint")
 @options.seed_option
-@click.option("--queries", type=COUNT, default=8, show_default=True, help="Number of bridging queries.")
+@click.option(
+    "--like", type=click.Choice(["paper"]),
+    help="Sizes of the paper as far as published, for any backbone (docs/training.md); --queries etc. override them.",
+)  # fmt: skip
+@click.option("--queries", type=COUNT, help="Number of bridging queries; default: 8.")
 @click.option("--taps", type=layers, help="LLM layers to tap; default: the last layer of each third.")
-@click.option("--decoder-width", type=click.IntRange(min=8), default=256, show_default=True)
-@click.option("--decoder-layers", type=COUNT, default=6, show_default=True)
+@click.option("--decoder-width", type=click.IntRange(min=8), help="Default: 256, or the LLM's width if that is less.")
+@click.option("--decoder-layers", type=COUNT, help="Default: 6.")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: unchanged, as links."
 )
 @options.adapter_option
 def init(
-    *, backbone: Path, out: Path, seed: int, queries: int, taps: tuple[int, ...] | None, decoder_width: int,
-    decoder_layers: int, dtype: str | None, adapter: str | None,
+    *, backbone: Path, out: Path, seed: int, like: str | None, queries: int | None, taps: tuple[int, ...] | None,
+    decoder_width: int | None, decoder_layers: int | None, dtype: str | None, adapter: str | None,
 ) -> None:  # fmt: skip
     """Create a checkpoint from a vision-language model, with new, untrained bridging and spatial parts.
 
@@ -63,15 +66,15 @@ def init(
     from bridge_stg.checkpoint.init_checkpoint import init_checkpoint
     from bridge_stg.model.config import BridgingConfig, SpatialDecoderConfig
 
-    if decoder_width % HEADS:
-        raise BridgeError("options.invalid", f"--decoder-width {decoder_width}: expected a multiple of {HEADS}.")
+    def spatial_decoder(hidden_size: int) -> SpatialDecoderConfig:
+        fitting = SpatialDecoderConfig() if like else SpatialDecoderConfig.fitting(hidden_size)
+        sizes = SpatialDecoderConfig.of_width(decoder_width) if decoder_width else fitting
+        return dataclasses.replace(sizes, num_layers=decoder_layers or sizes.num_layers)
+
     made = init_checkpoint(
         backbone, out, seed=seed, dtype=torch_dtype(dtype), adapter=adapter,
-        bridging=BridgingConfig(num_queries=queries, tapped_layers=taps or ()),
-        spatial_decoder=SpatialDecoderConfig(
-            width=decoder_width, num_layers=decoder_layers, num_heads=HEADS, ffn_width=8 * decoder_width
-        ),
-        progress=stage_line,
+        bridging=BridgingConfig(num_queries=queries or BridgingConfig.num_queries, tapped_layers=taps or ()),
+        spatial_decoder=spatial_decoder, progress=stage_line,
     )  # fmt: skip
     click.echo(f"Wrote the untrained checkpoint {made}. Next: train {made} --annotations … --media … --out …")
 

@@ -40,7 +40,12 @@ class BridgingConfig:
 
     num_queries: Count = 8
     tapped_layers: tuple[Index, ...] = ()
-    """Indices of LLM decoder layers; if empty, the last layer of each third."""
+    """Indices of LLM decoder layers; if empty, the last layer of each third, or every layer of an LLM of one or two."""
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Return the tapped layers of an LLM with `depth` layers."""
+        count = min(3, depth)
+        return tuple(self.tapped_layers) or tuple(depth * (i + 1) // count - 1 for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,17 @@ class SpatialDecoderConfig:
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"width is {self.width}, expected a multiple of num_heads {self.num_heads}")
+
+    @classmethod
+    def of_width(cls, width: int) -> SpatialDecoderConfig:
+        """Return the defaults at another width: at most 8 heads, of at least 32 channels unless there is only one."""
+        heads = next(count for count in (8, 4, 2, 1) if count == 1 or (width >= 32 * count and width % count == 0))
+        return cls(width=width, num_heads=heads, ffn_width=8 * width)
+
+    @classmethod
+    def fitting(cls, hidden_size: int) -> SpatialDecoderConfig:
+        """Return the defaults for an LLM of a width; the decoder is narrower if the LLM is narrower than 256."""
+        return cls.of_width(min(256, max(8, hidden_size // 8 * 8)))
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,7 @@ class BridgeSTGConfig:
         Raises CheckpointError if the backbone's config cannot be used, or a tapped layer does not exist.
         """
         family, values = backbone(self.backbone), self.backbone_config()
-        depth = values.text_config.num_hidden_layers
-        layers = tuple(self.bridging.tapped_layers) or tuple(depth * (i + 1) // 3 - 1 for i in range(3))
+        layers = self.bridging.layers(values.text_config.num_hidden_layers)
         queries = self.bridging.num_queries
         if self.heads == "text":
             layers, queries = (), 0

@@ -111,6 +111,23 @@ def test_sizes_can_be_chosen(folder, tmp_path):
     assert load_checkpoint(out).language_model.bridging.weight.shape == (5, 32)
 
 
+@pytest.mark.parametrize(("depth", "taps"), [(1, (0,)), (2, (0, 1)), (3, (0, 1, 2)), (28, (8, 17, 27))])
+def test_default_taps_fit_any_depth(tmp_path, depth, taps):
+    publish(tmp_path / "model", "qwen3_vl", depth=depth)
+    said: list[str] = []
+    model = load_checkpoint(init_checkpoint(tmp_path / "model", tmp_path / "checkpoint", progress=said.append))
+    assert model.spec.language.tapped_layers == taps and len(model.spatial_decoder.aggregator.projections) == len(taps)
+    assert f"tapped after layers {', '.join(map(str, taps))} of {depth}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "width", "heads"), [(4, 8, 1), (36, 32, 1), (64, 64, 2), (200, 200, 4), (896, 256, 8)]
+)
+def test_the_default_decoder_is_no_wider_than_the_llm(hidden_size, width, heads):
+    decoder = SpatialDecoderConfig.fitting(hidden_size)
+    assert (decoder.width, decoder.num_heads, decoder.ffn_width) == (width, heads, 8 * width)
+
+
 def test_the_image_processors_statistics_are_taken(folder, tmp_path):
     assert BridgeSTGConfig.load(init_checkpoint(folder, tmp_path / "a")).image_mean == (0.5, 0.5, 0.5)
     path = folder / "preprocessor_config.json"

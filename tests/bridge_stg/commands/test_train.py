@@ -58,12 +58,29 @@ def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "queries", "taps", "decoder"),
+    [
+        ([], 8, (0, 1, 2), (32, 6, 1, 256)),
+        (["--decoder-layers", "3"], 8, (0, 1, 2), (32, 3, 1, 256)),
+        (["--like", "paper"], 8, (0, 1, 2), (256, 6, 8, 2048)),
+        (["--like", "paper", "--queries", "4", "--taps", "1", "--decoder-width", "30"], 4, (1,), (30, 6, 1, 240)),
+    ],
+)
+def test_an_explicit_size_overrides_the_papers_and_the_default(folder, options, queries, taps, decoder):
+    assert cli.run(["init", "--backbone", "model", "--out", "new", *options]) == 0
+    config = BridgeSTGConfig.load(folder / "new")
+    assert (config.bridging.num_queries, config.model_spec().language.tapped_layers) == (queries, taps)
+    assert dataclasses.astuple(config.spatial_decoder) == decoder
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "value"),
     [
         ([*INIT, "--taps", "2,1"], "options.invalid", "'2,1'"),
         ([*INIT, "--taps", "a"], "options.invalid", "'a'"),
         ([*INIT, "--taps", "9"], "checkpoint.bad_config", "[9]"),
-        ([*INIT, "--decoder-width", "30"], "options.invalid", "30"),
+        ([*INIT, "--decoder-width", "7"], "options.invalid", "7"),
+        ([*INIT, "--like", "mine"], "options.invalid", "'mine'"),
         (["init", "--backbone", "nowhere", "--out", "new"], "checkpoint.not_found", "nowhere"),
         ([*TRAIN, "--freeze-backbone", "--train-vision"], "options.conflict", "--train-vision"),
         (TRAIN, "checkpoint.missing_file", "new"),

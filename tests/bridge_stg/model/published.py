@@ -17,10 +17,10 @@ TOKENS = {
 VOCABULARY = demo_config().backbone["text_config"]["vocab_size"]
 
 
-def small_config(family: str, *, tied: bool = True) -> Any:
+def small_config(family: str, *, tied: bool = True, depth: int = 3) -> Any:
     """Return transformers' config of a model of some 60,000 parameters."""
     text = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": depth,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
         "tie_word_embeddings": tied,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
@@ -34,10 +34,12 @@ def small_config(family: str, *, tied: bool = True) -> Any:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **TOKENS)
 
 
-def publish(folder: Path, family: str, *, tied: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def publish(
+    folder: Path, family: str, *, tied: bool = True, depth: int = 3, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
     """Write a folder as it is downloaded, and return the model in it. `options` are those of `save_pretrained`."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(small_config(family, tied=tied)).to(dtype).eval()
+    model = AutoModelForImageTextToText.from_config(small_config(family, tied=tied, depth=depth)).to(dtype).eval()
     model.save_pretrained(folder, **options)
     write_demo_tokenizer(folder / "tokenizer.json")
     return model
