@@ -158,32 +158,71 @@ def check_parts(name: str, parts: tuple[str, ...], known: tuple[str, ...]) -> No
 def read_recipe(name: Path | str) -> TrainingRecipe:
     """Read a YAML file, or a recipe of this package by its name. Paths in it are relative to the file's folder.
 
-    Raises BridgeError `training.bad_recipe`, which names the field.
+    A file with the field `base`, another file or a name, only gives what differs: mappings are merged, and all other
+    values, lists too, are replaced. Raises BridgeError `training.bad_recipe`, which names the field.
     """
-    path = Path(name)
-    shipped = SHIPPED / f"{name}.yaml"
+    path, values = _recipe_values(name, Path(), ())
+    try:
+        return from_json(TrainingRecipe, values)
+    except ValueError as error:
+        raise _bad_recipe(path, error) from error
+
+
+def _recipe_values(name: Path | str, folder: Path, above: tuple[Path, ...]) -> tuple[Path, Any]:
+    """Return the path and merged values of a recipe that a file in `folder` names; `above` are the recipes based on it.
+
+    Paths of annotations, media and caches in the values are relative to the working folder.
+    """
+    path, shipped = folder / name, SHIPPED / f"{name}.yaml"
     if not path.is_file():
         if not shipped.is_file():
             known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
-            message = f"{name}: no such file, and no recipe of this package, which are: {known}"
+            where = f"{above[-1]}: base is {name}: " if above else f"{name}: "
+            message = f"{where}no such file, and no recipe of this package, which are: {known}"
             raise BridgeError("training.bad_recipe", message)
         path = shipped
+    if path.resolve() in (other.resolve() for other in above):
+        chain = " → ".join(map(str, (*above, path)))
+        raise BridgeError("training.bad_recipe", f"{chain}: a recipe is its own base; remove one field 'base'")
     try:
-        recipe = from_json(TrainingRecipe, parse_yaml_file(path))
+        values = parse_yaml_file(path)
     except (OSError, ValueError) as error:
-        raise BridgeError("training.bad_recipe", f"{path}: {error}; docs/training.md lists the fields") from error
+        raise _bad_recipe(path, error) from error
+    if not isinstance(values, dict):
+        return path, values
+    if path != shipped:
+        _place(values, path.parent)
+    base = values.pop("base", None)
+    if base is None:
+        return path, values
+    if not isinstance(base, str):
+        raise _bad_recipe(path, ValueError(f"base is {base!r:.60}, expected the name of a recipe or of a file"))
+    return path, _merged(_recipe_values(base, path.parent, (*above, path))[1], values)
 
-    def placed(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        folder = path.parent if path != shipped else Path()
-        return tuple(
-            dataclasses.replace(
-                source,
-                annotations=tuple(str(folder / file) for file in source.annotations),
-                media=None if source.media is None else str(folder / source.media),
-            )
-            for source in sources
-        )
 
-    data = dataclasses.replace(recipe.data, sources=placed(recipe.data.sources))
-    validation = recipe.validation and dataclasses.replace(recipe.validation, sources=placed(recipe.validation.sources))
-    return dataclasses.replace(recipe, data=data, validation=validation)
+def _place(values: dict[str, Any], folder: Path) -> None:
+    """Put `folder` before the paths of a recipe's values, in place; values of wrong types are left to `from_json`."""
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(one) for one in value]
+        return str(folder / value) if isinstance(value, str) else value
+
+    for section in (values.get("data"), values.get("validation")):
+        if not isinstance(section, dict):
+            continue
+        sources = section.get("sources")
+        for part in (section, *(sources if isinstance(sources, list) else ())):
+            if isinstance(part, dict):
+                part.update({key: placed(part[key]) for key in ("annotations", "media", "frame_cache") if key in part})
+
+
+def _merged(base: Any, values: Any) -> Any:
+    """Return the values over those of a base: mappings are merged, all else is replaced."""
+    if not (isinstance(base, dict) and isinstance(values, dict)):
+        return values
+    return base | {key: _merged(base.get(key), value) for key, value in values.items()}
+
+
+def _bad_recipe(path: Path, error: Exception) -> BridgeError:
+    return BridgeError("training.bad_recipe", f"{path}: {error}; docs/training.md lists the fields")
