@@ -21,7 +21,7 @@ MOST_ENTRIES = {
     "bridge_stg": 15,
     "bridge_stg/demo": 13,
     "bridge_stg/server/page": 30,
-    "docs": 15,
+    "docs": 16,
     "runtime": 13,
     "runtime/chain": 13,
     "tests": 13,
