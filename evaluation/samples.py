@@ -53,6 +53,7 @@ class Sample:
         clip: start and end in seconds of the part of the video to use; None for all of it.
         frame_rate: frames per second of a folder of frames.
         stream: video stream of the file to use, see `CallOptions`.
+        where: the place of the annotation, such as `file:line`, for messages.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Sample:
     clip: tuple[float, float] | None = None
     frame_rate: float | None = None
     stream: int | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,8 +113,7 @@ def train(
     """Train a CHECKPOINT on annotated clips: by default everything except the vision blocks."""
     if freeze_backbone and train_vision:
         raise BridgeError("options.conflict", "--freeze-backbone and --train-vision exclude each other; leave one out.")
-    from bridge_stg.training.clip_batches import TrainingOptions
-    from bridge_stg.training.train_clips import NEW_PARTS, PARTS, train_clips
+    from bridge_stg.training.train_clips import NEW_PARTS, PARTS, TrainingOptions, train_clips
 
     parts = NEW_PARTS if freeze_backbone else PARTS if train_vision else PARTS[:-1]
     chosen = TrainingOptions(parts=parts, bf16=precision == "bf16", **options)

@@ -17,7 +17,7 @@ from bridge_stg.runtime.chain.grammar import AnswerGrammar
 from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, query_segment, time_strings, video_segment
 from bridge_stg.runtime.chain.spans import groups_of_span
 from bridge_stg.runtime.video.sizes import frame_sizes
-from bridge_stg.training.clip_batches import answer_row, pad_right, pad_rows
+from bridge_stg.training.data.answers import answer_row, pad_right, pad_rows
 
 LOOKS = len(NAMES) * len(COLOUR_NAMES)
 ASKED = (len(NAMES), len(COLOUR_NAMES), len(DIRECTION_NAMES))

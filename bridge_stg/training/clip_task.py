@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.training.clip_batches import ClipBatch
+from bridge_stg.training.data.clips import ClipBatch
 from bridge_stg.training.losses import spatial_losses
 from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
 from bridge_stg.training.train_loop import means

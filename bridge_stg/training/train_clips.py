@@ -10,14 +10,18 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.runtime.host.files import require_space
 from bridge_stg.runtime.host.parse import parse_json_file
-from bridge_stg.training.annotated_clips import check_clips, read_clips
-from bridge_stg.training.clip_batches import ClipBatches, TrainingOptions
+from bridge_stg.training.data.clips import ClipBatch, ClipBatches
+from bridge_stg.training.data.index import check_clips
+from bridge_stg.training.data.mixture import Mixture
+from bridge_stg.training.data.sources import read_clips
+from bridge_stg.training.recipe import DataRecipe, Source
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +30,39 @@ if TYPE_CHECKING:
 
 NEW_PARTS, PARTS = ("bridging", "spatial"), ("bridging", "spatial", "mergers", "llm", "vision")
 WARMUP_STEPS = 200
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of a training run."""
+
+    epochs: int = 10
+    clips: int = 1  # per step
+    questions: int = 4  # largest number of queries per clip and step
+    fine_frames: int = 16  # per clip
+    learning_rate: float = 1e-4  # peak, of the bridging and spatial parts
+    backbone_scale: float = 0.1  # factor on the learning rate of the backbone's weights
+    parts: tuple[str, ...] = ("bridging", "spatial", "mergers", "llm")  # trained parts, from `train_clips.PARTS`
+    max_visual_tokens: int | None = None  # per video; None: the model's own limit
+    seed: int = 0  # of the random order of clips and choice of queries and frames
+    bf16: bool = True  # whether matmuls are computed in bfloat16
+
+
+class StepBatches:
+    """Make the clips of a step; picklable for worker processes."""
+
+    def __init__(self, batches: ClipBatches, clips: int) -> None:
+        self.batches, self.clips = batches, clips
+
+    def __call__(self, step: int) -> list[ClipBatch] | BridgeError:
+        """Return the clips of a step; an error is returned, not raised."""
+        found = []
+        for place in range(step * self.clips, (step + 1) * self.clips):
+            made = self.batches(place)
+            if isinstance(made, BridgeError):
+                return made
+            found.append(made.batch)
+        return found
 
 
 def train_clips(
@@ -64,12 +101,18 @@ def train_clips(
     if config.heads != "bridge":
         message = f"{checkpoint}: has {config.heads} heads, and only bridge heads are trained; begin with `init`"
         raise CheckpointError("checkpoint.wrong_model_type", message)
-    clips = read_clips(Path(annotations), Path(media))
+    sources = [Source(annotations=(str(annotations),), media=str(media))]
+    clips = read_clips(sources)
     _, store = open_weights(checkpoint, config, adapter=adapter)
     attention = "sdpa" if place.type == "cuda" else None
     model = load_checkpoint(checkpoint, attention=attention, adapter=adapter).to(place)
     assert model.tokenizer is not None
-    check_clips(clips, model.spec)
+    index = check_clips(clips, sources, model.spec)
+    recipe = DataRecipe(
+        queries=options.questions, fine_frames=options.fine_frames, max_visual_tokens=options.max_visual_tokens,
+        group_by_length=False,
+    )  # fmt: skip
+    mixture = Mixture(index, recipe, options.seed, 0, options.clips)
     folder = out.with_name(out.name + "-training")
     folder.mkdir(parents=True, exist_ok=True)
     documents = {"annotations": Path(annotations), "config": checkpoint / "config.json"}
@@ -84,7 +127,7 @@ def train_clips(
         nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in trained.items()}),
         parameter_groups(trained, options.backbone_scale),
         ClipTask(model.train(), device=place, train_vision="vision" in options.parts, bf16=options.bf16),
-        ClipBatches(model.spec, checkpoint / TOKENIZER, clips, options),
+        StepBatches(ClipBatches(model.spec, checkpoint / TOKENIZER, mixture), options.clips),
         folder=folder,
         total_steps=(steps := -(-options.epochs * len(clips) // options.clips)),
         peak_rate=options.learning_rate,

@@ -27,7 +27,7 @@ def read_charades_sta(annotations: Sequence[Path], media: Path, *, split: str | 
         samples.append(
             Sample(
                 id=where.rpartition(":")[2], task="span", media=folder.find(f"{video}.mp4"), media_name=f"{video}.mp4",
-                query=sentence, read_truth=partial(span_truth, span),
+                query=sentence, read_truth=partial(span_truth, span), where=where,
             )
         )  # fmt: skip
     if not samples:

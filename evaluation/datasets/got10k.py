@@ -46,7 +46,7 @@ def read_got10k(annotations: Sequence[Path], media: Path, *, split: str | None =
             Sample(
                 id=name, task="track", media=frames if truth_file.is_file() and frames.is_dir() else None,
                 media_name=f"{split}/{name}", query=TRACKED, read_truth=partial(_truth, folder, frames, split),
-                frame_rate=_frame_rate(folder),
+                frame_rate=_frame_rate(folder), where=str(truth_file),
             )
         )  # fmt: skip
     return Dataset("got-10k", split, tuple(samples), digest(*files))

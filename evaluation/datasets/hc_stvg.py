@@ -43,6 +43,7 @@ def read_hc_stvg(annotations: Sequence[Path], media: Path, *, split: str | None 
             Sample(
                 id=video, task="tube", media=folder.find(video), media_name=video, query=record.text(SENTENCES[name]),
                 read_truth=partial(_truth, record, record.size() if name == "hc-stvg-v1" else _img_size(record)),
+                where=record.where,
             )
         )  # fmt: skip
     return Dataset(name, path.stem, tuple(samples), digest(path))

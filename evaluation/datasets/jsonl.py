@@ -76,7 +76,7 @@ def read_jsonl(annotations: Sequence[Path], media: Path, *, split: str | None = 
     samples = tuple(
         Sample(
             id=a.id, task=a.task, media=folder.at(a.media), media_name=a.media, query=a.query,
-            read_truth=partial(truth_of, a), group=a.group,
+            read_truth=partial(truth_of, a), group=a.group, where=a.where,
         )
         for a in found
     )  # fmt: skip

@@ -61,6 +61,7 @@ def read_refcoco(
                 media_name=file_name,
                 query=sentence.text("sent" if str(sentence.values.get("sent", "")).strip() else "raw"),
                 read_truth=read_truth,
+                where=sentence.where,
             )
             for sentence in record.children("sentences")
         ]

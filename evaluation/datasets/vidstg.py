@@ -76,7 +76,7 @@ def _sentences(record: Record, index: int, video: str, boxes_file: Path, folder:
                 Sample(
                     id=f"{index}/{field}/{place}", task="tube", media=media, media_name=name,
                     query=sentence.text("description"), read_truth=read_truth, group=group,
-                    clip=None if whole else (begin / fps, end / fps),
+                    clip=None if whole else (begin / fps, end / fps), where=sentence.where,
                 )
             )  # fmt: skip
     return samples

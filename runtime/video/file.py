@@ -33,7 +33,7 @@ class VideoFile(VideoSource):
     read_ahead = True
 
     def __init__(self, path: str, spec: ModelSpec, *, budget: Budget | None = None, stream: int | None = None) -> None:
-        self._decoder: Decoder | None = Decoder(path, stream)
+        self._decoder: Decoder | None = self._open(path, stream)
         try:
             self._frames: Iterator[Any] | None = self._decoder.frames()
             first = next(self._frames, None)
@@ -50,6 +50,9 @@ class VideoFile(VideoSource):
         self._keys = np.zeros(1, np.int64)
         self.kept = KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
         self.seekable = self._closed = False  # seekable: seeking returns the same frames as reading from the start
+
+    def _open(self, path: str, stream: int | None) -> Decoder:
+        return Decoder(path, stream)
 
     def close(self) -> None:
         """Close the file; frames can no longer be read from it."""
@@ -171,7 +174,7 @@ class VideoFile(VideoSource):
         if self._decoder is not None:
             self._decoder.close()
         self._decoder = None
-        self._decoder = Decoder(self.name, self.stream)
+        self._decoder = self._open(self.name, self.stream)
         return self._decoder
 
 

@@ -21,7 +21,7 @@ from bridge_stg.runtime.chain.positions import VisualGrid
 from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, time_numbers, token_id, video_segment, visual_segment
 from bridge_stg.runtime.heads.json_grammar import BOX, END, LABEL, START, TIME, json_label
 from bridge_stg.runtime.video.sizes import frame_sizes
-from bridge_stg.training.clip_batches import pad_right, pad_rows
+from bridge_stg.training.data.answers import pad_right, pad_rows
 
 TWINS = 0.5  # share of clips whose first two things differ in direction only
 SPANS = 0.25  # share of queries in clips that ask for the span alone

@@ -25,11 +25,14 @@ from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.chain.decode import prefill_video
 from bridge_stg.runtime.chain.vision_pass import coarse_tokens, fine_maps
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.training.annotated_clips import read_clips
-from bridge_stg.training.clip_batches import ClipBatch, ClipBatches, TrainingOptions, choose_fine
 from bridge_stg.training.clip_task import ClipTask
+from bridge_stg.training.data.clips import ClipBatch, ClipBatches
+from bridge_stg.training.data.index import check_clips
+from bridge_stg.training.data.mixture import Mixture
+from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.losses import heat_target
-from bridge_stg.training.train_clips import PARTS, part_of, train_clips
+from bridge_stg.training.recipe import DataRecipe, Source
+from bridge_stg.training.train_clips import PARTS, TrainingOptions, part_of, train_clips
 from bridge_stg.training.train_loop import load_state
 from tests.bridge_stg.model.published import publish
 from tests.errors import raises
@@ -93,78 +96,12 @@ def of_each_family(request, tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def batches(model: BridgeSTG, checkpoint: Path, media: Any, /, **options: Any) -> ClipBatches:
-    return ClipBatches(
-        model.spec, checkpoint / "tokenizer.json", media, TrainingOptions(**{"fine_frames": 6, **options})
-    )
-
-
 def video_batch(model: BridgeSTG, checkpoint: Path, annotations: Path, media: Path, **options: Any) -> ClipBatch:
-    return batches(model, checkpoint, read_clips(annotations, media)[:1], **options)(0)[0]
-
-
-def test_rows_hold_query_answer_and_bridging_ids(model, checkpoint, annotations, media):
-    batch = video_batch(model, checkpoint, annotations, media)
-    assert model.tokenizer is not None
-    answers = []
-    for row, length in enumerate(batch.length.tolist()):
-        ids = batch.input_ids[row, :length].tolist()
-        assert ids[-2:] == list(model.spec.language.bridging_ids)
-        answers.append(model.tokenizer.decode(ids[:-2]).split("assistant\n")[1])
-        asked = torch.nonzero(batch.target[row] >= 0)[:, 0]
-        assert len(asked) and all(batch.input_ids[row, p + 1] == batch.target[row, p] for p in asked.tolist())
-    # Samples lie at 0, 0.5 …, two a group: the spans 1.0–2.5 and 0.5–2.0 are in groups 1–2 and 0–1.
-    assert answers == ["<1.2 seconds> to <2.2 seconds>", "none", "<0.2 seconds> to <1.2 seconds>"]
-
-
-def test_truth_is_interpolated_and_extended_and_not_counted_where_unknown(model, checkpoint, annotations, media):
-    batch = video_batch(model, checkpoint, annotations, media, fine_frames=100)
-    times = batch.fine_times.numpy()
-    assert np.allclose(times, np.arange(12) / 4, atol=0.051)
-    inside = (times >= 1.0 - 1e-3) & (times < 2.5 - 1e-3)
-    assert np.array_equal(batch.positive[0].numpy(), inside) and not batch.positive[1].any()
-    left = np.interp(times, [1, 2], [10, 20])
-    expected = np.stack([(left + 10) / 96, np.full(12, 25 / 64), np.full(12, 20 / 96), np.full(12, 30 / 64)], -1)
-    np.testing.assert_allclose(batch.boxes[0], expected, atol=1e-6)
-    assert torch.equal(batch.counted[1], batch.mask[1]) and batch.mask.any(-1).all()
-    assert torch.equal(batch.counted[2], batch.mask[2] & ~batch.positive[2]) and batch.positive[2].any()
-
-
-def test_an_image_is_one_frame_at_time_zero(model, checkpoint, annotations, media):
-    batch = batches(model, checkpoint, read_clips(annotations, media)[1:])(0)[0]
-    assert batch.frames.shape[0] == 1 and batch.fine_times.tolist() == [0.0]
-    assert batch.positive.all() and batch.boxes[0, 0].tolist() == [0.25, 0.25, 0.5, 0.5]
-
-
-def test_tracking_queries_print_the_first_box(model, checkpoint, tmp_path, media):
-    boxes = [{"time": 0.0, "box": [0, 0, 48, 32]}, {"time": 2.9, "box": [0, 0, 48, 32]}]
-    lines = [{"video": "a.mp4", "task": "track", "boxes": boxes}]
-    batch = video_batch(model, checkpoint, annotate(tmp_path / "t.jsonl", lines), media)
-    text = model.tokenizer.decode(batch.input_ids[0].tolist())
-    assert "track the object, first at 0 0 500 500" in text and "<0.2 seconds> to <2.2 seconds>" in text
-
-
-def test_batches_follow_from_seed_and_step_and_see_every_clip_once_an_epoch(model, checkpoint, annotations, media):
-    clips = read_clips(annotations, media)
-    first, again, other = (batches(model, checkpoint, clips, seed=seed, questions=2) for seed in (1, 1, 2))
-    one, two = first(3)[0], again(3)[0]
-    assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.fine, two.fine)
-    for epoch in range(3):
-        groups = sorted(first(2 * epoch + i)[0].frames.shape[0] for i in range(2))
-        assert groups == [1, 3]
-    assert any(not torch.equal(first(i)[0].input_ids, other(i)[0].input_ids) for i in range(4))
-    both = batches(model, checkpoint, clips, clips=2)(0)
-    assert sorted(batch.frames.shape[0] for batch in both) == [1, 3]
-
-
-def test_fine_frames_lie_around_a_span():
-    grid, rng = np.arange(400) / 4, np.random.default_rng(0)
-    for _ in range(20):
-        times = choose_fine(rng, grid, [(40.0, 50.0)], rate=4, count=16)
-        assert len(np.unique(times)) == 16 and np.all(np.diff(times) > 0)
-        assert ((times >= 38.5) & (times <= 51.5)).sum() >= 8
-    assert len(choose_fine(rng, grid, [], rate=4, count=16)) == 16
-    assert len(choose_fine(rng, grid[:7], [], rate=4, count=16)) == 7
+    """Return the first clip of the annotations."""
+    sources = [Source(annotations=(str(annotations),), media=str(media))]
+    index = check_clips(read_clips(sources)[:1], sources, model.spec)
+    mixture = Mixture(index, DataRecipe(**{"fine_frames": 6, **options}), 0, 0, 1)
+    return ClipBatches(model.spec, checkpoint / "tokenizer.json", mixture).batch(0)
 
 
 def test_the_forward_pass_is_that_of_the_chain(of_each_family, annotations, media):
@@ -307,11 +244,11 @@ def test_a_clip_can_be_learned(checkpoint, tmp_path, media):
     assert after["language"] < 0.3 * before["language"] and after["iou"] > before["iou"] + 0.3
 
 
-def test_tracking_in_an_image_has_no_language_loss(model, checkpoint, annotations, media, monkeypatch):
-    monkeypatch.setattr("bridge_stg.training.clip_batches.TRACKED", 1.0)
-    batch = batches(model, checkpoint, read_clips(annotations, media)[1:])(0)
-    assert batch[0].target.max() < 0
-    value, figures = ClipTask(model, device=CPU)(batch, 0)
+def test_tracking_in_an_image_has_no_language_loss(model, checkpoint, tmp_path, media):
+    annotations = annotate(tmp_path / "clips.jsonl", LINES[3:])
+    batch = video_batch(model, checkpoint, annotations, media, tracked=1.0)
+    assert batch.target.max() < 0
+    value, figures = ClipTask(model, device=CPU)([batch], 0)
     assert torch.isfinite(value) and "l1" in figures and "language" not in figures
 
 
@@ -335,10 +272,18 @@ def test_faults_of_annotations_are_named(checkpoint, media, tmp_path, name):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_error_of_a_worker_process_keeps_its_message(checkpoint, media, tmp_path):
-    annotations = annotate(tmp_path / "clips.jsonl", [{**LINES[0], "span": [1000, 2500]}])
-    with raises("annotation.bad_field", "1000 s") as caught:
-        train_clips(checkpoint, annotations, media, tmp_path / "new", workers=1)
+def test_an_error_of_a_worker_process_keeps_its_message(checkpoint, media, tmp_path, monkeypatch):
+    video = tmp_path / "a.mp4"
+    shutil.copy(media / "a.mp4", video)
+
+    def check_and_damage(*args: Any) -> Any:
+        index = check_clips(*args)
+        video.write_bytes(b"damaged")
+        return index
+
+    monkeypatch.setattr("bridge_stg.training.train_clips.check_clips", check_and_damage)
+    with raises("annotation.broken_media", video) as caught:
+        train_clips(checkpoint, annotate(tmp_path / "clips.jsonl", LINES[:1]), tmp_path, tmp_path / "new", workers=1)
     assert "Traceback" not in str(caught.value)
 
 

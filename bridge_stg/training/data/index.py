@@ -1,0 +1,263 @@
+"""Check all annotations and media before a training, and know their sizes and lengths."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bridge_stg.evaluation.samples import Sample, Truth
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.chain.prompt import check_query
+from bridge_stg.runtime.errors import AnnotationError, BridgeError, QueryError, VideoError
+from bridge_stg.runtime.host.cpus import usable_cpus
+from bridge_stg.runtime.video.sizes import frame_sizes
+from bridge_stg.training.data.media import Medium, look_at
+from bridge_stg.training.data.sources import OWN, Clip, source_name
+from bridge_stg.training.recipe import Source
+
+LISTED = 3  # media and faults that the summary names for each source
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A medium that cannot be used, and why."""
+
+    media: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """How much of a model's work a clip is.
+
+    Attributes:
+        medium: what is known of its medium.
+        groups: groups of coarse frames at the model's own rate.
+        tokens: visual tokens of these, at most the spec's `max_visual_tokens`.
+        fine_frames: frames of its fine grid.
+        fine_tokens: visual tokens of one fine frame.
+    """
+
+    medium: Medium
+    groups: int
+    tokens: int
+    fine_frames: int
+    fine_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The clips of a training that can be used.
+
+    Attributes:
+        names: names of the sources, in the order of the recipe.
+        weights: their weights.
+        clips: clips with at least one query, in the order of the sources.
+        sizes: size of each clip.
+        missing: by source, the media that were not found.
+        broken: by source, the media that cannot be opened, or have no valid query.
+        faults: by source, the queries of published datasets that are left out, with the place of each.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    clips: tuple[Clip, ...]
+    sizes: tuple[ClipSize, ...]
+    missing: tuple[tuple[Skipped, ...], ...]
+    broken: tuple[tuple[Skipped, ...], ...]
+    faults: tuple[tuple[Skipped, ...], ...]
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """All media that are missing or broken."""
+        return tuple(one for by_source in (self.missing, self.broken) for found in by_source for one in found)
+
+    def summary(self) -> str:
+        """Return a text for people: for each source, what is there, and what is missing."""
+        clips = Counter(clip.source for clip in self.clips)
+        queries: Counter[int] = Counter()
+        for clip in self.clips:
+            queries[clip.source] += len(clip.queries)
+        lines = []
+        for number, name in enumerate(self.names):
+            lines.append(f"{name}: {clips[number]:,} clips, {queries[number]:,} queries")
+            for found, what in (
+                (self.missing[number], "media not found"), (self.broken[number], "media cannot be used"),
+                (self.faults[number], "queries left out"),
+            ):  # fmt: skip
+                if found:
+                    lines.append(f"  {len(found):,} {what}:")
+                    lines += [f"    {one.media}: {one.reason}" for one in found[:LISTED]]
+                    lines += [f"    … and {len(found) - LISTED:,} more"] if len(found) > LISTED else []
+        return "\n".join(lines)
+
+
+def check_clips(
+    clips: Sequence[Clip], sources: Sequence[Source], spec: ModelSpec, *, max_broken: float = 0.0,
+    progress: Callable[[int, int], object] | None = None, threads: int | None = None,
+) -> Index:  # fmt: skip
+    """Open every medium without decoding all of it, and check every query, span and box against it.
+
+    Args:
+        clips: the clips of the sources.
+        sources: the sources of the recipe.
+        spec: rules of the model's frames and prompt.
+        max_broken: share of clips, over all sources, whose media may be missing or broken.
+        progress: called as progress(done, total) after each clip.
+        threads: number of threads; None: one per CPU.
+
+    Raises:
+        AnnotationError: a query of the user's own annotations is invalid, more clips than `max_broken` are missing or
+            broken, or a source has no clip.
+    """
+    missing: list[list[Skipped]] = [[] for _ in sources]
+    broken: list[list[Skipped]] = [[] for _ in sources]
+    faults: list[list[Skipped]] = [[] for _ in sources]
+    used: list[Clip] = []
+    sizes: list[ClipSize] = []
+    with ThreadPoolExecutor(threads or usable_cpus(), thread_name_prefix="bridge-stg-index") as executor:
+        results = executor.map(lambda clip: _checked(clip, spec), clips)
+        try:
+            for done, (clip, found) in enumerate(zip(clips, results), 1):
+                faults[clip.source] += found.faults
+                if found.size is not None:
+                    used.append(found.clip)
+                    sizes.append(found.size)
+                else:
+                    (missing if clip.media is None else broken)[clip.source].append(Skipped(clip.name, found.reason))
+                if progress is not None:
+                    progress(done, len(clips))
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
+    index = Index(
+        names=tuple(map(source_name, sources)), weights=tuple(source.weight for source in sources), clips=tuple(used),
+        sizes=tuple(sizes), missing=tuple(map(tuple, missing)), broken=tuple(map(tuple, broken)),
+        faults=tuple(map(tuple, faults)),
+    )  # fmt: skip
+    check_share(index.skipped, len(clips), max_broken, code=_code(index))
+    for number, name in enumerate(index.names):
+        if not any(clip.source == number for clip in used):
+            raise AnnotationError("annotation.no_media", f"{name}: no clip can be used; give another --media")
+    return index
+
+
+def check_share(skipped: Sequence[Skipped], total: int, most: float, *, code: str = "annotation.broken_media") -> None:
+    """Raise AnnotationError if more than the share `most` of `total` clips was skipped; it names the first."""
+    if len(skipped) > most * total:
+        first = f"{skipped[0].media}: {skipped[0].reason}"
+        found = f"{len(skipped):,} of {total:,} clips cannot be used, more than `max_broken` {most:g}"
+        raise AnnotationError(code, f"{found}. The first is {first}")
+
+
+def _code(index: Index) -> str:
+    return "annotation.missing_media" if any(index.missing) else "annotation.broken_media"
+
+
+@dataclass(frozen=True, eq=False)
+class _Checked:
+    clip: Clip
+    size: ClipSize | None = None
+    reason: str = ""
+    faults: tuple[Skipped, ...] = ()
+
+
+def _checked(clip: Clip, spec: ModelSpec) -> _Checked:
+    if clip.media is None:
+        return _Checked(clip, reason=f"is missing, which {clip.queries[0].where} needs; choose another folder of media")
+    try:
+        medium = look_at(clip)
+        size = _size(medium, spec)
+    except (VideoError, OSError) as error:
+        return _Checked(clip, reason=str(error))
+    queries, faults = [], []
+    for sample in clip.queries:
+        try:
+            check_sample(sample, medium, spec, strict=clip.dataset == OWN)
+        except AnnotationError as error:
+            if clip.dataset == OWN:
+                raise
+            faults.append(Skipped(sample.where, str(error)))
+        else:
+            queries.append(sample)
+    if not queries:
+        return _Checked(clip, reason=f"has no valid query: {faults[0].reason}", faults=tuple(faults))
+    return _Checked(replace(clip, queries=tuple(queries)), size, faults=tuple(faults))
+
+
+def _size(medium: Medium, spec: ModelSpec) -> ClipSize:
+    """Return the size of a clip; one of unknown length counts as the longest."""
+    frames, vision = spec.frames, spec.vision
+    width, height = medium.size
+    cell = (vision.patch_size * vision.merge_size) ** 2
+    coarse, fine = (h * w // cell for h, w in frame_sizes(height, width, spec))
+    if medium.kind == "image":
+        groups = fine_frames = 1
+    elif medium.duration_s is None:
+        groups, fine_frames = frames.max_coarse_groups, frames.max_fine_frames
+    else:
+        groups = math.ceil(medium.duration_s * frames.coarse_fps / vision.temporal_patch_size)
+        groups = max(1, min(groups, frames.max_coarse_groups))
+        fine_frames = max(1, math.ceil(medium.duration_s * frames.fine_fps))
+    tokens = min(groups * coarse, frames.max_visual_tokens or groups * coarse)
+    return ClipSize(medium, groups, tokens, fine_frames, fine)
+
+
+def check_sample(sample: Sample, medium: Medium, spec: ModelSpec, *, strict: bool) -> None:
+    """Check a query and its truth against its medium.
+
+    Raises AnnotationError with the place of the annotation. `strict`: for a box outside of the frame; otherwise only if
+    all boxes are.
+    """
+    try:
+        check_query(spec.prompt, sample.query)
+        truth = sample.read_truth()
+    except QueryError as error:
+        raise _fault(sample, "query", str(error)) from None
+    except AnnotationError:
+        raise
+    except BridgeError as error:
+        raise AnnotationError("annotation.bad_file", f"{sample.where}: {error}") from None
+    if truth.span is not None and truth.span[1] <= truth.span[0]:
+        raise _fault(sample, "span", f"{truth.span[0]:g} to {truth.span[1]:g} s has no duration")
+    if medium.kind != "image" and medium.duration_s is not None:
+        check_span(sample, truth.span, medium.duration_s)
+    _check_boxes(sample, truth, medium.size, strict=strict)
+    if sample.task == "track" and len(truth.times) > 1 and truth.inside.sum() < 2:
+        raise _fault(sample, "boxes", "only the first frame has one; choose a split with boxes of all frames")
+
+
+def check_span(sample: Sample, span: tuple[float, float] | None, duration_s: float) -> None:
+    """Raise AnnotationError if a span begins after the end of the video."""
+    if span is not None and span[0] >= duration_s:
+        found = f"begins at {span[0]:g} s, but the video is {duration_s:.2f} s long"
+        raise _fault(sample, "span", f"{found}; expected seconds from its first frame")
+
+
+def _check_boxes(sample: Sample, truth: Truth, size: tuple[int, int], *, strict: bool) -> None:
+    boxes = truth.boxes[truth.inside]
+    width, height = truth.size or size
+    outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
+    outside |= (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    if outside.any() if strict else (len(boxes) and outside.all()):
+        box = [round(float(side), 1) for side in boxes[outside.argmax()]]
+        where = f"{box} is outside of {sample.media} ({width} × {height} pixels)"
+        raise _fault(sample, "boxes", f"{where}; expected left, top, right, bottom in pixels")
+
+
+def _fault(sample: Sample, field: str, what: str) -> AnnotationError:
+    return AnnotationError("annotation.bad_field", f"{sample.where}: the field {field!r}: {what}")
+
+
+def lengths(index: Index, *, fine_frames: int, max_visual_tokens: int | None) -> np.ndarray:
+    """Return the visual tokens of each clip, int64 [N]: coarse and fine frames as a training uses them."""
+    most = max_visual_tokens or np.iinfo(np.int64).max
+    return np.array(
+        [min(size.tokens, most) + min(size.fine_frames, fine_frames) * size.fine_tokens for size in index.sizes],
+        np.int64,
+    )
