@@ -27,7 +27,10 @@ WORST = 6
 def write_report(evaluation: Evaluation, out: Path) -> dict[str, Any]:
     """Write report.json and report.html, each completely or not at all, and return the content of the former."""
     values = report_values(evaluation)
-    cases = [_case(evaluation, case) for case in values["worst"]]
+    samples, cases = {sample.id: sample for sample in evaluation.found}, []
+    for case in values["worst"]:
+        found = {label: rows[case["id"]] for label, rows in evaluation.rows.items() if case["id"] in rows}
+        cases.append(case_values(samples[case["id"]], found, case))
     colours = {label: f"rgb{colour_of(place)}" for place, label in enumerate(values["figures"])}
     texts = {
         "report.json": json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -136,17 +139,15 @@ def _worst(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str
     ]
 
 
-def _case(evaluation: Evaluation, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a case with its picture as PNG bytes, or with the error of drawing it."""
-    sample: Sample = next(sample for sample in evaluation.found if sample.id == case["id"])
-    found = {label: rows[sample.id] for label, rows in evaluation.rows.items() if sample.id in rows}
+def case_values(sample: Sample, rows: Mapping[str, Mapping[str, Any]], case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a case for the page: the sample, its picture with the rows by model as PNG bytes, or why it has none."""
     try:
-        picture, problem = case_picture(sample, found), ""
+        picture, problem = case_picture(sample, rows), ""
     except Exception as error:  # noqa: BLE001 - what cannot be read failed the models too, and the report shows it
         picture, problem = None, str(error)
-    errors = {label: row["error"] for label, row in found.items() if "error" in row}
-    return {**case, "query": sample.query, "media": sample.media_name, "group": sample.group, "task": sample.task,
-            "picture": picture, "problem": problem, "errors": errors}  # fmt: skip
+    errors = {label: row["error"] for label, row in rows.items() if "error" in row}
+    return {**case, "id": sample.id, "query": sample.query, "media": sample.media_name, "group": sample.group,
+            "task": sample.task, "picture": picture, "problem": problem, "errors": errors}  # fmt: skip
 
 
 def json_values(value: Any) -> Any:
