@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.evaluation.datasets.registry import read_dataset
 from bridge_stg.evaluation.run.evaluate import answer, lost_row
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.evaluation.scoring import metrics_by_group
@@ -20,6 +19,7 @@ from bridge_stg.runtime.chain.tasks import TASKS
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.parse import parse_json_file
+from bridge_stg.training.data.sources import read_source
 from bridge_stg.training.recipe import Source, Validation
 
 SETTINGS = "validation.json"
@@ -53,8 +53,7 @@ class Validator:
         found: list[list[Sample]] = []
         self._allow_none: list[bool] = []
         for source in validation.sources:
-            media = None if source.media is None else Path(source.media)
-            dataset = read_dataset(source.dataset, list(map(Path, source.annotations)), media, split=source.split)
+            dataset = read_source(source)
             samples = dataset.chosen(limit=source.limit)
             found.append([sample for sample in samples if sample.media is not None])
             self.missing.append(tuple(sorted({sample.media_name for sample in samples if sample.media is None})))

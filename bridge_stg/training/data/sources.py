@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge_stg.evaluation.datasets.registry import read_dataset
-from bridge_stg.evaluation.samples import Sample
+from bridge_stg.evaluation.samples import Dataset, Sample
 from bridge_stg.training.recipe import Source
 
 OWN = "jsonl"
@@ -44,14 +44,18 @@ def source_name(source: Source) -> str:
     return f"{source.dataset} ({source.annotations[0] if source.annotations else 'no annotations'})"
 
 
+def read_source(source: Source) -> Dataset:
+    """Return all samples of a source. Raises AnnotationError."""
+    media = None if source.media is None else Path(source.media)
+    return read_dataset(source.dataset, [*map(Path, source.annotations)], media, split=source.split)
+
+
 def read_clips(sources: Sequence[Source]) -> list[Clip]:
     """Return the clips of all sources, in the order of their files. Raises AnnotationError."""
     clips = []
     for number, source in enumerate(sources):
-        media = None if source.media is None else Path(source.media)
-        dataset = read_dataset(source.dataset, [*map(Path, source.annotations)], media, split=source.split)
         by_clip: dict[tuple[object, ...], list[Sample]] = {}
-        for sample in dataset.chosen(limit=source.limit):
+        for sample in read_source(source).chosen(limit=source.limit):
             key = (sample.media, sample.media_name, sample.clip, sample.frame_rate, sample.stream)
             by_clip.setdefault(key, []).append(sample)
         clips += [
