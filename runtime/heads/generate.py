@@ -26,8 +26,8 @@ LEAST_DRAFT = 4
 """Minimum of `TextRow.longest_draft`: a call of a few tokens costs about as much as a call of one."""
 
 
-class Writing:
-    """The state of one answer that is decoded greedily, here without a grammar.
+class GreedyDecoding:
+    """Greedy decoding of one answer: its state, here without a grammar.
 
     Args:
         max_tokens: maximum tokens of the answer; it is cut there.
@@ -104,7 +104,7 @@ class TextRow:
     """One answer in its row of a cache.
 
     Attributes:
-        writing: the answer.
+        decoding: the answer.
         length: tokens in the row.
         pending: tokens to feed next; its `next_position` is that of the token that follows them.
         draft: see `Draft`; None: no drafts.
@@ -112,7 +112,7 @@ class TextRow:
         longest_draft: maximum tokens of the next draft: twice those that were accepted of the last one.
     """
 
-    writing: Writing
+    decoding: GreedyDecoding
     length: int
     pending: Segment
     draft: Draft | None = None
@@ -125,7 +125,7 @@ class TextRow:
 
     def drafted(self, most: int) -> list[int]:
         """Return and count a draft of at most `most` and `longest_draft` tokens."""
-        ids = [] if self.draft is None else list(self.draft(self.writing.ids))[: max(min(most, self.longest_draft), 0)]
+        ids = [] if self.draft is None else list(self.draft(self.decoding.ids))[: max(min(most, self.longest_draft), 0)]
         self.counts["drafted"] += len(ids)
         return ids
 
@@ -138,14 +138,14 @@ class TextRow:
         self.length += len(self.pending)
         position, agreed = self.pending.next_position, 0
         while True:
-            new = [self.writing.choose(logits[agreed])]
-            if not self.writing.done:
+            new = [self.decoding.choose(logits[agreed])]
+            if not self.decoding.done:
                 new += self._forced()
             equal = 0
             while equal < len(new) and drafted[agreed + equal : agreed + equal + 1] == new[equal : equal + 1]:
                 equal += 1
             agreed += equal
-            if self.writing.done or equal < len(new):
+            if self.decoding.done or equal < len(new):
                 break
         if drafted:
             self.longest_draft = max(LEAST_DRAFT, 2 * agreed)
@@ -155,12 +155,12 @@ class TextRow:
 
     def _forced(self) -> list[int]:
         """Append the forced tokens to the answer, count and return them."""
-        ids = self.writing.forced()
+        ids = self.decoding.forced()
         self.counts["forced"] += len(ids)
         return ids
 
 
-def write_answers(session: Session, cache: KVCache, rows: Sequence[TextRow], no_visual_tokens: Array) -> Iterator[int]:
+def decode_answers(session: Session, cache: KVCache, rows: Sequence[TextRow], no_visual_tokens: Array) -> Iterator[int]:
     """Decode the answers of B rows; after each call of the model, yield the number of calls so far.
 
     Every row has at least one pending token, all of them text; `no_visual_tokens` are zeros [1+D, 2, H]. A row that is
@@ -170,15 +170,15 @@ def write_answers(session: Session, cache: KVCache, rows: Sequence[TextRow], no_
     for row in rows:
         row.start()
     calls = 0
-    while any(not row.writing.done for row in rows):
-        drafts = [[] if row.writing.done else row.drafted(most - len(row.pending)) for row in rows]
+    while any(not row.decoding.done for row in rows):
+        drafts = [[] if row.decoding.done else row.drafted(most - len(row.pending)) for row in rows]
         fed = [row.pending.followed_by(draft) for row, draft in zip(rows, drafts, strict=True)]
         fed = [s if len(s) else text_segment([0], s.next_position) for s in fed]
         longest = 1 + max(map(len, drafts))
         lengths = [row.length for row in rows]
         outputs = feed(session, cache, fed, lengths, outputs=longest, visual_tokens=no_visual_tokens)
         for row, draft, logits in zip(rows, drafts, outputs["logits"], strict=True):
-            if not row.writing.done:
+            if not row.decoding.done:
                 row.verify(draft, logits[longest - 1 - len(draft) :])
         calls += 1
         yield calls
@@ -239,9 +239,9 @@ def generate(
     cache = session.allocate_cache(batch=len(prompts), capacity=capacity)
     last = prefill(session, cache, prompts, visual_tokens, chunk=chunk)
     rows = [
-        TextRow(Writing(max_tokens=max_new_tokens, stop_ids=stop_ids), len(prompt) - 1, pending)
+        TextRow(GreedyDecoding(max_tokens=max_new_tokens, stop_ids=stop_ids), len(prompt) - 1, pending)
         for prompt, pending in zip(prompts, last, strict=True)
     ]
-    for _ in write_answers(session, cache, rows, np.zeros_like(visual_tokens[:, :2])):
+    for _ in decode_answers(session, cache, rows, np.zeros_like(visual_tokens[:, :2])):
         pass
-    return [row.writing.ids for row in rows]
+    return [row.decoding.ids for row in rows]

@@ -19,7 +19,7 @@ import numpy as np
 from bridge_stg.runtime.bundle.spec import TextSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import BundleError
-from bridge_stg.runtime.heads.generate import Writing
+from bridge_stg.runtime.heads.generate import GreedyDecoding
 
 START, END = '{"start": ', ', "end": '
 TIME, BOX, LABEL = '{"time": ', '"bbox_2d": [', ', "label": '
@@ -143,8 +143,8 @@ class JsonGrammar:
         return matcher
 
 
-class JsonWriting(Writing):
-    """The state of one answer in a `JsonForm`. Arguments and attributes as of `Writing`; it needs no stop ids."""
+class ConstrainedDecoding(GreedyDecoding):
+    """Greedy decoding of one answer in a `JsonForm`. Attributes as of `GreedyDecoding`; it needs no stop ids."""
 
     def __init__(self, grammar: JsonGrammar, form: JsonForm, *, max_tokens: int) -> None:
         absent = grammar.tokenizer.encode(form.absent) if form.allow_none else ()

@@ -37,8 +37,8 @@ from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.errors import BridgeError, QueryError
 from bridge_stg.runtime.heads.answers import Box, nearest_index, read_boxes, read_span
 from bridge_stg.runtime.heads.drafts import draft
-from bridge_stg.runtime.heads.generate import TextRow, Writing, prefill, write_answers
-from bridge_stg.runtime.heads.json_grammar import JsonForm, JsonGrammar, JsonWriting, json_label
+from bridge_stg.runtime.heads.generate import GreedyDecoding, TextRow, decode_answers, prefill
+from bridge_stg.runtime.heads.json_grammar import ConstrainedDecoding, JsonForm, JsonGrammar, json_label
 from bridge_stg.runtime.host.limits import Limits
 
 COUNTS = ("calls", "tokens", "forced", "drafted", "accepted", "truncated")
@@ -100,7 +100,7 @@ def check_question(spec: ModelSpec, question: str, max_tokens: int) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
+class TextAnswer:
     """A complete answer; see `Grounding.decoding` for its counts.
 
     Attributes:
@@ -151,7 +151,7 @@ class TextHead:
         else:
             forms = [JsonForm(self._text, self._times, allow_none=task.allow_none)] * len(queries)
         with limits.stage("answer"):
-            answers = self._write(prompts, forms, limits)
+            answers = self._answers(prompts, forms, limits)
         return [
             dataclasses.replace(self._result(mode, query, form, answer, limits), task=task.name, mode=mode)
             for query, form, answer in zip(queries, forms, answers, strict=True)
@@ -161,17 +161,17 @@ class TextHead:
         """Answer a question; see `Head.ask`."""
         check_question(self._chain.spec, question, max_tokens)
         prompt = self._prompt(question)
-        writing = self._free_writing(prompt, max_tokens=self._room(prompt, max_tokens, margin=2))
-        row = TextRow(writing, self._prefix.length, prompt)
+        decoding = self._free_decoding(prompt, max_tokens=self._room(prompt, max_tokens, margin=2))
+        row = TextRow(decoding, self._prefix.length, prompt)
 
         def steps() -> Iterator[None]:
             with limits.stage("answer"):
                 for _ in self._decode([row], margin=2):
-                    limits.report(len(writing.ids), None)
+                    limits.report(len(decoding.ids), None)
                     yield
 
-        return AskedText(
-            self._chain.tokenizer, writing, steps(), self._text.stop_ids, self._prefix.length + len(prompt)
+        return AnswerStream(
+            self._chain.tokenizer, decoding, steps(), self._text.stop_ids, self._prefix.length + len(prompt)
         )
 
     def _mode(self, task: Task) -> str:
@@ -212,30 +212,30 @@ class TextHead:
 
     # The answers.
 
-    def _free_writing(self, prompt: Segment, *, max_tokens: int, absent: str | None = None) -> Writing:
+    def _free_decoding(self, prompt: Segment, *, max_tokens: int, absent: str | None = None) -> GreedyDecoding:
         """Return the state of an answer without a grammar; `absent` is the answer that the target is absent."""
         penalty = self._text.repetition_penalty
         seen = np.concatenate([self._prefix.input_ids, prompt.input_ids]) if penalty != 1 else ()
         absent_ids = self._chain.tokenizer.encode(absent) if absent else ()
         stop_ids = self._text.stop_ids
-        return Writing(
+        return GreedyDecoding(
             max_tokens=max_tokens, stop_ids=stop_ids, penalty=penalty, prompt_ids=seen, absent_ids=absent_ids
         )
 
     def _row(self, prompt: Segment, form: JsonForm, *, length: int, max_tokens: int) -> TextRow:
         """Return the row of a new answer to a prompt that follows `length` cached tokens."""
         if self._options.grammar:
-            writing: Writing = JsonWriting(self._grammar, form, max_tokens=max_tokens)
+            decoding: GreedyDecoding = ConstrainedDecoding(self._grammar, form, max_tokens=max_tokens)
         else:
             absent = form.absent if form.allow_none else None
-            writing = self._free_writing(prompt, max_tokens=max_tokens, absent=absent)
+            decoding = self._free_decoding(prompt, max_tokens=max_tokens, absent=absent)
         tokenizer = self._chain.tokenizer
 
         def draft_ids(ids: Sequence[int]) -> list[int]:
             return tokenizer.encode(draft(form, tokenizer.decode(ids)))
 
         is_list = bool(form.times and form.label)  # other answers have one entry
-        return TextRow(writing, length, prompt, draft_ids if is_list and self._options.drafts else None)
+        return TextRow(decoding, length, prompt, draft_ids if is_list and self._options.drafts else None)
 
     def _entry_tokens(self, form: JsonForm) -> int:
         """Return the maximum tokens of one entry of a list."""
@@ -256,15 +256,15 @@ class TextHead:
             raise query_too_long(prompt.next_position, most)
         return min(room, max_tokens)
 
-    def _write(self, prompts: Sequence[Segment], forms: Sequence[JsonForm], limits: Limits) -> list[Written]:
+    def _answers(self, prompts: Sequence[Segment], forms: Sequence[JsonForm], limits: Limits) -> list[TextAnswer]:
         """Return the answers to prompts that follow the prefix, in batches whose caches fit the budget."""
-        written: list[Written] = []
+        answers: list[TextAnswer] = []
         entry = max(map(self._entry_tokens, forms), default=0)
         margin = 3 * entry  # a row is padded to the longest of a call: forced tokens (1 entry) and a draft (2)
         longest = (len(self._times) + 1) * entry if self._options.grammar else self._options.max_tokens
         most = min(self._options.max_tokens, longest)
-        while len(written) < len(prompts):
-            rest = range(len(written), len(prompts))
+        while len(answers) < len(prompts):
+            rest = range(len(answers), len(prompts))
             positions = self._prefix.length + max(len(prompts[i]) for i in rest) + most + margin
             batch = rest[: self._chain.pool.rows(self._prefix.cache, positions=positions)]
             rows = []
@@ -272,31 +272,31 @@ class TextHead:
                 room = self._room(prompts[i], most, margin=margin)
                 rows.append(self._row(prompts[i], forms[i], length=self._prefix.length, max_tokens=room))
             for _ in self._decode(rows, margin=margin):
-                limits.report(sum(len(row.writing.ids) for row in rows), None)
-            written += [self._written(row) for row in rows]
-        return written
+                limits.report(sum(len(row.decoding.ids) for row in rows), None)
+            answers += [self._text_answer(row) for row in rows]
+        return answers
 
     def _decode(self, rows: Sequence[TextRow], *, margin: int) -> Iterator[int]:
         """Decode the answers of rows that follow the prefix; yield the number of calls after each call of the model."""
         chain, prefix = self._chain, self._prefix
-        most = max(len(row.pending) + row.writing.max_tokens for row in rows)
+        most = max(len(row.pending) + row.decoding.max_tokens for row in rows)
         cache = chain.pool.take(batch=len(rows), positions=prefix.length + most + margin)
         if cache is not prefix.cache:
             cache.copy_prefix(prefix.cache, prefix.length)
-        yield from write_answers(chain.language_model, cache, rows, prefix.no_visual_tokens)
+        yield from decode_answers(chain.language_model, cache, rows, prefix.no_visual_tokens)
         chain.pool.give(cache)  # not after a failed call, which leaves the cache in an unknown state
 
-    def _written(self, row: TextRow) -> Written:
+    def _text_answer(self, row: TextRow) -> TextAnswer:
         """Return the complete answer of a row, without the ids that ended it."""
-        writing, stop_ids = row.writing, self._text.stop_ids
-        counts = row.counts + Counter(tokens=len(writing.ids), truncated=int(writing.truncated))
-        text = self._chain.tokenizer.decode([i for i in writing.ids if i not in stop_ids])
-        score = math.exp(writing.log_probability / max(writing.choices, 1))
-        return Written(text, writing.absent, score, counts)
+        decoding, stop_ids = row.decoding, self._text.stop_ids
+        counts = row.counts + Counter(tokens=len(decoding.ids), truncated=int(decoding.truncated))
+        text = self._chain.tokenizer.decode([i for i in decoding.ids if i not in stop_ids])
+        score = math.exp(decoding.log_probability / max(decoding.choices, 1))
+        return TextAnswer(text, decoding.absent, score, counts)
 
     # From answers to results.
 
-    def _result(self, mode: str, query: str, form: JsonForm, answer: Written, limits: Limits) -> Grounding:
+    def _result(self, mode: str, query: str, form: JsonForm, answer: TextAnswer, limits: Limits) -> Grounding:
         """Return the result of an answer; in the mode `two-step`, after the second step."""
         if mode == "image":
             return self._of_image(query, form, answer)
@@ -307,14 +307,14 @@ class TextHead:
             return self._grounding(query, answer, span=span, tube=None)
         return self._of_frames(query, answer, span, limits, allow_none=form.allow_none)
 
-    def _of_image(self, query: str, form: JsonForm, answer: Written) -> Grounding:
+    def _of_image(self, query: str, form: JsonForm, answer: TextAnswer) -> Grounding:
         """Return the result of an answer that has one box."""
         boxes = [box for _, box in read_boxes(answer.text, form.scale)[:1]]
         span = (0.0, self._video.duration_s) if boxes else None
         tube = self._tube(np.zeros(1), boxes, form.scale) if boxes else None
         return self._grounding(query, answer, span=span, tube=tube)
 
-    def _of_list(self, query: str, form: JsonForm, answer: Written) -> Grounding:
+    def _of_list(self, query: str, form: JsonForm, answer: TextAnswer) -> Grounding:
         """Return the result of an answer that lists times and boxes; of equal times, the first one counts."""
         found: dict[int, Box] = {}
         for time_s, box in read_boxes(answer.text, form.scale):
@@ -326,7 +326,7 @@ class TextHead:
         tube = self._tube(self._group_times[groups], [found[group] for group in groups], form.scale)
         return self._grounding(query, answer, span=self._video.span_of((groups[0], groups[-1])), tube=tube)
 
-    def _named_span(self, answer: Written) -> Span | None:
+    def _named_span(self, answer: TextAnswer) -> Span | None:
         """Return the span that an answer names, from the first to the last group; None if the target is absent."""
         times = read_span(answer.text)
         return None if times is None else self._video.span_of((self._group_at(times[0]), self._group_at(times[1])))
@@ -335,7 +335,7 @@ class TextHead:
         """Return the index of the group whose time in the prompt is nearest."""
         return nearest_index(time_s, self._printed_times)
 
-    def _of_frames(self, query: str, answer: Written, span: Span, limits: Limits, *, allow_none: bool) -> Grounding:
+    def _of_frames(self, query: str, answer: TextAnswer, span: Span, limits: Limits, *, allow_none: bool) -> Grounding:
         """Request the box in single frames of a span, and return the result; `answer` named the span."""
         frames = fine_frames(
             span, self._video.fine_grid, fine_fps=self._chain.spec.frames.fine_fps, margin_s=0.0,
@@ -350,8 +350,8 @@ class TextHead:
         for start in range(0, len(frames.indices), most):
             tokens, shown = self._features.at(frames.indices[start : start + most], limits)  # [F, 1+D, n, H]
             with limits.stage("boxes"):
-                written, calls = self._answers_in_frames(tokens, prompt, form, limits, answer_tokens=answer_tokens)
-            for time_s, frame_answer in zip(shown, written, strict=True):
+                answers, calls = self._answers_in_frames(tokens, prompt, form, limits, answer_tokens=answer_tokens)
+            for time_s, frame_answer in zip(shown, answers, strict=True):
                 counts += Counter({**frame_answer.counts, "calls": 0})  # rows of a batch share its calls
                 for _, box in read_boxes(frame_answer.text, form.scale)[:1]:
                     boxes.setdefault(float(time_s), box)
@@ -374,7 +374,7 @@ class TextHead:
 
     def _answers_in_frames(
         self, tokens: Array, prompt: Segment, form: JsonForm, limits: Limits, *, answer_tokens: int
-    ) -> tuple[list[Written], int]:
+    ) -> tuple[list[TextAnswer], int]:
         """Request the box in F frames in one batch; return their answers, and the number of calls of the model.
 
         Args:
@@ -393,11 +393,11 @@ class TextHead:
         most = min(self._options.max_tokens, answer_tokens)
         rows = [self._row(pending, form, length=length, max_tokens=most) for pending in last]
         calls = prefills = math.ceil(length / chunk)
-        for made in write_answers(session, cache, rows, self._prefix.no_visual_tokens):
+        for made in decode_answers(session, cache, rows, self._prefix.no_visual_tokens):
             calls = prefills + made
             limits.report(calls, None)
         chain.pool.give(cache)
-        return [self._written(row) for row in rows], calls
+        return [self._text_answer(row) for row in rows], calls
 
     def _tube(self, times: np.ndarray, boxes: Sequence[Box], scale: tuple[int, int]) -> Tube:
         """Return the tube of boxes [N] at times [N] in seconds; boxes are in units of `scale`."""
@@ -407,7 +407,7 @@ class TextHead:
         return Tube(times, pixels.astype(np.float32), np.ones(count, np.float32), np.ones(count, bool))
 
     def _grounding(
-        self, query: str, answer: Written, *, span: Span | None, tube: Tube | None, frames: int = 0
+        self, query: str, answer: TextAnswer, *, span: Span | None, tube: Tube | None, frames: int = 0
     ) -> Grounding:
         """Return the result without task and mode; `frames` is the number of fine frames that were encoded."""
         video = self._video
@@ -429,13 +429,18 @@ class TextHead:
         )
 
 
-class AskedText(TextStream):
-    """The answer to a question; see `TextStream`. Each item of `steps` has added tokens to `writing`."""
+class AnswerStream(TextStream):
+    """The answer to a question; see `TextStream`. Each item of `steps` has added tokens to `decoding`."""
 
     def __init__(
-        self, tokenizer: Tokenizer, writing: Writing, steps: Iterator[None], stop_ids: Sequence[int], prompt_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        decoding: GreedyDecoding,
+        steps: Iterator[None],
+        stop_ids: Sequence[int],
+        prompt_tokens: int,
     ) -> None:
-        self._tokenizer, self._writing, self._steps = tokenizer, writing, steps
+        self._tokenizer, self._decoding, self._steps = tokenizer, decoding, steps
         self._stop_ids, self._shown = stop_ids, ""
         self.prompt_tokens, self.tokens, self.finish_reason = prompt_tokens, 0, ""
 
@@ -443,11 +448,11 @@ class AskedText(TextStream):
         """Return the next piece of text; whole characters only."""
         while True:
             ended = next(self._steps, self) is self
-            ids = self._writing.ids
+            ids = self._decoding.ids
             self.tokens = len(ids)
             text = self._tokenizer.decode([token for token in ids if token not in self._stop_ids])
-            if ended or self._writing.done:
-                self.finish_reason = "length" if self._writing.truncated else "stop"
+            if ended or self._decoding.done:
+                self.finish_reason = "length" if self._decoding.truncated else "stop"
             if text != self._shown and (self.finish_reason or not text.endswith("\ufffd")):
                 piece, self._shown = text[len(self._shown) :], text
                 return piece

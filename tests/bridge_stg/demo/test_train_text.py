@@ -23,7 +23,7 @@ from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.spec import TextSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
-from bridge_stg.runtime.heads.json_grammar import JsonForm, JsonGrammar, JsonWriting
+from bridge_stg.runtime.heads.json_grammar import ConstrainedDecoding, JsonForm, JsonGrammar
 
 STOP = "<|im_end|>"
 
@@ -76,14 +76,14 @@ def test_the_grammar_writes_the_same_tokens(batches: list[TextBatch], tokenizer_
             verb, query = prompt.split(".<|im_end|>")[0].removeprefix("<|vision_end|>").split(" ", 1)
             label = None if verb == "find" else json.dumps(query)
             form = JsonForm(text, () if verb == "locate" else times, scale=(SCALE, SCALE), label=label)
-            writing = JsonWriting(grammar, form, max_tokens=1000)
-            while not writing.done:
-                writing.forced()
-                if not writing.done:
-                    following = ids[len(writing.ids)]
-                    assert following in writing.allowed()
-                    writing.accept([following])
-            assert writing.ids == ids
+            decoding = ConstrainedDecoding(grammar, form, max_tokens=1000)
+            while not decoding.done:
+                decoding.forced()
+                if not decoding.done:
+                    following = ids[len(decoding.ids)]
+                    assert following in decoding.allowed()
+                    decoding.accept([following])
+            assert decoding.ids == ids
             forms.add((verb, tokenizer.decode(ids) == form.absent))
     assert {verb for verb, _ in forms} == {"track", "find", "locate"} and ("track", True) in forms
 

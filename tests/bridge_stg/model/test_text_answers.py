@@ -20,7 +20,7 @@ from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.chain.prompt import time_strings
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.json_grammar import JsonForm, JsonGrammar, JsonWriting, json_label
+from bridge_stg.runtime.heads.json_grammar import ConstrainedDecoding, JsonForm, JsonGrammar, json_label
 from bridge_stg.runtime.heads.text import TextOptions
 from tests.bridge_stg.checkpoint.plain_folders import FAMILIES, make_plain_folder
 
@@ -31,25 +31,25 @@ COUNT = 10  # frames, of which two are one group
 class Masked(LogitsProcessor):
     """Leaves only what a grammar allows; all tokens that have no alternative follow at once."""
 
-    def __init__(self, writing: JsonWriting, prompt: int) -> None:
-        self.writing, self.prompt, self.queue = writing, prompt, writing.forced()
+    def __init__(self, decoding: ConstrainedDecoding, prompt: int) -> None:
+        self.decoding, self.prompt, self.queue = decoding, prompt, decoding.forced()
         self.seen = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         written = input_ids[0, self.prompt :].tolist()
-        if len(written) > len(self.writing.ids) - len(self.queue):
+        if len(written) > len(self.decoding.ids) - len(self.queue):
             if not self.queue:
-                self.writing.accept(written[-1:])
-                self.queue = [] if self.writing.done else self.writing.forced()
+                self.decoding.accept(written[-1:])
+                self.queue = [] if self.decoding.done else self.decoding.forced()
             else:
                 self.queue = self.queue[1:]
         masked = torch.full_like(scores, -torch.inf)
         if self.queue:
             masked[0, self.queue[0]] = 0
-        elif self.writing.done:
-            masked[0, self.writing.ids[-1]] = 0
+        elif self.decoding.done:
+            masked[0, self.decoding.ids[-1]] = 0
         else:
-            allowed = torch.from_numpy(self.writing.allowed())
+            allowed = torch.from_numpy(self.decoding.allowed())
             masked[0, allowed] = scores[0, allowed]
         return masked
 
@@ -101,7 +101,7 @@ class Pair:
         assert self.model.tokenizer is not None
         inputs = self.inputs(message, frames)
         length = inputs["input_ids"].shape[1]
-        masks = [Masked(JsonWriting(JsonGrammar(self.model.tokenizer), form, max_tokens=10_000), length)]
+        masks = [Masked(ConstrainedDecoding(JsonGrammar(self.model.tokenizer), form, max_tokens=10_000), length)]
         with torch.no_grad():
             ids = self.theirs.generate(**inputs, max_new_tokens=count, do_sample=False, logits_processor=masks)
         return list(ids[0, length:].tolist())
