@@ -119,7 +119,7 @@ async def upload_from_url(service: Service, url: str, stack: ExitStack) -> Uploa
     """
     if url.startswith(UPLOAD):
         return service.store.get(url.removeprefix(UPLOAD))
-    if not url.startswith(DATA):
+    if url[: len(DATA)].lower() != DATA:
         message = "This server does not load URLs. Send a data URL, or `upload:ID` with the id of `POST /v1/videos`."
         raise ApiError(422, "server.unsupported_url", message)
     content = await service.in_thread(decode_data_url, url)
@@ -131,10 +131,10 @@ async def upload_from_url(service: Service, url: str, stack: ExitStack) -> Uploa
 
 
 def decode_data_url(url: str) -> bytes:
-    """Return the content of a data URL in base64; its media type is ignored. Raises ApiError 422."""
+    """Return the content of a data URL in base64; case and media type are ignored. Raises ApiError 422."""
     head, comma, content = url.partition(",")
     try:
-        if comma and head.endswith(";base64"):
+        if comma and head.lower().endswith(";base64"):
             return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
         pass

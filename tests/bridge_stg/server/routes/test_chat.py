@@ -207,6 +207,13 @@ def test_an_image_is_answered_by_the_part_of_either_name(running: Running) -> No
             assert chat(client, part(data_url(png())), text_part("Why?")).choices[0].message.content == "".join(PIECES)
 
 
+def test_the_case_of_a_data_url_does_not_matter(running: Running) -> None:
+    with openai_client(running) as client:
+        for head in ("DATA:IMAGE/PNG;BASE64,", "Data:image/png;charset=utf-8;Base64,", "data:;base64,"):
+            url = head + base64.b64encode(png()).decode()
+            assert chat(client, image_part(url), text_part("Why?")).choices
+
+
 def test_options_that_would_change_the_answer_are_rejected(running: Running) -> None:
     fine = {"temperature": 0, "n": 1, "top_p": 0.5, "seed": 3, "user": "me", "stop": [], "logprobs": False}
     with openai_client(running) as client:
