@@ -31,7 +31,7 @@ def grounding_table(result: Grounding) -> str:
         verb = "followed" if result.task == "track" else "found"
         in_image = "image" in (result.task, result.mode)
         lines.append("  found" if in_image else f"  {verb} from {start:.2f} s to {end:.2f} s")
-        lines += [] if result.boxes is None else _box_rows(result.boxes)
+        lines += [] if result.boxes is None else _box_rows(result.boxes, presence=result.heads == "bridge")
     else:
         lines += [f"  not in this video (probability {result.scores['absent']:.2f})"]
     lines += [f"  {CLOCK_NOTES[result.clock]}"] if result.clock in CLOCK_NOTES else []
@@ -57,11 +57,11 @@ def _seconds_lines(result: Grounding) -> list[str]:
 def _text_line(result: Grounding) -> str:
     """Return how text heads wrote the answer."""
     counts = result.decoding
-    cut = "; cut by --max-tokens" if counts.get("truncated") else ""
-    return (
-        f"  text answer: mode {result.mode}, {counts['tokens']} tokens in {counts['calls']} language-model calls "
-        f"({counts['forced']} forced, {counts['accepted']} of {counts['drafted']} drafted accepted){cut}"
-    )
+    details = [f"{counts['forced']} forced"] if counts["forced"] else []
+    details += [f"{counts['accepted']} of {counts['drafted']} drafted accepted"] if counts["drafted"] else []
+    line = f"  text answer: mode {result.mode}, {counts['tokens']} tokens in {counts['calls']} language-model calls"
+    line += f" ({', '.join(details)})" if details else ""
+    return line + ("; cut by --max-tokens" if counts["truncated"] else "")
 
 
 def _coarse_line(coarse: CoarseChoice) -> str:
@@ -75,12 +75,14 @@ def _coarse_line(coarse: CoarseChoice) -> str:
     )
 
 
-def _box_rows(boxes: FrameBoxes) -> list[str]:
-    rows = [f"  {'time':>7}  {'left':>6} {'top':>6} {'right':>6} {'bottom':>6}  presence"]
+def _box_rows(boxes: FrameBoxes, *, presence: bool) -> list[str]:
+    """Return a table of at most `ROWS` boxes, with a column of `presence` where the heads compute it."""
+    rows = [f"  {'time':>7}  {'left':>6} {'top':>6} {'right':>6} {'bottom':>6}{'  presence' * presence}"]
     for i in np.unique(np.linspace(0, len(boxes) - 1, min(ROWS, len(boxes))).round().astype(int)):
         left, top, right, bottom = boxes.boxes[i]
         flags = ["interpolated"] * bool(boxes.interpolated[i]) + ["low presence"] * (not boxes.visible[i])
-        row = f"  {boxes.times[i]:7.2f}  {left:6.0f} {top:6.0f} {right:6.0f} {bottom:6.0f}  {boxes.presence[i]:8.2f}"
+        row = f"  {boxes.times[i]:7.2f}  {left:6.0f} {top:6.0f} {right:6.0f} {bottom:6.0f}"
+        row += f"  {boxes.presence[i]:8.2f}" * presence
         rows.append(f"{row}  {', '.join(flags)}".rstrip())
     if len(boxes) > ROWS:
         rows.append(f"  ({ROWS} of {len(boxes)} frames; --json writes all)")

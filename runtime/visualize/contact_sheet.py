@@ -112,7 +112,8 @@ def compose(grounding: Grounding, shown: Sequence[tuple[float, np.ndarray]], dur
             draw_box(ImageDraw.Draw(cell), box, cell.size, thickness=3, dashed=not boxes.visible[index])
             note = f"{'' if width < 150 else 'presence '}{boxes.presence[index]:.2f}"
             colour = GREY if boxes.visible[index] else DOUBT
-            draw.text((left + width, label[1]), note, colour, font(15), anchor="ra")
+            if grounding.heads == "bridge":  # of text heads every presence is 1
+                draw.text((left + width, label[1]), note, colour, font(15), anchor="ra")
         page.paste(cell, (left, upper))
     if duration_s:
         _timeline(page, grounding, [time_s for time_s, _ in shown], duration_s, grid_bottom)
@@ -123,12 +124,13 @@ def _title(draw: ImageDraw.ImageDraw, grounding: Grounding, duration_s: float) -
     inner = PAGE_WIDTH - 2 * MARGIN
     large, scores = font_for(grounding.query, 30), grounding.scores
     draw.text((MARGIN, MARGIN - 6), fit_text(grounding.query, large, inner), INK, large)
-    line = f"found, presence {scores.get('presence', 0):.2f}"
+    presence = f", presence {scores.get('presence', 0):.2f}" if grounding.heads == "bridge" else ""
+    line = f"found{presence}"
     if not grounding.found:
         line = f"not in this video (probability {scores.get('absent', 0):.2f})"
     elif grounding.span is not None and duration_s:
         start, end = grounding.span
-        line = f"from {start:.2f} s to {end:.2f} s of {duration_s:.2f} s, presence {scores.get('presence', 0):.2f}"
+        line = f"from {start:.2f} s to {end:.2f} s of {duration_s:.2f} s{presence}"
     draw.text((MARGIN, MARGIN + 36), line, GREY if grounding.found else DOUBT, font(18))
 
 

@@ -16,6 +16,7 @@ from bridge_stg import cli
 from bridge_stg.demo import bundle as demo_bundle
 from bridge_stg.runtime import TextOptions
 from bridge_stg.runtime.bundle.spec import KnowsSpec, TextSpec
+from tests.bridge_stg.commands import fake_grounder
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
 
 
@@ -144,6 +145,22 @@ def test_infer_says_how_text_heads_answered(fake: list[Any], clip: Path, capsys:
     assert fake[0][1]["text"] == TextOptions(mode="two-step", grammar=False, max_tokens=99)
     shown = capsys.readouterr().out
     assert "mode joint, 90 tokens in 7 language-model calls (20 forced, 60 of 70 drafted accepted); cut by" in shown
+    (header,) = [line for line in shown.splitlines() if "left" in line]
+    assert header.split() == ["time", "left", "top", "right", "bottom"]
+
+
+def test_infer_leaves_out_counts_without_information(
+    fake: list[Any], clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = fake_grounder.COUNTS
+    for counts, expected in (
+        ({"drafted": 0, "accepted": 0, "truncated": 0}, "90 tokens in 7 language-model calls (20 forced)\n"),
+        ({"forced": 0, "truncated": 0}, "90 tokens in 7 language-model calls (60 of 70 drafted accepted)\n"),
+        ({"forced": 0, "drafted": 0, "accepted": 0}, "90 tokens in 7 language-model calls; cut by --max-tokens\n"),
+    ):
+        monkeypatch.setattr(fake_grounder, "COUNTS", usual | counts)
+        assert cli.run(["infer", str(clip), "the dog", "--bundle", "b", "--heads", "text"]) == 0
+        assert expected in capsys.readouterr().out
 
 
 def test_ask_streams_its_answer(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
