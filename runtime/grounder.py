@@ -15,7 +15,7 @@ from bridge_stg.runtime.backends.session import Session
 from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.spec import HEADS, ModelSpec
 from bridge_stg.runtime.chain.decode import prefill_video
-from bridge_stg.runtime.chain.opened_video import Chain, Head, OpenedVideo, VideoFacts, VideoParts
+from bridge_stg.runtime.chain.opened_video import Chain, ChatMessage, Head, OpenedVideo, VideoFacts, VideoParts
 from bridge_stg.runtime.chain.positions import VisualGrid
 from bridge_stg.runtime.chain.prompt import (
     Segment,
@@ -33,8 +33,9 @@ from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.errors import BundleError, EngineError, VideoError
 from bridge_stg.runtime.heads.bridge import BridgeHead
+from bridge_stg.runtime.heads.chat import check_chat, check_context, with_context
 from bridge_stg.runtime.heads.json_grammar import JsonGrammar
-from bridge_stg.runtime.heads.text import TextHead, TextOptions, check_question
+from bridge_stg.runtime.heads.text import TextHead, TextOptions
 from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
@@ -262,7 +263,14 @@ class Grounder(Closable):
         return self._ground(video, query, track_from(first_box), CallOptions(**options))
 
     def ask(
-        self, video: Video, question: str, *, max_tokens: int = 512, **options: Unpack[OptionKeywords]
+        self,
+        video: Video,
+        question: str,
+        *,
+        context: Sequence[ChatMessage] = (),
+        history: Sequence[ChatMessage] = (),
+        max_tokens: int = 512,
+        **options: Unpack[OptionKeywords],
     ) -> Iterator[str]:
         """Answer a question about a video, image or stream, and yield the text while the model writes it.
 
@@ -271,25 +279,34 @@ class Grounder(Closable):
         Args:
             video: see `Video`; an iterable is read once, to its end.
             question: a question or an instruction.
+            context: messages before the video, each (role, text): a message with the role `system`, which replaces the
+                system message of the chat template, and turns with the roles `user` and `assistant`.
+            history: messages between the video and the question; the video is in the first one, whose role is `user`.
             max_tokens: maximum tokens of the answer; it is cut there.
             options: see `CallOptions`.
 
         Raises:
-            QueryError: the question is empty or too long, or the model cannot answer in text.
+            QueryError: the question is empty or too long, a message is invalid, or the model cannot answer in text.
             BridgeError: others as for `ground`.
         """
         call = CallOptions(**options)
         limits = call.limits()
-        check_question(self.spec, question, max_tokens)
-        with self._usage.call(), self._open(video, call, limits) as opened:
-            yield from opened.ask_within(limits, question, max_tokens=max_tokens)
+        check_chat(self.spec, question, context=context, history=history, max_tokens=max_tokens)
+        with self._usage.call(), self._open(video, call, limits, context) as opened:
+            yield from opened.ask_within(limits, question, history=history, max_tokens=max_tokens)
 
-    def open(self, video: Video, **options: Unpack[OptionKeywords]) -> OpenedVideo:
-        """Read a video and compute all that does not depend on a query. Arguments and errors as for `ground`."""
+    def open(
+        self, video: Video, *, context: Sequence[ChatMessage] = (), **options: Unpack[OptionKeywords]
+    ) -> OpenedVideo:
+        """Read a video and compute all that does not depend on a query, such as the prefix of the prompt.
+
+        The prefix contains the messages in `context`; see `ask`. Other arguments and errors as for `ground`.
+        """
         call = CallOptions(**options)
         limits = call.limits()
+        check_context(self.spec, context)
         with self._usage.call():
-            return self._open(video, call, limits)
+            return self._open(video, call, limits, context)
 
     def watch(
         self,
@@ -347,9 +364,11 @@ class Grounder(Closable):
             with self._open(video, options, limits) as opened:
                 return opened.ground_within(limits, [query], task)[0]
 
-    def _open(self, video: Video, options: CallOptions, limits: Limits) -> OpenedVideo:
-        """Sample the frames, encode them, and prefill the video's part of the prompt."""
-        chain, spec = self._chain, self.spec
+    def _open(
+        self, video: Video, options: CallOptions, limits: Limits, context: Sequence[ChatMessage] = ()
+    ) -> OpenedVideo:
+        """Sample the frames, encode them, and prefill the video's part of the prompt, which contains the context."""
+        chain, spec = self._chain, with_context(self.spec, context)
         with limits.stage("decode_video"):
             _, capacity = chain.language_model.graph.ranges.get("S", (1, None))
             budget = video_budget(
@@ -366,9 +385,9 @@ class Grounder(Closable):
         try:
             with limits.stage("decode_video"):
                 coarse, grid = source.coarse(limits), source.fine_grid()
-            segment, frames, choice = self._segment(coarse), coarse.frames, coarse.choice
+            segment, frames, choice = self._segment(spec, coarse), coarse.frames, coarse.choice
             if source.is_image and self.heads == "text":
-                segment, frames, choice = self._image_prompt(source, choice, limits)
+                segment, frames, choice = self._image_prompt(spec, source, choice, limits)
             with limits.stage("vision_coarse"):
                 tolerance = self._unchanged_tolerance
                 visual_tokens = coarse_tokens(
@@ -411,21 +430,21 @@ class Grounder(Closable):
         return text
 
     def _image_prompt(
-        self, source: VideoSource, choice: CoarseChoice, limits: Limits
+        self, spec: ModelSpec, source: VideoSource, choice: CoarseChoice, limits: Limits
     ) -> tuple[Segment, Array, CoarseChoice]:
         """Return the family's prompt of an image, the image at fine size as one group of frames, and this size."""
-        assert self.spec.text is not None
-        frames = arrays.repeat_new_axis(source.fine([0.0], limits).frames, self.spec.vision.temporal_patch_size)
-        (rows, columns), text = merged_grid(frames, self.spec), self.spec.text
+        assert spec.text is not None
+        frames = arrays.repeat_new_axis(source.fine([0.0], limits).frames, spec.vision.temporal_patch_size)
+        (rows, columns), text = merged_grid(frames, spec), spec.text
         grid = VisualGrid(1, rows, columns)
-        segment = visual_segment(self.tokenizer, self.spec, text.image_head, text.image_token, grid)
+        segment = visual_segment(self.tokenizer, spec, text.image_head, text.image_token, grid)
         size = frames.shape[-2], frames.shape[-3]
         return segment, frames, dataclasses.replace(choice, size=size, tokens=rows * columns, limited_by=())
 
-    def _segment(self, coarse: CoarseFrames) -> Segment:
+    def _segment(self, spec: ModelSpec, coarse: CoarseFrames) -> Segment:
         """Return the video's part of the prompt. Raises VideoError if the model has too few positions for it."""
-        grid, most = merged_grid(coarse.frames, self.spec), self.spec.language.max_positions
-        segment = video_segment(self.tokenizer, self.spec, coarse.group_times, grid, interval_s=coarse.interval_s)
+        grid, most = merged_grid(coarse.frames, spec), spec.language.max_positions
+        segment = video_segment(self.tokenizer, spec, coarse.group_times, grid, interval_s=coarse.interval_s)
         if segment.next_position > most:
             message = f"one group of the smallest frames needs {segment.next_position} positions; the model has {most}"
             raise VideoError("video.exceeds_prompt", message)

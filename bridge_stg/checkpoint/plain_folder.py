@@ -6,7 +6,7 @@ Chat template, ids that end an answer and limits of frame sizes come from the fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from bridge_stg.model.backbones.interface import Backbone
 from bridge_stg.model.config import BridgeSTGConfig, read_json
 from bridge_stg.runtime.bundle.spec import Deviations, Means, Penalty, Pixels, TextSpec, TokenId
 from bridge_stg.runtime.bundle.typed_json import from_json
+from bridge_stg.runtime.chain.opened_video import ChatMessage
 from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.heads.chat import head_after, text_after_video
 
 DOWNLOAD = "download the model's whole folder"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
@@ -70,6 +72,7 @@ def text_section(folder: Path, values: Mapping[str, Any]) -> tuple[str, TextSpec
         head, video_turn = template_parts(*found, "video", prompt.visual_token)
         image_head, image_turn = template_parts(*found, "image", text.image_token)
         text = dataclasses.replace(text, video_turn=video_turn, image_head=image_head, image_turn=image_turn)
+        text = with_message_turns(text, found[1])
     text = dataclasses.replace(text, stop_ids=stop_ids(folder, values))
     path = folder / "generation_config.json"
     if (penalty := optional_json(path).get("repetition_penalty")) is not None:
@@ -110,18 +113,14 @@ def template_parts(path: Path, template: str, kind: str, token: str) -> tuple[st
 
     Raises CheckpointError as `plain_config` does.
     """
-    content = [{"type": kind}, {"type": "text", "text": MESSAGE}]
-    chat = [{"role": "user", "content": content}]
     try:
-        printed, _ = render_jinja_template(
-            [chat], chat_template=template, add_generation_prompt=True, enable_thinking=False
-        )
+        printed = print_chat(template, [("user", MESSAGE)], kind)
     except Exception as error:  # templates raise many exception types
         message = f"{path}: the chat template cannot print a message with a {kind} ({error!s:.300})"
         raise CheckpointError("checkpoint.bad_chat_template", f"{message}; {DOWNLOAD}") from error
-    head, _, turn = printed[0].partition(token)
-    if printed[0].count(token) != 1 or turn.count(MESSAGE) != 1:
-        message = f"{path}: the chat template prints a message with a {kind} as {printed[0]!r:.300}"
+    head, _, turn = printed.partition(token)
+    if printed.count(token) != 1 or turn.count(MESSAGE) != 1:
+        message = f"{path}: the chat template prints a message with a {kind} as {printed!r:.300}"
         hint = f"expected one {token} and then the text; use the template of the model's processor"
         raise CheckpointError("checkpoint.bad_chat_template", f"{message}, {hint}")
     if turn.rstrip().endswith("<think>"):
@@ -129,6 +128,54 @@ def template_parts(path: Path, template: str, kind: str, token: str) -> tuple[st
         hint = "text heads need an answer without one; use the Instruct model, or a template that closes the thought"
         raise CheckpointError("checkpoint.thinking_model", f"{message}; {hint}")
     return head, turn
+
+
+def print_chat(template: str, chat: Sequence[ChatMessage], kind: str, *, media: int = 0, prompt: bool = True) -> str:
+    """Return a chat as a template prints it, which may raise anything.
+
+    Message `media` has a video or image, by `kind`, before its text. `prompt` says whether the beginning of the answer
+    is printed as well.
+    """
+    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in chat]
+    messages[media]["content"] = [{"type": kind}, {"type": "text", "text": messages[media]["content"]}]
+    (printed,), _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=prompt, enable_thinking=False
+    )
+    return str(printed)
+
+
+def with_message_turns(text: TextSpec, template: str) -> TextSpec:
+    """Return how a model answers in text, with how its chat template prints messages without a video or image.
+
+    `system_turn`, `user_turn` and `assistant_turn` are read off one chat, and compared with the template on others. If
+    it cannot print these, or not as a series of messages, all are None: the model answers single questions only.
+    """
+    none = dataclasses.replace(text, system_turn=None, user_turn=None, assistant_turn=None)
+    system, answer, question = "{system}", "{answer}", "{question}"
+    try:
+        chat = [("system", system), ("user", MESSAGE), ("assistant", answer), ("user", question)]
+        head, _, turn = print_chat(template, chat, "image", media=1).partition(text.image_token)
+        between = turn.partition(MESSAGE)[2].partition(question)[0]  # the end of a message, the answer, the next one
+        start = print_chat(template, chat[1:2], "image", prompt=False)
+        closing = start.partition(MESSAGE)[2]
+        opening = between.rpartition(answer)[2].removeprefix(closing)
+        answer_opening = between.partition(answer)[0].removeprefix(closing)
+        user = text.image_head.rfind(opening)
+        system_turn = head.removesuffix(text.image_head[user:]).replace(system, MESSAGE)
+        if not closing or not opening or user < 0 or system_turn.count(MESSAGE) != 1:
+            return none
+        user_turn, assistant_turn = f"{opening}{MESSAGE}{closing}", f"{answer_opening}{MESSAGE}{closing}"
+        made = dataclasses.replace(text, system_turn=system_turn, user_turn=user_turn, assistant_turn=assistant_turn)
+        for first in (0, 1):  # with a system message, and without one
+            context = [("system", "S."), ("user", "A?"), ("assistant", "B.")][first:]
+            history = [("user", "C?"), ("assistant", "D."), ("user", "E?"), ("assistant", "F.")]
+            printed = print_chat(template, [*context, *history, ("user", "G?")], "image", media=len(context))
+            ours = head_after(made, text.image_head, context) + text.image_token
+            if printed != ours + text_after_video(made, text.image_turn, history, "G?"):
+                return none
+    except Exception:  # noqa: BLE001 - templates raise many exception types
+        return none
+    return made
 
 
 def stop_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:

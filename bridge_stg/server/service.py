@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.heads.text import check_question
+from bridge_stg.runtime.heads.chat import check_chat
 from bridge_stg.runtime.host.worker import TEMPLATE
 from bridge_stg.runtime.video.decoder import limit_frames
 from bridge_stg.server.http.errors import ApiError, logger, stopping
 from bridge_stg.server.http.schemas import NewJob
-from bridge_stg.server.jobs.job import Chat, Job, job_not_found
+from bridge_stg.server.jobs.job import Chat, Job, Question, job_not_found
 from bridge_stg.server.jobs.render import Renderer
 from bridge_stg.server.jobs.scheduler import Scheduler
 from bridge_stg.server.live.watch import LiveHub
@@ -116,9 +116,9 @@ class Service:
         self._delete_surplus()
         return job
 
-    def add_chat(self, upload: Upload, question: str, *, max_tokens: int) -> Chat:
+    def add_chat(self, upload: Upload, question: Question) -> Chat:
         """Add a question to the queue as a job. Raises as `Scheduler.add` does."""
-        chat = Chat(upload, question, self.settings.max_seconds, max_tokens=max_tokens)
+        chat = Chat(upload, question, self.settings.max_seconds)
         self.scheduler.add(chat)
         self._jobs[chat.id] = chat
         return chat
@@ -143,10 +143,13 @@ class Service:
                 raise ApiError(413, "query.too_long", message)
             self.grounder.check_query(query)
 
-    def check_question(self, question: str, max_tokens: int) -> None:
-        """Check a question before a video is read for it. Raises ApiError 503, and as the runtime's function."""
+    def check_question(self, question: Question) -> None:
+        """Check a question before a video is read for it. Raises ApiError 503, and as the runtime's `check_chat`."""
         self.check_open()
-        check_question(self.grounder.spec, question, max_tokens)
+        check_chat(
+            self.grounder.spec, question.text, context=question.context, history=question.history,
+            max_tokens=question.max_tokens,
+        )  # fmt: skip
 
     def forget(self, job: Job) -> None:
         """Cancel a job, and delete its answer."""

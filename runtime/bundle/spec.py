@@ -144,6 +144,9 @@ class TextSpec:
     image_head: Piece = "<|im_start|>user\n<|vision_start|>"  # before an image's tokens
     image_token: Word = "<|image_pad|>"
     image_turn: TurnForm = "<|vision_end|>{message}<|im_end|>\n<|im_start|>assistant\n"  # after an image's tokens
+    system_turn: TurnForm | None = "<|im_start|>system\n{message}<|im_end|>\n"  # None: chats are not supported
+    user_turn: TurnForm | None = "<|im_start|>user\n{message}<|im_end|>\n"  # a message of a chat without its video
+    assistant_turn: TurnForm | None = "<|im_start|>assistant\n{message}<|im_end|>\n"  # an earlier answer
     list_open: ListStart = "```json\n[\n\t"  # the JSON list of an answer, as the family writes it
     list_separator: Piece = ",\n\t"
     list_close: ListEnd = "\n]\n```"

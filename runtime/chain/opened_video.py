@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -28,6 +28,10 @@ from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
+
+
+ChatMessage: TypeAlias = "tuple[str, str]"
+"""A message of a chat: its role (`system`, `user` or `assistant`) and its text."""
 
 
 class CachePool(Protocol):
@@ -53,11 +57,11 @@ class Head(Protocol):
             QueryError: a query is empty or too long, or the head does not support the task.
         """
 
-    def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
-        """Return the answer to a question, as text that is written while it is iterated.
+    def ask(self, question: str, *, history: Sequence[ChatMessage], max_tokens: int, limits: Limits) -> TextStream:
+        """Return the answer to a question after earlier messages, as text that is written while it is iterated.
 
         Raises:
-            QueryError: the question is empty or too long, or the model has no text head.
+            QueryError: the question is empty or too long, a message is invalid, or the model has no text head.
         """
 
 
@@ -220,17 +224,26 @@ class OpenedVideo(Closable):
             raise QueryError("query.not_a_list", "ground_many takes a list of queries; pass a single one to `ground`")
         return self._call(list(queries), Task(allow_none=allow_none), Limits(**limits))
 
-    def ask(self, question: str, *, max_tokens: int = 512, **limits: Unpack[CallKeywords]) -> Iterator[str]:
+    def ask(
+        self,
+        question: str,
+        *,
+        history: Sequence[ChatMessage] = (),
+        max_tokens: int = 512,
+        **limits: Unpack[CallKeywords],
+    ) -> Iterator[str]:
         """Answer a question about this video, and yield the text while the model writes it.
 
         Arguments and errors as for `Grounder.ask`.
         """
         with self._chain.usage.call(), self._usage.call():
-            yield from self.ask_within(Limits(**limits), question, max_tokens=max_tokens)
+            yield from self.ask_within(Limits(**limits), question, history=history, max_tokens=max_tokens)
 
-    def ask_within(self, limits: Limits, question: str, *, max_tokens: int) -> TextStream:
+    def ask_within(
+        self, limits: Limits, question: str, *, history: Sequence[ChatMessage] = (), max_tokens: int
+    ) -> TextStream:
         """Answer a question as part of a running call, which keeps the grounder open; the stream also counts tokens."""
-        return self._head.ask(question, max_tokens=max_tokens, limits=limits)
+        return self._head.ask(question, history=history, max_tokens=max_tokens, limits=limits)
 
     def _call(self, queries: list[str], task: Task, limits: Limits) -> list[Grounding]:
         with self._chain.usage.call():

@@ -249,20 +249,29 @@ def check_query(spec: PromptSpec, query: str, *, max_characters: int | None = No
     `max_characters` is by default the model's own limit. Raises QueryError like `query_segment`.
     """
     most = spec.max_query_characters if max_characters is None else max_characters
-    if not isinstance(query, str):
-        raise QueryError("query.not_text", f"a query must be a string, found {type(query).__name__}")
-    if len(query) > most:
-        message = f"the query has {len(query):,} characters, and at most {most:,} are possible"
-        raise QueryError("query.too_long", message)
-    try:
-        query.encode("utf-8")
-    except UnicodeEncodeError as error:
-        message = f"the query is not valid Unicode text ({error.reason} at character {error.start})"
-        raise QueryError("query.bad_characters", message) from None
-    text = " ".join(unicodedata.normalize("NFC", query).split()).removesuffix(".").rstrip()
+    text = check_text(query, max_characters=most).removesuffix(".").rstrip()
     if not any(character.isalnum() or ord(character) > 0x2000 for character in text):
         message = f'the query {query!r} has no words; expected text, such as "the red car"'
         raise QueryError("query.empty", message)
+    return text
+
+
+def check_text(given: str, *, max_characters: int) -> str:
+    """Return a text of a user in Unicode NFC with blanks collapsed.
+
+    Raises QueryError if it is too long, or contains control characters or the prompt's own markers.
+    """
+    if not isinstance(given, str):
+        raise QueryError("query.not_text", f"a query must be a string, found {type(given).__name__}")
+    if len(given) > max_characters:
+        message = f"the query has {len(given):,} characters, and at most {max_characters:,} are possible"
+        raise QueryError("query.too_long", message)
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError as error:
+        message = f"the query is not valid Unicode text ({error.reason} at character {error.start})"
+        raise QueryError("query.bad_characters", message) from None
+    text = " ".join(unicodedata.normalize("NFC", given).split())
     bad = next((c for c in text if unicodedata.category(c) == "Cc"), "<|" if "<|" in text else None)
     if bad is not None:
         message = f"the query contains {bad!r}; expected plain text without control characters and prompt markers"

@@ -60,7 +60,7 @@ def text_faults(tokenizer: Tokenizer, spec: ModelSpec, values: Mapping[str, Any]
     prompt = spec.prompt
     forms, visual = [prompt.head, prompt.query, prompt.track], [prompt.visual_token]
     if (text := spec.text) is not None:
-        forms += [text.video_turn, text.image_head, text.image_turn]
+        forms += [text.video_turn, text.image_head, text.image_turn, *message_forms(text)]
         visual.append(text.image_token)
     for marker in (*visual, *re.findall(r"<\|.*?\|>", "".join(forms))):
         if (tokens := len(tokenizer.encode(marker))) != 1:
@@ -89,7 +89,13 @@ def chat_texts(text: TextSpec) -> list[str]:
     """Return the texts of a text head's prompts and answers, with the query `QUERY`."""
     messages = [form.replace("{query}", QUERY) for form in (text.tube, text.span, text.image)]
     turns = [form.replace("{message}", message) for form in (text.video_turn, text.image_turn) for message in messages]
+    turns += [form.replace("{message}", QUERY) for form in message_forms(text)]
     return [text.image_head, *turns, text.list_open, text.list_separator, text.list_close]
+
+
+def message_forms(text: TextSpec) -> list[str]:
+    """Return how messages of a chat are printed; empty if chats are not supported."""
+    return [form for form in (text.system_turn, text.user_turn, text.assistant_turn) if form is not None]
 
 
 def names(part: Mapping[str, Any] | None) -> list[str]:

@@ -11,14 +11,14 @@ from bridge_stg.runtime.backends.session import Session
 from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy, boxes_to_pixels
 from bridge_stg.runtime.chain.decode import Answer, answer_queries, positions_needed
 from bridge_stg.runtime.chain.grammar import AnswerGrammar
-from bridge_stg.runtime.chain.opened_video import Chain, Head, TextStream, VideoParts, prompts_of
+from bridge_stg.runtime.chain.opened_video import Chain, ChatMessage, Head, TextStream, VideoParts, prompts_of
 from bridge_stg.runtime.chain.prompt import Segment, query_segment, query_too_long, time_strings
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube, tube_in_span
 from bridge_stg.runtime.chain.spans import Span, fine_frames, in_span, refine_span
 from bridge_stg.runtime.chain.spatial_pass import Located, SpatialQuery, locate
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.device.array_ops import on_host
-from bridge_stg.runtime.heads.text import check_question
+from bridge_stg.runtime.heads.chat import check_chat
 from bridge_stg.runtime.host.limits import Limits
 
 
@@ -61,11 +61,11 @@ class BridgeHead:
             for i, (query, answer, span) in enumerate(zip(queries, answers, spans, strict=True))
         ]
 
-    def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
+    def ask(self, question: str, *, history: Sequence[ChatMessage], max_tokens: int, limits: Limits) -> TextStream:
         """Answer a question; see `Head.ask`."""
-        check_question(self._chain.spec, question, max_tokens)
+        check_chat(self._chain.spec, question, history=history, max_tokens=max_tokens)
         assert self._text is not None
-        return self._text.ask(question, max_tokens=max_tokens, limits=limits)
+        return self._text.ask(question, history=history, max_tokens=max_tokens, limits=limits)
 
     def _prompt(self, query: str, task: Task) -> Segment:
         chain, start = self._chain, self._prefix.next_position

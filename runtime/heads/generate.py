@@ -205,20 +205,28 @@ def stock_segment(
 
 
 def prefill(
-    session: Session, cache: KVCache, prompts: Sequence[Segment], visual_tokens: Array, *, chunk: int = PREFILL_CHUNK
+    session: Session,
+    cache: KVCache,
+    prompts: Sequence[Segment],
+    visual_tokens: Array,
+    *,
+    chunk: int = PREFILL_CHUNK,
+    cached: int = 0,
+    report: Callable[[], None] = lambda: None,
 ) -> list[Segment]:
     """Run B prompts through the language model except for their last token, which must be text; return the last tokens.
 
     A row whose prompt has ended is fed its last token again, at the same position. `cache` has B rows with room for the
     longest prompt; `visual_tokens` are [1+D, V, H] of all prompts, row 0 all zero; a call feeds at most `chunk` tokens
-    per row.
+    per row. The prompts follow `cached` tokens of each row. `report` is called before each call, and may raise to stop.
     """
     longest = max(map(len, prompts)) - 1
     for start in range(0, longest, chunk):
         starts = [max(0, min(start, len(prompt) - 2)) for prompt in prompts]
         ends = [min(start + chunk, max(len(prompt) - 1, 1)) for prompt in prompts]
         pieces = [prompt.part(*piece) for prompt, *piece in zip(prompts, starts, ends, strict=True)]
-        feed(session, cache, pieces, starts, outputs=1, visual_tokens=visual_tokens)
+        report()
+        feed(session, cache, pieces, [cached + start for start in starts], outputs=1, visual_tokens=visual_tokens)
     return [prompt.part(len(prompt) - 1, len(prompt)) for prompt in prompts]
 
 

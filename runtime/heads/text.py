@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bridge_stg.runtime.backends.session import largest
-from bridge_stg.runtime.bundle.spec import ModelSpec, TextSpec
+from bridge_stg.runtime.bundle.spec import TextSpec
 from bridge_stg.runtime.chain.decode import prefill_chunk
-from bridge_stg.runtime.chain.opened_video import Chain, TextStream, VideoParts, prompts_of
+from bridge_stg.runtime.chain.opened_video import Chain, ChatMessage, TextStream, VideoParts, prompts_of
 from bridge_stg.runtime.chain.positions import VisualGrid
 from bridge_stg.runtime.chain.prompt import (
     Segment,
-    Tokenizer,
     check_query,
     join_segments,
     query_too_long,
@@ -36,6 +35,7 @@ from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.errors import BridgeError, QueryError
 from bridge_stg.runtime.heads.answers import Box, nearest_index, read_boxes, read_span
+from bridge_stg.runtime.heads.chat import AnswerStream, check_chat, check_max_tokens, text_after_video
 from bridge_stg.runtime.heads.drafts import draft
 from bridge_stg.runtime.heads.generate import GreedyDecoding, TextRow, decode_answers, prefill
 from bridge_stg.runtime.heads.json_grammar import ConstrainedDecoding, JsonForm, JsonGrammar, json_label
@@ -73,30 +73,6 @@ class TextOptions:
         if self.mode not in MODES:
             raise BridgeError("options.invalid", f"mode={self.mode!r}: expected one of {', '.join(MODES)}")
         check_max_tokens(self.max_tokens)
-
-
-def check_max_tokens(value: int) -> None:
-    """Raise BridgeError if a maximum length is not a whole number of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BridgeError("options.out_of_range", f"max_tokens={value!r}: expected 1 or more")
-
-
-MAX_QUESTION_CHARACTERS = 10_000
-"""Maximum length of a question, if the model has enough positions; its text is used as it is."""
-
-
-def check_question(spec: ModelSpec, question: str, max_tokens: int) -> None:
-    """Check a question before a video is read for it.
-
-    Raises:
-        QueryError: the model cannot answer in text, or the question is empty or too long.
-        BridgeError: `max_tokens` is not a whole number of 1 or more.
-    """
-    if spec.text is None:
-        message = "this model cannot answer in text: its checkpoint's config.json has no section `text`"
-        raise QueryError("query.needs_text_heads", f"{message}; use a bundle with text heads")
-    check_max_tokens(max_tokens)
-    check_query(spec.prompt, question, max_characters=MAX_QUESTION_CHARACTERS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +120,7 @@ class TextHead:
             raise QueryError("query.needs_bridge_heads", message)
         mode = self._mode(task)
         message = {"image": self._text.image, "joint": self._text.tube}.get(mode, self._text.span)
-        prompts = prompts_of(queries, lambda query: self._prompt(self._message(message, query)))
+        prompts = prompts_of(queries, lambda query: self._prompt(self._turn_text(self._turn, message, query)))
         if mode in ("image", "joint"):
             times, size = self._times if mode == "joint" else (), self._video.choice.size
             forms = [self._boxes_form(query, times, size, allow_none=task.allow_none) for query in queries]
@@ -157,16 +133,16 @@ class TextHead:
             for query, form, answer in zip(queries, forms, answers, strict=True)
         ]
 
-    def ask(self, question: str, *, max_tokens: int, limits: Limits) -> TextStream:
+    def ask(self, question: str, *, history: Sequence[ChatMessage], max_tokens: int, limits: Limits) -> TextStream:
         """Answer a question; see `Head.ask`."""
-        check_question(self._chain.spec, question, max_tokens)
-        prompt = self._prompt(question)
+        check_chat(self._chain.spec, question, history=history, max_tokens=max_tokens)
+        prompt = self._prompt(text_after_video(self._text, self._turn, history, question))
         decoding = self._free_decoding(prompt, max_tokens=self._room(prompt, max_tokens, margin=2))
         row = TextRow(decoding, self._prefix.length, prompt)
 
         def steps() -> Iterator[None]:
             with limits.stage("answer"):
-                for _ in self._decode([row], margin=2):
+                for _ in self._decode([row], limits, margin=2):
                     limits.report(len(decoding.ids), None)
                     yield
 
@@ -186,19 +162,18 @@ class TextHead:
 
     # The prompts and the forms of their answers.
 
-    def _message(self, form: str, query: str) -> str:
-        """Return the message for a query; `form` is one of those of `TextSpec`, with `{query}`."""
+    def _turn_text(self, turn: str, form: str, query: str) -> str:
+        """Return the text after visual tokens; `turn` and `form`, with `{query}`, are two of those of `TextSpec`."""
         before, _, after = form.partition("{query}")
-        return before + check_query(self._chain.spec.prompt, query) + after
+        message = before + check_query(self._chain.spec.prompt, query) + after
+        return text_after_video(self._text, turn, (), message)
 
-    def _turn_segment(self, turn: str, message: str, start_position: int) -> Segment:
-        """Return the rest of a prompt after the visual tokens; `turn` is one of those of `TextSpec`."""
-        before, _, after = turn.partition("{message}")
-        return text_segment(self._chain.tokenizer.encode(before + message + after), start_position)
+    def _prompt(self, text: str) -> Segment:
+        """Return a text as the prompt after the prefix.
 
-    def _prompt(self, message: str) -> Segment:
-        """Return the prompt after the prefix. The answer's positions follow all others, also those of visual tokens."""
-        segment = self._turn_segment(self._turn, message, self._prefix.next_position)
+        The answer's positions follow all others, also those of visual tokens.
+        """
+        segment = text_segment(self._chain.tokenizer.encode(text), self._prefix.next_position)
         answer_position = max(self._prefix.last_position + 1, segment.next_position)
         return dataclasses.replace(segment, next_position=answer_position)
 
@@ -271,18 +246,29 @@ class TextHead:
             for i in batch:
                 room = self._room(prompts[i], most, margin=margin)
                 rows.append(self._row(prompts[i], forms[i], length=self._prefix.length, max_tokens=room))
-            for _ in self._decode(rows, margin=margin):
+            for _ in self._decode(rows, limits, margin=margin):
                 limits.report(sum(len(row.decoding.ids) for row in rows), None)
             answers += [self._text_answer(row) for row in rows]
         return answers
 
-    def _decode(self, rows: Sequence[TextRow], *, margin: int) -> Iterator[int]:
-        """Decode the answers of rows that follow the prefix; yield the number of calls after each call of the model."""
+    def _decode(self, rows: Sequence[TextRow], limits: Limits, *, margin: int) -> Iterator[int]:
+        """Decode the answers of rows that follow the prefix; yield the number of calls after each call of the model.
+
+        Prompts that are longer than one call of the prefill, such as those of long chats, are prefilled in chunks.
+        """
         chain, prefix = self._chain, self._prefix
         most = max(len(row.pending) + row.decoding.max_tokens for row in rows)
         cache = chain.pool.take(batch=len(rows), positions=prefix.length + most + margin)
         if cache is not prefix.cache:
             cache.copy_prefix(prefix.cache, prefix.length)
+        prompts, chunk = [row.pending for row in rows], prefill_chunk(chain.language_model)
+        if max(map(len, prompts)) > chunk:
+            last = prefill(
+                chain.language_model, cache, prompts, prefix.no_visual_tokens, chunk=chunk, cached=prefix.length,
+                report=lambda: limits.report(0, None),
+            )  # fmt: skip
+            for row, prompt, pending in zip(rows, prompts, last, strict=True):
+                row.length, row.pending = row.length + len(prompt) - 1, pending
         yield from decode_answers(chain.language_model, cache, rows, prefix.no_visual_tokens)
         chain.pool.give(cache)  # not after a failed call, which leaves the cache in an unknown state
 
@@ -369,8 +355,8 @@ class TextHead:
         side = spec.vision.patch_size * spec.vision.merge_size
         grid = VisualGrid(1, height // side, width // side)
         image = visual_segment(chain.tokenizer, spec, self._text.image_head, self._text.image_token, grid)
-        message = self._message(self._text.image, query)
-        return join_segments([image, self._turn_segment(self._text.image_turn, message, image.next_position)])
+        text = self._turn_text(self._text.image_turn, self._text.image, query)
+        return join_segments([image, text_segment(chain.tokenizer.encode(text), image.next_position)])
 
     def _answers_in_frames(
         self, tokens: Array, prompt: Segment, form: JsonForm, limits: Limits, *, answer_tokens: int
@@ -427,34 +413,3 @@ class TextHead:
             decoding={name: answer.counts[name] for name in COUNTS},
             **video.result_fields(self._chain.spec, frames),
         )
-
-
-class AnswerStream(TextStream):
-    """The answer to a question; see `TextStream`. Each item of `steps` has added tokens to `decoding`."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        decoding: GreedyDecoding,
-        steps: Iterator[None],
-        stop_ids: Sequence[int],
-        prompt_tokens: int,
-    ) -> None:
-        self._tokenizer, self._decoding, self._steps = tokenizer, decoding, steps
-        self._stop_ids, self._shown = stop_ids, ""
-        self.prompt_tokens, self.tokens, self.finish_reason = prompt_tokens, 0, ""
-
-    def __next__(self) -> str:
-        """Return the next piece of text; whole characters only."""
-        while True:
-            ended = next(self._steps, self) is self
-            ids = self._decoding.ids
-            self.tokens = len(ids)
-            text = self._tokenizer.decode([token for token in ids if token not in self._stop_ids])
-            if ended or self._decoding.done:
-                self.finish_reason = "length" if self._decoding.truncated else "stop"
-            if text != self._shown and (self.finish_reason or not text.endswith("\ufffd")):
-                piece, self._shown = text[len(self._shown) :], text
-                return piece
-            if ended:
-                raise StopIteration

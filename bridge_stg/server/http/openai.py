@@ -57,9 +57,11 @@ Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
 class Message(BaseModel):
-    """A message of the conversation."""
+    """A message of the chat."""
 
-    role: Literal["user", "system", "developer", "assistant", "tool"]
+    role: Literal["user", "system", "developer", "assistant", "tool"] = Field(
+        description="`developer` is the newer name of `system`; messages of tools are rejected."
+    )
     content: str | list[Part]
 
 
@@ -76,14 +78,14 @@ class ResponseFormat(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A question about one image or video: one user message with text and one image or video.
+    """A chat about one image or video, which is in one of its user messages; the last message is the question.
 
     Decoding is greedy. Options that would change the answer are accepted only with values that do not change it;
     unknown options are ignored.
     """
 
     model: str = Field(description="Name of the bundle; see `GET /v1/models`.")
-    messages: list[Message] = Field(json_schema_extra={"minItems": 1, "maxItems": 1})
+    messages: list[Message] = Field(json_schema_extra={"minItems": 1})
     stream: bool | None = Field(None, description="Whether the answer is sent in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(

@@ -8,10 +8,12 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi.sse import ServerSentEvent
 
+from bridge_stg.runtime.chain.opened_video import ChatMessage
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.server.http.errors import ApiError
@@ -129,19 +131,28 @@ class Job:
             raise ApiError(409, "call.cancelled", "The job was cancelled.")
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question about a video, and the messages of the chat before it; see `Grounder.ask`."""
+
+    text: str
+    context: tuple[ChatMessage, ...]
+    history: tuple[ChatMessage, ...]
+    max_tokens: int
+
+
 class Chat(Job):
     """A question about one video, whose answer in text arrives in pieces.
 
     Attributes:
         question: the question.
-        max_tokens: maximum tokens of the answer.
         usage: counts of tokens, once the answer is complete: `prompt_tokens`, `completion_tokens`, `total_tokens`.
         finish_reason: why the answer ended: `stop`, or `length` for `max_tokens`.
     """
 
-    def __init__(self, upload: Upload, question: str, deadline_s: float, *, max_tokens: int) -> None:
-        super().__init__(upload, NewJob.model_validate({"video": upload.id, "queries": [question]}), deadline_s)
-        self.question, self.max_tokens = question, max_tokens
+    def __init__(self, upload: Upload, question: Question, deadline_s: float) -> None:
+        super().__init__(upload, NewJob.model_validate({"video": upload.id, "queries": [question.text]}), deadline_s)
+        self.question = question
         self.usage: dict[str, int] = {}
         self.finish_reason = "stop"
         self._pieces: list[str] = []

@@ -198,9 +198,14 @@ class Scheduler:
         """Return the results of each job of a batch, or its error."""
         progress = self._progress(batch, loop)
         media = dataclasses.replace(batch.file.media, stream=batch.stream)
-        with self._opened.lease(batch.file.key, media, cancel=batch.over, progress=progress) as (video, new):
+        chat = batch.jobs[0]
+        context = chat.question.context if isinstance(chat, Chat) else ()
+        with self._opened.lease(batch.file.key, media, context=context, cancel=batch.over, progress=progress) as (
+            video,
+            new,
+        ):
             (self._metrics.videos_opened if new else self._metrics.videos_reused).inc()
-            if isinstance(chat := batch.jobs[0], Chat):
+            if isinstance(chat, Chat):
                 return [self._reply(video, chat, progress, loop)]
             try:
                 return self._answer(video, batch, progress, new=new)
@@ -218,7 +223,8 @@ class Scheduler:
     def _reply(self, video: OpenedVideo, chat: Chat, progress: Progress, loop: asyncio.AbstractEventLoop) -> Outcome:
         """Answer a chat, and add its pieces to the job while the model writes them."""
         limits = Limits(cancel=chat.over, progress=progress)
-        answer = video.ask_within(limits, chat.question, max_tokens=chat.max_tokens)
+        question = chat.question
+        answer = video.ask_within(limits, question.text, history=question.history, max_tokens=question.max_tokens)
         for piece in answer:
             loop.call_soon_threadsafe(chat.add, piece)
         chat.finish_reason = answer.finish_reason

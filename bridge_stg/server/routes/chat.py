@@ -1,7 +1,7 @@
 """Routes for clients of OpenAI's API: a chat about one image or video, and the models that answer chats.
 
-The prompt is the bundle's template around the video. Its prefix, up to the end of the video, is computed before the
-question is known. So a system message and earlier turns, which would change the prefix, are rejected.
+The prompt is the bundle's chat template around the video. Its prefix, up to the end of the video, is computed once for
+all chats with the same messages before the video, such as a system message.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
+from bridge_stg.runtime.chain.opened_video import ChatMessage
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.openai import (
     END,
     ChatRequest,
     Completion,
+    MediaUrl,
     OpenAIProblem,
     TextPart,
     VideoPart,
@@ -30,7 +32,7 @@ from bridge_stg.server.http.openai import (
     model_card,
 )
 from bridge_stg.server.http.schemas import problems
-from bridge_stg.server.jobs.job import Chat
+from bridge_stg.server.jobs.job import Chat, Question
 from bridge_stg.server.routes.jobs import while_connected
 from bridge_stg.server.routes.videos import TheService
 from bridge_stg.server.service import Service
@@ -47,15 +49,15 @@ STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
 async def complete(request: Request, service: TheService, chat: ChatRequest) -> Response:
     """Answer a question about one image or video in text, at once or in pieces. Closing the connection cancels.
 
-    The question is all text of the message, and follows the image or video wherever it is in the message. A file is
-    given as `upload:ID` with the id of `POST /v1/videos`, or as a data URL; other URLs are rejected.
+    The question is the last message. The text of a message follows its image or video, wherever it is. A file is given
+    as `upload:ID` with the id of `POST /v1/videos`, or as a data URL; other URLs are rejected.
     """
     check_model(service, chat.model)
-    question, url = split_message(chat)
-    service.check_question(question, chat.limit)
+    question, url = split_messages(chat)
+    service.check_question(question)
     service.scheduler.check_room()
     with ExitStack() as stack:
-        job = service.add_chat(await upload_from_url(service, url, stack), question, max_tokens=chat.limit)
+        job = service.add_chat(await upload_from_url(service, url, stack), question)
         stack.callback(service.forget, job)
         completion = Completion(job.id, service.bundle)
         if chat.stream:
@@ -91,23 +93,33 @@ def check_model(service: Service, name: str) -> None:
         raise ApiError(422, "query.needs_text_heads", message)
 
 
-def split_message(chat: ChatRequest) -> tuple[str, str]:
-    """Return the question and the URL of the image or video. Raises ApiError 422 for any other form of chat."""
-    if [message.role for message in chat.messages] != ["user"]:
-        roles = ", ".join(message.role for message in chat.messages[:5])
-        raise _unsupported_chat(f"found messages with the roles: {roles or 'none'}")
-    content = chat.messages[0].content
-    parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
-    texts = [part.text for part in parts if isinstance(part, TextPart)]
-    media = [part for part in parts if not isinstance(part, TextPart)]
-    if len(media) != 1:
-        raise _unsupported_chat(f"found {len(media)} images and videos in the message")
-    given = media[0].video_url if isinstance(media[0], VideoPart) else media[0].image_url
-    return "".join(texts), given.url
+def split_messages(chat: ChatRequest) -> tuple[Question, str]:
+    """Return the question and the URL of the image or video. Raises ApiError 422 for unsupported chats."""
+    found: list[tuple[int, MediaUrl]] = []
+    messages: list[ChatMessage] = []
+    for i, message in enumerate(chat.messages):
+        role = "system" if message.role == "developer" else message.role
+        content = message.content
+        parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+        media = [part for part in parts if not isinstance(part, TextPart)]
+        found += [(i, part.video_url if isinstance(part, VideoPart) else part.image_url) for part in media]
+        messages.append((role, "".join(part.text for part in parts if isinstance(part, TextPart))))
+        if role == "tool" or (role == "system" and i) or (role != "user" and media):
+            has = " with an image or video" if media else ""
+            raise _unsupported_chat(f"message {i} has the role {message.role}{has}")
+    if len(found) != 1:
+        raise _unsupported_chat(f"found {len(found)} images and videos")
+    if messages[-1][0] != "user":
+        raise _unsupported_chat(f"the last message has the role {messages[-1][0]}")
+    (at, url), (*earlier, (_, question)) = found[0], messages
+    return Question(question, tuple(earlier[:at]), tuple(earlier[at:]), chat.limit), url.url
 
 
 def _unsupported_chat(found: str) -> ApiError:
-    message = f"A chat is one message with the role user, with text and one image or video; {found}."
+    message = (
+        "A chat has at most one system message, which is the first, and messages of the user and the assistant; the "
+        f"last is of the user, and one of the user has one image or video. Here {found}."
+    )
     return ApiError(422, "server.unsupported_chat", message)
 
 

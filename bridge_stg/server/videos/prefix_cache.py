@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from bridge_stg.runtime import Grounder
-from bridge_stg.runtime.chain.opened_video import OpenedVideo
+from bridge_stg.runtime.chain.opened_video import ChatMessage, OpenedVideo
+from bridge_stg.runtime.heads.chat import with_context
 from bridge_stg.runtime.host.limits import Progress
 from bridge_stg.server.videos.isolated import IsolatedMedia
 
+Key: TypeAlias = "tuple[str, int | None, str]"
+"""File, index of the video stream, and text before the video."""
+
 
 class OpenVideos:
-    """At most `most` opened videos by the key of their file, within `most_bytes` of memory besides the leased ones.
+    """At most `most` opened videos by file, video stream and the text of the prompt before the video.
+
+    Besides the leased ones, they are kept within `most_bytes` of memory.
 
     Safe to use from many threads, one at a time per key.
     """
@@ -22,8 +29,8 @@ class OpenVideos:
     def __init__(self, grounder: Grounder, *, most: int, most_bytes: int) -> None:
         self._grounder, self._most, self._most_bytes = grounder, most, most_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int | None], OpenedVideo] = OrderedDict()  # by file and video stream
-        self._leased: dict[tuple[str, int | None], OpenedVideo] = {}
+        self._kept: OrderedDict[Key, OpenedVideo] = OrderedDict()
+        self._leased: dict[Key, OpenedVideo] = {}
 
     def __len__(self) -> int:
         with self._lock:
@@ -37,15 +44,21 @@ class OpenVideos:
 
     @contextmanager
     def lease(
-        self, file: str, media: IsolatedMedia, *, cancel: Callable[[], bool], progress: Progress
+        self,
+        file: str,
+        media: IsolatedMedia,
+        *,
+        context: Sequence[ChatMessage],
+        cancel: Callable[[], bool],
+        progress: Progress,
     ) -> Iterator[tuple[OpenedVideo, bool]]:
-        """Yield a video, and whether it was opened by this call. Raises BridgeError as `Grounder.open` does."""
-        key = file, media.stream
+        """Yield a video, and whether it was opened by this call. Arguments and errors as of `Grounder.open`."""
+        key = file, media.stream, with_context(self._grounder.spec, context).prompt.head
         with self._lock:
             kept = self._kept.pop(key, None)
             if kept is not None:
                 self._leased[key] = kept
-        video = kept or self._grounder.open(media, cancel=cancel, progress=progress)
+        video = kept or self._grounder.open(media, context=context, cancel=cancel, progress=progress)
         with self._lock:
             self._leased[key] = video
         try:
@@ -71,5 +84,5 @@ class OpenVideos:
 
     def clear(self) -> None:
         """Close all videos that are not leased."""
-        for file, _ in list(self._kept):
+        for file, *_ in list(self._kept):
             self.close(file)

@@ -88,6 +88,8 @@ def test_the_prompt_is_the_chat_template(tmp_path: Path, family: str, source: st
     config = load_config(tmp_path)
     assert config.text is not None and config.prompt.head == config.text.image_head == HEADS[family]
     assert config.text.video_turn == config.text.image_turn == TURN
+    for role in ("system", "user", "assistant"):
+        assert getattr(config.text, f"{role}_turn") == f"<|im_start|>{role}\n{{message}}<|im_end|>\n"
     assert config.prompt.prints_times == (family == "qwen3_vl")
     said = plain_summary(tmp_path)
     assert family in said and ("no chat template" if source == "none" else "chat_template.jinja") in said
@@ -113,6 +115,25 @@ def test_a_template_that_can_answer_without_a_thought_does(copy: Callable[[str],
     ))  # fmt: skip
     text = load_config(folder).text
     assert text is not None and text.video_turn.endswith("assistant\n<think>\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda text: "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + text,
+        lambda text: text.replace("{% for message in messages %}", "{% for message in messages[-1:] %}"),
+        lambda text: text.replace("{{ message.content }}", "{{ message.content }}{{ loop.index }}"),
+        lambda text: text.replace("<|im_end|>\n", ""),
+    ],
+    ids=["no system message", "one message", "numbers", "no ends"],
+)  # fmt: skip
+def test_a_template_that_prints_no_chats(copy: Callable[[str], Path], changed: Callable[[str], str]) -> None:
+    folder = copy("qwen3_vl")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(changed(template))
+    text = load_config(folder).text
+    assert text is not None and text.system_turn is text.user_turn is text.assistant_turn is None
+    assert "{message}" in text.video_turn
 
 
 @each_family

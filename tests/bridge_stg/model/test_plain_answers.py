@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +25,14 @@ from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.heads.text import TextOptions
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
-from tests.bridge_stg.checkpoint.plain_folders import FAMILIES, token_id
+from tests.bridge_stg.checkpoint.plain_folders import FAMILIES, official_template, token_id
 from tests.errors import raises
 
+Messages = Sequence[tuple[str, str]]
 FPS, TOKENS = 8.0, 200
 QUESTION = "What happens when the red car turns?"
+CONTEXT = [("system", "Be brief."), ("user", "Hello!"), ("assistant", "Hi, what is it?")]
+HISTORY = [("user", "What is this?"), ("assistant", "A <1.0 seconds> car."), ("user", "Why?"), ("assistant", "So.")]
 
 
 def clip(frames: int, height: int, width: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -66,11 +69,16 @@ class Pair:
         (found,) = [feeds["frames"] for graph, feeds, _ in self.calls if graph == "vision_encoder"]
         return found
 
-    def text(self, message: str, kind: str) -> str:
-        """Return the chat template's text."""
-        chat = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": message}]}]
-        template = (self.folder / "chat_template.jinja").read_text()
-        (text,), _ = render_jinja_template([chat], chat_template=template, add_generation_prompt=True)
+    def text(self, message: str, kind: str, context: Messages = (), history: Messages = ()) -> str:
+        """Return the published chat template's text; that of the folder is shorter, and prints the same."""
+        chat: list[Any] = [{"role": role, "content": text} for role, text in (*context, *history, ("user", message))]
+        content = [{"type": kind}, {"type": "text", "text": chat[len(context)]["content"]}]
+        chat[len(context)]["content"] = content
+        text, short = (
+            render_jinja_template([chat], chat_template=template, add_generation_prompt=True)[0][0]
+            for template in (official_template(self.family), (self.folder / "chat_template.jinja").read_text())
+        )
+        assert text == short
         return str(text)
 
     def processor(self) -> Any:
@@ -83,7 +91,7 @@ class Pair:
         made.vision_start_token, made.vision_end_token = "<|vision_start|>", "<|vision_end|>"
         return made
 
-    def inputs(self, message: str, indices: list[int] | None) -> dict[str, Any]:
+    def inputs(self, message: str, indices: list[int] | None, **chat: Messages) -> dict[str, Any]:
         """Return what the processor gives for the recorded frames; `indices` are those of a video's samples."""
         vision, groups = self.model.spec.vision, self.frames()
         kind, found = "image" if indices is None else "video", {}
@@ -104,7 +112,7 @@ class Pair:
             visual = self.processor().replace_video_token({**found, "video_metadata": [about]}, 0)
             if self.family == "qwen2_5_vl":
                 found["second_per_grid_ts"] = [2 * (indices[1] - indices[0]) / FPS]
-        text = self.text(message, kind).replace(f"<|{kind}_pad|>", visual)
+        text = self.text(message, kind, **chat).replace(f"<|{kind}_pad|>", visual)
         ids = torch.tensor([self.tokenizer.encode(text, add_special_tokens=False)])
         types = (ids == token_id("<|image_pad|>")).int() + 2 * (ids == token_id("<|video_pad|>")).int()
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **found}
@@ -145,6 +153,16 @@ def test_a_question_about_an_image(pair: Pair, size: tuple[int, int]) -> None:
     with pair.grounder() as grounder:
         "".join(grounder.ask(image, QUESTION, max_tokens=TOKENS))
     pair.check(pair.inputs(QUESTION, None))
+
+
+@pytest.mark.parametrize("context", [CONTEXT[:1], CONTEXT[1:], CONTEXT, []], ids=["system", "turns", "both", "none"])
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_a_chat(pair: Pair, kind: str, context: Messages) -> None:
+    source = clip(12, 96, 128) if kind == "video" else next(clip(1, 96, 128))[1]
+    history = HISTORY if kind == "video" else HISTORY[:2]
+    with pair.grounder() as grounder:
+        "".join(grounder.ask(source, QUESTION, context=context, history=history, max_tokens=TOKENS))
+    pair.check(pair.inputs(QUESTION, [0, 4, 8] if kind == "video" else None, context=context, history=history))
 
 
 def test_a_tube_without_a_grammar(pair: Pair) -> None:

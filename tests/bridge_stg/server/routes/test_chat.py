@@ -35,12 +35,14 @@ class Script:
         error: what is raised after them.
         gate: what each piece but the first waits for.
         asked: question and `max_tokens` of each call.
+        histories: messages before the question of each call.
         stopped: set when a call was stopped.
     """
 
     def __init__(self) -> None:
         self.pieces, self.error, self.gate = list(PIECES), None, threading.Event()
         self.asked: list[tuple[str, int]] = []
+        self.histories: list[Any] = []
         self.stopped = threading.Event()
         self.gate.set()
 
@@ -79,8 +81,9 @@ class ScriptedAnswer:
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     script = Script()
 
-    def scripted(self: OpenedVideo, limits: Limits, question: str, *, max_tokens: int) -> ScriptedAnswer:
+    def scripted(self: OpenedVideo, limits: Limits, question: str, *, history: Any, max_tokens: int) -> ScriptedAnswer:
         script.asked.append((question, max_tokens))
+        script.histories.append(history)
         return ScriptedAnswer(script, limits, question, max_tokens)
 
     monkeypatch.setattr(OpenedVideo, "ask_within", scripted)
@@ -127,6 +130,10 @@ def text_part(text: str) -> dict[str, Any]:
 
 def messages(*parts: dict[str, Any]) -> Any:
     return [{"role": "user", "content": list(parts)}]
+
+
+def message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 def chat(client: openai.OpenAI, *parts: dict[str, Any], **options: Any) -> Any:
@@ -231,9 +238,13 @@ def test_what_is_no_question_about_one_video_is_rejected(running: Running, tmp_p
     image, question = image_part(data_url(png())), text_part("Why?")
     with openai_client(running) as client:
         for bad in (
-            [], [{"role": "system", "content": "Be brief."}, *messages(image, question)],
-            [*messages(image, question), {"role": "assistant", "content": "A"}, *messages(question)],
-            messages(question), messages(image, image, question), [{"role": "user", "content": "Hello"}],
+            [], [*messages(image, question), message("system", "Be brief."), *messages(question)],
+            [*messages(image, question), message("assistant", "A car.")],
+            [message("assistant", [image, question]), *messages(question)],
+            [*messages(image, question), message("assistant", "A car."), *messages(image, question)],
+            [message("system", [image, question]), *messages(question)],
+            [*messages(image, question), {"role": "tool", "content": "x", "tool_call_id": "1"}, *messages(question)],
+            messages(question), messages(image, image, question), [message("user", "Hello")],
         ):  # fmt: skip
             found = error_of(chat, client, messages=bad)
             assert found == (422, "server.unsupported_chat"), bad
@@ -255,6 +266,32 @@ def test_what_is_no_question_about_one_video_is_rejected(running: Running, tmp_p
         audio = {"type": "input_audio", "input_audio": {}}
         assert error_of(chat, client, image, audio, question) == (422, "server.invalid_request")
     assert not list(running.service.store.folder.iterdir())
+
+
+def test_a_chat_with_a_system_message_and_earlier_turns(running: Running, script: Script) -> None:
+    image = image_part(data_url(png()))
+    turns = [message("assistant", "A car."), message("user", [text_part("Really"), text_part("?")])]
+    later = [*messages(text_part("Why"), image, text_part("?")), *turns, message("assistant", "Yes.")]
+    encoder: Any = running.grounder.sessions["vision_encoder"]
+    language: Any = running.grounder.sessions["language_model"]
+    with openai_client(running) as client:
+        for role in ("system", "developer"):
+            chat(client, messages=[message(role, "Be brief."), *later, message("user", "Since when?")])
+        calls = len(encoder.calls)
+        chat(client, messages=[message("system", [text_part("Be brief.")]), *messages(image, text_part("Why?"))])
+        assert len(encoder.calls) == calls and metric(running, "videos_opened_total") == 1
+        assert language.seen[-1][0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+        chat(client, messages=[*messages(text_part("Hello!")), message("assistant", "Hi."), *later[:1]])
+        assert metric(running, "videos_opened_total") == 2
+        assert "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\nHi." in language.seen[-1][0]
+        chat(client, messages=later[:3])
+        assert metric(running, "videos_opened_total") == 3
+        for system in ("x" * 100_001, "<|im_end|>"):
+            bad = [message("system", system), *messages(image, text_part("Why?"))]
+            assert error_of(chat, client, messages=bad)[0] == 422
+    history = (("user", "Why?"), ("assistant", "A car."), ("user", "Really?"), ("assistant", "Yes."))
+    assert script.histories == [history, history, (), (), history[:2]]
+    assert [question for question, _ in script.asked] == ["Since when?", "Since when?", "Why?", "Why?", "Really?"]
 
 
 def test_the_models_that_answer(running: Running, served: Callable[..., Running]) -> None:

@@ -15,7 +15,7 @@ from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.bundle.bundle import Bundle
 from tests.bridge_stg.checkpoint.plain_folders import FAMILIES
 from tests.bridge_stg.server.conftest import CLIPS, Running, ask, ended, metric, upload
-from tests.bridge_stg.server.routes.test_chat import chat, image_part, openai_client, text_part, video_part
+from tests.bridge_stg.server.routes.test_chat import chat, image_part, message, openai_client, text_part, video_part
 
 pytestmark = pytest.mark.slow
 QUESTION, OTHER = "What happens in this video?", "Who is it?"
@@ -57,6 +57,22 @@ def test_answers_are_those_of_the_runtime(running: Running) -> None:
     found = job["results"][0]
     assert (found["heads"], found["mode"], found["answer"]) == ("text", "joint", result.answer)
     assert found["decoding"] == dict(result.decoding)
+
+
+def test_a_chat_shares_the_computed_prefix(running: Running) -> None:
+    system, before = ("system", "Be brief."), [("user", QUESTION), ("assistant", "A car stops.")]
+    with running.client() as files, openai_client(running) as client:
+        part = video_part(f"upload:{upload(files, CLIPS[0])['id']}")
+        messages: list[dict[str, Any]] = [message(*system), message("user", [part, text_part(QUESTION)])]
+        first = chat(client, messages=messages, max_tokens=TOKENS)
+        messages += [message("assistant", "A car stops."), message("user", OTHER)]
+        second = chat(client, messages=messages, max_tokens=TOKENS)
+    grounder = running.grounder
+    with grounder.open(CLIPS[0], context=[system]) as opened:
+        assert first.choices[0].message.content == "".join(opened.ask(QUESTION, max_tokens=TOKENS))
+        assert second.choices[0].message.content == "".join(opened.ask(OTHER, history=before, max_tokens=TOKENS))
+    assert metric(running, "videos_opened_total") == 1 and metric(running, "videos_reused_total") == 1
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
 def test_an_image(running: Running, tmp_path: Path) -> None:
