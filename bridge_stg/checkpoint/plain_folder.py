@@ -55,11 +55,19 @@ def plain_config(folder: Path, values: Mapping[str, Any]) -> BridgeSTGConfig:
 
 
 def plain_summary(folder: Path) -> str:
-    """Return a line that says what `export` makes of a plain model, and whose prompt it has; empty for others."""
+    """Return a line that says what `export` makes of a plain model, and whose prompt it has; empty for others.
+
+    It says as well what the folder lacks: a token that ends an answer, a chat template that prints chats.
+    """
     values, found = optional_json(folder / "config.json"), find_template(folder)
     if values.get("model_type") not in FAMILIES:
         return ""
     prompt = f"prompt by {found[0].name}" if found else "no chat template in the folder, so the prompt is the family's"
+    _, text = text_section(folder, values)
+    prompt += "" if text.user_turn else ", which prints no system messages and earlier turns in a supported form"
+    prompt += (
+        "" if text.stop_ids else "; no token ends an answer (no eos_token_id), so answers run to --max-tokens"
+    )
     return f"a plain {values['model_type']} model: text heads, two graphs, boxes written as text; {prompt}"
 
 
@@ -73,7 +81,7 @@ def text_section(folder: Path, values: Mapping[str, Any]) -> tuple[str, TextSpec
         image_head, image_turn = template_parts(*found, "image", text.image_token)
         text = dataclasses.replace(text, video_turn=video_turn, image_head=image_head, image_turn=image_turn)
         text = with_message_turns(text, found[1])
-    text = dataclasses.replace(text, stop_ids=stop_ids(folder, values))
+    text = dataclasses.replace(text, stop_ids=stop_ids(folder, values, text))
     path = folder / "generation_config.json"
     if (penalty := optional_json(path).get("repetition_penalty")) is not None:
         penalty = checked_value(Penalty, penalty, path, "repetition_penalty")
@@ -178,8 +186,11 @@ def with_message_turns(text: TextSpec, template: str) -> TextSpec:
     return made
 
 
-def stop_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
+def stop_ids(folder: Path, values: Mapping[str, Any], text: TextSpec) -> tuple[int, ...]:
+    """Return the ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's.
+
+    If they name none, it is the special token with which the prompt ends the user's message; empty if there is none.
+    """
     generation, config = folder / "generation_config.json", folder / "config.json"
     places = ((generation, optional_json(generation)), (config, values), (config, values.get("text_config") or {}))
     ids: tuple[int, ...]
@@ -193,6 +204,10 @@ def stop_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
     added = optional_json(folder / TOKENIZER).get("added_tokens")
     tokens = [token for token in added if isinstance(token, Mapping)] if isinstance(added, list) else []
     given = [token.get("id") for token in tokens if token.get("content") == end]
+    if not given:
+        closing = text.image_turn.partition(MESSAGE)[2]
+        special = [token for token in tokens if token.get("special") is True and token.get("content")]
+        given = [token.get("id") for token in special if closing.startswith(str(token["content"]))]
     ids = checked_value(tuple[TokenId, ...], given, folder / TOKENIZER, "id")
     return ids
 

@@ -133,6 +133,7 @@ def test_a_template_that_prints_no_chats(copy: Callable[[str], Path], changed: C
     (folder / "chat_template.jinja").write_text(changed(template))
     text = load_config(folder).text
     assert text is not None and text.system_turn is text.user_turn is text.assistant_turn is None
+    assert "no system messages" in plain_summary(folder)
     assert "{message}" in text.video_turn
 
 
@@ -163,6 +164,24 @@ def test_answers_end_as_generation_config_says(copy: Callable[[str], Path], fami
     change_json(folder / "tokenizer_config.json", eos_token={"content": "<|endoftext|>"})
     text = load_config(folder).text
     assert text is not None and text.stop_ids == (pad,)
+
+
+def test_answers_end_as_the_prompt_ends_messages(copy: Callable[[str], Path]) -> None:
+    """Nothing in the folder names a stop id: it is the special token after a message, if there is one."""
+    folder = copy("qwen3_vl")
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    values = json.loads((folder / "config.json").read_text())
+    change_json(folder / "config.json", eos_token_id=None, text_config=values["text_config"] | {"eos_token_id": None})
+    template = folder / "chat_template.jinja"
+    for closing, token in (("<|im_end|>", "<|im_end|>"), ("<|endoftext|>", "<|endoftext|>"), ("</tool_call>", "")):
+        template.write_text(TEMPLATES["qwen3_vl"].replace("<|im_end|>", closing))
+        text, said = load_config(folder).text, plain_summary(folder)
+        assert text is not None and text.stop_ids == ((token_id(token),) if token else ())
+        assert ("no token ends an answer" in said) == (not token) and "\n" not in said
+    template.unlink()
+    text = load_config(folder).text
+    assert text is not None and text.stop_ids == (token_id("<|im_end|>"),)
 
 
 def test_frames_are_never_above_the_folders_limits(copy: Callable[[str], Path]) -> None:
