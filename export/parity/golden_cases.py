@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.backends.kv_pool import bucketed
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
+from bridge_stg.runtime.errors import Interrupted
 from bridge_stg.runtime.grounder import Grounder, Video
+from bridge_stg.runtime.heads.text import TextOptions
 from bridge_stg.runtime.parity.compare import tolerance_of
 from bridge_stg.runtime.parity.golden import write_case
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
@@ -25,6 +28,7 @@ RECORDED_TOKENS = 4
 def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") -> list[Path]:
     """Write golden/<case> for a clip, for two queries in one batch, and for an image; return the cases' folders.
 
+    With text heads there is a case of several images in one batch, too: the frames of the second step of `two-step`.
     `folder` is the bundle's golden/ folder; `precision`, that of the bundle's graphs, decides their tolerance.
     """
     contracts = [graph_contract(name, model.spec, variant="", opset=0) for name in graphs_of(model.spec)]
@@ -36,14 +40,17 @@ def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") ->
         "batch": (scene(), ("the square", "a blue ball that moves to the left"), "two queries of different lengths"),
         "image": (image, ("the red square",), "one query on an image"),
     }
-    for name, (video, queries, note) in cases.items():
-        calls = record(model, video, queries)
-        if len(queries) > 1 and model.spec.heads == "bridge":
-            calls.append(_masked(model, calls))
+    recorded = {name: (record(model, video, queries), note) for name, (video, queries, note) in cases.items()}
+    if model.spec.heads == "bridge":
+        calls, _ = recorded["batch"]
+        calls.append(_masked(model, calls))
+    else:
+        recorded["frames"] = record_frames(model, "the red square"), "a query on several frames, each an image"
+    for name, (calls, note) in recorded.items():
         language = [feeds for graph, feeds, _ in calls if graph == "language_model"]
         capacity = bucketed(max(int(f["cache_position"].max()) + f["input_ids"].shape[1] for f in language))
         write_case(folder / name, calls, kind=name, note=note, tolerance=tolerance, cache_capacity=capacity)
-    return [folder / name for name in cases]
+    return [folder / name for name in recorded]
 
 
 def scene() -> Iterator[tuple[float, np.ndarray]]:
@@ -63,16 +70,42 @@ def record(model: BridgeSTG, video: Video, queries: tuple[str, ...]) -> list[Cal
     A model with text heads answers the queries one by one as questions, in `RECORDED_TOKENS`: a tube takes many calls,
     each with the logits of the whole vocabulary.
     """
-    assert model.tokenizer is not None
     calls: list[Call] = []
-    sessions = {name: RecordingSession(TorchSession(name, model), calls) for name in graphs_of(model.spec)}
-    with Grounder(sessions, model.spec, model.tokenizer) as grounder, grounder.open(video) as opened:
+    with _recording(model, calls) as grounder, grounder.open(video) as opened:
         if grounder.heads == "text":
             for query in queries:
                 "".join(opened.ask(query, max_tokens=RECORDED_TOKENS))
         else:
             opened.ground_many(list(queries), allow_none=False)
     return calls
+
+
+def record_frames(model: BridgeSTG, query: str) -> list[Call]:
+    """Return the calls in torch in which text heads encode frames of a span, and begin to write a box in each.
+
+    The frames are prompts of one batch. Recording stops after `RECORDED_TOKENS` calls of the language model on them.
+    """
+    calls: list[Call] = []
+
+    def first() -> int:
+        """Return the index of the first call on these frames: the encoder runs again, after the span was named."""
+        graphs = [graph for graph, *_ in calls]
+        span = graphs.index("language_model") if "language_model" in graphs else len(graphs)
+        return next((i for i, graph in enumerate(graphs) if i > span and graph == "vision_encoder"), len(graphs))
+
+    def enough() -> bool:
+        return sum(graph == "language_model" for graph, *_ in calls[first() :]) >= RECORDED_TOKENS
+
+    with _recording(model, calls, TextOptions(mode="two-step")) as grounder, contextlib.suppress(Interrupted):
+        grounder.ground(scene(), query, allow_none=False, cancel=enough)
+    return calls[first() :]
+
+
+def _recording(model: BridgeSTG, calls: list[Call], text: TextOptions | None = None) -> Grounder:
+    """Return a grounder in torch that appends its calls to `calls`."""
+    assert model.tokenizer is not None
+    sessions = {name: RecordingSession(TorchSession(name, model), calls) for name in graphs_of(model.spec)}
+    return Grounder(sessions, model.spec, model.tokenizer, text=text)
 
 
 def _masked(model: BridgeSTG, calls: list[Call]) -> Call:

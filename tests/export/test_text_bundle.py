@@ -22,6 +22,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.runtime.parity.golden import read_case
 from bridge_stg.runtime.parity.verify import verify_bundle
 from bridge_stg.triton.repository import Serving, write_repository
 from tests.bridge_stg.checkpoint.plain_folders import FAMILIES, make_plain_folder
@@ -51,6 +52,15 @@ def test_every_boundary_agrees_with_torch(text_bundle: Bundles, family: str) -> 
     bundle = text_bundle(family)
     report = read_report(bundle.path, "parity")
     tensors = {row["name"].partition(" ")[0].rpartition(".")[2] for row in report["boundaries"]}
+    frames = next(folder for folder in bundle.golden_cases() if folder.name == "frames")
+    calls = {call.name: call.load()[0] for call in read_case(frames).calls}
+    first, second = calls["language_model_0"], calls["language_model_1"]
+    assert first["input_ids"].shape[0] == len(calls["vision_encoder_0"]["frames"]) > 1
+    assert len({rows.max() for rows in first["visual_index"]}) == len(first["input_ids"])  # each row sees its frame
+    assert not second["visual_index"].any() and len(calls) == 5
+    assert any(
+        row["name"].startswith("language_model.logits") and "frames/" in row["name"] for row in report["boundaries"]
+    )
     assert report["passed"] and tensors == {"visual_tokens", "logits", "kv"}
     assert all(moved > 0.1 for moved in report["dependence"].values()), report["dependence"]
     replayed = verify_bundle(bundle.path, backend="onnxruntime")
