@@ -65,9 +65,7 @@ def plain_summary(folder: Path) -> str:
     prompt = f"prompt by {found[0].name}" if found else "no chat template in the folder, so the prompt is the family's"
     _, text = text_section(folder, values)
     prompt += "" if text.user_turn else ", which prints no system messages and earlier turns in a supported form"
-    prompt += (
-        "" if text.stop_ids else "; no token ends an answer (no eos_token_id), so answers run to --max-tokens"
-    )
+    prompt += "" if text.stop_ids else "; no token ends an answer (no eos_token_id), so answers run to --max-tokens"
     return f"a plain {values['model_type']} model: text heads, two graphs, boxes written as text; {prompt}"
 
 
