@@ -26,8 +26,9 @@ from bridge_stg.runtime.errors import AnnotationError, BridgeError, QueryError, 
 from bridge_stg.runtime.host.failures import MESSAGES, host_error, reporting_host_errors
 from bridge_stg.training.data.answers import answer_row, pad_rows
 from bridge_stg.training.data.augment import View, choose_view
+from bridge_stg.training.data.checks import check_span
 from bridge_stg.training.data.frame_cache import ClipFrames, FrameCache, read_frames
-from bridge_stg.training.data.index import Skipped, check_span
+from bridge_stg.training.data.index import Skipped
 from bridge_stg.training.data.labels import Label, choose_fine, label_of
 from bridge_stg.training.data.media import Medium, open_clip
 from bridge_stg.training.data.mixture import Mixture

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 
 from bridge_stg.evaluation.media import frame_files
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.errors import BridgeError, HostError, VideoError
 from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.video.source import Samples, VideoSource
@@ -29,7 +30,7 @@ from bridge_stg.training.data.sources import Clip
 VERSION = 1  # of the entries; others are not read
 MOST_FINE_FRAMES = 2048  # a longer clip is decoded every time: an entry has all fine frames
 WRITTEN_TOGETHER = 16  # fine frames in memory while an entry is written
-DAMAGE = (OSError, zipfile.BadZipFile, EOFError, KeyError, IndexError, TypeError, ValueError, SyntaxError)
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, IndexError, TypeError, ValueError, SyntaxError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +83,24 @@ class FrameCache:
                 return _read(entry, choose)
             except FileNotFoundError:
                 pass
-            except DAMAGE:
-                entry.unlink(missing_ok=True)
+            except DAMAGE:  # the entry is replaced
+                pass
+            except OSError as error:
+                if error.errno is not None:  # Pillow's errors for damaged images have none
+                    raise self._host_error(error) from error
             with open_source() as source:
-                source.samples()
                 if len(source.fine_grid()) > MOST_FINE_FRAMES:
                     return read_frames(source, choose)
-                _write(entry, source)
+                try:
+                    _write(entry, source)
+                except OSError as error:
+                    raise self._host_error(error) from error
         with open_source() as source:
             return read_frames(source, choose)
+
+    def _host_error(self, error: OSError) -> BridgeError:
+        message = f"{self.folder}: decoded frames cannot be kept there ({error}); choose another `frame_cache`"
+        return host_error(error) or HostError("output.not_writable", message)
 
     def entry(self, clip: Clip) -> Path:
         """Return the path of a clip's entry."""
@@ -114,24 +124,21 @@ def _write(entry: Path, source: VideoSource) -> None:
     """Write the frames of a source as an entry, completely or not at all."""
     coarse, grid = source.coarse(), source.fine_grid()
     fine_times: list[float] = []
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(entry) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            for index, frame in enumerate(np.asarray(coarse.frames).reshape(-1, *coarse.frames.shape[2:])):
-                archive.writestr(f"coarse/{index}.png", _png(frame))
-            for first in range(0, len(grid), WRITTEN_TOGETHER):
-                samples = source.fine(grid[first : first + WRITTEN_TOGETHER])
-                for time, frame in zip(samples.times.tolist(), np.asarray(samples.frames)):
-                    if not fine_times or time != fine_times[-1]:
-                        archive.writestr(f"fine/{len(fine_times)}.png", _png(frame))
-                    fine_times.append(time)
-            meta = {
-                "times": coarse.times.tolist(), "grid": grid.tolist(), "fine_times": fine_times,
-                "duration_s": source.duration_s, "is_image": source.is_image,
-            }  # fmt: skip
-            archive.writestr("meta.json", json.dumps(meta))
-    except OSError as error:
-        raise host_error(error) or error from error
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(entry) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for index, frame in enumerate(np.asarray(coarse.frames).reshape(-1, *coarse.frames.shape[2:])):
+            archive.writestr(f"coarse/{index}.png", _png(frame))
+        for first in range(0, len(grid), WRITTEN_TOGETHER):
+            samples = source.fine(grid[first : first + WRITTEN_TOGETHER])
+            for time, frame in zip(samples.times.tolist(), np.asarray(samples.frames)):
+                if not fine_times or time != fine_times[-1]:
+                    archive.writestr(f"fine/{len(fine_times)}.png", _png(frame))
+                fine_times.append(time)
+        meta = {
+            "times": coarse.times.tolist(), "grid": grid.tolist(), "fine_times": fine_times,
+            "duration_s": source.duration_s, "is_image": source.is_image,
+        }  # fmt: skip
+        archive.writestr("meta.json", json.dumps(meta))
 
 
 def _read(entry: Path, choose: Choose) -> ClipFrames:

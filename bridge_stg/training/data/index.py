@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,12 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bridge_stg.evaluation.samples import Sample, Truth
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.prompt import check_query
-from bridge_stg.runtime.errors import AnnotationError, BridgeError, QueryError, VideoError
+from bridge_stg.runtime.errors import AnnotationError, VideoError
 from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.video.sizes import frame_sizes
+from bridge_stg.training.data.checks import check_sample
 from bridge_stg.training.data.media import Medium, look_at
 from bridge_stg.training.data.sources import OWN, Clip, source_name
 from bridge_stg.training.recipe import Source
@@ -76,6 +77,15 @@ class Index:
     def skipped(self) -> tuple[Skipped, ...]:
         """All media that are missing or broken."""
         return tuple(one for by_source in (self.missing, self.broken) for found in by_source for one in found)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what a mixture depends on: the clips in their order, with their queries."""
+        values = [
+            (clip.source, clip.name, clip.part, [(sample.id, sample.task, sample.query) for sample in clip.queries])
+            for clip in self.clips
+        ]
+        return hashlib.sha256(json.dumps([values, self.weights]).encode()).hexdigest()
 
     def summary(self) -> str:
         """Return a text for people: for each source, what is there, and what is missing."""
@@ -206,52 +216,6 @@ def _size(medium: Medium, spec: ModelSpec) -> ClipSize:
         fine_frames = max(1, math.ceil(medium.duration_s * frames.fine_fps))
     tokens = min(groups * coarse, frames.max_visual_tokens or groups * coarse)
     return ClipSize(medium, groups, tokens, fine_frames, fine)
-
-
-def check_sample(sample: Sample, medium: Medium, spec: ModelSpec, *, strict: bool) -> None:
-    """Check a query and its truth against its medium.
-
-    Raises AnnotationError with the place of the annotation. `strict`: for a box outside of the frame; otherwise only if
-    all boxes are.
-    """
-    try:
-        check_query(spec.prompt, sample.query)
-        truth = sample.read_truth()
-    except QueryError as error:
-        raise _fault(sample, "query", str(error)) from None
-    except AnnotationError:
-        raise
-    except BridgeError as error:
-        raise AnnotationError("annotation.bad_file", f"{sample.where}: {error}") from None
-    if truth.span is not None and truth.span[1] <= truth.span[0]:
-        raise _fault(sample, "span", f"{truth.span[0]:g} to {truth.span[1]:g} s has no duration")
-    if medium.kind != "image" and medium.duration_s is not None:
-        check_span(sample, truth.span, medium.duration_s)
-    _check_boxes(sample, truth, medium.size, strict=strict)
-    if sample.task == "track" and len(truth.times) > 1 and truth.inside.sum() < 2:
-        raise _fault(sample, "boxes", "only the first frame has one; choose a split with boxes of all frames")
-
-
-def check_span(sample: Sample, span: tuple[float, float] | None, duration_s: float) -> None:
-    """Raise AnnotationError if a span begins after the end of the video."""
-    if span is not None and span[0] >= duration_s:
-        found = f"begins at {span[0]:g} s, but the video is {duration_s:.2f} s long"
-        raise _fault(sample, "span", f"{found}; expected seconds from its first frame")
-
-
-def _check_boxes(sample: Sample, truth: Truth, size: tuple[int, int], *, strict: bool) -> None:
-    boxes = truth.boxes[truth.inside]
-    width, height = truth.size or size
-    outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
-    outside |= (boxes[:, 2:] <= boxes[:, :2]).any(1)
-    if outside.any() if strict else (len(boxes) and outside.all()):
-        box = [round(float(side), 1) for side in boxes[outside.argmax()]]
-        where = f"{box} is outside of {sample.media} ({width} × {height} pixels)"
-        raise _fault(sample, "boxes", f"{where}; expected left, top, right, bottom in pixels")
-
-
-def _fault(sample: Sample, field: str, what: str) -> AnnotationError:
-    return AnnotationError("annotation.bad_field", f"{sample.where}: the field {field!r}: {what}")
 
 
 def lengths(index: Index, *, fine_frames: int, max_visual_tokens: int | None) -> np.ndarray:
