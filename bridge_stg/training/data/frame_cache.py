@@ -29,7 +29,7 @@ from bridge_stg.training.data.sources import Clip
 
 VERSION = 1  # of the entries; others are not read
 MOST_FINE_FRAMES = 2048  # a longer clip is decoded every time: an entry has all fine frames
-WRITTEN_TOGETHER = 16  # fine frames in memory while an entry is written
+WRITTEN_BYTES = 64 * 2**20  # fine frames in memory while an entry is written
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, IndexError, TypeError, ValueError, SyntaxError)
 
 
@@ -128,8 +128,9 @@ def _write(entry: Path, source: VideoSource) -> None:
     with replacing(entry) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for index, frame in enumerate(np.asarray(coarse.frames).reshape(-1, *coarse.frames.shape[2:])):
             archive.writestr(f"coarse/{index}.png", _png(frame))
-        for first in range(0, len(grid), WRITTEN_TOGETHER):
-            samples = source.fine(grid[first : first + WRITTEN_TOGETHER])
+        together = max(1, WRITTEN_BYTES // (3 * source.fine_size[0] * source.fine_size[1]))
+        for first in range(0, len(grid), together):
+            samples = source.fine(grid[first : first + together])
             for time, frame in zip(samples.times.tolist(), np.asarray(samples.frames)):
                 if not fine_times or time != fine_times[-1]:
                     archive.writestr(f"fine/{len(fine_times)}.png", _png(frame))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -130,10 +131,9 @@ def test_a_run_mixes_clips_of_all_datasets(make: Make, published: dict[str, Sour
         found[dataset] += 1
         for row, text in enumerate(texts(batches, batch)):
             assert text.split("assistant\n")[1].count("seconds>") in (0, 2)
-            assert ("track" in text) == ("first at" in text)
+            assert ("track" in text) == ("first at" in text) and (dataset != "got-10k" or "track" in text)
             covered(batch, row, least=0.6)
     assert set(found) == set(published)
-    assert {"charades-sta", "got-10k"} <= {clip.dataset for clip in index.clips if len(clip.queries) < 3}
 
 
 def covered(batch: ClipBatch, row: int, *, least: float) -> None:
@@ -242,6 +242,8 @@ def test_a_place_has_the_same_clip_in_every_process(make: Make, published: dict[
     options: dict[str, Any] = {"absent": 0.3, "augment": AUGMENTED["all"], "clips": 4, "queries": 2}
     first, again = make(*sources, **options), make(*sources, **options)
     inside = [made(first, place).batch for place in range(8)]
+    copy = pickle.loads(pickle.dumps(again))  # as for worker processes that are not forked
+    assert equal(inside[3], made(copy, 3).batch)
     for process in range(2):
         places: Any = range(process, 8, 2)
         loader = DataLoader(places, batch_size=None, collate_fn=again, num_workers=1, prefetch_factor=2)
