@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge_stg.model.bridging import BridgingQueries
+from bridge_stg.model.recompute import Recomputed
 from bridge_stg.model.vision import rms_normalize
 from bridge_stg.runtime.bundle.spec import LanguageSpec
 
@@ -43,7 +44,7 @@ class BufferCache:
         return self.present[2 * layer_idx], self.present[2 * layer_idx + 1]
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Recomputed):
     """The decoder with bridging queries, visual tokens, deepstack and taps.
 
     Args:
@@ -102,7 +103,9 @@ class LanguageModel(nn.Module):
         rotary = self.rotary(positions, x.dtype)
         states = []
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, position_embeddings=rotary, attention_mask=mask, past_key_values=cache, bridge_cache=cache)
+            x = self.run_block(
+                layer, x, position_embeddings=rotary, attention_mask=mask, past_key_values=cache, bridge_cache=cache
+            )
             if visual is not None and index < visual.shape[0]:
                 x = x + visual[index]
             states.append(x)

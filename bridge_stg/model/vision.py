@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bridge_stg.model.recompute import Recomputed
 from bridge_stg.runtime.bundle.spec import VisionSpec
 
 
@@ -49,7 +50,7 @@ class Windows(NamedTuple):
         return x.reshape(groups, windows * places, heads * head_dim).index_select(1, self.back)
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Recomputed):
     """Base of the encoders of all families.
 
     A family's encoder adds `hidden_states(frames, *tables)`, the residual stream after each block, `merge(states)`, and
@@ -108,6 +109,12 @@ class VisionEncoder(nn.Module):
             out = windows.join(out, groups)
         projected: Tensor = attention.proj(out.reshape(groups, patches, channels))
         return projected
+
+    def residual(self, block: Any, x: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None = None) -> Tensor:
+        """Run a block on x [G, N, C]; arguments as for `attend`."""
+        x = x + self.attend(block, block.norm1(x), cos, sin, windows)
+        output: Tensor = x + block.mlp(block.norm2(x))
+        return output
 
     def feature_map(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """Return x [G, N, C] as an RMS-normalised map [G, rows, columns, C] in raster order."""

@@ -1,51 +1,50 @@
-"""The loss of annotated clips: the chain's forward pass with given answers, on any device.
+"""The loss of an annotated clip: the chain's forward pass with given answers, on any device.
 
-The losses are those of the demo without its auxiliary heads. Must not know where clips come from.
+Must not know where clips come from, nor how weights are updated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.chain.positions import vision_tables
-from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.training.data.clips import ClipBatch
 from bridge_stg.training.losses import spatial_losses
 from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
-from bridge_stg.training.train_loop import means
 
 
-class ClipTask:
-    """The loss of a batch, computed on the model's `device`, with matmuls in bfloat16 if `bf16`.
+class ClipTask(nn.Module):
+    """The loss of a clip, computed on the model's device, with matmuls in bfloat16 if `bf16`.
 
-    With `train_vision`, the vision blocks get gradients; the mergers always do.
+    The vision blocks get gradients if one of their weights is trained; the mergers always do.
     """
 
-    def __init__(
-        self, model: BridgeSTG, *, device: torch.device, train_vision: bool = False, bf16: bool = True
-    ) -> None:
-        self.model, self.device, self.train_vision, self.bf16 = model, device, train_vision, bf16
+    def __init__(self, model: BridgeSTG, *, bf16: bool = True) -> None:
+        super().__init__()
+        self.model, self.bf16 = model, bf16
 
-    def __call__(self, batch: Sequence[ClipBatch] | BridgeError, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the mean loss of a batch, and values to log."""
-        if isinstance(batch, BridgeError):
-            raise batch
-        losses, figures = [], []
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.model.vision_encoder.scale.device
+
+    def forward(self, batch: ClipBatch) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of a clip, and values to log."""
         # The device context applies to tensors that the modules create: centres of patches, masks, ranges.
         with self.device:
-            for clip in batch:
-                parts, more = self.clip(clip)
-                losses.append(torch.stack(list(parts.values())).sum())
-                figures.append({name: value.item() for name, value in (parts | more).items()})
-        return torch.stack(losses).mean(), means(figures)
+            parts, more, outputs = self.clip(batch)
+            # Every trained weight gets a gradient from every clip, which processes that share gradients rely on.
+            untouched = torch.stack([output.float().sum() for output in outputs]).sum()
+            loss = torch.stack(list(parts.values())).sum() + 0 * untouched
+        return loss, {name: value.item() for name, value in (parts | more).items()}
 
-    def clip(self, batch: ClipBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weighted losses of one clip by name, and other values to log."""
+    def clip(self, batch: ClipBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+        """Return the weighted losses of one clip by name, other values to log, and all outputs of the model."""
         config = self.model.config.losses
         ids, target, positive, mask, counted = (
             self.here(t) for t in (batch.input_ids, batch.target, batch.positive, batch.mask, batch.counted)
@@ -73,7 +72,14 @@ class ClipTask:
                 more["iou"] = iou
             else:  # without positive frames, the other losses are means of no values
                 parts["presence"] = spatial["presence"]
-        return parts, more
+        outputs = [suffix[-1], logits, *found.boxes, *found.presence, found.heat, found.content, found.summary]
+        return parts, more, outputs
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether a weight of the vision blocks is trained."""
+        parameters = self.model.vision_encoder.named_parameters()
+        return any(parameter.requires_grad for name, parameter in parameters if "merger" not in name)
 
     def here(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the device of the model."""
@@ -86,7 +92,7 @@ class ClipTask:
         tables = [self.here(torch.from_numpy(table)) for table in vision_tables(spec.vision, rows, columns).values()]
         size = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // (rows * columns)))
         for part in frames.split(size):
-            with torch.set_grad_enabled(self.train_vision):
+            with torch.set_grad_enabled(self.trains_vision):
                 states = self.model.vision_encoder.hidden_states(part, *tables)
             yield states, (rows, columns)
 

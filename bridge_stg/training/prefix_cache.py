@@ -12,18 +12,26 @@ from bridge_stg.runtime.chain.prompt import Segment
 
 
 class PrefixCache:
-    """Keys and values of V prefixes, then of the V·B suffixes that follow them."""
+    """Keys and values of V prefixes by layer."""
 
-    def __init__(self, rows_per_prefix: int) -> None:
-        self.rows = rows_per_prefix
+    def __init__(self) -> None:
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of a layer's first call; return them before those of its second call."""
-        if layer_idx not in self.stored:
-            self.stored[layer_idx] = (key, value)
-            return key, value
-        old = (tensor.repeat_interleave(self.rows, 0) for tensor in self.stored[layer_idx])
+        """Store and return the keys and values of a layer; a layer that is recomputed keeps the first ones."""
+        self.stored.setdefault(layer_idx, (key, value))
+        return key, value
+
+
+class SuffixCache:
+    """Keys and values of V·B suffixes that follow the V prefixes."""
+
+    def __init__(self, prefix: PrefixCache, rows_per_prefix: int) -> None:
+        self.prefix, self.rows = prefix, rows_per_prefix
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a layer after those of its prefix."""
+        old = (tensor.repeat_interleave(self.rows, 0) for tensor in self.prefix.stored[layer_idx])
         return tuple(torch.cat([before.to(new.dtype), new], 2) for before, new in zip(old, (key, value)))  # type: ignore[return-value]
 
 
@@ -42,11 +50,12 @@ def prefix_and_suffix_states(
     visual = F.pad(tokens.unflatten(1, (clips, -1)).float(), (0, 0, 1, 0))[:, :, index]
     x = torch.where((index > 0)[:, None], visual[0], model.embed(text[None]))
     rows, length = input_ids.shape
-    cache = PrefixCache(rows // clips)
+    cache = PrefixCache()
     prefix_states = model.hidden_states(x, positions[:, None].expand(-1, clips, -1), None, cache, visual[1:])
     positions = (prefix.next_position + torch.arange(length)).expand(3, rows, -1)
     mask = torch.ones(length, len(prefix) + length, dtype=torch.bool).tril(len(prefix))[None, None]
-    return prefix_states, model.hidden_states(model.embed(input_ids), positions, mask, cache, None)
+    after = SuffixCache(cache, rows // clips)
+    return prefix_states, model.hidden_states(model.embed(input_ids), positions, mask, after, None)
 
 
 def bridging_taps(model: LanguageModel, states: list[Tensor], length: Tensor, *, clips: int) -> Tensor:

@@ -34,8 +34,7 @@ class Qwen2_5VLEncoder(VisionEncoder):
         states = []
         for index, block in enumerate(self.model.blocks):
             full = index in self.model.fullatt_block_indexes
-            x = x + self.attend(block, block.norm1(x), cos, sin, None if full else windows)
-            x = x + block.mlp(block.norm2(x))
+            x = self.run_block(self.residual, block, x, cos, sin, None if full else windows)
             states.append(x)
         return states
 

@@ -28,8 +28,7 @@ class Qwen3VLEncoder(VisionEncoder):
         x = x + (self.model.pos_embed(pos_index) * pos_weight[..., None]).sum(1)
         states = []
         for block in self.model.blocks:
-            x = x + self.attend(block, block.norm1(x), cos, sin)
-            x = x + block.mlp(block.norm2(x))
+            x = self.run_block(self.residual, block, x, cos, sin)
             states.append(x)
         return states
 

@@ -1,0 +1,255 @@
+"""Train a checkpoint by a recipe: stage after stage, each of which begins with the checkpoint of the one before.
+
+States, logs and the checkpoints of finished stages are in `<out>-training/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge_stg.checkpoint.checkpoint import checkpoint_key, load_checkpoint, load_config, new_folder, open_weights
+from bridge_stg.checkpoint.init_checkpoint import link_weights
+from bridge_stg.checkpoint.safetensors_file import write_safetensors
+from bridge_stg.checkpoint.weight_store import (
+    PART_KEYS,
+    PARTS,
+    TOKENIZER,
+    WEIGHTS,
+    WeightStore,
+    weight_files,
+)
+from bridge_stg.model.config import BridgeSTGConfig
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.torch_session import torch_grounder
+from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.host.files import require_space
+from bridge_stg.runtime.host.parse import parse_json_file
+from bridge_stg.training.clip_task import ClipTask
+from bridge_stg.training.data.clips import ClipBatches
+from bridge_stg.training.data.index import check_clips
+from bridge_stg.training.data.mixture import Mixture
+from bridge_stg.training.data.sources import read_clips
+from bridge_stg.training.distribution import Processes, whole
+from bridge_stg.training.parts import LORA, add_lora, part_of, save_adapter, trained_parameters
+from bridge_stg.training.recipe import NEW_PARTS, Stage, TrainingRecipe
+from bridge_stg.training.report import write_report
+from bridge_stg.training.trainer import Run, StageTrainer
+from bridge_stg.training.validation import Validator
+
+ADAPTER_FOLDER = "adapter"
+
+
+def train_checkpoint(
+    checkpoint: Path | str, out: Path | str, recipe: TrainingRecipe, *, device: str = "auto",
+    dtype: torch.dtype | None = None, adapter: Path | str | None = None, resume: bool = True, workers: int = 1,
+    tracker: str | None = None, shard: bool | None = None, progress: Callable[[str], object] = lambda text: None,
+) -> Path:  # fmt: skip
+    """Train a checkpoint, and write a new one to `out`, which must not exist; return `out`.
+
+    Its config says `"trained": true`, and has no section `knows`. If the last stage trains LoRA adapters, they are in
+    `out/adapter/`, beside an unchanged backbone, and `export` merges them. All processes of an `accelerate launch` call
+    this.
+
+    Args:
+        checkpoint: folder of a Bridge-STG checkpoint.
+        out: folder to create.
+        recipe: data, validation and stages.
+        device: `auto` (CUDA if it is available), `cpu` or `cuda`.
+        dtype: stored dtype of the backbone; None: as in `checkpoint`.
+        adapter: name or path of a LoRA adapter to merge first; None: the only one in the folder, if any.
+        resume: whether to continue from the states in `<out>-training/`.
+        workers: number of processes that make batches, for each training process; 0: none.
+        tracker: one of `distribution.TRACKERS` to log to, or None.
+        shard: see `Processes`.
+        progress: called with the name of each step of the preparation.
+
+    Raises:
+        TrainingStopped: a signal ended the training; calling again continues it.
+        BridgeError: annotations, media, the checkpoint or the recipe cannot be used, or the loss diverged.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.exists():
+        raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
+    config = load_config(checkpoint)
+    if config.heads != "bridge":
+        message = f"{checkpoint}: has {config.heads} heads, and only bridge heads are trained; begin with `init`"
+        raise CheckpointError("checkpoint.wrong_model_type", message)
+    folder = out.with_name(out.name + "-training")
+    _, store = open_weights(checkpoint, config, adapter=adapter)
+    processes = Processes(device, tracker=tracker, folder=folder, shard=shard)
+    report = progress if processes.first else lambda text: None
+    index = check_clips(read_clips(recipe.data.sources), config.model_spec(), recipe.data, progress=report)
+    validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
+    if processes.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        require_space(out, needed_bytes(store, recipe), purpose="the training")
+        same_run(folder / "run.json", identity(recipe, checkpoint, store), resume=resume)
+    processes.wait()
+    processes.accelerator.init_trackers("bridge-stg", {"recipe": json.dumps(recipe.to_dict())})
+    run = Run(
+        folder, processes, seed=recipe.seed, workers=workers, resume=resume, save_every_s=recipe.save_every_s,
+        max_broken=recipe.data.max_broken,
+    )  # fmt: skip
+    begun = checkpoint
+    for number, stage in enumerate(recipe.stages):
+        finished = out if number + 1 == len(recipe.stages) else folder / stage.name
+        if resume and (finished / "config.json").is_file():
+            begun, adapter = finished, None
+            continue
+        mixture = Mixture(index, recipe.data, seed=recipe.seed, stage=number, clips_per_step=stage.clips)
+        report(f"stage {stage.name}: {stage.steps} steps")
+        train_stage(begun, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
+        begun, adapter = finished, None
+    if processes.first:
+        write_report(folder)
+    processes.accelerator.end_training()
+    return out
+
+
+def train_stage(  # noqa: PLR0917
+    checkpoint: Path, out: Path, stage: Stage, recipe: TrainingRecipe, mixture: Mixture, run: Run,
+    validator: Validator | None, *, adapter: Path | str | None = None, dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Train one stage, and write its checkpoint. All processes call this."""
+    config = load_config(checkpoint)
+    config, store = open_weights(checkpoint, config, adapter=adapter)
+    attention = "sdpa" if run.processes.device.type == "cuda" else None
+    model = load_checkpoint(checkpoint, attention=attention, adapter=adapter).train()
+    assert model.tokenizer is not None
+    torch.manual_seed(recipe.seed)  # of new adapters
+    lora = None if stage.lora is None else add_lora(model, stage.lora)
+    half = recipe.precision == "bf16" and store.dtype == torch.bfloat16
+    task = ClipTask(model, bf16=recipe.precision == "bf16")
+    trained = trained_parameters(task, stage, frozen=torch.bfloat16 if half else None)
+    for part in (model.language_model, model.vision_encoder):
+        part.checkpoint_activations = stage.checkpoint_activations
+
+    def validate(step: int) -> Mapping[str, float]:
+        assert validator is not None
+        grounder = torch_grounder(model.eval())
+        rows = validator.rows(grounder, process=run.processes.rank, processes=run.processes.count)
+        gathered = [row for part in run.processes.gathered(rows) for row in part]
+        if run.processes.first:
+            validator.write(gathered, run.folder / "validation" / f"{stage.name}-{step}.jsonl")
+        return validator.metrics(gathered)
+
+    trainer = StageTrainer(
+        stage, task, trained, ClipBatches(model.spec, checkpoint / TOKENIZER, mixture, recipe.data), run,
+        units=model.language_model.model.layers, validation=recipe.validation,
+        validate=None if validator is None else validate,
+    )  # fmt: skip
+    trainer.train()
+    values = {name.removeprefix("model."): whole(value) for name, value in trainer.trained.items()}
+    if run.processes.first:
+        done = dataclasses.replace(config, trained=True, knows=None)
+        with new_folder(out) as partial:
+            save_trained(partial, checkpoint, done, store, values, dtype=dtype)
+            if lora is not None:
+                save_adapter(lora, {k: v for k, v in values.items() if part_of(k) == LORA}, partial / ADAPTER_FOLDER)
+    run.processes.wait()
+
+
+def save_trained(
+    folder: Path, checkpoint: Path, config: BridgeSTGConfig, store: WeightStore, values: Mapping[str, torch.Tensor], *,
+    dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Write a checkpoint: trained `values` by parameter name, all others from `store`.
+
+    The new parts have files of their own, in float32. Files of an unchanged backbone are linked or copied.
+    """
+    changed = {checkpoint_key(name): value for name, value in values.items() if part_of(name) != LORA}
+    dtype = dtype or store.dtype
+
+    def write(name: str, keys: Sequence[str], kind: torch.dtype | None) -> None:
+        layout = {key: (kind or store[key].dtype, store[key].shape) for key in keys}
+
+        def read(key: str) -> torch.Tensor:
+            value = (changed[key] if key in changed else store.read(key)).to(layout[key][0])
+            if not torch.isfinite(value).all():
+                message = f"{key} has values that {value.dtype} cannot represent; save in fp32 or bf16 (--dtype)"
+                raise CheckpointError("checkpoint.not_finite", message)
+            return value
+
+        write_safetensors(folder / name, layout, read)
+
+    for name, prefix in zip(PARTS, PART_KEYS):
+        write(name, [key for key in store if key.startswith(prefix)], torch.float32)
+    backbone = [key for key in store if not key.startswith(PART_KEYS)]
+    files = weight_files(checkpoint)
+    own = {tensor.path for key, tensor in store.items() if key.startswith(PART_KEYS)}
+    same = all(store.raw(key) and store[key].dtype == dtype and key not in changed for key in backbone)
+    if same and not own & set(files):
+        link_weights([file for file in files if file.name not in PARTS], folder)
+    else:
+        write(WEIGHTS, backbone, dtype)
+    config.save(folder)
+    shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
+
+
+def needed_bytes(store: WeightStore, recipe: TrainingRecipe) -> int:
+    """Return the disk space of the states and checkpoints of a training, at most."""
+    counts = {key: math.prod(tensor.shape) for key, tensor in store.items()}
+    needed = 0
+    for stage in recipe.stages:
+        full = sum(n for key, n in counts.items() if key_part(key) in stage.train)
+        states = 2 if recipe.validation else 1
+        needed += (states + 1) * 12 * full
+        if set(stage.train) - set(NEW_PARTS):
+            needed += sum(tensor.length for tensor in store.values())
+    return needed
+
+
+def key_part(key: str) -> str:
+    """Return the part of a checkpoint key."""
+    if key.startswith("model.visual."):
+        return "mergers" if "merger" in key else "vision"
+    return {"bridging": "bridging", "spatial_decoder": "spatial"}.get(key.partition(".")[0], "llm")
+
+
+def identity(recipe: TrainingRecipe, checkpoint: Path, store: WeightStore) -> dict[str, Any]:
+    """Return what must not change when a run is resumed, as JSON values: recipe, hashes, sizes of the weights."""
+    files = [Path(file) for source in recipe.data.sources for file in source.annotations]
+    values = {
+        **recipe.to_dict(),
+        "annotations": {str(path): sha256(path) for path in files if path.is_file()},
+        "config": sha256(checkpoint / "config.json"),
+        "weights": [[path.name, path.stat().st_size] for path in store.files],
+    }
+    return dict(json.loads(json.dumps(values)))  # tuples become lists, as in the file
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def same_run(path: Path, now: Mapping[str, Any], *, resume: bool) -> None:
+    """Write the identity of a new run, or raise CheckpointError if a resumed run had another."""
+    if not resume:
+        for old in path.parent.iterdir():
+            if old.suffix in (".safetensors", ".jsonl", ".log") or old.name == "validation":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    elif path.is_file():
+        try:
+            begun = dict(parse_json_file(path))
+        except (OSError, ValueError, TypeError) as error:
+            message = f"{path}: cannot be read ({error}); start again with --no-resume, or choose another --out"
+            raise CheckpointError("training.wrong_state", message) from error
+        changed = [name for name, value in now.items() if begun.get(name) != value]
+        if changed:
+            message = f"{path}: {', '.join(changed)} changed since this training started"
+            hint = "use the same, start again with --no-resume, or choose another --out"
+            raise CheckpointError("training.other_options", f"{message}; {hint}")
+        return
+    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
