@@ -76,51 +76,43 @@ def init(
         bridging=BridgingConfig(num_queries=queries or BridgingConfig.num_queries, tapped_layers=taps or ()),
         spatial_decoder=spatial_decoder, progress=stage_line,
     )  # fmt: skip
-    click.echo(f"Wrote the untrained checkpoint {made}. Next: train {made} --annotations … --media … --out …")
+    click.echo(f"Wrote the untrained checkpoint {made}. Next: train {made} --recipe … --out …")
 
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@click.option("--annotations", type=PATH, required=True, help="JSON lines; see docs/annotations.md.")
-@click.option("--media", type=PATH, required=True, help="Folder of their videos and images.")
+@click.option("--recipe", "recipe_name", required=True, help="YAML file, or name of a shipped recipe.")
+@click.option("--annotations", type=PATH, help="JSON lines to train on, in place of the recipe's data.sources.")
+@click.option("--media", type=PATH, help="Folder of their videos and images; default: that of --annotations.")
 @options.out_option("the new checkpoint")
-@click.option("--epochs", type=COUNT, default=10, show_default=True, help="Passes over all clips.")
-@click.option("--clips", type=COUNT, default=1, show_default=True, help="Clips per step.")
-@click.option(
-    "--queries", "--questions", "questions", type=COUNT, default=4, show_default=True, help="Maximum queries per clip."
-)
-@click.option("--fine-frames", type=COUNT, default=16, show_default=True, help="Fine frames per clip.")
-@click.option("--learning-rate", type=Number(min=0, min_open=True), default=1e-4, show_default=True)
-@click.option(
-    "--backbone-scale", type=Number(min=0), default=0.1, show_default=True, help="Learning rate factor of the backbone."
-)
-@click.option("--freeze-backbone", is_flag=True, help="Train only the bridging and spatial parts.")
-@click.option("--train-vision", is_flag=True, help="Train the vision blocks too, not only their mergers.")
-@click.option("--max-visual-tokens", type=COUNT, help="Maximum visual tokens per video.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto: CUDA if it is available.")
-@click.option(
-    "--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Precision of matmuls."
-)
+@click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto: CUDA if it is available.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: as in CHECKPOINT.")
 @options.adapter_option
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
-@options.seed_option
+@click.option("--tracker", type=click.Choice(["tensorboard", "wandb"]), help="Log curves there too.")
 @resume_option
+@click.pass_context
 def train(
-    *, checkpoint: Path, annotations: Path, media: Path, out: Path, freeze_backbone: bool, train_vision: bool,
-    precision: str, device: str, dtype: str | None, adapter: str | None, workers: int, resume: bool, **options: Any,
+    context: click.Context, *, checkpoint: Path, recipe_name: str, annotations: Path | None, media: Path | None,
+    out: Path, dtype: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Train a CHECKPOINT on annotated clips: by default everything except the vision blocks."""
-    if freeze_backbone and train_vision:
-        raise BridgeError("options.conflict", "--freeze-backbone and --train-vision exclude each other; leave one out.")
-    from bridge_stg.training.train_clips import NEW_PARTS, PARTS, TrainingOptions, train_clips
+    """Train a CHECKPOINT by a recipe; several devices: accelerate launch cli.py train …"""
+    from bridge_stg.training.recipe import Source, read_recipe
 
-    parts = NEW_PARTS if freeze_backbone else PARTS if train_vision else PARTS[:-1]
-    chosen = TrainingOptions(parts=parts, bf16=precision == "bf16", **options)
-    made = train_clips(
-        checkpoint, annotations, media, out, options=chosen, device=device, dtype=torch_dtype(dtype), adapter=adapter,
-        resume=resume, workers=workers,
-    )  # fmt: skip
+    recipe = read_recipe(recipe_name)
+    if annotations is not None:
+        source = Source((str(annotations),), media=None if media is None else str(media))
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=(source,)))
+    elif media is not None:
+        raise BridgeError("options.conflict", "--media needs --annotations; a recipe names the media of its sources.")
+    from bridge_stg.training.train_checkpoint import train_checkpoint
+    from bridge_stg.training.trainer import TrainingStopped
+
+    try:
+        made = train_checkpoint(checkpoint, out, recipe, dtype=torch_dtype(dtype), progress=stage_line, **options)
+    except TrainingStopped as stopped:
+        click.echo(str(stopped), err=True)
+        context.exit(128 + stopped.signal)
     click.echo(f"Wrote the checkpoint {made}. Next: export {made} --out …")
 
 
