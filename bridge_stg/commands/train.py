@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, DTYPES, PATH, Number
+from bridge_stg.commands.options import COUNT, DTYPES, PATH
 from bridge_stg.commands.progress import stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -96,7 +96,7 @@ def train(
     context: click.Context, *, checkpoint: Path, recipe_name: str, annotations: Path | None, media: Path | None,
     out: Path, dtype: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Train a CHECKPOINT by a recipe; several devices: accelerate launch cli.py train …"""
+    """Train a CHECKPOINT by a recipe, on several devices under `accelerate launch`."""
     from bridge_stg.training.recipe import Source, read_recipe
 
     recipe = read_recipe(recipe_name)

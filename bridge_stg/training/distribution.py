@@ -43,7 +43,10 @@ class Processes:
             raise BridgeError("training.no_device", f"--device {device}: expected auto, cpu or cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise BridgeError("training.no_device", "--device cuda: torch finds no CUDA device here; choose cpu")
-        chosen = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")  # accelerate has no FSDP on CPU
+        chosen = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in (
+            "true",
+            "1",
+        )  # accelerate has no FSDP on CPU
         self.shard = chosen if shard is None else shard
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         try:
@@ -57,22 +60,22 @@ class Processes:
     @property
     def device(self) -> torch.device:
         """The device of this process."""
-        return self.accelerator.device
+        return cast(torch.device, self.accelerator.device)
 
     @property
     def rank(self) -> int:
         """The number of this process."""
-        return self.accelerator.process_index
+        return cast(int, self.accelerator.process_index)
 
     @property
     def count(self) -> int:
         """The number of processes."""
-        return self.accelerator.num_processes
+        return cast(int, self.accelerator.num_processes)
 
     @property
     def first(self) -> bool:
         """Whether this process writes files."""
-        return self.accelerator.is_main_process
+        return cast(bool, self.accelerator.is_main_process)
 
     def spread(self, module: nn.Module, units: Iterable[nn.Module]) -> nn.Module:
         """Return a module, on the device, whose gradients are means over the processes.

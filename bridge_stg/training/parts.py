@@ -40,7 +40,8 @@ def part_of(name: str) -> str:
 def trained_parameters(task: nn.Module, stage: Stage, *, frozen: torch.dtype | None = None) -> dict[str, nn.Parameter]:
     """Return the parameters that a stage trains, by name, as float32; freeze all others.
 
-    `frozen` is the dtype of the frozen backbone, None: unchanged.
+    `frozen` is the dtype of the frozen matrices of the backbone, None: unchanged. Its vectors (biases, norms) stay in
+    float32, which torch's norms need on a CPU.
     """
     found = {}
     for name, parameter in task.named_parameters():
@@ -49,7 +50,7 @@ def trained_parameters(task: nn.Module, stage: Stage, *, frozen: torch.dtype | N
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             found[name] = parameter
-        elif frozen is not None and part in ("mergers", "llm", "vision"):
+        elif frozen is not None and part in ("mergers", "llm", "vision") and parameter.ndim > 1:
             parameter.data = parameter.data.to(frozen)
     return found
 

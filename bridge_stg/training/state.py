@@ -39,7 +39,7 @@ class Progress:
     extra: Mapping[str, float] = field(default_factory=dict)  # newest validation
 
 
-def save_state(
+def save_state(  # noqa: PLR0917 - what a state is made of
     path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor],
     progress: Progress, processes: Processes,
 ) -> None:  # fmt: skip

@@ -29,7 +29,6 @@ from bridge_stg.checkpoint.weight_store import (
     weight_files,
 )
 from bridge_stg.model.config import BridgeSTGConfig
-from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.files import require_space
@@ -42,9 +41,9 @@ from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.distribution import Processes, whole
 from bridge_stg.training.parts import LORA, add_lora, part_of, save_adapter, trained_parameters
 from bridge_stg.training.recipe import NEW_PARTS, Stage, TrainingRecipe
-from bridge_stg.training.report import write_report
+from bridge_stg.training.report.report import write_report
 from bridge_stg.training.trainer import Run, StageTrainer
-from bridge_stg.training.validation import Validator
+from bridge_stg.training.validation import Validator, metrics
 
 ADAPTER_FOLDER = "adapter"
 
@@ -89,7 +88,9 @@ def train_checkpoint(
     _, store = open_weights(checkpoint, config, adapter=adapter)
     processes = Processes(device, tracker=tracker, folder=folder, shard=shard)
     report = progress if processes.first else lambda text: None
-    index = check_clips(read_clips(recipe.data.sources), config.model_spec(), recipe.data, progress=report)
+    clips = read_clips(recipe.data.sources)
+    index = check_clips(clips, recipe.data.sources, config.model_spec(), max_broken=recipe.data.max_broken)
+    report(index.summary())
     validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
     if processes.first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,12 +108,12 @@ def train_checkpoint(
         if resume and (finished / "config.json").is_file():
             begun, adapter = finished, None
             continue
-        mixture = Mixture(index, recipe.data, seed=recipe.seed, stage=number, clips_per_step=stage.clips)
+        mixture = Mixture(index, recipe.data, recipe.seed, number, stage.clips)
         report(f"stage {stage.name}: {stage.steps} steps")
         train_stage(begun, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
         begun, adapter = finished, None
     if processes.first:
-        write_report(folder)
+        write_report(folder, validator=validator)
     processes.accelerator.end_training()
     return out
 
@@ -137,15 +138,15 @@ def train_stage(  # noqa: PLR0917
 
     def validate(step: int) -> Mapping[str, float]:
         assert validator is not None
-        grounder = torch_grounder(model.eval())
-        rows = validator.rows(grounder, process=run.processes.rank, processes=run.processes.count)
+        grounder = torch_grounder(model.eval(), autocast=torch.bfloat16 if task.bf16 else None)
+        rows = validator.validate(grounder, process=run.processes.rank, processes=run.processes.count)
         gathered = [row for part in run.processes.gathered(rows) for row in part]
         if run.processes.first:
-            validator.write(gathered, run.folder / "validation" / f"{stage.name}-{step}.jsonl")
-        return validator.metrics(gathered)
+            validator.write(run.folder, stage.name, step, gathered)
+        return metrics(gathered)
 
     trainer = StageTrainer(
-        stage, task, trained, ClipBatches(model.spec, checkpoint / TOKENIZER, mixture, recipe.data), run,
+        stage, task, trained, ClipBatches(model.spec, checkpoint / TOKENIZER, mixture), run,
         units=model.language_model.model.layers, validation=recipe.validation,
         validate=None if validator is None else validate,
     )  # fmt: skip
@@ -186,11 +187,11 @@ def save_trained(
     for name, prefix in zip(PARTS, PART_KEYS):
         write(name, [key for key in store if key.startswith(prefix)], torch.float32)
     backbone = [key for key in store if not key.startswith(PART_KEYS)]
-    files = weight_files(checkpoint)
+    files = [file for file in weight_files(checkpoint) if file.name not in PARTS]
     own = {tensor.path for key, tensor in store.items() if key.startswith(PART_KEYS)}
     same = all(store.raw(key) and store[key].dtype == dtype and key not in changed for key in backbone)
     if same and not own & set(files):
-        link_weights([file for file in files if file.name not in PARTS], folder)
+        link_weights(files, folder)
     else:
         write(WEIGHTS, backbone, dtype)
     config.save(folder)

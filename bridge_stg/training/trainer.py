@@ -6,6 +6,7 @@ the micro-batch of a place. Place s·clips + i is the i-th of step s; the proces
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -19,14 +20,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
+from bridge_stg.training.data.index import Skipped
 from bridge_stg.training.distribution import Processes, gathering, whole
 from bridge_stg.training.parts import parameter_groups, part_of
 from bridge_stg.training.recipe import NEW_PARTS, Stage, Validation
@@ -79,11 +81,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A micro-batch, and what was skipped to make it: media and reason."""
+class MicroBatch:
+    """A micro-batch, and the media that were tried for it and cannot be read."""
 
     batch: Any
-    skipped: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -101,7 +103,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], stage: Stage) -> torch.opti
     if stage.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
     try:
-        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+        from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         message = f"stage {stage.name}: optimizer adamw8bit needs bitsandbytes ({error}); install it, or choose adamw"
         raise BridgeError("training.no_bitsandbytes", message) from error
@@ -115,7 +117,7 @@ class StageTrainer:
         stage: the stage.
         task: module whose `forward(batch)` returns the loss and values to log.
         trained: its trained parameters by name.
-        batches: returns the micro-batch of a place as `Made`, or an error to raise; pickled for worker processes.
+        batches: returns a `MicroBatch`, or its like, for a place, or an error to raise; pickled for worker processes.
         run: what all stages share.
         units: modules whose weights are gathered together if weights are sharded, see `Processes.spread`.
         validation: how often to validate, and by which metric.
@@ -204,7 +206,7 @@ class StageTrainer:
                 self.trained[name].copy_(average)
         return self.progress
 
-    def steps(self) -> Iterator[tuple[int, list[Made]]]:
+    def steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Yield the steps that are left, each with this process's micro-batches."""
         processes, stage, run = self.run.processes, self.stage, self.run
         first = self.progress.step
@@ -212,9 +214,8 @@ class StageTrainer:
             return
         places = range(first * stage.clips + processes.rank, stage.steps * stage.clips, processes.count)
         options: dict[str, Any] = {"prefetch_factor": 2, "worker_init_fn": _quiet} if run.workers else {}
-        loader: Iterable[Any] = DataLoader(
-            places, batch_size=None, collate_fn=self.batches, num_workers=run.workers, **options  # type: ignore[arg-type]
-        )
+        options |= {"batch_size": None, "collate_fn": self.batches, "num_workers": run.workers}
+        loader: Iterable[Any] = DataLoader(cast(Any, places), **options)
         bar = tqdm(
             range(first, stage.steps), stage.name, total=stage.steps, initial=first, unit="step", mininterval=2,
             disable=not (processes.first and sys.stderr.isatty()),
@@ -231,7 +232,7 @@ class StageTrainer:
             self.interruptible = False
             yield step, made
 
-    def update(self, step: int, made: Sequence[Made]) -> None:
+    def update(self, step: int, made: Sequence[MicroBatch]) -> None:
         """Run one step: gradients of all micro-batches, then an update, unless the loss is not as usual."""
         processes, stage, progress = self.run.processes, self.stage, self.progress
         torch.manual_seed(hash((self.run.seed, step, processes.rank)) % 2**63)  # of dropout
@@ -296,11 +297,11 @@ class StageTrainer:
                 for name, average in self.averages.items():
                     average.lerp_(self.trained[name].detach(), 1 - decay)
 
-    def note_broken(self, broken: Sequence[tuple[str, str]]) -> None:
+    def note_broken(self, broken: Sequence[Skipped]) -> None:
         """Append the clips that this process could not read to `skipped.jsonl`."""
         if broken:
             with open(self.run.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"media": media, "reason": reason}) + "\n" for media, reason in broken)
+                file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in broken)
 
     def check_broken(self, steps: int) -> None:
         """Raise BridgeError if too many clips could not be read."""
@@ -338,7 +339,7 @@ class StageTrainer:
         if chosen.metric not in metrics:
             known = ", ".join(metrics) or "none"
             message = f"validation.metric is {chosen.metric!r}, but the samples have: {known}"
-            raise BridgeError("training.no_metric", message)
+            raise BridgeError("training.bad_recipe", message)
         value = metrics[chosen.metric]
         if progress.best is None or value > progress.best:
             progress.best, progress.best_step, progress.validations_since_best = value, step, 0

@@ -22,6 +22,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     Image.new("RGB", (96, 64), "red").save(tmp_path / "b.png")
     line = {"image": "b.png", "query": "the car", "boxes": [{"box": [0, 0, 48, 32]}]}
     (tmp_path / "clips.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -39,7 +40,12 @@ INIT = [
     "--decoder-layers",
     "2",
 ]
-TRAIN = ["train", "new", "--annotations", "clips.jsonl", "--media", ".", "--out", "trained", "--epochs", "2"]
+TRAIN = ["train", "new", "--recipe", "recipe.yaml", "--out", "trained", "--device", "cpu", "--workers", "0"]
+RECIPE = """
+precision: fp32
+stages: [{name: parts, steps: 2, clips: 1}]
+data: {sources: [{annotations: [clips.jsonl], media: .}]}
+"""
 
 
 def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
@@ -48,13 +54,14 @@ def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
     config = BridgeSTGConfig.load(folder / "new")
     assert config.trained is False and config.model_spec().trained is False
     dataclasses.replace(config, knows=KnowsSpec("It knows dogs.", ("dog",))).save(folder / "new")
-    assert cli.run([*TRAIN, "--freeze-backbone", "--workers", "0", "--device", "cpu", "--precision", "fp32"]) == 0
+    assert cli.run(TRAIN) == 0
     assert "checkpoint trained" in capsys.readouterr().out
     model = load_checkpoint(folder / "trained")
     assert model.spec.trained and model.spec.knows is None
     assert model.spec.language.tapped_layers == (0, 2) and model.config.spatial_decoder.width == 32
-    options = json.loads((folder / "trained-training" / "run.json").read_text())
-    assert options["parts"] == ["bridging", "spatial"] and options["bf16"] is False
+    recipe = json.loads((folder / "trained-training" / "run.json").read_text())
+    assert recipe["stages"][0]["train"] == ["bridging", "spatial"] and recipe["precision"] == "fp32"
+    assert (folder / "trained-training" / "train_report.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,9 @@ def test_an_explicit_size_overrides_the_papers_and_the_default(folder, options, 
         ([*INIT, "--decoder-width", "7"], "options.invalid", "7"),
         ([*INIT, "--like", "mine"], "options.invalid", "'mine'"),
         (["init", "--backbone", "nowhere", "--out", "new"], "checkpoint.not_found", "nowhere"),
-        ([*TRAIN, "--freeze-backbone", "--train-vision"], "options.conflict", "--train-vision"),
+        ([*TRAIN, "--media", "."], "options.conflict", "--media"),
+        ([*TRAIN, "--recipe", "clips.jsonl"], "training.bad_recipe", "clips.jsonl"),
+        ([*TRAIN, "--tracker", "mlflow"], "options.invalid", "mlflow"),
         (TRAIN, "checkpoint.missing_file", "new"),
     ],
 )
@@ -91,4 +100,4 @@ def test_faults_are_one_line_and_exit_code_2(folder, capsys, arguments, code, va
     captured = capsys.readouterr()
     assert captured.err.endswith(f" [{code}]\n") and value in captured.err
     assert "Traceback" not in captured.err and not captured.out
-    assert {path.name for path in folder.iterdir()} == {"model", "b.png", "clips.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {"model", "b.png", "clips.jsonl", "recipe.yaml"}

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bridge_stg.training import state
+from bridge_stg.training.data.index import Skipped
 from bridge_stg.training.recipe import Stage, Validation
 from bridge_stg.training.trainer import MOST_ROLLBACKS, PATIENCE, TrainingStopped, learning_rate
 from tests.bridge_stg.training.toy import points, slow_points, train_toy
@@ -118,7 +119,7 @@ def test_the_best_weights_win_and_no_progress_ends_a_stage(tmp_path):
     assert torch.equal(trainer.trained["out.weight"], seen[10])
     shown = [line["validation"]["m_vIoU"] for line in log(tmp_path / "new") if "validation" in line]
     assert shown == [0.1, 0.5, 0.3, 0.2]
-    with raises("training.no_metric", "AO", "m_vIoU"):
+    with raises("training.bad_recipe", "AO", "m_vIoU"):
         train_toy(tmp_path / "other", 5, validate=lambda step: {"m_vIoU": 0.0}, validation=Validation(metric="AO"))
 
 
@@ -148,7 +149,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
 
 def test_broken_clips_are_listed_and_too_many_end_the_training(tmp_path):
     def some(place: int) -> Any:
-        return dataclasses.replace(points(place), skipped=(("a.mp4", "no frames"),) * (place % 10 == 0))
+        return dataclasses.replace(points(place), skipped=(Skipped("a.mp4", "no frames"),) * (place % 10 == 0))
 
     trainer = train_toy(tmp_path / "new", 20, batches=some, run={"max_broken": 0.1})
     lines = [json.loads(line) for line in (tmp_path / "new" / "skipped.jsonl").read_text().splitlines()]

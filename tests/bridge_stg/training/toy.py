@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bridge_stg.training.distribution import Processes
 from bridge_stg.training.recipe import Stage, Validation
-from bridge_stg.training.trainer import Made, Run, StageTrainer
+from bridge_stg.training.trainer import MicroBatch, Run, StageTrainer
 
 
 class Toy(nn.Module):
@@ -39,9 +39,9 @@ class Toy(nn.Module):
         return loss, {"entropy": loss.item()}
 
 
-def points(place: int) -> Made:
+def points(place: int) -> MicroBatch:
     """Return the points of a place."""
-    return Made((place, torch.randn(4, 8, generator=torch.Generator().manual_seed(place))))
+    return MicroBatch((place, torch.randn(4, 8, generator=torch.Generator().manual_seed(place))))
 
 
 def train_toy(
@@ -63,7 +63,7 @@ def train_toy(
     return trainer
 
 
-def slow_points(place: int) -> Made:
+def slow_points(place: int) -> MicroBatch:
     """Return the points of a place; those of place 40 end this process as `kill` does, and take a minute."""
     if place == 40:
         os.kill(os.getpid(), signal.SIGTERM)

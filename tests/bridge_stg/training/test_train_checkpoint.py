@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,17 @@ from bridge_stg.training.data.clips import ClipBatch, ClipBatches
 from bridge_stg.training.data.index import check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
+from bridge_stg.training.distribution import Processes
 from bridge_stg.training.losses import heat_target
-from bridge_stg.training.recipe import DataRecipe, Source
-from bridge_stg.training.train_clips import PARTS, TrainingOptions, part_of, train_clips
-from bridge_stg.training.train_loop import load_state
+from bridge_stg.training.parts import part_of
+from bridge_stg.training.recipe import PARTS, DataRecipe, Lora, Source, Stage, TrainingRecipe, Validation
+from bridge_stg.training.state import load_state
+from bridge_stg.training.train_checkpoint import train_checkpoint
+from bridge_stg.training.trainer import TrainingStopped
 from tests.bridge_stg.model.published import publish
 from tests.errors import raises
 from tests.fakes.clips import write
 
-CPU = torch.device("cpu")
 SIZE = (96, 64)
 BOXES = [{"time": 1.0, "box": [10, 10, 30, 40]}, {"time": 2.0, "box": [20, 10, 40, 40]}]
 LINES: list[dict[str, Any]] = [
@@ -68,8 +72,8 @@ def annotations(tmp_path) -> Path:
     return annotate(tmp_path / "clips.jsonl")
 
 
-def make_checkpoint(folder: Path, family: str) -> Path:
-    publish(folder / "model", family, dtype=torch.bfloat16)
+def make_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    publish(folder / "model", family, dtype=dtype)
     out = init_checkpoint(
         folder / "model", folder / "checkpoint", bridging=BridgingConfig(num_queries=2, tapped_layers=(0, 2)),
         spatial_decoder=SpatialDecoderConfig(width=32, num_layers=2, num_heads=2, ffn_width=64),
@@ -107,7 +111,7 @@ def video_batch(model: BridgeSTG, checkpoint: Path, annotations: Path, media: Pa
 def test_the_forward_pass_is_that_of_the_chain(of_each_family, annotations, media):
     model = load_checkpoint(of_each_family)
     batch = video_batch(model, of_each_family, annotations, media, fine_frames=100)
-    task = ClipTask(model, device=CPU, bf16=False)
+    task = ClipTask(model, bf16=False)
     with torch.no_grad():
         suffix = task.language(batch, task.visual_tokens(batch.frames), batch.input_ids)
         taps = task.taps(batch, suffix)
@@ -142,7 +146,7 @@ def test_everything_is_computed_on_the_models_device(of_each_family, annotations
     meta = torch.device("meta")
     model = load_checkpoint(of_each_family, attention="sdpa").to(meta)
     batch = video_batch(model, of_each_family, annotations, media)
-    task = ClipTask(model, device=meta)
+    task = ClipTask(model)
     with meta:
         suffix = task.language(batch, task.visual_tokens(task.here(batch.frames)), task.here(batch.input_ids))
         found = model.spatial_decoder.localize(
@@ -159,7 +163,7 @@ def test_the_attention_of_cuda_is_that_of_the_cpu(of_each_family, annotations, m
         model = load_checkpoint(of_each_family, attention=attention)
         batch = video_batch(model, of_each_family, annotations, media)
         with torch.no_grad():
-            figures.append(ClipTask(model, device=CPU, bf16=False)([batch], 0)[1])
+            figures.append(ClipTask(model, bf16=False)(batch)[1])
     assert figures[0] == pytest.approx(figures[1], abs=1e-4)
 
 
@@ -170,15 +174,24 @@ NOTHING = {"absent": (LINES[1], ["presence"]), "when alone": ({**LINES[2], "span
 def test_clips_without_boxes_have_a_finite_loss(model, checkpoint, tmp_path, media, name):
     line, parts = NOTHING[name]
     batch = video_batch(model, checkpoint, annotate(tmp_path / "n.jsonl", [line]), media)
-    value, figures = ClipTask(model, device=CPU)([batch], 0)
+    value, figures = ClipTask(model)(batch)
     assert torch.isfinite(value)
     assert set(figures) == {"language", "token_accuracy", *parts, *(f"{part}_accuracy" for part in parts)}
 
 
+def recipe_of(annotations: Path, media: Path, *, data: dict[str, Any] | None = None, **options: Any) -> TrainingRecipe:
+    """Return a recipe with one stage, of these options or those of all stages."""
+    whole = {name: options.pop(name) for name in ("seed", "validation", "save_every_s") if name in options}
+    stage = Stage(**{"name": "only", "steps": 4, "clips": 1, "learning_rate": 1e-3, "warmup": 1, **options})
+    source = Source((str(annotations),), media=str(media))
+    chosen = DataRecipe(**{"sources": (source,), "fine_frames": 6, "max_broken": 0.0, **(data or {})})
+    return TrainingRecipe((stage,), chosen, precision="fp32", **whole)
+
+
 def run(checkpoint: Path, annotations: Path, media: Path, out: Path, **options: Any) -> Path:
     more = {name: options.pop(name) for name in ("device", "resume", "dtype") if name in options}
-    chosen = TrainingOptions(**{"epochs": 2, "fine_frames": 6, "learning_rate": 1e-3, **options})
-    return train_clips(checkpoint, annotations, media, out, options=chosen, workers=0, **more)
+    recipe = recipe_of(annotations, media, **options)
+    return train_checkpoint(checkpoint, out, recipe, workers=0, **{"device": "cpu", **more})
 
 
 def changed_parts(before: BridgeSTG, after: BridgeSTG) -> set[str]:
@@ -188,7 +201,7 @@ def changed_parts(before: BridgeSTG, after: BridgeSTG) -> set[str]:
 
 @pytest.mark.parametrize("parts", [PARTS[:-1], ("bridging", "spatial"), PARTS], ids=["default", "frozen", "all"])
 def test_only_the_chosen_parts_are_trained(of_each_family, annotations, media, tmp_path, parts):
-    out = run(of_each_family, annotations, media, tmp_path / "new", parts=parts, backbone_scale=100.0)
+    out = run(of_each_family, annotations, media, tmp_path / "new", train=parts, rates={"llm": 10.0})
     model, trained = load_checkpoint(of_each_family), load_checkpoint(out)
     assert changed_parts(model, trained) == set(parts)
     assert not model.config.trained and trained.config == dataclasses.replace(model.config, trained=True)
@@ -199,28 +212,29 @@ def test_only_the_chosen_parts_are_trained(of_each_family, annotations, media, t
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, annotations, media, tmp_path, monkeypatch):
-    monkeypatch.setattr("bridge_stg.training.train_loop.CHECKPOINT_SECONDS", -1.0)
-    whole = run(checkpoint, annotations, media, tmp_path / "whole")
-    loss = ClipTask.__call__
+    options = {"lora": Lora(rank=2, dropout=0.1), "ema": 0.9, "checkpoint_activations": True}
+    whole = run(checkpoint, annotations, media, tmp_path / "whole", **options)
+    calls = iter(range(10))
+    forward = ClipTask.forward
 
-    def die(self: ClipTask, batch: Any, step: int) -> Any:
-        if step == 2:
-            raise KeyboardInterrupt
-        return loss(self, batch, step)
+    def stop(self: ClipTask, batch: Any) -> Any:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, batch)
 
-    monkeypatch.setattr(ClipTask, "__call__", die)
-    with pytest.raises(KeyboardInterrupt):
-        run(checkpoint, annotations, media, tmp_path / "killed")
+    monkeypatch.setattr(ClipTask, "forward", stop)
+    with pytest.raises(TrainingStopped):
+        run(checkpoint, annotations, media, tmp_path / "killed", **options)
     assert not (tmp_path / "killed").exists()
-    monkeypatch.setattr(ClipTask, "__call__", loss)
-    with raises("training.other_options", "run.json", "seed", 0, 1):
-        run(checkpoint, annotations, media, tmp_path / "killed", seed=1)
+    monkeypatch.setattr(ClipTask, "forward", forward)
+    with raises("training.other_options", "run.json", "seed"):
+        run(checkpoint, annotations, media, tmp_path / "killed", seed=1, **options)
     with raises("training.other_options", "run.json", "annotations"):
-        run(checkpoint, annotate(tmp_path / "b.jsonl", LINES[:1]), media, tmp_path / "killed")
-    resumed = run(checkpoint, annotations, media, tmp_path / "killed")
-    for name in ("model", "bridging", "spatial_decoder"):
+        run(checkpoint, annotate(tmp_path / "b.jsonl", LINES[:1]), media, tmp_path / "killed", **options)
+    resumed = run(checkpoint, annotations, media, tmp_path / "killed", **options)
+    for name in ("bridging", "spatial_decoder", "adapter/adapter_model"):
         first, second = (load_file(folder / f"{name}.safetensors") for folder in (whole, resumed))
-        assert all(torch.equal(value, second[key]) for key, value in first.items())
+        assert first and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_a_full_disk_is_detected_before_the_training(checkpoint, annotations, media, tmp_path, monkeypatch):
@@ -233,13 +247,13 @@ def test_a_full_disk_is_detected_before_the_training(checkpoint, annotations, me
 
 def test_a_clip_can_be_learned(checkpoint, tmp_path, media):
     annotations = annotate(tmp_path / "clips.jsonl", LINES[:2])
-    out = run(checkpoint, annotations, media, tmp_path / "new", epochs=40, learning_rate=1e-2, backbone_scale=1.0)
+    out = run(checkpoint, annotations, media, tmp_path / "new", train=PARTS[:-1], steps=40, learning_rate=1e-2)
     figures = []
     for folder in (checkpoint, out):
         model = load_checkpoint(folder)
         batch = video_batch(model, checkpoint, annotations, media, fine_frames=100)
         with torch.no_grad():
-            figures.append(ClipTask(model, device=CPU, bf16=False)([batch], 0)[1])
+            figures.append(ClipTask(model, bf16=False)(batch)[1])
     before, after = figures
     assert after["language"] < 0.3 * before["language"] and after["iou"] > before["iou"] + 0.3
 
@@ -248,7 +262,7 @@ def test_tracking_in_an_image_has_no_language_loss(model, checkpoint, tmp_path, 
     annotations = annotate(tmp_path / "clips.jsonl", LINES[3:])
     batch = video_batch(model, checkpoint, annotations, media, tracked=1.0)
     assert batch.target.max() < 0
-    value, figures = ClipTask(model, device=CPU)([batch], 0)
+    value, figures = ClipTask(model)(batch)
     assert torch.isfinite(value) and "l1" in figures and "language" not in figures
 
 
@@ -276,22 +290,23 @@ def test_an_error_of_a_worker_process_keeps_its_message(checkpoint, media, tmp_p
     video = tmp_path / "a.mp4"
     shutil.copy(media / "a.mp4", video)
 
-    def check_and_damage(*args: Any) -> Any:
-        index = check_clips(*args)
+    def check_and_damage(*args: Any, **options: Any) -> Any:
+        index = check_clips(*args, **options)
         video.write_bytes(b"damaged")
         return index
 
-    monkeypatch.setattr("bridge_stg.training.train_clips.check_clips", check_and_damage)
+    monkeypatch.setattr("bridge_stg.training.train_checkpoint.check_clips", check_and_damage)
     with raises("annotation.broken_media", video) as caught:
-        train_clips(checkpoint, annotate(tmp_path / "clips.jsonl", LINES[:1]), tmp_path, tmp_path / "new", workers=1)
+        recipe = recipe_of(annotate(tmp_path / "clips.jsonl", LINES[:1]), tmp_path)
+        train_checkpoint(checkpoint, tmp_path / "new", recipe, workers=1, device="cpu")
     assert "Traceback" not in str(caught.value)
 
 
 def test_invalid_options_are_rejected_at_once(checkpoint, annotations, media, tmp_path):
     with raises("training.no_device", "--device cuda:77"):
         run(checkpoint, annotations, media, tmp_path / "new", device="cuda:77")
-    with raises("options.invalid", "parts", "head"):
-        run(checkpoint, annotations, media, tmp_path / "new", parts=("head",))
+    with raises("training.bad_recipe", "llm", "nothing_proj"):
+        run(checkpoint, annotations, media, tmp_path / "new", lora=Lora(modules=("nothing_proj",)))
     with raises("annotation.no_media_folder", tmp_path / "nowhere"):
         run(checkpoint, annotations, tmp_path / "nowhere", tmp_path / "new")
     (tmp_path / "new").mkdir()
@@ -305,4 +320,58 @@ def test_invalid_options_are_rejected_at_once(checkpoint, annotations, media, tm
 def test_a_damaged_state_is_not_resumed(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "state").write_bytes(content)
     with raises("training.wrong_state", tmp_path / "state", "--no-resume"):
-        load_state(tmp_path / "state", torch.nn.Linear(2, 2), None)
+        load_state(tmp_path / "state", {}, torch.optim.AdamW([torch.zeros(1)]), {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_lora_is_the_trained_model(family, annotations, media, tmp_path, monkeypatch):
+    """The eager model at the end of the training has the outputs of its checkpoint, and the backbone is unchanged."""
+    kept = []
+    spread = Processes.spread
+    monkeypatch.setattr(Processes, "spread", lambda self, task, units: kept.append(task) or spread(self, task, units))
+    checkpoint = make_checkpoint(tmp_path, family, torch.float32)
+    lora = Lora(rank=4, alpha=64.0, rslora=True)
+    out = run(checkpoint, annotations, media, tmp_path / "new", lora=lora, learning_rate=1e-2)
+    assert (out / "model.safetensors").samefile(checkpoint / "model.safetensors")
+    batch = video_batch(load_checkpoint(out), out, annotations, media)
+    figures = []
+    for model in (kept[0].model, load_checkpoint(out), load_checkpoint(checkpoint)):
+        with torch.no_grad():
+            figures.append(ClipTask(model.eval(), bf16=False)(batch)[1]["language"])
+    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+    assert abs(figures[2] - figures[1]) > 0.1
+
+
+def test_recomputed_activations_have_the_same_gradients(of_each_family, annotations, media):
+    gradients = []
+    for recompute in (False, True):
+        model = load_checkpoint(of_each_family).train()
+        for part in (model.language_model, model.vision_encoder):
+            part.checkpoint_activations = recompute
+        ClipTask(model, bf16=False)(video_batch(model, of_each_family, annotations, media))[0].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
+    assert all(torch.allclose(value, gradients[1][name], atol=1e-6) for name, value in gradients[0].items())
+
+
+def test_stages_follow_each_other_with_validation_and_a_report(checkpoint, annotations, media, tmp_path):
+    source = Source((str(annotations),), media=str(media))
+    recipe = TrainingRecipe(
+        (
+            Stage("parts", 2, clips=2),
+            Stage("lora", 2, clips=2, lora=Lora(rank=2)),
+            Stage("all", 2, clips=2, train=PARTS, ema=0.9),
+        ),
+        DataRecipe((source,), fine_frames=4),
+        Validation((source,), samples=4, every=1),
+    )
+    out = train_checkpoint(checkpoint, tmp_path / "new", recipe, workers=0, device="cpu")
+    folder = tmp_path / "new-training"
+    assert (folder / "lora" / "adapter" / "adapter_config.json").is_file() and not (out / "adapter").exists()
+    assert changed_parts(load_checkpoint(folder / "lora"), load_checkpoint(out)) == set(PARTS)
+    assert "<svg" in (folder / "train_report.html").read_text()
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in log if "validation" in line] == [
+        (stage, step) for stage in ("parts", "lora", "all") for step in (1, 2)
+    ]
+    assert read_header(folder / "all.best.safetensors")
