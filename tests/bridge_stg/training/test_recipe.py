@@ -69,6 +69,15 @@ def test_faults_name_the_file_and_the_field(tmp_path, text, values):
         read_recipe(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+def test_shipped_recipes_leave_the_data_to_the_user_and_share_steps_over_their_devices(name):
+    recipe = read_recipe(name)
+    assert recipe.data.sources == () and recipe.validation is None
+    assert [stage.name for stage in recipe.stages] == ["new-parts", "lora", "all"]
+    assert all(stage.clips % (8 if "8x" in name else 1) == 0 for stage in recipe.stages)
+    assert recipe.stages[0].lora is None and recipe.stages[1].lora is not None
+
+
 def test_an_unknown_name_lists_the_shipped_recipes(tmp_path):
     with raises("training.bad_recipe", "3b", *(file.stem for file in SHIPPED.glob("*.yaml"))):
         read_recipe("3b")
