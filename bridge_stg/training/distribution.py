@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bridge_stg.runtime.errors import BridgeError
 
-TRACKERS = ("tensorboard", "wandb")
+TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 
 
 class Processes:
@@ -48,14 +49,13 @@ class Processes:
             "1",
         )  # accelerate has no FSDP on CPU
         self.shard = chosen if shard is None else shard
+        if tracker is not None and not TRACKERS[tracker]():  # accelerate leaves it out without a word
+            message = f"--tracker {tracker}: is not installed; install it with `pip install {tracker}`"
+            raise BridgeError("training.no_tracker", message)
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-        try:
-            self.accelerator = Accelerator(
-                cpu=device == "cpu", log_with=tracker, project_dir=folder, kwargs_handlers=cast(Any, handlers)
-            )
-        except ValueError as error:
-            message = f"--tracker {tracker}: {error}; install it with `pip install {tracker}`"
-            raise BridgeError("training.no_tracker", message) from error
+        self.accelerator = Accelerator(
+            cpu=device == "cpu", log_with=tracker, project_dir=folder, kwargs_handlers=cast(Any, handlers)
+        )
 
     @property
     def device(self) -> torch.device:

@@ -133,6 +133,7 @@ class TrainingRecipe:
     seed: Annotated[int, Between(0, 2**32 - 1)] = 0
     precision: str = "bf16"  # of matmuls: `bf16` or `fp32`
     save_every_s: Number = 300.0  # seconds between saved states
+    log_every: Steps = 50  # steps between lines of the log
 
     def __post_init__(self) -> None:
         if not self.stages:

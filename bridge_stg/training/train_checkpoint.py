@@ -6,7 +6,6 @@ States, logs and the checkpoints of finished stages are in `<out>-training/`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -30,12 +29,13 @@ from bridge_stg.checkpoint.weight_store import (
 )
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.torch_session import torch_grounder
+from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.files import require_space
 from bridge_stg.runtime.host.parse import parse_json_file
 from bridge_stg.training.clip_task import ClipTask
 from bridge_stg.training.data.clips import ClipBatches
-from bridge_stg.training.data.index import check_clips
+from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.distribution import Processes, whole
@@ -95,12 +95,12 @@ def train_checkpoint(
     if processes.first:
         folder.mkdir(parents=True, exist_ok=True)
         require_space(out, needed_bytes(store, recipe), purpose="the training")
-        same_run(folder / "run.json", identity(recipe, checkpoint, store), resume=resume)
+        same_run(folder / "run.json", identity(recipe, index, checkpoint, store), resume=resume)
     processes.wait()
     processes.accelerator.init_trackers("bridge-stg", {"recipe": json.dumps(recipe.to_dict())})
     run = Run(
         folder, processes, seed=recipe.seed, workers=workers, resume=resume, save_every_s=recipe.save_every_s,
-        max_broken=recipe.data.max_broken,
+        max_broken=recipe.data.max_broken, log_every=recipe.log_every,
     )  # fmt: skip
     begun = checkpoint
     for number, stage in enumerate(recipe.stages):
@@ -218,21 +218,15 @@ def key_part(key: str) -> str:
     return {"bridging": "bridging", "spatial_decoder": "spatial"}.get(key.partition(".")[0], "llm")
 
 
-def identity(recipe: TrainingRecipe, checkpoint: Path, store: WeightStore) -> dict[str, Any]:
+def identity(recipe: TrainingRecipe, index: Index, checkpoint: Path, store: WeightStore) -> dict[str, Any]:
     """Return what must not change when a run is resumed, as JSON values: recipe, hashes, sizes of the weights."""
-    files = [Path(file) for source in recipe.data.sources for file in source.annotations]
     values = {
         **recipe.to_dict(),
-        "annotations": {str(path): sha256(path) for path in files if path.is_file()},
-        "config": sha256(checkpoint / "config.json"),
+        "annotations": index.digest,
+        "config": file_sha256(checkpoint / "config.json"),
         "weights": [[path.name, path.stat().st_size] for path in store.files],
     }
     return dict(json.loads(json.dumps(values)))  # tuples become lists, as in the file
-
-
-def sha256(path: Path) -> str:
-    """Return the hash of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def same_run(path: Path, now: Mapping[str, Any], *, resume: bool) -> None:

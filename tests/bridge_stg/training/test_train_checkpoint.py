@@ -365,8 +365,11 @@ def test_stages_follow_each_other_with_validation_and_a_report(checkpoint, annot
         DataRecipe((source,), fine_frames=4),
         Validation((source,), samples=4, every=1),
     )
-    out = train_checkpoint(checkpoint, tmp_path / "new", recipe, workers=0, device="cpu")
+    with raises("training.no_tracker", "wandb"):
+        train_checkpoint(checkpoint, tmp_path / "new", recipe, device="cpu", tracker="wandb")
+    out = train_checkpoint(checkpoint, tmp_path / "new", recipe, workers=0, device="cpu", tracker="tensorboard")
     folder = tmp_path / "new-training"
+    assert next(folder.rglob("events.out.tfevents*")).stat().st_size > 500
     assert (folder / "lora" / "adapter" / "adapter_config.json").is_file() and not (out / "adapter").exists()
     assert changed_parts(load_checkpoint(folder / "lora"), load_checkpoint(out)) == set(PARTS)
     assert "<svg" in (folder / "train_report.html").read_text()

@@ -35,12 +35,22 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in log(folder) if "loss" in line]
 
 
-def launch(processes: int, *arguments: object) -> None:
+def free_port() -> int:
+    """Return a port that no program listens to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_addr",
-               "127.0.0.1", "--master_port", port, "-m", "tests.bridge_stg.training.toy", *arguments]  # fmt: skip
+        port: int = free.getsockname()[1]
+    return port
+
+
+def launcher(processes: int) -> list[object]:
+    """Return the arguments of python that run a program as several processes of this machine."""
+    addresses = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    return ["-m", "torch.distributed.run", "--nproc_per_node", processes, *addresses]
+
+
+def launch(processes: int, *arguments: object) -> None:
+    command = [sys.executable, *launcher(processes), "-m", "tests.bridge_stg.training.toy", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=300
