@@ -48,7 +48,7 @@ def prefix_and_suffix_states(
         for array in (prefix.input_ids, prefix.visual_index, prefix.positions)
     )
     visual = F.pad(tokens.unflatten(1, (clips, -1)).float(), (0, 0, 1, 0))[:, :, index]
-    x = torch.where((index > 0)[:, None], visual[0], model.embed(text[None]))
+    x = torch.where((index > 0)[:, None], visual[0], model.model.embed_tokens(text[None]))
     rows, length = input_ids.shape
     cache = PrefixCache()
     prefix_states = model.hidden_states(x, positions[:, None].expand(-1, clips, -1), None, cache, visual[1:])
