@@ -1,0 +1,391 @@
+"""Memory and hours of a training, before it starts: one step of each stage on tensors without values.
+
+The model's own forward and backward pass run under torch's `FakeTensorMode`, which computes shapes only; a tracker adds
+up the storages that are alive at any time, and `FlopCounterMode` counts the operations of matmuls. docs/training.md
+says what is not in the figures.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from bridge_stg.model.config import BridgeSTGConfig
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.chain.prompt import Segment
+from bridge_stg.runtime.host.memory import gigabytes
+from bridge_stg.runtime.video.sizes import frame_sizes
+from bridge_stg.runtime.video.token_budget import Budget, CoarsePlan
+from bridge_stg.training.clip_task import ClipTask
+from bridge_stg.training.data.clips import ClipBatch
+from bridge_stg.training.parts import add_lora, part_of, trained_parameters
+from bridge_stg.training.recipe import NEW_PARTS, DataRecipe, Stage, TrainingRecipe
+
+HEAD_TOKENS, GROUP_TOKENS, QUERY_TOKENS, ANSWER_TOKENS = 16, 12, 24, 16
+"""Tokens of the prompt's head, of the time and markers of a group, and of a query and its answer."""
+CHOICES = 8  # answer tokens of a query that the grammar leaves open, each with logits
+VIDEO_SIZE = (480, 640)  # height and width of a usual video, in pixels
+CLIP_SECONDS = 30.0  # the mean length of a clip in VidSTG (arXiv 2001.06891) is 28 s
+CONTEXT_BYTES = 1_000_000_000
+"""Memory of a GPU that is not tensors: the CUDA context and the libraries' workspaces."""
+USABLE = 0.92  # share of a GPU's memory that the tensors may fill; the allocator's fragments take the rest
+UTILISATION = 0.3
+"""Assumed share of a GPU's peak in matmuls, over the whole step."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Memory in bytes, and peak operations per second of dense bf16 matmuls with fp32 sums, by the maker's data."""
+
+    memory: int
+    peak: float
+
+
+GPUS: Mapping[str, Gpu] = {
+    "l4": Gpu(24 * 10**9, 121e12),  # NVIDIA L4 datasheet: 242 TFLOPS with sparsity
+    "rtx4090": Gpu(24 * 2**30, 165.2e12),  # NVIDIA Ada GPU architecture whitepaper 2.1, appendix A
+    "a100-80gb": Gpu(80 * 10**9, 312e12),  # NVIDIA A100 datasheet
+    "h100-80gb": Gpu(80 * 10**9, 989e12),  # NVIDIA H100 datasheet, SXM: 1,979 TFLOPS with sparsity
+}
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What a stage needs on each device; bytes, of the longest clip, and hours, of clips of the mean length."""
+
+    name: str
+    trained: int  # parameters
+    weights: int
+    gradients: int
+    optimizer: int  # moments, and moving averages
+    activations: int  # kept for the backward pass, without those of the logits
+    logits: int
+    peak: int  # of all tensors at the same time
+    operations: float  # of matmuls per step, all devices together
+    hours: float | None  # None: no GPU was given
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The estimates of all stages on `devices` times a GPU, None: no GPU was given."""
+
+    stages: tuple[StageEstimate, ...]
+    gpu: str | None
+    devices: int
+    sharded: bool
+
+    def fits(self, stage: StageEstimate) -> bool | None:
+        """Return whether a stage fits the memory of the GPU; None: unknown."""
+        if self.gpu is None:
+            return None
+        return stage.peak + CONTEXT_BYTES <= USABLE * GPUS[self.gpu].memory
+
+    def table(self) -> str:
+        """Return a table for people, one line per stage."""
+        columns = ("stage", "trained", "weights", "gradients", "optimizer", "activations", "logits", "peak", "hours")
+        rows: list[tuple[str, ...]] = [columns]
+        for stage in self.stages:
+            sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits, stage.peak)
+            hours = "–" if stage.hours is None else f"{stage.hours:.1f}"
+            missing = " (too much)" if self.fits(stage) is False else ""
+            *cells, peak = map(gigabytes, sizes)
+            rows.append((stage.name, millions(stage.trained), *cells, peak + missing, hours))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        how = " with sharded weights" if self.sharded else ""
+        where = f" on {self.devices} × {self.gpu}{how}" if self.gpu else ""
+        note = f"Estimated per device{where}, for the longest clips; hours without reading videos and validation."
+        return "\n".join([*lines, note])
+
+
+def millions(count: int) -> str:
+    """Format a number of parameters."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def estimate(
+    config: BridgeSTGConfig, recipe: TrainingRecipe, *, gpu: str | None = None, devices: int = 1,
+    sharded: bool = False, mean_s: float = CLIP_SECONDS, longest_s: float = math.inf,
+    video_size: tuple[int, int] = VIDEO_SIZE, attention: str = "sdpa", frozen: torch.dtype = torch.bfloat16,
+) -> Estimate:  # fmt: skip
+    """Estimate memory and time of each stage of a recipe.
+
+    Args:
+        config: the checkpoint's config.
+        recipe: the recipe.
+        gpu: one of `GPUS`; None: no hours.
+        devices: number of processes, each with one device.
+        sharded: whether the weights are sharded over them (FSDP2), not replicated.
+        mean_s: mean length of a clip in seconds, for the hours.
+        longest_s: length of the longest clip in seconds, for the memory; infinite: as many groups as the model takes.
+        video_size: height and width of the videos in pixels.
+        attention: name in transformers' attention registry, as in the training.
+        frozen: dtype of frozen weights of the backbone.
+
+    Raises:
+        BridgeError: a stage does not fit the model, as in the training.
+    """
+    usual = clip_size(config.model_spec(), recipe.data, mean_s, video_size)
+    longest = clip_size(config.model_spec(), recipe.data, longest_s, video_size)
+    stages = []
+    for stage in recipe.stages:
+        step = Step(config, stage, bf16=recipe.precision == "bf16", attention=attention, frozen=frozen)
+        memory = step.measure(longest)
+        operations = stage.clips * memory.operations * step.work(usual) / step.work(longest)
+        hours = None
+        if gpu is not None:
+            hours = stage.steps * operations / (devices * UTILISATION * GPUS[gpu].peak) / 3600
+        stages.append(step.on_device(memory, operations, hours, devices=devices, sharded=sharded))
+    return Estimate(tuple(stages), gpu, devices, sharded)
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """The sizes of a clip's tensors; frames as (height, width) in pixels."""
+
+    groups: int
+    coarse: tuple[int, int]
+    fine_frames: int
+    fine: tuple[int, int]
+    queries: int
+
+
+def clip_size(spec: ModelSpec, data: DataRecipe, seconds: float, video_size: tuple[int, int]) -> ClipSize:
+    """Return the sizes of a clip of a length, by the runtime's own rules."""
+    frames = spec.frames
+    tokens = min((n for n in (data.max_visual_tokens, frames.max_visual_tokens) if n is not None), default=None)
+    plan = CoarsePlan(*video_size, spec, Budget(visual_tokens=tokens))
+    asked = seconds * frames.coarse_fps / spec.vision.temporal_patch_size
+    groups = min(plan.capacity, max(1, math.ceil(min(asked, plan.capacity))))
+    coarse = plan.size_of(np.arange(groups, dtype=np.float64)) or plan.smallest
+    fine_frames = min(data.fine_frames, max(1, math.ceil(min(seconds * frames.fine_fps, data.fine_frames))))
+    return ClipSize(groups, coarse, fine_frames, frame_sizes(*video_size, spec)[1], data.queries)
+
+
+def empty_batch(spec: ModelSpec, size: ClipSize) -> ClipBatch:
+    """Return a batch of zeros with the sizes of a clip."""
+    side = spec.vision.patch_size * spec.vision.merge_size
+    rows, columns = size.coarse[0] // side, size.coarse[1] // side
+    tokens = size.groups * rows * columns
+    length = HEAD_TOKENS + size.groups * GROUP_TOKENS + tokens
+    index = np.zeros(length, np.int64)
+    index[-tokens:] = 1 + np.arange(tokens)
+    prefix = Segment(np.zeros(length, np.int64), index, np.zeros((3, length), np.int64), length)
+    row = QUERY_TOKENS + ANSWER_TOKENS + spec.language.num_bridging_queries
+    shape = (size.queries, size.fine_frames)
+    return ClipBatch(
+        frames=torch.zeros(size.groups, spec.vision.temporal_patch_size, *size.coarse, 3, dtype=torch.uint8),
+        fine=torch.zeros(size.fine_frames, *size.fine, 3, dtype=torch.uint8),
+        fine_times=torch.zeros(size.fine_frames),
+        prefix=prefix,
+        input_ids=torch.zeros(size.queries, row, dtype=torch.int64),
+        length=torch.full((size.queries,), row),
+        target=torch.zeros(size.queries, row, dtype=torch.int64),
+        boxes=torch.zeros(*shape, 4),
+        positive=torch.ones(shape, dtype=torch.bool),
+        mask=torch.ones(shape, dtype=torch.bool),
+        counted=torch.ones(shape, dtype=torch.bool),
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One micro-batch: bytes beside the weights, and operations of matmuls."""
+
+    forward_peak: int  # largest sum during the forward pass
+    kept: int  # for the backward pass
+    peak: int  # largest sum during both passes, with the gradients
+    logits: int
+    operations: float
+
+
+class Step:
+    """A stage's model on tensors without values."""
+
+    def __init__(
+        self, config: BridgeSTGConfig, stage: Stage, *, bf16: bool, attention: str, frozen: torch.dtype
+    ) -> None:
+        self.stage, self.mode = stage, FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.device("meta"):
+            self.model = BridgeSTG(config, attention=attention)
+            if stage.lora is not None:
+                add_lora(self.model, stage.lora)
+            self.task = ClipTask(self.model, bf16=bf16).train()
+            names = list(trained_parameters(self.task, stage, frozen=frozen))
+        with self.mode:
+            make_fake(self.task)
+        parameters = dict(self.task.named_parameters())
+        self.trained = {name: parameters[name] for name in names}
+        for part in (self.model.language_model, self.model.vision_encoder):
+            part.checkpoint_activations = stage.checkpoint_activations
+
+    def measure(self, size: ClipSize) -> Measured:
+        """Run one micro-batch."""
+        with self.mode:
+            batch = empty_batch(self.model.spec, size)
+            before = {id(parameter.untyped_storage()) for parameter in self.task.parameters()}
+            with Live(before) as live:
+                total, logits = self.forward(batch)
+                forward_peak, kept = live.peak, live.now
+                live.collects = True
+                gc.freeze()
+                try:
+                    torch.autograd.backward(total)
+                finally:
+                    gc.unfreeze()
+            for parameter in self.trained.values():
+                parameter.grad = None
+        return Measured(forward_peak, kept - logits, live.peak, logits, live.operations)
+
+    def work(self, size: ClipSize) -> float:
+        """Return weights times patches or tokens of a clip, for ratios between the operations of clips."""
+        vision, language = (
+            size_of(part.parameters()) for part in (self.model.vision_encoder, self.model.language_model)
+        )
+        spec = self.model.spec.vision
+        coarse, fine = (height * width / spec.patch_size**2 for height, width in (size.coarse, size.fine))
+        patches = size.groups * coarse + size.fine_frames * fine
+        return vision * patches + language * size.groups * (coarse / spec.merge_size**2 + GROUP_TOKENS)
+
+    def forward(self, batch: ClipBatch) -> tuple[Tensor, int]:
+        """Return a scalar of all outputs, and the bytes of the logits and their gradients."""
+        task, model = self.task, self.model
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
+            suffix = task.language(batch, task.visual_tokens(batch.frames), batch.input_ids)
+            chosen = suffix[-1][:, :CHOICES].flatten(0, 1)
+            logits = model.language_model.logits(chosen)
+            loss = logits.log_softmax(-1).mean()
+            found = model.spatial_decoder.localize(
+                task.feature_map(batch.fine)[None], task.taps(batch, suffix), batch.fine_times[None], batch.mask[None]
+            )
+        outputs = (*found.boxes, *found.presence, found.heat, found.content, found.summary)
+        total = torch.stack([loss, *(output.float().mean() for output in outputs)]).sum()
+        return total, 2 * logits.nbytes + (logits.nbytes // 2 if task.bf16 else 0)
+
+    def on_device(
+        self, measured: Measured, operations: float, hours: float | None, *, devices: int, sharded: bool
+    ) -> StageEstimate:
+        """Return the estimate for each of the devices."""
+        trained = list(self.trained.values())
+        new = [value for name, value in self.trained.items() if part_of(name) in NEW_PARTS]
+        weights = size_of(self.task.parameters())
+        gradients = size_of(trained)
+        optimizer = (2 if self.stage.optimizer == "adamw" else 0.5) * gradients + size_of(new) * bool(self.stage.ema)
+        several = self.stage.clips // devices > 1
+        held, gathered, buckets = gradients if several else 0, 0, 0
+        if sharded and devices > 1:  # gradients are reduced with the last clip; until then, each device has all of them
+            gathered = self.gathered()
+            weights, gradients, optimizer = weights // devices, gradients // devices, optimizer / devices
+        elif devices > 1:
+            buckets = gradients  # of DDP
+            gradients += buckets
+        in_passes = max(measured.forward_peak + held, measured.peak) + buckets + gathered
+        return StageEstimate(
+            name=self.stage.name, trained=sum(parameter.numel() for parameter in trained), weights=weights,
+            gradients=gradients, optimizer=round(optimizer), activations=measured.kept, logits=measured.logits,
+            peak=weights + round(optimizer) + max(in_passes, gradients), operations=operations, hours=hours,
+        )  # fmt: skip
+
+    def gathered(self) -> int:
+        """Return the bytes of weights that a device gathers: two layers of the LLM, and all that are in no layer."""
+        sizes = [size_of(layer.parameters()) for layer in self.model.language_model.model.layers]
+        return size_of(self.task.parameters()) - sum(sizes) + 2 * max(sizes)
+
+
+def make_fake(module: nn.Module) -> None:
+    """Replace the meta tensors of a module, in place, by tensors without values on the CPU; call in a fake mode."""
+    made: dict[int, Any] = {}
+    for part in module.modules():
+        for members in (part._parameters, part._buffers):  # noqa: SLF001 - the public setters keep no ties
+            for name, value in members.items():
+                if value is not None and id(value) not in made:
+                    empty: Any = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    made[id(value)] = nn.Parameter(empty, value.requires_grad) if members is part._parameters else empty  # noqa: SLF001
+                if value is not None:
+                    members[name] = made[id(value)]
+
+
+def size_of(parameters: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors."""
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, is_causal: bool = False, **_: Any
+) -> float:
+    """Return the operations of a fused attention's forward pass, which skips the hidden half of causal scores."""
+    return float(sdpa_flop_count(query.shape, key.shape, value.shape)) * (0.5 if is_causal else 1.0)
+
+
+def fused_attention_backward(  # noqa: PLR0917 - the operator's signature
+    _: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, dropout: float = 0.0,
+    is_causal: bool = False, **__: Any,
+) -> float:  # fmt: skip
+    """Return the operations of a fused attention's backward pass: five matmuls instead of two."""
+    return 2.5 * fused_attention(query, key, value, dropout, is_causal)
+
+
+FUSED = "_scaled_dot_product_flash_attention_for_cpu"
+OPERATIONS: Mapping[Any, Any] = {
+    **flop_registry,
+    getattr(torch.ops.aten, FUSED): fused_attention,
+    getattr(torch.ops.aten, f"{FUSED}_backward"): fused_attention_backward,
+}
+
+
+class Live(TorchDispatchMode):
+    """Adds up the bytes of the storages that operations create, while they are alive.
+
+    `before` are the ids of storages that are not counted.
+    """
+
+    def __init__(self, before: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak, self.operations, self.before = 0, 0, 0.0, before
+        self.collects = False
+        """Whether garbage is collected before a new peak counts: recomputation leaves cycles of references."""
+        self.seen: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count its outputs."""
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        out = func(*args, **(kwargs or {}))
+        if (count := OPERATIONS.get(func.overloadpacket)) is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=out)
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self.add(value.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
+        key = id(storage)
+        if key in self.seen or key in self.before:
+            return
+        self.seen[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        if self.now > 1.01 * self.peak:
+            if self.collects:
+                gc.collect()
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.drop, key)
+
+    def drop(self, key: int) -> None:
+        """Stop counting a storage."""
+        self.now -= self.seen.pop(key)
