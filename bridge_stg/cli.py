@@ -38,7 +38,7 @@ COMMANDS = {command: module for module, commands in MODULES.items() for command 
 EXTRAS = {
     "cpu": "onnxruntime",
     "export": "torch transformers onnx onnx_ir onnxscript safetensors",
-    "train": "skimage",
+    "train": "accelerate peft skimage",
     "tensorrt": "tensorrt cuda",
     "rtx": "tensorrt_rtx_bindings",
     "ray": "ray pyarrow",

@@ -1,6 +1,7 @@
 """One or several processes, on CPU or CUDA: started by accelerate, weights replicated (DDP) or sharded (FSDP2).
 
-Parameters keep their names. Gradients are means over the processes. Must not know what is trained.
+Parameters keep their names. Gradients are means over the processes, each of which must compute one for every trained
+weight. Must not know what is trained.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -52,10 +53,7 @@ class Processes:
         if tracker is not None and not TRACKERS[tracker]():  # accelerate leaves it out without a word
             message = f"--tracker {tracker}: is not installed; install it with `pip install {tracker}`"
             raise BridgeError("training.no_tracker", message)
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-        self.accelerator = Accelerator(
-            cpu=device == "cpu", log_with=tracker, project_dir=folder, kwargs_handlers=cast(Any, handlers)
-        )
+        self.accelerator = Accelerator(cpu=device == "cpu", log_with=tracker, project_dir=folder)
 
     @property
     def device(self) -> torch.device:

@@ -28,8 +28,8 @@ data:
   max_broken: 0.9
   absent: 0.2
 stages:
-  - {name: only, steps: 50, clips: 2, train: [bridging, spatial, mergers], lora: {rank: 4}, learning_rate: 0.001,
-     warmup: 5, checkpoint_activations: true}
+  - {name: only, steps: 50, clips: 2, train: [bridging, spatial, mergers, vision], lora: {rank: 4},
+     learning_rate: 0.001, warmup: 5, checkpoint_activations: true}
 """
 
 
