@@ -13,6 +13,9 @@ from bridge_stg.commands.options import COUNT, DTYPES, PATH
 from bridge_stg.commands.progress import stage_line
 from bridge_stg.runtime.errors import BridgeError
 
+GPUS = ("l4", "rtx4090", "a100-80gb", "h100-80gb")
+"""Names of `training.estimate.GPUS`, which is imported with torch."""
+
 
 def layers(value: str) -> tuple[int, ...]:
     """Return indices of layers, separated by commas in `value`."""
@@ -90,11 +93,16 @@ def init(
 @options.adapter_option
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
 @click.option("--tracker", type=click.Choice(["tensorboard", "wandb"]), help="Log curves there too.")
+@click.option(
+    "--shard/--no-shard", default=None, help="Shard weights over processes; default: accelerate's --use_fsdp."
+)
+@click.option("--dry-run", is_flag=True, help="Check the data, estimate memory and hours, and do not train.")
+@click.option("--gpu", type=click.Choice(GPUS), help="With --dry-run: GPU to estimate for.")
+@click.option("--devices", type=COUNT, default=1, show_default=True, help="With --dry-run: number of GPUs.")
 @resume_option
-@click.pass_context
 def train(
-    context: click.Context, *, checkpoint: Path, recipe_name: str, annotations: Path | None, media: Path | None,
-    out: Path, dtype: str | None, **options: Any,
+    *, checkpoint: Path, recipe_name: str, annotations: Path | None, media: Path | None,
+    out: Path, dtype: str | None, dry_run: bool, gpu: str | None, devices: int, **options: Any,
 ) -> None:  # fmt: skip
     """Train a CHECKPOINT by a recipe, on several devices under `accelerate launch`."""
     from bridge_stg.training.recipe import Source, read_recipe
@@ -105,14 +113,22 @@ def train(
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=(source,)))
     elif media is not None:
         raise BridgeError("options.conflict", "--media needs --annotations; a recipe names the media of its sources.")
-    from bridge_stg.training.train_checkpoint import train_checkpoint
+    from bridge_stg.training.train_checkpoint import describe_training, train_checkpoint
     from bridge_stg.training.trainer import TrainingStopped
 
+    if gpu and not dry_run:
+        raise BridgeError(
+            "options.conflict", "--gpu needs --dry-run; the devices of a training are those of the machine."
+        )
+    if dry_run:
+        shard = bool(options["shard"])
+        click.echo(describe_training(checkpoint, recipe, gpu=gpu, devices=devices, shard=shard))
+        return
     try:
         made = train_checkpoint(checkpoint, out, recipe, dtype=torch_dtype(dtype), progress=stage_line, **options)
     except TrainingStopped as stopped:
         click.echo(str(stopped), err=True)
-        context.exit(128 + stopped.signal)
+        click.get_current_context().exit(128 + stopped.signal)
     click.echo(f"Wrote the checkpoint {made}. Next: export {made} --out …")
 
 

@@ -30,7 +30,7 @@ from bridge_stg.checkpoint.weight_store import (
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.bundle.bundle import file_sha256
-from bridge_stg.runtime.errors import CheckpointError
+from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.runtime.host.files import require_space
 from bridge_stg.runtime.host.parse import parse_json_file
 from bridge_stg.training.clip_task import ClipTask
@@ -39,6 +39,7 @@ from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.distribution import Processes, whole
+from bridge_stg.training.estimate import estimate
 from bridge_stg.training.parts import LORA, add_lora, part_of, save_adapter, trained_parameters
 from bridge_stg.training.recipe import NEW_PARTS, Stage, TrainingRecipe
 from bridge_stg.training.report.report import write_report
@@ -80,16 +81,12 @@ def train_checkpoint(
     checkpoint, out = Path(checkpoint), Path(out)
     if out.exists():
         raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
-    config = load_config(checkpoint)
-    if config.heads != "bridge":
-        message = f"{checkpoint}: has {config.heads} heads, and only bridge heads are trained; begin with `init`"
-        raise CheckpointError("checkpoint.wrong_model_type", message)
+    config = trainable_config(checkpoint)
     folder = out.with_name(out.name + "-training")
     _, store = open_weights(checkpoint, config, adapter=adapter)
     processes = Processes(device, tracker=tracker, folder=folder, shard=shard)
     report = progress if processes.first else lambda text: None
-    clips = read_clips(recipe.data.sources)
-    index = check_clips(clips, recipe.data.sources, config.model_spec(), max_broken=recipe.data.max_broken)
+    index = check_data(recipe, config)
     report(index.summary())
     validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
     if processes.first:
@@ -116,6 +113,43 @@ def train_checkpoint(
         write_report(folder, validator=validator)
     processes.accelerator.end_training()
     return out
+
+
+def trainable_config(checkpoint: Path) -> BridgeSTGConfig:
+    """Return the config of a checkpoint with bridge heads. Raises CheckpointError if it has others."""
+    config = load_config(checkpoint)
+    if config.heads != "bridge":
+        message = f"{checkpoint}: has {config.heads} heads, and only bridge heads are trained; begin with `init`"
+        raise CheckpointError("checkpoint.wrong_model_type", message)
+    return config
+
+
+def check_data(recipe: TrainingRecipe, config: BridgeSTGConfig) -> Index:
+    """Check annotations and media. Raises BridgeError, also if the recipe names none."""
+    if not recipe.data.sources:
+        message = "data.sources is empty; name your annotations in a recipe with `base`, or give --annotations"
+        raise BridgeError("training.bad_recipe", message)
+    clips = read_clips(recipe.data.sources)
+    return check_clips(clips, recipe.data.sources, config.model_spec(), max_broken=recipe.data.max_broken)
+
+
+def describe_training(
+    checkpoint: Path | str, recipe: TrainingRecipe, *, gpu: str | None = None, devices: int = 1, shard: bool = False
+) -> str:  # fmt: skip
+    """Return, as a text for people, what a training will read, and its estimated memory and hours.
+
+    `gpu` is one of `estimate.GPUS`, None: no hours. Without sources, only the estimate. Raises BridgeError as
+    `train_checkpoint` does.
+    """
+    config, parts = trainable_config(Path(checkpoint)), []
+    lengths: dict[str, float] = {}
+    if recipe.data.sources:
+        index = check_data(recipe, config)
+        parts.append(index.summary())
+        seconds = [size.medium.duration_s for size in index.sizes if size.medium.duration_s is not None]
+        lengths = {"mean_s": sum(seconds) / len(seconds), "longest_s": max(seconds)} if seconds else {}
+    found = estimate(config, recipe, gpu=gpu, devices=devices, sharded=shard and devices > 1, **lengths)
+    return "\n\n".join([*parts, found.table()])
 
 
 def train_stage(  # noqa: PLR0917

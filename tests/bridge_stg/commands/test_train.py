@@ -11,8 +11,10 @@ from PIL import Image
 
 from bridge_stg import cli
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
+from bridge_stg.commands import train
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.runtime.bundle.spec import KnowsSpec
+from bridge_stg.training import estimate
 from tests.bridge_stg.model.published import publish
 
 
@@ -80,6 +82,15 @@ def test_an_explicit_size_overrides_the_papers_and_the_default(folder, options, 
     assert dataclasses.astuple(config.spatial_decoder) == decoder
 
 
+def test_a_dry_run_checks_the_data_and_estimates(folder, capsys):
+    assert cli.run(INIT) == 0
+    assert cli.run([*TRAIN, "--dry-run", "--gpu", "l4"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 clips, 1 queries" in printed and "parts" in printed and "1 × l4" in printed
+    assert not (folder / "trained").exists() and not (folder / "trained-training").exists()
+    assert tuple(estimate.GPUS) == train.GPUS
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "value"),
     [
@@ -90,6 +101,7 @@ def test_an_explicit_size_overrides_the_papers_and_the_default(folder, options, 
         ([*INIT, "--like", "mine"], "options.invalid", "'mine'"),
         (["init", "--backbone", "nowhere", "--out", "new"], "checkpoint.not_found", "nowhere"),
         ([*TRAIN, "--media", "."], "options.conflict", "--media"),
+        ([*TRAIN, "--gpu", "l4"], "options.conflict", "--gpu"),
         ([*TRAIN, "--recipe", "clips.jsonl"], "training.bad_recipe", "clips.jsonl"),
         ([*TRAIN, "--tracker", "mlflow"], "options.invalid", "mlflow"),
         (TRAIN, "checkpoint.missing_file", "new"),

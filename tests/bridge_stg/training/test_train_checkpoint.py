@@ -307,6 +307,8 @@ def test_invalid_options_are_rejected_at_once(checkpoint, annotations, media, tm
         run(checkpoint, annotations, media, tmp_path / "new", device="cuda:77")
     with raises("training.bad_recipe", "llm", "nothing_proj"):
         run(checkpoint, annotations, media, tmp_path / "new", lora=Lora(modules=("nothing_proj",)))
+    with raises("training.bad_recipe", "data.sources", "--annotations"):
+        run(checkpoint, annotations, media, tmp_path / "new", data={"sources": ()})
     with raises("annotation.no_media_folder", tmp_path / "nowhere"):
         run(checkpoint, annotations, tmp_path / "nowhere", tmp_path / "new")
     (tmp_path / "new").mkdir()
