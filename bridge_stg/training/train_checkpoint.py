@@ -142,7 +142,7 @@ def describe_training(
     `train_checkpoint` does.
     """
     config, parts = trainable_config(Path(checkpoint)), []
-    lengths: dict[str, float] = {}
+    lengths: dict[str, Any] = {}
     if recipe.data.sources:
         index = check_data(recipe, config)
         parts.append(index.summary())
