@@ -53,7 +53,12 @@ class Processes:
         if tracker is not None and not TRACKERS[tracker]():  # accelerate leaves it out without a word
             message = f"--tracker {tracker}: is not installed; install it with `pip install {tracker}`"
             raise BridgeError("training.no_tracker", message)
-        self.accelerator = Accelerator(cpu=device == "cpu", log_with=tracker, project_dir=folder)
+        self.accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="no",
+            log_with=tracker,
+            project_dir=folder,  # tasks cast by themselves
+        )
 
     @property
     def device(self) -> torch.device:
