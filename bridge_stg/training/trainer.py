@@ -169,7 +169,8 @@ class StageTrainer:
             TrainingStopped: a signal arrived; the state is saved.
             BridgeError: the loss diverged, too many clips are broken, or a state cannot be loaded or saved.
         """
-        if self.run.resume and self.path.exists():
+        begun = all(self.run.processes.gathered(self.path.exists()))  # before the first process writes it
+        if self.run.resume and begun:
             self.load(self.path)
             self.progress.rollbacks = 0
         else:
