@@ -208,6 +208,7 @@ class Measured:
     forward_peak: int  # largest sum during the forward pass
     kept: int  # for the backward pass
     peak: int  # largest sum during both passes, with the gradients
+    reduced_peak: int  # the same, if each gradient is freed as soon as it is complete
     logits: int
     operations: float
 
@@ -240,15 +241,17 @@ class Step:
             with Live(before) as live:
                 total, logits = self.forward(batch)
                 forward_peak, kept = live.peak, live.now
+                hooks = [value.register_post_accumulate_grad_hook(live.reduce) for value in self.trained.values()]
                 live.collects = True
                 gc.freeze()
                 try:
                     torch.autograd.backward(total)
                 finally:
                     gc.unfreeze()
-            for parameter in self.trained.values():
+            for hook, parameter in zip(hooks, self.trained.values()):
+                hook.remove()
                 parameter.grad = None
-        return Measured(forward_peak, kept - logits, live.peak, logits, live.operations)
+        return Measured(forward_peak, kept - logits, live.peak, live.reduced_peak, logits, live.operations)
 
     def work(self, size: ClipSize) -> float:
         """Return weights times patches or tokens of a clip, for ratios between the operations of clips."""
@@ -286,13 +289,15 @@ class Step:
         optimizer = (2 if self.stage.optimizer == "adamw" else 0.5) * gradients + size_of(new) * bool(self.stage.ema)
         several = self.stage.clips // devices > 1
         held, gathered, buckets = gradients if several else 0, 0, 0
+        in_pass = measured.peak
         if sharded and devices > 1:  # gradients are reduced with the last clip; until then, each device has all of them
             gathered = self.gathered()
+            in_pass = measured.peak if several else measured.reduced_peak + gradients // devices
             weights, gradients, optimizer = weights // devices, gradients // devices, optimizer / devices
         elif devices > 1:
             buckets = gradients  # of DDP
             gradients += buckets
-        in_passes = max(measured.forward_peak + held, measured.peak) + buckets + gathered
+        in_passes = max(measured.forward_peak + held, in_pass) + buckets + gathered
         return StageEstimate(
             name=self.stage.name, trained=sum(parameter.numel() for parameter in trained), weights=weights,
             gradients=gradients, optimizer=round(optimizer), activations=measured.kept, logits=measured.logits,
@@ -355,6 +360,7 @@ class Live(TorchDispatchMode):
     def __init__(self, before: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.peak, self.operations, self.before = 0, 0, 0.0, before
+        self.reduced, self.reduced_peak = 0, 0
         self.collects = False
         """Whether garbage is collected before a new peak counts: recomputation leaves cycles of references."""
         self.seen: dict[int, int] = {}
@@ -380,11 +386,17 @@ class Live(TorchDispatchMode):
             return
         self.seen[key] = storage.nbytes()
         self.now += storage.nbytes()
-        if self.now > 1.01 * self.peak:
+        if self.now > 1.01 * self.peak or self.now - self.reduced > 1.01 * self.reduced_peak:
             if self.collects:
                 gc.collect()
             self.peak = max(self.peak, self.now)
+            self.reduced_peak = max(self.reduced_peak, self.now - self.reduced)
         weakref.finalize(storage, self.drop, key)
+
+    def reduce(self, parameter: Tensor) -> None:
+        """Note that the gradient of a parameter is complete."""
+        assert parameter.grad is not None
+        self.reduced += parameter.grad.nbytes
 
     def drop(self, key: int) -> None:
         """Stop counting a storage."""
