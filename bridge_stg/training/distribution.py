@@ -97,10 +97,11 @@ class Processes:
         return module
 
     def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Return a context in which backward passes add gradients without exchanging them, except the `last`."""
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(last)
-        elif not last and self.count > 1:
+        """Return a context in which backward passes add gradients without exchanging them, except the `last`.
+
+        Sharded gradients are exchanged in every pass: otherwise each process would keep those of all weights.
+        """
+        if not (last or self.count == 1 or isinstance(module, FSDPModule)):
             return cast(AbstractContextManager[Any], module.no_sync())  # type: ignore[operator]
         return nullcontext()
 

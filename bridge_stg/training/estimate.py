@@ -288,15 +288,16 @@ class Step:
         gradients = size_of(trained)
         optimizer = (2 if self.stage.optimizer == "adamw" else 0.5) * gradients + size_of(new) * bool(self.stage.ema)
         several = self.stage.clips // devices > 1
-        held, gathered, buckets = gradients if several else 0, 0, 0
+        gathered, buckets = 0, 0
         in_pass = measured.peak
-        if sharded and devices > 1:  # gradients are reduced with the last clip; until then, each device has all of them
+        if sharded and devices > 1:  # the gradients of each layer are reduced with every clip
             gathered = self.gathered()
-            in_pass = measured.peak if several else measured.reduced_peak + gradients // devices
+            in_pass = measured.reduced_peak + gradients // devices
             weights, gradients, optimizer = weights // devices, gradients // devices, optimizer / devices
         elif devices > 1:
             buckets = gradients  # of DDP
             gradients += buckets
+        held = (gradients - buckets) * several
         in_passes = max(measured.forward_peak + held, in_pass) + buckets + gathered
         return StageEstimate(
             name=self.stage.name, trained=sum(parameter.numel() for parameter in trained), weights=weights,

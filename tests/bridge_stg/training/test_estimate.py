@@ -74,7 +74,7 @@ def test_devices_share_the_work_and_sharding_the_weights():
     assert replicated.hours == sharded.hours == pytest.approx(single.hours / 4)
     assert replicated.weights == single.weights and replicated.gradients == 2 * single.gradients
     one_clip = one(dataclasses.replace(stage, clips=4), devices=4, sharded=True)
-    assert one_clip.peak < sharded.peak  # which keeps all gradients from clip to clip
+    assert one_clip.peak == sharded.peak  # gradients are reduced after each clip
     assert sharded.weights == single.weights // 4 and sharded.optimizer == single.optimizer // 4
     assert single.hours == pytest.approx(100 * single.operations / (0.3 * GPUS["h100-80gb"].peak) / 3600)
 
