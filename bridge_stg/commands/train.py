@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,18 @@ def torch_dtype(name: str | None) -> Any:
     import torch
 
     return {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+@contextmanager
+def exit_if_stopped() -> Iterator[None]:
+    """Exit with the code of the signal that stopped a training."""
+    from bridge_stg.training.trainer import TrainingStopped
+
+    try:
+        yield
+    except TrainingStopped as stopped:
+        click.echo(str(stopped), err=True)
+        click.get_current_context().exit(128 + stopped.signal)
 
 
 resume_option = click.option(
@@ -114,7 +128,6 @@ def train(
     elif media is not None:
         raise BridgeError("options.conflict", "--media needs --annotations; a recipe names the media of its sources.")
     from bridge_stg.training.train_checkpoint import describe_training, train_checkpoint
-    from bridge_stg.training.trainer import TrainingStopped
 
     if gpu and not dry_run:
         raise BridgeError(
@@ -124,11 +137,8 @@ def train(
         shard = bool(options["shard"])
         click.echo(describe_training(checkpoint, recipe, gpu=gpu, devices=devices, shard=shard))
         return
-    try:
+    with exit_if_stopped():
         made = train_checkpoint(checkpoint, out, recipe, dtype=torch_dtype(dtype), progress=stage_line, **options)
-    except TrainingStopped as stopped:
-        click.echo(str(stopped), err=True)
-        click.get_current_context().exit(128 + stopped.signal)
     click.echo(f"Wrote the checkpoint {made}. Next: export {made} --out …")
 
 
@@ -144,20 +154,21 @@ def train(
 @options.seed_option
 @resume_option
 def train_demo(
-    *, out: Path, heads: str, vision_steps: int | None, grounding_steps: int | None, text_steps: int | None, **rest: Any
-) -> None:
+    *, out: Path, heads: str, vision_steps: int | None, grounding_steps: int | None, text_steps: int | None, seed: int,
+    resume: bool,
+) -> None:  # fmt: skip
     """Train the demo checkpoint on synthetic clips: from scratch, or text heads on its backbone."""
-    if heads == "text":
-        if vision_steps or grounding_steps:
-            message = "--vision-steps and --grounding-steps train bridge heads; with --heads text, use --text-steps."
-            raise BridgeError("options.conflict", message)
-        from bridge_stg.demo.text_heads.train import train_text_demo
+    if heads == "text" and (vision_steps or grounding_steps):
+        message = "--vision-steps and --grounding-steps train bridge heads; with --heads text, use --text-steps."
+        raise BridgeError("options.conflict", message)
+    if heads == "bridge" and text_steps:
+        raise BridgeError("options.conflict", "--text-steps needs --heads text.")
+    from bridge_stg.demo.text_heads.train import train_text_demo
+    from bridge_stg.demo.training import train as demo
 
-        made = train_text_demo(out, steps=text_steps, **rest)
-    else:
-        if text_steps:
-            raise BridgeError("options.conflict", "--text-steps needs --heads text.")
-        from bridge_stg.demo.train import train_demo as train_checkpoint
-
-        made = train_checkpoint(out, vision_steps=vision_steps, grounding_steps=grounding_steps, **rest)
+    bridge = {"vision": vision_steps, "grounding": grounding_steps}
+    recipe = demo.demo_recipe({"text": text_steps} if heads == "text" else bridge, seed=seed)
+    train_heads = train_text_demo if heads == "text" else demo.train_demo
+    with exit_if_stopped():
+        made = train_heads(out, recipe, resume=resume)
     click.echo(f"Wrote the checkpoint {made}.")

@@ -1,4 +1,4 @@
-"""The demo model: a tiny stock Qwen3-VL, its tokenizer and its sizes. Trained by `bridge_stg.demo.train`."""
+"""The demo model: a tiny stock Qwen3-VL, its tokenizer and its sizes. Trained by `bridge_stg.demo.training`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ HEAVY = (
 MOST_ENTRIES = {
     "benchmarks/results": 14,
     "bridge_stg": 15,
-    "bridge_stg/demo": 13,
     "bridge_stg/server/page": 30,
     "docs": 16,
     "runtime": 13,

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge_stg.demo.batches import LOOKS, three_queries
 from bridge_stg.demo.sprites import COLOUR_NAMES
 from bridge_stg.demo.synthetic import FRAME_SIZES, Scene, make_scene
 from bridge_stg.demo.text_heads.model import CLOSE, OPEN, SCALE, SEPARATOR, STOP
+from bridge_stg.demo.training.batches import LOOKS, three_queries
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.boxes import box_cxcywh_to_xyxy
 from bridge_stg.runtime.chain.positions import VisualGrid

@@ -6,31 +6,28 @@ training.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridge_stg.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from bridge_stg.demo.batches import LOOKS, QUERIES_PER_CLIP
+from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.demo.bundle import demo_checkpoint
 from bridge_stg.demo.text_heads.batches import TextBatch, TextBatchMaker
 from bridge_stg.demo.text_heads.held_out import score_rendered_text
 from bridge_stg.demo.text_heads.model import SCALE, first_side_id, text_model, write_text_tokenizer
+from bridge_stg.demo.training.batches import LOOKS, QUERIES_PER_CLIP
+from bridge_stg.demo.training.train import DemoTraining, StageParts
 from bridge_stg.model.model import BridgeSTG
-from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.model.vision import rms_normalize
-from bridge_stg.runtime.chain.prompt import Tokenizer
+from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.training.clip_task import ClipTask
 from bridge_stg.training.losses import box_iou_giou
 from bridge_stg.training.prefix_cache import prefix_and_suffix_states
-from bridge_stg.training.train_loop import run_stage
+from bridge_stg.training.recipe import TrainingRecipe
 
-TEXT_STEPS = 6000
 EVALUATED = 6, 16  # clips and images
 CELL_LAYER, POINTER_LAYER, BOX_LAYER = 1, 2, 3
 SMOOTHING = 1.0
@@ -49,23 +46,23 @@ class AuxiliaryHeads(nn.Module):
             nn.init.constant_(covered.bias[:LOOKS], -4.0)  # most visual tokens are background
 
 
-class TextTask:
+class TextTask(ClipTask):
     """The loss of a batch."""
 
-    def __init__(self, model: BridgeSTG, heads: AuxiliaryHeads) -> None:
-        self.model, self.heads = model, heads
-        self.vision = ClipTask(model, device=torch.device("cpu"))  # which freezes the vision blocks
+    def __init__(self, model: BridgeSTG) -> None:
+        super().__init__(model)
+        self.heads = AuxiliaryHeads(model.spec.language.hidden_size)
         values = torch.arange(SCALE + 1.0)
         near = torch.exp(-((values[:, None] - values) ** 2) / (2 * SMOOTHING**2))
         self.soft = near / near.sum(1, keepdim=True)  # [value, value]
         self.first_side = first_side_id()
 
-    def __call__(self, batch: TextBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: TextBatch) -> tuple[Tensor, dict[str, float]]:  # type: ignore[override]
         """Return the loss, and values to log."""
         language, clips = self.model.language_model, len(batch.frames)
         answer = batch.target >= 0
-        with torch.autocast("cpu", torch.bfloat16):
-            tokens = self.vision.visual_tokens(batch.frames.flatten(0, 1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            tokens = self.visual_tokens(batch.frames.flatten(0, 1))
             prefix, suffix = prefix_and_suffix_states(language, batch.prefix, tokens, batch.input_ids, clips=clips)
             logits = language.logits(suffix[-1][answer])
             parts = self.auxiliary(batch, tokens, prefix, suffix)
@@ -124,59 +121,31 @@ def box_loss(found: Tensor, truth: Tensor) -> Tensor:
     return 5 * (found - truth).abs().sum(-1).mean() + (1 - giou).mean()
 
 
-def held_out_figures(model: BridgeSTG) -> dict[str, float]:
-    """Return the scores of a model, in eval mode, on a few held-out clips and images."""
-    return score_rendered_text(torch_grounder(model), *EVALUATED)
+def held_out_scores(grounder: Grounder) -> dict[str, float]:
+    """Return the scores on a few held-out clips and images."""
+    return score_rendered_text(grounder, *EVALUATED)
 
 
 def train_text_demo(
-    out: Path, *, start: Path | None = None, seed: int = 0, resume: bool = True, steps: int | None = None,
-    clips: int = 8, every: Callable[[BridgeSTG], dict[str, float]] = held_out_figures,
+    out: Path, recipe: TrainingRecipe, *, start: Path | None = None, resume: bool = True, clips: int = 8,
+    score: Callable[[Grounder], Mapping[str, float]] = held_out_scores,
 ) -> Path:  # fmt: skip
     """Train the demo model with text heads, write its checkpoint to the folder `out`, and return it.
 
     Args:
-        out: folder of the checkpoint. States are saved in `<out>-training/`, from which `resume` continues.
+        out: folder of the checkpoint, see `DemoTraining`.
+        recipe: `demo_recipe` with the stage text; its seed is that of new weights and of every batch.
         start: demo checkpoint with bridge heads to start from; None: that of the source tree.
-        seed: seed of new weights and of every batch.
         resume: whether to continue from a saved state.
-        steps: number of steps; None: the recipe's.
         clips: clips per batch.
-        every: returns more values to log, given the model in eval mode; called at each save.
+        score: returns the metrics of a validation.
 
     Raises:
-        BridgeError: the checkpoint cannot be read, a saved state does not fit the model, or the loss is not finite.
+        TrainingStopped: a signal ended the training; calling again continues it.
+        BridgeError: the checkpoint cannot be read, a saved state does not fit the model or the recipe, or the loss
+            diverged.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    out = Path(out)
-    folder = out.with_name(out.name + "-training")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = folder / "tokenizer.json"
-    write_text_tokenizer(tokenizer)
-    torch.manual_seed(seed)
-    bridge = load_checkpoint(demo_checkpoint() if start is None else start)
-    model = text_model(bridge, Tokenizer.from_file(tokenizer))
-    heads = AuxiliaryHeads(model.spec.language.hidden_size)
-    both = nn.ModuleDict({"model": model, "heads": heads})
-    merger = [p for n, p in model.vision_encoder.named_parameters() if "merger" in n]
-    model.vision_encoder.requires_grad_(False)
-    for parameter in merger:
-        parameter.requires_grad_(True)
-    groups: list[dict[str, Any]] = [
-        {"params": [*merger, *model.language_model.parameters()]},
-        {"params": list(heads.parameters()), "scale": 0.2},
-    ]
-
-    def figures(_: int) -> dict[str, float]:
-        found = every(model.eval())
-        model.train()
-        return found
-
-    model.train()
-    run_stage(
-        "text", both, groups,
-        TextTask(model, heads), TextBatchMaker(model.spec, tokenizer, seed, clips=clips), folder=folder,
-        total_steps=steps or TEXT_STEPS, peak_rate=1e-3, warmup=50, resume=resume, every=figures,
-    )  # fmt: skip
-    save_checkpoint(model.eval(), out, tokenizer)
-    return out
+    training = DemoTraining(out, recipe, write_text_tokenizer, resume=resume)
+    model = text_model(load_checkpoint(demo_checkpoint() if start is None else start), training.tokenizer)
+    batches = TextBatchMaker(model.spec, training.tokenizer_path, recipe.seed, clips=clips)
+    return training.train(model, {"text": StageParts(TextTask(model), batches, score)})

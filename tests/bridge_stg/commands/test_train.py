@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from bridge_stg.commands import train
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.runtime.bundle.spec import KnowsSpec
 from bridge_stg.training import estimate
+from bridge_stg.training.trainer import TrainingStopped
 from tests.bridge_stg.model.published import publish
 
 
@@ -113,3 +115,22 @@ def test_faults_are_one_line_and_exit_code_2(folder, capsys, arguments, code, va
     assert captured.err.endswith(f" [{code}]\n") and value in captured.err
     assert "Traceback" not in captured.err and not captured.out
     assert {path.name for path in folder.iterdir()} == {"model", "b.png", "clips.jsonl", "recipe.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "function", "stages"),
+    [
+        (TRAIN, "training.train_checkpoint.train_checkpoint", [("parts", 2)]),
+        (["train-demo", "--vision-steps", "7"], "demo.training.train.train_demo", [("vision", 7), ("grounding", 3500)]),
+        (["train-demo", "--heads", "text"], "demo.text_heads.train.train_text_demo", [("text", 6000)]),
+    ],
+)
+def test_a_stopped_training_exits_with_the_signal(*, folder, monkeypatch, capsys, arguments, function, stages):
+    def stop(*values, **options):
+        recipe = values[-1]
+        assert [(stage.name, stage.steps) for stage in recipe.stages] == stages
+        raise TrainingStopped(signal.SIGTERM, "Stopped; the state is saved.")
+
+    monkeypatch.setattr(f"bridge_stg.{function}", stop)
+    assert cli.run(arguments) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("Stopped; the state is saved.\n")

@@ -1,69 +1,17 @@
-"""Training: resumable to the bit, labels that follow the runtime's rules, and a whole run in miniature."""
+"""The demo's training: labels that follow the runtime's rules, and a whole run in miniature."""
 
 from __future__ import annotations
-
-import json
-import math
 
 import numpy as np
 import pytest
 import torch
 
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
-from bridge_stg.demo.batches import QUERIES_PER_CLIP, BatchMaker
-from bridge_stg.demo.train import train_demo
+from bridge_stg.demo.training.batches import QUERIES_PER_CLIP, BatchMaker
+from bridge_stg.demo.training.train import demo_recipe, train_demo
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.chain.prompt import Tokenizer
-from bridge_stg.training.train_loop import learning_rate, run_stage
 from tests.errors import raises
-
-
-def stage(folder, total: int, *, stop_at: int | None = None, resume: bool = True, bad_at: int | None = None):
-    """Fit a line to seeded data; `stop_at` dies as a killed process would, after its last save."""
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    model = torch.nn.Linear(3, 1)
-
-    def make_batch(step: int) -> torch.Tensor:
-        return torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
-
-    def loss(batch: torch.Tensor, step: int):
-        if step == stop_at:
-            raise KeyboardInterrupt
-        value = (model(batch)[:, 0] - batch.sum(1)).pow(2).mean()
-        return (value * math.nan if step == bad_at else value), {"loss": value.item()}
-
-    run_stage("line", model, [{"params": list(model.parameters())}], loss, make_batch, folder=folder,
-              total_steps=total, peak_rate=0.05, warmup=3, resume=resume, workers=0)  # fmt: skip
-    return model
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("bridge_stg.training.train_loop.CHECKPOINT_SECONDS", -1.0)
-    whole = stage(tmp_path / "whole", 20)
-    with pytest.raises(KeyboardInterrupt):
-        stage(tmp_path / "killed", 20, stop_at=11)
-    resumed = stage(tmp_path / "killed", 20)
-    assert torch.equal(whole.weight, resumed.weight)
-    fresh = stage(tmp_path / "killed", 20, resume=False)
-    assert torch.equal(whole.weight, fresh.weight)
-
-
-def test_the_log_holds_figures_of_every_step(tmp_path):
-    stage(tmp_path / "run", 120)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [50, 100, 120]
-    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["stage"] == "line"
-
-
-def test_a_loss_that_is_not_finite_stops_with_a_reason(tmp_path):
-    with raises("training.diverged", "nan", "step 4"):
-        stage(tmp_path / "run", 20, bad_at=4)
-
-
-def test_learning_rate_warms_up_and_decays():
-    rates = [learning_rate(step, 100, 1.0, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) < 1 and rates[9] > 0.95 and rates[-1] < 0.04
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +74,8 @@ def test_tracking_batches_print_the_first_box_and_start_at_the_first_time(tiny_m
 
 
 def test_train_demo_in_miniature(tmp_path):
-    out = train_demo(tmp_path / "demo", vision_steps=1, grounding_steps=1, tiny=True)
+    recipe = demo_recipe({"vision": 1, "grounding": 1})
+    out = train_demo(tmp_path / "demo", recipe, tiny=True)
     model = load_checkpoint(out)
     frames = np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8)
     result = torch_grounder(model.eval()).ground(
@@ -135,5 +84,7 @@ def test_train_demo_in_miniature(tmp_path):
     assert result.found and result.boxes is not None and result.size == (128, 96)
     assert (tmp_path / "demo-training" / "log.jsonl").read_text().count('"step"') == 2
     before = (out / "model.safetensors").read_bytes()
-    train_demo(tmp_path / "demo", vision_steps=1, grounding_steps=1, tiny=True)
+    train_demo(out, recipe, tiny=True)
     assert (out / "model.safetensors").read_bytes() == before
+    with raises("training.other_options", "seed"):
+        train_demo(out, demo_recipe({"vision": 1, "grounding": 1}, seed=1), tiny=True)

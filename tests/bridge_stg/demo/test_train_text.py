@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,13 @@ import pytest
 import torch
 
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
-from bridge_stg.demo.batches import QUERIES_PER_CLIP
 from bridge_stg.demo.bundle import demo_checkpoint
 from bridge_stg.demo.text_heads.batches import TextBatch, TextBatchMaker
 from bridge_stg.demo.text_heads.held_out import WAYS, Model, compare, held_out_stills
 from bridge_stg.demo.text_heads.model import SCALE, SIDES, first_side_id, text_config, write_text_tokenizer
-from bridge_stg.demo.text_heads.train import train_text_demo
+from bridge_stg.demo.text_heads.train import held_out_scores, train_text_demo
+from bridge_stg.demo.training.batches import QUERIES_PER_CLIP
+from bridge_stg.demo.training.train import demo_recipe
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession, torch_grounder
 from bridge_stg.runtime.bundle.contracts import graphs_of
@@ -24,6 +28,8 @@ from bridge_stg.runtime.bundle.spec import TextSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.heads.json_grammar import ConstrainedDecoding, JsonForm, JsonGrammar
+from bridge_stg.training.recipe import Validation
+from bridge_stg.training.trainer import TrainingStopped
 
 STOP = "<|im_end|>"
 
@@ -121,22 +127,24 @@ def test_held_out_stills_show_what_is_asked_for() -> None:
 
 @pytest.mark.slow
 def test_train_text_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is killed and resumed equals an uninterrupted one; its checkpoint answers in text."""
-    monkeypatch.setattr("bridge_stg.training.train_loop.CHECKPOINT_SECONDS", -1.0)
+    """A run that is stopped and resumed equals an uninterrupted one; its checkpoint answers in text."""
     monkeypatch.setattr("bridge_stg.demo.text_heads.train.EVALUATED", (1, 1))
-    options = {"steps": 2, "clips": 1, "seed": 3}
-    whole = train_text_demo(tmp_path / "whole", every=lambda _: {}, **options)
+    recipe = replace(demo_recipe({"text": 2}, seed=3), validation=Validation(every=1, metric="score"))
+    scores = iter([{"score": 0.1}, {"score": 0.2}])
+    whole = train_text_demo(tmp_path / "whole", recipe, clips=1, score=lambda _: next(scores))
 
-    def dies(_: object) -> dict[str, float]:
-        if (tmp_path / "killed-training" / "text.safetensors").exists():
-            raise KeyboardInterrupt
+    def stops(_: object) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
-    with pytest.raises(KeyboardInterrupt):
-        train_text_demo(tmp_path / "killed", every=dies, **options)
-    killed = train_text_demo(tmp_path / "killed", **options)
+    with pytest.raises(TrainingStopped) as stopped:
+        train_text_demo(tmp_path / "stopped", recipe, clips=1, score=stops)
+    assert stopped.value.signal == signal.SIGTERM
+    resumed = train_text_demo(
+        tmp_path / "stopped", recipe, clips=1, score=lambda grounder: held_out_scores(grounder) | {"score": 0.0}
+    )
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
     scene, query = next(held_out_stills(1))
     model = load_checkpoint(whole)
@@ -145,8 +153,9 @@ def test_train_text_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         result = grounder.locate(image, query.text.upper())
         assert (result.heads, result.mode) == ("text", "image") and result.boxes is not None
         assert json.loads(result.answer)[0]["label"] == query.text
-    log = [json.loads(line) for line in (tmp_path / "killed-training" / "log.jsonl").read_text().splitlines()]
-    assert log[-1].keys() > {"held_out_Acc@0.5", "held_out_vIoU"} and log[-1]["step"] == 2
+    log = [json.loads(line) for line in (tmp_path / "stopped-training" / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], "validation" in line) for line in log] == [(2, False), (2, True)]
+    assert log[-1]["validation"].keys() > {"held_out_Acc@0.5", "held_out_vIoU"}
 
     monkeypatch.delitem(WAYS, "text, two-step")
     monkeypatch.delitem(WAYS, "text, joint, no drafts")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,11 +9,11 @@ from torch.nn import functional as F
 
 from bridge_stg.demo.sprites import COLOUR_NAMES, NAMES
 from bridge_stg.demo.synthetic import FRAME_SIZES, make_scene
-from bridge_stg.model.vision import VisionEncoder
+from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import merge_order, vision_tables
 from bridge_stg.runtime.video.sizes import frame_sizes
-from bridge_stg.training.train_loop import run_stage
+from bridge_stg.training.clip_task import ClipTask
 
 PAIR_GAP_S = 0.5
 
@@ -77,50 +75,40 @@ def vision_batch(spec: ModelSpec, seed: int, step: int, *, patches: int = 9000) 
     }  # fmt: skip
 
 
-def vision_loss(
-    encoder: VisionEncoder, head: DenseHead, spec: ModelSpec, batch: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss, and its parts to log."""
-    frames = batch["frames"]
-    rows, columns = (size // spec.vision.patch_size for size in frames.shape[2:4])
-    positions = [torch.from_numpy(table) for table in vision_tables(spec.vision, rows, columns).values()]
-    with torch.autocast("cpu", torch.bfloat16):
-        states = encoder.hidden_states(frames, *positions)
-        dense = head.patch(states[-1])
-        merged = head.token(encoder.merge(states)[0])
-    dense, merged = dense.float(), merged.float().unflatten(0, (len(frames), -1))
-    parts = dense.split([1, len(NAMES), len(COLOUR_NAMES), 4, 2], -1)
-    inside = batch["name"] >= 0
-    block = spec.vision.merge_size**2
-    looks = batch["name"] * len(COLOUR_NAMES) + batch["colour"]
-    there = torch.zeros(*inside.shape, merged.shape[-1]).scatter_(
-        2, looks.clamp(min=0)[..., None], inside[..., None].float()
-    )
-    there = there.unflatten(1, (-1, block)).amax(2)
-    figures = {
-        "objectness": 4 * F.binary_cross_entropy_with_logits(parts[0][..., 0], inside.float()),
-        "name": F.cross_entropy(parts[1][inside], batch["name"][inside]),
-        "colour": F.cross_entropy(parts[2][inside], batch["colour"][inside]),
-        "box": 4 * F.smooth_l1_loss(parts[3][inside], batch["box"][inside], beta=0.1),
-        "shift": F.smooth_l1_loss(parts[4][inside], batch["shift"][inside], beta=0.1),
-        "token": 10 * F.binary_cross_entropy_with_logits(merged, there),
-    }
-    total = torch.stack(list(figures.values())).sum()
-    logged = {k: v.item() for k, v in figures.items()}
-    logged["name_accuracy"] = float((parts[1].argmax(-1) == batch["name"])[inside].float().mean())
-    return total, logged
+class VisionTask(ClipTask):
+    """The loss of the vision encoder; the dense head is discarded after training."""
 
+    def __init__(self, model: BridgeSTG) -> None:
+        super().__init__(model)
+        self.head = DenseHead(model.spec.vision.hidden_size, model.spec.language.hidden_size)
 
-def train_vision(
-    encoder: VisionEncoder, spec: ModelSpec, folder: Path, *, seed: int, steps: int, resume: bool = True,
-    patches: int = 9000,
-) -> None:  # fmt: skip
-    """Train the vision encoder from scratch; the dense head is discarded."""
-    head = DenseHead(spec.vision.hidden_size, spec.language.hidden_size)
-    both = nn.ModuleDict({"encoder": encoder, "head": head})
-    run_stage(
-        "vision", both, [{"params": list(both.parameters())}],
-        lambda batch, step: vision_loss(encoder, head, spec, batch),
-        lambda step: vision_batch(spec, seed, step, patches=patches),
-        folder=folder, total_steps=steps, peak_rate=1.5e-3, resume=resume,
-    )  # fmt: skip
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:  # type: ignore[override]
+        """Return the loss of a batch, and its parts to log."""
+        encoder, head, spec, frames = self.model.vision_encoder, self.head, self.model.spec, batch["frames"]
+        rows, columns = (size // spec.vision.patch_size for size in frames.shape[2:4])
+        positions = [torch.from_numpy(table) for table in vision_tables(spec.vision, rows, columns).values()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            states = encoder.hidden_states(frames, *positions)
+            dense = head.patch(states[-1])
+            merged = head.token(encoder.merge(states)[0])
+        dense, merged = dense.float(), merged.float().unflatten(0, (len(frames), -1))
+        parts = dense.split([1, len(NAMES), len(COLOUR_NAMES), 4, 2], -1)
+        inside = batch["name"] >= 0
+        block = spec.vision.merge_size**2
+        looks = batch["name"] * len(COLOUR_NAMES) + batch["colour"]
+        there = torch.zeros(*inside.shape, merged.shape[-1]).scatter_(
+            2, looks.clamp(min=0)[..., None], inside[..., None].float()
+        )
+        there = there.unflatten(1, (-1, block)).amax(2)
+        figures = {
+            "objectness": 4 * F.binary_cross_entropy_with_logits(parts[0][..., 0], inside.float()),
+            "name": F.cross_entropy(parts[1][inside], batch["name"][inside]),
+            "colour": F.cross_entropy(parts[2][inside], batch["colour"][inside]),
+            "box": 4 * F.smooth_l1_loss(parts[3][inside], batch["box"][inside], beta=0.1),
+            "shift": F.smooth_l1_loss(parts[4][inside], batch["shift"][inside], beta=0.1),
+            "token": 10 * F.binary_cross_entropy_with_logits(merged, there),
+        }
+        total = torch.stack(list(figures.values())).sum()
+        logged = {k: v.item() for k, v in figures.items()}
+        logged["name_accuracy"] = float((parts[1].argmax(-1) == batch["name"])[inside].float().mean())
+        return total, logged

@@ -6,19 +6,15 @@ are discarded after training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridge_stg.demo.batches import ASKED, LOOKS, QUERIES_PER_CLIP, BatchMaker, GroundingBatch
+from bridge_stg.demo.training.batches import ASKED, LOOKS, QUERIES_PER_CLIP, GroundingBatch
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.training.clip_task import ClipTask
 from bridge_stg.training.losses import spatial_losses
 from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
-from bridge_stg.training.train_loop import run_stage
 
 SEEN_LAYER, CHANGED_LAYER, POINTER_LAYER = 1, 2, 3
 MAX_SECONDS = 32
@@ -37,20 +33,20 @@ class AuxiliaryHeads(nn.Module):
         self.asked = nn.Linear(hidden_size, sum(ASKED) + len(ASKED))
 
 
-class GroundingTask:
+class GroundingTask(ClipTask):
     """The loss of a batch."""
 
-    def __init__(self, model: BridgeSTG, heads: AuxiliaryHeads) -> None:
-        self.model, self.heads = model, heads
-        self.vision = ClipTask(model, device=torch.device("cpu"))  # which freezes the vision blocks
+    def __init__(self, model: BridgeSTG) -> None:
+        super().__init__(model)
+        self.heads = AuxiliaryHeads(model.spec.language.hidden_size)
 
-    def __call__(self, batch: GroundingBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: GroundingBatch) -> tuple[Tensor, dict[str, float]]:  # type: ignore[override]
         """Return the loss, and values to log."""
         language, clips = self.model.language_model, len(batch.frames)
-        with torch.autocast("cpu", torch.bfloat16):
-            tokens = self.vision.visual_tokens(batch.frames.flatten(0, 1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            tokens = self.visual_tokens(batch.frames.flatten(0, 1))
             prefix, suffix = prefix_and_suffix_states(language, batch.prefix, tokens, batch.input_ids, clips=clips)
-            feature_map = self.vision.feature_map(batch.fine.flatten(0, 1)).unflatten(0, batch.fine.shape[:2])
+            feature_map = self.feature_map(batch.fine.flatten(0, 1)).unflatten(0, batch.fine.shape[:2])
             taps = bridging_taps(language, suffix, batch.length, clips=clips)
             found = self.model.spatial_decoder.localize(feature_map, taps, batch.fine_times, batch.mask)
             choices = batch.target >= 0
@@ -114,29 +110,3 @@ class GroundingTask:
         inside = (group >= batch.span[:, :1]) & (group <= batch.span[:, 1:]) & (batch.span[:, :1] >= 0)
         losses["inside"] = F.binary_cross_entropy_with_logits(scores, inside.float())
         return losses
-
-
-def train_grounding(
-    model: BridgeSTG, folder: Path, tokenizer: Path, *, seed: int, steps: int, resume: bool = True,
-    clips: int = 8, every: Callable[[int], dict[str, float]] | None = None,
-) -> None:  # fmt: skip
-    """Train the LLM, mergers, bridging queries and spatial decoder; the vision blocks are frozen."""
-    heads = AuxiliaryHeads(model.spec.language.hidden_size)
-    both = nn.ModuleDict({"model": model, "heads": heads})
-    task = GroundingTask(model, heads)
-    merger = [p for n, p in model.vision_encoder.named_parameters() if "merger" in n]
-    rest = [*model.language_model.parameters(), *model.spatial_decoder.parameters()]
-    rest += [p for n, p in heads.named_parameters() if not n.startswith("asked")]
-    for parameter in model.vision_encoder.parameters():
-        parameter.requires_grad_(False)
-    for parameter in merger:
-        parameter.requires_grad_(True)
-    model.train()
-    run_stage(
-        "grounding",
-        both,
-        [{"params": rest}, {"params": merger, "scale": 0.5}, {"params": list(heads.asked.parameters())}],
-        task,
-        BatchMaker(model.spec, tokenizer, seed, clips=clips),
-        folder=folder, total_steps=steps, peak_rate=1.5e-3, resume=resume, every=every,
-    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Train a demo checkpoint by the stages of `recipe.yaml`, with the trainer of `train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge_stg.checkpoint.checkpoint import save_checkpoint
+from bridge_stg.demo.held_out import score_rendered_scenes
+from bridge_stg.demo.tiny_model import demo_config, write_demo_tokenizer
+from bridge_stg.demo.training.batches import BatchMaker
+from bridge_stg.demo.training.grounding import GroundingTask
+from bridge_stg.demo.training.vision import VisionTask, vision_batch
+from bridge_stg.model.model import BridgeSTG
+from bridge_stg.model.torch_session import torch_grounder
+from bridge_stg.runtime.chain.prompt import Tokenizer
+from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.training.clip_task import ClipTask
+from bridge_stg.training.distribution import Processes
+from bridge_stg.training.parts import trained_parameters
+from bridge_stg.training.recipe import TrainingRecipe, read_recipe
+from bridge_stg.training.train_checkpoint import same_run
+from bridge_stg.training.trainer import MicroBatch, Run, StageTrainer
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+EVALUATED = 10  # clips
+
+
+def demo_recipe(steps: Mapping[str, int | None], *, seed: int = 0) -> TrainingRecipe:
+    """Return the demo's recipe with the stages that `steps` names, and their numbers of steps; None: the recipe's."""
+    recipe = read_recipe(RECIPE)
+    chosen = [stage for stage in recipe.stages if stage.name in steps]
+    stages = tuple(dataclasses.replace(stage, steps=steps[stage.name] or stage.steps) for stage in chosen)
+    return dataclasses.replace(recipe, stages=stages, seed=seed)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The trainer's micro-batches, made by a function of the place; picklable if that is."""
+
+    make: Callable[[int], Any]
+
+    def __call__(self, place: int) -> MicroBatch:
+        """Return the micro-batch of a place."""
+        return MicroBatch(self.make(place))
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """What a stage needs beside its recipe.
+
+    Attributes:
+        task: the loss of a batch.
+        batches: returns the batch of a step, independent of earlier steps; runs in a worker process.
+        score: returns the metrics of a validation; None: the stage has none.
+    """
+
+    task: ClipTask
+    batches: Callable[[int], Any]
+    score: Callable[[Grounder], Mapping[str, float]] | None = None
+
+
+class DemoTraining:
+    """A training of a demo model, whose states and logs are in the folder `<out>-training/`.
+
+    It seeds torch, so that new weights made afterwards follow from the recipe's seed.
+
+    Args:
+        out: folder of the checkpoint.
+        recipe: stages, validation and seed.
+        write_tokenizer: writes the model's tokenizer.json to a path.
+        resume: whether to continue from saved states.
+
+    Raises:
+        CheckpointError: a training by another recipe is to be resumed.
+    """
+
+    def __init__(
+        self, out: Path, recipe: TrainingRecipe, write_tokenizer: Callable[[Path], None], *, resume: bool
+    ) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.out, self.recipe, self.resume = Path(out), recipe, resume
+        self.folder = self.out.with_name(self.out.name + "-training")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        same_run(self.folder / "run.json", json.loads(json.dumps(recipe.to_dict())), resume=resume)
+        self.tokenizer_path = self.folder / "tokenizer.json"
+        write_tokenizer(self.tokenizer_path)
+        self.tokenizer = Tokenizer.from_file(self.tokenizer_path)
+        torch.manual_seed(recipe.seed)
+
+    def train(self, model: BridgeSTG, parts: Mapping[str, StageParts]) -> Path:
+        """Train the stages one after the other, given their parts by name; write the checkpoint and return its folder.
+
+        Raises:
+            TrainingStopped: a signal ended the training; calling again continues it.
+            BridgeError: a saved state does not fit the model, or the loss diverged.
+        """
+        recipe = self.recipe
+        run = Run(self.folder, Processes("cpu"), seed=recipe.seed, resume=self.resume, save_every_s=recipe.save_every_s)
+        for stage in recipe.stages:
+            part = parts[stage.name]
+            task = part.task.train()
+            task.bf16 = recipe.precision == "bf16"
+            StageTrainer(
+                stage, task, trained_parameters(task, stage), MicroBatches(part.batches), run,
+                validation=recipe.validation,
+                validate=None if part.score is None else partial(_validate, model, part.score),
+            ).train()  # fmt: skip
+        save_checkpoint(model.eval(), self.out, self.tokenizer_path)
+        return self.out
+
+
+def _validate(model: BridgeSTG, score: Callable[[Grounder], Mapping[str, float]], _: int) -> Mapping[str, float]:
+    return score(torch_grounder(model.eval()))
+
+
+def train_demo(out: Path, recipe: TrainingRecipe, *, resume: bool = True, tiny: bool = False) -> Path:
+    """Train the demo model from scratch, write its checkpoint to the folder `out`, and return it.
+
+    Args:
+        out: folder of the checkpoint, see `DemoTraining`.
+        recipe: `demo_recipe` with the stages vision and grounding; its seed is that of the weights and of every batch.
+        resume: whether to continue from saved states.
+        tiny: whether batches have two clips, and no stage is validated, for tests.
+
+    Raises:
+        TrainingStopped: a signal ended the training; calling again continues it.
+        BridgeError: a saved state does not fit the model or the recipe, or the loss diverged.
+    """
+    training = DemoTraining(out, recipe, write_demo_tokenizer, resume=resume)
+    model = BridgeSTG(demo_config(), training.tokenizer)
+    patches, clips = (1000, 2) if tiny else (9000, 8)
+    grounding = BatchMaker(model.spec, training.tokenizer_path, recipe.seed, clips=clips)
+    score = None if tiny else partial(score_rendered_scenes, count=EVALUATED)
+    return training.train(
+        model,
+        {
+            "vision": StageParts(VisionTask(model), partial(vision_batch, model.spec, recipe.seed, patches=patches)),
+            "grounding": StageParts(GroundingTask(model), grounding, score),
+        },
+    )
