@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -426,9 +427,10 @@ class StageTrainer:
 
 
 def _quiet(_: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its workers."""
+    """Leave Ctrl-C to the main process, and end without a failure at other signals, which it may have received too."""
     with suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: os._exit(0))
 
 
 def summed(figures: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, int]]:

@@ -6,11 +6,13 @@ import dataclasses
 import errno
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,20 @@ def test_two_processes_have_the_losses_of_one_and_continue_each_others_training(
     assert stopped.value.signal == signal.SIGTERM and losses(tmp_path / "mixed") == expected[:10]
     launch(2, tmp_path / "mixed", 50, form)
     assert losses(tmp_path / "mixed") == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_signal_to_all_processes_saves_the_state(tmp_path):
+    def stop(step: int) -> dict[str, float]:
+        (worker,) = multiprocessing.active_children()
+        subprocess.run(["kill", str(worker.pid)], check=True)  # torch forgives a signal of the parent process
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(TrainingStopped):
+        train_toy(tmp_path, 6, validate=stop, validation=Validation(every=3), run={"workers": 1})
+    train_toy(tmp_path, 6)
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_interrupted_training_continues_as_if_nothing_had_happened(tmp_path):
