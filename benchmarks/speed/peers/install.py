@@ -19,10 +19,10 @@ VENVS = HERE.parents[2] / "build" / "bench" / "venvs"
 SECONDS = {"llama_cpp": 3600}
 """Time limit of an installation in seconds; llama.cpp is compiled."""
 ENVIRONMENT = {
-    # Compile only the library, for the instructions of this machine.
+    # Compile only the libraries, for the instructions of this machine.
     "llama_cpp": {
         "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF "
-        "-DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF"
+        "-DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=ON -DLLAMA_CURL=OFF"
     },
 }
 

@@ -6,6 +6,7 @@ with random weights. Each step runs in a subprocess to free its memory.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -92,7 +93,9 @@ def quantize(source: Path, out: Path, recipe: str, work: Path) -> None:
     from bridge_stg.calibration.recipes import RECIPES as ALL
     from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 
-    bundle, chosen = Bundle.load(source), ALL[recipe]
+    bundle = Bundle.load(source)
+    graphs = {name: part for name, part in ALL[recipe].graphs.items() if name in bundle.manifest.graphs}
+    chosen = dataclasses.replace(ALL[recipe], graphs=graphs)  # a plain model has no spatial decoder
     samples = read_samples(calibration_samples(work / "calibration", bundle.manifest.spec))
     folder = work / "statistics"
     if folder.is_dir() and stale(folder, bundle):
