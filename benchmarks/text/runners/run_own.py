@@ -33,7 +33,7 @@ def load_ours(model: Model, precision: str, threads: int) -> Loaded:
                 stream = video.ask_within(limits, message, max_tokens=tokens)
                 for _ in stream:
                     pass
-            return answered(stream._writing.ids, times)  # type: ignore[attr-defined]  # noqa: SLF001 - text has no ids
+            return answered(stream._decoding.ids, times)  # type: ignore[attr-defined]  # noqa: SLF001 - text has no ids
 
         return Work(timed, tokens=tokens)
 
