@@ -1,6 +1,6 @@
 """Train a random checkpoint of the size of Qwen3-VL-2B for three steps: its peak memory beside the estimate.
 
-Runs `train` with LoRA adapters on the LLM and recomputed activations on a clip of the demo, in a subprocess, on the CPU.
+Runs `train` with LoRA adapters on the LLM and recomputed activations on a clip of the demo, in a subprocess on the CPU.
 The result goes to benchmarks/results/training_large.json.
 
 Usage: python benchmarks/training/large.py [SHAPE]

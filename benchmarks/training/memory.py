@@ -80,8 +80,8 @@ def measure(name: str) -> int:
 
     from bridge_stg.model.model import BridgeSTG
     from bridge_stg.runtime.host.memory import peak_bytes, reset_peak, return_freed_memory
-    from bridge_stg.training.clip_task import ClipTask
     from bridge_stg.training.estimate import clip_size, empty_batch
+    from bridge_stg.training.loss.clip_task import ClipTask
     from bridge_stg.training.parts import add_lora, trained_parameters
 
     return_freed_memory()

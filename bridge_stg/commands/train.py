@@ -42,7 +42,7 @@ def torch_dtype(name: str | None) -> Any:
 @contextmanager
 def exit_if_stopped() -> Iterator[None]:
     """Exit with the code of the signal that stopped a training."""
-    from bridge_stg.training.trainer import TrainingStopped
+    from bridge_stg.training.loop.trainer import TrainingStopped
 
     try:
         yield

@@ -29,8 +29,8 @@ from bridge_stg.runtime.chain.prompt import Segment
 from bridge_stg.runtime.host.memory import gigabytes
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import Budget, CoarsePlan
-from bridge_stg.training.clip_task import ClipTask
 from bridge_stg.training.data.clips import ClipBatch
+from bridge_stg.training.loss.clip_task import ClipTask
 from bridge_stg.training.parts import add_lora, part_of, trained_parameters
 from bridge_stg.training.recipe import NEW_PARTS, DataRecipe, Stage, TrainingRecipe
 

@@ -33,17 +33,17 @@ from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.runtime.host.files import require_space
 from bridge_stg.runtime.host.parse import parse_json_file
-from bridge_stg.training.clip_task import ClipTask
 from bridge_stg.training.data.clips import ClipBatches
 from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
-from bridge_stg.training.distribution import Processes, whole
 from bridge_stg.training.estimate import estimate
+from bridge_stg.training.loop.distribution import Processes, whole
+from bridge_stg.training.loop.trainer import Run, StageTrainer
+from bridge_stg.training.loss.clip_task import ClipTask
 from bridge_stg.training.parts import LORA, add_lora, part_of, save_adapter, trained_parameters
 from bridge_stg.training.recipe import NEW_PARTS, Stage, TrainingRecipe
 from bridge_stg.training.report.report import write_report
-from bridge_stg.training.trainer import Run, StageTrainer
 from bridge_stg.training.validation import Validator, metrics
 
 ADAPTER_FOLDER = "adapter"

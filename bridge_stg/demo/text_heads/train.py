@@ -23,9 +23,9 @@ from bridge_stg.demo.training.train import DemoTraining, StageParts
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.vision import rms_normalize
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.training.clip_task import ClipTask
-from bridge_stg.training.losses import box_iou_giou
-from bridge_stg.training.prefix_cache import prefix_and_suffix_states
+from bridge_stg.training.loss.clip_task import ClipTask
+from bridge_stg.training.loss.losses import box_iou_giou
+from bridge_stg.training.loss.prefix_cache import prefix_and_suffix_states
 from bridge_stg.training.recipe import TrainingRecipe
 
 EVALUATED = 6, 16  # clips and images

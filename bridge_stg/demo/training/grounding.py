@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from bridge_stg.demo.training.batches import ASKED, LOOKS, QUERIES_PER_CLIP, GroundingBatch
 from bridge_stg.model.model import BridgeSTG
-from bridge_stg.training.clip_task import ClipTask
-from bridge_stg.training.losses import spatial_losses
-from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
+from bridge_stg.training.loss.clip_task import ClipTask
+from bridge_stg.training.loss.losses import spatial_losses
+from bridge_stg.training.loss.prefix_cache import bridging_taps, prefix_and_suffix_states
 
 SEEN_LAYER, CHANGED_LAYER, POINTER_LAYER = 1, 2, 3
 MAX_SECONDS = 32

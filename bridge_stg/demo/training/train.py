@@ -23,12 +23,12 @@ from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.training.clip_task import ClipTask
-from bridge_stg.training.distribution import Processes
+from bridge_stg.training.loop.distribution import Processes
+from bridge_stg.training.loop.trainer import MicroBatch, Run, StageTrainer
+from bridge_stg.training.loss.clip_task import ClipTask
 from bridge_stg.training.parts import trained_parameters
 from bridge_stg.training.recipe import TrainingRecipe, read_recipe
 from bridge_stg.training.train_checkpoint import same_run
-from bridge_stg.training.trainer import MicroBatch, Run, StageTrainer
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 EVALUATED = 10  # clips

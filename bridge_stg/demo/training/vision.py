@@ -13,7 +13,7 @@ from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import merge_order, vision_tables
 from bridge_stg.runtime.video.sizes import frame_sizes
-from bridge_stg.training.clip_task import ClipTask
+from bridge_stg.training.loss.clip_task import ClipTask
 
 PAIR_GAP_S = 0.5
 

@@ -267,7 +267,7 @@ def test_an_unknown_command_does_not_exist() -> None:
 
 def test_old_names_of_options_are_accepted() -> None:
     old = {"build": "--again", "evaluate": "--engine", "infer-many": "--engine", "watch": "--jsonl",
-           "serve": "--max-seconds", "train": "--questions"}  # fmt: skip
+           "serve": "--max-seconds"}  # fmt: skip
     for name, option in old.items():
         command = cli.app.get_command(click.Context(cli.app), name)
         assert command is not None and any(option in parameter.opts for parameter in command.params)

@@ -28,8 +28,8 @@ from bridge_stg.runtime.bundle.spec import TextSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.heads.json_grammar import ConstrainedDecoding, JsonForm, JsonGrammar
+from bridge_stg.training.loop.trainer import TrainingStopped
 from bridge_stg.training.recipe import Validation
-from bridge_stg.training.trainer import TrainingStopped
 
 STOP = "<|im_end|>"
 

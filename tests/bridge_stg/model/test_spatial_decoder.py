@@ -8,7 +8,7 @@ import torch
 
 from bridge_stg.model.spatial_decoder import Localization, move_boxes, patch_sides
 from bridge_stg.model.torch_session import TorchSession
-from bridge_stg.training.losses import box_iou_giou, contrastive_loss, heat_target, spatial_losses
+from bridge_stg.training.loss.losses import box_iou_giou, contrastive_loss, heat_target, spatial_losses
 
 
 def feeds(model, queries: int, frames: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -27,18 +27,18 @@ from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.chain.decode import prefill_video
 from bridge_stg.runtime.chain.vision_pass import coarse_tokens, fine_maps
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.training.clip_task import ClipTask
 from bridge_stg.training.data.clips import ClipBatch, ClipBatches
 from bridge_stg.training.data.index import check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
-from bridge_stg.training.distribution import Processes
-from bridge_stg.training.losses import heat_target
+from bridge_stg.training.loop.distribution import Processes
+from bridge_stg.training.loop.state import load_state
+from bridge_stg.training.loop.trainer import TrainingStopped
+from bridge_stg.training.loss.clip_task import ClipTask
+from bridge_stg.training.loss.losses import heat_target
 from bridge_stg.training.parts import part_of
 from bridge_stg.training.recipe import PARTS, DataRecipe, Lora, Source, Stage, TrainingRecipe, Validation
-from bridge_stg.training.state import load_state
 from bridge_stg.training.train_checkpoint import train_checkpoint
-from bridge_stg.training.trainer import TrainingStopped
 from tests.bridge_stg.model.published import publish
 from tests.errors import raises
 from tests.fakes.clips import write

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from bridge_stg.training import state
 from bridge_stg.training.data.index import Skipped
+from bridge_stg.training.loop import state
+from bridge_stg.training.loop.trainer import MOST_ROLLBACKS, PATIENCE, TrainingStopped, learning_rate
 from bridge_stg.training.recipe import Stage, Validation
-from bridge_stg.training.trainer import MOST_ROLLBACKS, PATIENCE, TrainingStopped, learning_rate
 from tests.bridge_stg.training.toy import points, slow_points, train_toy
 from tests.errors import raises
 

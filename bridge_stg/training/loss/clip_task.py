@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.training.data.clips import ClipBatch
-from bridge_stg.training.losses import spatial_losses
-from bridge_stg.training.prefix_cache import bridging_taps, prefix_and_suffix_states
+from bridge_stg.training.loss.losses import spatial_losses
+from bridge_stg.training.loss.prefix_cache import bridging_taps, prefix_and_suffix_states
 
 
 class ClipTask(nn.Module):

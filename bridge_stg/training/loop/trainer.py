@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.training.data.index import Skipped
-from bridge_stg.training.distribution import Processes, gathering, whole
+from bridge_stg.training.loop.distribution import Processes, gathering, whole
+from bridge_stg.training.loop.state import Progress, load_state, save_state
 from bridge_stg.training.parts import parameter_groups, part_of
 from bridge_stg.training.recipe import NEW_PARTS, Stage, Validation
-from bridge_stg.training.state import Progress, load_state, save_state
 
 LOG_EVERY = 50  # steps
 RECENT, ENOUGH = 50, 20

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.training.distribution import Processes, placed_like, whole
+from bridge_stg.training.loop.distribution import Processes, placed_like, whole
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The loop that trains a stage: steps, saved states, and processes."""
