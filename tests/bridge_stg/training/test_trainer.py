@@ -59,6 +59,7 @@ def launch(processes: int, *arguments: object) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["replicated", "shard"])
 def test_two_processes_have_the_losses_of_one_and_continue_each_others_training(tmp_path, form):
     train_toy(tmp_path / "one", 50)
