@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from bridge_stg.checkpoint.lora import HEAD
 from bridge_stg.checkpoint.plain_folder import plain_config
 from bridge_stg.checkpoint.safetensors_file import StoredTensor
-from bridge_stg.checkpoint.weight_store import PARTS, TOKENIZER, WEIGHTS, WeightStore, check_folder, list_keys
+from bridge_stg.checkpoint.weight_store import TOKENIZER, WEIGHTS, WeightStore, check_folder, list_keys
 from bridge_stg.model.backbones import FAMILIES, backbone
 from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, read_json
 from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
@@ -23,7 +23,6 @@ from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.runtime.host.files import temporary_sibling
 
-PART_FILES = dict(zip(("bridging", "spatial_decoder"), PARTS))
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,14 +34,7 @@ def checkpoint_key(name: str) -> str:
     raise KeyError(name)
 
 
-def save_checkpoint(
-    model: BridgeSTG,
-    folder: Path,
-    tokenizer: Path,
-    *,
-    dtype: torch.dtype = torch.float16,
-    parts_dtype: torch.dtype | None = None,
-) -> None:
+def save_checkpoint(model: BridgeSTG, folder: Path, tokenizer: Path, *, dtype: torch.dtype = torch.float16) -> None:
     """Write a checkpoint folder.
 
     Args:
@@ -50,23 +42,27 @@ def save_checkpoint(
         folder: the folder to create; files in an existing one are replaced.
         tokenizer: path of the tokenizer.json to copy.
         dtype: dtype of the stored weights.
-        parts_dtype: dtype of the bridging and spatial parts, which then get their own files; None: as the rest.
 
     Raises:
         CheckpointError: a value does not fit the dtype.
     """
-    files: dict[str, dict[str, torch.Tensor]] = {WEIGHTS: {}}
-    for key, value in checkpoint_tensors(model).items():
-        name = WEIGHTS if parts_dtype is None else PART_FILES.get(key.partition(".")[0], WEIGHTS)
-        stored = value.detach().to(dtype if name == WEIGHTS else parts_dtype).contiguous()
-        if not torch.isfinite(stored).all():
-            message = f"{key} has values that {stored.dtype} cannot represent; save in float32"
-            raise CheckpointError("checkpoint.not_finite", message)
-        files.setdefault(name, {})[key] = stored
+    tensors = {
+        key: cast_weight(value.detach(), dtype, name=key).contiguous()
+        for key, value in checkpoint_tensors(model).items()
+    }
     with new_folder(Path(folder)) as partial:
         model.config.save(partial)
-        save_files(files, partial)
+        save_files({WEIGHTS: tensors}, partial)
         shutil.copyfile(tokenizer, partial / TOKENIZER)
+
+
+def cast_weight(value: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor:
+    """Return a tensor in a dtype. Raises CheckpointError, which gives its `name`, if a value is not finite in it."""
+    value = value.to(dtype)
+    if not torch.isfinite(value).all():
+        message = f"{name} has values that {dtype} cannot represent; save in fp32 or bf16 (--dtype)"
+        raise CheckpointError("checkpoint.not_finite", message)
+    return value
 
 
 def save_files(files: Mapping[str, dict[str, torch.Tensor]], folder: Path) -> None:

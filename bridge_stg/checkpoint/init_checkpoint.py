@@ -10,13 +10,14 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from bridge_stg.checkpoint.checkpoint import (
     build_model,
+    cast_weight,
     check_weights,
     load_tokenizer,
     new_folder,
@@ -27,8 +28,8 @@ from bridge_stg.checkpoint.plain_folder import DOWNLOAD, image_statistics, text_
 from bridge_stg.checkpoint.safetensors_file import write_safetensors
 from bridge_stg.checkpoint.weight_store import (
     INDEX,
+    PART_FILES,
     PART_KEYS,
-    PARTS,
     TOKENIZER,
     WEIGHTS,
     WeightStore,
@@ -95,7 +96,7 @@ def init_checkpoint(
             link_weights(files, partial)
         else:
             report("weights: written anew")
-            write_weights(partial / WEIGHTS, store, dtype=dtype)
+            write_weights(partial / WEIGHTS, store, store, dtype=dtype)
         report("bridging and spatial parts: new")
         save_files(new_parts(config, seed), partial)
         config.save(partial)
@@ -158,19 +159,33 @@ def link_weights(files: list[Path], folder: Path) -> None:
             shutil.copyfile(source, folder / file.name)
 
 
-def write_weights(path: Path, store: WeightStore, *, dtype: torch.dtype | None) -> None:
-    """Write tensors, adapters merged, to one file, one at a time. Raises CheckpointError if a value is not finite."""
-    layout = {key: (dtype or tensor.dtype, tensor.shape) for key, tensor in store.items()}
+def write_weights(
+    path: Path, store: WeightStore, keys: Iterable[str], *, dtype: torch.dtype | None = None,
+    changed: Mapping[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write the tensors of some keys to one file, one at a time.
+
+    Args:
+        path: the file to create.
+        store: the weights, whose adapters are merged.
+        keys: keys of the store.
+        dtype: stored dtype; None: that of each tensor in the store.
+        changed: tensors by key that replace those of the store.
+
+    Raises:
+        CheckpointError: a value is not finite in its stored dtype.
+        BridgeError: the disk has too little free space.
+    """
+    layout = {key: (dtype or store[key].dtype, store[key].shape) for key in keys}
     check_space(path.parent, sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values()))
+    changed = changed or {}
 
-    def cast(key: str) -> torch.Tensor:
-        value = store.read(key).to(layout[key][0])
-        if not torch.isfinite(value).all():
-            message = f"{store[key].path}: {key} has values that {value.dtype} cannot represent; choose another"
-            raise CheckpointError("checkpoint.not_finite", message)
-        return value
+    def read(key: str) -> torch.Tensor:
+        if key in changed:
+            return cast_weight(changed[key], layout[key][0], name=key)
+        return cast_weight(store.read(key), layout[key][0], name=f"{store[key].path}: {key}")
 
-    write_safetensors(path, layout, cast)
+    write_safetensors(path, layout, read)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -190,6 +205,6 @@ def new_parts(config: BridgeSTGConfig, seed: int) -> dict[str, dict[str, torch.T
             num_queries=count, hidden_size=hidden,
         )  # fmt: skip
     return {
-        PARTS[0]: {f"bridging.queries.{name}": value for name, value in queries.state_dict().items()},
-        PARTS[1]: {f"spatial_decoder.{name}": value for name, value in decoder.state_dict().items()},
+        PART_FILES[0]: {f"bridging.queries.{name}": value for name, value in queries.state_dict().items()},
+        PART_FILES[1]: {f"spatial_decoder.{name}": value for name, value in decoder.state_dict().items()},
     }

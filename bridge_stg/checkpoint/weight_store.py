@@ -19,7 +19,7 @@ from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.parse import parse_json_file
 
 WEIGHTS, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
-PARTS = ("bridging.safetensors", "spatial_decoder.safetensors")
+PART_FILES = ("bridging.safetensors", "spatial_decoder.safetensors")
 """Optional files of the bridging and spatial parts."""
 PART_KEYS = ("bridging.", "spatial_decoder.")
 """Prefixes of the keys in them."""
@@ -148,7 +148,7 @@ def check_folder(folder: Path, expected: str = f"a checkpoint with config.json, 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder's model, without adapters; raise if one is missing."""
     check_folder(folder)
-    parts = [folder / name for name in PARTS if (folder / name).is_file()]
+    parts = [folder / name for name in PART_FILES if (folder / name).is_file()]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS, *parts]
     if (folder / INDEX).is_file():

@@ -10,18 +10,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bridge_stg.checkpoint.checkpoint import checkpoint_key, load_checkpoint, load_config, new_folder, open_weights
-from bridge_stg.checkpoint.init_checkpoint import link_weights
-from bridge_stg.checkpoint.safetensors_file import write_safetensors
+from bridge_stg.checkpoint.init_checkpoint import link_weights, write_weights
 from bridge_stg.checkpoint.weight_store import (
+    PART_FILES,
     PART_KEYS,
-    PARTS,
     TOKENIZER,
     WEIGHTS,
     WeightStore,
@@ -205,29 +204,17 @@ def save_trained(
     """
     changed = {checkpoint_key(name): value for name, value in values.items() if part_of(name) != LORA}
     dtype = dtype or store.dtype
-
-    def write(name: str, keys: Sequence[str], kind: torch.dtype | None) -> None:
-        layout = {key: (kind or store[key].dtype, store[key].shape) for key in keys}
-
-        def read(key: str) -> torch.Tensor:
-            value = (changed[key] if key in changed else store.read(key)).to(layout[key][0])
-            if not torch.isfinite(value).all():
-                message = f"{key} has values that {value.dtype} cannot represent; save in fp32 or bf16 (--dtype)"
-                raise CheckpointError("checkpoint.not_finite", message)
-            return value
-
-        write_safetensors(folder / name, layout, read)
-
-    for name, prefix in zip(PARTS, PART_KEYS):
-        write(name, [key for key in store if key.startswith(prefix)], torch.float32)
+    for name, prefix in zip(PART_FILES, PART_KEYS):
+        keys = [key for key in store if key.startswith(prefix)]
+        write_weights(folder / name, store, keys, dtype=torch.float32, changed=changed)
     backbone = [key for key in store if not key.startswith(PART_KEYS)]
-    files = [file for file in weight_files(checkpoint) if file.name not in PARTS]
+    files = [file for file in weight_files(checkpoint) if file.name not in PART_FILES]
     own = {tensor.path for key, tensor in store.items() if key.startswith(PART_KEYS)}
     same = all(store.raw(key) and store[key].dtype == dtype and key not in changed for key in backbone)
     if same and not own & set(files):
         link_weights(files, folder)
     else:
-        write(WEIGHTS, backbone, dtype)
+        write_weights(folder / WEIGHTS, store, backbone, dtype=dtype, changed=changed)
     config.save(folder)
     shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
 
