@@ -37,7 +37,7 @@ from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.estimate import estimate
-from bridge_stg.training.loop.distribution import Processes, whole
+from bridge_stg.training.loop.distribution import Processes, full_tensor
 from bridge_stg.training.loop.trainer import Run, StageTrainer
 from bridge_stg.training.loss.clip_task import ClipTask
 from bridge_stg.training.parts import LORA, add_lora, part_of, save_adapter, trained_parameters
@@ -84,11 +84,11 @@ def train_checkpoint(
     folder = out.with_name(out.name + "-training")
     _, store = open_weights(checkpoint, config, adapter=adapter)
     processes = Processes(device, tracker=tracker, folder=folder, shard=shard)
-    report = progress if processes.first else lambda text: None
+    report = progress if processes.is_main else lambda text: None
     index = check_data(recipe, config)
     report(index.summary())
     validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
-    if processes.first:
+    if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         require_space(out, needed_bytes(store, recipe), purpose="the training")
         same_run(folder / "run.json", identity(recipe, index, checkpoint, store), resume=resume)
@@ -108,7 +108,7 @@ def train_checkpoint(
         report(f"stage {stage.name}: {stage.steps} steps")
         train_stage(begun, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
         begun, adapter = finished, None
-    if processes.first:
+    if processes.is_main:
         write_report(folder, validator=validator)
     processes.accelerator.end_training()
     return out
@@ -173,8 +173,8 @@ def train_stage(  # noqa: PLR0917
         assert validator is not None
         grounder = torch_grounder(model.eval(), autocast=torch.bfloat16 if task.bf16 else None)
         rows = validator.validate(grounder, process=run.processes.rank, processes=run.processes.count)
-        gathered = [row for part in run.processes.gathered(rows) for row in part]
-        if run.processes.first:
+        gathered = [row for part in run.processes.gather(rows) for row in part]
+        if run.processes.is_main:
             validator.write(run.folder, stage.name, step, gathered)
         return metrics(gathered)
 
@@ -184,8 +184,8 @@ def train_stage(  # noqa: PLR0917
         validate=None if validator is None else validate,
     )  # fmt: skip
     trainer.train()
-    values = {name.removeprefix("model."): whole(value) for name, value in trainer.trained.items()}
-    if run.processes.first:
+    values = {name.removeprefix("model."): full_tensor(value) for name, value in trainer.trained.items()}
+    if run.processes.is_main:
         done = dataclasses.replace(config, trained=True, knows=None)
         with new_folder(out) as partial:
             save_trained(partial, checkpoint, done, store, values, dtype=dtype)

@@ -1,4 +1,4 @@
-"""One or several processes, on CPU or CUDA: started by accelerate, weights replicated (DDP) or sharded (FSDP2).
+"""One or several training processes, on CPU or CUDA: weights replicated (DDP) or sharded (FSDP2) over them.
 
 Parameters keep their names. Gradients are means over the processes, each of which must compute one for every trained
 weight. Must not know what is trained.
@@ -45,19 +45,16 @@ class Processes:
             raise BridgeError("training.no_device", f"--device {device}: expected auto, cpu or cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise BridgeError("training.no_device", "--device cuda: torch finds no CUDA device here; choose cpu")
-        chosen = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in (
-            "true",
-            "1",
-        )  # accelerate has no FSDP on CPU
-        self.shard = chosen if shard is None else shard
-        if tracker is not None and not TRACKERS[tracker]():  # accelerate leaves it out without a word
-            message = f"--tracker {tracker}: is not installed; install it with `pip install {tracker}`"
+        by_accelerate = os.environ.pop("ACCELERATE_USE_FSDP", "false")  # its own FSDP does not run on a CPU
+        self.shard = by_accelerate.lower() in ("true", "1") if shard is None else shard
+        if tracker is not None and not TRACKERS[tracker]():  # accelerate would ignore it silently
+            message = f"--tracker {tracker}: the package is not installed; install it with `pip install {tracker}`"
             raise BridgeError("training.no_tracker", message)
         self.accelerator = Accelerator(
             cpu=device == "cpu",
-            mixed_precision="no",
+            mixed_precision="no",  # tasks use autocast themselves
             log_with=tracker,
-            project_dir=folder,  # tasks cast by themselves
+            project_dir=folder,
         )
 
     @property
@@ -67,7 +64,7 @@ class Processes:
 
     @property
     def rank(self) -> int:
-        """The number of this process."""
+        """The rank of this process, from 0."""
         return cast(int, self.accelerator.process_index)
 
     @property
@@ -76,14 +73,14 @@ class Processes:
         return cast(int, self.accelerator.num_processes)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files."""
         return cast(bool, self.accelerator.is_main_process)
 
-    def spread(self, module: nn.Module, units: Iterable[nn.Module]) -> nn.Module:
+    def distribute(self, module: nn.Module, units: Iterable[nn.Module]) -> nn.Module:
         """Return a module, on the device, whose gradients are means over the processes.
 
-        With sharding, each process holds a part of each weight, and gathers those of one of `units` at a time.
+        With sharding, each process has a shard of each weight, and gathers the weights of one of `units` at a time.
         """
         module = module.to(self.device)
         if self.count == 1:
@@ -96,7 +93,7 @@ class Processes:
         fully_shard(module, mesh=mesh)
         return module
 
-    def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    def accumulate(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Return a context in which backward passes add gradients without exchanging them, except the `last`.
 
         Sharded gradients are exchanged in every pass: otherwise each process would keep those of all weights.
@@ -109,8 +106,8 @@ class Processes:
         """Return the mean of a tensor over the processes."""
         return cast(Tensor, self.accelerator.reduce(values.to(self.device), "mean"))
 
-    def gathered(self, value: Any) -> list[Any]:
-        """Return a picklable value of each process, in the order of their numbers."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in the order of their ranks; a value must be picklable."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
@@ -118,29 +115,29 @@ class Processes:
         return found
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         self.accelerator.wait_for_everyone()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the parts of all processes, on the CPU; all processes must call this."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, with the shards of all processes; all processes must call this."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
-def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor on the device of a parameter, and in parts like those of a parameter of its shape."""
+def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a full tensor on the device of a parameter, sharded as the parameter is if the shapes are equal."""
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
 
 
-def gathering(module: nn.Module) -> AbstractContextManager[None]:
+def unsharded(module: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which this process has all weights, for calls that the other processes do not make."""
-    return _Gathered([m for m in module.modules() if isinstance(m, FSDPModule)])
+    return _Unsharded([m for m in module.modules() if isinstance(m, FSDPModule)])
 
 
-class _Gathered(AbstractContextManager[None]):
+class _Unsharded(AbstractContextManager[None]):
     def __init__(self, sharded: list[FSDPModule]) -> None:
         self.sharded = sharded
 

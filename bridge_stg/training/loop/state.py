@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.training.loop.distribution import Processes, placed_like, whole
+from bridge_stg.training.loop.distribution import Processes, distribute_like, full_tensor
 
 
 @dataclass
@@ -44,12 +44,12 @@ def save_state(  # noqa: PLR0917 - what a state is made of
     progress: Progress, processes: Processes,
 ) -> None:  # fmt: skip
     """Write a state; an interrupted or failed write leaves the previous one. All processes must call this."""
-    tensors = {f"weight/{name}": whole(parameter) for name, parameter in trained.items()}
-    tensors |= {f"average/{name}": whole(average) for name, average in averages.items()}
+    tensors = {f"weight/{name}": full_tensor(parameter) for name, parameter in trained.items()}
+    tensors |= {f"average/{name}": full_tensor(average) for name, average in averages.items()}
     for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = whole(torch.as_tensor(value))
-    if processes.first:
+            tensors[f"{key}/{name}"] = full_tensor(torch.as_tensor(value))
+    if processes.is_main:
         with replacing(path) as partial:
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(tensors, partial, {"progress": json.dumps(dataclasses.asdict(progress))})
@@ -74,12 +74,12 @@ def load_state(
                 raise ValueError(f"it has other weights, such as {sorted(wrong)[0]}")
             with torch.no_grad():
                 for name, target in averages.items():
-                    target.copy_(placed_like(file.get_tensor(f"average/{name}"), target))
+                    target.copy_(distribute_like(file.get_tensor(f"average/{name}"), target))
                 for name, key in kinds.pop("weight").items():
-                    trained[name].copy_(placed_like(file.get_tensor(key), trained[name]))
+                    trained[name].copy_(distribute_like(file.get_tensor(key), trained[name]))
             for kind, keys in kinds.items():
                 for name, key in keys.items():
-                    optimizer.state[trained[name]][kind] = placed_like(file.get_tensor(key), trained[name])
+                    optimizer.state[trained[name]][kind] = distribute_like(file.get_tensor(key), trained[name])
     except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         message = f"{path}: cannot be resumed ({error}); start again with --no-resume"
         raise CheckpointError("training.wrong_state", message) from error

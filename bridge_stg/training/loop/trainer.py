@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.training.data.index import Skipped
-from bridge_stg.training.loop.distribution import Processes, gathering, whole
+from bridge_stg.training.loop.distribution import Processes, full_tensor, unsharded
 from bridge_stg.training.loop.state import Progress, load_state, save_state
 from bridge_stg.training.parts import parameter_groups, part_of
 from bridge_stg.training.recipe import NEW_PARTS, Stage, Validation
@@ -120,7 +120,7 @@ class StageTrainer:
         trained: its trained parameters by name.
         batches: returns a `MicroBatch`, or its like, for a place, or an error to raise; pickled for worker processes.
         run: what all stages share.
-        units: modules whose weights are gathered together if weights are sharded, see `Processes.spread`.
+        units: modules whose weights are gathered together if weights are sharded, see `Processes.distribute`.
         validation: how often to validate, and by which metric.
         validate: returns metrics of the weights as they are, called by all processes with (step); on sharded weights
             this process has all of them.
@@ -137,7 +137,7 @@ class StageTrainer:
             message = f"stage {stage.name}: 'clips' is {stage.clips}; expected a multiple of the {run.processes.count} "
             raise BridgeError("training.bad_recipe", f"{message}processes")
         self.share = stage.clips // run.processes.count
-        self.module = run.processes.spread(task, units)
+        self.module = run.processes.distribute(task, units)
         named = {name.removeprefix("module."): value for name, value in self.module.named_parameters()}
         self.trained = {name: named[name] for name in trained}
         groups = parameter_groups(self.trained, stage)
@@ -170,7 +170,7 @@ class StageTrainer:
             TrainingStopped: a signal arrived; the state is saved.
             BridgeError: the loss diverged, too many clips are broken, or a state cannot be loaded or saved.
         """
-        begun = all(self.run.processes.gathered(self.path.exists()))  # before the first process writes it
+        begun = all(self.run.processes.gather(self.path.exists()))  # before the first process writes it
         if self.run.resume and begun:
             self.load(self.path)
             self.progress.rollbacks = 0
@@ -220,7 +220,7 @@ class StageTrainer:
         loader: Iterable[Any] = DataLoader(cast(Any, places), **options)
         bar = tqdm(
             range(first, stage.steps), stage.name, total=stage.steps, initial=first, unit="step", mininterval=2,
-            disable=not (processes.first and sys.stderr.isatty()),
+            disable=not (processes.is_main and sys.stderr.isatty()),
         )  # fmt: skip
         self.bar, batches = bar, iter(loader)
         for step in bar:
@@ -242,13 +242,13 @@ class StageTrainer:
             group["lr"] = scale * learning_rate(stage, step)
         total = torch.zeros((), device=processes.device)
         for index, one in enumerate(made, 1):
-            with processes.accumulating(self.module, last=index == len(made)):
+            with processes.accumulate(self.module, last=index == len(made)):
                 loss, figures = self.module(one.batch)
                 (loss / len(made)).backward()
             total += loss.detach().float() / len(made)
             self.figures.append(figures)
         norm = nn.utils.clip_grad_norm_(list(self.trained.values()), stage.max_gradient_norm)
-        norm = whole(norm).to(processes.device)
+        norm = full_tensor(norm).to(processes.device)
         broken = [item for one in made for item in one.skipped]
         self.note_broken(broken)
         counts = torch.tensor([float(bool(self.stopped)), float(len(broken))], device=processes.device)
@@ -326,7 +326,7 @@ class StageTrainer:
                 self.trained[name].copy_(average)
         self.interruptible = True
         try:
-            with gathering(self.module):
+            with unsharded(self.module):
                 metrics = dict(self.validate(step))
         finally:
             self.interruptible = False
@@ -357,7 +357,7 @@ class StageTrainer:
             self.bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", refresh=False)
         if progress.step % self.run.log_every and progress.step < stage.steps:
             return
-        means = merged_means(self.run.processes.gathered(summed(self.figures)))
+        means = merged_means(self.run.processes.gather(summed(self.figures)))
         self.figures = []
         values: dict[str, Any] = {"step": progress.step, "seconds": round(progress.seconds, 1)}
         values |= means | {"learning_rate": learning_rate(stage, progress.step - 1)}
@@ -371,7 +371,7 @@ class StageTrainer:
 
     def log(self, **values: Any) -> None:
         """Append a line to `log.jsonl`, and pass numbers to the tracker."""
-        if self.run.processes.first:
+        if self.run.processes.is_main:
             line = {"stage": self.stage.name, **rounded(values)}
             with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -381,7 +381,7 @@ class StageTrainer:
 
     def line(self, text: str) -> None:
         """Append a plain line to `train.log`, and print it where there is no progress bar."""
-        if self.run.processes.first:
+        if self.run.processes.is_main:
             text = f"{self.stage.name}: {text}"
             with open(self.run.folder / "train.log", "a", encoding="utf-8") as file:
                 file.write(text + "\n")

@@ -329,8 +329,8 @@ def test_a_damaged_state_is_not_resumed(tmp_path: Path, content: bytes) -> None:
 def test_merged_lora_is_the_trained_model(family, annotations, media, tmp_path, monkeypatch):
     """The eager model at the end of the training has the outputs of its checkpoint, and the backbone is unchanged."""
     kept = []
-    spread = Processes.spread
-    monkeypatch.setattr(Processes, "spread", lambda self, task, units: kept.append(task) or spread(self, task, units))
+    distribute = Processes.distribute
+    monkeypatch.setattr(Processes, "distribute", lambda *args: kept.append(args[1]) or distribute(*args))
     checkpoint = make_checkpoint(tmp_path, family, torch.float32)
     lora = Lora(rank=4, alpha=64.0, rslora=True)
     out = run(checkpoint, annotations, media, tmp_path / "new", lora=lora, learning_rate=1e-2)
