@@ -1,6 +1,6 @@
 """Train a checkpoint by a recipe: stage after stage, each of which begins with the checkpoint of the one before.
 
-States, logs and the checkpoints of finished stages are in `<out>-training/`.
+States, logs and the checkpoints of finished stages are in `OUT-training`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.runtime.host.files import require_space
-from bridge_stg.runtime.host.parse import parse_json_file
 from bridge_stg.training.data.clips import ClipBatches
 from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.estimate import estimate
+from bridge_stg.training.folder import begin_run, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
 from bridge_stg.training.loop.trainer import Run, StageTrainer
 from bridge_stg.training.loss.clip_task import ClipTask
@@ -66,7 +66,7 @@ def train_checkpoint(
         device: `auto` (CUDA if it is available), `cpu` or `cuda`.
         dtype: stored dtype of the backbone; None: as in `checkpoint`.
         adapter: name or path of a LoRA adapter to merge first; None: the only one in the folder, if any.
-        resume: whether to continue from the states in `<out>-training/`.
+        resume: whether to continue from the states in `OUT-training`.
         workers: number of processes that make batches, for each training process; 0: none.
         tracker: one of `distribution.TRACKERS` to log to, or None.
         shard: see `Processes`.
@@ -81,7 +81,7 @@ def train_checkpoint(
     if out.exists():
         raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
     config = trainable_config(checkpoint)
-    folder = out.with_name(out.name + "-training")
+    folder = training_folder(out)
     _, store = open_weights(checkpoint, config, adapter=adapter)
     processes = Processes(device, tracker=tracker, folder=folder, shard=shard)
     report = progress if processes.is_main else lambda text: None
@@ -89,9 +89,8 @@ def train_checkpoint(
     report(index.summary())
     validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
     if processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         require_space(out, needed_bytes(store, recipe), purpose="the training")
-        same_run(folder / "run.json", identity(recipe, index, checkpoint, store), resume=resume)
+        begin_run(folder, run_identity(recipe, index, checkpoint, store), resume=resume)
     processes.wait()
     processes.accelerator.init_trackers("bridge-stg", {"recipe": json.dumps(recipe.to_dict())})
     run = Run(
@@ -135,7 +134,7 @@ def check_data(recipe: TrainingRecipe, config: BridgeSTGConfig) -> Index:
 def describe_training(
     checkpoint: Path | str, recipe: TrainingRecipe, *, gpu: str | None = None, devices: int = 1, shard: bool = False
 ) -> str:  # fmt: skip
-    """Return, as a text for people, what a training will read, and its estimated memory and hours.
+    """Return a text with the data that a training will read, and its estimated memory and hours.
 
     `gpu` is one of `estimate.GPUS`, None: no hours. Without sources, only the estimate. Raises BridgeError as
     `train_checkpoint` does.
@@ -239,33 +238,11 @@ def key_part(key: str) -> str:
     return {"bridging": "bridging", "spatial_decoder": "spatial"}.get(key.partition(".")[0], "llm")
 
 
-def identity(recipe: TrainingRecipe, index: Index, checkpoint: Path, store: WeightStore) -> dict[str, Any]:
-    """Return what must not change when a run is resumed, as JSON values: recipe, hashes, sizes of the weights."""
-    values = {
+def run_identity(recipe: TrainingRecipe, index: Index, checkpoint: Path, store: WeightStore) -> dict[str, Any]:
+    """Return what must not change when a run is resumed: recipe, hashes, sizes of the weights."""
+    return {
         **recipe.to_dict(),
         "annotations": index.digest,
         "config": file_sha256(checkpoint / "config.json"),
         "weights": [[path.name, path.stat().st_size] for path in store.files],
     }
-    return dict(json.loads(json.dumps(values)))  # tuples become lists, as in the file
-
-
-def same_run(path: Path, now: Mapping[str, Any], *, resume: bool) -> None:
-    """Write the identity of a new run, or raise CheckpointError if a resumed run had another."""
-    if not resume:
-        for old in path.parent.iterdir():
-            if old.suffix in (".safetensors", ".jsonl", ".log") or old.name == "validation":
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-    elif path.is_file():
-        try:
-            begun = dict(parse_json_file(path))
-        except (OSError, ValueError, TypeError) as error:
-            message = f"{path}: cannot be read ({error}); start again with --no-resume, or choose another --out"
-            raise CheckpointError("training.wrong_state", message) from error
-        changed = [name for name, value in now.items() if begun.get(name) != value]
-        if changed:
-            message = f"{path}: {', '.join(changed)} changed since this training started"
-            hint = "use the same, start again with --no-resume, or choose another --out"
-            raise CheckpointError("training.other_options", f"{message}; {hint}")
-        return
-    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")

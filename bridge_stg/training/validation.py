@@ -20,6 +20,7 @@ from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.parse import parse_json_file
 from bridge_stg.training.data.sources import read_source
+from bridge_stg.training.folder import VALIDATION
 from bridge_stg.training.recipe import Source, Validation
 
 SETTINGS = "validation.json"
@@ -62,7 +63,7 @@ class Validator:
             names = ", ".join(file for source in validation.sources for file in source.annotations) or "no sources"
             message = f"validation ({names}): none of the media was found; correct 'media' of the sources in the recipe"
             raise BridgeError("evaluation.no_media", message)
-        counts = shared([source.weight for source in validation.sources], list(map(len, found)), validation.samples)
+        counts = divide([source.weight for source in validation.sources], list(map(len, found)), validation.samples)
         self._chosen: list[tuple[int, Sample]] = []
         for place, (samples, count) in enumerate(zip(found, counts)):
             picked = np.random.default_rng([seed, place]).permutation(len(samples))[:count]
@@ -114,7 +115,7 @@ def metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name not in COUNTS and math.isfinite(value)}
 
 
-def shared(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+def divide(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
     """Divide `total` by the weights (Sainte-Laguë's method), at most `sizes`; what one cannot take goes to the others.
 
     No share is smaller with a larger `total`.
@@ -131,7 +132,7 @@ def read_settings(folder: Path) -> tuple[Validation, int]:
 
     Raises BridgeError `training.bad_log` if `Validator.write` did not write them.
     """
-    path = folder / "validation" / SETTINGS
+    path = folder / VALIDATION / SETTINGS
     try:
         values = parse_json_file(path)
         return from_json(Validation, values["validation"]), int(values["seed"])
@@ -142,13 +143,13 @@ def read_settings(folder: Path) -> tuple[Validation, int]:
 
 def rows_path(folder: Path, stage: str, step: int) -> Path:
     """Return the file of the rows of a validation."""
-    return folder / "validation" / f"{stage}-{step}.jsonl"
+    return folder / VALIDATION / f"{stage}-{step}.jsonl"
 
 
 def _absolute(validation: Validation) -> Validation:
-    def placed(source: Source) -> Source:
+    def absolute(source: Source) -> Source:
         files = tuple(str(Path(file).absolute()) for file in source.annotations)
         media = None if source.media is None else str(Path(source.media).absolute())
         return dataclasses.replace(source, annotations=files, media=media)
 
-    return dataclasses.replace(validation, sources=tuple(map(placed, validation.sources)))
+    return dataclasses.replace(validation, sources=tuple(map(absolute, validation.sources)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.training.folder import begin_run, training_folder
 from bridge_stg.training.loop.distribution import Processes
 from bridge_stg.training.loop.trainer import MicroBatch, Run, StageTrainer
 from bridge_stg.training.loss.clip_task import ClipTask
 from bridge_stg.training.parts import trained_parameters
 from bridge_stg.training.recipe import TrainingRecipe, read_recipe
-from bridge_stg.training.train_checkpoint import same_run
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 EVALUATED = 10  # clips
@@ -69,7 +68,7 @@ class StageParts:
 
 
 class DemoTraining:
-    """A training of a demo model, whose states and logs are in the folder `<out>-training/`.
+    """A training of a demo model, whose states and logs are in the folder `OUT-training`.
 
     It seeds torch, so that new weights made afterwards follow from the recipe's seed.
 
@@ -88,9 +87,8 @@ class DemoTraining:
     ) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.out, self.recipe, self.resume = Path(out), recipe, resume
-        self.folder = self.out.with_name(self.out.name + "-training")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        same_run(self.folder / "run.json", json.loads(json.dumps(recipe.to_dict())), resume=resume)
+        self.folder = training_folder(self.out)
+        begin_run(self.folder, recipe.to_dict(), resume=resume)
         self.tokenizer_path = self.folder / "tokenizer.json"
         write_tokenizer(self.tokenizer_path)
         self.tokenizer = Tokenizer.from_file(self.tokenizer_path)
@@ -104,7 +102,10 @@ class DemoTraining:
             BridgeError: a saved state does not fit the model, or the loss diverged.
         """
         recipe = self.recipe
-        run = Run(self.folder, Processes("cpu"), seed=recipe.seed, resume=self.resume, save_every_s=recipe.save_every_s)
+        run = Run(
+            self.folder, Processes("cpu"), seed=recipe.seed, resume=self.resume, save_every_s=recipe.save_every_s,
+            log_every=recipe.log_every,
+        )  # fmt: skip
         for stage in recipe.stages:
             part = parts[stage.name]
             task = part.task.train()

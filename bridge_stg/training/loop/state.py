@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +36,6 @@ class Progress:
     best_step: int = 0
     validations_since_best: int = 0
     finished: bool = False
-    extra: Mapping[str, float] = field(default_factory=dict)  # newest validation
 
 
 def save_state(  # noqa: PLR0917 - what a state is made of

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.training.data.index import Skipped
+from bridge_stg.training.folder import LOG, SKIPPED, TEXT_LOG
 from bridge_stg.training.loop.distribution import Processes, full_tensor, unsharded
 from bridge_stg.training.loop.state import Progress, load_state, save_state
 from bridge_stg.training.parts import parameter_groups, part_of
@@ -61,7 +62,7 @@ class Run:
     """What all stages of a training share.
 
     Attributes:
-        folder: folder of states, `log.jsonl` and `train.log`.
+        folder: folder of states and logs, see `training.folder`.
         processes: the processes.
         seed: seed of dropout.
         workers: number of processes that make batches; 0: this process.
@@ -136,7 +137,7 @@ class StageTrainer:
         if stage.clips % run.processes.count:
             message = f"stage {stage.name}: 'clips' is {stage.clips}; expected a multiple of the {run.processes.count} "
             raise BridgeError("training.bad_recipe", f"{message}processes")
-        self.share = stage.clips // run.processes.count
+        self.micro_batches = stage.clips // run.processes.count
         self.module = run.processes.distribute(task, units)
         named = {name.removeprefix("module."): value for name, value in self.module.named_parameters()}
         self.trained = {name: named[name] for name in trained}
@@ -186,9 +187,9 @@ class StageTrainer:
                     self.interruptible = False
                     self.progress.step = step + 1
                     self.progress.seconds = self.before + time.monotonic() - started
-                    self.report()
+                    self.log_figures()
                     last = step + 1 == self.stage.steps
-                    ended = self.validated(step + 1, last=last)
+                    ended = self.validate_if_due(step + 1, last=last)
                     if last or ended or time.monotonic() - saved > self.run.save_every_s:
                         self.progress.finished = last or ended
                         self.save()
@@ -226,7 +227,7 @@ class StageTrainer:
         for step in bar:
             self.interruptible = processes.count == 1
             made = []
-            for _ in range(self.share):
+            for _ in range(self.micro_batches):
                 one = next(batches)
                 if isinstance(one, Exception):
                     raise one
@@ -249,9 +250,9 @@ class StageTrainer:
             self.figures.append(figures)
         norm = nn.utils.clip_grad_norm_(list(self.trained.values()), stage.max_gradient_norm)
         norm = full_tensor(norm).to(processes.device)
-        broken = [item for one in made for item in one.skipped]
-        self.note_broken(broken)
-        counts = torch.tensor([float(bool(self.stopped)), float(len(broken))], device=processes.device)
+        skipped = [item for one in made for item in one.skipped]
+        self.list_skipped(skipped)
+        counts = torch.tensor([float(bool(self.stopped)), float(len(skipped))], device=processes.device)
         loss_value, norm_value, stopped, found = processes.mean(torch.cat([total[None], norm[None], counts])).tolist()
         progress.broken_clips += round(found * processes.count)
         if stopped:
@@ -260,24 +261,25 @@ class StageTrainer:
         usual = statistics.median(progress.losses) if len(progress.losses) >= ENOUGH else math.inf
         if math.isfinite(loss_value) and math.isfinite(norm_value) and loss_value <= stage.spike * usual:
             self.optimizer.step()
-            self.average()
+            self.update_averages()
             progress.losses = (*progress.losses, loss_value)[-RECENT:]
             self.skipped_in_a_row = 0
             self.figures[-1] = self.figures[-1] | {"loss": loss_value, "gradient_norm": norm_value}
         else:
             self.figures = [] if not math.isfinite(loss_value) else self.figures
-            self.skip(step, loss_value, norm_value)
+            self.skip_step(step, loss_value, norm_value)
         self.optimizer.zero_grad(set_to_none=True)
         self.check_broken(step + 1)
 
     skipped_in_a_row = 0
 
-    def skip(self, step: int, loss: float, norm: float) -> None:
+    def skip_step(self, step: int, loss: float, norm: float) -> None:
         """Count a step without an update; after several in a row, return to the saved weights."""
         progress = self.progress
         progress.skipped_steps += 1
         self.skipped_in_a_row += 1
-        self.line(f"step {step}: skipped, the loss is {loss:.4g} and the norm of the gradient {norm:.4g}")
+        self.log(step=step, event="step skipped", loss=loss, gradient_norm=norm)
+        self.print_line(f"step {step}: skipped, the loss is {loss:.4g} and the norm of the gradient {norm:.4g}")
         if self.skipped_in_a_row < PATIENCE:
             return
         if progress.rollbacks >= MOST_ROLLBACKS:
@@ -286,12 +288,15 @@ class StageTrainer:
             raise CheckpointError("training.diverged", f"{message}; {hint}")
         counts = progress
         self.load(self.path)
-        self.line(f"step {step}: back to the weights of step {self.progress.step}, and on with the next clips")
+        self.log(step=step, event="rolled back", to_step=self.progress.step)
+        self.print_line(
+            f"step {step}: back to the weights of step {self.progress.step}, continuing with the next clips"
+        )
         self.progress = counts
         progress.rollbacks += 1
         self.skipped_in_a_row = 0
 
-    def average(self) -> None:
+    def update_averages(self) -> None:
         """Move the averages of the new parts towards their weights."""
         if self.averages:
             decay = min(self.stage.ema, (self.progress.step + 1) / (self.progress.step + 10))
@@ -299,11 +304,11 @@ class StageTrainer:
                 for name, average in self.averages.items():
                     average.lerp_(self.trained[name].detach(), 1 - decay)
 
-    def note_broken(self, broken: Sequence[Skipped]) -> None:
-        """Append the clips that this process could not read to `skipped.jsonl`."""
-        if broken:
-            with open(self.run.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in broken)
+    def list_skipped(self, skipped: Sequence[Skipped]) -> None:
+        """Append the clips that this process could not read to the list of skipped media."""
+        if skipped:
+            with open(self.run.folder / SKIPPED, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in skipped)
 
     def check_broken(self, steps: int) -> None:
         """Raise BridgeError if too many clips could not be read."""
@@ -311,12 +316,12 @@ class StageTrainer:
         if self.progress.broken_clips > self.run.max_broken * clips:
             self.save()
             found = f"{self.progress.broken_clips} of {steps * self.stage.clips} clips could not be read"
-            where = f"{self.run.folder / 'skipped.jsonl'} lists them"
+            where = f"{self.run.folder / SKIPPED} lists them"
             message = f"{found}, more than data.max_broken ({self.run.max_broken:g}); {where}"
             raise BridgeError("training.too_many_broken", message)
 
-    def validated(self, step: int, *, last: bool) -> bool:
-        """Validate if it is time to, keep the best state, and return whether the stage ends here."""
+    def validate_if_due(self, step: int, *, last: bool) -> bool:
+        """Validate if it is time, keep the best state, and return whether the stage ends here."""
         chosen, progress = self.validation, self.progress
         if self.validate is None or not (last or (chosen is not None and step % chosen.every == 0)):
             return False
@@ -334,7 +339,6 @@ class StageTrainer:
                 for name, weight in weights.items():
                     self.trained[name].copy_(weight)
             self.module.train()
-        progress.extra = metrics
         self.log(step=step, validation=metrics)
         if chosen is None:
             return False
@@ -350,7 +354,7 @@ class StageTrainer:
             progress.validations_since_best += 1
         return chosen.patience is not None and progress.validations_since_best >= chosen.patience
 
-    def report(self) -> None:
+    def log_figures(self) -> None:
         """Show the loss, and log the means of all figures every `log_every` steps."""
         progress, stage = self.progress, self.stage
         if progress.losses:
@@ -367,23 +371,25 @@ class StageTrainer:
         left = (stage.steps - progress.step) * progress.seconds / max(1, progress.step)
         loss = f"loss {means['loss']:.4f}, " if "loss" in means else ""
         pace = f"{progress.seconds / max(1, progress.step):.2f} s per step"
-        self.line(f"step {progress.step} of {stage.steps}: {loss}{pace}, {duration(left)} left")
+        self.print_line(f"step {progress.step} of {stage.steps}: {loss}{pace}, {duration(left)} left")
 
     def log(self, **values: Any) -> None:
-        """Append a line to `log.jsonl`, and pass numbers to the tracker."""
+        """Append values to the log, and pass figures and metrics to the tracker, but not events."""
         if self.run.processes.is_main:
             line = {"stage": self.stage.name, **rounded(values)}
-            with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            with open(self.run.folder / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        if "event" in values:
+            return
         numbers = values | values.get("validation", {})
         scalars = {f"{self.stage.name}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
         self.run.processes.accelerator.log(scalars, step=values["step"])
 
-    def line(self, text: str) -> None:
-        """Append a plain line to `train.log`, and print it where there is no progress bar."""
+    def print_line(self, text: str) -> None:
+        """Append a line to the text log, and print it if there is no progress bar."""
         if self.run.processes.is_main:
             text = f"{self.stage.name}: {text}"
-            with open(self.run.folder / "train.log", "a", encoding="utf-8") as file:
+            with open(self.run.folder / TEXT_LOG, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
             if not sys.stderr.isatty():
                 print(text, flush=True)
@@ -451,7 +457,7 @@ def merged_means(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, 
 
 
 def rounded(value: Any) -> Any:
-    """Return JSON values with five decimals, and None for numbers that are not finite."""
+    """Return JSON values with six significant digits, and None for numbers that are not finite."""
     if isinstance(value, Mapping):
         return {name: rounded(member) for name, member in value.items()}
     if isinstance(value, float):

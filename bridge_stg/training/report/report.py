@@ -20,18 +20,18 @@ from bridge_stg.evaluation.scoring import MAIN
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.parse import parse_json, parse_json_file
+from bridge_stg.training.folder import LOG, REPORT, RUN, SKIPPED
 from bridge_stg.training.report.curves import Curve, Point, curve
 from bridge_stg.training.validation import Validator, read_settings, rows_path
 
-LOG, RUN, SKIPPED, PAGE = "log.jsonl", "run.json", "skipped.jsonl", "train_report.html"
 PLACE = ("stage", "step", "seconds")
 """Fields of a line of the log that are not figures."""
 PICTURES = 12
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One validation: its metrics by name."""
+class ValidationMetrics:
+    """The metrics of one validation by name."""
 
     stage: str
     step: int
@@ -53,7 +53,7 @@ class StageLog:
     """
 
     figures: dict[str, list[Point]] = field(default_factory=dict)
-    validations: list[Measured] = field(default_factory=list)
+    validations: list[ValidationMetrics] = field(default_factory=list)
     step: int = 0
     seconds: float = 0.0
 
@@ -67,7 +67,7 @@ class Log:
     damaged: int = 0
 
     @property
-    def validations(self) -> list[Measured]:
+    def validations(self) -> list[ValidationMetrics]:
         """Those of all stages."""
         return [one for stage in self.stages.values() for one in stage.validations]
 
@@ -108,9 +108,9 @@ def write_report(folder: Path, *, validator: Validator | None = None) -> Path:
         skipped=skipped, reasons=Counter(str(line.get("reason", "")) for line in skipped),
         missing=[name for names in (validator.missing if validator else ()) for name in names], run=_run(folder),
     )  # fmt: skip
-    with replacing(folder / PAGE) as partial:
+    with replacing(folder / REPORT) as partial:
         partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-    return folder / PAGE
+    return folder / REPORT
 
 
 def read_log(folder: Path) -> Log:
@@ -141,7 +141,7 @@ def read_log(folder: Path) -> Log:
         elif measured is not None:
             stage.validations = [one for one in stage.validations if one.step < step]
             found = {key: float(value) for key, value in measured.items() if _number(value)}
-            stage.validations.append(Measured(name, step, found))
+            stage.validations.append(ValidationMetrics(name, step, found))
         else:
             stage.step, stage.seconds = step, seconds
             for key, points in stage.figures.items():
@@ -152,17 +152,17 @@ def read_log(folder: Path) -> Log:
     return log
 
 
-def best_of(validations: Sequence[Measured], metric: str) -> Measured:
+def best_of(validations: Sequence[ValidationMetrics], metric: str) -> ValidationMetrics:
     """Return the earliest validation with the largest value of the metric; a value that is not finite is the least."""
 
-    def value(one: Measured) -> float:
+    def value(one: ValidationMetrics) -> float:
         found = one.metrics.get(metric, math.nan)
         return found if math.isfinite(found) else -math.inf
 
     return max(validations, key=value)
 
 
-def _charts(stage: StageLog, best: Measured | None) -> tuple[list[Curve], list[Curve]]:
+def _charts(stage: StageLog, best: ValidationMetrics | None) -> tuple[list[Curve], list[Curve]]:
     """Return the curves of the metrics of validations, and of the figures of the training."""
     names = dict.fromkeys(name for one in stage.validations for name in one.metrics)
     measured = [
@@ -174,13 +174,15 @@ def _charts(stage: StageLog, best: Measured | None) -> tuple[list[Curve], list[C
     return measured, [curve(name, stage.figures[name]) for name in order]
 
 
-def _labels(best: Measured | None, newest: Measured | None) -> list[str]:
+def _labels(best: ValidationMetrics | None, newest: ValidationMetrics | None) -> list[str]:
     if best is None:
         return []
     return [f"best and newest ({best})"] if best is newest else [f"best ({best})", f"newest ({newest})"]
 
 
-def _cases(folder: Path, validator: Validator, best: Measured, newest: Measured) -> list[dict[str, Any]]:
+def _cases(
+    folder: Path, validator: Validator, best: ValidationMetrics, newest: ValidationMetrics
+) -> list[dict[str, Any]]:
     """Return samples with the answers of the best and the newest model: of each task, from the lowest score up."""
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for label, one in zip(_labels(best, newest), (best, newest)):

@@ -15,7 +15,7 @@ import pytest
 from bridge_stg.evaluation.datasets.registry import read_dataset
 from bridge_stg.training.recipe import Source, Validation
 from bridge_stg.training.report.curves import HEIGHT, MOST_POINTS, WIDTH, curve
-from bridge_stg.training.report.report import Measured, best_of, read_log, write_report
+from bridge_stg.training.report.report import ValidationMetrics, best_of, read_log, write_report
 from bridge_stg.training.validation import Validator, metrics
 from tests.errors import raises
 from tests.evaluation.fake_models import Oracle
@@ -138,8 +138,8 @@ def test_damaged_lines_are_left_out(trained: Path, tmp_path: Path) -> None:
 
 def test_the_best_is_the_earliest_with_the_largest_value() -> None:
     values = [math.nan, 0.1, 0.4, 0.4, 0.2]
-    validations = [Measured("a", step, {"AO": value}) for step, value in enumerate(values)]
-    assert best_of([*validations, Measured("b", 0, {})], "AO").step == 2
+    validations = [ValidationMetrics("a", step, {"AO": value}) for step, value in enumerate(values)]
+    assert best_of([*validations, ValidationMetrics("b", 0, {})], "AO").step == 2
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from bridge_stg.training.data.index import Skipped
 from bridge_stg.training.loop import state
 from bridge_stg.training.loop.trainer import MOST_ROLLBACKS, PATIENCE, TrainingStopped, learning_rate
 from bridge_stg.training.recipe import Stage, Validation
+from bridge_stg.training.report.report import read_log
 from tests.bridge_stg.training.toy import points, slow_points, train_toy
 from tests.errors import raises
 
@@ -34,7 +35,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in log(folder) if "loss" in line]
+    return [line["loss"] for line in log(folder) if "loss" in line and "event" not in line]
 
 
 def free_port() -> int:
@@ -104,6 +105,7 @@ def test_a_step_with_an_unusual_loss_is_skipped_and_counted(tmp_path, factor):
     usual = train_toy(tmp_path / "usual", 40)
     assert losses(tmp_path / "new")[:30] == losses(tmp_path / "usual")[:30]
     assert log(tmp_path / "new")[-1]["skipped_steps"] == 1 and len(losses(tmp_path / "new")) == 39
+    assert [event for event, _ in read_log(tmp_path / "new").events] == ["step skipped"]
     assert all(value.isfinite().all() for value in trainer.trained.values())
     assert not torch.equal(usual.trained["out.weight"], trainer.trained["out.weight"])
 

@@ -18,7 +18,7 @@ from bridge_stg.evaluation.metrics import temporal_iou, tube_iou
 from bridge_stg.evaluation.run.evaluate import evaluate
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.training.recipe import Source, Validation
-from bridge_stg.training.validation import Validator, metrics, read_settings, shared
+from bridge_stg.training.validation import Validator, divide, metrics, read_settings
 from tests.errors import raises
 from tests.evaluation.fake_models import Oracle, model
 from tests.evaluation.official import Files, charades_sta, jsonl, refcoco, video, vidstg
@@ -152,7 +152,7 @@ def test_the_choice_follows_from_the_seed_and_weights(own: Files, tmp_path: Path
     ],
 )
 def test_shares_follow_the_weights(weights: list[float], sizes: list[int], total: int, expected: list[int]) -> None:
-    assert shared(weights, sizes, total) == expected
+    assert divide(weights, sizes, total) == expected
 
 
 def test_rows_and_settings_are_written(own: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
