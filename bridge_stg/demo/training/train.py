@@ -22,9 +22,10 @@ from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.grounder import Grounder
+from bridge_stg.training.data.micro_batch import MicroBatch
 from bridge_stg.training.folder import begin_run, training_folder
 from bridge_stg.training.loop.distribution import Processes
-from bridge_stg.training.loop.trainer import MicroBatch, Run, StageTrainer
+from bridge_stg.training.loop.trainer import Run, StageTrainer
 from bridge_stg.training.loss.clip_task import ClipTask
 from bridge_stg.training.parts import trained_parameters
 from bridge_stg.training.recipe import TrainingRecipe, read_recipe

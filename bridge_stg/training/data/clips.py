@@ -28,9 +28,9 @@ from bridge_stg.training.data.answers import answer_row, pad_rows
 from bridge_stg.training.data.augment import View, choose_view
 from bridge_stg.training.data.checks import check_span
 from bridge_stg.training.data.frame_cache import ClipFrames, FrameCache, read_frames
-from bridge_stg.training.data.index import Skipped
-from bridge_stg.training.data.labels import Label, choose_fine, label_of
+from bridge_stg.training.data.labels import Label, choose_fine_times, label_of
 from bridge_stg.training.data.media import Medium, open_clip
+from bridge_stg.training.data.micro_batch import MicroBatch, Skipped
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import Clip
 
@@ -56,23 +56,8 @@ class ClipBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
-    """The clip of a place.
-
-    Attributes:
-        batch: the clip.
-        media: its medium.
-        skipped: media that were tried before it and cannot be read.
-    """
-
-    batch: ClipBatch
-    media: str
-    skipped: tuple[Skipped, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
 class Row:
-    """A query as it is asked: its text, its label (None: absent), and whether the first box is given."""
+    """A query of a batch: its sample, its text, and its label; None: the target is absent."""
 
     sample: Sample
     text: str
@@ -80,7 +65,9 @@ class Row:
 
 
 class ClipBatches:
-    """Make the clip of a place, which depends on the mixture and the place only; picklable for worker processes.
+    """Make the micro-batch of a place, one clip; it depends on the mixture and the place only.
+
+    Picklable for worker processes.
 
     Args:
         spec: rules of the model's frames, prompt and answer.
@@ -91,8 +78,8 @@ class ClipBatches:
     def __init__(self, spec: ModelSpec, tokenizer: Path, mixture: Mixture) -> None:
         self.spec, self.tokenizer_path, self.mixture, self.recipe = spec, tokenizer, mixture, mixture.recipe
 
-    def __call__(self, place: int) -> Made | BridgeError:
-        """Return the clip of a place; one that cannot be read is replaced by another one of its source.
+    def __call__(self, place: int) -> MicroBatch | BridgeError:
+        """Return the micro-batch of a place; a clip that cannot be read is replaced by another one of its source.
 
         An error that concerns no single clip is returned, not raised, since raising in a worker process replaces the
         message by a traceback.
@@ -103,7 +90,7 @@ class ClipBatches:
                 for attempt in range(ATTEMPTS):
                     clip = self.mixture.index.clips[self.mixture.clip(place, attempt)]
                     try:
-                        return Made(self.batch(place, attempt), clip.name, tuple(skipped))
+                        return MicroBatch(self.batch(place, attempt), clip.name, tuple(skipped))
                     except (VideoError, AnnotationError, QueryError) as error:
                         found = host_error(error)
                         if found is not None and found.code in MESSAGES:  # not the clip's fault
@@ -192,7 +179,7 @@ class ClipBatches:
             for sample, span in present:
                 if not is_image:
                     check_span(sample, span, duration_s)
-            return choose_fine(
+            return choose_fine_times(
                 self.mixture.rng(FINE_TIMES, *purpose), grid, [span for _, span in present],
                 rate=spec.frames.fine_fps, count=recipe.fine_frames,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Check all annotations and media before a training, and know their sizes and lengths."""
+"""Check all annotations and media before a training, and list the clips with their lengths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from bridge_stg.runtime.errors import AnnotationError, VideoError
 from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.training.data.checks import check_sample
-from bridge_stg.training.data.media import Medium, look_at
+from bridge_stg.training.data.media import Medium, read_medium
+from bridge_stg.training.data.micro_batch import Skipped
 from bridge_stg.training.data.sources import OWN, Clip, source_name
 from bridge_stg.training.recipe import Source
 
@@ -25,16 +26,8 @@ LISTED = 3  # media and faults that the summary names for each source
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A medium that cannot be used, and why."""
-
-    media: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class ClipSize:
-    """How much of a model's work a clip is.
+    """The lengths of a clip that determine its time and memory.
 
     Attributes:
         medium: what is known of its medium.
@@ -88,7 +81,7 @@ class Index:
         return hashlib.sha256(json.dumps([values, self.weights]).encode()).hexdigest()
 
     def summary(self) -> str:
-        """Return a text for people: for each source, what is there, and what is missing."""
+        """Return a text with the number of clips and queries of each source, and what is missing."""
         clips = Counter(clip.source for clip in self.clips)
         queries: Counter[int] = Counter()
         for clip in self.clips:
@@ -181,7 +174,7 @@ def _checked(clip: Clip, spec: ModelSpec) -> _Checked:
     if clip.media is None:
         return _Checked(clip, reason=f"is missing, which {clip.queries[0].where} needs; choose another folder of media")
     try:
-        medium = look_at(clip)
+        medium = read_medium(clip)
         size = _size(medium, spec)
     except (VideoError, OSError) as error:
         return _Checked(clip, reason=str(error))

@@ -94,7 +94,7 @@ def label_of(truth: Truth, task: str, size: tuple[int, int]) -> Label | None:
     return Label(span, times, boxes, known)
 
 
-def choose_fine(
+def choose_fine_times(
     rng: np.random.Generator, grid: np.ndarray, spans: Sequence[tuple[float, float]], *, rate: float, count: int
 ) -> np.ndarray:
     """Return sorted times [count] of the fine grid: some around one end of one span, the others around it or anywhere.

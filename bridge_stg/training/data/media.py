@@ -51,8 +51,8 @@ class Medium:
     duration_s: float | None
 
 
-def look_at(clip: Clip) -> Medium:
-    """Return what a clip's file states, decoding at most its first frame. Raises VideoError if it cannot be opened."""
+def read_medium(clip: Clip) -> Medium:
+    """Return what a medium's file states; decodes at most one frame. Raises VideoError if it cannot be opened."""
     path = _path(clip)
     start, end = clip.part or (0.0, math.inf)
     if clip.frame_rate is not None:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
-from bridge_stg.training.data.index import Skipped
+from bridge_stg.training.data.micro_batch import MicroBatch, Skipped
 from bridge_stg.training.folder import LOG, SKIPPED, TEXT_LOG
 from bridge_stg.training.loop.distribution import Processes, full_tensor, unsharded
 from bridge_stg.training.loop.state import Progress, load_state, save_state
@@ -82,14 +82,6 @@ class Run:
     log_every: int = LOG_EVERY
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """A micro-batch, and the media that were tried for it and cannot be read."""
-
-    batch: Any
-    skipped: tuple[Skipped, ...] = ()
-
-
 def learning_rate(stage: Stage, step: int) -> float:
     """Return the learning rate of a step: linear warm-up, then a cosine to `final_rate`, or constant."""
     rate = stage.learning_rate * min(1.0, (step + 1) / max(1, stage.warmup))
@@ -119,7 +111,7 @@ class StageTrainer:
         stage: the stage.
         task: module whose `forward(batch)` returns the loss and values to log.
         trained: its trained parameters by name.
-        batches: returns a `MicroBatch`, or its like, for a place, or an error to raise; pickled for worker processes.
+        batches: returns the `MicroBatch` of a place, or an error to raise; pickled for worker processes.
         run: what all stages share.
         units: modules whose weights are gathered together if weights are sharded, see `Processes.distribute`.
         validation: how often to validate, and by which metric.

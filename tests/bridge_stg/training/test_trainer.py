@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge_stg.training.data.index import Skipped
+from bridge_stg.training.data.micro_batch import Skipped
 from bridge_stg.training.loop import state
 from bridge_stg.training.loop.trainer import MOST_ROLLBACKS, PATIENCE, TrainingStopped, learning_rate
 from bridge_stg.training.recipe import Stage, Validation

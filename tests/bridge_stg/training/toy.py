@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bridge_stg.training.data.micro_batch import MicroBatch
 from bridge_stg.training.loop.distribution import Processes
-from bridge_stg.training.loop.trainer import MicroBatch, Run, StageTrainer
+from bridge_stg.training.loop.trainer import Run, StageTrainer
 from bridge_stg.training.recipe import Stage, Validation
 
 

@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from bridge_stg.runtime.chain.prompt import Tokenizer
-from bridge_stg.training.data.clips import ClipBatch, ClipBatches, Made
-from bridge_stg.training.data.labels import choose_fine
+from bridge_stg.training.data.clips import ClipBatch, ClipBatches
+from bridge_stg.training.data.labels import choose_fine_times
+from bridge_stg.training.data.micro_batch import MicroBatch
 from bridge_stg.training.recipe import Source
 from tests.bridge_stg.training.data.conftest import Make
 from tests.evaluation import official
@@ -43,9 +44,9 @@ def own(path: Path, media: Path, lines: list[dict[str, Any]]) -> Source:
     return Source((str(path),), media=str(media))
 
 
-def made(batches: ClipBatches, place: int) -> Made:
+def made(batches: ClipBatches, place: int) -> MicroBatch:
     found = batches(place)
-    assert isinstance(found, Made), found
+    assert isinstance(found, MicroBatch), found
     return found
 
 
@@ -268,20 +269,20 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_listed(make: Make, tmp_path:
     assert [made(batches, place).skipped for place in range(8)] == [result.skipped for result in results]
     (folder / "a.mp4").unlink()
     error = batches(0)
-    assert not isinstance(error, Made) and error.code == "annotation.broken_media"
+    assert not isinstance(error, MicroBatch) and error.code == "annotation.broken_media"
 
 
 def test_an_error_that_concerns_no_clip_is_returned(make: Make, tmp_path: Path, media: Path) -> None:
     batches = make(own(tmp_path / "clips.jsonl", media, LINES))
     error = ClipBatches(batches.spec, tmp_path / "tokenizer.json", batches.mixture)(0)
-    assert not isinstance(error, Made) and error.code == "bundle.missing_file"
+    assert not isinstance(error, MicroBatch) and error.code == "bundle.missing_file"
 
 
 def test_fine_frames_lie_around_a_span() -> None:
     grid, rng = np.arange(400) / 4, np.random.default_rng(0)
     for _ in range(20):
-        times = choose_fine(rng, grid, [(40.0, 50.0)], rate=4, count=16)
+        times = choose_fine_times(rng, grid, [(40.0, 50.0)], rate=4, count=16)
         assert len(np.unique(times)) == 16 and np.all(np.diff(times) > 0)
         assert ((times >= 38.5) & (times <= 51.5)).sum() >= 8
-    assert len(choose_fine(rng, grid, [], rate=4, count=16)) == 16
-    assert len(choose_fine(rng, grid[:7], [], rate=4, count=16)) == 7
+    assert len(choose_fine_times(rng, grid, [], rate=4, count=16)) == 16
+    assert len(choose_fine_times(rng, grid[:7], [], rate=4, count=16)) == 7

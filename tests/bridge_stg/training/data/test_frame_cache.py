@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.training.data import clips as clips_module
-from bridge_stg.training.data.clips import Made
+from bridge_stg.training.data.micro_batch import MicroBatch
 from bridge_stg.training.recipe import Source
 from tests.bridge_stg.training.data.conftest import Make
 from tests.bridge_stg.training.data.test_clips import equal, made
@@ -97,5 +97,5 @@ def test_several_processes_use_a_cache_at_once(make: Make, sources: list[Source]
 def test_a_folder_that_cannot_be_written_is_an_error(make: Make, published: dict[str, Source], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     error = make(published["jsonl"], frame_cache=str(tmp_path / "file"))(0)
-    assert isinstance(error, BridgeError) and not isinstance(error, Made)
+    assert isinstance(error, BridgeError) and not isinstance(error, MicroBatch)
     assert error.code == "output.not_writable" and str(tmp_path / "file") in error.message

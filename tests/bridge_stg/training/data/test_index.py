@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.training.data.index import Index, Skipped, check_clips, check_share
+from bridge_stg.training.data.index import Index, check_clips, check_share
+from bridge_stg.training.data.micro_batch import Skipped
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.recipe import Source
 from tests.errors import raises

@@ -13,7 +13,7 @@ from bridge_stg.evaluation.media import clip_frames, folder_frames, frame_files
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.token_budget import Budget
-from bridge_stg.training.data.media import Crop, cropped, look_at, open_clip
+from bridge_stg.training.data.media import Crop, cropped, open_clip, read_medium
 from bridge_stg.training.data.sources import Clip
 from tests.errors import raises
 from tests.evaluation import official
@@ -80,7 +80,7 @@ def test_a_clip_may_start_later(kind: str, video: Path, folder: Path, spec: Mode
         assert source.duration_s == pytest.approx(whole.duration_s - later_s, abs=0.01)
         times = np.array([0.0, 0.6, 1.2]) + 1e-3
         assert np.array_equal(source.fine(times).frames, whole.fine(times + later_s).frames)
-    assert look_at(found).duration_s == pytest.approx({"video": 5.0, "part": 3.0, "folder": 3.0}[kind], abs=0.06)
+    assert read_medium(found).duration_s == pytest.approx({"video": 5.0, "part": 3.0, "folder": 3.0}[kind], abs=0.06)
 
 
 def test_a_damaged_or_changed_folder_is_named(folder: Path, spec: ModelSpec, tmp_path: Path) -> None:
