@@ -140,7 +140,8 @@ class StageTrainer:
         self.averages = {name: value.detach().clone() for name, value in new.items()} if stage.ema else {}
         self.progress = Progress()
         self.figures: list[dict[str, float]] = []
-        self.stopped: int | None = None
+        self.stopped: int | None = None  # signal that arrived at this process
+        self.stopping = False  # whether all processes end after this step
         self.interruptible = False
 
     @property
@@ -247,8 +248,8 @@ class StageTrainer:
         counts = torch.tensor([float(bool(self.stopped)), float(len(skipped))], device=processes.device)
         loss_value, norm_value, stopped, found = processes.mean(torch.cat([total[None], norm[None], counts])).tolist()
         progress.broken_clips += round(found * processes.count)
-        if stopped:
-            self.stopped = self.stopped or signal.SIGTERM
+        if stopped:  # the same in all processes, unlike a signal
+            self.stopped, self.stopping = self.stopped or signal.SIGTERM, True
         self.interruptible = False
         usual = statistics.median(progress.losses) if len(progress.losses) >= ENOUGH else math.inf
         if math.isfinite(loss_value) and math.isfinite(norm_value) and loss_value <= stage.spike * usual:
@@ -321,7 +322,7 @@ class StageTrainer:
         with torch.no_grad():
             for name, average in self.averages.items():
                 self.trained[name].copy_(average)
-        self.interruptible = True
+        self.interruptible = self.run.processes.count == 1
         try:
             with unsharded(self.module):
                 metrics = dict(self.validate(step))
@@ -396,8 +397,8 @@ class StageTrainer:
         self.progress = load_state(path, self.trained, self.optimizer, self.averages)
 
     def check_stopped(self) -> None:
-        """Save and raise TrainingStopped if a signal arrived at any process."""
-        if not self.stopped:
+        """Save and raise TrainingStopped if a signal arrived; several processes end after the same step."""
+        if not self.stopped or not (self.stopping or self.run.processes.count == 1):
             return
         self.save()
         at = f"stage {self.stage.name}, step {self.progress.step} of {self.stage.steps}"

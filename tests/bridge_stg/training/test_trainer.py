@@ -74,6 +74,15 @@ def test_two_processes_have_the_losses_of_one_and_continue_each_others_training(
     assert losses(tmp_path / "mixed") == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_several_processes_stop_after_the_same_step_whichever_has_the_signal(tmp_path):
+    launch(2, tmp_path, 20, "stop")
+    first, second = ((tmp_path / f"stopped-{rank}").read_text() for rank in range(2))
+    assert first == second and "step 4 of 20" in first
+    train_toy(tmp_path, 20)
+    assert [line["step"] for line in log(tmp_path) if "loss" in line] == list(range(1, 21))
+
+
 def test_a_signal_to_all_processes_saves_the_state(tmp_path):
     def stop(step: int) -> dict[str, float]:
         (worker,) = multiprocessing.active_children()

@@ -1,4 +1,4 @@
-"""A task that trains in milliseconds, run by itself or as one of several processes: toy.py OUT STEPS [shard]."""
+"""A task that trains in milliseconds, run by itself or as one of several processes: toy.py OUT STEPS [shard] [stop]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bridge_stg.training.data.micro_batch import MicroBatch
 from bridge_stg.training.loop.distribution import Processes
-from bridge_stg.training.loop.trainer import Run, StageTrainer
+from bridge_stg.training.loop.trainer import Run, StageTrainer, TrainingStopped
 from bridge_stg.training.recipe import Stage, Validation
 
 
@@ -72,5 +72,17 @@ def slow_points(place: int) -> MicroBatch:
     return points(place)
 
 
+def stop_first(step: int) -> dict[str, float]:
+    """Send a signal to the first process alone, between two steps."""
+    if step == 3 and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return {"m_vIoU": 0.0}
+
+
 if __name__ == "__main__":
-    train_toy(Path(sys.argv[1]), int(sys.argv[2]), shard="shard" in sys.argv)
+    out, steps, *words = sys.argv[1:]
+    stop: dict[str, Any] = {"validate": stop_first, "validation": Validation(every=3)} if "stop" in words else {}
+    try:
+        train_toy(Path(out), int(steps), shard="shard" in words, **stop)
+    except TrainingStopped as stopped:
+        (Path(out) / f"stopped-{os.environ['RANK']}").write_text(str(stopped))
