@@ -17,10 +17,7 @@ from bridge_stg.checkpoint.checkpoint import checkpoint_key
 from bridge_stg.checkpoint.lora import ADAPTER
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.training.recipe import Lora, Stage
-
-LORA, AUXILIARY = "lora", "auxiliary"
-"""Names in `Stage.rates` for LoRA adapters, and for modules that are discarded after training."""
+from bridge_stg.training.recipe import AUXILIARY, LORA, Lora, Stage
 
 
 def part_of(name: str) -> str:

@@ -6,6 +6,7 @@ docs/training.md explains every field.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,14 @@ from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.parse import parse_yaml_file
 
 NEW_PARTS, PARTS = ("bridging", "spatial"), ("bridging", "spatial", "mergers", "llm", "vision")
+LORA, AUXILIARY = "lora", "auxiliary"
+"""Names in `Stage.rates` for LoRA adapters, and for modules that are discarded after training."""
 SHIPPED = Path(__file__).parent / "recipes"
+STAGE_NAME, TAKEN_NAMES = re.compile(r"[\w-]{1,50}"), ("validation",)
+"""Form of the name of a stage, which files and a folder get, and the names of other folders beside them."""
 Share: TypeAlias = Annotated[float, Between(0, 1)]
 Steps: TypeAlias = Annotated[int, Between(1, 10**8)]
+Decay: TypeAlias = Annotated[float, Between(0, 0.999999)]
 Number: TypeAlias = Annotated[float, Between(0, 10**6)]
 
 
@@ -80,7 +86,7 @@ class Lora:
     rank: Annotated[int, Between(1, 4096)] = 32
     alpha: Number = 32.0
     rslora: bool = False  # scale by alpha / √rank (arXiv 2312.03732)
-    dropout: Share = 0.0
+    dropout: Annotated[float, Between(0, 0.99)] = 0.0
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     parts: tuple[str, ...] = ("llm",)
 
@@ -103,15 +109,19 @@ class Stage:
     warmup: Annotated[int, Between(0, 10**8)] = 100  # steps
     final_rate: Share = 0.03  # share of the peak at the end of a cosine
     optimizer: str = "adamw"  # or `adamw8bit`, which needs bitsandbytes
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     weight_decay: Number = 0.02  # of matrices
     max_gradient_norm: Annotated[float, Between(0.000001, 10**9)] = 1.0
-    ema: Annotated[float, Between(0, 0.99999)] = 0.0  # decay of the moving average of the new parts; 0: none
+    ema: Decay = 0.0  # decay of the moving average of the new parts; 0: none
     checkpoint_activations: bool = False  # recompute activations in the backward pass instead of keeping them
     spike: Annotated[float, Between(1, 10**6)] = 10.0  # a loss this many times the recent median is skipped
 
     def __post_init__(self) -> None:
+        if not STAGE_NAME.fullmatch(self.name) or self.name in TAKEN_NAMES:
+            form = "1 to 50 letters, digits, _ or -"
+            raise ValueError(f"name is {self.name!r:.60}; expected {form}, and not {' or '.join(TAKEN_NAMES)}")
         check_parts("train", self.train, PARTS)
+        check_parts("rates", tuple(map(str, self.rates)), (*PARTS, LORA, AUXILIARY))
         if not self.train and self.lora is None:
             raise ValueError("trains nothing: give parts in 'train', or 'lora'")
         for name, value, known in (
@@ -179,7 +189,8 @@ def _recipe_values(name: Path | str, folder: Path, above: tuple[Path, ...]) -> t
         if not shipped.is_file():
             known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
             where = f"{above[-1]}: base is {name}: " if above else f"{name}: "
-            message = f"{where}no such file, and no recipe of this package, which are: {known}"
+            found = "not a file" if path.is_dir() else "no such file"
+            message = f"{where}{found}, and no recipe of this package, which are: {known}"
             raise BridgeError("training.bad_recipe", message)
         path = shipped
     if path.resolve() in (other.resolve() for other in above):

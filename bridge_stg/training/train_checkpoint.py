@@ -40,8 +40,8 @@ from bridge_stg.training.folder import begin_run, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
 from bridge_stg.training.loop.trainer import Run, StageTrainer
 from bridge_stg.training.loss.clip_task import ClipTask
-from bridge_stg.training.parts import LORA, add_lora, part_of, save_adapter, trained_parameters
-from bridge_stg.training.recipe import NEW_PARTS, Stage, TrainingRecipe
+from bridge_stg.training.parts import add_lora, part_of, save_adapter, trained_parameters
+from bridge_stg.training.recipe import LORA, NEW_PARTS, Stage, TrainingRecipe
 from bridge_stg.training.report.report import write_report
 from bridge_stg.training.validation import Validator, metrics
 

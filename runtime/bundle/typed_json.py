@@ -77,7 +77,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return {key: _read(args[1], v, f"{where}.{key}" if where else key) for key, v in value.items()}
     elif _fits(kind, value):
         return value
-    text = json.dumps(value, default=repr)
+    try:
+        text = json.dumps(value, default=repr)
+    except TypeError:  # a key of YAML, such as a date
+        text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}…"
     raise ValueError(f"{where or 'the file'} is {text}, expected {_kind_name(kind)}")
 

@@ -18,6 +18,7 @@ MOST_BYTES = 32 * 2**20
 """Maximum size of a file of settings or metadata; only annotations and results may be larger."""
 MOST_YAML_BYTES = 2**20
 MOST_LEVELS = 64
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _LONG_INTEGER = re.compile(r"\d{4301}")  # Python's own limit, whose message does not name the line
 
 
@@ -60,7 +61,8 @@ def parse_yaml_file(path: str | os.PathLike[str]) -> Any:
     """Return the value in a YAML file of at most `MOST_YAML_BYTES`, with YAML's plain types only.
 
     Raises:
-        ValueError: the file is too large, not YAML or not UTF-8, repeats a key, has aliases, or is nested too deeply.
+        ValueError: the file is too large, not YAML or not UTF-8, repeats a key, has aliases, a NUL or an unpaired
+            surrogate, or is nested too deeply.
     """
     import yaml
 
@@ -74,6 +76,11 @@ def parse_yaml_file(path: str | os.PathLike[str]) -> Any:
             if repeated := _repeated(str(key.value) for key, _ in node.value):
                 raise ValueError(f"line {node.start_mark.line + 1}: {repeated!r} occurs twice")
             return super().construct_mapping(node, deep)
+
+        def construct_scalar(self, node: Any) -> Any:
+            if _NO_TEXT.search(node.value if isinstance(node.value, str) else ""):
+                raise ValueError(f"line {node.start_mark.line + 1}: {node.value!r:.60} has a NUL or a lone surrogate")
+            return super().construct_scalar(node)
 
     try:
         return yaml.load(_decode(_read(path, MOST_YAML_BYTES)), Loader)

@@ -59,6 +59,12 @@ def test_mappings_of_a_base_are_merged_and_lists_are_replaced(tmp_path):
         ("stages: [{name: a, steps: 1, train: [head]}]\n", ["stages[0]", "'head'"]),
         ("stages: [{name: a, steps: 1, train: [llm], lora: {}}]\n", ["stages[0]", "llm"]),
         (STAGES + "speed: 1\n", ["unknown field speed"]),
+        *((f'stages: [{{name: "{name}", steps: 1}}]\n', ["stages[0]", "name is"])
+          for name in ("", "..", "a/b", "/a", "a.best", "a\\nb", "validation", "n" * 51)),
+        ("stages: [{name: a, steps: 1, rates: {lllm: 2}}]\n", ["stages[0]", "rates", "'lllm'"]),
+        ("stages: [{name: a, steps: 1, betas: [0.9, 1]}]\n", ["stages[0].betas[1]"]),
+        ("stages: {2020-01-01: 1}\n", ["stages is", "2020"]),
+        (STAGES + 'data: {frame_cache: "a\\0"}\n', ["line 2", "NUL"]),
         ("base: *x\n", ["aliases"]),
     ],
 )  # fmt: skip
