@@ -66,20 +66,32 @@ def parameter_groups(trained: Mapping[str, nn.Parameter], stage: Stage) -> list[
     ]
 
 
+def adapted_layers(model: BridgeSTG, lora: Lora) -> list[str]:
+    """Return the names of the linear layers that get adapters.
+
+    Raises BridgeError if one of the parts has no layer with one of the names.
+    """
+    found: dict[str, list[str]] = {part: [] for part in lora.parts}
+    names: dict[str, set[str]] = {part: set() for part in lora.parts}
+    for name, module in model.named_modules():
+        part, last = part_of(name), name.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and module is not model.language_model.lm_head and part in found:
+            names[part].add(last)
+            found[part] += [name] if last in lora.modules else []
+    for part, layers in found.items():
+        if not layers:
+            chosen = ", ".join(lora.modules) or "none"
+            message = f"lora.modules: {part} has no linear layer with one of the names {chosen}"
+            raise BridgeError("training.bad_recipe", f"{message}; it has {', '.join(sorted(names[part]))}")
+    return [name for layers in found.values() for name in layers]
+
+
 def add_lora(model: BridgeSTG, lora: Lora) -> LoraConfig:
     """Add adapters to linear layers of the model, in place; return peft's config of the adapter.
 
-    Raises BridgeError if no layer of the parts has one of the names.
+    Raises BridgeError as `adapted_layers` does.
     """
-    names = [
-        name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not model.language_model.lm_head
-        and part_of(name) in lora.parts and name.rpartition(".")[2] in lora.modules
-    ]  # fmt: skip
-    if not names:
-        parts = " and ".join(lora.parts)
-        message = f"lora.modules: {parts} has no linear layer with one of the names {', '.join(lora.modules)}"
-        raise BridgeError("training.bad_recipe", message)
+    names = adapted_layers(model, lora)
     options: dict[str, Any] = {
         "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "lora_dropout": lora.dropout,
     }  # fmt: skip

@@ -92,6 +92,8 @@ class Lora:
 
     def __post_init__(self) -> None:
         check_parts("parts", self.parts, ("llm", "vision"))
+        if not self.parts:
+            raise ValueError("parts is empty; expected llm, vision or both")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from bridge_stg.checkpoint.weight_store import (
     weight_files,
 )
 from bridge_stg.model.config import BridgeSTGConfig
+from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
@@ -36,11 +38,11 @@ from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.estimate import estimate
-from bridge_stg.training.folder import begin_run, training_folder
+from bridge_stg.training.folder import check_places, locked_run, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
-from bridge_stg.training.loop.trainer import Run, StageTrainer
+from bridge_stg.training.loop.trainer import Run, StageTrainer, clips_per_process, make_optimizer
 from bridge_stg.training.loss.clip_task import ClipTask
-from bridge_stg.training.parts import add_lora, part_of, save_adapter, trained_parameters
+from bridge_stg.training.parts import adapted_layers, add_lora, part_of, save_adapter, trained_parameters
 from bridge_stg.training.recipe import LORA, NEW_PARTS, Stage, TrainingRecipe
 from bridge_stg.training.report.report import write_report
 from bridge_stg.training.validation import Validator, metrics
@@ -78,38 +80,40 @@ def train_checkpoint(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     checkpoint, out = Path(checkpoint), Path(out)
-    if out.exists():
-        raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
+    check_places(out, checkpoint)
     config = trainable_config(checkpoint)
     folder = training_folder(out)
     _, store = open_weights(checkpoint, config, adapter=adapter)
     processes = Processes(device, tracker=tracker, folder=folder, shard=shard)
     report = progress if processes.is_main else lambda text: None
+    check_stages(recipe, config, processes)
     index = check_data(recipe, config)
     report(index.summary())
     validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
-    if processes.is_main:
-        require_space(out, needed_bytes(store, recipe), purpose="the training")
-        begin_run(folder, run_identity(recipe, index, checkpoint, store), resume=resume)
-    processes.wait()
-    processes.accelerator.init_trackers("bridge-stg", {"recipe": json.dumps(recipe.to_dict())})
-    run = Run(
-        folder, processes, seed=recipe.seed, workers=workers, resume=resume, save_every_s=recipe.save_every_s,
-        max_broken=recipe.data.max_broken, log_every=recipe.log_every,
-    )  # fmt: skip
-    begun = checkpoint
-    for number, stage in enumerate(recipe.stages):
-        finished = out if number + 1 == len(recipe.stages) else folder / stage.name
-        if resume and (finished / "config.json").is_file():
+    with ExitStack() as stack:
+        if processes.is_main:
+            require_space(out, needed_bytes(store, recipe), purpose="the training")
+            now = run_identity(recipe, index, checkpoint, store)
+            stack.enter_context(locked_run(folder, now, resume=resume))
+        processes.wait()
+        processes.accelerator.init_trackers("bridge-stg", {"recipe": json.dumps(recipe.to_dict())})
+        run = Run(
+            folder, processes, seed=recipe.seed, workers=workers, resume=resume, save_every_s=recipe.save_every_s,
+            max_broken=recipe.data.max_broken, log_every=recipe.log_every,
+        )  # fmt: skip
+        begun = checkpoint
+        for number, stage in enumerate(recipe.stages):
+            finished = out if number + 1 == len(recipe.stages) else folder / stage.name
+            if resume and (finished / "config.json").is_file():
+                begun, adapter = finished, None
+                continue
+            mixture = Mixture(index, recipe.data, recipe.seed, number, stage.clips)
+            report(f"stage {stage.name}: {stage.steps} steps")
+            train_stage(begun, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
             begun, adapter = finished, None
-            continue
-        mixture = Mixture(index, recipe.data, recipe.seed, number, stage.clips)
-        report(f"stage {stage.name}: {stage.steps} steps")
-        train_stage(begun, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
-        begun, adapter = finished, None
-    if processes.is_main:
-        write_report(folder, validator=validator)
-    processes.accelerator.end_training()
+        if processes.is_main:
+            write_report(folder, validator=validator)
+        processes.accelerator.end_training()
     return out
 
 
@@ -120,6 +124,17 @@ def trainable_config(checkpoint: Path) -> BridgeSTGConfig:
         message = f"{checkpoint}: has {config.heads} heads, and only bridge heads are trained; begin with `init`"
         raise CheckpointError("checkpoint.wrong_model_type", message)
     return config
+
+
+def check_stages(recipe: TrainingRecipe, config: BridgeSTGConfig, processes: Processes) -> None:
+    """Raise BridgeError if a stage, also a later one, cannot be trained on this model and on these processes."""
+    with torch.device("meta"):
+        model = BridgeSTG(config)
+    for stage in recipe.stages:
+        clips_per_process(stage, processes.count)
+        make_optimizer([{"params": [torch.zeros(1)]}], stage)
+        if stage.lora is not None:
+            adapted_layers(model, stage.lora)
 
 
 def check_data(recipe: TrainingRecipe, config: BridgeSTGConfig) -> Index:

@@ -104,6 +104,14 @@ def make_optimizer(groups: Sequence[dict[str, Any]], stage: Stage) -> torch.opti
     return AdamW8bit(groups, lr=stage.learning_rate, betas=stage.betas)  # type: ignore[no-any-return]
 
 
+def clips_per_process(stage: Stage, processes: int) -> int:
+    """Return the clips of each process per step. Raises BridgeError if they cannot be shared equally."""
+    if stage.clips % processes:
+        message = f"stage {stage.name}: 'clips' is {stage.clips}; expected a multiple of the {processes} processes"
+        raise BridgeError("training.bad_recipe", message)
+    return stage.clips // processes
+
+
 class StageTrainer:
     """Trains the weights of one stage in place.
 
@@ -126,10 +134,7 @@ class StageTrainer:
     ) -> None:  # fmt: skip
         self.stage, self.run, self.batches = stage, run, batches
         self.validation, self.validate = validation, validate
-        if stage.clips % run.processes.count:
-            message = f"stage {stage.name}: 'clips' is {stage.clips}; expected a multiple of the {run.processes.count} "
-            raise BridgeError("training.bad_recipe", f"{message}processes")
-        self.micro_batches = stage.clips // run.processes.count
+        self.micro_batches = clips_per_process(stage, run.processes.count)
         self.module = run.processes.distribute(task, units)
         named = {name.removeprefix("module."): value for name, value in self.module.named_parameters()}
         self.trained = {name: named[name] for name in trained}

@@ -31,6 +31,7 @@ from bridge_stg.training.data.clips import ClipBatch, ClipBatches
 from bridge_stg.training.data.index import check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
+from bridge_stg.training.folder import locked_run
 from bridge_stg.training.loop.distribution import Processes
 from bridge_stg.training.loop.state import load_state
 from bridge_stg.training.loop.trainer import TrainingStopped
@@ -245,6 +246,55 @@ def test_a_full_disk_is_detected_before_the_training(checkpoint, annotations, me
     assert not (tmp_path / "new-training" / "log.jsonl").exists()
 
 
+def test_the_folder_of_a_training_is_that_of_one_training(checkpoint, annotations, media, tmp_path):
+    out, folder = tmp_path / "new", tmp_path / "new-training"
+    folder.mkdir()
+    (folder / "mine.jsonl").write_text("mine")
+    for resume in (True, False):
+        with raises("output.exists", folder, "mine.jsonl"):
+            run(checkpoint, annotations, media, out, resume=resume)
+    assert [path.name for path in folder.iterdir()] == ["mine.jsonl"]
+    shutil.rmtree(folder)
+    with locked_run(folder, {}, resume=True), raises("output.in_use", folder):
+        run(checkpoint, annotations, media, out)
+    assert {path.name for path in folder.iterdir()} == {"run.json", "lock"}
+
+
+def test_places_that_would_be_lost_at_the_end_are_rejected_at_once(checkpoint, annotations, media, tmp_path):
+    own = tmp_path / "own-training" / "parts"
+    shutil.copytree(checkpoint, own)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for given, out, code in (
+        (checkpoint, checkpoint / "new", "output.is_input"), (own, tmp_path / "own", "output.is_input"),
+        (checkpoint, tmp_path / "link", "output.exists"), (checkpoint, tmp_path / "none" / "..", "output.exists"),
+    ):  # fmt: skip
+        with raises(code, out):
+            run(given, annotations, media, out, resume=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"own-training", "link", "clips.jsonl"}
+    assert len(list(own.iterdir())) == len(list(checkpoint.iterdir()))
+
+
+def test_starting_again_resumes_nothing_of_the_old_training(checkpoint, annotations, media, tmp_path, monkeypatch):
+    recipe = recipe_of(annotations, media, steps=1, lora=Lora(rank=2))
+    stages = (dataclasses.replace(recipe.stages[0], name="first"), dataclasses.replace(recipe.stages[0], lora=None))
+    recipe, folder = dataclasses.replace(recipe, stages=stages), tmp_path / "new-training"
+    out = train_checkpoint(checkpoint, tmp_path / "new", recipe, workers=0, device="cpu")
+    shutil.rmtree(out)
+    assert (folder / "first" / "adapter").is_dir()
+
+    def stop(self: ClipTask, batch: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipTask, "forward", stop)
+        with pytest.raises(TrainingStopped):
+            train_checkpoint(checkpoint, out, recipe, workers=0, device="cpu", resume=False)
+    assert not (folder / "first").exists() and not (folder / "log.jsonl").exists()
+    train_checkpoint(checkpoint, out, recipe, workers=0, device="cpu")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in log] == ["first", "only"]
+
+
 def test_a_clip_can_be_learned(checkpoint, tmp_path, media):
     annotations = annotate(tmp_path / "clips.jsonl", LINES[:2])
     out = run(checkpoint, annotations, media, tmp_path / "new", train=PARTS[:-1], steps=40, learning_rate=1e-2)
@@ -307,6 +357,14 @@ def test_invalid_options_are_rejected_at_once(checkpoint, annotations, media, tm
         run(checkpoint, annotations, media, tmp_path / "new", device="cuda:77")
     with raises("training.bad_recipe", "llm", "nothing_proj"):
         run(checkpoint, annotations, media, tmp_path / "new", lora=Lora(modules=("nothing_proj",)))
+    with raises("training.bad_recipe", "vision", "qkv"):
+        run(checkpoint, annotations, media, tmp_path / "new", lora=Lora(parts=("llm", "vision")))
+    recipe = recipe_of(annotations, media)
+    later = dataclasses.replace(recipe.stages[0], name="later", optimizer="adamw8bit")
+    with raises("training.no_bitsandbytes", "later"):
+        recipe = dataclasses.replace(recipe, stages=(*recipe.stages, later))
+        train_checkpoint(checkpoint, tmp_path / "new", recipe, workers=0, device="cpu")
+    assert not (tmp_path / "new-training").exists()
     with raises("training.bad_recipe", "data.sources", "--annotations"):
         run(checkpoint, annotations, media, tmp_path / "new", data={"sources": ()})
     with raises("annotation.no_media_folder", tmp_path / "nowhere"):
