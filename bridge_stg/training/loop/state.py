@@ -32,6 +32,7 @@ class Progress:
     skipped_steps: int = 0  # without an update, because of their loss
     rollbacks: int = 0  # to the saved state, after several skipped steps
     broken_clips: int = 0  # that could not be read
+    validated_step: int = 0  # after which the newest validation was
     best: float | None = None  # value of the validation metric
     best_step: int = 0
     validations_since_best: int = 0

@@ -173,12 +173,17 @@ class StageTrainer:
         if self.run.resume and begun:
             self.load(self.path)
             self.progress.rollbacks = 0
+            if not all(self.run.processes.gather(self.best_path.exists())):
+                self.progress.best = None
         else:
             self.save()
-        started = saved = time.monotonic()
+        started = self.saved = time.monotonic()
         self.before = self.progress.seconds
         with self.signals():
             try:
+                if self.progress.step:
+                    self.progress.finished = self.progress.finished or self.end_step()
+                    self.check_stopped()
                 for step, made in self.steps():
                     self.interruptible = self.run.processes.count == 1
                     self.update(step, made)
@@ -186,15 +191,10 @@ class StageTrainer:
                     self.progress.step = step + 1
                     self.progress.seconds = self.before + time.monotonic() - started
                     self.log_figures()
-                    last = step + 1 == self.stage.steps
-                    ended = self.validate_if_due(step + 1, last=last)
-                    if last or ended or time.monotonic() - saved > self.run.save_every_s:
-                        self.progress.finished = last or ended
-                        self.save()
-                        saved = time.monotonic()
+                    ended = self.end_step()
+                    self.check_stopped()
                     if ended:
                         break
-                    self.check_stopped()
             except _Interrupted:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.check_stopped()
@@ -206,6 +206,19 @@ class StageTrainer:
             for name, average in self.averages.items():
                 self.trained[name].copy_(average)
         return self.progress
+
+    def end_step(self) -> bool:
+        """Validate and save after a step, if it is time, and return whether the stage ends here.
+
+        A resumed run calls this first, since the validation of its last step may have been interrupted.
+        """
+        ended = self.progress.step == self.stage.steps
+        ended = self.validate_if_due(self.progress.step, last=ended) or ended
+        if ended or time.monotonic() - self.saved > self.run.save_every_s:
+            self.progress.finished = ended
+            self.save()
+            self.saved = time.monotonic()
+        return ended
 
     def steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Yield the steps that are left, each with this process's micro-batches."""
@@ -321,7 +334,8 @@ class StageTrainer:
     def validate_if_due(self, step: int, *, last: bool) -> bool:
         """Validate if it is time, keep the best state, and return whether the stage ends here."""
         chosen, progress = self.validation, self.progress
-        if self.validate is None or not (last or (chosen is not None and step % chosen.every == 0)):
+        due = last or (chosen is not None and step % chosen.every == 0)
+        if self.validate is None or not due or progress.validated_step == step:
             return False
         weights = {name: self.trained[name].detach().clone() for name in self.averages}
         with torch.no_grad():
@@ -338,6 +352,7 @@ class StageTrainer:
                     self.trained[name].copy_(weight)
             self.module.train()
         self.log(step=step, validation=metrics)
+        progress.validated_step = step
         if chosen is None:
             return False
         if chosen.metric not in metrics:

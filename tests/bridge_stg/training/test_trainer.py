@@ -97,6 +97,24 @@ def test_a_signal_to_all_processes_saves_the_state(tmp_path):
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("stopped_at", [3, 6])
+def test_an_interrupted_validation_is_repeated(tmp_path, stopped_at):
+    def stop(step: int) -> dict[str, float]:
+        if step == stopped_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"m_vIoU": float(step)}
+
+    validation = Validation(every=3)
+    with pytest.raises(TrainingStopped):
+        train_toy(tmp_path, 6, validate=stop, validation=validation)
+    progress = train_toy(tmp_path, 6, validate=lambda step: {"m_vIoU": float(step)}, validation=validation).progress
+    assert progress.best_step == 6 and progress.finished
+    assert [line["step"] for line in log(tmp_path) if "validation" in line] == [3, 6]
+    (tmp_path / "toy.best.safetensors").unlink()
+    train_toy(tmp_path, 6, validate=lambda step: {"m_vIoU": float(step)}, validation=validation)
+    assert len(log(tmp_path)) == 8
+
+
 def test_an_interrupted_training_continues_as_if_nothing_had_happened(tmp_path):
     whole = train_toy(tmp_path / "whole", 20)
     with pytest.raises(TrainingStopped):
