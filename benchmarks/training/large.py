@@ -65,11 +65,11 @@ def main(shape: str) -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         lines = (folder / "trained-training" / "log.jsonl").read_text().splitlines()
         config, recipe = BridgeSTGConfig.load(folder / "checkpoint"), read_recipe(folder / "recipe.yaml")
-        guess = estimate(config, recipe, mean_s=3.0, longest_s=3.0, video_size=(240, 320)).stages[0]
+        estimated = estimate(config, recipe, mean_s=3.0, longest_s=3.0, video_size=(240, 320)).stages[0]
         weights = sum(path.stat().st_size for path in (folder / "checkpoint").glob("*.safetensors"))
     result = {
         "shape": shape, "steps": len(lines), "losses": [json.loads(line)["loss"] for line in lines],
-        "measured_peak_bytes": peak, "estimated_peak_bytes": guess.peak, "estimated_trained": guess.trained,
+        "measured_peak_bytes": peak, "estimated_peak_bytes": estimated.peak, "estimated_trained": estimated.trained,
         "loading_bytes": 2 * weights, "seconds": round(seconds), "machine": describe("torch", "transformers", "peft"),
     }  # fmt: skip
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

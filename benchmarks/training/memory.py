@@ -52,19 +52,19 @@ def main(names: tuple[str, ...]) -> None:
 def row(name: str) -> dict[str, Any]:
     """Return the estimated and the measured bytes of a case."""
     began = time.monotonic()
-    guess = run_in_subprocess("memory:guess", name, purpose="estimates a step")
+    estimate = run_in_subprocess("memory:estimated", name, purpose="estimates a step")
     middle = time.monotonic()
     measured = run_in_subprocess("memory:measure", name, purpose="trains a step")
     values = {
-        "case": name, "shape": SHAPE, "estimated_bytes": guess, "measured_bytes": measured,
-        "error": round(guess / measured - 1, 3), "estimate_seconds": round(middle - began, 1),
+        "case": name, "shape": SHAPE, "estimated_bytes": estimate, "measured_bytes": measured,
+        "error": round(estimate / measured - 1, 3), "estimate_seconds": round(middle - began, 1),
         "measure_seconds": round(time.monotonic() - middle, 1),
     }  # fmt: skip
     click.echo(json.dumps(values))
     return values
 
 
-def guess(name: str) -> int:
+def estimated(name: str) -> int:
     """Return the estimated peak of a case."""
     from bridge_stg.training.estimate import estimate
 
@@ -80,7 +80,7 @@ def measure(name: str) -> int:
 
     from bridge_stg.model.model import BridgeSTG
     from bridge_stg.runtime.host.memory import peak_bytes, reset_peak, return_freed_memory
-    from bridge_stg.training.estimate import clip_size, empty_batch
+    from bridge_stg.training.estimate import clip_shape, empty_batch
     from bridge_stg.training.loss.clip_task import ClipTask
     from bridge_stg.training.parts import add_lora, trained_parameters
 
@@ -98,7 +98,7 @@ def measure(name: str) -> int:
     model.language_model.checkpoint_activations = stage.checkpoint_activations
     model.vision_encoder.checkpoint_activations = stage.checkpoint_activations
     optimizer = torch.optim.AdamW(trained, fused=True)
-    batch = empty_batch(model.spec, clip_size(model.spec, DATA, SECONDS, VIDEO))
+    batch = empty_batch(model.spec, clip_shape(model.spec, DATA, SECONDS, VIDEO))
     batch.target.fill_(-100)
     batch.target[:, :8] = 0
     for _ in range(2):

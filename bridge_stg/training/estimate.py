@@ -94,7 +94,7 @@ class Estimate:
         return stage.peak + CONTEXT_BYTES <= USABLE * GPUS[self.gpu].memory
 
     def table(self) -> str:
-        """Return a table for people, one line per stage."""
+        """Return a text table, one line per stage."""
         columns = ("stage", "trained", "weights", "gradients", "optimizer", "activations", "logits", "peak", "hours")
         rows: list[tuple[str, ...]] = [columns]
         for stage in self.stages:
@@ -138,23 +138,23 @@ def estimate(
     Raises:
         BridgeError: a stage does not fit the model, as in the training.
     """
-    usual = clip_size(config.model_spec(), recipe.data, mean_s, video_size)
-    longest = clip_size(config.model_spec(), recipe.data, longest_s, video_size)
+    usual = clip_shape(config.model_spec(), recipe.data, mean_s, video_size)
+    longest = clip_shape(config.model_spec(), recipe.data, longest_s, video_size)
     stages = []
     for stage in recipe.stages:
-        step = Step(config, stage, bf16=recipe.precision == "bf16", attention=attention, frozen=frozen)
-        memory = step.measure(longest)
-        operations = stage.clips * memory.operations * step.work(usual) / step.work(longest)
+        model = StageModel(config, stage, bf16=recipe.precision == "bf16", attention=attention, frozen=frozen)
+        cost = model.measure(longest)
+        operations = stage.clips * cost.operations * model.work(usual) / model.work(longest)
         hours = None
         if gpu is not None:
             hours = stage.steps * operations / (devices * UTILISATION * GPUS[gpu].peak) / 3600
-        stages.append(step.on_device(memory, operations, hours, devices=devices, sharded=sharded))
+        stages.append(model.on_device(cost, operations, hours, devices=devices, sharded=sharded))
     return Estimate(tuple(stages), gpu, devices, sharded)
 
 
 @dataclass(frozen=True)
-class ClipSize:
-    """The sizes of a clip's tensors; frames as (height, width) in pixels."""
+class ClipShape:
+    """The numbers and sizes that give a clip's tensors their shapes; frames as (height, width) in pixels."""
 
     groups: int
     coarse: tuple[int, int]
@@ -163,47 +163,47 @@ class ClipSize:
     queries: int
 
 
-def clip_size(spec: ModelSpec, data: DataRecipe, seconds: float, video_size: tuple[int, int]) -> ClipSize:
-    """Return the sizes of a clip of a length, by the runtime's own rules."""
+def clip_shape(spec: ModelSpec, data: DataRecipe, seconds: float, video_size: tuple[int, int]) -> ClipShape:
+    """Return the shape of a clip of `seconds`, by the runtime's own rules; `video_size` is (height, width)."""
     frames = spec.frames
     tokens = min((n for n in (data.max_visual_tokens, frames.max_visual_tokens) if n is not None), default=None)
     plan = CoarsePlan(*video_size, spec, Budget(visual_tokens=tokens))
-    asked = seconds * frames.coarse_fps / spec.vision.temporal_patch_size
-    groups = min(plan.capacity, max(1, math.ceil(min(asked, plan.capacity))))
+    wanted = seconds * frames.coarse_fps / spec.vision.temporal_patch_size
+    groups = min(plan.capacity, max(1, math.ceil(min(wanted, plan.capacity))))
     coarse = plan.size_of(np.arange(groups, dtype=np.float64)) or plan.smallest
     fine_frames = min(data.fine_frames, max(1, math.ceil(min(seconds * frames.fine_fps, data.fine_frames))))
-    return ClipSize(groups, coarse, fine_frames, frame_sizes(*video_size, spec)[1], data.queries)
+    return ClipShape(groups, coarse, fine_frames, frame_sizes(*video_size, spec)[1], data.queries)
 
 
-def empty_batch(spec: ModelSpec, size: ClipSize) -> ClipBatch:
-    """Return a batch of zeros with the sizes of a clip."""
+def empty_batch(spec: ModelSpec, shape: ClipShape) -> ClipBatch:
+    """Return a batch of zeros with the shapes of a clip's tensors."""
     side = spec.vision.patch_size * spec.vision.merge_size
-    rows, columns = size.coarse[0] // side, size.coarse[1] // side
-    tokens = size.groups * rows * columns
-    length = HEAD_TOKENS + size.groups * GROUP_TOKENS + tokens
+    rows, columns = shape.coarse[0] // side, shape.coarse[1] // side
+    tokens = shape.groups * rows * columns
+    length = HEAD_TOKENS + shape.groups * GROUP_TOKENS + tokens
     index = np.zeros(length, np.int64)
     index[-tokens:] = 1 + np.arange(tokens)
     prefix = Segment(np.zeros(length, np.int64), index, np.zeros((3, length), np.int64), length)
     row = QUERY_TOKENS + ANSWER_TOKENS + spec.language.num_bridging_queries
-    shape = (size.queries, size.fine_frames)
+    frames = (shape.queries, shape.fine_frames)
     return ClipBatch(
-        frames=torch.zeros(size.groups, spec.vision.temporal_patch_size, *size.coarse, 3, dtype=torch.uint8),
-        fine=torch.zeros(size.fine_frames, *size.fine, 3, dtype=torch.uint8),
-        fine_times=torch.zeros(size.fine_frames),
+        frames=torch.zeros(shape.groups, spec.vision.temporal_patch_size, *shape.coarse, 3, dtype=torch.uint8),
+        fine=torch.zeros(shape.fine_frames, *shape.fine, 3, dtype=torch.uint8),
+        fine_times=torch.zeros(shape.fine_frames),
         prefix=prefix,
-        input_ids=torch.zeros(size.queries, row, dtype=torch.int64),
-        length=torch.full((size.queries,), row),
-        target=torch.zeros(size.queries, row, dtype=torch.int64),
-        boxes=torch.zeros(*shape, 4),
-        positive=torch.ones(shape, dtype=torch.bool),
-        mask=torch.ones(shape, dtype=torch.bool),
-        counted=torch.ones(shape, dtype=torch.bool),
+        input_ids=torch.zeros(shape.queries, row, dtype=torch.int64),
+        length=torch.full((shape.queries,), row),
+        target=torch.zeros(shape.queries, row, dtype=torch.int64),
+        boxes=torch.zeros(*frames, 4),
+        positive=torch.ones(frames, dtype=torch.bool),
+        mask=torch.ones(frames, dtype=torch.bool),
+        counted=torch.ones(frames, dtype=torch.bool),
     )
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One micro-batch: bytes beside the weights, and operations of matmuls."""
+class MicroBatchCost:
+    """What one micro-batch takes: bytes in addition to the weights, and operations of matmuls."""
 
     forward_peak: int  # largest sum during the forward pass
     kept: int  # for the backward pass
@@ -213,8 +213,8 @@ class Measured:
     operations: float
 
 
-class Step:
-    """A stage's model on tensors without values."""
+class StageModel:
+    """A stage's model on tensors without values, on which a micro-batch is measured."""
 
     def __init__(
         self, config: BridgeSTGConfig, stage: Stage, *, bf16: bool, attention: str, frozen: torch.dtype
@@ -233,16 +233,16 @@ class Step:
         for part in (self.model.language_model, self.model.vision_encoder):
             part.checkpoint_activations = stage.checkpoint_activations
 
-    def measure(self, size: ClipSize) -> Measured:
+    def measure(self, shape: ClipShape) -> MicroBatchCost:
         """Run one micro-batch."""
         with self.mode:
-            batch = empty_batch(self.model.spec, size)
-            before = {id(parameter.untyped_storage()) for parameter in self.task.parameters()}
-            with Live(before) as live:
+            batch = empty_batch(self.model.spec, shape)
+            weights = {id(parameter.untyped_storage()) for parameter in self.task.parameters()}
+            with LiveStorages(weights) as live:
                 total, logits = self.forward(batch)
                 forward_peak, kept = live.peak, live.now
-                hooks = [value.register_post_accumulate_grad_hook(live.reduce) for value in self.trained.values()]
-                live.collects = True
+                hooks = [value.register_post_accumulate_grad_hook(live.add_reduced) for value in self.trained.values()]
+                live.collect_garbage = True
                 gc.freeze()
                 try:
                     torch.autograd.backward(total)
@@ -251,17 +251,17 @@ class Step:
             for hook, parameter in zip(hooks, self.trained.values()):
                 hook.remove()
                 parameter.grad = None
-        return Measured(forward_peak, kept - logits, live.peak, live.reduced_peak, logits, live.operations)
+        return MicroBatchCost(forward_peak, kept - logits, live.peak, live.reduced_peak, logits, live.operations)
 
-    def work(self, size: ClipSize) -> float:
-        """Return weights times patches or tokens of a clip, for ratios between the operations of clips."""
+    def work(self, shape: ClipShape) -> float:
+        """Return bytes of weights times patches or tokens of a clip, for ratios between the operations of clips."""
         vision, language = (
             size_of(part.parameters()) for part in (self.model.vision_encoder, self.model.language_model)
         )
         spec = self.model.spec.vision
-        coarse, fine = (height * width / spec.patch_size**2 for height, width in (size.coarse, size.fine))
-        patches = size.groups * coarse + size.fine_frames * fine
-        return vision * patches + language * size.groups * (coarse / spec.merge_size**2 + GROUP_TOKENS)
+        coarse, fine = (height * width / spec.patch_size**2 for height, width in (shape.coarse, shape.fine))
+        patches = shape.groups * coarse + shape.fine_frames * fine
+        return vision * patches + language * shape.groups * (coarse / spec.merge_size**2 + GROUP_TOKENS)
 
     def forward(self, batch: ClipBatch) -> tuple[Tensor, int]:
         """Return a scalar of all outputs, and the bytes of the logits and their gradients."""
@@ -279,7 +279,7 @@ class Step:
         return total, 2 * logits.nbytes + (logits.nbytes // 2 if task.bf16 else 0)
 
     def on_device(
-        self, measured: Measured, operations: float, hours: float | None, *, devices: int, sharded: bool
+        self, cost: MicroBatchCost, operations: float, hours: float | None, *, devices: int, sharded: bool
     ) -> StageEstimate:
         """Return the estimate for each of the devices."""
         trained = list(self.trained.values())
@@ -289,19 +289,19 @@ class Step:
         optimizer = (2 if self.stage.optimizer == "adamw" else 0.5) * gradients + size_of(new) * bool(self.stage.ema)
         several = self.stage.clips // devices > 1
         gathered, buckets = 0, 0
-        in_pass = measured.peak
+        in_pass = cost.peak
         if sharded and devices > 1:  # the gradients of each layer are reduced with every clip
             gathered = self.gathered()
-            in_pass = measured.reduced_peak + gradients // devices
+            in_pass = cost.reduced_peak + gradients // devices
             weights, gradients, optimizer = weights // devices, gradients // devices, optimizer / devices
         elif devices > 1:
             buckets = gradients  # of DDP
             gradients += buckets
         held = (gradients - buckets) * several
-        in_passes = max(measured.forward_peak + held, in_pass) + buckets + gathered
+        in_passes = max(cost.forward_peak + held, in_pass) + buckets + gathered
         return StageEstimate(
             name=self.stage.name, trained=sum(parameter.numel() for parameter in trained), weights=weights,
-            gradients=gradients, optimizer=round(optimizer), activations=measured.kept, logits=measured.logits,
+            gradients=gradients, optimizer=round(optimizer), activations=cost.kept, logits=cost.logits,
             peak=weights + round(optimizer) + max(in_passes, gradients), operations=operations, hours=hours,
         )  # fmt: skip
 
@@ -352,17 +352,17 @@ OPERATIONS: Mapping[Any, Any] = {
 }
 
 
-class Live(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):
     """Adds up the bytes of the storages that operations create, while they are alive.
 
-    `before` are the ids of storages that are not counted.
+    `ignored` are the ids of storages that are not counted.
     """
 
-    def __init__(self, before: set[int]) -> None:
+    def __init__(self, ignored: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak, self.operations, self.before = 0, 0, 0.0, before
+        self.now, self.peak, self.operations, self.ignored = 0, 0, 0.0, ignored
         self.reduced, self.reduced_peak = 0, 0
-        self.collects = False
+        self.collect_garbage = False
         """Whether garbage is collected before a new peak counts: recomputation leaves cycles of references."""
         self.seen: dict[int, int] = {}
 
@@ -383,19 +383,19 @@ class Live(TorchDispatchMode):
     def add(self, storage: torch.UntypedStorage) -> None:
         """Count a storage until it is freed."""
         key = id(storage)
-        if key in self.seen or key in self.before:
+        if key in self.seen or key in self.ignored:
             return
         self.seen[key] = storage.nbytes()
         self.now += storage.nbytes()
         if self.now > 1.01 * self.peak or self.now - self.reduced > 1.01 * self.reduced_peak:
-            if self.collects:
+            if self.collect_garbage:
                 gc.collect()
             self.peak = max(self.peak, self.now)
             self.reduced_peak = max(self.reduced_peak, self.now - self.reduced)
         weakref.finalize(storage, self.drop, key)
 
-    def reduce(self, parameter: Tensor) -> None:
-        """Note that the gradient of a parameter is complete."""
+    def add_reduced(self, parameter: Tensor) -> None:
+        """Count the complete gradient of a parameter, which sharded training reduces and frees at once."""
         assert parameter.grad is not None
         self.reduced += parameter.grad.nbytes
 

@@ -22,16 +22,19 @@ from bridge_stg.training.recipe import AUXILIARY, LORA, Lora, Stage
 
 def part_of(name: str) -> str:
     """Return the part, one of `recipe.PARTS`, `LORA` or `AUXILIARY`, of a parameter of a task or model."""
-    name = name.removeprefix("model.")
     if ".lora_" in name:
         return LORA
-    if name.startswith("vision_encoder."):
-        return "mergers" if "merger" in name else "vision"
-    if name.startswith("spatial_decoder."):
-        return "spatial"
-    if name.startswith("language_model."):
-        return "bridging" if name.startswith("language_model.bridging.") else "llm"
-    return AUXILIARY
+    try:
+        return part_of_key(checkpoint_key(name.removeprefix("model.")))
+    except KeyError:
+        return AUXILIARY
+
+
+def part_of_key(key: str) -> str:
+    """Return the part, one of `recipe.PARTS`, of a checkpoint key."""
+    if key.startswith("model.visual."):
+        return "mergers" if "merger" in key else "vision"
+    return {"bridging": "bridging", "spatial_decoder": "spatial"}.get(key.partition(".")[0], "llm")
 
 
 def trained_parameters(task: nn.Module, stage: Stage, *, frozen: torch.dtype | None = None) -> dict[str, nn.Parameter]:

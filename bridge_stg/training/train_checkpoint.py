@@ -42,7 +42,7 @@ from bridge_stg.training.folder import check_places, locked_run, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
 from bridge_stg.training.loop.trainer import Run, StageTrainer, clips_per_process, make_optimizer
 from bridge_stg.training.loss.clip_task import ClipTask
-from bridge_stg.training.parts import adapted_layers, add_lora, part_of, save_adapter, trained_parameters
+from bridge_stg.training.parts import adapted_layers, add_lora, part_of, part_of_key, save_adapter, trained_parameters
 from bridge_stg.training.recipe import LORA, NEW_PARTS, Stage, TrainingRecipe
 from bridge_stg.training.report.report import write_report
 from bridge_stg.training.validation import Validator, metrics
@@ -154,15 +154,15 @@ def describe_training(
     `gpu` is one of `estimate.GPUS`, None: no hours. Without sources, only the estimate. Raises BridgeError as
     `train_checkpoint` does.
     """
-    config, parts = trainable_config(Path(checkpoint)), []
+    config, texts = trainable_config(Path(checkpoint)), []
     lengths: dict[str, Any] = {}
     if recipe.data.sources:
         index = check_data(recipe, config)
-        parts.append(index.summary())
+        texts.append(index.summary())
         seconds = [size.medium.duration_s for size in index.sizes if size.medium.duration_s is not None]
         lengths = {"mean_s": sum(seconds) / len(seconds), "longest_s": max(seconds)} if seconds else {}
     found = estimate(config, recipe, gpu=gpu, devices=devices, sharded=shard and devices > 1, **lengths)
-    return "\n\n".join([*parts, found.table()])
+    return "\n\n".join([*texts, found.table()])
 
 
 def train_stage(  # noqa: PLR0917
@@ -180,17 +180,17 @@ def train_stage(  # noqa: PLR0917
     half = recipe.precision == "bf16" and store.dtype == torch.bfloat16
     task = ClipTask(model, bf16=recipe.precision == "bf16")
     trained = trained_parameters(task, stage, frozen=torch.bfloat16 if half else None)
-    for part in (model.language_model, model.vision_encoder):
-        part.checkpoint_activations = stage.checkpoint_activations
+    for module in (model.language_model, model.vision_encoder):
+        module.checkpoint_activations = stage.checkpoint_activations
 
     def validate(step: int) -> Mapping[str, float]:
         assert validator is not None
         grounder = torch_grounder(model.eval(), autocast=torch.bfloat16 if task.bf16 else None)
-        rows = validator.validate(grounder, process=run.processes.rank, processes=run.processes.count)
-        gathered = [row for part in run.processes.gather(rows) for row in part]
+        own = validator.validate(grounder, process=run.processes.rank, processes=run.processes.count)
+        rows = [row for some in run.processes.gather(own) for row in some]
         if run.processes.is_main:
-            validator.write(run.folder, stage.name, step, gathered)
-        return metrics(gathered)
+            validator.write(run.folder, stage.name, step, rows)
+        return metrics(rows)
 
     trainer = StageTrainer(
         stage, task, trained, ClipBatches(model.spec, checkpoint / TOKENIZER, mixture), run,
@@ -238,19 +238,12 @@ def needed_bytes(store: WeightStore, recipe: TrainingRecipe) -> int:
     counts = {key: math.prod(tensor.shape) for key, tensor in store.items()}
     needed = 0
     for stage in recipe.stages:
-        full = sum(n for key, n in counts.items() if key_part(key) in stage.train)
+        full = sum(n for key, n in counts.items() if part_of_key(key) in stage.train)
         states = 2 if recipe.validation else 1
         needed += (states + 1) * 12 * full
         if set(stage.train) - set(NEW_PARTS):
             needed += sum(tensor.length for tensor in store.values())
     return needed
-
-
-def key_part(key: str) -> str:
-    """Return the part of a checkpoint key."""
-    if key.startswith("model.visual."):
-        return "mergers" if "merger" in key else "vision"
-    return {"bridging": "bridging", "spatial_decoder": "spatial"}.get(key.partition(".")[0], "llm")
 
 
 def run_identity(recipe: TrainingRecipe, index: Index, checkpoint: Path, store: WeightStore) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from bridge_stg.checkpoint.checkpoint import build_model
 from bridge_stg.model.config import BridgeSTGConfig
-from bridge_stg.training.estimate import GPUS, clip_size, estimate
+from bridge_stg.training.estimate import GPUS, clip_shape, estimate
 from bridge_stg.training.parts import part_of
 from bridge_stg.training.recipe import NEW_PARTS, DataRecipe, Lora, Stage, TrainingRecipe
 from tests.bridge_stg.model.tiny_model import tiny_config
@@ -90,12 +90,12 @@ def test_the_table_says_what_does_not_fit(monkeypatch):
     assert unknown.fits(unknown.stages[0]) is None and unknown.stages[0].hours is None
 
 
-def test_clip_sizes_follow_the_rules_of_the_runtime():
+def test_clip_shapes_follow_the_rules_of_the_runtime():
     spec = tiny_config().model_spec()
-    longest = clip_size(spec, DATA, math.inf, (480, 640))
+    longest = clip_shape(spec, DATA, math.inf, (480, 640))
     assert longest.groups == spec.frames.max_coarse_groups and longest.fine_frames == 4
     side = spec.vision.patch_size * spec.vision.merge_size
-    few = clip_size(spec, dataclasses.replace(DATA, max_visual_tokens=longest.groups), math.inf, (480, 640))
+    few = clip_shape(spec, dataclasses.replace(DATA, max_visual_tokens=longest.groups), math.inf, (480, 640))
     assert few.groups * few.coarse[0] * few.coarse[1] // side**2 <= longest.groups
 
 
