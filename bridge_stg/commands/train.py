@@ -17,6 +17,8 @@ from bridge_stg.runtime.errors import BridgeError
 
 GPUS = ("l4", "rtx4090", "a100-80gb", "h100-80gb")
 """Names of `training.estimate.GPUS`, which is imported with torch."""
+TRACKERS = ("tensorboard", "wandb")
+"""Names of `training.loop.distribution.TRACKERS`, which is imported with torch."""
 
 
 def layers(value: str) -> tuple[int, ...]:
@@ -106,7 +108,7 @@ def init(
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: as in CHECKPOINT.")
 @options.adapter_option
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
-@click.option("--tracker", type=click.Choice(["tensorboard", "wandb"]), help="Log curves there too.")
+@click.option("--tracker", type=click.Choice(TRACKERS), help="Log curves there too.")
 @click.option(
     "--shard/--no-shard", default=None, help="Shard weights over processes; default: accelerate's --use_fsdp."
 )

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputed(nn.Module):
-    """Base of modules that run blocks one after the other."""
+    """Base of modules that run blocks one after the other, with activation checkpointing if it is turned on."""
 
     checkpoint_activations = False
-    """Whether only the inputs of blocks are kept for the backward pass."""
+    """Whether only the inputs of blocks are kept for the backward pass, which runs the blocks again."""
 
     def run_block(self, block: Callable[..., Any], *args: Any, **options: Any) -> Tensor:
-        """Call a block."""
+        """Return the output of a block."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False, **options)  # type: ignore[no-any-return]
         return block(*args, **options)  # type: ignore[no-any-return]

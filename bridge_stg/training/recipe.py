@@ -16,7 +16,10 @@ from bridge_stg.runtime.bundle.typed_json import Between, from_json
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.parse import parse_yaml_file
 
-NEW_PARTS, PARTS = ("bridging", "spatial"), ("bridging", "spatial", "mergers", "llm", "vision")
+NEW_PARTS = ("bridging", "spatial")
+"""Parts that `init` adds to a backbone."""
+PARTS = (*NEW_PARTS, "mergers", "llm", "vision")
+"""Parts of the model: `mergers` and `vision` are those of the vision encoder, `vision` its blocks."""
 LORA, AUXILIARY = "lora", "auxiliary"
 """Names in `Stage.rates` for LoRA adapters, and for modules that are discarded after training."""
 SHIPPED = Path(__file__).parent / "recipes"
@@ -81,7 +84,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685) on the linear layers of some parts, in place of their weights."""
+    """Low-rank adapters (arXiv 2106.09685) on linear layers of some parts, whose own weights stay frozen."""
 
     rank: Annotated[int, Between(1, 4096)] = 32
     alpha: Number = 32.0
@@ -98,11 +101,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training with parameters and learning rates of its own."""
+    """A run of steps with its own trained parts, learning rates and optimizer state."""
 
     name: str
     steps: Steps
-    train: tuple[str, ...] = NEW_PARTS  # parts with all their weights
+    train: tuple[str, ...] = NEW_PARTS  # parts of the model whose weights are all trained
     lora: Lora | None = None
     clips: Steps = 8  # per step, over all processes
     learning_rate: Annotated[float, Between(0, 1)] = 1e-4  # peak
@@ -205,7 +208,7 @@ def _recipe_values(name: Path | str, folder: Path, above: tuple[Path, ...]) -> t
     if not isinstance(values, dict):
         return path, values
     if path != shipped:
-        _place(values, path.parent)
+        _prepend_folder(values, path.parent)
     base = values.pop("base", None)
     if base is None:
         return path, values
@@ -214,21 +217,22 @@ def _recipe_values(name: Path | str, folder: Path, above: tuple[Path, ...]) -> t
     return path, _merged(_recipe_values(base, path.parent, (*above, path))[1], values)
 
 
-def _place(values: dict[str, Any], folder: Path) -> None:
+def _prepend_folder(values: dict[str, Any], folder: Path) -> None:
     """Put `folder` before the paths of a recipe's values, in place; values of wrong types are left to `from_json`."""
 
-    def placed(value: Any) -> Any:
+    def prepended(value: Any) -> Any:
         if isinstance(value, list):
-            return [placed(one) for one in value]
+            return [prepended(one) for one in value]
         return str(folder / value) if isinstance(value, str) else value
 
     for section in (values.get("data"), values.get("validation")):
         if not isinstance(section, dict):
             continue
         sources = section.get("sources")
-        for part in (section, *(sources if isinstance(sources, list) else ())):
-            if isinstance(part, dict):
-                part.update({key: placed(part[key]) for key in ("annotations", "media", "frame_cache") if key in part})
+        for fields in (section, *(sources if isinstance(sources, list) else ())):
+            if isinstance(fields, dict):
+                names = [name for name in ("annotations", "media", "frame_cache") if name in fields]
+                fields.update({name: prepended(fields[name]) for name in names})
 
 
 def _merged(base: Any, values: Any) -> Any:

@@ -19,7 +19,7 @@ from bridge_stg.demo.text_heads.batches import TextBatch, TextBatchMaker
 from bridge_stg.demo.text_heads.held_out import score_rendered_text
 from bridge_stg.demo.text_heads.model import SCALE, first_side_id, text_model, write_text_tokenizer
 from bridge_stg.demo.training.batches import LOOKS, QUERIES_PER_CLIP
-from bridge_stg.demo.training.train import DemoTraining, StageParts
+from bridge_stg.demo.training.train import DemoStage, DemoTraining
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.vision import rms_normalize
 from bridge_stg.runtime.grounder import Grounder
@@ -148,4 +148,4 @@ def train_text_demo(
     training = DemoTraining(out, recipe, write_text_tokenizer, resume=resume)
     model = text_model(load_checkpoint(demo_checkpoint() if start is None else start), training.tokenizer)
     batches = TextBatchMaker(model.spec, training.tokenizer_path, recipe.seed, clips=clips)
-    return training.train(model, {"text": StageParts(TextTask(model), batches, score)})
+    return training.train(model, {"text": DemoStage(TextTask(model), batches, score)})

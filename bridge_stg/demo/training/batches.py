@@ -18,6 +18,7 @@ from bridge_stg.runtime.chain.prompt import Segment, Tokenizer, query_segment, t
 from bridge_stg.runtime.chain.spans import groups_of_span
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.training.data.answers import answer_row, pad_right, pad_rows
+from bridge_stg.training.data.labels import NEAR_AN_END
 
 LOOKS = len(NAMES) * len(COLOUR_NAMES)
 ASKED = (len(NAMES), len(COLOUR_NAMES), len(DIRECTION_NAMES))
@@ -25,7 +26,6 @@ QUERIES_PER_CLIP = 3
 Span = tuple[int, int] | None  # first and last group; None if the target is absent
 ABSENT, TWINS = 0.35, 0.5
 """Share of queries about absent things, and of clips whose first two things differ in direction only."""
-NEAR_AN_END = 5  # number of consecutive fine frames around an end of a span; the others are spread
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ class MicroBatches:
 
 
 @dataclass(frozen=True)
-class StageParts:
-    """What a stage needs beside its recipe.
+class DemoStage:
+    """What a stage of the demo needs in addition to its recipe.
 
     Attributes:
         task: the loss of a batch.
@@ -95,8 +95,10 @@ class DemoTraining:
         self.tokenizer = Tokenizer.from_file(self.tokenizer_path)
         torch.manual_seed(recipe.seed)
 
-    def train(self, model: BridgeSTG, parts: Mapping[str, StageParts]) -> Path:
-        """Train the stages one after the other, given their parts by name; write the checkpoint and return its folder.
+    def train(self, model: BridgeSTG, stages: Mapping[str, DemoStage]) -> Path:
+        """Train the stages one after the other; write the checkpoint and return its folder.
+
+        `stages` has what each stage needs by its name.
 
         Raises:
             TrainingStopped: a signal ended the training; calling again continues it.
@@ -108,13 +110,13 @@ class DemoTraining:
             log_every=recipe.log_every,
         )  # fmt: skip
         for stage in recipe.stages:
-            part = parts[stage.name]
-            task = part.task.train()
+            own = stages[stage.name]
+            task = own.task.train()
             task.bf16 = recipe.precision == "bf16"
             StageTrainer(
-                stage, task, trained_parameters(task, stage), MicroBatches(part.batches), run,
+                stage, task, trained_parameters(task, stage), MicroBatches(own.batches), run,
                 validation=recipe.validation,
-                validate=None if part.score is None else partial(_validate, model, part.score),
+                validate=None if own.score is None else partial(_validate, model, own.score),
             ).train()  # fmt: skip
         save_checkpoint(model.eval(), self.out, self.tokenizer_path)
         return self.out
@@ -145,7 +147,7 @@ def train_demo(out: Path, recipe: TrainingRecipe, *, resume: bool = True, tiny: 
     return training.train(
         model,
         {
-            "vision": StageParts(VisionTask(model), partial(vision_batch, model.spec, recipe.seed, patches=patches)),
-            "grounding": StageParts(GroundingTask(model), grounding, score),
+            "vision": DemoStage(VisionTask(model), partial(vision_batch, model.spec, recipe.seed, patches=patches)),
+            "grounding": DemoStage(GroundingTask(model), grounding, score),
         },
     )

@@ -13,8 +13,8 @@ import numpy as np
 from bridge_stg.evaluation.samples import Truth
 from bridge_stg.runtime.chain.spans import TIME_TOLERANCE_S
 
-NEAR_AN_END = 5  # number of consecutive fine frames around an end of a span; the others are spread
-AROUND_S = 1.0  # most of the spread frames are at most this many seconds outside of the span
+NEAR_AN_END = 5  # number of consecutive fine frames around an end of a span; the others are around it or anywhere
+AROUND_S = 1.0  # most of the other frames are at most this many seconds outside of the span
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from bridge_stg.training.loop.distribution import Processes, distribute_like, fu
 
 
 @dataclass
-class Progress:
+class StageProgress:
     """How far a stage has come."""
 
     step: int = 0  # number of finished steps
@@ -41,7 +41,7 @@ class Progress:
 
 def save_state(  # noqa: PLR0917 - what a state is made of
     path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor],
-    progress: Progress, processes: Processes,
+    progress: StageProgress, processes: Processes,
 ) -> None:  # fmt: skip
     """Write a state; an interrupted or failed write leaves the previous one. All processes must call this."""
     tensors = {f"weight/{name}": full_tensor(parameter) for name, parameter in trained.items()}
@@ -57,14 +57,14 @@ def save_state(  # noqa: PLR0917 - what a state is made of
 
 def load_state(
     path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor],
-) -> Progress:  # fmt: skip
+) -> StageProgress:  # fmt: skip
     """Load a state into weights, averages and optimizer.
 
     Raises CheckpointError if it is damaged or another model's; then some weights may have been replaced.
     """
     try:
         with safe_open(path, "pt") as file:
-            progress = from_json(Progress, json.loads(file.metadata()["progress"]))
+            progress = from_json(StageProgress, json.loads(file.metadata()["progress"]))
             kinds: dict[str, dict[str, str]] = {}
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 kind, _, name = key.partition("/")

@@ -32,7 +32,7 @@ from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.training.data.micro_batch import MicroBatch, Skipped
 from bridge_stg.training.folder import LOG, SKIPPED, TEXT_LOG
 from bridge_stg.training.loop.distribution import Processes, full_tensor, unsharded
-from bridge_stg.training.loop.state import Progress, load_state, save_state
+from bridge_stg.training.loop.state import StageProgress, load_state, save_state
 from bridge_stg.training.parts import parameter_groups, part_of
 from bridge_stg.training.recipe import NEW_PARTS, Stage, Validation
 
@@ -143,7 +143,7 @@ class StageTrainer:
         self.optimizer = make_optimizer(groups, stage)
         new = {name: value for name, value in self.trained.items() if part_of(name) in NEW_PARTS}
         self.averages = {name: value.detach().clone() for name, value in new.items()} if stage.ema else {}
-        self.progress = Progress()
+        self.progress = StageProgress()
         self.figures: list[dict[str, float]] = []
         self.stopped: int | None = None  # signal that arrived at this process
         self.stopping = False  # whether all processes end after this step
@@ -159,7 +159,7 @@ class StageTrainer:
         """The file of the state with the best metric."""
         return self.run.folder / f"{self.stage.name}.best.safetensors"
 
-    def train(self) -> Progress:
+    def train(self) -> StageProgress:
         """Train until the last step, or until validation ends the stage early; return the counts.
 
         The weights are then those of the best validation, or of the last step without validation; new parts have their

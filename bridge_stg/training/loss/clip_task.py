@@ -37,24 +37,24 @@ class ClipTask(nn.Module):
         """Return the loss of a clip, and values to log."""
         # The device context applies to tensors that the modules create: centres of patches, masks, ranges.
         with self.device:
-            parts, more, outputs = self.clip(batch)
+            parts, more, outputs = self.losses(batch)
             # Every trained weight gets a gradient from every clip, which processes that share gradients rely on.
-            untouched = torch.stack([output.float().sum() for output in outputs]).sum()
-            loss = torch.stack(list(parts.values())).sum() + 0 * untouched
+            all_outputs = torch.stack([output.float().sum() for output in outputs]).sum()
+            loss = torch.stack(list(parts.values())).sum() + 0 * all_outputs
         return loss, {name: value.item() for name, value in (parts | more).items()}
 
-    def clip(self, batch: ClipBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+    def losses(self, batch: ClipBatch) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
         """Return the weighted losses of one clip by name, other values to log, and all outputs of the model."""
         config = self.model.config.losses
         ids, target, positive, mask, counted = (
-            self.here(t) for t in (batch.input_ids, batch.target, batch.positive, batch.mask, batch.counted)
+            self.to_device(t) for t in (batch.input_ids, batch.target, batch.positive, batch.mask, batch.counted)
         )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            suffix = self.language(batch, self.visual_tokens(self.here(batch.frames)), ids)
+            suffix = self.language(batch, self.visual_tokens(self.to_device(batch.frames)), ids)
             choices = target >= 0
             logits = self.model.language_model.logits(suffix[-1][choices])
-            feature_map = self.feature_map(self.here(batch.fine))
-            times = self.here(batch.fine_times)
+            feature_map = self.feature_map(self.to_device(batch.fine))
+            times = self.to_device(batch.fine_times)
             taps = self.taps(batch, suffix)
             found = self.model.spatial_decoder.localize(feature_map[None], taps, times[None], mask[None])
         parts, more = {}, {}
@@ -63,7 +63,7 @@ class ClipTask(nn.Module):
             more["token_accuracy"] = (logits.argmax(-1) == target[choices]).float().mean()
         if counted.any():
             rows, columns = feature_map.shape[1:3]
-            boxes = self.here(batch.boxes)[None]
+            boxes = self.to_device(batch.boxes)[None]
             spatial, iou = spatial_losses(found, boxes, positive[None], counted[None], (rows, columns), config)
             wrong = (found.presence[-1][0] > 0) != positive
             more["presence_accuracy"] = 1 - wrong[counted].float().mean()
@@ -81,35 +81,37 @@ class ClipTask(nn.Module):
         parameters = self.model.vision_encoder.named_parameters()
         return any(parameter.requires_grad for name, parameter in parameters if "merger" not in name)
 
-    def here(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the device of the model."""
         return tensor.to(self.device, non_blocking=True)
 
-    def encoded(self, frames: Tensor) -> Iterator[tuple[list[Tensor], tuple[int, int]]]:
+    def encode(self, frames: Tensor) -> Iterator[tuple[list[Tensor], tuple[int, int]]]:
         """Yield the residual streams of chunks of groups uint8 [G, P, height, width, 3], with rows and columns."""
         spec = self.model.spec
         rows, columns = frames.shape[2] // spec.vision.patch_size, frames.shape[3] // spec.vision.patch_size
-        tables = [self.here(torch.from_numpy(table)) for table in vision_tables(spec.vision, rows, columns).values()]
+        positions = [
+            self.to_device(torch.from_numpy(table)) for table in vision_tables(spec.vision, rows, columns).values()
+        ]
         size = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // (rows * columns)))
         for part in frames.split(size):
             with torch.set_grad_enabled(self.trains_vision):
-                states = self.model.vision_encoder.hidden_states(part, *tables)
+                states = self.model.vision_encoder.hidden_states(part, *positions)
             yield states, (rows, columns)
 
     def visual_tokens(self, frames: Tensor) -> Tensor:
         """Return visual tokens [1+D, n, H] of coarse groups."""
-        return torch.cat([self.model.vision_encoder.merge(states) for states, _ in self.encoded(frames)], 1)
+        return torch.cat([self.model.vision_encoder.merge(states) for states, _ in self.encode(frames)], 1)
 
     def feature_map(self, frames: Tensor) -> Tensor:
         """Return the feature map [F, h, w, C] of fine frames, each repeated to fill its group."""
         groups = frames[:, None].expand(-1, self.model.spec.vision.temporal_patch_size, -1, -1, -1)
         encoder = self.model.vision_encoder
-        return torch.cat([encoder.feature_map(states[-1], *grid) for states, grid in self.encoded(groups)])
+        return torch.cat([encoder.feature_map(states[-1], *grid) for states, grid in self.encode(groups)])
 
     def language(self, batch: ClipBatch, tokens: Tensor, ids: Tensor) -> list[Tensor]:
         """Return the residual streams [B, L, H] of the rows, after their common prefix."""
         return prefix_and_suffix_states(self.model.language_model, batch.prefix, tokens, ids, clips=1)[1]
 
     def taps(self, batch: ClipBatch, suffix: list[Tensor]) -> Tensor:
-        """Return taps [T, 1, B, Q, H] of the bridging queries."""
-        return bridging_taps(self.model.language_model, suffix, self.here(batch.length), clips=1)
+        """Return taps [T, 1, B, Q, H] of the bridging queries; `suffix` are the streams of `language`."""
+        return bridging_taps(self.model.language_model, suffix, self.to_device(batch.length), clips=1)

@@ -16,6 +16,7 @@ from bridge_stg.commands import train
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.runtime.bundle.spec import KnowsSpec
 from bridge_stg.training import estimate
+from bridge_stg.training.loop.distribution import TRACKERS
 from bridge_stg.training.loop.trainer import TrainingStopped
 from tests.bridge_stg.model.published import publish
 
@@ -90,7 +91,7 @@ def test_a_dry_run_checks_the_data_and_estimates(folder, capsys):
     printed = capsys.readouterr().out
     assert "1 clips, 1 queries" in printed and "parts" in printed and "1 × l4" in printed
     assert not (folder / "trained").exists() and not (folder / "trained-training").exists()
-    assert tuple(estimate.GPUS) == train.GPUS
+    assert tuple(estimate.GPUS) == train.GPUS and tuple(TRACKERS) == train.TRACKERS
 
 
 @pytest.mark.parametrize(

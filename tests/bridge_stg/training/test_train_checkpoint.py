@@ -149,10 +149,10 @@ def test_everything_is_computed_on_the_models_device(of_each_family, annotations
     batch = video_batch(model, of_each_family, annotations, media)
     task = ClipTask(model)
     with meta:
-        suffix = task.language(batch, task.visual_tokens(task.here(batch.frames)), task.here(batch.input_ids))
+        suffix = task.language(batch, task.visual_tokens(task.to_device(batch.frames)), task.to_device(batch.input_ids))
         found = model.spatial_decoder.localize(
-            task.feature_map(task.here(batch.fine))[None], task.taps(batch, suffix),
-            task.here(batch.fine_times)[None], task.here(batch.mask)[None],
+            task.feature_map(task.to_device(batch.fine))[None], task.taps(batch, suffix),
+            task.to_device(batch.fine_times)[None], task.to_device(batch.mask)[None],
         )  # fmt: skip
         assert heat_target(found.boxes[-1], 3, 4).device == meta
     assert {t.device for t in (*suffix, *found.boxes, *found.presence, found.heat, found.summary)} == {meta}
