@@ -59,7 +59,7 @@ def curve(name: str, points: Sequence[Point], *, marks: bool = False, best: int 
     ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
     if not logarithmic:
         low, high = min(low, ticks[0]), max(high, ticks[-1])
-    steps = [points[0][0] if len(points) == 1 else 0, points[-1][0]]
+    steps = [0, points[-1][0]]
 
     def scaled(value: float) -> float:
         return math.log(value) if logarithmic else value
@@ -79,7 +79,7 @@ def curve(name: str, points: Sequence[Point], *, marks: bool = False, best: int 
                 parts[-1].append(f"{x(step)},{y(value)}")
             elif parts[-1]:
                 parts.append([])
-        return tuple(" ".join(part) for part in parts if part)
+        return tuple(" ".join(part if part[1:] else part * 2) for part in parts if part)  # a dot is a line to itself
 
     return Curve(
         name, finite[-1][1], logarithmic, lines(shown), lines(_smooth(shown)) if smoothed else (),

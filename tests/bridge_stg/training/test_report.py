@@ -14,7 +14,7 @@ import pytest
 
 from bridge_stg.evaluation.datasets.registry import read_dataset
 from bridge_stg.training.recipe import Source, Validation
-from bridge_stg.training.report.curves import HEIGHT, MOST_POINTS, WIDTH, curve
+from bridge_stg.training.report.curves import HEIGHT, MOST_POINTS, RIGHT, WIDTH, curve
 from bridge_stg.training.report.report import ValidationMetrics, best_of, read_log, write_report
 from bridge_stg.training.validation import Validator, metrics
 from tests.errors import raises
@@ -163,6 +163,12 @@ def test_curves_stay_in_their_charts(values: list[float]) -> None:
     if finite:
         assert 1 <= len(chart.y_ticks) <= 8 and 1 <= len(chart.x_ticks) <= 8
         assert len({label for _, label in chart.y_ticks}) == len(chart.y_ticks)
+
+
+def test_a_single_point_is_a_dot() -> None:
+    (line,) = curve("loss", [(50, 1.5)]).lines
+    first, second = line.split()
+    assert first == second and float(first.split(",")[0]) == WIDTH - RIGHT
 
 
 def test_values_that_fall_by_much_are_on_a_logarithmic_axis() -> None:
