@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,11 @@ def torch_dtype(name: str | None) -> Any:
     return {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
+def is_main_process() -> bool:
+    """Return whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def exit_if_stopped() -> Iterator[None]:
     """Exit with the code of the signal that stopped a training."""
@@ -49,7 +55,8 @@ def exit_if_stopped() -> Iterator[None]:
     try:
         yield
     except TrainingStopped as stopped:
-        click.echo(str(stopped), err=True)
+        if is_main_process():
+            click.echo(str(stopped), err=True)
         click.get_current_context().exit(128 + stopped.signal)
 
 
@@ -141,7 +148,8 @@ def train(
         return
     with exit_if_stopped():
         made = train_checkpoint(checkpoint, out, recipe, dtype=torch_dtype(dtype), progress=stage_line, **options)
-    click.echo(f"Wrote the checkpoint {made}. Next: export {made} --out …")
+    if is_main_process():
+        click.echo(f"Wrote the checkpoint {made}. Next: export {made} --out …")
 
 
 @click.command("train-demo")

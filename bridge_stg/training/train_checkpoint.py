@@ -88,8 +88,9 @@ def train_checkpoint(
     report = progress if processes.is_main else lambda text: None
     check_stages(recipe, config, processes)
     index = check_data(recipe, config)
-    report(index.summary())
     validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
+    for line in [*index.summary().splitlines(), *(validator.summary().splitlines() if validator else ())]:
+        report(line)
     with ExitStack() as stack:
         if processes.is_main:
             require_space(out, needed_bytes(store, recipe), purpose="the training")
@@ -155,14 +156,18 @@ def describe_training(
     `train_checkpoint` does.
     """
     config, texts = trainable_config(Path(checkpoint)), []
+    for stage in recipe.stages:
+        clips_per_process(stage, devices)
     lengths: dict[str, Any] = {}
     if recipe.data.sources:
         index = check_data(recipe, config)
         texts.append(index.summary())
         seconds = [size.medium.duration_s for size in index.sizes if size.medium.duration_s is not None]
         lengths = {"mean_s": sum(seconds) / len(seconds), "longest_s": max(seconds)} if seconds else {}
+    if recipe.validation:
+        texts.append(Validator(recipe.validation, recipe.seed).summary())
     found = estimate(config, recipe, gpu=gpu, devices=devices, sharded=shard and devices > 1, **lengths)
-    return "\n\n".join([*texts, found.table()])
+    return "\n".join([*texts, "", found.table()])
 
 
 def train_stage(  # noqa: PLR0917

@@ -19,7 +19,8 @@ from bridge_stg.runtime.chain.tasks import TASKS
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.parse import parse_json_file
-from bridge_stg.training.data.sources import read_source
+from bridge_stg.training.data.index import LISTED
+from bridge_stg.training.data.sources import read_source, source_name
 from bridge_stg.training.folder import VALIDATION
 from bridge_stg.training.recipe import Source, Validation
 
@@ -74,6 +75,17 @@ class Validator:
         if validation.metric not in self.metric_names:
             message = f"validation.metric is {validation.metric!r}; the samples have: {', '.join(self.metric_names)}"
             raise BridgeError("training.bad_recipe", message)
+
+    def summary(self) -> str:
+        """Return a text with the number of samples, and the media that were not found, for each source."""
+        lines = [f"validation: {len(self.samples):,} samples"]
+        for source, names in zip(self.validation.sources, self.missing):
+            if names:
+                more = f" and {len(names) - LISTED:,} more" if names[LISTED:] else ""
+                lines.append(
+                    f"  {source_name(source)}: {len(names):,} media not found: {', '.join(names[:LISTED])}{more}"
+                )
+        return "\n".join(lines)
 
     def validate(
         self, grounder: Any, *, process: int = 0, processes: int = 1,

@@ -353,6 +353,7 @@ class StageTrainer:
             self.module.train()
         self.log(step=step, validation=metrics)
         progress.validated_step = step
+        self.print_line(f"validation at step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if chosen is None:
             return False
         if chosen.metric not in metrics:
@@ -384,7 +385,7 @@ class StageTrainer:
         left = (stage.steps - progress.step) * progress.seconds / max(1, progress.step)
         loss = f"loss {means['loss']:.4f}, " if "loss" in means else ""
         pace = f"{progress.seconds / max(1, progress.step):.2f} s per step"
-        self.print_line(f"step {progress.step} of {stage.steps}: {loss}{pace}, {duration(left)} left")
+        self.print_line(f"step {progress.step} of {stage.steps}: {loss}{pace}, {duration(left)} left", in_bar=True)
 
     def log(self, **values: Any) -> None:
         """Append values to the log, and pass figures and metrics to the tracker, but not events."""
@@ -398,14 +399,15 @@ class StageTrainer:
         scalars = {f"{self.stage.name}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
         self.run.processes.accelerator.log(scalars, step=values["step"])
 
-    def print_line(self, text: str) -> None:
-        """Append a line to the text log, and print it if there is no progress bar."""
+    def print_line(self, text: str, *, in_bar: bool = False) -> None:
+        """Append a line to the text log, and print it, unless a progress bar shows the same (`in_bar`)."""
         if self.run.processes.is_main:
             text = f"{self.stage.name}: {text}"
             with open(self.run.folder / TEXT_LOG, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
-            if not sys.stderr.isatty():
-                print(text, flush=True)
+            if not (in_bar and sys.stderr.isatty()):
+                with tqdm.external_write_mode():
+                    print(text, flush=True)
 
     def save(self, path: Path | None = None) -> None:
         """Write the state. All processes must call this."""

@@ -92,6 +92,12 @@ def test_a_dry_run_checks_the_data_and_estimates(folder, capsys):
     assert "1 clips, 1 queries" in printed and "parts" in printed and "1 × l4" in printed
     assert not (folder / "trained").exists() and not (folder / "trained-training").exists()
     assert tuple(estimate.GPUS) == train.GPUS and tuple(TRACKERS) == train.TRACKERS
+    assert cli.run([*TRAIN, "--dry-run", "--devices", "2"]) == 2
+    assert "'clips' is 1" in capsys.readouterr().err
+    sources = [{"annotations": ["gone.jsonl"]}]
+    (folder / "recipe.yaml").write_text(RECIPE + f"validation: {json.dumps({'sources': sources})}\n")
+    assert cli.run([*TRAIN, "--dry-run"]) == 2
+    assert "gone.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -116,6 +122,14 @@ def test_faults_are_one_line_and_exit_code_2(folder, capsys, arguments, code, va
     assert captured.err.endswith(f" [{code}]\n") and value in captured.err
     assert "Traceback" not in captured.err and not captured.out
     assert {path.name for path in folder.iterdir()} == {"model", "b.png", "clips.jsonl", "recipe.yaml"}
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False)])
+def test_one_of_several_processes_names_the_checkpoint(folder, capsys, monkeypatch, rank, printed):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("bridge_stg.training.train_checkpoint.train_checkpoint", lambda _, out, *__, **___: out)
+    assert cli.run(TRAIN) == 0
+    assert ("trained" in capsys.readouterr().out) is printed
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,7 @@ def test_the_best_weights_win_and_no_progress_ends_a_stage(tmp_path):
     assert torch.equal(trainer.trained["out.weight"], seen[10])
     shown = [line["validation"]["m_vIoU"] for line in log(tmp_path / "new") if "validation" in line]
     assert shown == [0.1, 0.5, 0.3, 0.2]
+    assert "toy: validation at step 10: m_vIoU 0.5000\n" in (tmp_path / "new" / "train.log").read_text()
     with raises("training.bad_recipe", "AO", "m_vIoU"):
         train_toy(tmp_path / "other", 5, validate=lambda step: {"m_vIoU": 0.0}, validation=Validation(metric="AO"))
 

@@ -169,6 +169,12 @@ def test_rows_and_settings_are_written(own: Files, tmp_path: Path, monkeypatch: 
     assert [sample.id for sample in Validator(read, seed).samples] == [sample.id for sample in validator.samples]
 
 
+def test_the_summary_names_media_that_were_not_found(tmp_path: Path) -> None:
+    files = charades_sta(tmp_path, video)
+    summary = Validator(Validation((source(files),), metric="mIoU"), 0).summary()
+    assert "validation: 2 samples" in summary and "1 media not found: 3MSZA.mp4" in summary
+
+
 def test_bad_settings(own: Files, tmp_path: Path) -> None:
     with raises("training.bad_recipe", "m_IoU", "m_vIoU"):
         Validator(Validation((source(own),), metric="m_IoU"), 0)
