@@ -43,7 +43,7 @@ def main(shape: str, frames: int, tokens: int, folder: Path, runs: int) -> None:
     if not (bundle / "manifest.json").is_file():
         command = [sys.executable, "cli.py", "export", model, "--out", bundle, "--no-verify", "--variant", "standard"]
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
-    clip = [(i / 2, frame) for i, frame in enumerate(pictures(frames))]
+    clip = [(i / 2, frame) for i, frame in enumerate(synthetic_images(frames))]
     rows = {**ours(bundle, clip, tokens, runs), "transformers": theirs(model, clip, tokens, runs)}
     free, reference = rows["free"], rows["transformers"]
     result = {
@@ -58,7 +58,7 @@ def main(shape: str, frames: int, tokens: int, folder: Path, runs: int) -> None:
     click.echo(text)
 
 
-def pictures(count: int) -> np.ndarray:
+def synthetic_images(count: int) -> np.ndarray:
     """Return frames uint8 [count, 320, 448, 3] that change smoothly; 140 visual tokens per group."""
     y, x = np.mgrid[0:320, 0:448]
     shades = [np.stack([(x + 9 * i) % 256, (y + 5 * i) % 256, (x + y) % 256], -1) for i in range(count)]

@@ -1,7 +1,7 @@
 """Compare free answers end to end with transformers, OpenVINO GenAI and llama.cpp, in fp32 and in int8.
 
 The same random model, images and prompt: each group of frames is one image, with its time as text before it. Every
-runner is a process of its own; all answer in turn, once to warm up and then `--rounds` times. Seconds run from decoded
+runner is a subprocess; all answer in turn, once to warm up and then `--rounds` times. Seconds run from decoded
 images and the prompt's text to the last token; the number of tokens is fixed. Results go to
 benchmarks/results/text_peers.json, with the table of docs/performance.md;
 rows of precisions that are not measured are kept. Peers are installed on first use as those of
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "large"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import speed
-from answers import QUERY, pictures, write_model
+from answers import QUERY, synthetic_images, write_model
 from speed.peers.install import REQUIREMENTS, InstallError, install
 from speed.runners import PEERS as PROTOCOL
 from speed.runners import Runner, RunnerError, RunnerSpec, start
@@ -112,7 +112,7 @@ def write_inputs(file: Path, bundle: Path, groups: int, tokens: int) -> int:
     opened = Bundle.load(bundle)
     spec, tokenizer = opened.manifest.spec, Tokenizer.from_file(opened.tokenizer_path)
     assert spec.text is not None
-    images = pictures(groups)
+    images = synthetic_images(groups)
     message = spec.text.tube.replace("{query}", QUERY)
     times = time_strings(np.arange(groups) + 0.25, spec.prompt)
     shown = "".join(f"{time}<image>" for time in times)

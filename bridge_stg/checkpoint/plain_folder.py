@@ -20,13 +20,11 @@ from bridge_stg.runtime.bundle.spec import Deviations, Means, Penalty, Pixels, T
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.chain.opened_video import ChatMessage
 from bridge_stg.runtime.errors import CheckpointError
-from bridge_stg.runtime.heads.chat import head_after, text_after_video
+from bridge_stg.runtime.heads.chat import MESSAGE, head_after, text_after_video
 
 DOWNLOAD = "download the model's whole folder"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 """Files that may have the chat template, in the order in which transformers searches them."""
-MESSAGE = "{message}"
-"""Placeholder of the message in the printed template; see `TextSpec`."""
 
 
 def plain_config(folder: Path, values: Mapping[str, Any]) -> BridgeSTGConfig:

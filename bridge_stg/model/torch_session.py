@@ -55,19 +55,19 @@ class TorchSession:
         self._model, self._autocast = model, autocast
 
     @property
-    def _place(self) -> torch.device:
+    def _device(self) -> torch.device:
         """The device of the model. A skeleton's parameters are on the meta device, its buffers are not."""
         return self._model.vision_encoder.scale.device
 
     def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, np.ndarray]:
         """Run the graph; see `bridge_stg.runtime.backends.session.Session.infer`."""
         check_feeds(self.graph, feeds, cache)
-        place = self._place
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(place) for name, array in feeds.items()}
+        device = self._device
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in feeds.items()}
         # The device context applies to tensors that the modules create: centres of patches, masks, ranges.
         with (
-            torch.no_grad(), nullcontext() if place.type == "cpu" else place,
-            nullcontext() if self._autocast is None else torch.autocast(place.type, self._autocast),
+            torch.no_grad(), nullcontext() if device.type == "cpu" else device,
+            nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast),
         ):  # fmt: skip
             if self.graph.cache is not None:
                 return self._infer_cached(tensors, cache)
@@ -89,7 +89,7 @@ class TorchSession:
 
     def allocate_cache(self, *, batch: int, capacity: int) -> TorchCache:
         """See `Session.allocate_cache`."""
-        return TorchCache(cache_spec(self.graph), batch=batch, capacity=capacity, device=self._place)
+        return TorchCache(cache_spec(self.graph), batch=batch, capacity=capacity, device=self._device)
 
     def close(self) -> None:
         """Do nothing: the model owns its weights."""

@@ -37,7 +37,7 @@ def training_folder(out: Path) -> Path:
     return out.with_name(out.name + "-training")
 
 
-def check_places(out: Path, checkpoint: Path) -> None:
+def check_paths(out: Path, checkpoint: Path) -> None:
     """Check that `out` can be created at the end of a training of `checkpoint`.
 
     Raises:

@@ -38,7 +38,7 @@ from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.estimate import estimate
-from bridge_stg.training.folder import check_places, locked_run, training_folder
+from bridge_stg.training.folder import check_paths, locked_run, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
 from bridge_stg.training.loop.trainer import Run, StageTrainer, clips_per_process, make_optimizer
 from bridge_stg.training.loss.clip_task import ClipTask
@@ -80,7 +80,7 @@ def train_checkpoint(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     checkpoint, out = Path(checkpoint), Path(out)
-    check_places(out, checkpoint)
+    check_paths(out, checkpoint)
     config = trainable_config(checkpoint)
     folder = training_folder(out)
     _, store = open_weights(checkpoint, config, adapter=adapter)

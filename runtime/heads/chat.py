@@ -20,6 +20,7 @@ MAX_QUESTION_CHARACTERS = 10_000
 MAX_CHAT_CHARACTERS = 100_000
 """Maximum length of the messages before a video together, and of those after it."""
 MESSAGE = "{message}"
+"""Placeholder of a message in the printed chat template; see `TextSpec`."""
 
 
 def check_max_tokens(value: int) -> None:
@@ -100,10 +101,10 @@ def head_after(text: TextSpec, head: str, context: Sequence[ChatMessage]) -> str
     """Return the text `head` before a video's tokens with messages before it; see `with_context`."""
     start, user, media = head.partition(turn_ends(text, "user")[0])
     if not user:
-        raise no_chat()
+        raise unsupported_chat()
     if context and context[0][0] == "system":
         start = ""
-    return start + "".join(printed(text, role, message) for role, message in context) + user + media
+    return start + "".join(format_message(text, role, message) for role, message in context) + user + media
 
 
 def text_after_video(text: TextSpec, turn: str, history: Sequence[ChatMessage], question: str) -> str:
@@ -117,12 +118,12 @@ def text_after_video(text: TextSpec, turn: str, history: Sequence[ChatMessage], 
         return before + question + after
     opening, closing = turn_ends(text, "user")
     if not after.startswith(closing):
-        raise no_chat()
-    later = "".join(printed(text, role, message) for role, message in history[1:])
+        raise unsupported_chat()
+    later = "".join(format_message(text, role, message) for role, message in history[1:])
     return before + history[0][1] + closing + later + opening + question + after
 
 
-def printed(text: TextSpec, role: str, message: str) -> str:
+def format_message(text: TextSpec, role: str, message: str) -> str:
     """Return a message as the chat template prints it. Raises QueryError as `turn_ends`."""
     opening, closing = turn_ends(text, role)
     return opening + message + closing
@@ -132,12 +133,12 @@ def turn_ends(text: TextSpec, role: str) -> tuple[str, str]:
     """Return what the chat template prints before and after a message. Raises QueryError if it cannot print chats."""
     turn = {"system": text.system_turn, "user": text.user_turn, "assistant": text.assistant_turn}[role]
     if turn is None:
-        raise no_chat()
+        raise unsupported_chat()
     opening, _, closing = turn.partition(MESSAGE)
     return opening, closing
 
 
-def no_chat() -> QueryError:
+def unsupported_chat() -> QueryError:
     """Return the error of a model whose chat template prints messages in a form that is not supported."""
     message = "the chat template of this model has no supported form of system messages and earlier turns"
     return QueryError("query.unsupported_chat", f"{message}; send one question without them")

@@ -260,7 +260,7 @@ def test_the_folder_of_a_training_is_that_of_one_training(checkpoint, annotation
     assert {path.name for path in folder.iterdir()} == {"run.json", "lock"}
 
 
-def test_places_that_would_be_lost_at_the_end_are_rejected_at_once(checkpoint, annotations, media, tmp_path):
+def test_paths_that_cannot_be_written_at_the_end_are_rejected_at_once(checkpoint, annotations, media, tmp_path):
     own = tmp_path / "own-training" / "parts"
     shutil.copytree(checkpoint, own)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
