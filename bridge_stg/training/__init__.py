@@ -1,1 +1,1 @@
-"""Train on annotated clips: data, losses, loop."""
+"""Train on annotated clips by a recipe: data, loss, loop and report."""

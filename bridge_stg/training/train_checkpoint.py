@@ -72,7 +72,7 @@ def train_checkpoint(
         workers: number of processes that make batches, for each training process; 0: none.
         tracker: one of `distribution.TRACKERS` to log to, or None.
         shard: see `Processes`.
-        progress: called with the name of each step of the preparation.
+        progress: called with texts to show: a summary of the data, and the name of each stage.
 
     Raises:
         TrainingStopped: a signal ended the training; calling again continues it.
@@ -102,16 +102,16 @@ def train_checkpoint(
             folder, processes, seed=recipe.seed, workers=workers, resume=resume, save_every_s=recipe.save_every_s,
             max_broken=recipe.data.max_broken, log_every=recipe.log_every,
         )  # fmt: skip
-        begun = checkpoint
+        start = checkpoint
         for number, stage in enumerate(recipe.stages):
             finished = out if number + 1 == len(recipe.stages) else folder / stage.name
             if resume and (finished / "config.json").is_file():
-                begun, adapter = finished, None
+                start, adapter = finished, None
                 continue
             mixture = Mixture(index, recipe.data, recipe.seed, number, stage.clips)
             report(f"stage {stage.name}: {stage.steps} steps")
-            train_stage(begun, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
-            begun, adapter = finished, None
+            train_stage(start, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
+            start, adapter = finished, None
         if processes.is_main:
             write_report(folder, validator=validator)
         processes.accelerator.end_training()

@@ -66,9 +66,9 @@ class Validator:
             raise BridgeError("evaluation.no_media", message)
         counts = divide([source.weight for source in validation.sources], list(map(len, found)), validation.samples)
         self._chosen: list[tuple[int, Sample]] = []
-        for place, (samples, count) in enumerate(zip(found, counts)):
-            picked = np.random.default_rng([seed, place]).permutation(len(samples))[:count]
-            self._chosen += [(place, samples[index]) for index in sorted(picked.tolist())]
+        for number, (samples, count) in enumerate(zip(found, counts)):
+            picked = np.random.default_rng([seed, number]).permutation(len(samples))[:count]
+            self._chosen += [(number, samples[index]) for index in sorted(picked.tolist())]
         self.samples = tuple(sample for _, sample in self._chosen)
         blank = [lost_row(index, sample, "") | {"absent": 0.0} for index, sample in enumerate(self.samples)]
         self.metric_names = tuple(metrics(blank))
@@ -134,8 +134,8 @@ def divide(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[i
     """
     counts = [0] * len(sizes)
     for _ in range(min(total, sum(sizes))):
-        unfilled = [place for place, size in enumerate(sizes) if counts[place] < size]
-        counts[min(unfilled, key=lambda place: (counts[place] + 0.5) / weights[place])] += 1
+        unfilled = [number for number, size in enumerate(sizes) if counts[number] < size]
+        counts[min(unfilled, key=lambda number: (counts[number] + 0.5) / weights[number])] += 1
     return counts
 
 

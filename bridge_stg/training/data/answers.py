@@ -25,9 +25,9 @@ def answer_row(
     while not state.done:
         state.forced()
         if not state.done:
-            place = len(state.ids)
-            target[len(query_ids) + place - 1] = answer[place]
-            state.choose(answer[place])
+            index = len(state.ids)
+            target[len(query_ids) + index - 1] = answer[index]
+            state.choose(answer[index])
     return ids, target
 
 

@@ -148,11 +148,11 @@ def _read(entry: Path, choose: Choose) -> ClipFrames:
         times, grid, fine_times = (np.asarray(meta[name], np.float64) for name in ("times", "grid", "fine_times"))
         coarse = np.stack([_image(archive, f"coarse/{index}.png") for index in range(times.size)])
         chosen = choose(grid, float(meta["duration_s"]), is_image=bool(meta["is_image"]))
-        places = np.searchsorted(grid, chosen)
+        indices = np.searchsorted(grid, chosen)
         # Points of the grid at which the same frame is shown have one image, at the first of them.
-        named = np.searchsorted(fine_times, fine_times[places])
+        named = np.searchsorted(fine_times, fine_times[indices])
         fine = np.stack([_image(archive, f"fine/{index}.png") for index in named])
-    return ClipFrames(coarse.reshape(*times.shape, *coarse.shape[1:]), times, Samples(fine, fine_times[places]))
+    return ClipFrames(coarse.reshape(*times.shape, *coarse.shape[1:]), times, Samples(fine, fine_times[indices]))
 
 
 def _png(frame: np.ndarray) -> bytes:

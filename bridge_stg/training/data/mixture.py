@@ -76,21 +76,21 @@ class Mixture:
         known = words(" ".join(sample.query for sample in clip.queries))
         for _ in range(TRIES if pool is not None else 0):
             assert pool is not None
-            other, place = pool[int(rng.integers(len(pool)))]
+            other, index = pool[int(rng.integers(len(pool)))]
             found = self.index.clips[other]
-            text: str = found.queries[place].query
+            text: str = found.queries[index].query
             if found.name != clip.name and not known & words(text):
                 return text
         return None
 
     @cached_property
     def _queries(self) -> dict[str, np.ndarray]:
-        """By task, clip and place of every query, int64 [N, 2]."""
-        places: dict[str, list[tuple[int, int]]] = {}
+        """By task, the number of the clip of each query, and its index there, int64 [N, 2]."""
+        found: dict[str, list[tuple[int, int]]] = {}
         for number, clip in enumerate(self.index.clips):
-            for place, sample in enumerate(clip.queries):
-                places.setdefault(sample.task, []).append((number, place))
-        return {task: np.array(found) for task, found in places.items()}
+            for index, sample in enumerate(clip.queries):
+                found.setdefault(sample.task, []).append((number, index))
+        return {task: np.array(pairs) for task, pairs in found.items()}
 
     def in_order(self, place: int) -> int:
         """Return the clip at a place before the grouping by length."""

@@ -117,7 +117,7 @@ def _ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 2))
     step *= next(factor for factor in (5, 2, 1, 0.5) if (high - low) / (step * factor) >= 2 or factor == 0.5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * place, 12) if step > 1e-9 else step * place for place in range(first, last + 1)]
+    return [round(step * count, 12) if step > 1e-9 else step * count for count in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

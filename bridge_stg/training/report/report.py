@@ -24,8 +24,8 @@ from bridge_stg.training.folder import LOG, REPORT, RUN, SKIPPED
 from bridge_stg.training.report.curves import Curve, Point, curve
 from bridge_stg.training.validation import Validator, read_settings, rows_path
 
-PLACE = ("stage", "step", "seconds")
-"""Fields of a line of the log that are not figures."""
+LINE_FIELDS = ("stage", "step", "seconds")
+"""Fields that lines of the log have in addition to figures."""
 PICTURES = 12
 
 
@@ -68,7 +68,7 @@ class Log:
 
     @property
     def validations(self) -> list[ValidationMetrics]:
-        """Those of all stages."""
+        """The validations of all stages."""
         return [one for stage in self.stages.values() for one in stage.validations]
 
 
@@ -98,7 +98,7 @@ def write_report(folder: Path, *, validator: Validator | None = None) -> Path:
             cases = _cases(folder, validator, best, newest)
     skipped, _ = _lines(folder / SKIPPED)
     labels = _labels(best, newest)
-    colours = [("truth", TRUE), *((label, colour_of(place)) for place, label in enumerate(labels))]
+    colours = [("truth", TRUE), *((label, colour_of(number)) for number, label in enumerate(labels))]
     page = render(
         "training/report/page.html.j2", name=folder.name, warnings=warnings,
         stages=[(name, stage, *_charts(stage, best)) for name, stage in log.stages.items()],
@@ -136,7 +136,7 @@ def read_log(folder: Path) -> Log:
             continue
         stage = log.stages.setdefault(name, StageLog())
         if "event" in line:
-            text = ", ".join(f"{key}: {value}" for key, value in line.items() if key not in (*PLACE, "event"))
+            text = ", ".join(f"{key}: {value}" for key, value in line.items() if key not in (*LINE_FIELDS, "event"))
             log.events.append((str(line["event"]), f"{name}, step {step:,}{text and f' ({text})'}"))
         elif measured is not None:
             stage.validations = [one for one in stage.validations if one.step < step]
@@ -147,7 +147,7 @@ def read_log(folder: Path) -> Log:
             for key, points in stage.figures.items():
                 stage.figures[key] = [point for point in points if point[0] < step] if points[-1][0] >= step else points
             for key, value in line.items():
-                if key not in PLACE and _number(value):
+                if key not in LINE_FIELDS and _number(value):
                     stage.figures.setdefault(key, []).append((step, float(value)))
     return log
 
