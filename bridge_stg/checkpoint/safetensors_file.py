@@ -9,11 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 
 from bridge_stg.runtime.bundle.manifest import Bytes
@@ -157,3 +160,13 @@ def write_safetensors(
             if (value.dtype, tuple(value.shape)) != (dtype, shape):
                 raise ValueError(f"{key}: {value.dtype} {list(value.shape)} does not match the layout")
             file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors that are in memory, with metadata. Raises OSError, which names the file."""
+    try:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, path, dict(metadata))
+    except safetensors.SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error

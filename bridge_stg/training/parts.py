@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from safetensors.torch import save_file
 from torch import nn
 
 from bridge_stg.checkpoint.checkpoint import checkpoint_key
 from bridge_stg.checkpoint.lora import ADAPTER
+from bridge_stg.checkpoint.safetensors_file import save_file
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.training.recipe import AUXILIARY, LORA, Lora, Stage
@@ -107,7 +107,7 @@ def save_adapter(config: LoraConfig, tensors: Mapping[str, torch.Tensor], folder
     """Write a peft adapter, given its tensors by parameter name, whose keys are those of the published backbone."""
     config.save_pretrained(str(folder))
     stored = {
-        f"base_model.model.{checkpoint_key(name.removeprefix('model.')).replace('.default.', '.')}": value.contiguous()
+        f"base_model.model.{checkpoint_key(name.removeprefix('model.')).replace('.default.', '.')}": value
         for name, value in tensors.items()
     }
     save_file(stored, folder / ADAPTER, {"format": "pt"})

@@ -6,6 +6,7 @@ States, logs and the checkpoints of finished stages are in `OUT-training`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -91,7 +92,7 @@ def train_checkpoint(
     validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
     for line in [*index.summary().splitlines(), *(validator.summary().splitlines() if validator else ())]:
         report(line)
-    with ExitStack() as stack:
+    with processes.reporting_ended(), ExitStack() as stack:
         if processes.is_main:
             require_space(out, needed_bytes(store, recipe), purpose="the training")
             now = run_identity(recipe, index, checkpoint, store)
@@ -251,11 +252,21 @@ def needed_bytes(store: WeightStore, recipe: TrainingRecipe) -> int:
     return needed
 
 
+def file_sample_sha256(path: Path, *, blocks: int = 64, size: int = 2**16) -> str:
+    """Return the SHA-256 of some blocks of a file, evenly spaced: other weights of the same shapes differ in most."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for place in range(blocks):
+            file.seek(max(0, path.stat().st_size - size) * place // (blocks - 1))
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
 def run_identity(recipe: TrainingRecipe, index: Index, checkpoint: Path, store: WeightStore) -> dict[str, Any]:
     """Return what must not change when a run is resumed: recipe, hashes, sizes of the weights."""
     return {
         **recipe.to_dict(),
         "annotations": index.digest,
         "config": file_sha256(checkpoint / "config.json"),
-        "weights": [[path.name, path.stat().st_size] for path in store.files],
+        "weights": [[path.name, path.stat().st_size, file_sample_sha256(path)] for path in store.files],
     }

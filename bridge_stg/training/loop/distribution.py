@@ -7,8 +7,9 @@ weight. Must not know what is trained.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from bridge_stg.runtime.errors import BridgeError
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+
+LOST = re.compile(r"Connection (closed|reset)|Broken pipe|Socket closed|NCCL|ProcessGroup")
+"""In errors of torch about another process that has ended."""
 
 
 class Processes:
@@ -113,6 +117,18 @@ class Processes:
         found: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(found, value)
         return found
+
+    @contextmanager
+    def reporting_ended(self) -> Iterator[None]:
+        """Raise BridgeError `training.process_ended` for torch's errors about another process that has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not LOST.search(str(error)):
+                raise
+            message = f"process {self.rank}: another of the {self.count} processes of this training has ended"
+            hint = "its own message names the cause; the same command continues from the last saved state"
+            raise BridgeError("training.process_ended", f"{message}; {hint}") from error
 
     def wait(self) -> None:
         """Wait until all processes have called this."""

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bridge_stg.checkpoint.safetensors_file import save_file
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.files import replacing
@@ -51,7 +51,6 @@ def save_state(  # noqa: PLR0917 - what a state is made of
             tensors[f"{key}/{name}"] = full_tensor(torch.as_tensor(value))
     if processes.is_main:
         with replacing(path) as partial:
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(tensors, partial, {"progress": json.dumps(dataclasses.asdict(progress))})
 
 

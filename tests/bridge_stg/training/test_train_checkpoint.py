@@ -228,6 +228,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, annotations, medi
         run(checkpoint, annotations, media, tmp_path / "killed", **options)
     assert not (tmp_path / "killed").exists()
     monkeypatch.setattr(ClipTask, "forward", forward)
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-2:] = b"\0\0"
+    (other / "model.safetensors").write_bytes(content)
+    with raises("training.other_options", "run.json", "weights"):
+        run(other, annotations, media, tmp_path / "killed", **options)
     with raises("training.other_options", "run.json", "seed"):
         run(checkpoint, annotations, media, tmp_path / "killed", seed=1, **options)
     with raises("training.other_options", "run.json", "annotations"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import multiprocessing
@@ -17,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from bridge_stg.training.data.micro_batch import Skipped
-from bridge_stg.training.loop import state
+from bridge_stg.training.loop.distribution import Processes
 from bridge_stg.training.loop.trainer import MOST_ROLLBACKS, PATIENCE, TrainingStopped, learning_rate
 from bridge_stg.training.recipe import Stage, Validation
 from bridge_stg.training.report.report import read_log
@@ -196,13 +197,26 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
 
     def full(tensors: Any, path: Path, *_: Any) -> None:
         path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(OSError, match="space"):
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="space") as caught:
         train_toy(tmp_path / "new", 20)
+    assert caught.value.filename == str(tmp_path / "new" / "toy.safetensors")
     assert (tmp_path / "new" / "toy.safetensors").read_bytes() == before
     assert [path.name for path in (tmp_path / "new").iterdir() if "toy" in path.name] == ["toy.safetensors"]
+
+
+def test_the_end_of_another_process_is_an_error_of_one_paragraph(monkeypatch):
+    processes = Processes("cpu")
+    lost = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:4504.")
+    with pytest.raises(RuntimeError, match="closed by peer"), processes.reporting_ended():
+        raise lost
+    monkeypatch.setattr(Processes, "count", 2)
+    with raises("training.process_ended", "process 0", "2 processes"), processes.reporting_ended():
+        raise lost
+    with pytest.raises(RuntimeError, match="shape"), processes.reporting_ended():
+        raise RuntimeError("shape")
 
 
 def test_broken_clips_are_listed_and_too_many_end_the_training(tmp_path):
