@@ -185,6 +185,9 @@ def main() -> None:
         _open_streams(["stderr"] if sys.argv[1:2] == ["watch"] else ["stdout", "stderr"])
     received = _stop_on_signals()
     code = run(received=received)
+    for number in (signal.SIGINT, *STOPPING):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)  # a second one during the exit would print a traceback
     try:
         sys.stdout.flush()
     except OSError:  # reported already; the interpreter would try again when it exits

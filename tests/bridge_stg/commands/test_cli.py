@@ -233,6 +233,22 @@ def test_a_signal_ends_a_command_and_leaves_nothing(name: str, code: int, option
         time.sleep(0.01)
 
 
+AT_EXIT = """
+import atexit, os, signal, sys
+from bridge_stg import cli
+atexit.register(lambda: os.kill(os.getpid(), signal.{name}))
+sys.argv = ["bridge-stg", "--version"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_the_exit_prints_no_traceback(name: str) -> None:
+    command = [sys.executable, "-c", AT_EXIT.format(name=name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -getattr(signal, name) and not done.stderr and "bridge-stg" in done.stdout
+
+
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     listed = capsys.readouterr().out
