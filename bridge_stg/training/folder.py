@@ -44,12 +44,17 @@ def check_paths(out: Path, checkpoint: Path) -> None:
         CheckpointError: `output.exists`, `out` exists; `output.is_input`, `out` is in the folder of the checkpoint, or
             the checkpoint in the folder of the training.
     """
-    if os.path.lexists(out) or out.name in ("", ".."):
-        raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
+    require_new(out)
     for inner, outer in ((out, checkpoint), (checkpoint, training_folder(out))):
         if inner.resolve().is_relative_to(outer.resolve()):
             message = f"{inner} is inside of {outer}; choose another --out than {out}"
             raise CheckpointError("output.is_input", message)
+
+
+def require_new(out: Path) -> None:
+    """Raise CheckpointError `output.exists` if `out` exists."""
+    if os.path.lexists(out) or out.name in ("", ".."):
+        raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bridge_stg.checkpoint.checkpoint import checkpoint_key, load_checkpoint, load_config, new_folder, open_weights
+from bridge_stg.checkpoint.checkpoint import checkpoint_key, load_checkpoint, load_config, open_weights
 from bridge_stg.checkpoint.init_checkpoint import link_weights, write_weights
 from bridge_stg.checkpoint.weight_store import (
     PART_FILES,
@@ -33,13 +33,13 @@ from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
-from bridge_stg.runtime.host.files import require_space
+from bridge_stg.runtime.host.files import replace_folder, require_space, temporary_sibling
 from bridge_stg.training.data.clips import ClipBatches
 from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.estimate import estimate
-from bridge_stg.training.folder import check_paths, locked_run, training_folder
+from bridge_stg.training.folder import check_paths, locked_run, require_new, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
 from bridge_stg.training.loop.trainer import Run, StageTrainer, clips_per_process, make_optimizer
 from bridge_stg.training.loss.clip_task import ClipTask
@@ -207,10 +207,14 @@ def train_stage(  # noqa: PLR0917
     values = {name.removeprefix("model."): full_tensor(value) for name, value in trainer.trained.items()}
     if run.processes.is_main:
         done = dataclasses.replace(config, trained=True, knows=None)
-        with new_folder(out) as partial:
+        if out.parent != run.folder:
+            require_new(out)
+        with temporary_sibling(out) as partial:
+            partial.mkdir()
             save_trained(partial, checkpoint, done, store, values, dtype=dtype)
             if lora is not None:
                 save_adapter(lora, {k: v for k, v in values.items() if part_of(k) == LORA}, partial / ADAPTER_FOLDER)
+            replace_folder(partial, out)
     run.processes.wait()
 
 

@@ -302,6 +302,29 @@ def test_starting_again_resumes_nothing_of_the_old_training(checkpoint, annotati
     assert [line["stage"] for line in log] == ["first", "only"]
 
 
+def test_an_output_that_appears_meanwhile_is_kept_and_a_damaged_stage_is_written_again(
+    checkpoint, annotations, media, tmp_path, monkeypatch
+):
+    recipe, out = recipe_of(annotations, media, steps=1, lora=Lora(rank=2)), tmp_path / "new"
+    stages = (dataclasses.replace(recipe.stages[0], name="first"), recipe.stages[0])
+    recipe, forward = dataclasses.replace(recipe, stages=stages), ClipTask.forward
+
+    def appear(self: ClipTask, batch: Any) -> Any:
+        out.mkdir(exist_ok=True)
+        return forward(self, batch)
+
+    monkeypatch.setattr(ClipTask, "forward", appear)
+    with raises("output.exists", out):
+        train_checkpoint(checkpoint, out, recipe, workers=0, device="cpu")
+    assert not list(out.iterdir())
+    out.rmdir()
+    first = tmp_path / "new-training" / "first"
+    (first / "config.json").unlink()
+    assert (first / "adapter").is_dir()
+    train_checkpoint(checkpoint, out, recipe, workers=0, device="cpu")
+    assert load_checkpoint(first).spec.trained and load_checkpoint(out).spec.trained
+
+
 def test_a_clip_can_be_learned(checkpoint, tmp_path, media):
     annotations = annotate(tmp_path / "clips.jsonl", LINES[:2])
     out = run(checkpoint, annotations, media, tmp_path / "new", train=PARTS[:-1], steps=40, learning_rate=1e-2)
