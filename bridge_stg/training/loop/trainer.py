@@ -439,7 +439,7 @@ class StageTrainer:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, note) for number in STOPPING}
+        before = {number: signal.signal(number, note) for number in heeded()}
         try:
             yield
         finally:
@@ -447,10 +447,15 @@ class StageTrainer:
                 signal.signal(number, handler)
 
 
+def heeded() -> list[signal.Signals]:
+    """Return the signals of `STOPPING` that this process does not ignore: `nohup` ignores SIGHUP."""
+    return [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def _quiet(_: int) -> None:
     """Leave Ctrl-C to the main process, and end without a failure at other signals, which it may have received too."""
     with suppress(ValueError):
-        for number in STOPPING:
+        for number in heeded():
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: os._exit(0))
 
 

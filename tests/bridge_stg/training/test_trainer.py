@@ -98,6 +98,20 @@ def test_a_signal_to_all_processes_saves_the_state(tmp_path):
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_ignored_signals_stop_neither_the_training_nor_its_workers(tmp_path):
+    def hang_up(step: int) -> dict[str, float]:
+        for process in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children())):
+            os.kill(process, signal.SIGHUP)
+        return {"m_vIoU": 0.0}
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        trainer = train_toy(tmp_path, 6, validate=hang_up, validation=Validation(every=3), run={"workers": 1})
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.progress.step == 6
+
+
 @pytest.mark.parametrize("stopped_at", [3, 6])
 def test_an_interrupted_validation_is_repeated(tmp_path, stopped_at):
     def stop(step: int) -> dict[str, float]:
