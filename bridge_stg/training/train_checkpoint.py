@@ -132,11 +132,25 @@ def check_stages(recipe: TrainingRecipe, config: BridgeSTGConfig, processes: Pro
     """Raise BridgeError if a stage, also a later one, cannot be trained on this model and on these processes."""
     with torch.device("meta"):
         model = BridgeSTG(config)
+    check_distribution(recipe, processes.count, sharded=processes.shard)
     for stage in recipe.stages:
-        clips_per_process(stage, processes.count)
         make_optimizer([{"params": [torch.zeros(1)]}], stage)
         if stage.lora is not None:
             adapted_layers(model, stage.lora)
+
+
+def check_distribution(recipe: TrainingRecipe, processes: int, *, sharded: bool) -> None:
+    """Raise BridgeError if a stage cannot be distributed over some processes.
+
+    The prefix's keys and values pass from one call of a layer to the next, unseen by FSDP2, which gathers the weights
+    for their gradients only if the layer is recomputed.
+    """
+    for stage in recipe.stages:
+        clips_per_process(stage, processes)
+        more = stage.lora is not None or set(stage.train) - set(NEW_PARTS)
+        if sharded and processes > 1 and more and not stage.checkpoint_activations:
+            message = f"stage {stage.name}: trains more than the new parts with sharded weights"
+            raise BridgeError("training.bad_recipe", f"{message}, which needs 'checkpoint_activations: true'")
 
 
 def check_data(recipe: TrainingRecipe, config: BridgeSTGConfig) -> Index:
@@ -157,8 +171,7 @@ def describe_training(
     `train_checkpoint` does.
     """
     config, texts = trainable_config(Path(checkpoint)), []
-    for stage in recipe.stages:
-        clips_per_process(stage, devices)
+    check_distribution(recipe, devices, sharded=shard)
     lengths: dict[str, Any] = {}
     if recipe.data.sources:
         index = check_data(recipe, config)

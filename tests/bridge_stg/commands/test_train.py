@@ -94,6 +94,13 @@ def test_a_dry_run_checks_the_data_and_estimates(folder, capsys):
     assert tuple(estimate.GPUS) == train.GPUS and tuple(TRACKERS) == train.TRACKERS
     assert cli.run([*TRAIN, "--dry-run", "--devices", "2"]) == 2
     assert "'clips' is 1" in capsys.readouterr().err
+    adapters = RECIPE.replace("clips: 1", "clips: 2, lora: {rank: 4}")
+    (folder / "recipe.yaml").write_text(adapters)
+    assert cli.run([*TRAIN, "--dry-run", "--devices", "2"]) == 0
+    assert cli.run([*TRAIN, "--dry-run", "--devices", "2", "--shard"]) == 2
+    assert "checkpoint_activations" in capsys.readouterr().err
+    (folder / "recipe.yaml").write_text(adapters.replace("lora", "checkpoint_activations: true, lora"))
+    assert cli.run([*TRAIN, "--dry-run", "--devices", "2", "--shard"]) == 0
     sources = [{"annotations": ["gone.jsonl"]}]
     (folder / "recipe.yaml").write_text(RECIPE + f"validation: {json.dumps({'sources': sources})}\n")
     assert cli.run([*TRAIN, "--dry-run"]) == 2
