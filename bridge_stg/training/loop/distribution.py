@@ -39,7 +39,7 @@ class Processes:
         shard: whether weights are sharded; None: as chosen with `accelerate launch --use_fsdp`.
 
     Raises:
-        BridgeError: there is no such device, or the tracker is not installed.
+        BridgeError: there is no such device, the tracker is not installed, or the processes cannot be connected.
     """
 
     def __init__(
@@ -54,12 +54,20 @@ class Processes:
         if tracker is not None and not TRACKERS[tracker]():  # accelerate would ignore it silently
             message = f"--tracker {tracker}: the package is not installed; install it with `pip install {tracker}`"
             raise BridgeError("training.no_tracker", message)
-        self.accelerator = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision="no",  # tasks use autocast themselves
-            log_with=tracker,
-            project_dir=folder,
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=device == "cpu",
+                mixed_precision="no",  # tasks use autocast themselves
+                log_with=tracker,
+                project_dir=folder,
+            )
+        except (ValueError, RuntimeError) as error:
+            found = " ".join(str(error).split())[:300]
+            message = (
+                f"the processes of the training cannot be connected ({found}); start them with `accelerate launch`"
+            )
+            hint = "or torchrun; for one process, unset WORLD_SIZE, RANK and LOCAL_RANK"
+            raise BridgeError("training.bad_launch", f"{message} {hint}") from error
 
     @property
     def device(self) -> torch.device:

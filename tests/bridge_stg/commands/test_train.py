@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,8 @@ from bridge_stg.training import estimate
 from bridge_stg.training.loop.distribution import TRACKERS
 from bridge_stg.training.loop.trainer import TrainingStopped
 from tests.bridge_stg.model.published import publish
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -137,6 +142,17 @@ def test_one_of_several_processes_names_the_checkpoint(folder, capsys, monkeypat
     monkeypatch.setattr("bridge_stg.training.train_checkpoint.train_checkpoint", lambda _, out, *__, **___: out)
     assert cli.run(TRAIN) == 0
     assert ("trained" in capsys.readouterr().out) is printed
+
+
+def test_left_over_variables_of_a_launcher_are_an_error(folder):
+    assert cli.run(INIT) == 0
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *TRAIN], env=environment, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.endswith(" [training.bad_launch]\n") and "WORLD_SIZE" in done.stderr
+    assert "Traceback" not in done.stderr and not (folder / "trained-training").exists()
 
 
 @pytest.mark.parametrize(
