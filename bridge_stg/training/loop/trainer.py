@@ -147,6 +147,7 @@ class StageTrainer:
         self.figures: list[dict[str, float]] = []
         self.stopped: int | None = None  # signal that arrived at this process
         self.stopping = False  # whether all processes end after this step
+        self.skipped_in_a_row = 0  # steps; the state is not saved among them, since its weights may be the reason
         self.interruptible = False
 
     @property
@@ -214,7 +215,8 @@ class StageTrainer:
         """
         ended = self.progress.step == self.stage.steps
         ended = self.validate_if_due(self.progress.step, last=ended) or ended
-        if ended or time.monotonic() - self.saved > self.run.save_every_s:
+        due = time.monotonic() - self.saved > self.run.save_every_s and not self.skipped_in_a_row
+        if ended or due:
             self.progress.finished = ended
             self.save()
             self.saved = time.monotonic()
@@ -281,8 +283,6 @@ class StageTrainer:
             self.skip_step(step, loss_value, norm_value)
         self.optimizer.zero_grad(set_to_none=True)
         self.check_broken(step + 1)
-
-    skipped_in_a_row = 0
 
     def skip_step(self, step: int, loss: float, norm: float) -> None:
         """Count a step without an update; after several in a row, return to the saved weights."""

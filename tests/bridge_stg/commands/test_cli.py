@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,14 @@ def test_a_stream_that_nobody_reads_does_not_fail_the_work(streams: str, tmp_pat
 def test_a_signal_ends_a_command_and_leaves_nothing(name: str, code: int, options: list[str], tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text(WORK)
     command = [sys.executable, str(tmp_path / "work.py"), "work", str(tmp_path / "out.txt"), "--sleep", "60", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = partial(signal.signal, getattr(signal, name), signal.SIG_DFL)  # `nohup pytest` ignores SIGHUP
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,  # noqa: PLW1509
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "working\n"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not (child := children.read_text().split()):

@@ -140,8 +140,9 @@ def test_train_text_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TrainingStopped) as stopped:
         train_text_demo(tmp_path / "stopped", recipe, clips=1, score=stops)
     assert stopped.value.signal == signal.SIGTERM
+    scores = iter([{"score": 0.1}, {"score": 0.2}])
     resumed = train_text_demo(
-        tmp_path / "stopped", recipe, clips=1, score=lambda grounder: held_out_scores(grounder) | {"score": 0.0}
+        tmp_path / "stopped", recipe, clips=1, score=lambda grounder: held_out_scores(grounder) | next(scores)
     )
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
@@ -154,7 +155,7 @@ def test_train_text_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (result.heads, result.mode) == ("text", "image") and result.boxes is not None
         assert json.loads(result.answer)[0]["label"] == query.text
     log = [json.loads(line) for line in (tmp_path / "stopped-training" / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], "validation" in line) for line in log] == [(2, False), (2, True)]
+    assert [(line["step"], "validation" in line) for line in log] == [(1, True), (2, False), (2, True)]
     assert log[-1]["validation"].keys() > {"held_out_Acc@0.5", "held_out_vIoU"}
 
     monkeypatch.delitem(WAYS, "text, two-step")
