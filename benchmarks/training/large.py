@@ -23,7 +23,7 @@ from shapes import SHAPES, write_checkpoint
 
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.runtime.host.machine import describe
-from bridge_stg.training.estimate import estimate
+from bridge_stg.training.estimate.estimate import estimate
 from bridge_stg.training.recipe import read_recipe
 
 RESULT = Path("benchmarks/results/training_large.json")

@@ -66,7 +66,7 @@ def row(name: str) -> dict[str, Any]:
 
 def estimated(name: str) -> int:
     """Return the estimated peak of a case."""
-    from bridge_stg.training.estimate import estimate
+    from bridge_stg.training.estimate.estimate import estimate
 
     stage = CASES[name]
     recipe = TrainingRecipe((stage,), DATA)
@@ -80,7 +80,7 @@ def measure(name: str) -> int:
 
     from bridge_stg.model.model import BridgeSTG
     from bridge_stg.runtime.host.memory import peak_bytes, reset_peak, return_freed_memory
-    from bridge_stg.training.estimate import clip_shape, empty_batch
+    from bridge_stg.training.estimate.estimate import clip_shape, empty_batch
     from bridge_stg.training.loss.clip_task import ClipTask
     from bridge_stg.training.parts import add_lora, trained_parameters
 

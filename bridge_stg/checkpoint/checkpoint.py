@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from bridge_stg.checkpoint.lora import HEAD
 from bridge_stg.checkpoint.plain_folder import plain_config
-from bridge_stg.checkpoint.safetensors_file import StoredTensor
+from bridge_stg.checkpoint.safetensors_file import StoredTensor, save_file
 from bridge_stg.checkpoint.weight_store import TOKENIZER, WEIGHTS, WeightStore, check_folder, list_keys
 from bridge_stg.model.backbones import FAMILIES, backbone
 from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, read_json
@@ -101,6 +100,12 @@ def load_checkpoint(
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or of another shape.
     """
     model, store = open_checkpoint(folder, attention=attention, adapter=adapter)
+    load_weights(model, store)
+    return model.eval()
+
+
+def load_weights(model: BridgeSTG, store: WeightStore) -> None:
+    """Copy the weights of a checkpoint into its model. Raises CheckpointError if one has a value that is not finite."""
     with torch.no_grad():
         for key, target in checkpoint_tensors(model).items():
             value = store.read(key)
@@ -108,7 +113,6 @@ def load_checkpoint(
                 message = f"{store[key].path}: {key} has values that are not finite numbers"
                 raise CheckpointError("checkpoint.not_finite", message)
             target.copy_(value)
-    return model.eval()
 
 
 def load_config(folder: Path) -> BridgeSTGConfig:

@@ -17,7 +17,7 @@ from bridge_stg.commands.progress import stage_line
 from bridge_stg.runtime.errors import BridgeError
 
 GPUS = ("l4", "rtx4090", "a100-80gb", "h100-80gb")
-"""Names of `training.estimate.GPUS`, which is imported with torch."""
+"""Names of `training.estimate.estimate.GPUS`, which is imported with torch."""
 TRACKERS = ("tensorboard", "wandb")
 """Names of `training.loop.distribution.TRACKERS`, which is imported with torch."""
 

@@ -12,9 +12,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from bridge_stg.checkpoint.checkpoint import checkpoint_key
+from bridge_stg.checkpoint.checkpoint import checkpoint_key, save_files
 from bridge_stg.checkpoint.lora import ADAPTER
-from bridge_stg.checkpoint.safetensors_file import save_file
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.training.recipe import AUXILIARY, LORA, Lora, Stage
@@ -110,4 +109,4 @@ def save_adapter(config: LoraConfig, tensors: Mapping[str, torch.Tensor], folder
         f"base_model.model.{checkpoint_key(name.removeprefix('model.')).replace('.default.', '.')}": value
         for name, value in tensors.items()
     }
-    save_file(stored, folder / ADAPTER, {"format": "pt"})
+    save_files({ADAPTER: stored}, folder)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bridge_stg.checkpoint.checkpoint import checkpoint_key, load_checkpoint, load_config, open_weights
+from bridge_stg.checkpoint.checkpoint import checkpoint_key, load_config, load_weights, open_checkpoint, open_weights
 from bridge_stg.checkpoint.init_checkpoint import link_weights, write_weights
 from bridge_stg.checkpoint.weight_store import (
     PART_FILES,
@@ -38,10 +38,10 @@ from bridge_stg.training.data.clips import ClipBatches
 from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
-from bridge_stg.training.estimate import estimate
+from bridge_stg.training.estimate.estimate import estimate
 from bridge_stg.training.folder import check_paths, locked_run, require_new, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
-from bridge_stg.training.loop.trainer import Run, StageTrainer, clips_per_process, make_optimizer
+from bridge_stg.training.loop.trainer import Run, StageTrainer, TrainingStopped, clips_per_process, make_optimizer
 from bridge_stg.training.loss.clip_task import ClipTask
 from bridge_stg.training.parts import adapted_layers, add_lora, part_of, part_of_key, save_adapter, trained_parameters
 from bridge_stg.training.recipe import LORA, NEW_PARTS, Stage, TrainingRecipe
@@ -111,11 +111,15 @@ def train_checkpoint(
                 continue
             mixture = Mixture(index, recipe.data, recipe.seed, number, stage.clips)
             report(f"stage {stage.name}: {stage.steps} steps")
-            train_stage(start, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
+            try:
+                train_stage(start, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
+            except TrainingStopped:  # in all processes, after the same step
+                processes.end()
+                raise
             start, adapter = finished, None
         if processes.is_main:
             write_report(folder, validator=validator)
-        processes.accelerator.end_training()
+        processes.end()
     return out
 
 
@@ -189,10 +193,9 @@ def train_stage(  # noqa: PLR0917
     validator: Validator | None, *, adapter: Path | str | None = None, dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Train one stage, and write its checkpoint. All processes call this."""
-    config = load_config(checkpoint)
-    config, store = open_weights(checkpoint, config, adapter=adapter)
     attention = "sdpa" if run.processes.device.type == "cuda" else None
-    model = load_checkpoint(checkpoint, attention=attention, adapter=adapter).train()
+    model, store = open_checkpoint(checkpoint, attention=attention, adapter=adapter)
+    load_weights(model.train(), store)
     assert model.tokenizer is not None
     torch.manual_seed(recipe.seed)  # of new adapters
     lora = None if stage.lora is None else add_lora(model, stage.lora)
@@ -219,7 +222,7 @@ def train_stage(  # noqa: PLR0917
     trainer.train()
     values = {name.removeprefix("model."): full_tensor(value) for name, value in trainer.trained.items()}
     if run.processes.is_main:
-        done = dataclasses.replace(config, trained=True, knows=None)
+        done = dataclasses.replace(model.config, trained=True, knows=None)
         if out.parent != run.folder:
             require_new(out)
         with temporary_sibling(out) as partial:

@@ -40,6 +40,8 @@ TEXTS = {
     errno.ECHILD: r"^DataLoader worker \(pid.* (killed by signal|exited unexpectedly)",
 }
 """`errno` → messages of libraries that do not set it: onnxruntime, torch, Pillow, threading."""
+STATED = re.compile(r"(?:\(os error|\bSystemError :|\bsystem error number) (\d+)\b")
+"""How libraries in Rust, and onnxruntime, state an `errno` in a message."""
 LIBRARIES = ("onnxruntime", "safetensors")
 NAMED = re.compile(r"(host|output|server|live|call)\..+|.+\.(out_of_memory|no_permission)")
 """Codes of errors that already name the system error."""
@@ -87,8 +89,9 @@ def _number(error: BaseException) -> int | None:
         is_theirs = type(error) is Exception or type(error).__module__.partition(".")[0] in LIBRARIES
         if not (is_theirs or isinstance(error, (RuntimeError, OSError))):
             return None  # its text may quote the user's input
-        rust = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(rust[1]) if rust else next((n for n, form in TEXTS.items() if re.search(form, str(error))), None)
+        stated = STATED.search(str(error))
+        texts = (n for n, form in TEXTS.items() if re.search(form, str(error)))
+        number = int(stated[1]) if stated else next(texts, None)
     if number == errno.EAGAIN:
         if hasattr(error, "characters_written"):  # BlockingIOError of a non-blocking pipe
             return None

@@ -142,6 +142,10 @@ class Processes:
         """Wait until all processes have called this."""
         self.accelerator.wait_for_everyone()
 
+    def end(self) -> None:
+        """Close the trackers, and disconnect the processes; else their threads may abort the interpreter's exit."""
+        self.accelerator.end_training()
+
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor on the CPU, with the shards of all processes; all processes must call this."""
@@ -156,22 +160,16 @@ def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
     return value
 
 
-def unsharded(module: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which this process has all weights, for calls that the other processes do not make."""
-    return _Unsharded([m for m in module.modules() if isinstance(m, FSDPModule)])
-
-
-class _Unsharded(AbstractContextManager[None]):
-    def __init__(self, sharded: list[FSDPModule]) -> None:
-        self.sharded = sharded
-
-    def __enter__(self) -> None:
-        for module in self.sharded:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-
-    def __exit__(self, *error: object) -> None:
-        root = self.sharded[:1]
-        for module in self.sharded:
-            module.set_reshard_after_forward(module not in root, recurse=False)
-            module.reshard()
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Give this process all weights until the end of the block, for calls that the other processes do not make."""
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.set_reshard_after_forward(part is not module, recurse=False)
+            part.reshard()

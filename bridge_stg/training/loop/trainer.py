@@ -15,7 +15,6 @@ import statistics
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ from tqdm import tqdm
 
 from bridge_stg.runtime.errors import BridgeError, CheckpointError
 from bridge_stg.training.data.micro_batch import MicroBatch, Skipped
-from bridge_stg.training.folder import LOG, SKIPPED, TEXT_LOG
+from bridge_stg.training.folder import SKIPPED
 from bridge_stg.training.loop.distribution import Processes, full_tensor, unsharded
+from bridge_stg.training.loop.log import StageLogger, duration, merged_means, summed
 from bridge_stg.training.loop.state import StageProgress, load_state, save_state
 from bridge_stg.training.parts import parameter_groups, part_of
 from bridge_stg.training.recipe import NEW_PARTS, Stage, Validation
@@ -143,6 +143,7 @@ class StageTrainer:
         self.optimizer = make_optimizer(groups, stage)
         new = {name: value for name, value in self.trained.items() if part_of(name) in NEW_PARTS}
         self.averages = {name: value.detach().clone() for name, value in new.items()} if stage.ema else {}
+        self.log = StageLogger(stage.name, run.folder, run.processes)
         self.progress = StageProgress()
         self.figures: list[dict[str, float]] = []
         self.stopped: int | None = None  # signal that arrived at this process
@@ -289,8 +290,8 @@ class StageTrainer:
         progress = self.progress
         progress.skipped_steps += 1
         self.skipped_in_a_row += 1
-        self.log(step=step, event="step skipped", loss=loss, gradient_norm=norm)
-        self.print_line(f"step {step}: skipped, the loss is {loss:.4g} and the norm of the gradient {norm:.4g}")
+        self.log.write(step=step, event="step skipped", loss=loss, gradient_norm=norm)
+        self.log.print(f"step {step}: skipped, the loss is {loss:.4g} and the norm of the gradient {norm:.4g}")
         if self.skipped_in_a_row < PATIENCE:
             return
         if progress.rollbacks >= MOST_ROLLBACKS:
@@ -299,10 +300,8 @@ class StageTrainer:
             raise CheckpointError("training.diverged", f"{message}; {hint}")
         counts = progress
         self.load(self.path)
-        self.log(step=step, event="rolled back", to_step=self.progress.step)
-        self.print_line(
-            f"step {step}: back to the weights of step {self.progress.step}, continuing with the next clips"
-        )
+        self.log.write(step=step, event="rolled back", to_step=self.progress.step)
+        self.log.print(f"step {step}: back to the weights of step {self.progress.step}, continuing with the next clips")
         self.progress = counts
         progress.rollbacks += 1
         self.skipped_in_a_row = 0
@@ -351,9 +350,9 @@ class StageTrainer:
                 for name, weight in weights.items():
                     self.trained[name].copy_(weight)
             self.module.train()
-        self.log(step=step, validation=metrics)
+        self.log.write(step=step, validation=metrics)
         progress.validated_step = step
-        self.print_line(f"validation at step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        self.log.print(f"validation at step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if chosen is None:
             return False
         if chosen.metric not in metrics:
@@ -381,33 +380,11 @@ class StageTrainer:
         values |= means | {"learning_rate": learning_rate(stage, progress.step - 1)}
         for name in ("skipped_steps", "rollbacks", "broken_clips"):
             values |= {name: count} if (count := getattr(progress, name)) else {}
-        self.log(**values)
+        self.log.write(**values)
         left = (stage.steps - progress.step) * progress.seconds / max(1, progress.step)
         loss = f"loss {means['loss']:.4f}, " if "loss" in means else ""
         pace = f"{progress.seconds / max(1, progress.step):.2f} s per step"
-        self.print_line(f"step {progress.step} of {stage.steps}: {loss}{pace}, {duration(left)} left", in_bar=True)
-
-    def log(self, **values: Any) -> None:
-        """Append values to the log, and pass figures and metrics to the tracker, but not events."""
-        if self.run.processes.is_main:
-            line = {"stage": self.stage.name, **rounded(values)}
-            with open(self.run.folder / LOG, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        if "event" in values:
-            return
-        numbers = values | values.get("validation", {})
-        scalars = {f"{self.stage.name}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
-        self.run.processes.accelerator.log(scalars, step=values["step"])
-
-    def print_line(self, text: str, *, in_bar: bool = False) -> None:
-        """Append a line to the text log, and print it, unless a progress bar shows the same (`in_bar`)."""
-        if self.run.processes.is_main:
-            text = f"{self.stage.name}: {text}"
-            with open(self.run.folder / TEXT_LOG, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-            if not (in_bar and sys.stderr.isatty()):
-                with tqdm.external_write_mode():
-                    print(text, flush=True)
+        self.log.print(f"step {progress.step} of {stage.steps}: {loss}{pace}, {duration(left)} left", in_bar=True)
 
     def save(self, path: Path | None = None) -> None:
         """Write the state. All processes must call this."""
@@ -457,35 +434,3 @@ def _quiet(_: int) -> None:
     with suppress(ValueError):
         for number in heeded():
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: os._exit(0))
-
-
-def summed(figures: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, int]]:
-    """Return sum and count of each figure."""
-    totals: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for one in figures:
-        totals.update(one)
-        counts.update(one.keys())
-    return {name: (totals[name], counts[name]) for name in counts}
-
-
-def merged_means(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
-    """Return the mean of each figure over sums and counts of several processes."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    pairs = {name: [part[name] for part in parts if name in part] for name in names}
-    return {name: sum(total for total, _ in found) / sum(count for _, count in found) for name, found in pairs.items()}
-
-
-def rounded(value: Any) -> Any:
-    """Return JSON values with six significant digits, and None for numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {name: rounded(member) for name, member in value.items()}
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words, such as `2 h 10 min`."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"

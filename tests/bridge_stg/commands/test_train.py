@@ -18,7 +18,7 @@ from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.commands import train
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.runtime.bundle.spec import KnowsSpec
-from bridge_stg.training import estimate
+from bridge_stg.training.estimate import estimate
 from bridge_stg.training.loop.distribution import TRACKERS
 from bridge_stg.training.loop.trainer import TrainingStopped
 from tests.bridge_stg.model.published import publish

@@ -11,7 +11,7 @@ import torch
 
 from bridge_stg.checkpoint.checkpoint import build_model
 from bridge_stg.model.config import BridgeSTGConfig
-from bridge_stg.training.estimate import GPUS, clip_shape, estimate
+from bridge_stg.training.estimate.estimate import GPUS, clip_shape, estimate
 from bridge_stg.training.parts import part_of
 from bridge_stg.training.recipe import NEW_PARTS, DataRecipe, Lora, Stage, TrainingRecipe
 from tests.bridge_stg.model.tiny_model import tiny_config

@@ -16,6 +16,7 @@ import pytest
 from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.checkpoint.init_checkpoint import init_checkpoint
 from tests.bridge_stg.model.published import publish
+from tests.bridge_stg.training.small import shrink_frames
 from tests.bridge_stg.training.test_trainer import ROOT, launcher, losses
 from tests.evaluation import official
 
@@ -39,10 +40,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     publish(folder / "model", "qwen3_vl")
     init_checkpoint(folder / "model", folder / "checkpoint")
-    values = json.loads((folder / "checkpoint" / "config.json").read_text())
-    sizes = {"coarse_max_pixels": 4096, "coarse_min_pixels": 1024, "fine_max_pixels": 8192, "fine_min_pixels": 1024}
-    values["frames"] |= sizes
-    (folder / "checkpoint" / "config.json").write_text(json.dumps(values))
+    shrink_frames(folder / "checkpoint")
     sources = []
     for name, build in official.ALL.items():
         files = build(folder / name, official.video)

@@ -41,17 +41,11 @@ from bridge_stg.training.parts import part_of
 from bridge_stg.training.recipe import PARTS, DataRecipe, Lora, Source, Stage, TrainingRecipe, Validation
 from bridge_stg.training.train_checkpoint import train_checkpoint
 from tests.bridge_stg.model.published import publish
+from tests.bridge_stg.training.small import LINES, annotate, shrink_frames
 from tests.errors import raises
 from tests.fakes.clips import write
 
 SIZE = (96, 64)
-BOXES = [{"time": 1.0, "box": [10, 10, 30, 40]}, {"time": 2.0, "box": [20, 10, 40, 40]}]
-LINES: list[dict[str, Any]] = [
-    {"video": "a.mp4", "query": "the red car", "span": [1.0, 2.5], "boxes": BOXES},
-    {"video": "a.mp4", "query": "the dog", "span": None},
-    {"video": "a.mp4", "query": "the cat moves", "span": [0.5, 2.0]},
-    {"image": "b.png", "query": "the car", "boxes": [{"box": [0, 0, 48, 32]}]},
-]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +55,6 @@ def media(tmp_path_factory) -> Path:
     write(folder / "a.mp4", list(pictures), rate=10)
     Image.fromarray(pictures[0]).save(folder / "b.png")
     return folder
-
-
-def annotate(path: Path, lines: list[dict[str, Any]] = LINES) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 @pytest.fixture
@@ -79,10 +68,7 @@ def make_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.bfloat
         folder / "model", folder / "checkpoint", bridging=BridgingConfig(num_queries=2, tapped_layers=(0, 2)),
         spatial_decoder=SpatialDecoderConfig(width=32, num_layers=2, num_heads=2, ffn_width=64),
     )  # fmt: skip
-    values = json.loads((out / "config.json").read_text())
-    values["frames"] |= {"coarse_max_pixels": 4096, "coarse_min_pixels": 1024, "fine_max_pixels": 8192,
-                         "fine_min_pixels": 1024}  # fmt: skip
-    (out / "config.json").write_text(json.dumps(values))
+    shrink_frames(out)
     return out
 
 
@@ -423,6 +409,7 @@ def test_merged_lora_is_the_trained_model(family, annotations, media, tmp_path, 
     lora = Lora(rank=4, alpha=64.0, rslora=True)
     out = run(checkpoint, annotations, media, tmp_path / "new", lora=lora, learning_rate=1e-2)
     assert (out / "model.safetensors").samefile(checkpoint / "model.safetensors")
+    assert all(file.stat().st_mode & 0o044 for file in (out / "adapter").glob("*.safetensors"))  # others may read it
     batch = video_batch(load_checkpoint(out), out, annotations, media)
     figures = []
     for model in (kept[0].model, load_checkpoint(out), load_checkpoint(checkpoint)):

@@ -60,7 +60,10 @@ def train_toy(
         chosen, task, dict(task.named_parameters()), batches, Run(folder, processes, **options),
         units=task.layers, validation=validation, validate=validate,
     )  # fmt: skip
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        processes.end()
     return trainer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bridge_stg.demo.tiny_model import demo_config, write_demo_tokenizer
+from bridge_stg.demo.tiny_model import demo_config
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.training.data.clips import ClipBatches
 from bridge_stg.training.data.index import check_clips
@@ -30,13 +30,6 @@ def spec() -> ModelSpec:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    write_demo_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     """Return each dataset as a source, with media in which a red square moves."""
     sources = {}
@@ -48,13 +41,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 
 
 @pytest.fixture
-def make(spec: ModelSpec, tokenizer: Path) -> Make:
+def make(spec: ModelSpec, tokenizer_path: Path) -> Make:
     """Return a function that makes batches of sources; other arguments are those of the recipe and the mixture."""
 
     def batches(*sources: Source, seed: int = 0, stage: int = 0, clips: int = 1, **options: Any) -> ClipBatches:
         options["augment"] = Augmentation(**options.pop("augment", {}))
         recipe = DataRecipe(**{"sources": sources, "max_broken": 0.9, **options})
         index = check_clips(read_clips(sources), sources, spec, max_broken=recipe.max_broken)
-        return ClipBatches(spec, tokenizer, Mixture(index, recipe, seed, stage, clips))
+        return ClipBatches(spec, tokenizer_path, Mixture(index, recipe, seed, stage, clips))
 
     return batches

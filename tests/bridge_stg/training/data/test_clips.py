@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections import Counter
@@ -20,15 +19,8 @@ from bridge_stg.training.data.labels import choose_fine_times
 from bridge_stg.training.data.micro_batch import MicroBatch
 from bridge_stg.training.recipe import Source
 from tests.bridge_stg.training.data.conftest import Make
+from tests.bridge_stg.training.small import BOXES, LINES, annotate
 from tests.evaluation import official
-
-BOXES = [{"time": 1.0, "box": [10, 10, 30, 40]}, {"time": 2.0, "box": [20, 10, 40, 40]}]
-LINES: list[dict[str, Any]] = [
-    {"video": "a.mp4", "query": "the red car", "span": [1.0, 2.5], "boxes": BOXES},
-    {"video": "a.mp4", "query": "the dog", "span": None},
-    {"video": "a.mp4", "query": "the cat moves", "span": [0.5, 2.0]},
-    {"image": "b.png", "query": "the car", "boxes": [{"box": [0, 0, 48, 32]}]},
-]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +32,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own(path: Path, media: Path, lines: list[dict[str, Any]]) -> Source:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Source((str(path),), media=str(media))
+    return Source((str(annotate(path, lines)),), media=str(media))
 
 
 def made(batches: ClipBatches, place: int) -> MicroBatch:

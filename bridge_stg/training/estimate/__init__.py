@@ -1,0 +1,1 @@
+"""Memory and hours of a training, before it starts."""
