@@ -41,6 +41,7 @@ from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.estimate.estimate import estimate
 from bridge_stg.training.folder import check_paths, locked_run, require_new, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
+from bridge_stg.training.loop.log import progress_bar
 from bridge_stg.training.loop.trainer import Run, StageTrainer, TrainingStopped, clips_per_process, make_optimizer
 from bridge_stg.training.loss.clip_task import ClipTask
 from bridge_stg.training.parts import adapted_layers, add_lora, part_of, part_of_key, save_adapter, trained_parameters
@@ -88,7 +89,7 @@ def train_checkpoint(
     processes = Processes(device, tracker=tracker, folder=folder, shard=shard)
     report = progress if processes.is_main else lambda text: None
     check_stages(recipe, config, processes)
-    index = check_data(recipe, config)
+    index = check_data(recipe, config, show=processes.is_main)
     validator = Validator(recipe.validation, recipe.seed) if recipe.validation else None
     for line in [*index.summary().splitlines(), *(validator.summary().splitlines() if validator else ())]:
         report(line)
@@ -157,13 +158,15 @@ def check_distribution(recipe: TrainingRecipe, processes: int, *, sharded: bool)
             raise BridgeError("training.bad_recipe", f"{message}, which needs 'checkpoint_activations: true'")
 
 
-def check_data(recipe: TrainingRecipe, config: BridgeSTGConfig) -> Index:
-    """Check annotations and media. Raises BridgeError, also if the recipe names none."""
+def check_data(recipe: TrainingRecipe, config: BridgeSTGConfig, *, show: bool = True) -> Index:
+    """Check annotations and media, with a progress bar. Raises BridgeError, also if the recipe names none."""
     if not recipe.data.sources:
         message = "data.sources is empty; name your annotations in a recipe with `base`, or give --annotations"
         raise BridgeError("training.bad_recipe", message)
     clips = read_clips(recipe.data.sources)
-    return check_clips(clips, recipe.data.sources, config.model_spec(), max_broken=recipe.data.max_broken)
+    most = recipe.data.max_broken
+    with progress_bar("checking clips", unit="clip", show=show) as progress:
+        return check_clips(clips, recipe.data.sources, config.model_spec(), max_broken=most, progress=progress)
 
 
 def describe_training(
@@ -208,9 +211,11 @@ def train_stage(  # noqa: PLR0917
     def validate(step: int) -> Mapping[str, float]:
         assert validator is not None
         grounder = torch_grounder(model.eval(), autocast=torch.bfloat16 if task.bf16 else None)
-        own = validator.validate(grounder, process=run.processes.rank, processes=run.processes.count)
-        rows = [row for some in run.processes.gather(own) for row in some]
-        if run.processes.is_main:
+        processes = run.processes
+        with progress_bar("validation", unit="sample", show=processes.is_main) as progress:
+            own = validator.validate(grounder, process=processes.rank, processes=processes.count, progress=progress)
+        rows = [row for some in processes.gather(own) for row in some]
+        if processes.is_main:
             validator.write(run.folder, stage.name, step, rows)
         return metrics(rows)
 

@@ -102,7 +102,7 @@ class Index:
 
 def check_clips(
     clips: Sequence[Clip], sources: Sequence[Source], spec: ModelSpec, *, max_broken: float = 0.0,
-    progress: Callable[[int, int], object] | None = None, threads: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Index:  # fmt: skip
     """Open every medium without decoding all of it, and check every query, span and box against it.
 
@@ -112,7 +112,6 @@ def check_clips(
         spec: rules of the model's frames and prompt.
         max_broken: share of clips, over all sources, whose media may be missing or broken.
         progress: called as progress(done, total) after each clip.
-        threads: number of threads; None: one per CPU.
 
     Raises:
         AnnotationError: a query of the user's own annotations is invalid, more clips than `max_broken` are missing or
@@ -123,7 +122,7 @@ def check_clips(
     faults: list[list[Skipped]] = [[] for _ in sources]
     used: list[Clip] = []
     sizes: list[ClipSize] = []
-    with ThreadPoolExecutor(threads or usable_cpus(), thread_name_prefix="bridge-stg-index") as executor:
+    with ThreadPoolExecutor(usable_cpus(), thread_name_prefix="bridge-stg-index") as executor:
         results = executor.map(lambda clip: _checked(clip, spec), clips)
         try:
             for done, (clip, found) in enumerate(zip(clips, results), 1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -144,6 +145,10 @@ class Processes:
 
     def end(self) -> None:
         """Close the trackers, and disconnect the processes; else their threads may abort the interpreter's exit."""
+        if self.count > 1:
+            # The thread of gloo that finished the last collective needs the GIL to release its tensors. This thread
+            # would wait for it with the GIL held if the group were freed first.
+            time.sleep(0.2)
         self.accelerator.end_training()
 
 

@@ -6,7 +6,8 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,15 @@ def duration(seconds: float) -> str:
     """Return a duration in words, such as `2 h 10 min`."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"
+
+
+@contextmanager
+def progress_bar(name: str, *, unit: str, show: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on a terminal until the end of the block; yield a function of (done, total) that moves it."""
+    with tqdm(desc=name, unit=unit, leave=False, disable=not (show and sys.stderr.isatty())) as bar:
+
+        def move(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield move
