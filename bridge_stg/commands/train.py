@@ -156,16 +156,19 @@ def train(
 @click.option("--out", type=PATH, default=Path("build/demo/checkpoint"), show_default=True, help="Checkpoint folder.")
 @click.option(
     "--heads", type=click.Choice(["bridge", "text"]), default="bridge", show_default=True,
-    help="What answers; text heads are trained from the demo checkpoint of a source tree.",
+    help="What answers; text heads are trained on the backbone of a demo checkpoint.",
 )  # fmt: skip
+@click.option(
+    "--start", type=PATH, help="Demo checkpoint to start from; default: none; of text heads: that of the source tree."
+)
 @click.option("--vision-steps", type=COUNT, help="Steps of the first stage; default: the recipe's.")
 @click.option("--grounding-steps", type=COUNT, help="Steps of the second stage; default: the recipe's.")
 @click.option("--text-steps", type=COUNT, help="Steps with --heads text; default: the recipe's.")
 @options.seed_option
 @resume_option
 def train_demo(
-    *, out: Path, heads: str, vision_steps: int | None, grounding_steps: int | None, text_steps: int | None, seed: int,
-    resume: bool,
+    *, out: Path, heads: str, start: Path | None, vision_steps: int | None, grounding_steps: int | None,
+    text_steps: int | None, seed: int, resume: bool,
 ) -> None:  # fmt: skip
     """Train the demo checkpoint on synthetic clips: from scratch, or text heads on its backbone."""
     if heads == "text" and (vision_steps or grounding_steps):
@@ -180,5 +183,5 @@ def train_demo(
     recipe = demo.demo_recipe({"text": text_steps} if heads == "text" else bridge, seed=seed)
     train_heads = train_text_demo if heads == "text" else demo.train_demo
     with exit_if_stopped():
-        made = train_heads(out, recipe, resume=resume)
+        made = train_heads(out, recipe, start=start, resume=resume)
     click.echo(f"Wrote the checkpoint {made}.")

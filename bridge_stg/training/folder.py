@@ -41,10 +41,17 @@ def check_paths(out: Path, checkpoint: Path) -> None:
     """Check that `out` can be created at the end of a training of `checkpoint`.
 
     Raises:
-        CheckpointError: `output.exists`, `out` exists; `output.is_input`, `out` is in the folder of the checkpoint, or
-            the checkpoint in the folder of the training.
+        CheckpointError: `output.exists`, `out` exists; `output.is_input`, see `require_apart`.
     """
     require_new(out)
+    require_apart(out, checkpoint)
+
+
+def require_apart(out: Path, checkpoint: Path) -> None:
+    """Raise CheckpointError `output.is_input` if `out` is in the folder of the checkpoint a training starts from.
+
+    The same for a checkpoint in the folder of the training.
+    """
     for inner, outer in ((out, checkpoint), (checkpoint, training_folder(out))):
         if inner.resolve().is_relative_to(outer.resolve()):
             message = f"{inner} is inside of {outer}; choose another --out than {out}"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.demo.bundle import demo_checkpoint
 from bridge_stg.demo.text_heads.batches import TextBatch, TextBatchMaker
 from bridge_stg.demo.text_heads.held_out import score_rendered_text
@@ -145,7 +144,8 @@ def train_text_demo(
         BridgeError: the checkpoint cannot be read, a saved state does not fit the model or the recipe, or the loss
             diverged.
     """
-    training = DemoTraining(out, recipe, write_text_tokenizer, resume=resume)
-    model = text_model(load_checkpoint(demo_checkpoint() if start is None else start), training.tokenizer)
+    training = DemoTraining(out, recipe, write_text_tokenizer, start=start or demo_checkpoint(), resume=resume)
+    assert training.start is not None
+    model = text_model(training.start, training.tokenizer)
     batches = TextBatchMaker(model.spec, training.tokenizer_path, recipe.seed, clips=clips)
     return training.train(model, {"text": DemoStage(TextTask(model), batches, score)})

@@ -58,9 +58,9 @@ class BatchMaker:
         self.clips, self.fine_frames = clips, fine_frames
 
     def __call__(self, step: int) -> GroundingBatch:
-        """Return the batch; of every eight, one has single images and one has queries to track."""
+        """Return the batch; of every eight, one has single images and two have queries to track."""
         rng = np.random.default_rng((self.seed, 2, step))
-        still, tracking = step % 8 == 7, step % 8 == 3
+        still, tracking = step % 8 == 7, step % 8 in {3, 6}
         source = FRAME_SIZES[rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])]
         groups = 1 if still else int(rng.integers(6, 13))
         period = self.spec.vision.temporal_patch_size

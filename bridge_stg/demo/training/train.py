@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bridge_stg.checkpoint.checkpoint import save_checkpoint
+from bridge_stg.checkpoint.checkpoint import load_checkpoint, load_config, save_checkpoint
 from bridge_stg.demo.held_out import score_rendered_scenes
 from bridge_stg.demo.tiny_model import demo_config, write_demo_tokenizer
 from bridge_stg.demo.training.batches import BatchMaker
@@ -20,10 +20,12 @@ from bridge_stg.demo.training.grounding import GroundingTask
 from bridge_stg.demo.training.vision import VisionTask, vision_batch
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import torch_grounder
+from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.chain.prompt import Tokenizer
+from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.training.data.micro_batch import MicroBatch
-from bridge_stg.training.folder import begin_run, training_folder
+from bridge_stg.training.folder import begin_run, require_apart, training_folder
 from bridge_stg.training.loop.distribution import Processes
 from bridge_stg.training.loop.trainer import Run, StageTrainer
 from bridge_stg.training.loss.clip_task import ClipTask
@@ -77,19 +79,32 @@ class DemoTraining:
         out: folder of the checkpoint.
         recipe: stages, validation and seed.
         write_tokenizer: writes the model's tokenizer.json to a path.
+        start: demo checkpoint with bridge heads to start from, or None.
         resume: whether to continue from saved states.
 
+    Attributes:
+        start: the model of that checkpoint, or None.
+
     Raises:
-        CheckpointError: a training by another recipe is to be resumed.
+        CheckpointError: a training by another recipe or from another checkpoint is to be resumed, or the checkpoint
+            cannot be read or is not the demo's.
     """
 
     def __init__(
-        self, out: Path, recipe: TrainingRecipe, write_tokenizer: Callable[[Path], None], *, resume: bool
-    ) -> None:
+        self, out: Path, recipe: TrainingRecipe, write_tokenizer: Callable[[Path], None], *, start: Path | None,
+        resume: bool,
+    ) -> None:  # fmt: skip
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.out, self.recipe, self.resume = Path(out), recipe, resume
         self.folder = training_folder(self.out)
-        begin_run(self.folder, recipe.to_dict(), resume=resume)
+        self.start, identity = None, recipe.to_dict()
+        if start is not None:
+            require_apart(self.out, start)
+            if load_config(start).backbone != demo_config().backbone:
+                raise CheckpointError("checkpoint.wrong_model_type", f"{start}: is not a checkpoint of the demo model")
+            self.start = load_checkpoint(start).float()
+            identity["start"] = file_sha256(start / "model.safetensors")
+        begin_run(self.folder, identity, resume=resume)
         self.tokenizer_path = self.folder / "tokenizer.json"
         write_tokenizer(self.tokenizer_path)
         self.tokenizer = Tokenizer.from_file(self.tokenizer_path)
@@ -126,21 +141,24 @@ def _validate(model: BridgeSTG, score: Callable[[Grounder], Mapping[str, float]]
     return score(torch_grounder(model.eval()))
 
 
-def train_demo(out: Path, recipe: TrainingRecipe, *, resume: bool = True, tiny: bool = False) -> Path:
-    """Train the demo model from scratch, write its checkpoint to the folder `out`, and return it.
+def train_demo(
+    out: Path, recipe: TrainingRecipe, *, start: Path | None = None, resume: bool = True, tiny: bool = False
+) -> Path:
+    """Train the demo model, write its checkpoint to the folder `out`, and return it.
 
     Args:
         out: folder of the checkpoint, see `DemoTraining`.
-        recipe: `demo_recipe` with the stages vision and grounding; its seed is that of the weights and of every batch.
+        recipe: `demo_recipe` with the stages vision and grounding; its seed is that of new weights and every batch.
+        start: demo checkpoint to start from; None: train from scratch.
         resume: whether to continue from saved states.
         tiny: whether batches have two clips, and no stage is validated, for tests.
 
     Raises:
         TrainingStopped: a signal ended the training; calling again continues it.
-        BridgeError: a saved state does not fit the model or the recipe, or the loss diverged.
+        BridgeError: see `DemoTraining`; a saved state does not fit the model, or the loss diverged.
     """
-    training = DemoTraining(out, recipe, write_demo_tokenizer, resume=resume)
-    model = BridgeSTG(demo_config(), training.tokenizer)
+    training = DemoTraining(out, recipe, write_demo_tokenizer, start=start, resume=resume)
+    model = training.start or BridgeSTG(demo_config(), training.tokenizer)
     patches, clips = (1000, 2) if tiny else (9000, 8)
     grounding = BatchMaker(model.spec, training.tokenizer_path, recipe.seed, clips=clips)
     score = None if tiny else partial(score_rendered_scenes, count=EVALUATED)

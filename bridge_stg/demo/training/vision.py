@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from bridge_stg.demo.sprites import COLOUR_NAMES, NAMES
 from bridge_stg.demo.synthetic import FRAME_SIZES, make_scene
+from bridge_stg.demo.training.batches import LOOKS
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import merge_order, vision_tables
@@ -16,15 +17,20 @@ from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.training.loss.clip_task import ClipTask
 
 PAIR_GAP_S = 0.5
+SHIFT = 10.0
+"""Weight of the losses of displacements, which are small: with 1, nothing was learned of them in 3000 steps."""
 
 
 class DenseHead(nn.Module):
-    """Predictions per patch, for training only: objectness, name, colour, box and displacement of what covers it."""
+    """Predictions for training only: objectness, name, colour, box and displacement of what covers a patch.
+
+    For each visual token, the looks of what covers it, and the displacement.
+    """
 
     def __init__(self, channels: int, merged: int) -> None:
         super().__init__()
         self.patch = nn.Linear(channels, 1 + len(NAMES) + len(COLOUR_NAMES) + 4 + 2)
-        self.token = nn.Linear(merged, len(NAMES) * len(COLOUR_NAMES))
+        self.token = nn.Linear(merged, LOOKS + 2)
 
 
 def vision_batch(spec: ModelSpec, seed: int, step: int, *, patches: int = 9000) -> dict[str, Tensor]:
@@ -96,16 +102,19 @@ class VisionTask(ClipTask):
         inside = batch["name"] >= 0
         block = spec.vision.merge_size**2
         looks = batch["name"] * len(COLOUR_NAMES) + batch["colour"]
-        there = torch.zeros(*inside.shape, merged.shape[-1]).scatter_(
-            2, looks.clamp(min=0)[..., None], inside[..., None].float()
-        )
+        there = torch.zeros(*inside.shape, LOOKS).scatter_(2, looks.clamp(min=0)[..., None], inside[..., None].float())
         there = there.unflatten(1, (-1, block)).amax(2)
+        covered = inside.unflatten(1, (-1, block))
+        moved = batch["shift"].unflatten(1, (-1, block)).sum(2) / covered.sum(2).clamp(min=1)[..., None]
+        merged, token_shift = merged.split([LOOKS, 2], -1)
+        covered = covered.any(2)
         figures = {
             "objectness": 4 * F.binary_cross_entropy_with_logits(parts[0][..., 0], inside.float()),
             "name": F.cross_entropy(parts[1][inside], batch["name"][inside]),
             "colour": F.cross_entropy(parts[2][inside], batch["colour"][inside]),
             "box": 4 * F.smooth_l1_loss(parts[3][inside], batch["box"][inside], beta=0.1),
-            "shift": F.smooth_l1_loss(parts[4][inside], batch["shift"][inside], beta=0.1),
+            "shift": SHIFT * F.smooth_l1_loss(parts[4][inside], batch["shift"][inside], beta=0.1),
+            "token_shift": SHIFT * F.smooth_l1_loss(token_shift[covered], moved[covered], beta=0.1),
             "token": 10 * F.binary_cross_entropy_with_logits(merged, there),
         }
         total = torch.stack(list(figures.values())).sum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -83,8 +85,18 @@ def test_train_demo_in_miniature(tmp_path):
     )
     assert result.found and result.boxes is not None and result.size == (128, 96)
     assert (tmp_path / "demo-training" / "log.jsonl").read_text().count('"step"') == 2
-    before = (out / "model.safetensors").read_bytes()
+    weights = (out / "model.safetensors").read_bytes()
     train_demo(out, recipe, tiny=True)
-    assert (out / "model.safetensors").read_bytes() == before
+    assert (out / "model.safetensors").read_bytes() == weights
     with raises("training.other_options", "seed"):
         train_demo(out, demo_recipe({"vision": 1, "grounding": 1}, seed=1), tiny=True)
+
+    started = train_demo(tmp_path / "started", demo_recipe({"vision": 1}), start=out, tiny=True)
+    before, after = model.state_dict(), load_checkpoint(started).state_dict()
+    changed = {name.partition(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"vision_encoder"}
+    other = shutil.copytree(started, tmp_path / "other")
+    with raises("training.other_options", "start"):
+        train_demo(started, demo_recipe({"vision": 1}), start=other, tiny=True)
+    with raises("output.is_input", out):
+        train_demo(out, demo_recipe({"vision": 1}), start=out, tiny=True)
