@@ -1,7 +1,8 @@
-"""The executor `ray`: Ray Data spreads units of work over actors, one per device, each with its own model.
+"""The executor `ray`: actors of Ray, one per device, each with its own model, answer units of work.
 
-Ray runs a unit again if its process died. A ledger counts how often each was started, so that a unit that kills every
-process is given up. Knows nothing of the units. Ray is imported when an executor is opened.
+The driver sends each actor a few units at a time, so its memory does not grow with their number. It replaces actors
+that die, and gives up a unit that killed several. Knows nothing of the units. Ray is imported when an executor is
+opened.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bridge_stg.evaluation.run.executor import Answers, Lost, Opener
@@ -24,8 +26,10 @@ from bridge_stg.runtime.host.cpus import usable_cpus
 
 ATTEMPTS = 2
 """How often a unit is started before it is given up: a process may also die for other reasons than the unit."""
+SENT = 2
+"""Units that an actor has at a time: it begins the next one while the driver stores an answer."""
 OBJECT_STORE_BYTES = 2**28
-"""Units and answers are small; Ray's default is 30 % of the memory, which the models need."""
+"""Large answers only; Ray's default is 30 % of the memory, which the models need."""
 LONGEST_TEMPORARY = 24
 """Most characters of the folder for temporary files: the paths of Ray's sockets in it may have at most 103."""
 
@@ -40,41 +44,133 @@ class RayExecutor:
 
     def answers(self, open_model: Opener, answer: Callable[[Any, Any], Any], units: Sequence[Any]) -> Answers:
         """Yield the results; see `Executor.answers`. Raises EngineError if the processes that load the model die."""
-        import ray
-        import ray.data
         from ray import cloudpickle
         from ray.exceptions import RayError
 
         if not units:
             return
-        worker, ledger_class = _actor_classes()
-        ledger = ray.remote(num_cpus=0)(ledger_class).remote()
-        stored = ray.put([cloudpickle.dumps(unit) for unit in units])
-        job = cloudpickle.dumps(Job(open_model, answer, self.workers, self.threads))
         paths = {"modules": [path or os.getcwd() for path in sys.path], "cwd": [os.getcwd()]}  # for the actors' imports
-        # One block per unit: its result comes back at once, and a process that dies loses no other unit.
-        places = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
-        answered = places.map(
-            worker, fn_constructor_args=(paths, job, [stored], ledger),
-            compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(units))), **self.resources,
-        )  # fmt: skip
-        left = set(range(len(units)))
+        job = cloudpickle.dumps(Job(open_model, answer, self.threads))
+        pool = _Pool(min(self.workers, len(units)), self.resources, (paths, job), units)
         try:
-            for block in answered.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-                for row in block.to_pylist():
-                    value = cloudpickle.loads(row["value"])
-                    if row["raised"]:
-                        raise value
-                    left.discard(row["place"])
-                    yield row["place"], value
+            yield from pool.answers()
         except RayError as error:
             message = f"Ray failed: {type(error).__name__}: {_first_line(error)}"
             raise EngineError("evaluation.executor_failed", message) from error
         finally:
-            if ray.is_initialized():  # otherwise this call would start a new Ray
-                ray.kill(ledger)
-        for place in sorted(left):
-            yield place, Lost("EngineError: Ray returned no answer")
+            pool.close()
+
+
+@dataclass(eq=False)
+class _Actor:
+    """An actor, and what it has to do, in order: references to the results, each with the place of its unit.
+
+    The first task opens the model; its place is None.
+    """
+
+    handle: Any
+    tasks: deque[tuple[Any, int | None]] = field(default_factory=deque)
+
+
+class _Pool:
+    """The actors of a run."""
+
+    def __init__(
+        self, size: int, resources: dict[str, float], arguments: tuple[Any, ...], units: Sequence[Any]
+    ) -> None:
+        import ray
+
+        self._worker = ray.remote(max_restarts=0, **resources)(_worker_class())
+        self._arguments = (arguments[0], ray.put(arguments[1]))
+        self._units = units
+        self._new = iter(range(len(units)))
+        self._again: deque[int] = deque()
+        self._left = len(units)  # units without an answer
+        self._started: Counter[int] = Counter()  # by place, for units whose actor died
+        self._size, self._died_opening = size, 0
+        self._actors = [self._start() for _ in range(size)]
+
+    def answers(self) -> Iterator[tuple[int, Any]]:
+        """Yield the place and the result of each unit."""
+        import ray
+        from ray import cloudpickle
+        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+        while self._left:
+            first = {actor.tasks[0][0]: actor for actor in self._actors if actor.tasks}
+            (ready,), _ = ray.wait(list(first), num_returns=1)
+            actor = first[ready]
+            try:
+                raised, data = ray.get(ready)
+            except (RayActorError, WorkerCrashedError, OutOfMemoryError, ObjectLostError) as error:
+                yield from self._replace(actor, error)
+                continue
+            _, place = actor.tasks.popleft()
+            value = cloudpickle.loads(data)
+            if raised:
+                raise value
+            self._send(actor)
+            if place is None:
+                self._died_opening = 0
+            else:
+                self._left -= 1
+                yield place, value
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        if ray.is_initialized():  # otherwise this call would start a new Ray
+            for actor in self._actors:
+                ray.kill(actor.handle)
+
+    def _start(self) -> _Actor:
+        handle = self._worker.remote(*self._arguments)
+        actor = _Actor(handle, deque([(handle.open.remote(), None)]))
+        self._send(actor)
+        return actor
+
+    def _send(self, actor: _Actor) -> None:
+        """Send an actor its next units; the last ones are left to whoever is free."""
+        from ray import cloudpickle
+
+        most = SENT if self._left > SENT * self._size else 1
+        while sum(place is not None for _, place in actor.tasks) < most:
+            place = self._again.popleft() if self._again else next(self._new, None)
+            if place is None:
+                return
+            actor.tasks.append((actor.handle.answer.remote(cloudpickle.dumps(self._units[place])), place))
+
+    def _replace(self, actor: _Actor, error: Exception) -> Iterator[tuple[int, Any]]:
+        """Start another actor for one that died. Yield the unit that it was at, if this happened too often.
+
+        Raises EngineError if the last actor, like several before, died while it opened the model.
+        """
+        import ray
+
+        ray.kill(actor.handle)  # it may only be out of reach
+        self._actors.remove(actor)
+        (_, place), *later = actor.tasks
+        self._again += [other for _, other in later if other is not None]
+        if place is None:
+            self._died_opening += 1
+        else:
+            self._started[place] += 1
+            if self._started[place] < ATTEMPTS:
+                self._again.appendleft(place)
+            else:
+                self._left -= 1
+                died = f"the worker process died {ATTEMPTS} times at this, perhaps for lack of memory"
+                yield place, Lost(f"EngineError: {died}")
+        if self._died_opening < ATTEMPTS * self._size:
+            self._actors.append(self._start())
+        elif self._actors:
+            for other in self._actors:
+                self._send(other)
+        else:
+            what = f"{self._died_opening} worker processes died while they loaded the model"
+            hint = "if memory ran out, give fewer --workers"
+            raise EngineError("evaluation.worker_died", f"{what} ({_first_line(error)}); {hint}.")
 
 
 @contextmanager
@@ -90,17 +186,11 @@ def ray_executor(*, workers: int | None = None, threads: int | None = None) -> I
 
     Raises:
         EngineError: Ray cannot be started or reached.
-        ImportError: Ray or pyarrow is missing.
+        ImportError: Ray is missing.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import pyarrow  # noqa: F401 - Ray Data needs it, but its own error would not name it
     import ray
-    import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             _start(stack, workers)
@@ -150,54 +240,48 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """The work of every actor; `workers` and `threads` are those of the executor."""
+    """The work of every actor; `threads` are those of the executor."""
 
     open_model: Opener
     answer: Callable[[Any, Any], Any]
-    workers: int
     threads: int
 
 
 class Answering:
-    """The state of an actor. It opens its model for its first unit, when a failure can be reported.
+    """The state of an actor, from its pickled `Job`.
 
-    `job` is the pickled `Job`, `units` a list of one reference to the pickled units, `ledger` the actor that counts.
+    Each method returns whether an exception was raised, and the pickled exception or value: Ray would wrap it.
     """
 
-    def __init__(self, job: bytes, units: list[Any], ledger: Any) -> None:
-        import ray
-        from ray import cloudpickle
-
-        self._job: Job = cloudpickle.loads(job)
-        self._units: list[bytes] = ray.get(units[0])
-        self._ledger = ledger
-        self._model: Any = None
+    def __init__(self, job: bytes) -> None:
+        self._pickled = job
         self._open = contextlib.ExitStack()
+
+    def open(self) -> tuple[bool, bytes]:
+        """Open the model."""
+        return _pickled(self._open_model)
+
+    def answer(self, unit: bytes) -> tuple[bool, bytes]:
+        """Answer a pickled unit."""
+        from ray import cloudpickle
+
+        return _pickled(lambda: self._job.answer(self._model, cloudpickle.loads(unit)))
+
+    def _open_model(self) -> None:
+        from ray import cloudpickle
+
+        self._job: Job = cloudpickle.loads(self._pickled)
         os.environ["OMP_NUM_THREADS"] = str(self._job.threads)  # torch reads it when it is imported
+        self._model = self._open.enter_context(self._job.open_model())
 
-    def answer(self, place: int) -> dict[str, Any]:
-        """Return a row of plain values: `place`, the pickled `value`, and whether that is an exception to `raise`."""
-        from ray import cloudpickle
 
-        try:
-            return {"place": place, "raised": False, "value": cloudpickle.dumps(self._answer(place))}
-        except Exception as error:  # noqa: BLE001 - Ray would wrap it; the caller raises it as it is
-            return {"place": place, "raised": True, "value": _pickled_error(error)}
+def _pickled(call: Callable[[], Any]) -> tuple[bool, bytes]:
+    from ray import cloudpickle
 
-    def _answer(self, place: int) -> Any:
-        import ray
-        from ray import cloudpickle
-
-        if self._model is None:
-            started, opened = ray.get(self._ledger.opening.remote())
-            if not opened and started > ATTEMPTS * self._job.workers:
-                what = f"{started - 1} worker processes died while they loaded the model, probably out of memory"
-                raise EngineError("evaluation.worker_died", f"{what}; give fewer --workers.")
-            self._model = self._open.enter_context(self._job.open_model())
-            ray.get(self._ledger.opened.remote())
-        if ray.get(self._ledger.start.remote(place)) > ATTEMPTS:
-            return Lost(f"EngineError: the worker process died {ATTEMPTS} times at this, perhaps for lack of memory")
-        return self._job.answer(self._model, cloudpickle.loads(self._units[place]))
+    try:
+        return False, cloudpickle.dumps(call())
+    except Exception as error:  # noqa: BLE001 - the caller raises it as it is
+        return True, _pickled_error(error)
 
 
 def _pickled_error(error: Exception) -> bytes:
@@ -211,15 +295,14 @@ def _pickled_error(error: Exception) -> bytes:
     return data
 
 
-def _actor_classes() -> tuple[type, type]:
-    """Return the classes of the actors.
+def _worker_class() -> type:
+    """Return the class of the actors.
 
-    Classes of a function are pickled by value: until `Worker` has set up its process, this package cannot be imported
-    there.
+    A class of a function is pickled by value: until it has set up its process, this package cannot be imported there.
     """
 
     class Worker:
-        def __init__(self, paths: dict[str, list[str]], job: bytes, units: list[Any], ledger: Any) -> None:
+        def __init__(self, paths: dict[str, list[str]], job: bytes) -> None:
             import os
             import sys
 
@@ -228,25 +311,12 @@ def _actor_classes() -> tuple[type, type]:
             sys.path += [path for path in paths["modules"] if path not in sys.path]
             from bridge_stg.evaluation.run.ray_executor import Answering
 
-            self.answering = Answering(job, units, ledger)
+            self.answering = Answering(job)
 
-        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            return self.answering.answer(int(row["item"]))
+        def open(self) -> tuple[bool, bytes]:
+            return self.answering.open()
 
-    class Ledger:
-        def __init__(self) -> None:
-            self.started: dict[int, int] = {}
-            self.models = [0, 0]
+        def answer(self, unit: bytes) -> tuple[bool, bytes]:
+            return self.answering.answer(unit)
 
-        def start(self, place: int) -> int:
-            self.started[place] = self.started.get(place, 0) + 1
-            return self.started[place]
-
-        def opening(self) -> tuple[int, int]:
-            self.models[0] += 1
-            return self.models[0], self.models[1]
-
-        def opened(self) -> None:
-            self.models[1] += 1
-
-    return Worker, Ledger
+    return Worker
