@@ -18,7 +18,8 @@ from PIL import Image
 
 from bridge_stg.runtime import Grounder, Grounding
 from bridge_stg.runtime.video.playback import play
-from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index
+from bridge_stg.runtime.visualize.annotate import encode_h264
+from bridge_stg.runtime.visualize.painter import frame_index
 
 
 def detections_at(results: list[Grounding], time_s: float) -> sv.Detections:

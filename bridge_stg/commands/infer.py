@@ -17,7 +17,14 @@ import click
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, SECONDS, box, output_file
-from bridge_stg.commands.progress import ProgressBar, note_unknown_words, note_untrained, stage_line, untrained_text
+from bridge_stg.commands.progress import (
+    ProgressBar,
+    note_missing_letters,
+    note_unknown_words,
+    note_untrained,
+    stage_line,
+    untrained_text,
+)
 from bridge_stg.runtime.errors import BridgeError, BundleError
 
 if TYPE_CHECKING:
@@ -70,9 +77,9 @@ class Request:
 @click.option(
     "--annotate",
     type=output_file(".mp4", ".png", ".jpg"),
-    help="Write the video (H.264) or image with boxes; one QUERY.",
+    help="Write the video (H.264) or image with the boxes of all queries.",
 )
-@click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the span and a timeline; one QUERY.")
+@click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the spans and a timeline.")
 @options.text_options
 @options.backend_options()
 @deadline_option
@@ -105,8 +112,6 @@ def check(request: Request) -> None:
         raise BridgeError("options.conflict", "--track takes at most one QUERY and no --task; leave out the others.")
     if request.task == "span" and drawn:
         raise BridgeError("options.conflict", "--task span computes no boxes; leave out --annotate and --sheet.")
-    if drawn and len(request.queries) > 1:
-        raise BridgeError("options.conflict", "--annotate and --sheet draw one query; run infer once per query.")
     for output in request.outputs:
         if output.exists() and Path(request.video).exists() and output.samefile(request.video):
             raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")
@@ -178,10 +183,11 @@ def write(request: Request, results: Sequence[Grounding], chosen: ChosenBackend 
         from bridge_stg.runtime.visualize.annotate import annotate
         from bridge_stg.runtime.visualize.contact_sheet import contact_sheet
 
+        note_missing_letters(request.queries)
         if request.annotate:
-            annotate(request.video, results[0], request.annotate, progress=progress)
+            annotate(request.video, results, request.annotate, progress=progress)
         if request.sheet:
-            contact_sheet(request.video, results[0], request.sheet)
+            contact_sheet(request.video, results, request.sheet)
 
 
 @click.command()

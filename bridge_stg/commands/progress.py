@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from bridge_stg.runtime.bundle.spec import ModelSpec
 
+SHOWN_LETTERS = 20
 SHOWN_WORDS = 10
 """Maximum words in the note about unknown words."""
 
@@ -86,3 +87,13 @@ def note_unknown_words(spec: ModelSpec | None, queries: Iterable[str]) -> None:
         more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
         shown = f"{', '.join(words[:SHOWN_WORDS])}{more}"
         click.echo(f"Note: words that the model does not know: {shown}. {spec.knows.summary}", err=True)
+
+
+def note_missing_letters(queries: Iterable[str]) -> None:
+    """Write a line if pictures cannot show letters of the queries, since no installed font has them."""
+    from bridge_stg.runtime.visualize.fonts import missing_letters
+
+    if letters := "".join(dict.fromkeys("".join(map(missing_letters, queries)))):
+        shown = letters if len(letters) <= SHOWN_LETTERS else f"{letters[:SHOWN_LETTERS]}…"
+        instead = "pictures show ? or the query's number instead. Install one, such as the Noto fonts."
+        click.echo(f"Note: no font on this system has the letters {shown}: {instead}", err=True)

@@ -13,8 +13,9 @@ from bridge_stg.evaluation.media import video_input
 from bridge_stg.evaluation.samples import Sample, Truth
 from bridge_stg.evaluation.scoring import boxes_at
 from bridge_stg.runtime.video.playback import play
-from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, font
+from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour
 from bridge_stg.runtime.visualize.contact_sheet import GREY, PALE, thumbnail
+from bridge_stg.runtime.visualize.fonts import font
 
 TRUE: Colour = (0, 170, 110)
 MODELS: tuple[Colour, ...] = ((255, 45, 190), (245, 150, 0), (40, 150, 240), (150, 90, 220), (120, 120, 20))

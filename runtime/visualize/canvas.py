@@ -1,56 +1,32 @@
-"""Boxes and text on Pillow images, shared by annotated videos and contact sheets."""
+"""Boxes, labels and text on Pillow images, shared by annotated videos and contact sheets."""
 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+    from bridge_stg.runtime.visualize.fonts import Font
 
 Colour = tuple[int, int, int]
 
 TARGET: Colour = (255, 45, 190)  # rare in photographs, and in contrast with foliage, sky, asphalt and skin
 INK: Colour = (28, 30, 34)
 WHITE: Colour = (255, 255, 255)
-SYSTEM_FONTS = (
-    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "msyh.ttc", "malgun.ttf",
+COLOURS: tuple[Colour, ...] = (
+    TARGET, (25, 200, 255), (255, 198, 26), (61, 220, 107),
+    (255, 122, 31), (169, 139, 255), (47, 224, 200), (255, 90, 90),
 )  # fmt: skip
-"""Fonts of Linux, Windows and macOS for letters that Pillow's own font lacks: all but English ones."""
+"""Colours of the queries, on all of which INK is readable; the server's page uses the same, in the same order."""
 
 
-@functools.lru_cache
-def font(size: int) -> Font:
-    """Return Pillow's own font, which is the same on every system."""
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
-
-
-def font_for(text: str, size: int) -> Font:
-    """Return Pillow's own font, or the first system font that has more of the text's characters."""
-    from PIL import ImageFont
-
-    if text.isascii():
-        return font(size)
-    fonts = [font(size)]
-    for name in SYSTEM_FONTS:
-        with contextlib.suppress(OSError):
-            fonts.append(ImageFont.truetype(name, size))
-    return min(fonts, key=lambda text_font: _missing(text, text_font))
-
-
-def _missing(text: str, text_font: Font) -> int:
-    """Count the characters that a font lacks, and draws as a placeholder box."""
-    box = list(text_font.getmask("\uffff"))
-    return sum(list(text_font.getmask(character)) == box for character in set("".join(text.split())))
+def colour_of(place: int) -> Colour:
+    """Return the colour of a query, by its place among those of a picture."""
+    return COLOURS[place % len(COLOURS)]
 
 
 def fit_text(text: str, text_font: Font, width: float) -> str:

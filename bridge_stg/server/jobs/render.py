@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.visualize.annotate import encode_h264, frame_index, paint_frames
-from bridge_stg.runtime.visualize.canvas import INK, WHITE, Colour, draw_box, fit_text, font, shade
+from bridge_stg.runtime.visualize.annotate import encode_h264, paint_frames
+from bridge_stg.runtime.visualize.painter import FramePainter
 from bridge_stg.server.http.errors import api_error, busy
 from bridge_stg.server.jobs.job import Job, job_not_found
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
-
-COLOURS: tuple[Colour, ...] = (
-    (255, 45, 190), (25, 200, 255), (255, 198, 26), (61, 220, 107),
-    (255, 122, 31), (169, 139, 255), (47, 224, 200), (255, 90, 90),
-)  # fmt: skip
-"""Colours of the queries; the page uses the same, in the same order."""
 MOST_WAITING = 8
 
 
@@ -86,51 +75,6 @@ class Renderer:
         media, duration_s = replace(job.upload.file.media, stream=job.stream), job.upload.file.info.duration_s
         with media.play() as source, replacing(path) as temporary:
             painted = paint_frames(
-                source, lambda size: _Painter(size, job.results, duration_s), progress=lambda *_: limits.check()
+                source, lambda size: FramePainter(job.results, size, duration_s), progress=lambda *_: limits.check()
             )
             encode_h264(painted, temporary, source.last_end_s)
-
-
-class _Painter:
-    """Draws the spans as lanes at the bottom of frames of one size, the boxes with their queries, and the time."""
-
-    def __init__(self, size: tuple[int, int], groundings: Sequence[Grounding], duration_s: float) -> None:
-        self.size, self.groundings, self.duration_s = size, groundings, duration_s
-        side = min(size)
-        self.text_size, self.thickness = max(10, round(side / 26)), max(2, round(side / 110))
-        self.lane = max(3, round(side / 90))
-        self.font = font(self.text_size)
-        self.bottom = size[1] - 2 * self.lane * len(groundings) - self.lane
-
-    def paint(self, image: Image.Image, time_s: float) -> None:
-        """Draw on the frame at `time_s`, in place."""
-        from PIL import ImageDraw
-
-        width, height = self.size
-        shade(image, (0, max(0, self.bottom), width, height), 0.65)
-        draw = ImageDraw.Draw(image)
-        for place, grounding in enumerate(self.groundings):
-            colour = COLOURS[place % len(COLOURS)]
-            if grounding.span is not None and self.duration_s:
-                start, end = (round(width * min(max(s / self.duration_s, 0), 1)) for s in grounding.span)
-                top = self.bottom + self.lane + 2 * self.lane * place
-                draw.rectangle((start, top, max(start + 1, end), top + self.lane - 1), fill=colour)
-            index = None if grounding.boxes is None else frame_index(grounding.boxes, time_s)
-            if index is not None:
-                self._paint_box(draw, grounding, index, colour)
-        if self.duration_s:
-            x = round((width - 1) * min(time_s / self.duration_s, 1))
-            draw.rectangle((x - 1, self.bottom, x + 1, height), fill=WHITE)
-            style: dict[str, Any] = {"anchor": "ra", "stroke_width": 1, "stroke_fill": INK}
-            draw.text((width - 4, 2), f"{time_s:.2f} s", WHITE, self.font, **style)
-
-    def _paint_box(self, draw: ImageDraw.ImageDraw, grounding: Grounding, index: int, colour: Colour) -> None:
-        assert grounding.boxes is not None
-        box, dashed = grounding.boxes.boxes[index].tolist(), not grounding.boxes.visible[index]
-        draw_box(draw, box, self.size, thickness=self.thickness, dashed=dashed, colour=colour)
-        text = fit_text(grounding.query, self.font, self.size[0] * 0.6)
-        width = self.font.getlength(text)
-        left = min(max(0, round(box[0])), max(0, self.size[0] - round(width) - 8))
-        top = max(0, round(box[1]) - self.thickness - self.text_size - 6)
-        draw.rectangle((left, top, left + width + 7, top + self.text_size + 5), fill=INK)
-        draw.text((left + 4, top + 1), text, colour, self.font)

@@ -43,7 +43,6 @@ ROOT = Path(__file__).resolve().parents[3]
         (["infer", "CLIP", "q", "--annotate", "CLIP"], "output.is_input", "clip.mp4"),
         (["infer", "CLIP", "q", "--annotate", "a.png"], "output.bad_suffix", "a.png"),
         (["infer", "CLIP", "q", "--annotate", "a.png", "--sheet", "./a.png"], "options.conflict", "a.png"),
-        (["infer", "CLIP", "q", "p", "--annotate", "a.mp4", "--json", "r.json"], "options.conflict", "--annotate"),
         (["infer", "CLIP", "q", "--nonsense"], "options.unknown", "--nonsense"),
         (["infer", "CLIP", "q", "--nonsense", "--json", "r.json"], "options.unknown", "--nonsense"),
         (["infer", "CLIP", "q", "--bundle", "nowhere", "--json", "r.json"], "bundle.not_found", "nowhere"),

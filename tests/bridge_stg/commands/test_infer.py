@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
+from PIL import Image
 
 import bridge_stg
 from bridge_stg import cli
 from bridge_stg.demo import bundle as demo_bundle
 from bridge_stg.runtime import TextOptions
 from bridge_stg.runtime.bundle.spec import KnowsSpec, TextSpec
+from bridge_stg.runtime.visualize.canvas import COLOURS
 from tests.bridge_stg.commands import fake_grounder
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
 
@@ -47,6 +50,18 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
     assert document["results"][0]["coarse"]["fps"] == 2
     assert (document["engine"]["backend"], document["engine"]["reason"]) == ("tensorrt", "requested")
     assert sorted(path.name for path in clip.parent.iterdir()) == ["a.mp4", "clip.mp4", "r.json", "s.png"]
+
+
+def test_infer_draws_all_queries_and_notes_letters_without_a_font(
+    fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge_stg.runtime.visualize.fonts.font_file", lambda letters: None)
+    out = clip.parent / "s.png"
+    assert cli.run(["infer", str(clip), "the dog", "日本の車", "--bundle", "b", "--sheet", str(out)]) == 0
+    assert "本" in capsys.readouterr().err
+    with Image.open(out) as image:
+        page = np.asarray(image)
+    assert all((page == colour).all(-1).any() for colour in COLOURS[:2])
 
 
 def test_infer_names_a_stream_that_does_not_exist(

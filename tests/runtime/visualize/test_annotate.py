@@ -15,9 +15,13 @@ from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.token_budget import CoarseChoice
-from bridge_stg.runtime.visualize.annotate import annotate, encode_h264, frame_index
-from bridge_stg.runtime.visualize.canvas import SYSTEM_FONTS, TARGET, draw_box, fit_text, font, font_for
-from bridge_stg.runtime.visualize.contact_sheet import PAGE_WIDTH, contact_sheet, grid, tick_step
+from bridge_stg.runtime.visualize import fonts
+from bridge_stg.runtime.visualize.annotate import annotate, encode_h264
+from bridge_stg.runtime.visualize.canvas import COLOURS, TARGET, draw_box, fit_text
+from bridge_stg.runtime.visualize.contact_sheet import PAGE_WIDTH, contact_sheet, grid, shown_times, tick_step
+from bridge_stg.runtime.visualize.crop import view_of
+from bridge_stg.runtime.visualize.fonts import drawable, font, font_for, missing_letters
+from bridge_stg.runtime.visualize.painter import frame_index
 from tests.errors import raises
 from tests.fakes.chain import fake_spec
 from tests.fakes.clips import write
@@ -77,6 +81,19 @@ def test_annotated_video_keeps_times_and_shows_the_box_inside_the_span_only(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "out.mp4"]
 
 
+def test_queries_share_a_picture_in_their_colours(tmp_path: Path) -> None:
+    pixels, times = np.full((360, 640, 3), 80, np.uint8), np.zeros(1)
+    both = [found(times, (640, 360), query=query) for query in ("the dog", "the dog that barks")]
+    for write_picture in (annotate, contact_sheet):
+        write_picture(pixels, [*both, grounding("a cat", (640, 360))], tmp_path / "out.png")
+        with Image.open(tmp_path / "out.png") as image:
+            picture = np.asarray(image)
+        counts = [(picture == colour).all(-1).sum() for colour in COLOURS[:4]]
+        assert min(counts[:2]) > 1000 and counts[2] > 80 and not counts[3]  # of the absent one, the legend
+    annotate(pixels, [], tmp_path / "none.png")
+    contact_sheet(pixels, [], tmp_path / "none.png")
+
+
 def test_last_frame_keeps_its_length(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", times=np.arange(10) / 10)
     with av.open(str(tmp_path / "clip.mp4")) as container:
@@ -93,7 +110,7 @@ def test_a_single_frame_is_shown_for_a_while(tmp_path: Path) -> None:
 def test_tiny_videos(size: tuple[int, int], tmp_path: Path) -> None:
     picture = np.full((size[1], size[0], 3), 90, np.uint8)
     clip = write(tmp_path / "clip.mkv", [picture] * 3, codec="ffv1", pixels="bgr0")
-    annotate(clip, found(np.arange(3) / 25, size), tmp_path / "out.mp4")
+    annotate(clip, [found(np.arange(3) / 25, size), grounding("a cat", size)], tmp_path / "out.mp4")
     assert len(frames_of(tmp_path / "out.mp4")) == 3
 
 
@@ -194,8 +211,32 @@ def test_sheet_of_any_shape(tmp_path: Path, size: tuple[int, int]) -> None:
 def test_the_curve_does_not_hide_its_label(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
     with Image.open(contact_sheet(clip, found(TIMES), tmp_path / "sheet.png")) as page:
-        above_curve = np.asarray(page)[-130:-110, :110]
+        above_curve = np.asarray(page)[-147:-135, :110]
     assert (above_curve.max(axis=-1) < 150).sum() > 20
+
+
+def test_each_query_has_a_frame_on_the_sheet() -> None:
+    def boxes(times: np.ndarray) -> FrameBoxes:
+        tube = found(times).tube
+        assert tube is not None
+        return tube.at(times)
+
+    long, short = boxes(np.arange(1000) / 10), boxes(np.array([31.02, 31.03]))
+    for both in ([long, short], [short, long]):
+        times = shown_times(both)
+        assert len(times) <= 12 and 31.03 in times and (np.diff(times) > 0).all() and times[-1] == 99.9
+    assert len(shown_times([long])) == 12 and shown_times([short]).tolist() == [31.02, 31.03]
+
+
+def test_small_targets_are_enlarged_with_the_whole_frame_as_an_inset(tmp_path: Path) -> None:
+    size, cell = (1920, 1080), (240, 135)
+    small, large = np.array([1860, 10, 1910, 50]), np.array([200, 200, 900, 900])
+    left, top, right, bottom = view_of([small], size, cell)
+    assert left <= 1860 and right == 1920 and top == 0 and bottom >= 50
+    assert (right - left) / (bottom - top) == pytest.approx(16 / 9) and 1920 / (right - left) == 6
+    for boxes in ([], [large], [small, large]):
+        assert view_of(boxes, size, cell) == (0, 0, *size)
+    assert 480 / (view_of([small / 4], (480, 270), cell)[2] - view_of([small / 4], (480, 270), cell)[0]) == 4
 
 
 def test_sheet_of_an_image_has_no_timeline(tmp_path: Path) -> None:
@@ -233,21 +274,31 @@ def test_boxes_outside_the_image_stay_on_its_border(box: tuple[float, ...], dash
     assert (np.asarray(image) == TARGET).all(-1).any()
 
 
-def test_letters_that_the_font_lacks_come_from_one_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_letters_that_the_font_lacks_come_from_an_installed_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     class Accents:
-        def getmask(self, text: str) -> list[int]:
-            return [0 if ord(text) > 0x400 else ord(text)]
+        def getmask(self, text: str) -> Image.core.ImagingCore:
+            return Image.new("L", (1 if ord(text) > 0x400 else ord(text), 1)).im
 
     def installed(name: str, size: int) -> Accents:
-        if name != SYSTEM_FONTS[1]:
+        if name != "accents":
             raise OSError("cannot open resource")
         return Accents()
 
-    own = font(20)
     monkeypatch.setattr(ImageFont, "truetype", installed)
-    assert font_for("the red car", 20) is own
-    assert isinstance(font_for("el niño", 20), Accents)
-    assert font_for("日本", 20) is own  # none has these
+    monkeypatch.setattr(fonts, "font_files", lambda: ("damaged", "accents"))
+    for cached in (fonts.font_file, fonts.installed_font):
+        cached.cache_clear()
+    try:
+        assert font_for("the red car", 20) is font(20)
+        assert isinstance(font_for("el niño", 20), Accents)
+        assert font_for("日本", 20) is font(20)  # none has these
+        assert (missing_letters("el niño"), missing_letters("日本 car")) == ("", "日本")
+        assert [drawable(text, "query 2") for text in ("niño", "日本の車", "car 日")] == ["niño", "query 2", "car ?"]
+    finally:
+        for cached in (fonts.font_file, fonts.installed_font):
+            cached.cache_clear()
 
 
 def test_text_is_cut_to_its_room() -> None:

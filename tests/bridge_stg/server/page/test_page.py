@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bridge_stg.runtime.visualize.canvas import COLOURS
 from tests.bridge_stg.server.page.chromium import chromium
 from tests.bridge_stg.server.page.measure import MEASURE
 from tests.bridge_stg.server.page.page_server import PAGE, Script, serving, true_box
@@ -612,7 +613,6 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 
 def test_one_palette() -> None:
-    annotated = pytest.importorskip("bridge_stg.server.jobs.render")
     text = (PAGE / "palette.js").read_text()
     colours = [tuple(map(int, found)) for found in re.findall(r"\[(\d+), (\d+), (\d+)\]", text)]
-    assert colours == list(annotated.COLOURS)
+    assert colours == list(COLOURS)
