@@ -11,7 +11,10 @@ if __name__ == "__main__":
         if error.name != "click":
             raise
         if sys.argv[1:2] != ["doctor"]:
-            print('Error: The package click is missing: pip install ".[cpu]" [host.missing_package]', file=sys.stderr)
+            from bridge_stg.runtime.host.packages import install_command
+
+            message = f"The package click is missing: {install_command('cpu')}"
+            print(f"Error: {message} [host.missing_package]", file=sys.stderr)
             sys.exit(2)
         from bridge_stg.runtime.backends.doctor import main
 

@@ -22,6 +22,7 @@ import click
 import bridge_stg
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.failures import host_error
+from bridge_stg.runtime.host.packages import install_command
 
 MODULES = {
     "build": "build",
@@ -41,7 +42,8 @@ EXTRAS = {
     "train": "accelerate peft skimage",
     "tensorrt": "tensorrt cuda",
     "rtx": "tensorrt_rtx_bindings",
-    "ray": "ray pyarrow",
+    "parquet": "pyarrow",
+    "ray": "ray",
     "serve": "fastapi starlette pydantic anyio uvicorn python_multipart prometheus_client",
     "calibrate": "yaml",
     "": "numpy av PIL tokenizers llguidance tqdm jinja2",
@@ -119,8 +121,7 @@ def describe(error: Exception) -> tuple[str, str]:
     package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     for extra, packages in EXTRAS.items():
         if package and package in packages.split():
-            bracket = f"[{extra}]" if extra else ""
-            message = f'This needs the package {package}. Install it: pip install "bridge-stg{bracket}"'
+            message = f"This needs the package {package}. Install it: {install_command(*extra.split())}"
             return "host.missing_package", message
     raise error
 

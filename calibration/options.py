@@ -10,6 +10,7 @@ from typing import Any
 
 from bridge_stg.export.engines.support import BACKENDS
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.packages import install_command
 
 RECIPE_NAMES = ("w8a8", "w8", "w4")
 GRAPH_RECIPE_NAMES = ("float", *RECIPE_NAMES)
@@ -80,8 +81,8 @@ def load_arguments(plain: Mapping[str, Any]) -> dict[str, Any]:
 def require_packages() -> None:
     """Raise BridgeError if a package of the calibration is not installed, without importing it."""
     if missing := [package for package in PACKAGES if not _installed(package)]:
-        extra = "calibrate,cpu" if "onnxruntime" in missing else "calibrate"
-        what = f'calibrate needs the package {missing[0]}, which is not installed: pip install "bridge-stg[{extra}]"'
+        install = install_command("calibrate", *(["cpu"] if "onnxruntime" in missing else []))
+        what = f"calibrate needs the package {missing[0]}, which is not installed: {install}"
         raise BridgeError("host.missing_package", what)
 
 

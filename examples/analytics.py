@@ -2,7 +2,7 @@
 
 python examples/analytics.py BUNDLE FOLDER tubes.parquet summary.png QUERY...
 
-Needs pyarrow and matplotlib: pip install "bridge-stg[cpu,examples]". For large folders, `bridge-stg infer-many`
+Needs pyarrow and matplotlib: pip install -e ".[cpu,examples]". For large folders, `bridge-stg infer-many`
 runs in many processes and resumes after a stop.
 """
 

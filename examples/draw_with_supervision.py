@@ -2,7 +2,7 @@
 
 python examples/draw_with_supervision.py BUNDLE VIDEO OUT.mp4 QUERY...
 
-Needs supervision: pip install "bridge-stg[cpu,examples]". The same `Detections` work with its zones,
+Needs supervision: pip install -e ".[cpu,examples]". The same `Detections` work with its zones,
 counters and trackers.
 """
 

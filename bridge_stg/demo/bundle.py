@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bridge_stg
 from bridge_stg.runtime.errors import BundleError, CheckpointError
+from bridge_stg.runtime.host.packages import install_command
 
 SOURCE_TREE = Path(bridge_stg.__file__).resolve().parents[1]
 BUILT = Path("build/demo/bundle")
@@ -44,8 +45,7 @@ def demo_bundle(*, progress: Callable[[str], None] = lambda stage: None) -> Path
         hint = "Pass one with --bundle, or run `make demo` in a source tree of the project and use its"
         raise BundleError("bundle.not_given", f"{missing} {hint} {BUILT}.")
     if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers", "onnx", "onnxscript")):
-        hint = f"Exporting it from {checkpoints[0]} needs torch:"
-        hint += ' pip install "bridge-stg[cpu,export]", or pass --bundle.'
+        hint = f"Exporting it from {checkpoints[0]} needs torch: {install_command('cpu', 'export')}, or pass --bundle."
         raise BundleError("bundle.not_given", f"{missing} {hint}")
     from bridge_stg.export.export_bundle import export_bundle
 

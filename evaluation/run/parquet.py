@@ -1,4 +1,4 @@
-"""Write the rows of a run as a Parquet table, from its JSON lines. Needs pyarrow, of the extra `ray`."""
+"""Write the rows of a run as a Parquet table, from its JSON lines. Needs pyarrow, of the extra `parquet`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,15 @@
-"""Launch the node: ros2 launch ./watch.launch.py bundle:=/data/bundle image:=/camera/image_raw query:="the red car"."""
+"""Launch the node: ros2 launch ./watch.launch.py bundle:=/data/bundle image:=/camera/image_raw query:="the red car".
+
+Texts reach the node as they are given, quotes included: ROS reads parameters as YAML, and JSON is YAML.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, ExecuteProcess
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 
 NODE = Path(__file__).parent / "grounding_node.py"
@@ -18,13 +22,21 @@ ARGUMENTS = {
 }
 
 
+def start_node(context: LaunchContext) -> list[ExecuteProcess]:
+    """Return the node's process, which is restarted if it ends."""
+    given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    parameters = {"bundle": given["bundle"], "queries": [given["query"]]}
+    written = {name: json.dumps(value, ensure_ascii=False) for name, value in parameters.items()}
+    written |= {name: given[name] for name in ("every_s", "window")}
+    command = ["python3", str(NODE), "--ros-args", "-r", f"image:={given['image']}"]
+    for name, value in written.items():
+        command += ["-p", f"{name}:={value}"]
+    return [ExecuteProcess(cmd=command, output="screen", respawn=True, respawn_delay=2.0)]
+
+
 def generate_launch_description() -> LaunchDescription:
-    """Return the launch arguments and the node's process, which is restarted if it ends."""
-    given = {name: LaunchConfiguration(name) for name in ARGUMENTS}
-    command = ["python3", str(NODE), "--ros-args", "-r", ["image:=", given["image"]]]
-    command += ["-p", ["bundle:=", given["bundle"]], "-p", ["queries:=['", given["query"], "']"]]
-    command += ["-p", ["every_s:=", given["every_s"]], "-p", ["window:=", given["window"]]]
+    """Return the launch arguments and the node."""
     declared = [
         DeclareLaunchArgument(name, default_value=value, description=text) for name, (value, text) in ARGUMENTS.items()
     ]
-    return LaunchDescription([*declared, ExecuteProcess(cmd=command, output="screen", respawn=True, respawn_delay=2.0)])
+    return LaunchDescription([*declared, OpaqueFunction(function=start_node)])

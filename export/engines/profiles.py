@@ -21,6 +21,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import vision_tables
 from bridge_stg.runtime.chain.spatial_pass import MAX_ROWS
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.packages import install_command
 from bridge_stg.runtime.host.parse import parse_yaml_file
 
 Range = tuple[int, int, int]
@@ -155,7 +156,7 @@ def read_overrides(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = parse_yaml_file(path)
     except ImportError as error:
-        message = f'pyyaml cannot be imported ({error}). Install it: pip install "bridge-stg[calibrate]"'
+        message = f"pyyaml cannot be imported ({error}). Install it: {install_command('calibrate')}"
         raise EngineError("host.missing_package", message) from error
     except (OSError, ValueError) as error:
         raise _bad(f"{path}: cannot be read as YAML ({error})") from error

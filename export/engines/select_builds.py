@@ -24,7 +24,7 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.machine import machine
 from bridge_stg.runtime.host.memory import available_bytes, gigabytes
-from bridge_stg.runtime.host.packages import version_numbers
+from bridge_stg.runtime.host.packages import install_command, version_numbers
 
 OPTIONS = {"attention": "decomposable", "network": "strongly typed", "tf32": "off"}
 """Settings of every engine, as its key has them."""
@@ -152,7 +152,7 @@ def load_tensorrt(family: str) -> ModuleType:
         with suppress(ImportError):
             return importlib.import_module(name)
     extra, other = ("rtx", "") if family == "tensorrt_rtx" else ("tensorrt", ", or use the package of JetPack")
-    message = f'{FAMILIES[family]} cannot be imported: pip install "bridge-stg[{extra},calibrate]"{other}'
+    message = f"{FAMILIES[family]} cannot be imported: {install_command(extra, 'calibrate')}{other}"
     raise EngineError("engine.not_installed", message)
 
 

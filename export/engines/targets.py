@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.packages import version_numbers
+from bridge_stg.runtime.host.packages import install_command, version_numbers
 
 TURING = ("fp32", "fp16", "int8")
 AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -102,7 +102,7 @@ def this_target(*, family: str, version: str, sm: int, memory: int | None) -> En
     variant = "primitive" if family == "tensorrt" and numbers < PRIMITIVE_ONLY_BELOW else "standard"
     precisions = next(words for since, words in PRECISIONS_BY_SM if sm >= since)
     if family == "tensorrt_rtx" and sm < 80:
-        message = f'TensorRT-RTX has no fp32 matmuls on SM {sm}. Use TensorRT, or pip install "bridge-stg[gpu]"'
+        message = f"TensorRT-RTX has no fp32 matmuls on SM {sm}. Use TensorRT, or {install_command('gpu')}"
         raise EngineError("engine.unsupported_device", message)
     limit = 8 * GB if memory is None else int(0.9 * memory)
     return EngineTarget("this", f"SM {sm}", family, numbers[:2], (99,), (sm,), variant, precisions, limit)

@@ -18,7 +18,7 @@ from bridge_stg.runtime.bundle.manifest import GraphSpec, Manifest
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import DeviceFacts
 from bridge_stg.runtime.errors import EngineError
-from bridge_stg.runtime.host.packages import version_numbers
+from bridge_stg.runtime.host.packages import install_command, version_numbers
 
 _log = logging.getLogger(__name__)
 
@@ -104,9 +104,8 @@ def _fitting(
     """Return version, device and the variant of each graph. Raises EngineError that names what is missing."""
     version = backend.version()
     if version is None:
-        message = (
-            f'backend {backend.name!r} is not installed (install it with: pip install "bridge-stg[{backend.extra}]")'
-        )
+        install = install_command(backend.extra)
+        message = f"backend {backend.name!r} is not installed (install it with: {install})"
         raise EngineError("engine.not_installed", message)
     manifest = bundle.manifest if isinstance(bundle, Bundle) else bundle
     bases = {graph.derived_from for graph in manifest.all_graphs() if graph.variant == variant} - {None, variant}

@@ -17,7 +17,7 @@ from typing import Any
 from bridge_stg.runtime.backends.registry import BACKENDS, Backend
 from bridge_stg.runtime.backends.tensorrt.library import MODULES
 from bridge_stg.runtime.host.machine import Machine, machine
-from bridge_stg.runtime.host.packages import installed_version
+from bridge_stg.runtime.host.packages import install_command, installed_version
 
 NEEDED = ("numpy", "av", "pillow", "tokenizers", "llguidance", "click", "tqdm", "jinja2")
 """Distributions that every backend needs."""
@@ -128,7 +128,7 @@ def _providers(load: Callable[[str], Any], is_installed: bool) -> tuple[tuple[st
     except Exception as error:  # noqa: BLE001 - a broken package may raise anything
         if not is_installed:
             return (), ()
-        command = _install("[cpu]", "--force-reinstall ")
+        command = install_command("cpu", options="--force-reinstall ")
         return (), (Missing(f"onnxruntime is installed but cannot be imported ({error})", command),)
 
 
@@ -149,14 +149,14 @@ def _state(
     if own is None:
         missing.append(Missing(f"the package {backend.distributions[0]}", _command(backend, facts)))
     elif backend.name in FAMILIES and (problem := _broken(MODULES[FAMILIES[backend.name]], load)):
-        command = _install(f"[{backend.extra}]", "--force-reinstall ")
+        command = install_command(backend.extra, options="--force-reinstall ")
         missing.append(Missing(f"a {backend.name} that can be imported ({problem})", command))
     if backend.on_gpu:
         missing += _gpu_missing(facts, version)
     provider = PROVIDERS.get(backend.name)
     if own is not None and provider is not None and provider not in providers:
         listed = ", ".join(providers) or "none"
-        command = f"pip uninstall -y {' '.join(FLAVOURS[:2])} && {_install(f'[{backend.extra}]')}"
+        command = f"pip uninstall -y {' '.join(FLAVOURS[:2])} && {install_command(backend.extra)}"
         missing.append(Missing(f"onnxruntime's {provider} (it lists: {listed})", command))
     return BackendState(backend.name, own, tuple(missing))
 
@@ -167,7 +167,7 @@ def _command(backend: Backend, facts: Machine) -> str:
         return "no matching wheel is published for a Jetson: use the backend tensorrt"
     if facts.l4t and backend.name == "tensorrt" and int(facts.l4t.partition(".")[0]) < WHEELS_SINCE_L4T:
         return "sudo apt install python3-libnvinfer (of JetPack), then a venv with --system-site-packages"
-    return _install(f"[{backend.extra}]")
+    return install_command(backend.extra)
 
 
 def _broken(modules: tuple[str, ...], load: Callable[[str], Any]) -> str | None:
@@ -204,9 +204,9 @@ def _problems(packages: dict[str, str | None], flavours: dict[str, str], facts: 
         problems.append(Missing(what, f"pip install {' '.join(lacking)}"))
     if len(flavours) > 1:
         names = ", ".join(f"{name} {version}" for name, version in flavours.items())
-        extra = "[gpu]" if "onnxruntime-gpu" in flavours else "[cpu]"
+        extra = "gpu" if "onnxruntime-gpu" in flavours else "cpu"
         what = f"{len(flavours)} flavours of onnxruntime are installed over each other ({names}), so some are damaged"
-        problems.append(Missing(what, f"pip uninstall -y {' '.join(flavours)} && {_install(extra)}"))
+        problems.append(Missing(what, f"pip uninstall -y {' '.join(flavours)} && {install_command(extra)}"))
     memory = facts.memory
     if facts.l4t and memory.largest_block is not None and memory.largest_block < 2**22:
         size = _size(memory.largest_block)
@@ -214,10 +214,6 @@ def _problems(packages: dict[str, str | None], flavours: dict[str, str], facts: 
         command = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory'"
         problems.append(Missing(what, command))
     return problems
-
-
-def _install(extra: str, options: str = "") -> str:
-    return f'pip install {options}"bridge-stg{extra}"'
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:

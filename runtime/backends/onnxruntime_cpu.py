@@ -18,6 +18,7 @@ from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.cpus import MAX_THREADS, limited_threads
+from bridge_stg.runtime.host.packages import install_command
 
 _DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
 _FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -247,7 +248,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        message = f'onnxruntime cannot be imported ({error}). Install it with: pip install "bridge-stg[cpu]"'
+        message = f"onnxruntime cannot be imported ({error}). Install it with: {install_command('cpu')}"
         raise EngineError("engine.not_installed", message) from error
     onnxruntime.disable_telemetry_events()  # if the program imported it before bridge_stg
     return onnxruntime

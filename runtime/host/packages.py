@@ -8,9 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from itertools import takewhile
+from pathlib import Path
 from types import ModuleType
 
 from bridge_stg.runtime.errors import BridgeError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""The checkout of an installation with `pip install -e`; elsewhere a folder without pyproject.toml."""
 
 
 def load_package(module: str, package: str) -> ModuleType:
@@ -21,8 +25,20 @@ def load_package(module: str, package: str) -> ModuleType:
         raise BridgeError(
             "host.missing_package",
             f"reading videos and images needs the package {package!r}, which cannot be imported ({error}); "
-            'install it with: pip install "bridge-stg[cpu]"',
+            f"install it with: {install_command('cpu')}",
         ) from error
+
+
+def install_command(*extras: str, options: str = "") -> str:
+    """Return the command that installs the packages of extras of pyproject.toml; without extras, the requirements.
+
+    No package index has this project: a checkout is installed by its path, `.` in the current folder. An installed
+    wheel is found by its name, since pip then needs the index only for the other packages.
+    """
+    bracket = f"[{','.join(extras)}]" if extras else ""
+    if not (CHECKOUT / "pyproject.toml").is_file():
+        return f'pip install {options}"bridge-stg{bracket}"'
+    return f'pip install {options}-e "{"." if Path().samefile(CHECKOUT) else CHECKOUT}{bracket}"'
 
 
 def installed_version(distribution: str) -> str | None:

@@ -27,6 +27,7 @@ from bridge_stg.calibration.work_folder import working_in
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.packages import install_command
 from tests.calibration.chain_samples import write_samples
 from tests.errors import raises
 from tests.fakes.clips import pictures, write
@@ -222,7 +223,7 @@ def test_missing_packages_are_named(
     )
     assert run(exported.path, "--samples", given["samples"], "--out", tmp_path / "b8") == 2
     error = capsys.readouterr().err
-    assert "onnx" in error and 'pip install "bridge-stg[calibrate]"' in error
+    assert "onnx" in error and install_command("calibrate") in error
 
 
 def test_disk(

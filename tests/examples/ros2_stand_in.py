@@ -88,6 +88,16 @@ class Node:
         self.destroyed = True
 
 
+@dataclass
+class LaunchConfiguration:
+    """The value of a launch argument, in a context that is the dictionary of these values."""
+
+    name: str
+
+    def perform(self, context: dict[str, str]) -> str:
+        return context[self.name]
+
+
 class ExternalShutdownException(Exception):
     """What spinning ends with where a signal or another thread has shut ROS down."""
 
@@ -122,11 +132,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         Detection2DArray=Detection2DArray,
         ObjectHypothesisWithPose=ObjectHypothesisWithPose,
     )
-    module("launch", LaunchDescription=lambda entities: SimpleNamespace(entities=entities))
+    module("launch", LaunchDescription=lambda entities: SimpleNamespace(entities=entities), LaunchContext=dict)
     module(
         "launch.actions",
         DeclareLaunchArgument=lambda name, **values: SimpleNamespace(name=name, **values),
         ExecuteProcess=SimpleNamespace,
+        OpaqueFunction=SimpleNamespace,
     )
-    module("launch.substitutions", LaunchConfiguration=lambda name: f"<{name}>")
+    module("launch.substitutions", LaunchConfiguration=LaunchConfiguration)
     return seen

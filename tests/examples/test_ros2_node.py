@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from bridge_stg.runtime.grounder import Grounder
 from tests.examples import ros2_stand_in
@@ -113,9 +114,14 @@ def test_main_spins_and_stops(end: type[BaseException], ros: SimpleNamespace, mo
     assert nodes[0].destroyed and ros.shut_down == 1
 
 
-def test_the_launch_file_starts_the_node(ros: SimpleNamespace) -> None:
-    description = load("ros2/watch.launch.py").generate_launch_description()
-    *declared, process = description.entities
-    assert {argument.name for argument in declared} == {"bundle", "image", "query", "every_s", "window"}
+@pytest.mark.parametrize("query", ["the red car", 'the dog\'s "new" ball: a, [b] # \\ 犬 🐕'])
+def test_the_launch_file_starts_the_node(ros: SimpleNamespace, query: str) -> None:
+    *declared, node = load("ros2/watch.launch.py").generate_launch_description().entities
+    given = {argument.name: argument.default_value for argument in declared}
+    assert set(given) == {"bundle", "image", "query", "every_s", "window"}
+    (process,) = node.function({**given, "query": query, "bundle": "/data/v2: new"})
     assert process.cmd[1] == str(EXAMPLES / "ros2" / "grounding_node.py") and Path(process.cmd[1]).exists()
-    assert ["queries:=['", "<query>", "']"] in process.cmd and process.respawn
+    parameters = dict(text.split(":=", 1) for text in process.cmd[process.cmd.index("--ros-args") :] if ":=" in text)
+    assert yaml.safe_load(parameters["queries"]) == [query]
+    assert yaml.safe_load(parameters["bundle"]) == "/data/v2: new"
+    assert yaml.safe_load(parameters["every_s"]) == 1.0 and process.respawn

@@ -16,7 +16,7 @@ def public(kind: type) -> set[str]:
 
 
 def test_cuda_python_has_what_is_called():
-    api = pytest.importorskip("cuda.bindings.runtime", reason='no cuda-python here: pip install "bridge-stg[rtx]"')
+    api = pytest.importorskip("cuda.bindings.runtime", reason='no cuda-python here: pip install -e ".[rtx]"')
     driver = pytest.importorskip("cuda.bindings.driver")
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     called = {name for name in public(fake_cuda.FakeCuda) if name.startswith("cuda")}
@@ -31,7 +31,7 @@ def test_cuda_python_has_what_is_called():
 
 
 def test_tensorrt_has_what_is_called():
-    real = pytest.importorskip("tensorrt_rtx_bindings", reason='no TensorRT-RTX here: pip install "bridge-stg[rtx]"')
+    real = pytest.importorskip("tensorrt_rtx_bindings", reason='no TensorRT-RTX here: pip install -e ".[rtx]"')
     pairs = {
         "Runtime": fake_tensorrt.Runtime, "ICudaEngine": fake_tensorrt.Engine,
         "IExecutionContext": fake_tensorrt.Context, "IRuntimeConfig": fake_tensorrt.Config,

@@ -12,6 +12,7 @@ from collections import deque
 from typing import Any
 
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.packages import install_command
 
 MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 """Import names of each family, best first."""
@@ -115,6 +116,5 @@ def _import(family: str) -> Any:
     extra, source = ("rtx", "") if family == "tensorrt_rtx" else ("tensorrt", ", or use the one of JetPack")
     raise EngineError(
         "engine.not_installed",
-        f"no package of {family} can be imported ({'; '.join(failures)}). Install it: pip install "
-        f'"bridge-stg[{extra}]"{source}',
+        f"no package of {family} can be imported ({'; '.join(failures)}). Install it: {install_command(extra)}{source}",
     )

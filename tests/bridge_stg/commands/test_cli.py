@@ -17,6 +17,7 @@ import pytest
 import bridge_stg
 from bridge_stg import cli
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.packages import install_command
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -119,22 +120,22 @@ def _kinds(kind: type[BridgeError]) -> list[type[BridgeError]]:
 @pytest.mark.parametrize(
     ("module", "extra"),
     [
-        ("onnxruntime", "[cpu]"),
-        ("torch", "[export]"),
-        ("transformers.models", "[export]"),
-        ("skimage", "[train]"),
-        ("av", ""),
+        ("onnxruntime", ["cpu"]),
+        ("torch", ["export"]),
+        ("transformers.models", ["export"]),
+        ("skimage", ["train"]),
+        ("av", []),
     ],
 )
 def test_missing_package_is_named_with_its_extra(
-    module: str, extra: str, fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: str, extra: list[str], fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     monkeypatch.setattr(FakeGrounder, "open", fail)
     line = complaint(["infer", "v.mp4", "q", "--bundle", "b"], capsys, code="host.missing_package")
-    assert f"package {module.partition('.')[0]}. " in line and f'pip install "bridge-stg{extra}"' in line
+    assert f"package {module.partition('.')[0]}. " in line and install_command(*extra) in line
 
 
 def test_missing_module_of_this_package_is_not_hidden(fake: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

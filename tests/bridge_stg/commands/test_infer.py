@@ -18,6 +18,7 @@ from bridge_stg import cli
 from bridge_stg.demo import bundle as demo_bundle
 from bridge_stg.runtime import TextOptions
 from bridge_stg.runtime.bundle.spec import KnowsSpec, TextSpec
+from bridge_stg.runtime.host.packages import install_command
 from bridge_stg.runtime.visualize.canvas import COLOURS
 from tests.bridge_stg.commands import fake_grounder
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
@@ -223,4 +224,4 @@ class TestDemoBundle:
         Path("assets/demo/checkpoint").mkdir(parents=True)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         line = complaint(["infer", "v.mp4", "q"], capsys, code="bundle.not_given")
-        assert 'pip install "bridge-stg[cpu,export]"' in line
+        assert install_command("cpu", "export") in line

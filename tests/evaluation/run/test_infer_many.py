@@ -18,6 +18,7 @@ from bridge_stg.evaluation.run.evaluate import Model
 from bridge_stg.evaluation.run.executor import LocalExecutor, Lost, open_executor
 from bridge_stg.evaluation.run.infer_many import UNIT, infer_many, units_of
 from bridge_stg.evaluation.run.queries import Query, read_queries
+from bridge_stg.runtime.host.packages import install_command
 from tests.errors import raises
 from tests.evaluation.official import video
 from tests.fakes.chain import fake_grounder
@@ -167,8 +168,10 @@ def test_queries_of_one_video_are_one_unit() -> None:
     assert sorted(query.index for unit in units for query in unit) == list(range(2 * UNIT + 2))
 
 
-def test_parquet_holds_what_the_lines_hold(table: Path, tmp_path: Path) -> None:
+def test_parquet_holds_what_the_lines_hold(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
+    for package in ("ray", "pandas"):
+        monkeypatch.setitem(sys.modules, package, None)
     queries = read_queries(table, tmp_path / "media")
     infer_many(queries, fake(), tmp_path / "out.jsonl")
     infer_many(queries, fake(), tmp_path / "out.parquet")
@@ -284,12 +287,13 @@ def test_faults_of_the_user(
 def test_a_missing_package_is_named_with_its_extra(
     table: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("ray", "pyarrow"):
+    runs = (("ray", "ray", ["--executor", "ray"], "out.jsonl"), ("pyarrow", "parquet", [], "out.parquet"))
+    for package, extra, options, out in runs:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             command = ["infer-many", str(table), "--media", str(tmp_path / "media"), "--bundle", str(bundle)]
-            assert cli.run([*command, "--executor", "ray", "--out", str(tmp_path / "out.jsonl")]) == 2
-            assert 'pip install "bridge-stg[ray]"' in capsys.readouterr().err
+            assert cli.run([*command, *options, "--out", str(tmp_path / out)]) == 2
+            assert install_command(extra) in capsys.readouterr().err
 
 
 @pytest.mark.slow

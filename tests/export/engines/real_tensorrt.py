@@ -24,7 +24,7 @@ def any_tensorrt() -> ModuleType:
 
 def rtx() -> ModuleType:
     """Return TensorRT-RTX, or skip the test."""
-    return pytest.importorskip(RTX, reason='no TensorRT-RTX here: pip install "bridge-stg[rtx]" to run this test')
+    return pytest.importorskip(RTX, reason='no TensorRT-RTX here: pip install -e ".[rtx]" to run this test')
 
 
 def parse(path: Path) -> list[str]:

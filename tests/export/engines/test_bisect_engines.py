@@ -196,7 +196,7 @@ def test_a_real_tensorrt_compiles_graphs_with_block_outputs(
     exported_fp16: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     """Compiles ahead of time for `rtx-ampere`; nothing runs, which needs a GPU."""
-    pytest.importorskip("tensorrt_rtx_bindings", reason='no TensorRT-RTX: pip install "bridge-stg[rtx]" to run this')
+    pytest.importorskip("tensorrt_rtx_bindings", reason='no TensorRT-RTX: pip install -e ".[rtx]" to run this')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(exported_fp16.path, tmp_path / "b")
     bundle = Bundle.load(tmp_path / "b")

@@ -26,6 +26,7 @@ from bridge_stg.export.engines.targets import ahead_of_time
 from bridge_stg.runtime.backends.tensorrt.engine_cache import ABOUT, PLAN, EngineDevice, find_engine, read_engines
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BridgeError, EngineError
+from bridge_stg.runtime.host.packages import install_command
 from tests.calibration.golden_ranges import golden_ranges
 from tests.errors import raises
 from tests.export.engines import real_tensorrt
@@ -258,9 +259,9 @@ def test_a_missing_tensorrt_is_named_with_its_extra(monkeypatch: pytest.MonkeyPa
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    with raises("engine.not_installed", "TensorRT-RTX", "bridge-stg[rtx,calibrate]", kind=EngineError):
+    with raises("engine.not_installed", "TensorRT-RTX", install_command("rtx", "calibrate"), kind=EngineError):
         load_tensorrt("tensorrt_rtx")
-    with raises("engine.not_installed", "bridge-stg[tensorrt,calibrate]", "JetPack", kind=EngineError):
+    with raises("engine.not_installed", install_command("tensorrt", "calibrate"), "JetPack", kind=EngineError):
         load_tensorrt("tensorrt")
 
 

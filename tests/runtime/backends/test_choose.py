@@ -16,6 +16,7 @@ from bridge_stg.runtime.backends.choose import BACKENDS, choose, open_sessions
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host import packages as runtime_packages
+from bridge_stg.runtime.host.packages import install_command
 from tests.errors import raises
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,7 +65,7 @@ def test_backends_and_variants_that_are_not_available(bundle_path, installed):
     with raises("engine.no_backend", "'standard'", "onnxruntime 1.23.2", "primitive"):
         choose(manifest, variant="standard")
     installed()
-    with raises("engine.no_backend", "'onnxruntime' is not installed", 'pip install "bridge-stg[cpu]"'):
+    with raises("engine.no_backend", "'onnxruntime' is not installed", install_command("cpu")):
         choose(manifest)
 
 
@@ -144,4 +145,4 @@ except EngineError as error:
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first == "onnxruntime" and 'Install it with: pip install "bridge-stg[cpu]"' in second
+    assert first == "onnxruntime" and install_command("cpu") in second

@@ -16,6 +16,7 @@ from bridge_stg.cli import run
 from bridge_stg.runtime.backends.doctor import Diagnosis, diagnose, format_diagnosis
 from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.host.machine import Machine, machine
+from bridge_stg.runtime.host.packages import install_command
 
 ROOT = Path(__file__).resolve().parents[3]
 BUDDYINFO = """Node 0, zone      DMA      0      0      0
@@ -185,7 +186,7 @@ def test_bare_machine(tmp_path: Path) -> None:
     diagnosis = diagnosed(found, {"numpy": "2.4.6"})
     assert not any(state.ready for state in diagnosis.backends)
     for backend in BACKENDS:
-        assert f'pip install "bridge-stg[{backend.extra}]"' in lacks(diagnosis, backend.name).values()
+        assert install_command(backend.extra) in lacks(diagnosis, backend.name).values()
     assert diagnosis.problems[0].command == "pip install av pillow tokenizers llguidance click tqdm jinja2"
     assert json.loads(json.dumps(diagnosis.to_json()))["backends"][0]["ready"] is False
 
@@ -194,7 +195,7 @@ def test_two_flavours_of_onnxruntime(tmp_path: Path) -> None:
     packages = {"onnxruntime": "1.31.0", "onnxruntime-gpu": "1.32.0"}
     diagnosis = diagnosed(machine(root=tmp_path), packages, ("CPUExecutionProvider",))
     (problem,) = [item for item in diagnosis.problems if "flavours" in item.what]
-    assert problem.command == 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "bridge-stg[gpu]"'
+    assert problem.command == f"pip uninstall -y onnxruntime onnxruntime-gpu && {install_command('gpu')}"
     assert problem.what in format_diagnosis(diagnosis)
 
 
@@ -207,7 +208,7 @@ def test_jetson_that_takes_wheels(tmp_path: Path) -> None:
     release = JETSON["etc/nv_tegra_release"].replace("R36 (release), REVISION: 4.3", "R38 (release), REVISION: 2.0")
     found = look(tmp_path, {**JETSON, "etc/nv_tegra_release": release}, FakeCuda(status=100))
     lacking = lacks(diagnosed(found, {}), "tensorrt")
-    assert lacking["the package tensorrt"] == 'pip install "bridge-stg[tensorrt]"'
+    assert lacking["the package tensorrt"] == install_command("tensorrt")
     (gpu,) = [command for what, command in lacking.items() if "an NVIDIA GPU" in what]
     assert "ubuntu-drivers" not in gpu and "--runtime nvidia" in gpu
 
@@ -215,7 +216,8 @@ def test_jetson_that_takes_wheels(tmp_path: Path) -> None:
 def test_broken_tensorrt(tmp_path: Path) -> None:
     diagnosis = diagnosed(look(tmp_path, X86, FakeCuda()), {"tensorrt": "10.15.1", "cuda-python": "13.0.1"})
     (lacking,) = lacks(diagnosis, "tensorrt").items()
-    what, command = "a tensorrt that can be imported (tensorrt)", 'pip install --force-reinstall "bridge-stg[tensorrt]"'
+    what = "a tensorrt that can be imported (tensorrt)"
+    command = install_command("tensorrt", options="--force-reinstall ")
     assert lacking == (what, command)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from bridge_stg.runtime.errors import BridgeError, Interrupted
+from bridge_stg.runtime.errors import Interrupted
 from bridge_stg.runtime.host.limits import Limits
-from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.host.packages import install_command, load_package
 from bridge_stg.runtime.video.frame import resize
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.playback import play
@@ -302,7 +302,7 @@ def test_packages_are_imported_when_needed() -> None:
 @pytest.mark.parametrize(("module", "package"), [("av", "av"), ("PIL.Image", "pillow")])
 def test_a_missing_package_is_named(module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BridgeError, match=rf'package \'{package}\'.*pip install "bridge-stg\[cpu\]"'):
+    with raises("host.missing_package", repr(package), install_command("cpu")):
         load_package(module, package)
 
 

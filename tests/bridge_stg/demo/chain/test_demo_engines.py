@@ -29,7 +29,7 @@ SMS = sorted({sm for target in TARGETS if target.ahead_of_time for sm in target.
 @pytest.fixture(scope="module")
 def rtx() -> Any:
     return pytest.importorskip(
-        "tensorrt_rtx_bindings", reason='no TensorRT-RTX here: pip install "bridge-stg[rtx]" to run this test'
+        "tensorrt_rtx_bindings", reason='no TensorRT-RTX here: pip install -e ".[rtx]" to run this test'
     )
 
 

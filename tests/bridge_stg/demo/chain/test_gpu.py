@@ -47,7 +47,7 @@ def built_bundle(demo_bundle: Path) -> Path:
 def test_a_gpu_and_a_backend_for_it_are_here():
     """SM 7.0 or later, and TensorRT, TensorRT-RTX or onnxruntime with a GPU provider."""
     assert gpu().sm >= 70
-    assert INSTALLED, 'no GPU backend is installed: pip install "bridge-stg[tensorrt]", "[rtx]" or "[gpu]"'
+    assert INSTALLED, 'no GPU backend is installed: pip install -e ".[tensorrt]", "[rtx]" or "[gpu]"'
 
 
 @pytest.mark.skipif(not NATIVE, reason="no TensorRT is installed")
