@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 import bridge_stg
+from bridge_stg.commands.progress import LOG, configure_log, log_options
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.packages import install_command
@@ -70,26 +71,31 @@ class LazyGroup(click.Group):
         """Return a command, or None if it does not exist."""
         if cmd_name in COMMANDS and cmd_name not in self.commands:
             module = importlib.import_module(f"bridge_stg.commands.{COMMANDS[cmd_name]}")
-            self.add_command(getattr(module, cmd_name.replace("-", "_")), cmd_name)
+            self.add_command(log_options(getattr(module, cmd_name.replace("-", "_"))), cmd_name)
         return super().get_command(ctx, cmd_name)
 
 
+@log_options
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(bridge_stg.__version__, prog_name="bridge-stg")
 def app() -> None:
     """Find when and where a sentence happens in a video, and export trained checkpoints for edge devices.
 
     An error is one paragraph on stderr that ends with its code, and exit code 2. If --json is given, stdout gets
-    {"error": {"code": …, "message": …}} in one line too.
+    {"error": {"code": …, "message": …}} in one line too. Existing files are replaced when the new ones are complete;
+    existing folders and results of long runs only with --overwrite.
     """
 
 
 def run(arguments: Sequence[str] | None = None, *, received: Sequence[int] = ()) -> int:
-    """Run the command line and return its exit code: 0, 2 for an error that the user can fix, 130 if interrupted.
+    """Run the command line and return its exit code.
 
-    `received` lists the signals that interrupted the command; after one of them the code is 128 plus its number.
+    That is 0; 1 if `infer-many` could not answer some queries; 2 for an error that the user can fix; 3 if `infer
+    --exit-code` found nothing; 130 if interrupted. `received` lists the signals that interrupted the command; after one
+    of them the code is 128 plus its number.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    configure_log(as_json="--log-json" in _options(given))
     try:
         code = app.main(args=given, prog_name="bridge-stg", standalone_mode=False)
         sys.stdout.flush()
@@ -135,12 +141,16 @@ def _interrupted(arguments: Sequence[str], received: Sequence[int]) -> int:
 def _fail(arguments: Sequence[str], code: str, message: str, *, exit_code: int = 2) -> int:
     """Write an error as one line, so that a command in it can be copied, and with --json as JSON too."""
     text = " ".join(message.split())
-    click.echo(f"Error: {text} [{code}]", err=True)
-    options = itertools.takewhile(lambda word: word != "--", arguments)
-    if any(word.partition("=")[0] in ("--json", "--jsonl") for word in options):
+    LOG.error("%s", text, extra={"code": code})
+    if any(word.partition("=")[0] in ("--json", "--jsonl") for word in _options(arguments)):
         with contextlib.suppress(OSError):  # such as a full disk that stdout goes to
             click.echo(json.dumps({"error": {"code": code, "message": text}}))
     return exit_code
+
+
+def _options(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments before `--`, after which none is an option."""
+    return list(itertools.takewhile(lambda word: word != "--", arguments))
 
 
 class _LossyStream(io.FileIO):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, PATH, output_file, shard
-from bridge_stg.commands.progress import ProgressBar, note_unknown_words, note_untrained, stage_line
+from bridge_stg.commands.options import COUNT, PATH, OutputFile, shard
+from bridge_stg.commands.progress import LOG, ProgressBar, note_unknown_words, note_untrained, stage_line
 from bridge_stg.evaluation.datasets.registry import DATASETS
 from bridge_stg.runtime.errors import BridgeError
 
@@ -86,7 +86,7 @@ def evaluate(
 @click.option("--media", type=PATH, help="Folder of the videos or images; default: that of TABLE.")
 @click.option("--query", "queries", multiple=True, help="Query for each file if TABLE is a folder; repeatable.")
 @options.bundle_option
-@click.option("--out", type=output_file(".jsonl", ".parquet"), required=True, help="Output file.")
+@click.option("--out", type=OutputFile(".jsonl", ".parquet"), required=True, help="Output file.")
 @options.query_options
 @options.many_options
 def infer_many(
@@ -117,8 +117,8 @@ def infer_many(
         done = run(rows, model, out, task=task, executor=opened, progress=progress, **given)
     click.echo(f"{done.answered} answered, {done.failed} failed; the rows are in {out}")
     if done.first_error is not None:
-        click.echo(f"The first error: {done.first_error}", err=True)
-        click.echo("Fix it, and retry the failed queries with --retry-failed.", err=True)
+        LOG.error("The first error: %s", done.first_error)
+        LOG.error("Fix it, and retry the failed queries with --retry-failed.")
     return 1 if done.failed else 0
 
 
@@ -133,7 +133,7 @@ def convert_refs(refs: Path, out: Path) -> None:
 
 
 @click.command("evaluate-demo")
-@click.option("--out", type=output_file(".json"), default=Path("assets/demo/figures.json"), show_default=True)
+@click.option("--out", type=OutputFile(".json"), default=Path("assets/demo/figures.json"), show_default=True)
 @click.option("--clips", type=COUNT, default=200, show_default=True, help="Number of held-out clips.")
 @options.bundle_option
 @click.option("--checkpoint", type=PATH, help="Evaluate this checkpoint in eager torch instead.")

@@ -8,16 +8,17 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, SECONDS, box, output_file
+from bridge_stg.commands.options import COUNT, SECONDS, STDOUT, OutputFile, box
 from bridge_stg.commands.progress import (
+    LOG,
     ProgressBar,
     note_missing_letters,
     note_unknown_words,
@@ -25,9 +26,14 @@ from bridge_stg.commands.progress import (
     stage_line,
     untrained_text,
 )
-from bridge_stg.runtime.errors import BridgeError, BundleError
+from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, QueryError, VideoError
 
 if TYPE_CHECKING:
+    from io import FileIO
+
+    from bridge_stg.evaluation.sources.download import Reading
+    from bridge_stg.evaluation.sources.sources import Source
+    from bridge_stg.runtime import Grounder
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.chain.results import Grounding
 
@@ -42,12 +48,13 @@ deadline_option = click.option("--deadline", type=SECONDS, metavar="SECONDS", he
 class Request:
     """The arguments and options of `infer`."""
 
-    video: str
+    words: tuple[str, ...]  # that name the sources
     queries: tuple[str, ...]
     task: str
     first_box: tuple[float, ...] | None
     bundle: Path | None
     json_file: Path | None
+    jsonl_file: Path | None
     annotate: Path | None
     sheet: Path | None
     allow_none: bool
@@ -60,51 +67,87 @@ class Request:
     stream: int | None
     deadline: float | None
     untrained: bool
+    reading: Reading
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def outputs(self) -> list[Path]:
         """Return the files to write."""
-        return [path for path in (self.json_file, self.annotate, self.sheet) if path is not None]
+        paths = (self.json_file, self.jsonl_file, self.annotate, self.sheet)
+        return [path for path in paths if path is not None and path != STDOUT]
+
+    @property
+    def to_stdout(self) -> bool:
+        """Return whether stdout gets JSON, and nothing else."""
+        return STDOUT in (self.json_file, self.jsonl_file)
+
+    def limits(self, progress: ProgressBar) -> dict[str, Any]:
+        """Return the limits of a call that begins now, as `CallKeywords`; the deadline is that of the command."""
+        left = None if self.deadline is None else max(0.0, self.deadline - (time.monotonic() - self.began))
+        return {"deadline_s": left, "progress": progress}
 
 
 @click.command()
-@click.argument("video")
-@click.argument("queries", metavar="QUERY...", nargs=-1)
+@options.source_argument()
+@click.argument("words", metavar="QUERY...", nargs=-1)
 @options.query_options
+@options.text_queries_options
 @click.option("--track", "first_box", type=box, metavar="L,T,R,B", help="Track the object in this box of frame 1.")
 @options.bundle_option
-@click.option("--json", "json_file", type=output_file(".json"), help="Write the results, one box per video frame.")
+@click.option(
+    "--json", "json_file", type=OutputFile(".json", stdout=True),
+    help="Write the results of one source, one box per video frame; -: to stdout.",
+)  # fmt: skip
+@click.option(
+    "--jsonl", "jsonl_file", type=OutputFile(".jsonl", stdout=True),
+    help="Append a JSON line per source and query; -: to stdout.",
+)  # fmt: skip
 @click.option(
     "--annotate",
-    type=output_file(".mp4", ".png", ".jpg"),
+    type=OutputFile(".mp4", ".png", ".jpg"),
     help="Write the video (H.264) or image with the boxes of all queries.",
 )
-@click.option("--sheet", type=output_file(".png"), help="Write a contact sheet of the spans and a timeline.")
+@click.option("--sheet", type=OutputFile(".png"), help="Write a contact sheet of the spans and a timeline.")
+@click.option("--exit-code", is_flag=True, help="Exit with code 3 if nothing was found.")
+@options.reading_options
 @options.text_options
 @options.backend_options()
 @deadline_option
 @click.option("--untrained", is_flag=True, help="Run a bundle whose bridging and spatial parts were never trained.")
-def infer(**given: Any) -> None:
-    """Find QUERY in VIDEO (or in an image): the time span, and a box in every frame of it.
+def infer(
+    *, source: str, words: tuple[str, ...], texts: tuple[str, ...], queries_file: Path | None, exit_code: bool,
+    seconds: float, max_download_mb: int, stall_s: float, **given: Any,
+) -> int:  # fmt: skip
+    """Find each QUERY in SOURCE: the time span, and a box in every frame of it.
 
-    The video is processed once for all queries. With --track, QUERY is optional.
+    SOURCE is a video or image: a file, a folder, a pattern such as 'videos/*.mp4', an http or https address of a file,
+    a camera such as /dev/video0 or 0, a stream such as rtsp://camera/stream, or - for standard input. With --query or
+    --queries, all arguments are sources. The model is loaded once, and a video is processed once for all queries. Of
+    several sources, those that cannot be read are reported, and the exit code is 2. With --track, QUERY is optional.
     """
-    request = Request(backend_options={name: given.pop(name) for name in BACKEND_OPTIONS}, **given)
-    check(request)
-    with ProgressBar(delay_s=1) as progress:
-        results, chosen = ground(request, progress)
-        write(request, results, chosen, progress)
-    from bridge_stg.commands.tables import grounding_table
+    from bridge_stg.evaluation.sources.download import Reading
+    from bridge_stg.evaluation.sources.sources import find_sources
 
-    click.echo("\n\n".join(grounding_table(result) for result in results))
-    if chosen is not None:
-        click.echo(f"  backend: {chosen.summary}")
-    for path in request.outputs:
-        click.echo(f"wrote {path}")
+    request = Request(
+        words=(source, *words) if texts or queries_file else (source,),
+        queries=options.all_queries(texts, queries_file) or words,
+        reading=Reading(seconds, max_download_mb * 2**20, stall_s),
+        backend_options={name: given.pop(name) for name in BACKEND_OPTIONS},
+        **given,
+    )
+    check(request)
+    sources = find_sources(request.words, images=request.task == "image")
+    check_outputs(request, sources)
+    with ProgressBar(delay_s=1) as progress, load(request, progress) as grounder:
+        found, failed = run(request, sources, grounder, progress)
+    if failed:
+        LOG.error("%d of %d sources failed.", failed, len(sources))
+        return 2
+    return 3 if exit_code and not found else 0
 
 
 def check(request: Request) -> None:
-    """Raise BridgeError for what click does not check: options that exclude each other, and files named twice."""
+    """Raise BridgeError for queries and options that exclude each other."""
     drawn = request.annotate or request.sheet
     if request.first_box is None and not request.queries:
         raise BridgeError("options.missing", "Missing argument 'QUERY...': what to find, such as \"the red car\".")
@@ -112,38 +155,67 @@ def check(request: Request) -> None:
         raise BridgeError("options.conflict", "--track takes at most one QUERY and no --task; leave out the others.")
     if request.task == "span" and drawn:
         raise BridgeError("options.conflict", "--task span computes no boxes; leave out --annotate and --sheet.")
+    for query in request.queries:
+        if os.path.splitext(query)[1] and os.path.isfile(query):
+            text = f"{query} is a file, not a query; quote a pattern of sources, or pass the queries with --query."
+            raise BridgeError("options.conflict", text)
+
+
+def check_outputs(request: Request, sources: Sequence[Source]) -> None:
+    """Raise BridgeError for outputs that do not fit the sources or each other."""
+    if is_batch(sources):
+        single = {"--json": request.json_file, "--annotate": request.annotate, "--sheet": request.sheet}
+        for option, path in single.items():
+            if path is not None:
+                text = f"{option} is for one source, not for a folder, a pattern or several sources"
+                raise BridgeError("options.conflict", f"{text}; use --jsonl, or run infer once per source.")
     for output in request.outputs:
-        if output.exists() and Path(request.video).exists() and output.samefile(request.video):
+        if any(output.exists() and os.path.exists(one.word) and output.samefile(one.word) for one in sources):
             raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")
+    if request.json_file == request.jsonl_file == STDOUT:
+        raise BridgeError("options.conflict", "--json and --jsonl both write to stdout; leave one out.")
     if request.annotate and request.sheet and request.annotate.resolve() == request.sheet.resolve():
         raise BridgeError("options.conflict", f"{request.sheet} is both --annotate and --sheet; give two names.")
+    if request.annotate and sources[0].kind == "file":
+        check_drawing(request, sources[0].word)  # fails now, not after the work
 
 
-def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding], ChosenBackend | None]:
-    """Run the model, and return the result of each query and the backend that computed it."""
+def is_batch(sources: Sequence[Source]) -> bool:
+    """Return whether the results are lines: of several sources, or of those that a folder or pattern names."""
+    return len(sources) > 1 or sources[0].listed
+
+
+def check_drawing(request: Request, path: str) -> None:
+    """Raise BridgeError if the suffix of `--annotate` does not fit the video or image."""
+    from bridge_stg.runtime.video.playback import play
+    from bridge_stg.runtime.visualize.annotate import check_suffix
+
+    if request.annotate:
+        with play(path, request.stream) as source:
+            check_suffix(source, request.annotate)
+
+
+@contextlib.contextmanager
+def load(request: Request, progress: ProgressBar) -> Iterator[Grounder]:
+    """Yield the model, loaded while the modules that read videos are imported; write notes about it.
+
+    Raises:
+        BundleError: the bundle cannot be loaded, or was never trained.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads of numpy would busily wait for work
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
     from bridge_stg.runtime.host.threads import in_background
 
-    began = time.monotonic()
-    if request.annotate:
-        from bridge_stg.runtime.video.playback import play
-        from bridge_stg.runtime.visualize.annotate import check_suffix
-
-        with play(request.video, request.stream) as source:  # a wrong suffix fails now, not after the work
-            check_suffix(source, request.annotate)
     path = request.bundle or demo_bundle(progress=stage_line)
     load_options = {**request.backend_options, **options.pop_head_options(dataclasses.asdict(request))}
     loading = in_background(lambda: Grounder.load(path, wait=False, **load_options))
     for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):  # a missing one is reported when it is used
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-    from bridge_stg.runtime.chain.tasks import TRACKED
-
-    with loading.result() as grounder:
+    with progress.wait("load_model", loading) as grounder:
         if not grounder.verified:
-            click.echo(UNVERIFIED, err=True)
+            LOG.warning(UNVERIFIED)
         heads = grounder.heads
         if not request.untrained and not grounder.spec.is_trained(heads):
             other = "" if grounder.spec.text is None else ", use its text heads (--heads text)"
@@ -151,47 +223,138 @@ def ground(request: Request, progress: ProgressBar) -> tuple[Sequence[Grounding]
             raise BundleError("bundle.untrained", f"{untrained_text(path)} {advice}")
         note_untrained(grounder.spec, path, heads=heads)
         note_unknown_words(grounder.spec, request.queries)
-        limits: dict[str, Any] = {"deadline_s": request.deadline, "progress": progress}
-        tokens = request.max_visual_tokens
-        with grounder.open(request.video, max_visual_tokens=tokens, stream=request.stream, **limits) as video:
-            if request.deadline is not None:
-                limits["deadline_s"] = max(0.0, request.deadline - (time.monotonic() - began))
-            queries = list(request.queries)
-            if request.first_box is not None:
-                results = [video.track(request.first_box, query=queries[0] if queries else TRACKED, **limits)]
-            elif request.task == "span":
-                results = [video.span(query, allow_none=request.allow_none, **limits) for query in queries]
-            elif request.task == "image":
-                results = [video.locate(query, **limits) for query in queries]
-            else:
-                results = video.ground_many(queries, allow_none=request.allow_none, **limits)
-        return results, grounder.target
+        LOG.debug("loaded %s in %.2f s", path, time.monotonic() - request.began)
+        yield grounder
 
 
-def write(request: Request, results: Sequence[Grounding], chosen: ChosenBackend | None, progress: ProgressBar) -> None:
-    """Write the files that were requested, each whole or not at all."""
+def run(request: Request, sources: Sequence[Source], grounder: Grounder, progress: ProgressBar) -> tuple[int, int]:
+    """Answer the queries on each source, print and write the results, and return the numbers of found and failed.
+
+    An error of one of several sources is reported, and the others continue; that of a single one is raised.
+    """
+    from bridge_stg.runtime.host.limits import Limits
+
+    found = failed = 0
+    with json_lines(request.jsonl_file) as append:
+        for source in sources:
+            try:
+                with source.open(request.reading, Limits(**request.limits(progress))) as path:
+                    if source.kind != "file":
+                        check_drawing(request, path)
+                    results = ground(request, grounder, path, progress)
+                    write(request, source, path, results, chosen=grounder.target, progress=progress)
+            except (VideoError, QueryError, EngineError) as error:
+                if len(sources) == 1:
+                    raise
+                failed += 1
+                progress.close()
+                message = error.message if source.name in error.message else f"{source.name}: {error.message}"
+                LOG.error("%s", message, extra={"code": error.code})
+                for query in request.queries or ("",):
+                    problem = {"code": error.code, "message": message}
+                    append({"video": source.name, "query": query, "error": problem})
+                continue
+            found += sum(result.found for result in results)
+            for result in results:
+                append({"video": source.name, **result.to_json()})
+            progress.close()
+            if not request.to_stdout:
+                show(source, results, grounder.target, batch=is_batch(sources))
+    if not request.to_stdout:
+        for output in request.outputs:
+            click.echo(f"wrote {output}")
+    return found, failed
+
+
+def ground(request: Request, grounder: Grounder, path: str, progress: ProgressBar) -> Sequence[Grounding]:
+    """Read the video at `path`, and return the result of each query."""
+    from bridge_stg.runtime.chain.tasks import TRACKED
+
+    began = time.monotonic()
+    tokens = request.max_visual_tokens
+    opening = grounder.open(path, max_visual_tokens=tokens, stream=request.stream, **request.limits(progress))
+    with opening as video:
+        LOG.debug("read %s in %.2f s", path, time.monotonic() - began)
+        limits = request.limits(progress)
+        queries = list(request.queries)
+        if request.first_box is not None:
+            return [video.track(request.first_box, query=queries[0] if queries else TRACKED, **limits)]
+        if request.task == "span":
+            return [video.span(query, allow_none=request.allow_none, **limits) for query in queries]
+        if request.task == "image":
+            return [video.locate(query, **limits) for query in queries]
+        return video.ground_many(queries, allow_none=request.allow_none, **limits)
+
+
+def show(source: Source, results: Sequence[Grounding], chosen: ChosenBackend | None, *, batch: bool) -> None:
+    """Print the results of a source: tables and the backend, or one line per query."""
+    from bridge_stg.commands.tables import grounding_line, grounding_table
+
+    if batch:
+        for result in results:
+            click.echo(grounding_line(source.name, result))
+        return
+    click.echo("\n\n".join(grounding_table(result) for result in results))
+    if chosen is not None:
+        click.echo(f"  backend: {chosen.summary}")
+
+
+def write(
+    request: Request, source: Source, path: str, results: Sequence[Grounding], *, chosen: ChosenBackend | None,
+    progress: ProgressBar,
+) -> None:  # fmt: skip
+    """Write the files that were requested, each whole or not at all; `path` is the local file of the source."""
     if request.json_file:
-        from bridge_stg.runtime.host.files import replacing
-
         engine = None if chosen is None else chosen.to_json()
-        document = {"video": request.video, "engine": engine, "results": [result.to_json() for result in results]}
+        document = {"video": source.name, "engine": engine, "results": [result.to_json() for result in results]}
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-        with replacing(request.json_file) as temporary:
-            # Bytes of a file name that are not Unicode are escaped as JSON escapes them.
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_text(request.json_file, text)
     if request.annotate or request.sheet:
         from bridge_stg.runtime.visualize.annotate import annotate
         from bridge_stg.runtime.visualize.contact_sheet import contact_sheet
 
         note_missing_letters(request.queries)
         if request.annotate:
-            annotate(request.video, results, request.annotate, progress=progress)
+            annotate(path, results, request.annotate, progress=progress)
         if request.sheet:
-            contact_sheet(request.video, results, request.sheet)
+            contact_sheet(path, results, request.sheet)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text to stdout, or replace a file; bytes of file names that are not Unicode are escaped as in JSON."""
+    if path == STDOUT:
+        click.echo(text.encode("utf-8", errors="backslashreplace"), nl=False)
+        return
+    from bridge_stg.runtime.host.files import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def json_lines(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a function that appends a value to a file, or to stdout, as one line; without a path, it does nothing."""
+    with contextlib.ExitStack() as stack:
+        file: FileIO | None = None
+        if path is not None and path != STDOUT:
+            file = stack.enter_context(open(path, "ab+", buffering=0))
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # an earlier process was killed while it wrote
+                    file.write(b"\n")
+
+        def append(value: Mapping[str, Any]) -> None:
+            line = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+            if file is not None:
+                file.write(line)
+            elif path is not None:
+                click.echo(line, nl=False)
+
+        yield append
 
 
 @click.command()
-@click.argument("video")
+@options.source_argument("video")
 @click.argument("question")
 @options.bundle_option
 @click.option("--max-tokens", type=COUNT, default=512, show_default=True, help="Maximum tokens of the answer.")
@@ -213,7 +376,7 @@ def ask(
     path = bundle or demo_bundle(progress=stage_line)
     with Grounder.load(path, **backend) as grounder:
         if not grounder.verified:
-            click.echo(UNVERIFIED, err=True)
+            LOG.warning(UNVERIFIED)
         pieces = grounder.ask(
             video, question, max_tokens=max_tokens, max_visual_tokens=max_visual_tokens, stream=stream,
             deadline_s=deadline,

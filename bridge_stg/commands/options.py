@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,15 +41,28 @@ adapter_option = click.option(
 )
 
 
-def output_file(*suffixes: str) -> Callable[[str], Path]:
-    """Return the type of a file to write: its suffix, if any is given, and folder are checked before any work."""
+STDOUT = Path("-")
 
-    def file(value: str) -> Path:
+
+class OutputFile(click.Path):
+    """A file to write: its suffix, if any is given, and its folder are checked before any work.
+
+    With `stdout`, `-` is standard output.
+    """
+
+    def __init__(self, *suffixes: str, stdout: bool = False) -> None:
+        super().__init__(dir_okay=False, allow_dash=stdout, path_type=Path)
+        self.suffixes, self.stdout = suffixes, stdout
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path. Raises BridgeError if no file can be written there."""
         path = Path(value)
+        if self.stdout and path == STDOUT:
+            return path
         if path.is_dir():
             raise BridgeError("output.is_folder", f"{path} is a folder; expected the name of a file to write.")
-        if suffixes and path.suffix.lower() not in suffixes:
-            raise BridgeError("output.bad_suffix", f"{path} should end in {' or '.join(suffixes)}.")
+        if self.suffixes and path.suffix.lower() not in self.suffixes:
+            raise BridgeError("output.bad_suffix", f"{path} should end in {' or '.join(self.suffixes)}.")
         if not path.parent.is_dir():
             raise BridgeError("output.no_folder", f"{path}: the folder {path.parent} does not exist. Create it first.")
         if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -61,8 +74,6 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
                 if is_bundle(folder):
                     raise BridgeError("output.is_input", f"{path} is in the bundle {folder}; choose another folder.")
         return path
-
-    return file
 
 
 def box(value: str) -> tuple[float, ...]:
@@ -96,6 +107,17 @@ def combine(*options: Decorator[Any]) -> Decorator[Any]:
     return add
 
 
+def source_argument(name: str = "source", **options: Any) -> Decorator[Any]:
+    """Return the argument of a video to read, for which a shell completes file names."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+    return click.argument(name, shell_complete=complete, **options)
+
+
 bundle_argument = click.argument("bundle", type=PATH)
 bundle_option = click.option("--bundle", type=PATH, help="Bundle; default: the demo bundle, exported if missing.")
 backend_option = click.option("--backend", default="auto", show_default=True, help="Backend of the graphs; see doctor.")
@@ -118,6 +140,42 @@ query_options = combine(
     visual_tokens_option,
     stream_option,
 )  # fmt: skip
+
+reading_options = combine(
+    click.option(
+        "--seconds", type=SECONDS, default=10.0, show_default=True, metavar="SECONDS",
+        help="How much of a camera or live stream to read.",
+    ),
+    click.option(
+        "--max-download-mb", type=COUNT, default=4096, show_default=True,
+        help="Maximum MiB of a download or of standard input.",
+    ),
+    click.option(
+        "--stall", "stall_s", type=SECONDS, default=10.0, show_default=True, metavar="SECONDS",
+        help="Fail if the source sends nothing for this time.",
+    ),
+)  # fmt: skip
+text_queries_options = combine(
+    click.option("--query", "texts", multiple=True, help="Query for each file; repeatable."),
+    click.option(
+        "--queries", "queries_file", type=click.Path(dir_okay=False, path_type=Path),
+        help="Text file with one query per line, for each file.",
+    ),
+)  # fmt: skip
+
+
+def all_queries(texts: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """Return the values of `text_queries_options` as one list. Raises BridgeError if the file has no query."""
+    if file is None:
+        return tuple(texts)
+    from bridge_stg.evaluation.datasets.fields import numbered_lines
+
+    if not file.exists():
+        raise BridgeError("query.no_file", f"{file}: no such file; expected one with a query per line.")
+    lines = [line.strip() for _, line in numbered_lines(file)]
+    if not lines:
+        raise BridgeError("query.empty", f"{file} has no query; expected one per line.")
+    return (*texts, *lines)
 
 
 def variant_option(default: str = "the one that fits this machine") -> Decorator[Any]:

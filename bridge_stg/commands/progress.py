@@ -1,35 +1,101 @@
-"""What commands write to stderr: progress bars, lines for the stages of a long command, and notes about the model."""
+"""What commands write to stderr: log records, progress bars, lines for the stages of a long command, and notes."""
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from tqdm import tqdm
 
     from bridge_stg.runtime.bundle.spec import ModelSpec
 
-SHOWN_LETTERS = 20
+
+T = TypeVar("T")
 SHOWN_WORDS = 10
 """Maximum words in the note about unknown words."""
+SHOWN_LETTERS = 20
+REFRESH_S = 0.5
+"""Seconds after which the time of a bar is written again, although nothing new is done."""
+LOG = logging.getLogger("bridge_stg.commands")
+
+
+class LogHandler(logging.Handler):
+    """Writes each record as a line on stderr: its text, or with `as_json` a JSON object."""
+
+    as_json = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; errors of commands have a `code`."""
+        code, message = getattr(record, "code", None), record.getMessage()
+        if record.exc_info:
+            message += "\n" + logging.Formatter().formatException(record.exc_info)
+        if self.as_json:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
+            values = {"time": stamp, "level": record.levelname.lower(), "logger": record.name}
+            values |= {"message": message.strip()} | ({"code": code} if code else {})
+            message = json.dumps(values, ensure_ascii=False)
+        elif code:
+            message = f"Error: {message} [{code}]"
+        click.echo(message, err=True)
+
+
+HANDLER = LogHandler()
+
+
+def configure_log(*, as_json: bool = False) -> None:
+    """Write the log records of this process to stderr: those of this package from INFO, of others from WARNING."""
+    HANDLER.as_json = as_json
+    logging.getLogger().addHandler(HANDLER)
+    logging.captureWarnings(as_json)
+    set_level(logging.INFO)
+
+
+def set_level(level: int) -> None:
+    """Set the lowest level of this package's records that are written, and show bars only from INFO downwards."""
+    logging.getLogger("bridge_stg").setLevel(level)
+
+
+def log_options(command: Any) -> Any:
+    """Add `-v`, `-q` and `--log-json` to a command; `--log-json` is read by `bridge_stg.cli` before all others."""
+
+    def sets(level: int) -> Callable[..., None]:
+        return lambda ctx, param, value: set_level(level) if value else None
+
+    given: dict[str, Any] = {"is_flag": True, "expose_value": False}
+    for option in (
+        click.option("-v", "--verbose", callback=sets(logging.DEBUG), help="Log details on stderr.", **given),
+        click.option("-q", "--quiet", callback=sets(logging.ERROR), help="Write only errors to stderr.", **given),
+        click.option("--log-json", help="Write each line of stderr as a JSON object.", **given),
+    ):
+        option(command)
+    return command
 
 
 class ProgressBar:
     """A progress bar on stderr for each stage in turn; a context manager, which closes the last one.
 
     A stage must take `delay_s` seconds before its bar is shown. With a `unit` of the count, finished bars stay on the
-    screen. Where stderr is not a terminal, `lines` writes the name of each stage as a line; otherwise nothing is shown.
+    screen. Where no bars are shown (stderr is no terminal, or `-q` or `--log-json` is given), the name of each stage is
+    logged: with `lines` at the level INFO, else DEBUG.
     """
 
     def __init__(self, *, delay_s: float = 0, unit: str = "", lines: bool = False) -> None:
         self._delay_s, self._unit, self._lines = delay_s, unit, lines
-        self._shown = sys.stderr.isatty()
+        self._shown = sys.stderr.isatty() and LOG.isEnabledFor(logging.INFO) and not HANDLER.as_json
         self._stage: str | None = None
         self._bar: tqdm[Any] | None = None
+        self._began, self._lock, self._ended = 0.0, threading.Lock(), threading.Event()
+        self._ticker: threading.Thread | None = None
 
     def __call__(self, stage: str, done: float, total: float | None = None) -> None:
         """Show that `done` of `total` units of a stage are finished; `total` is None if it is unknown."""
@@ -44,28 +110,50 @@ class ProgressBar:
                 if not self._unit:
                     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
                     options = {"bar_format": form if total else "{desc}: {n:.0f} {elapsed}", "leave": False}
+                self._began = time.monotonic()
                 self._bar = tqdm(desc=stage, total=total, initial=done, delay=self._delay_s, **options)
-            elif self._lines:
-                stage_line(stage)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+            else:
+                LOG.log(logging.INFO if self._lines else logging.DEBUG, "  %s", stage)
+        with self._lock:
+            if self._bar is not None:
+                self._bar.update(done - self._bar.n)
+
+    def wait(self, stage: str, future: Future[T]) -> T:
+        """Show a stage of unknown length until a future is done, and return its result."""
+        self(stage, 0)
+        return future.result()
+
+    def _refresh(self) -> None:
+        """Write the bar again while nothing is reported, as in a stage that waits for the model to be loaded."""
+        while not self._ended.wait(REFRESH_S):
+            with self._lock:
+                if self._bar is not None and time.monotonic() - self._began > self._delay_s:
+                    self._bar.refresh()
 
     def close(self) -> None:
         """Close the bar that is shown."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        with self._lock:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+        self._stage = None
 
     def __enter__(self) -> ProgressBar:
+        if self._shown:
+            self._ticker = threading.Thread(target=self._refresh, name="bridge-stg-progress", daemon=True)
+            self._ticker.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        if self._ticker is not None:
+            self._ticker.join()
         self.close()
 
 
 def stage_line(stage: object, *_: object) -> None:
     """Write the name of a stage as a line on stderr."""
-    click.echo(f"  {stage}", err=True)
+    LOG.info("  %s", stage)
 
 
 def untrained_text(name: object) -> str:
@@ -76,7 +164,7 @@ def untrained_text(name: object) -> str:
 def note_untrained(spec: ModelSpec | None, name: object, *, heads: str | None = None) -> None:
     """Write a line if the heads that answer, by default those of the spec, were never trained."""
     if spec and not spec.is_trained(heads):
-        click.echo(f"Note: {untrained_text(name)}", err=True)
+        LOG.warning("Note: %s", untrained_text(name))
 
 
 def note_unknown_words(spec: ModelSpec | None, queries: Iterable[str]) -> None:
@@ -86,7 +174,7 @@ def note_unknown_words(spec: ModelSpec | None, queries: Iterable[str]) -> None:
     if words := list(dict.fromkeys(word for query in queries for word in spec.unknown_words(query))):
         more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
         shown = f"{', '.join(words[:SHOWN_WORDS])}{more}"
-        click.echo(f"Note: words that the model does not know: {shown}. {spec.knows.summary}", err=True)
+        LOG.warning("Note: words that the model does not know: %s. %s", shown, spec.knows.summary)
 
 
 def note_missing_letters(queries: Iterable[str]) -> None:
@@ -96,4 +184,4 @@ def note_missing_letters(queries: Iterable[str]) -> None:
     if letters := "".join(dict.fromkeys("".join(map(missing_letters, queries)))):
         shown = letters if len(letters) <= SHOWN_LETTERS else f"{letters[:SHOWN_LETTERS]}…"
         instead = "pictures show ? or the query's number instead. Install one, such as the Noto fonts."
-        click.echo(f"Note: no font on this system has the letters {shown}: {instead}", err=True)
+        LOG.warning("Note: no font on this system has the letters %s: %s", shown, instead)

@@ -46,6 +46,17 @@ def grounding_table(result: Grounding) -> str:
     return "\n".join(lines)
 
 
+def grounding_line(name: str, result: Grounding) -> str:
+    """Return a result in one line: the name of the video, the query, and the span or the first box."""
+    if not result.found or result.span is None:
+        answer = f"not found (probability {result.scores['absent']:.2f})"
+    elif result.boxes is not None and "image" in (result.task, result.mode):
+        answer = "found at " + ",".join(f"{side:.0f}" for side in result.boxes.boxes[0])
+    else:
+        answer = f"{result.span[0]:.2f} s to {result.span[1]:.2f} s"
+    return f'{name}  "{result.query}"  {answer}'
+
+
 def _seconds_lines(result: Grounding) -> list[str]:
     """Return the seconds of the stages of the video, which its queries share, and of the call that answered them."""
     lines = {"video": "", "queries": ""}

@@ -13,7 +13,7 @@ import click
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, DTYPES, PATH
-from bridge_stg.commands.progress import stage_line
+from bridge_stg.commands.progress import LOG, stage_line
 from bridge_stg.runtime.errors import BridgeError
 
 GPUS = ("l4", "rtx4090", "a100-80gb", "h100-80gb")
@@ -56,7 +56,7 @@ def exit_if_stopped() -> Iterator[None]:
         yield
     except TrainingStopped as stopped:
         if is_main_process():
-            click.echo(str(stopped), err=True)
+            LOG.warning("%s", stopped)
         click.get_current_context().exit(128 + stopped.signal)
 
 

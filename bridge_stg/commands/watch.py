@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, SECONDS, Number, output_file
-from bridge_stg.commands.progress import note_unknown_words, note_untrained, stage_line
+from bridge_stg.commands.options import COUNT, SECONDS, Number, OutputFile
+from bridge_stg.commands.progress import LOG, note_unknown_words, note_untrained, stage_line
 from bridge_stg.runtime.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command()
-@click.argument("source")
+@options.source_argument()
 @click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
 @options.bundle_option
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between two rounds.")
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per round.")
-@click.option("--json", "--jsonl", "json_file", type=output_file(), help="Write the events, one JSON object per line.")
+@click.option("--json", "--jsonl", "json_file", type=OutputFile(), help="Write the events, one JSON object per line.")
 @click.option("--answers", is_flag=True, help="Write every round's answers to --json too.")
 @options.overwrite_option("--json file")
 @click.option("--realtime", is_flag=True, help="Play a file at its own pace instead of as fast as possible.")
@@ -83,7 +83,7 @@ def watch(
             stats = watch.stats
             log({"event": "end", **stats.to_json()})
             if stats.frames:
-                click.echo(summary(stats), err=True)
+                LOG.info("%s", summary(stats))
 
 
 def _check_output(json_file: Path | None, source: str, overwrite: bool) -> None:

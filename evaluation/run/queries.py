@@ -61,12 +61,17 @@ def read_queries(
     return queries
 
 
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files with one of the suffixes in a folder, at any depth, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+
+
 def _folder_queries(folder: Path, media: Path | None, texts: Sequence[str], suffixes: tuple[str, ...]) -> list[Query]:
     if media is not None:
         raise BridgeError("options.conflict", f"{folder} is a folder of media; leave out --media.")
     if not texts or not all(text.strip() for text in texts):
         raise BridgeError("options.missing", f"{folder} is a folder; pass a query for its files with --query.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    files = files_in(folder, suffixes)
     if not files:
         raise AnnotationError("annotation.empty", f"{folder} has no files to query; expected {', '.join(suffixes)}.")
     pairs = [(path, path.relative_to(folder).as_posix(), number) for path in files for number in range(len(texts))]

@@ -68,10 +68,10 @@ def open_live(
         keeps_pace = latest_wins is not False
         if scheme := re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE):
             if scheme[1].lower() not in PROTOCOLS:
-                raise VideoError("live.bad_source", f"{_shown(text)}: expected one of: {', '.join(PROTOCOLS)}")
+                raise VideoError("live.bad_source", f"{shown_address(text)}: expected one of: {', '.join(PROTOCOLS)}")
             options = {"rtsp_transport": "tcp"} if text.lower().startswith("rtsp") else {}
             read = partial(_captured, text, None, options, timeout_s)
-            return LiveSource(_shown(text), keeps_pace, read)
+            return LiveSource(shown_address(text), keeps_pace, read)
         if text.isdecimal() or text.startswith("/dev/"):
             return LiveSource(text, keeps_pace, partial(_camera, text, timeout_s))
         path = check_path(text)
@@ -122,7 +122,7 @@ def _captured(
     address: str, form: str | None, options: dict[str, str], timeout_s: float, stop: threading.Event
 ) -> Frames:
     """Yield the frames that FFmpeg captures; packets that cannot be decoded are skipped."""
-    av, name = load_package("av", "av"), _shown(address)
+    av, name = load_package("av", "av"), shown_address(address)
     try:
         container = av.open(address, format=form, options=options, timeout=timeout_s)
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -181,7 +181,7 @@ class StreamClock:
         return seconds
 
 
-def _shown(address: str) -> str:
+def shown_address(address: str) -> str:
     """Return an address without user name and password."""
     try:
         parts = urlsplit(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize(
     ("arguments", "code", "value"),
     [
-        (["infer"], "options.missing", "VIDEO"),
+        (["infer"], "options.missing", "SOURCE"),
         (["infer", "CLIP"], "options.missing", "QUERY"),
         (["infer", "CLIP", "q", "--threads", "0"], "options.invalid", "--threads"),
         (["infer", "CLIP", "q", "--threads", "100000"], "options.invalid", "--threads"),
@@ -44,6 +45,14 @@ ROOT = Path(__file__).resolve().parents[3]
         (["infer", "CLIP", "q", "--annotate", "CLIP"], "output.is_input", "clip.mp4"),
         (["infer", "CLIP", "q", "--annotate", "a.png"], "output.bad_suffix", "a.png"),
         (["infer", "CLIP", "q", "--annotate", "a.png", "--sheet", "./a.png"], "options.conflict", "a.png"),
+        (["infer", "CLIP", "CLIP", "q"], "options.conflict", "clip.mp4"),
+        (["infer", ".", "q", "--json", "r.json"], "options.conflict", "--json"),
+        (["infer", "*.mp4", "--query", "q", "--sheet", "s.png"], "options.conflict", "--sheet"),
+        (["infer", "*.avi", "q"], "video.not_found", "*.avi"),
+        (["infer", "folder.png", "q"], "video.not_found", "folder.png"),
+        (["infer", "CLIP", "--queries", "nowhere.txt"], "query.no_file", "nowhere.txt"),
+        (["infer", "CLIP", "q", "--json", "-", "--jsonl", "-"], "options.conflict", "--jsonl"),
+        (["infer", "foo://camera/1", "q"], "live.bad_source", "foo://camera/1"),
         (["infer", "CLIP", "q", "--nonsense"], "options.unknown", "--nonsense"),
         (["infer", "CLIP", "q", "--nonsense", "--json", "r.json"], "options.unknown", "--nonsense"),
         (["infer", "CLIP", "q", "--bundle", "nowhere", "--json", "r.json"], "bundle.not_found", "nowhere"),
@@ -145,6 +154,41 @@ def test_missing_module_of_this_package_is_not_hidden(fake: list[Any], monkeypat
     monkeypatch.setattr(FakeGrounder, "open", fail)
     with pytest.raises(ModuleNotFoundError):
         cli.run(["infer", "v.mp4", "q", "--bundle", "b"])
+
+
+def test_verbose_quiet_and_json_logs(
+    fake: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeGrounder, "verified", False)
+    infer = ["infer", "v.mp4", "q", "--bundle", "b"]
+    logged = {}
+    for option in ("", "-v", "-q", "--log-json"):
+        assert cli.run([*infer, *option.split()]) == 0
+        shown = capsys.readouterr()
+        assert shown.out.startswith('"q" in')
+        logged[option] = shown.err.splitlines()
+    assert len(logged[""]) == 1 and "unverified" in logged[""][0]
+    assert len(logged["-v"]) > 3 and any("loaded b in" in line for line in logged["-v"])
+    assert logged["-q"] == []
+    (record,) = map(json.loads, logged["--log-json"])
+    assert (record["level"], record["logger"], record["message"]) == ("warning", "bridge_stg.commands", logged[""][0])
+    assert record["time"].startswith("20") and record["time"].endswith("Z")
+    assert cli.run(["--log-json", *infer, "-q", "--nonsense"]) == 2
+    (record,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (record["level"], record["code"]) == ("error", "options.unknown")
+
+
+def test_a_shell_completes_options_and_files() -> None:
+    for words, expected in (
+        ("infer --seco", "plain,--seconds"),
+        ("infer v", "file,v"),
+        ("infer v q --json r", "file,r"),
+    ):
+        variables = {"_BRIDGE_STG_COMPLETE": "bash_complete", "COMP_WORDS": f"bridge-stg {words}"}
+        count = str(len(words.split()))
+        environment = {**os.environ, **variables, "COMP_CWORD": count}
+        done = shell(f"cd {ROOT}; {sys.executable} cli.py", env=environment)
+        assert done.stdout.split() == [expected]
 
 
 def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:

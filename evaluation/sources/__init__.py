@@ -1,0 +1,1 @@
+"""The videos that a command line names: files, folders, patterns, addresses, cameras, standard input."""
