@@ -53,7 +53,7 @@ HANDLER = LogHandler()
 
 
 def configure_log(*, as_json: bool = False) -> None:
-    """Write the log records of this process to stderr: those of this package from INFO, of others from WARNING."""
+    """Write the log records of this process to stderr: those of commands from INFO, all others from WARNING."""
     HANDLER.as_json = as_json
     logging.getLogger().addHandler(HANDLER)
     logging.captureWarnings(as_json)
@@ -61,8 +61,9 @@ def configure_log(*, as_json: bool = False) -> None:
 
 
 def set_level(level: int) -> None:
-    """Set the lowest level of this package's records that are written, and show bars only from INFO downwards."""
-    logging.getLogger("bridge_stg").setLevel(level)
+    """Set the lowest level of records of commands that are written, and show bars only from INFO downwards."""
+    LOG.setLevel(level)
+    logging.getLogger("bridge_stg").setLevel(logging.WARNING if level == logging.INFO else level)
 
 
 def log_options(command: Any) -> Any:
@@ -93,6 +94,7 @@ class ProgressBar:
         self._delay_s, self._unit, self._lines = delay_s, unit, lines
         self._shown = sys.stderr.isatty() and LOG.isEnabledFor(logging.INFO) and not HANDLER.as_json
         self._stage: str | None = None
+        self._logged: set[str] = set()
         self._bar: tqdm[Any] | None = None
         self._began, self._lock, self._ended = 0.0, threading.Lock(), threading.Event()
         self._ticker: threading.Thread | None = None
@@ -112,7 +114,8 @@ class ProgressBar:
                     options = {"bar_format": form if total else "{desc}: {n:.0f} {elapsed}", "leave": False}
                 self._began = time.monotonic()
                 self._bar = tqdm(desc=stage, total=total, initial=done, delay=self._delay_s, **options)
-            else:
+            elif stage not in self._logged:  # some alternate, such as the decoding of frames and the vision encoder
+                self._logged.add(stage)
                 LOG.log(logging.INFO if self._lines else logging.DEBUG, "  %s", stage)
         with self._lock:
             if self._bar is not None:
