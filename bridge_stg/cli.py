@@ -28,7 +28,7 @@ from bridge_stg.runtime.host.packages import install_command
 MODULES = {
     "build": "build",
     "calibrate": "calibrate",
-    "evaluate": "convert-refs evaluate evaluate-demo infer-many",
+    "evaluate": "convert-refs evaluate evaluate-demo index infer-many",
     "export": "doctor export inspect verify",
     "infer": "ask infer",
     "serve": "serve triton",

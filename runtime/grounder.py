@@ -28,10 +28,10 @@ from bridge_stg.runtime.chain.prompt import (
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
-from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid
+from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid, on_device
 from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array_ops import Array
-from bridge_stg.runtime.errors import BundleError, EngineError, VideoError
+from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, VideoError
 from bridge_stg.runtime.heads.bridge import BridgeHead
 from bridge_stg.runtime.heads.chat import check_chat, check_context, with_context
 from bridge_stg.runtime.heads.json_grammar import JsonGrammar
@@ -39,6 +39,11 @@ from bridge_stg.runtime.heads.text import TextHead, TextOptions
 from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
+from bridge_stg.runtime.index.coarse import get_coarse, put_coarse
+from bridge_stg.runtime.index.fine import StoredMaps
+from bridge_stg.runtime.index.index import VisualCache, VisualIndex, encoder_of
+from bridge_stg.runtime.video.decoder import check_path
+from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.source import CoarseFrames, Openable, VideoSource
 from bridge_stg.runtime.video.token_budget import CoarseChoice
@@ -54,6 +59,10 @@ Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, 
 
 Images of an iterable may be arrays of any library that implements DLPack; if the graphs run on a GPU, images on that
 GPU are not copied to the host."""
+
+
+FINE_TOGETHER = 64
+"""Fine frames that `Grounder.index` reads and encodes before it stores them; a multiple of the index's blocks."""
 
 
 class OptionKeywords(CallKeywords, total=False):
@@ -91,6 +100,35 @@ class CallOptions:
         return Limits(deadline_s=self.deadline_s, cancel=self.cancel, progress=self.progress)
 
 
+@dataclass(frozen=True)
+class Indexed:
+    """What `Grounder.index` stored of a file.
+
+    Attributes:
+        duration_s: length of the video in seconds.
+        nbytes: bytes on disk of all that is stored of it for this model's vision encoder.
+        reused: whether nothing had to be decoded or encoded.
+    """
+
+    duration_s: float
+    nbytes: int
+    reused: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A video whose coarse frames have been read and encoded: tokens [1+D, N+1, H] for the segment of the prompt."""
+
+    source: VideoSource
+    coarse: CoarseFrames
+    choice: CoarseChoice
+    segment: Segment
+    tokens: Array
+    cache: VisualCache | None
+    reused: bool  # whether the tokens come from the index
+    features: FineFeatures
+
+
 class Grounder(Closable):
     """A loaded model, safe to use from many threads. A context manager: closing frees its engines.
 
@@ -106,6 +144,7 @@ class Grounder(Closable):
             group is not encoded again; 0: only equal groups (see `vision_pass.deduplicate_frames`).
         heads: what answers queries, one of `bridge_stg.runtime.bundle.spec.HEADS`; None: the model's own.
         text: how text heads answer; None: the defaults of `TextOptions`.
+        index: where visual tokens of video files are kept between calls and processes; None: nowhere.
         verified: whether the graphs were compared with the torch reference when they were exported.
         target: the backend of the sessions and why it was chosen; None if unknown.
 
@@ -123,6 +162,7 @@ class Grounder(Closable):
         unchanged_tolerance: float = 0.0,
         heads: str | None = None,
         text: TextOptions | None = None,
+        index: VisualIndex | None = None,
         verified: bool = True,
         target: ChosenBackend | None = None,
     ) -> None:
@@ -139,7 +179,7 @@ class Grounder(Closable):
         vision_encoder, language_model = sessions["vision_encoder"], sessions["language_model"]
         self._pool = KVPool(language_model, budget_bytes=kv_budget_bytes)
         self._feature_budget_bytes = feature_budget_bytes
-        self._unchanged_tolerance = unchanged_tolerance
+        self._unchanged_tolerance, self._index = unchanged_tolerance, index
         closed_error = EngineError("engine.closed", "this Grounder is closed; load the bundle again")
         self._usage = UseCount(self._free, closed_error=closed_error)
         self._text, self._grammar = text or TextOptions(), JsonGrammar(tokenizer)
@@ -160,6 +200,7 @@ class Grounder(Closable):
         unchanged_tolerance: float = 0.0,
         heads: str | None = None,
         text: TextOptions | None = None,
+        index: str | os.PathLike[str] | None = None,
     ) -> Grounder:
         """Load a bundle.
 
@@ -173,8 +214,11 @@ class Grounder(Closable):
             unchanged_tolerance: see `Grounder`.
             heads: see `Grounder`.
             text: see `Grounder`.
+            index: folder in which visual tokens of video files are kept, created if it does not exist; several
+                processes may share it. None: they are computed in every call.
 
         Raises:
+            BridgeError: `index` is not the folder of an index.
             BundleError: the bundle is damaged, incomplete or of an unknown schema, or has no such heads.
             EngineError: the backend is unknown or missing, or does not support a graph.
             HostError: the process ran out of memory, threads or open files.
@@ -187,6 +231,7 @@ class Grounder(Closable):
         sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
         try:
             tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
+            kept = None if index is None else VisualIndex(index, encoder_of(bundle, sessions.target))
         except BaseException:
             sessions.close()
             raise
@@ -197,6 +242,7 @@ class Grounder(Closable):
             unchanged_tolerance=unchanged_tolerance,
             heads=heads,
             text=text,
+            index=kept,
             verified=bundle.manifest.verified,
             target=sessions.target,
         )
@@ -308,6 +354,33 @@ class Grounder(Closable):
         with self._usage.call():
             return self._open(video, call, limits, context)
 
+    def index(self, video: str | os.PathLike[str], *, fine: bool = False, **options: Unpack[OptionKeywords]) -> Indexed:
+        """Store the visual tokens of a video file in the index, so that later calls neither decode nor encode it.
+
+        Args:
+            video: a video file.
+            fine: whether to store all fine frames, too; otherwise they are stored when a query needs them.
+            options: see `CallOptions`. Calls find what was stored with the same `max_visual_tokens` and `stream`.
+
+        Raises:
+            BridgeError: this Grounder has no index; others as for `ground`.
+        """
+        if self._index is None:
+            raise BridgeError("index.missing", "this Grounder has no index; pass index=FOLDER to Grounder.load")
+        call = CallOptions(**options)
+        limits = call.limits()
+        with self._usage.call():
+            read = self._read(video, call, limits, ())
+            with read.source as source:
+                if read.cache is None or not isinstance(source, VideoFile):
+                    raise VideoError("index.not_a_video", f"{source.name} is not a video file, which alone are indexed")
+                places = np.arange(len(source.fine_grid()) if fine else 0)
+                for start in range(0, len(places), FINE_TOGETHER):
+                    read.features.at(places[start : start + FINE_TOGETHER], limits)
+            read.features.clear()
+            reused = read.reused and "decode_fine" not in limits.timings
+            return Indexed(read.coarse.duration_s, read.cache.nbytes, reused)
+
     def watch(
         self,
         source: str | int | os.PathLike[str] | Iterable[tuple[float, np.ndarray]],
@@ -368,20 +441,57 @@ class Grounder(Closable):
         self, video: Video, options: CallOptions, limits: Limits, context: Sequence[ChatMessage] = ()
     ) -> OpenedVideo:
         """Sample the frames, encode them, and prefill the video's part of the prompt, which contains the context."""
+        chain = self._chain
+        read = self._read(video, options, limits, context)
+        source, coarse = read.source, read.coarse
+        try:
+            with limits.stage("prefill"):
+                cache = chain.pool.take(batch=1, positions=len(read.segment))
+                prefix = prefill_video(chain.language_model, cache, read.segment, read.tokens, report=limits.report)
+            facts = VideoFacts(
+                source.name,
+                (source.width, source.height),
+                source.is_image,
+                frame_times=source.frame_times,
+                fine_grid=source.fine_grid(),
+                sample_times=coarse.times,
+                interval_s=coarse.interval_s,
+                duration_s=coarse.duration_s,
+                choice=read.choice,
+                clock=source.clock,
+                stream=source.stream,
+            )
+            return OpenedVideo(chain, facts, prefix, read.features, timings=limits.timings, close_source=source.close)
+        except BaseException:
+            source.close()
+            raise
+
+    def _read(self, video: Video, options: CallOptions, limits: Limits, context: Sequence[ChatMessage]) -> _Read:
+        """Sample and encode the frames, or take from the index what it has of them."""
         chain, spec = self._chain, with_context(self.spec, context)
         with limits.stage("decode_video"):
             _, capacity = chain.language_model.graph.ranges.get("S", (1, None))
-            budget = video_budget(
-                self.tokenizer,
-                spec,
-                options.max_visual_tokens,
-                capacity=capacity,
-                answer_tokens=self._text.max_tokens if self.heads == "text" else 0,
-            )
-            device, buffer_frames = chain.vision_encoder.device, options.buffer_frames
-            source = open_source(
-                video, spec, buffer_frames=buffer_frames, budget=budget, device=device, stream=options.stream
-            )
+            answer_tokens = self._text.max_tokens if self.heads == "text" else 0
+            asked = options.max_visual_tokens
+            budget = video_budget(self.tokenizer, spec, asked, capacity=capacity, answer_tokens=answer_tokens)
+            cache, found = None, None
+            # All that the choice of coarse frames depends on, and which groups are not encoded again.
+            key = {
+                "spec": dataclasses.asdict(spec), "capacity": capacity, "answer_tokens": answer_tokens,
+                "max_visual_tokens": asked, "stream": options.stream, "unchanged": self._unchanged_tolerance,
+            }  # fmt: skip
+            if self._index is not None and isinstance(video, (str, os.PathLike)):
+                video = check_path(os.fspath(video))
+                cache = self._index.cache_of(video)
+                found = get_coarse(cache, key, video, spec, budget=budget)
+            source: VideoSource
+            if found is not None:
+                source = found[0]
+            else:
+                device, buffer_frames = chain.vision_encoder.device, options.buffer_frames
+                source = open_source(
+                    video, spec, buffer_frames=buffer_frames, budget=budget, device=device, stream=options.stream
+                )
         try:
             with limits.stage("decode_video"):
                 coarse, grid = source.coarse(limits), source.fine_grid()
@@ -389,13 +499,15 @@ class Grounder(Closable):
             if source.is_image and self.heads == "text":
                 segment, frames, choice = self._image_prompt(spec, source, choice, limits)
             with limits.stage("vision_coarse"):
-                tolerance = self._unchanged_tolerance
-                visual_tokens = coarse_tokens(
-                    chain.vision_encoder, spec, frames, report=limits.report, tolerance=tolerance
-                )
-            with limits.stage("prefill"):
-                cache = chain.pool.take(batch=1, positions=len(segment))
-                prefix = prefill_video(chain.language_model, cache, segment, visual_tokens, report=limits.report)
+                if found is not None:
+                    tokens = on_device(found[1], chain.vision_encoder)
+                else:
+                    tolerance = self._unchanged_tolerance
+                    tokens = coarse_tokens(
+                        chain.vision_encoder, spec, frames, report=limits.report, tolerance=tolerance
+                    )
+                    if cache is not None and isinstance(source, VideoFile):
+                        put_coarse(cache, key, source, arrays.on_host(tokens))
             features = FineFeatures(
                 chain.vision_encoder,
                 spec,
@@ -403,24 +515,19 @@ class Grounder(Closable):
                 budget_bytes=self._feature_budget_bytes,
                 as_tokens=self.heads == "text",
                 read_ahead=source.fine_size if source.read_ahead else None,
+                stored=self._stored_maps(cache, source),
             )
-            facts = VideoFacts(
-                source.name,
-                (source.width, source.height),
-                source.is_image,
-                frame_times=source.frame_times,
-                fine_grid=grid,
-                sample_times=coarse.times,
-                interval_s=coarse.interval_s,
-                duration_s=coarse.duration_s,
-                choice=choice,
-                clock=source.clock,
-                stream=source.stream,
-            )
-            return OpenedVideo(chain, facts, prefix, features, timings=limits.timings, close_source=source.close)
+            return _Read(source, coarse, choice, segment, tokens, cache, found is not None, features)
         except BaseException:
             source.close()
             raise
+
+    def _stored_maps(self, cache: VisualCache | None, source: VideoSource) -> StoredMaps | None:
+        """Return where fine feature maps of a video file are stored; None without an index."""
+        if cache is None or not isinstance(source, VideoFile):
+            return None
+        grid = {"fps": self.spec.frames.fine_fps, "size": source.fine_size, "stream": source.stream}
+        return StoredMaps(cache, "tokens" if self.heads == "text" else "maps", grid)
 
     def _open_head(self, chain: Chain, parts: VideoParts) -> Head:
         """Return the head that answers the queries on a video; with bridge heads, a text head answers its questions."""

@@ -1,4 +1,4 @@
-"""The commands that run a model over many samples: `evaluate`, `infer-many`, `convert-refs`, `evaluate-demo`.
+"""The commands that run a model over many samples: `evaluate`, `infer-many`, `index`, and two for the demo and RefCOCO.
 
 Bundles run without torch, checkpoints in eager torch.
 """
@@ -88,10 +88,12 @@ def evaluate(
 @options.bundle_option
 @click.option("--out", type=OutputFile(".jsonl", ".parquet"), required=True, help="Output file.")
 @options.query_options
+@options.index_option
 @options.many_options
 def infer_many(
     *, table: Path, media: Path | None, queries: tuple[str, ...], bundle: Path | None, out: Path, task: str,
-    executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None, **given: Any,
+    index: Path | None, executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None,
+    **given: Any,
 ) -> int:  # fmt: skip
     """Answer every (video, query) of TABLE, and write a row for each.
 
@@ -106,7 +108,7 @@ def infer_many(
 
     if out.exists() and table.exists() and out.samefile(table):
         raise BridgeError("output.is_input", f"{out} is the table itself; choose another --out.")
-    load_options = {"backend": backend, "variant": variant, **options.pop_head_options(given)}
+    load_options = {"backend": backend, "variant": variant, "index": index, **options.pop_head_options(given)}
     rows = read_queries(table, media, texts=queries, images=task == "image")
     path = bundle or demo_bundle(progress=stage_line)
     opening = open_executor(executor, workers=workers, threads=threads)
@@ -120,6 +122,53 @@ def infer_many(
         LOG.error("The first error: %s", done.first_error)
         LOG.error("Fix it, and retry the failed queries with --retry-failed.")
     return 1 if done.failed else 0
+
+
+@click.command()
+@click.argument("videos", nargs=-1, required=True, type=PATH)
+@click.option("--index", "folder", type=PATH, metavar="DIR", required=True, help="Folder of the index; created if new.")
+@click.option("--fine", is_flag=True, help="Store all fine frames too, which takes far more disk.")
+@click.option("--remove", is_flag=True, help="Delete what the index has of VIDEOS instead.")
+@options.bundle_option
+@options.visual_tokens_option
+@options.stream_option
+@options.executor_options
+@options.text_options
+@options.backend_options()
+def index(
+    *, videos: tuple[Path, ...], folder: Path, fine: bool, remove: bool, bundle: Path | None, executor: str,
+    workers: int | None, backend: str, variant: str | None, threads: int | None, max_visual_tokens: int | None,
+    stream: int | None, **given: Any,
+) -> int:  # fmt: skip
+    """Keep the visual tokens of VIDEOS (files and folders) on disk, for `infer` and `infer-many` with --index DIR.
+
+    Queries with the same bundle and options then decode and encode nothing that is stored. A file that cannot be read
+    is named, and the exit code is 1. What is stored already is kept: the same command resumes one that was stopped.
+    """
+    from bridge_stg.commands.tables import index_line, index_total
+    from bridge_stg.demo.bundle import demo_bundle
+    from bridge_stg.evaluation.run.evaluate import bundle_model
+    from bridge_stg.evaluation.run.executor import open_executor
+    from bridge_stg.evaluation.run.index_files import index_files, video_files
+    from bridge_stg.runtime.index.index import remove_file
+
+    files = video_files(videos)
+    if remove:
+        removed = sum(remove_file(folder, file) for file in files)
+        click.echo(f"deleted {removed / 1e6:.1f} MB of {len(files)} files from {folder}")
+        return 0
+    path = bundle or demo_bundle(progress=stage_line)
+    load_options = {"backend": backend, "variant": variant, "index": folder, **options.pop_head_options(given)}
+    call = {"fine": fine, "max_visual_tokens": max_visual_tokens, "stream": stream}
+    done = []
+    opening = open_executor(executor, workers=workers, threads=threads)
+    with ProgressBar(unit="file") as progress, opening as opened:
+        model = bundle_model(path, path.resolve().name, threads=opened.threads, **load_options)
+        for row in index_files(files, model, executor=opened, progress=progress, **call):
+            click.echo(index_line(row))
+            done.append(row)
+    click.echo(index_total(done, folder))
+    return 1 if any(row.error for row in done) else 0
 
 
 @click.command("convert-refs")

@@ -58,6 +58,7 @@ class Request:
     annotate: Path | None
     sheet: Path | None
     allow_none: bool
+    index: Path | None
     heads: str | None
     mode: str
     grammar: bool
@@ -110,6 +111,7 @@ class Request:
 @click.option("--sheet", type=OutputFile(".png"), help="Write a contact sheet of the spans and a timeline.")
 @click.option("--exit-code", is_flag=True, help="Exit with code 3 if nothing was found.")
 @options.reading_options
+@options.index_option
 @options.text_options
 @options.backend_options()
 @deadline_option
@@ -209,6 +211,7 @@ def load(request: Request, progress: ProgressBar) -> Iterator[Grounder]:
 
     path = request.bundle or demo_bundle(progress=stage_line)
     load_options = {**request.backend_options, **options.pop_head_options(dataclasses.asdict(request))}
+    load_options |= {"index": request.index} if request.index else {}
     loading = in_background(lambda: Grounder.load(path, wait=False, **load_options))
     for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):  # a missing one is reported when it is used
         with contextlib.suppress(ImportError):
@@ -360,6 +363,7 @@ def json_lines(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
 @click.option("--max-tokens", type=COUNT, default=512, show_default=True, help="Maximum tokens of the answer.")
 @options.visual_tokens_option
 @options.stream_option
+@options.index_option
 @options.backend_options()
 @deadline_option
 def ask(

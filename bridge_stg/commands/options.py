@@ -131,6 +131,10 @@ visual_tokens_option = click.option(
     "--max-visual-tokens", type=COUNT,
     help="Maximum visual tokens per video; a longer video gets smaller frames, then a lower frame rate.",
 )  # fmt: skip
+index_option = click.option(
+    "--index", type=PATH, metavar="DIR",
+    help="Folder in which visual tokens of videos are kept, so that the same footage is decoded and encoded once.",
+)  # fmt: skip
 query_options = combine(
     click.option(
         "--task", type=click.Choice(["tube", "span", "image"]), default="tube", show_default=True,
@@ -212,12 +216,15 @@ def pop_head_options(given: dict[str, Any]) -> dict[str, Any]:
     return {"heads": given.pop("heads"), "text": text}
 
 
-many_options = combine(
+executor_options = combine(
     click.option(
         "--executor", "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
         help="Run the model in this process, or in many processes on Ray.",
     ),
     click.option("--workers", type=COUNT, help="Processes of --executor ray; default: one, or one per GPU."),
+)  # fmt: skip
+many_options = combine(
+    executor_options,
     click.option("--overwrite", is_flag=True, help="Discard finished results and start again."),
     click.option("--retry-failed", is_flag=True, help="Retry samples that failed in an earlier run."),
     text_options,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from bridge_stg.evaluation.run.index_files import IndexedFile
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
@@ -55,6 +57,24 @@ def grounding_line(name: str, result: Grounding) -> str:
     else:
         answer = f"{result.span[0]:.2f} s to {result.span[1]:.2f} s"
     return f'{name}  "{result.query}"  {answer}'
+
+
+def index_line(row: IndexedFile) -> str:
+    """Return what the index has of one file, or why it has nothing."""
+    if row.indexed is None:
+        return f"{row.file}: {row.error}"
+    found = row.indexed
+    how = "was indexed" if found.reused else f"indexed in {row.seconds:.1f} s"
+    return f"{row.file}: {found.duration_s:.1f} s of video, {found.nbytes / 1e6:.1f} MB on disk; {how}"
+
+
+def index_total(rows: Sequence[IndexedFile], folder: Path) -> str:
+    """Return the size of all files in the index, per file and per hour of video."""
+    found = [row.indexed for row in rows if row.indexed is not None]
+    hours, size = sum(one.duration_s for one in found) / 3600, sum(one.nbytes for one in found) / 1e6
+    failed = f", {len(rows) - len(found)} failed" if len(found) < len(rows) else ""
+    line = f"{len(found)} files in {folder}{failed}: {hours * 3600:.1f} s of video, {size:.1f} MB on disk"
+    return f"{line}, {size / hours:.0f} MB per hour" if hours else line
 
 
 def _seconds_lines(result: Grounding) -> list[str]:

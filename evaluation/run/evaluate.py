@@ -70,11 +70,11 @@ class Evaluation:
 
 def bundle_model(
     path: Path, label: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None,
-    heads: str | None = None, text: TextOptions | None = None,
+    heads: str | None = None, text: TextOptions | None = None, index: Path | None = None,
 ) -> Model:  # fmt: skip
     """Return a bundle as a model, identified by its fingerprint, backend, variants, and options of text heads.
 
-    The arguments are those of `Grounder.load`.
+    The arguments are those of `Grounder.load`; an index changes no answer.
     """
     bundle = Bundle.load(path)
     chosen = choose(bundle, backend=backend, variant=variant)
@@ -84,6 +84,8 @@ def bundle_model(
     }  # fmt: skip
     identity |= text_identity(bundle.manifest.spec, heads, text)
     options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads, "heads": heads, "text": text}
+    if index is not None:
+        options["index"] = index.resolve()
     return Model(label, identity, lambda: Grounder.load(path, **options), bundle.manifest.spec)
 
 

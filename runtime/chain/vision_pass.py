@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from functools import lru_cache, partial
@@ -157,6 +157,11 @@ def frame_tokens(session: Session, spec: ModelSpec, frames: Array, *, report: Re
     return stacked
 
 
+def on_device(array: np.ndarray, session: Session) -> Array:
+    """Return an array that was stored where the session's own outputs are."""
+    return array if session.device is None else session.device.upload(array)
+
+
 class FeatureMaps(Protocol):
     """The fine feature maps, or visual tokens, of one video: `FineFeatures`, or a view of those of a live stream."""
 
@@ -174,6 +179,16 @@ class FeatureMaps(Protocol):
         """Drop all maps."""
 
 
+class Stored(Protocol):
+    """Keeps feature maps between processes; see `bridge_stg.runtime.index.fine.StoredMaps`."""
+
+    def get(self, indices: Iterable[int]) -> Mapping[int, tuple[np.ndarray, float]]:
+        """Return the maps that are stored, and the times of their frames, by their index on the grid."""
+
+    def put(self, entries: Mapping[int, tuple[np.ndarray, float]]) -> None:
+        """Store maps and times."""
+
+
 class FineFeatures:
     """The fine feature maps of one video, computed on demand and cached by their index on its fine grid.
 
@@ -187,6 +202,7 @@ class FineFeatures:
         as_tokens: whether to return visual tokens instead of feature maps.
         read_ahead: height and width of the frames, if another thread can read them while a chunk is encoded; None:
             all are read first.
+        stored: where maps are looked up before they are computed, and stored after it; None: nowhere.
     """
 
     def __init__(
@@ -198,10 +214,11 @@ class FineFeatures:
         budget_bytes: int,
         as_tokens: bool = False,
         read_ahead: tuple[int, int] | None = None,
+        stored: Stored | None = None,
     ) -> None:
         self._session, self._spec = session, spec
         self._encode = frame_tokens if as_tokens else fine_maps
-        self._read, self._read_ahead = read, read_ahead
+        self._read, self._read_ahead, self._stored = read, read_ahead, stored
         self._budget_bytes = budget_bytes
         self._cached_bytes = 0
         self._cached: OrderedDict[int, tuple[Array, float]] = OrderedDict()
@@ -212,6 +229,7 @@ class FineFeatures:
         wanted = indices.tolist()
         with limits.stage("vision_fine"), limits.hold(self._lock):
             found = {i: self._cached[i] for i in wanted if i in self._cached}
+            found |= self._from_disk([i for i in wanted if i not in found])
             missing = np.array([i for i in wanted if i not in found], np.int64)
             done = 0
             with closing(self._samples(missing, limits)) as chunks:
@@ -223,9 +241,18 @@ class FineFeatures:
                         found[i] = (feature_map.copy(), float(time))
                     done += len(samples.times)
                     limits.report(done, missing.size)
+            if self._stored is not None and missing.size:
+                self._stored.put({i: (arrays.on_host(found[i][0]), found[i][1]) for i in missing.tolist()})
             for i, entry in found.items():
                 self._keep(i, entry)
         return arrays.stack([found[i][0] for i in wanted]), np.array([found[i][1] for i in wanted])
+
+    def _from_disk(self, indices: list[int]) -> dict[int, tuple[Array, float]]:
+        """Return the maps that are stored, on the encoder's device."""
+        if self._stored is None or not indices:
+            return {}
+        found = self._stored.get(indices).items()
+        return {i: (on_device(feature_map, self._session), time) for i, (feature_map, time) in found}
 
     def _samples(self, missing: np.ndarray, limits: Limits) -> Generator[Samples, None, None]:
         """Read frames in the encoder's chunks, the next one in another thread while one is encoded."""

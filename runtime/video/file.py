@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -16,10 +18,10 @@ from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.memory import trim_heap
 from bridge_stg.runtime.host.threads import for_each
-from bridge_stg.runtime.video.decoder import Decoder
+from bridge_stg.runtime.video.decoder import Decoder, Timeline
 from bridge_stg.runtime.video.frame import FrameConverter, fingerprint, resize
 from bridge_stg.runtime.video.sampling import CoarseSampler, grid_places
-from bridge_stg.runtime.video.source import Samples, VideoSource
+from bridge_stg.runtime.video.source import CoarseFrames, Samples, VideoSource
 from bridge_stg.runtime.video.token_budget import Budget
 
 KEPT_BYTES = 64 * 2**20  # most bytes of decoded frames to keep for the fine pass, which otherwise decodes them again
@@ -27,15 +29,69 @@ RESIZED_TOGETHER = 16  # decoded frames that several threads resize at once
 SEEK_GAIN_FRAMES = 16  # a seek must skip more to pay off: it finds a key frame and refills the decoder
 
 
+@dataclass(frozen=True, eq=False)
+class FileFacts:
+    """What one pass over a video file found out apart from pixels, enough to seek to its frames later.
+
+    Attributes:
+        size: width and height as displayed, in pixels.
+        stream: index of the video stream; None if the file has only one.
+        clock: where the times come from, one of `decoder.CLOCKS`.
+        tolerance_s: see `VideoSource.tolerance_s`.
+        duration_s: seconds from the first frame to the end of the last one.
+        regular: whether every frame has a time stamp and these increase.
+        seekable: whether seeking returns the same frames as reading from the start.
+        times: float64 [N], times of all frames in seconds.
+        pts: int64 [N], their time stamps in ticks.
+        keys: int64 [K], indices of the key frames.
+        prints: uint32 [N], checksums of the frames; see `frame.fingerprint`.
+    """
+
+    size: tuple[int, int]
+    stream: int | None
+    clock: str
+    tolerance_s: float
+    duration_s: float
+    regular: bool
+    seekable: bool
+    times: np.ndarray
+    pts: np.ndarray
+    keys: np.ndarray
+    prints: np.ndarray
+
+
 class VideoFile(VideoSource):
-    """A video file, decoded once; fine frames beyond `KEPT_BYTES` again. Raises VideoError if it cannot be read."""
+    """A video file, decoded once; fine frames beyond `KEPT_BYTES` again. Raises VideoError if it cannot be read.
+
+    `known` is what an earlier pass over the same file found out, and its coarse frames; the file is then opened when a
+    fine frame is read, and not decoded as a whole.
+    """
 
     read_ahead = True
 
-    def __init__(self, path: str, spec: ModelSpec, *, budget: Budget | None = None, stream: int | None = None) -> None:
-        self._decoder: Decoder | None = self._open(path, stream)
+    def __init__(
+        self,
+        path: str,
+        spec: ModelSpec,
+        *,
+        budget: Budget | None = None,
+        stream: int | None = None,
+        known: tuple[FileFacts, CoarseFrames] | None = None,
+    ) -> None:
+        self._keys = np.zeros(1, np.int64)
+        self.kept = KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
+        self.seekable = self._closed = False  # seekable: seeking returns the same frames as reading from the start
+        self._converter: FrameConverter | None = None
+        self._decoder: Decoder | None = None
+        self._frames: Iterator[Any] | None = None
+        if known is not None:
+            facts, coarse = known
+            super().__init__(spec, width=facts.size[0], height=facts.size[1], name=path, budget=budget)
+            self._resume(facts, coarse)
+            return
+        self._decoder = self._open(path, stream)
         try:
-            self._frames: Iterator[Any] | None = self._decoder.frames()
+            self._frames = self._decoder.frames()
             first = next(self._frames, None)
             if first is None:
                 raise self._decoder.no_frames()
@@ -47,9 +103,31 @@ class VideoFile(VideoSource):
             raise
         self._frames = chain([first], self._frames)
         self.stream, self._timeline, self._prints = self._decoder.stream, self._decoder.timeline(), array("I")
-        self._keys = np.zeros(1, np.int64)
-        self.kept = KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
-        self.seekable = self._closed = False  # seekable: seeking returns the same frames as reading from the start
+
+    def facts(self) -> FileFacts:
+        """Return what the pass over the file found out; reads the video if necessary."""
+        times = self.frame_times
+        return FileFacts(
+            size=(self.width, self.height),
+            stream=self.stream,
+            clock=self.clock,
+            tolerance_s=self.tolerance_s,
+            duration_s=self._duration_s,
+            regular=self._timeline.regular,
+            seekable=self.seekable,
+            times=times,
+            pts=np.frombuffer(self._timeline.pts, np.int64),
+            keys=self._keys,
+            prints=np.frombuffer(self._prints, np.uint32),
+        )
+
+    def _resume(self, facts: FileFacts, coarse: CoarseFrames) -> None:
+        self.stream, self.clock, self.tolerance_s = facts.stream, facts.clock, facts.tolerance_s
+        self.seekable, self._keys, self._times = facts.seekable, facts.keys, facts.times
+        self._duration_s, self._prints = facts.duration_s, array("I", facts.prints.tobytes())
+        self._timeline = Timeline(Fraction(1), None)
+        self._timeline.regular, self._timeline.pts = facts.regular, array("q", facts.pts.tobytes())
+        self._samples, self._coarse = self._sampler(), coarse
 
     def _open(self, path: str, stream: int | None) -> Decoder:
         return Decoder(path, stream)
@@ -79,6 +157,7 @@ class VideoFile(VideoSource):
         self.kept = kept = KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
         timeline, sampler = decoder.timeline(), self._sampler(length_s or decoder.duration_s)
         self.tolerance_s = timeline.tolerance_s
+        assert self._converter is not None
         keys, prints, batch = [0], array("I"), _Batch(sampler, self._converter)
 
         def keep(index: int, until: float) -> None:
@@ -111,6 +190,7 @@ class VideoFile(VideoSource):
         frames = np.empty((len(wanted), *self.fine_size, 3), np.uint8)
 
         def put(numbered: tuple[int, Any]) -> None:
+            assert self._converter is not None  # since a frame was decoded
             frames[numbered[0]] = resize(self._converter.rgb(numbered[1]), self.fine_size)
 
         numbered = enumerate(self._frames_at(wanted, limits))
@@ -175,6 +255,7 @@ class VideoFile(VideoSource):
             self._decoder.close()
         self._decoder = None
         self._decoder = self._open(self.name, self.stream)
+        self._converter = self._converter or self._decoder.converter
         return self._decoder
 
 

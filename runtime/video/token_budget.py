@@ -8,7 +8,7 @@ and shape, and on the budget. Knows nothing of files, text and graphs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +48,11 @@ class CoarseChoice:
     tokens: int  # visual tokens of all groups
     max_visual_tokens: int | None  # the budget; None: no limit
     limited_by: tuple[str, ...] = ()  # the limits that reduced the model's own rate or size, from `LIMITS`
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> CoarseChoice:
+        """Return what `dataclasses.asdict` gave, after lists took the place of tuples."""
+        return cls(**{**values, "size": tuple(values["size"]), "limited_by": tuple(values["limited_by"])})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -12,11 +12,20 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 FOLDERS = ("bridge_stg", "calibration", "evaluation", "export", "runtime")
 AREAS = (
-    "annotation", "bundle", "calibration", "call", "checkpoint", "engine", "evaluation", "export", "host", "live",
-    "options", "output", "query", "server", "training", "video",
+    "annotation", "bundle", "calibration", "call", "checkpoint", "engine", "evaluation", "export", "host", "index",
+    "live", "options", "output", "query", "server", "training", "video",
 )  # fmt: skip
 CODE = re.compile(rf"({'|'.join(AREAS)})\.[a-z0-9_]+")
-NOT_CODES = {"engine.json", "engine.plan", "calibration.html", "live.events", "live.stats", "live.watch"}
+NOT_CODES = {
+    "engine.json",
+    "engine.plan",
+    "calibration.html",
+    "index.html",
+    "index.json",
+    "live.events",
+    "live.stats",
+    "live.watch",
+}
 """Texts that look like a code but are file or module names."""
 
 

@@ -181,9 +181,9 @@ def test_infer_leaves_out_counts_without_information(
 
 def test_ask_streams_its_answer(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--bundle", "b", "--max-tokens", "9", "--max-visual-tokens", "90", "--stream", "0", "--deadline", "5"]
-    assert cli.run(["ask", str(clip), "What happens?", *options, "--threads", "2"]) == 0
+    assert cli.run(["ask", str(clip), "What happens?", *options, "--threads", "2", "--index", "i"]) == 0
     assert capsys.readouterr().out == "A red car – 🚗\n"
-    assert fake[0] == (Path("b"), {"backend": "auto", "variant": None, "threads": 2})
+    assert fake[0] == (Path("b"), {"backend": "auto", "variant": None, "threads": 2, "index": Path("i")})
     limits = {"max_tokens": 9, "max_visual_tokens": 90, "stream": 0, "deadline_s": 5}
     assert fake[1] == (str(clip), "What happens?", limits)
     line = complaint(["ask", str(clip), "nothing", "--bundle", "b"], capsys, code="query.needs_text_heads")

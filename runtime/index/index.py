@@ -1,0 +1,180 @@
+"""The index of a folder: for each content of a file and each vision encoder, a cache of arrays on disk.
+
+    INDEX/index.json                         the version of the format
+    INDEX/<content>/<encoder>/<kind>-<key>   a file of arrays, see `store`
+
+`content` is the file's SHA-256, so a file may be renamed, moved or copied; `encoder` stands for all that changes the
+values of a given frame. What changes the choice of frames is in the keys. Nothing in an index needs to be kept: what is
+deleted, file by file or as a whole, is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bridge_stg
+from bridge_stg.runtime.backends.choose import ChosenBackend
+from bridge_stg.runtime.bundle.bundle import TOKENIZER, Bundle, file_sha256
+from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.failures import host_error
+from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.index.store import Arrays, locked, read_arrays, write_arrays
+from bridge_stg.runtime.video.decoder import check_path
+
+FORMAT = {"format": "bridge-stg index", "version": 1}
+"""Content of `MARK`; another version is not read."""
+MARK = "index.json"
+LIBRARIES = ("av", "pillow", "numpy")
+"""Packages whose versions may change the pixels of a frame."""
+
+
+def encoder_of(bundle: Bundle, target: ChosenBackend) -> dict[str, Any]:
+    """Return what changes the visual tokens of a given frame, as plain values: graph, backend, sizes, programs.
+
+    The tokenizer is part of it, since it determines how many frames fit the prompt.
+    """
+    graph = bundle.graph("vision_encoder", target.variants["vision_encoder"])
+    entries, spec = bundle.manifest.entries(), bundle.manifest.spec
+    return {
+        "graph": [graph.sha256, *(entry.sha256 for entry in graph.data)],
+        "variant": graph.variant,
+        "precision": graph.precision,
+        "backend": [target.backend, target.version, target.device],
+        "vision": asdict(spec.vision),
+        "frames": asdict(spec.frames),
+        "tokenizer": entries[TOKENIZER].sha256 if TOKENIZER in entries else None,
+        "programs": [bridge_stg.__version__, *(metadata.version(name) for name in LIBRARIES)],
+    }
+
+
+class VisualIndex:
+    """A folder of caches, shared by any number of threads and processes.
+
+    Args:
+        root: the folder; created if it does not exist.
+        encoder: what changes the values of a given frame, such as `encoder_of`.
+
+    Raises:
+        BridgeError: `root` is a file, or a folder of something else.
+        HostError: the folder cannot be written.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], encoder: Mapping[str, Any]) -> None:
+        self.root, self._encoder = Path(root), _digest(encoder)
+        try:
+            self._check_root()
+        except OSError as error:
+            if (found := host_error(error)) is None:
+                raise
+            raise found from error
+
+    def _check_root(self) -> None:
+        mark, root = self.root / MARK, self.root
+        if root.exists() and not root.is_dir():
+            raise BridgeError("index.not_an_index", f"{root} is a file; expected the folder of an index, or a new one.")
+        root.mkdir(parents=True, exist_ok=True)
+        found: Any = None
+        if mark.exists():
+            with suppress(ValueError):
+                found = json.loads(mark.read_bytes())
+        elif not any(root.iterdir()):
+            with replacing(mark) as temporary:
+                temporary.write_text(json.dumps(FORMAT) + "\n")
+            return
+        if found != FORMAT:
+            what = f"{root} is not an index of this version: its {MARK} is {found!r}, expected {FORMAT!r}"
+            raise BridgeError("index.not_an_index", f"{what}. Give a new folder, or delete this one.")
+
+    def cache_of(self, path: str | os.PathLike[str]) -> VisualCache:
+        """Return the cache of a file's content, which is read once to hash it. Raises OSError if it cannot be read."""
+        file = Path(path)
+        state = _file_state(file)
+        return VisualCache(self.root / file_sha256(file) / self._encoder, file, state)
+
+
+def remove_file(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> int:
+    """Delete what the index in `root` has of a file's content, for all encoders, and return its bytes.
+
+    Raises:
+        VideoError: the file cannot be read.
+    """
+    folder = Path(root) / file_sha256(Path(check_path(os.fspath(path))))
+    size = _bytes_below(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return size
+
+
+class VisualCache:
+    """What is stored of one file's content for one encoder: arrays by a kind and a key.
+
+    A key has plain values that JSON can express: all that the arrays depend on beyond content and encoder, such as the
+    times of the frames. Safe to use from many threads and processes.
+
+    Args:
+        folder: where the arrays are.
+        file: the video; if it changes while it is read, nothing more is stored.
+        state: size and time of change of `file` before it was hashed.
+    """
+
+    def __init__(self, folder: Path, file: Path, state: tuple[int, ...]) -> None:
+        self.folder, self._file, self._state = folder, file, state
+
+    def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+        """Return the arrays; None if they are not stored, or were damaged. Raises HostError as `read_arrays` does."""
+        return read_arrays(self._path(kind, key))
+
+    def put(self, kind: str, key: Mapping[str, Any], arrays: Arrays) -> None:
+        """Store arrays in place of those of the same key. Raises HostError: the disk is full or not writable."""
+        if _file_state(self._file) == self._state:
+            write_arrays(self._path(kind, key), arrays)
+
+    def merge(self, kind: str, key: Mapping[str, Any], arrays: Arrays, *, by: str) -> None:
+        """Store rows beside those of the same key: the first dim of all arrays counts the rows.
+
+        Rows are sorted by the array `by`; where a value of it is stored already, the new row replaces the old one. Two
+        writers wait for each other. Raises HostError as `put` does.
+        """
+        with locked(self.folder):
+            old = self.get(kind, key)
+            if old is not None:
+                kept = ~np.isin(old[by], arrays[by])
+                arrays = {name: np.concatenate([old[name][kept], rows]) for name, rows in arrays.items()}
+            order = np.argsort(arrays[by])
+            self.put(kind, key, {name: rows[order] for name, rows in arrays.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return _bytes_below(self.folder)
+
+    def _path(self, kind: str, key: Mapping[str, Any]) -> Path:
+        return self.folder / f"{kind}-{_digest(key)}"
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """Return 32 hexadecimal digits of the SHA-256 of plain values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _file_state(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # another process may delete or replace it now
+            total += path.stat().st_size if path.is_file() else 0
+    return total
