@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,17 @@ from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, SECONDS, Number, OutputFile
 from bridge_stg.commands.progress import LOG, note_unknown_words, note_untrained, stage_line
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.files import lock_file
+from bridge_stg.runtime.live.events import wall_json
+from bridge_stg.runtime.live.lines import complete_lines, has_lines
 
 if TYPE_CHECKING:
     from bridge_stg.runtime.live.stats import LiveStats
 
+EVERY_NOTE = (
+    "Note: --every %g is shorter than a group of coarse frames (%g s), within which nothing new is known: a round "
+    "follows each group."
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -30,9 +38,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @options.bundle_option
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between two rounds.")
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per round.")
-@click.option("--json", "--jsonl", "json_file", type=OutputFile(), help="Write the events, one JSON object per line.")
-@click.option("--answers", is_flag=True, help="Write every round's answers to --json too.")
-@options.overwrite_option("--json file")
+@click.option("--jsonl", "--json", "json_file", type=OutputFile(), help="Append the events, one JSON object per line.")
+@click.option("--answers", is_flag=True, help="Write every round's answers to --jsonl too.")
+@options.overwrite_option("--jsonl file")
 @click.option("--realtime", is_flag=True, help="Play a file at its own pace instead of as fast as possible.")
 @click.option("--duration", "duration_s", type=SECONDS, metavar="SECONDS", help="Stop after this much stream time.")
 @click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Stop a round after this time.")
@@ -54,8 +62,8 @@ def watch(
     SIGTERM stops the watch gracefully.
     """
     if answers and json_file is None:
-        raise BridgeError("options.conflict", "--answers needs --json, the file to write answers to; add it.")
-    _check_output(json_file, source, overwrite)
+        raise BridgeError("options.conflict", "--answers needs --jsonl, the file to write answers to; add it.")
+    _check_output(json_file, source, overwrite=overwrite)
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
     from bridge_stg.runtime.host.memory import return_freed_memory
@@ -67,15 +75,19 @@ def watch(
         stopped_by_signals() as stop,
         Grounder.load(path, backend=backend, variant=variant, threads=threads, **head_options) as grounder,
         grounder.watch(source, queries, realtime=realtime, cancel=stop, **given) as watch,
-        json_lines(json_file) as log,
+        json_lines(json_file, overwrite=overwrite) as log,
     ):
         note_untrained(grounder.spec, path, heads=grounder.heads)
         note_unknown_words(grounder.spec, queries)
+        log({"event": "start", "source": watch.source.name, "queries": queries})
         try:
-            for update in watch:
+            for number, update in enumerate(watch):
+                if number == 0 and (round_s := watch.stats.round_s) > given["every_s"]:
+                    LOG.warning(EVERY_NOTE, given["every_s"], round_s)
                 for event in update.events:
                     box = ",".join(f"{side:.0f}" for side in event.box)
-                    click.echo(f"{clock(event.time_s)}  {event.kind:8}  {event.query}  [{box}]")
+                    at = (event.wall_time or update.wall_time).astimezone()
+                    click.echo(f"{at:%Y-%m-%d %H:%M:%S}  {clock(event.time_s)}  {event.kind:8}  {event.query}  [{box}]")
                     log(event.to_json())
                 if answers:
                     log({"event": "answers", **update.to_json()})
@@ -86,21 +98,36 @@ def watch(
                 LOG.info("%s", summary(stats))
 
 
-def _check_output(json_file: Path | None, source: str, overwrite: bool) -> None:
-    if json_file is None or not json_file.exists():
+def _check_output(file: Path | None, source: str, *, overwrite: bool) -> None:
+    if file is None or not file.exists():
         return
-    if Path(source).exists() and json_file.samefile(source):
-        raise BridgeError("output.is_input", f"{json_file} is the source itself; give another name for --json.")
-    if not overwrite and json_file.stat().st_size:
-        what = f"{json_file} already exists. Pass --overwrite to replace it, or another --json."
+    if Path(source).exists() and file.samefile(source):
+        raise BridgeError("output.is_input", f"{file} is the source itself; give another name for --jsonl.")
+    if not overwrite and not has_lines(file):
+        what = f"{file} exists, and its first line is no JSON object. Give another --jsonl, or --overwrite."
         raise BridgeError("output.exists", what)
 
 
 @contextmanager
-def json_lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Yield a function that writes a value as one line, unbuffered; without a path, it writes nothing."""
-    with open(path or os.devnull, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
-        yield lambda value: file.write(json.dumps(value, ensure_ascii=False) + "\n")
+def json_lines(path: Path | None, *, overwrite: bool) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Yield a function that appends a value as one line, unbuffered; without a path, it writes nothing.
+
+    A line without `wall_time` gets the time of writing. A last line that a killed process left incomplete is removed.
+    Raises BridgeError if another process writes the file.
+    """
+    with open(path or os.devnull, "a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+        if path is not None:
+            lock_file(file.fileno(), message=f"{path}: another process appends to this file; give another --jsonl.")
+            if overwrite:
+                file.truncate(0)
+            elif complete_lines(path):
+                LOG.warning("Note: %s ended in an incomplete line, which was removed.", path)
+
+        def write(value: dict[str, Any]) -> None:
+            timed = {"event": value["event"], "wall_time": wall_json(datetime.now(timezone.utc)), **value}
+            file.write(json.dumps(timed, ensure_ascii=False) + "\n")
+
+        yield write
 
 
 @contextmanager
@@ -126,10 +153,12 @@ def clock(seconds: float) -> str:
 
 
 def summary(stats: LiveStats) -> str:
-    """Summarize a watch in two lines."""
+    """Summarize a watch in three lines."""
     return (
         f"{stats.frames} frames, {stats.answers} rounds; ended: {stats.ended}. Dropped: {stats.dropped_coarse_frames} "
         f"coarse frames, {stats.skipped_answers + stats.late_answers} rounds.\n"
         f"A coarse frame took {1000 * stats.cost_s:.1f} ms, the longest of {stats.rebuilds} rebuilds "
-        f"{1000 * stats.longest_rebuild_s:.0f} ms, the longest round {1000 * stats.longest_answer_s:.0f} ms."
+        f"{1000 * stats.longest_rebuild_s:.0f} ms, the longest round {1000 * stats.longest_answer_s:.0f} ms.\n"
+        f"Latency from a frame to its answers: median {1000 * stats.latency_median_s:.0f} ms, 95th percentile "
+        f"{1000 * stats.latency_p95_s:.0f} ms."
     )

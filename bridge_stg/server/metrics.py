@@ -30,6 +30,11 @@ class Metrics:
         self.live_updates = counter("live_updates", "Rounds of live queries.", ["source"])
         self.live_dropped = counter("live_dropped_frames", "Coarse frames dropped for later ones.", ["source"])
         self.live_skipped = counter("live_dropped_updates", "Updates that a slow client missed.", ["source"])
+        live_seconds = (
+            "live_latency_seconds",
+            "Seconds from a live frame to its answers.",
+        )
+        self.live_latency = histogram(*live_seconds, ["source"], buckets=SECONDS)
         self.stages = histogram("stage_seconds", "Seconds per batch and stage.", ["stage"], buckets=SECONDS)
         self.job_seconds = histogram("job_seconds", "Seconds from a job's arrival to its end.", buckets=SECONDS)
         self.batch_queries = histogram("batch_queries", "Queries answered together.", buckets=QUERIES)

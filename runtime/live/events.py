@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ class Event:
         box: float32 [4], the target's left, top, right, bottom at that time, in pixels.
         known_s: stream time up to which the model had seen the stream when it detected the event.
         grounding: the answer that shows the event, in stream time; for `left`, the last answer with the target.
+        wall_time: when the frame of the event arrived, to the accuracy of the source's clock; of a file that is read as
+            fast as possible, when the newest frame of the round was read. None outside a watch.
     """
 
     kind: str
@@ -32,6 +35,7 @@ class Event:
     box: np.ndarray
     known_s: float
     grounding: Grounding
+    wall_time: datetime | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dump`."""
@@ -39,6 +43,7 @@ class Event:
         return {
             "event": self.kind,
             "query": self.query,
+            "wall_time": wall_json(self.wall_time),
             "time_s": round(self.time_s, 6),
             "known_s": round(self.known_s, 6),
             "box": [round(float(side), 2) for side in self.box],
@@ -46,6 +51,11 @@ class Event:
             "scores": {name: round(float(value), 6) for name, value in self.grounding.scores.items()},
             "tube": None if tube is None else tube.to_json(),
         }
+
+
+def wall_json(time: datetime | None) -> str | None:
+    """Return a wall-clock time as ISO 8601 in milliseconds, with its offset from UTC."""
+    return None if time is None else time.isoformat(timespec="milliseconds")
 
 
 class EventTracker:

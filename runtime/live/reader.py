@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from dataclasses import replace
 
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.live.plan import LivePlan, PlanOf
@@ -114,22 +115,23 @@ class LiveReader:
 
     def _read(self) -> None:
         sampler: LiveSampler | None = None
+        newest_s = 0.0  # arrival of the newest frame that a group can contain: a frame completes groups without it
         for time_s, frame in self._source.frames(self._stop):
-            self._arrived = time.monotonic()
+            arrived_s = self._arrived = time.monotonic()
             if sampler is None:
                 height, width = frame().shape[:2]
                 self.plan, self.origin_s = self._plan_of(height, width), time_s
                 sampler = LiveSampler(self.plan, hold_s=self._hold_s)
             self.frames, self.newest_s = self.frames + 1, time_s
             for group in sampler.add(time_s, frame):
-                if not self._queue.put(group):
+                if not self._queue.put(replace(group, arrived_s=newest_s)):
                     return
                 self._arrived = time.monotonic()  # waiting for the queue is not silence of the source
-            self.gaps = sampler.gaps
+            self.gaps, newest_s = sampler.gaps, arrived_s
         if self._stop.is_set():
             return
         if sampler is None:
             raise VideoError("video.no_frames", f"{self._source.name} has no frames: expected at least one")
         for group in sampler.finish():
-            if not self._queue.put(group):
+            if not self._queue.put(replace(group, arrived_s=newest_s)):
                 return

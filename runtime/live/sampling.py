@@ -34,6 +34,7 @@ class LiveGroup:
     place: int  # index of the first sample on the stream's coarse grid, a multiple of P
     frames: np.ndarray  # uint8 [P, h, w, 3], RGB
     fine: tuple[FineSample, ...]  # in order of time
+    arrived_s: float = 0.0  # when its newest frame arrived, on `time.monotonic`
 
 
 class _Shown:

@@ -17,6 +17,10 @@ class LiveStats:
         gaps: number of gaps in the stream.
         answers, late_answers: rounds of the standing queries, and those of them that were stopped at `deadline_s`.
         skipped_answers: rounds left out because the machine was busy when they were due.
+        round_s: stream time between two rounds: `every_s`, or the length of a group if that is longer, since nothing
+            new is known before its end; 0 before the first group.
+        latency_median_s, latency_p95_s: seconds from the arrival of the newest frame that a round saw to its answers,
+            over the newest 1000 rounds.
         prefilled_tokens: tokens prefilled for the window, including rebuilds.
         rebuilds: number of times that the window was full.
         encode_s, extend_s, rebuild_s, answer_s: total seconds of encoding, extending and rebuilding, and of the rounds.
@@ -33,6 +37,9 @@ class LiveStats:
     answers: int = 0
     skipped_answers: int = 0
     late_answers: int = 0
+    round_s: float = 0.0
+    latency_median_s: float = 0.0
+    latency_p95_s: float = 0.0
     prefilled_tokens: int = 0
     rebuilds: int = 0
     encode_s: float = 0.0

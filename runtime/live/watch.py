@@ -9,10 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from typing import Any
+
+import numpy as np
 
 from bridge_stg.runtime.chain.opened_video import Chain
 from bridge_stg.runtime.chain.prompt import check_query
@@ -20,13 +25,15 @@ from bridge_stg.runtime.chain.results import Grounding, span_json
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.host.limits import Cancel, Limits
-from bridge_stg.runtime.live.events import Event, EventTracker
+from bridge_stg.runtime.live.events import Event, EventTracker, wall_json
 from bridge_stg.runtime.live.plan import LivePlan, check_window, plan_stream
 from bridge_stg.runtime.live.reader import POLL_S, GroupQueue, LiveReader
 from bridge_stg.runtime.live.sampling import LiveGroup
 from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.live.stats import LiveStats
 from bridge_stg.runtime.live.window import LiveWindow, in_stream_time
+
+LATENCIES = 1000  # newest rounds whose latency is kept
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class LiveUpdate:
         events: the new events in order of time.
         behind_s: stream time read after `known_s` by the end of the round, in seconds.
         took_s: duration of the round, in seconds.
+        latency_s: seconds from the arrival of the newest frame of the window to the answers.
+        wall_time: when that frame arrived, in UTC.
     """
 
     known_s: float
@@ -85,14 +94,18 @@ class LiveUpdate:
     events: tuple[Event, ...]
     behind_s: float
     took_s: float
+    latency_s: float
+    wall_time: datetime
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dump`."""
         return {
+            "wall_time": wall_json(self.wall_time),
             "known_s": round(self.known_s, 6),
             "window": span_json(self.window),
             "behind_s": round(self.behind_s, 6),
             "took_s": round(self.took_s, 6),
+            "latency_s": round(self.latency_s, 6),
             "groundings": [grounding.to_json() for grounding in self.groundings],
             "events": [event.to_json() for event in self.events],
         }
@@ -117,11 +130,13 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
     ) -> None:
         check_window(options.window, chain.spec)
         self.options = options
-        self._chain, self._source = chain, source
+        self.source = source
+        self._chain = chain
         self._feature_budget_bytes = feature_budget_bytes
         self._stop = threading.Event()
         self._cancelled = Limits(cancel=cancel).cancelled
         self._stats = LiveStats()
+        self._latencies: deque[float] = deque(maxlen=LATENCIES)
         self._queue = GroupQueue(options.queue_groups, latest_wins=source.keeps_pace)
         self._reader = LiveReader(
             source,
@@ -154,6 +169,7 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
     def stats(self) -> LiveStats:
         """A copy of the counts and times so far."""
         dropped, group = self._queue.dropped, self._chain.spec.vision.temporal_patch_size
+        median, p95 = np.percentile(list(self._latencies) or [0.0], (50, 95))
         return dataclasses.replace(
             self._stats,
             frames=self._reader.frames,
@@ -161,6 +177,8 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
             coarse_frames=self._stats.groups * group,
             dropped_groups=dropped,
             dropped_coarse_frames=dropped * group,
+            latency_median_s=float(median),
+            latency_p95_s=float(p95),
         )
 
     def stop(self) -> None:
@@ -187,7 +205,7 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
 
     def _run(self) -> Iterator[LiveUpdate]:
         window: LiveWindow | None = None
-        ended, due, answered, every = "error", 0.0, 0.0, self.options.every_s
+        ended, due, answered, arrived_s = "error", 0.0, 0.0, 0.0
         try:
             self._reader.start()
             for group, plan in self._groups():
@@ -197,19 +215,20 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
                     rebuilt = window.add(group, limits)
                 self._stats.add_step(limits.timings, rebuilt=rebuilt)
                 self._stats.prefilled_tokens = window.prefilled
-                known = window.end_s
+                known, arrived_s = window.end_s, group.arrived_s
+                every = self._stats.round_s = max(self.options.every_s, plan.group * plan.interval_s)
                 last = self.options.duration_s is not None and known >= self.options.duration_s
                 if known >= due or last:
                     self._stats.skipped_answers += max(0, math.floor((known - due) / every + 1e-9)) if due else 0
                     due = every * (math.floor(known / every + 1e-9) + 1)
                     answered = known
-                    yield from self._round(window)
+                    yield from self._round(window, arrived_s)
                 if last:
                     ended = "duration"
                     return
             ended = "stopped" if self._stopped() else "source"
             if window is not None and ended == "source" and answered < window.end_s:
-                yield from self._round(window)
+                yield from self._round(window, arrived_s)
         except (Interrupted, GeneratorExit) as error:
             if isinstance(error, Interrupted) and not self._stopped():
                 raise
@@ -234,11 +253,14 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
             elif self._queue.ended:
                 return
             elif self._reader.silent_s > self.options.stall_s:
-                text = f"{self._source.name}: no frame for {self.options.stall_s:g} s; watch it again, or raise stall_s"
+                text = f"{self.source.name}: no frame for {self.options.stall_s:g} s; watch it again, or raise stall_s"
                 raise VideoError("live.stalled", text)
 
-    def _round(self, window: LiveWindow) -> Iterator[LiveUpdate]:
-        """Answer the standing queries for the window; a round that passes its deadline yields nothing."""
+    def _round(self, window: LiveWindow, arrived_s: float) -> Iterator[LiveUpdate]:
+        """Answer the standing queries for the window, whose newest frame arrived at `arrived_s`.
+
+        A round that passes its deadline yields nothing.
+        """
         queries, options = self.queries, self.options
         limits = Limits(deadline_s=options.deadline_s, cancel=self._stopped)
         try:
@@ -257,6 +279,12 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
         self._trackers = {query: self._trackers.get(query) or EventTracker(query, **settings) for query in queries}
         pairs = zip(queries, groundings, strict=True)
         events = [event for query, grounding in pairs for event in self._trackers[query].add(grounding, known)]
+        latency_s = time.monotonic() - arrived_s
+        self._latencies.append(latency_s)
+        arrived = datetime.now(timezone.utc) - timedelta(seconds=latency_s)
+        for i, event in enumerate(events):
+            before_s = known - event.time_s if self.source.keeps_pace else 0.0
+            events[i] = dataclasses.replace(event, wall_time=arrived - timedelta(seconds=before_s))
         yield LiveUpdate(
             known_s=known,
             window=(start, known),
@@ -264,4 +292,6 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
             events=tuple(sorted(events, key=lambda event: event.time_s)),
             behind_s=max(0.0, (self._reader.newest_s or known) - known),
             took_s=limits.elapsed_s,
+            latency_s=latency_s,
+            wall_time=arrived,
         )

@@ -1,1 +1,1 @@
-"""Live streams of the server: watches and their newest frame."""
+"""Live streams of the server: watches, their newest frame, and Motion JPEG."""

@@ -70,6 +70,13 @@ class Viewer:
         self._events.put_nowait(event)
         return full
 
+    def skip_events(self) -> bool:
+        """Drop the events so far; return whether the last one was among them."""
+        while not self._events.empty():
+            if self._events.get_nowait() is None:
+                return True
+        return False
+
     async def events(self) -> AsyncIterator[ServerSentEvent]:
         """Yield the events until the last one."""
         while (event := await self._events.get()) is not None:
@@ -104,6 +111,7 @@ class SharedWatch:
         self.name, self.watch, self.newest = name, watch, newest
         self.viewers: list[Viewer] = []
         self.ended = False
+        self.update: LiveUpdate | None = None  # the newest round
         self._metrics, self._loop = metrics, asyncio.get_running_loop()
         self._dropped = 0
         self.thread = threading.Thread(target=self._run, name=f"bridge-stg live {name}", daemon=True)
@@ -125,7 +133,7 @@ class SharedWatch:
         try:
             with self.watch as watch:
                 for update in watch:
-                    self._call(self._update, UpdateText(update), watch.stats.dropped_coarse_frames)
+                    self._call(self._update, update, UpdateText(update), watch.stats.dropped_coarse_frames)
             last = ServerSentEvent(event="end", data={"ended": self.watch.stats.ended})
         except Exception as error:  # noqa: BLE001  # the thread's boundary: clients get every error
             failure = api_error(error, path=self.newest.address, name=f"The source {self.name}")
@@ -138,12 +146,14 @@ class SharedWatch:
         except RuntimeError:  # the loop has ended
             self.watch.stop()
 
-    def _update(self, update: UpdateText, dropped: int) -> None:
+    def _update(self, update: LiveUpdate, text: UpdateText, dropped: int) -> None:
+        self.update = update
+        self._metrics.live_latency.labels(self.name).observe(update.latency_s)
         self._metrics.live_updates.labels(self.name).inc()
         self._metrics.live_dropped.labels(self.name).inc(dropped - self._dropped)
         self._dropped = dropped
         for viewer in self.viewers:
-            missed = sum(viewer.put(event) for event in update.events_for(viewer.queries))
+            missed = sum(viewer.put(event) for event in text.events_for(viewer.queries))
             self._metrics.live_skipped.labels(self.name).inc(missed)
 
 
@@ -199,11 +209,11 @@ class LiveHub:
         finally:
             self._leave(viewer, current)
 
-    def newest_frame(self, name: str) -> NewestFrame:
-        """Return the newest frame of a source. Raises ApiError 404 if no client watches it."""
+    def watch(self, name: str) -> SharedWatch:
+        """Return the watch of a source. Raises ApiError 404 if no client watches it."""
         if name not in self._watches:
             raise ApiError(404, "server.frame_not_found", "No client watches this source; watch it first.")
-        return self._watches[name].newest
+        return self._watches[name]
 
     def stop(self) -> None:
         """Stop all watches, without waiting."""

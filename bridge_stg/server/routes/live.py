@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Response
+from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from bridge_stg.server.http.errors import ApiError, api_error
 from bridge_stg.server.http.schemas import LiveSources
+from bridge_stg.server.live.pictures import PICTURE_S, LivePictures
 from bridge_stg.server.live.watch import Viewer
 from bridge_stg.server.routes.videos import JPEG, TheService, frame_response
 from bridge_stg.server.videos.stills import jpeg
+
+BOUNDARY = "frame"
+MJPEG: dict[int | str, Any] = {200: {"content": {"multipart/x-mixed-replace": {}}}}
 
 router = APIRouter(prefix="/v1/live", tags=["live"])
 
@@ -39,10 +45,29 @@ async def events(viewer: Annotated[Viewer, Depends(viewer_of)]) -> AsyncIterator
         yield event
 
 
+@router.get("/{name}/video.mjpg", response_class=StreamingResponse, responses=MJPEG)
+async def video(name: str, viewer: Annotated[Viewer, Depends(viewer_of)], service: TheService) -> Response:
+    """Watch a source as Motion JPEG with the boxes of the queries, five pictures per second."""
+    watch, pictures = service.live.watch(name), LivePictures(viewer.queries)
+
+    def next_picture() -> bytes | None:
+        return pictures.next(watch.newest.read(), watch.update)
+
+    async def parts() -> AsyncIterator[bytes]:
+        while not viewer.skip_events():
+            if (picture := await service.in_thread(next_picture)) is not None:
+                head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+                yield head.encode() + picture + b"\r\n"
+            await asyncio.sleep(PICTURE_S)
+        yield f"--{BOUNDARY}--\r\n".encode()
+
+    return StreamingResponse(parts(), media_type=f"multipart/x-mixed-replace; boundary={BOUNDARY}")
+
+
 @router.get("/{name}/frame", response_class=Response, responses=JPEG)
 async def frame(name: str, service: TheService) -> Response:
     """Return the newest frame of a watched source as JPEG; X-Frame-Time is its time in the stream."""
-    newest = service.live.newest_frame(name)
+    newest = service.live.watch(name).newest
 
     def read() -> tuple[bytes, float]:
         found = newest.read()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import threading
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,52 @@ def test_prints_events_and_writes_json_lines(tmp_path: Path, capsys: pytest.Capt
     assert watch(clip(tmp_path / "a.mp4"), "the car", "--json", out) == 0
     shown = capsys.readouterr()
     appeared, left = shown.out.splitlines()
-    assert appeared.startswith("00:00:04.00  appeared  the car  [")
-    assert left.startswith("00:00:08.00  left      the car  [")
+    wall, _, rest = appeared.partition("  ")
+    assert abs((datetime.now() - datetime.fromisoformat(wall)).total_seconds()) < 60
+    assert rest.startswith("00:00:04.00  appeared  the car  [")
+    assert left.partition("  ")[2].startswith("00:00:08.00  left      the car  [")
     assert "200 frames, 20 rounds; ended: source" in shown.err and "rebuilds" in shown.err
-    appeared, left, end = lines(out)
+    start, appeared, left, end = lines(out)
+    walls = [datetime.fromisoformat(line["wall_time"]) for line in (start, appeared, left, end)]
+    assert abs((datetime.now(timezone.utc) - walls[0]).total_seconds()) < 60 and walls[1] <= walls[2] <= walls[3]
+    assert (start["event"], start["queries"]) == ("start", ["the car"]) and start["source"].endswith("a.mp4")
     assert (appeared["event"], appeared["time_s"], left["event"], left["time_s"]) == ("appeared", 4, "left", 8)
     assert appeared["tube"][0]["time_s"] == 4 and len(appeared["box"]) == 4
     assert end["event"] == "end" and end["groups"] == 20 and end["dropped_groups"] == 0
+    assert 0 < end["latency_median_s"] <= end["latency_p95_s"] < 10
+
+
+def test_lines_are_appended_after_a_restart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, source = tmp_path / "events.jsonl", clip(tmp_path / "a.mp4", 4)
+    for _ in range(2):
+        assert watch(source, "the car", "--jsonl", out) == 0
+    assert [line["event"] for line in lines(out)] == ["start", "end"] * 2
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-9])  # as if the process had been killed while it wrote
+    assert watch(source, "the car", "--jsonl", out) == 0
+    assert "events.jsonl" in capsys.readouterr().err
+    assert [line["event"] for line in lines(out)] == ["start", "end", "start", "start", "end"]
+    out.write_bytes(whole[:-1])
+    assert watch(source, "the car", "--jsonl", out) == 0
+    assert [line["event"] for line in lines(out)] == ["start", "end"] * 3
+    with open(out, encoding="utf-8") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert watch(source, "the car", "--jsonl", out) == 2
+    assert capsys.readouterr().err.endswith(" [output.in_use]\n")
+    assert watch(source, "the car", "--jsonl", out, "--overwrite") == 0
+    assert [line["event"] for line in lines(out)] == ["start", "end"]
+
+
+def test_rounds_within_a_group_are_explained_and_not_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = clip(tmp_path / "a.mp4"), tmp_path / "events.jsonl"
+    assert watch(source, "the car", "--every", 0.2, "--jsonl", out) == 0
+    end = lines(out)[-1]
+    assert (end["answers"], end["skipped_answers"], end["round_s"]) == (20, 0, 1)
+    assert "--every 0.2" in capsys.readouterr().err
+    assert watch(source, "the car", "--every", 1) == 0
+    assert "--every" not in capsys.readouterr().err
 
 
 def test_answers_are_written_on_request(tmp_path: Path) -> None:
@@ -107,4 +148,4 @@ def test_an_error_while_it_runs_comes_after_the_events(tmp_path: Path) -> None:
     out, source = tmp_path / "events.jsonl", tmp_path / "a.txt"
     source.write_text("no video\n" * 1000, encoding="utf-8")
     assert watch(source, "the car", "--json", out) == 2
-    assert [line["ended"] for line in lines(out)] == ["error"]
+    assert [line.get("ended") for line in lines(out)] == [None, "error"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,28 @@ def test_every_and_duration() -> None:
     assert [update.known_s for update in updates] == [1, 4, 8, 10]  # the end is answered too
     updates, stats = updates_of(stream(40), duration_s=5)
     assert updates[-1].known_s == 5 and stats.ended == "duration"
-    assert updates_of(stream(40), every_s=0.25)[1].answers == 40  # a group is the least that is new
+    stats = updates_of(stream(40), every_s=0.25)[1]  # a group is the least that is new
+    assert (stats.answers, stats.skipped_answers, stats.round_s) == (40, 0, 1)
+
+
+def test_latency_and_wall_time_count_from_the_arrival_of_the_newest_frame() -> None:
+    grounder = live_grounder()
+    slowed(grounder, 0.05)
+    source = paced(6, 0.01, bright=((2, 6),))  # 8 frames a group, so that one comes every 80 ms
+    before = datetime.now(timezone.utc)
+    with grounder.watch(source, ["the car"], window=16, latest_wins=True) as watch:
+        updates = list(watch)
+    took_s = (datetime.now(timezone.utc) - before).total_seconds()
+    assert all(0.05 < update.latency_s < took_s for update in updates)
+    stats = watch.stats
+    assert stats.latency_median_s == pytest.approx(np.median([update.latency_s for update in updates]))
+    assert stats.latency_median_s <= stats.latency_p95_s <= max(update.latency_s for update in updates)
+    walls = [update.wall_time for update in updates]
+    assert before < walls[0] and walls == sorted(walls) and (walls[-1] - before).total_seconds() <= took_s
+    event = next(event for update in updates for event in update.events)
+    update = next(update for update in updates if event in update.events)
+    assert event.wall_time is not None
+    assert (update.wall_time - event.wall_time).total_seconds() == pytest.approx(update.known_s - event.time_s)
 
 
 def test_queries_may_change_while_it_runs() -> None:

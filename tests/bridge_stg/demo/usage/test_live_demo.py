@@ -57,7 +57,8 @@ def test_a_signal_ends_a_whole_process_in_order(demo_bundle: Path, tmp_path: Pat
         [*command, "--realtime", "--jsonl", str(out), "--answers"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     began = time.monotonic()
-    while not (out.exists() and out.stat().st_size) and time.monotonic() - began < 60 and watching.poll() is None:
+    while "answers" not in (out.read_text(encoding="utf-8") if out.exists() else ""):
+        assert time.monotonic() - began < 60 and watching.poll() is None
         time.sleep(0.1)
     watching.send_signal(signal.SIGTERM)
     _, told = watching.communicate(timeout=30)

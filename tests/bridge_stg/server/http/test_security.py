@@ -20,7 +20,8 @@ ROUTES = [
     ("POST", "/v1/videos"), ("GET", "/v1/videos/a"), ("DELETE", "/v1/videos/a"), ("GET", "/v1/videos/a/content"),
     ("GET", "/v1/videos/a/frame"), ("POST", "/v1/jobs"), ("GET", "/v1/jobs/a"), ("DELETE", "/v1/jobs/a"),
     ("GET", "/v1/jobs/a/events"), ("GET", "/v1/jobs/a/annotated.mp4"), ("POST", "/v1/ground"), ("GET", "/v1/live"),
-    ("GET", "/v1/live/a/events?query=a"), ("GET", "/metrics"), ("GET", "/v1/nothing"), ("GET", "/anything"),
+    ("GET", "/v1/live/a/events?query=a"), ("GET", "/v1/live/a/video.mjpg?query=a"), ("GET", "/metrics"),
+    ("GET", "/v1/nothing"), ("GET", "/anything"),
 ]  # fmt: skip
 
 

@@ -56,6 +56,7 @@ def test_updates_and_events_come_until_the_source_ends(served: Callable[..., Run
     assert happened == [("appeared", 1), ("left", 2)] and all_told[-1] == ("end", {"ended": "source"})
     assert updates[0]["groundings"][0]["query"] == "the car" and "window" in updates[0]
     assert metric(running, "live_updates_total", source="gate") == len(updates)
+    assert metric(running, "live_latency_seconds_count", source="gate") == len(updates)
     until(lambda: metric(running, "live_watches") == 0)
 
 
@@ -106,6 +107,23 @@ def test_the_newest_frame_of_a_watched_source(served: Callable[..., Running], so
                 level = np.asarray(Image.open(io.BytesIO(answer.content))).mean()
                 assert (level > 128) == (1 <= times[-1] < 2)
         assert times == sorted(times)
+
+
+def test_motion_jpeg_shows_the_boxes_until_the_source_ends(served: Callable[..., Running], short: str) -> None:
+    running = live(served, gate=short)
+    with running.client() as client:
+        answer = client.get("/v1/live/gate/video.mjpg", params={"query": ["the car", "the dog"]})
+        assert http_error(client.get("/v1/live/none/video.mjpg", params={"query": "a"}))[0] == 404
+        assert http_error(client.get("/v1/live/gate/video.mjpg"))[0] == 422
+    kind, _, boundary = answer.headers["content-type"].partition("; boundary=")
+    assert kind == "multipart/x-mixed-replace" and answer.content.endswith(f"--{boundary}--\r\n".encode())
+    parts = [part.partition(b"\r\n\r\n")[2][:-2] for part in answer.content.split(f"--{boundary}\r\n".encode())[1:]]
+    pictures = [np.asarray(Image.open(io.BytesIO(part.split(b"\r\n--")[0]))).astype(int) for part in parts]
+    assert len(pictures) > 3 and all(picture.shape == (48, 64, 3) for picture in pictures)
+    bright = [picture[:30].mean() > 100 for picture in pictures]
+    boxed = [(picture[:30, :, 0] - picture[:30, :, 1] > 60).any() for picture in pictures]  # magenta, or its label
+    assert any(bright) and not all(bright) and boxed == bright
+    until(lambda: metric(running, "live_watches") == 0)
 
 
 def test_a_client_that_is_killed_leaves_too(served: Callable[..., Running], source: str) -> None:
