@@ -33,6 +33,10 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--insecure", is_flag=True, help="Let other machines connect without an API key.")
 @click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="Also accept this Host, for proxies.")
 @click.option("--media", type=PATH, help="Folder of videos that clients may request by name.")
+@click.option(
+    "--sample", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A video that the page offers to try; its query is in the .txt beside it. Default: of the demo, its clip.",
+)  # fmt: skip
 @click.option("--live", multiple=True, type=live_source, metavar="NAME=SOURCE", help="A source that clients may watch.")
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between live rounds.")
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per live round.")
@@ -55,8 +59,9 @@ def live_source(value: str) -> tuple[str, str]:
 @options.text_options
 @options.backend_options()
 def serve(
-    *, bundle: Path, api_key: str | None, api_key_env: str | None, live: tuple[tuple[str, str], ...], every_s: float,
-    window: int, max_upload_mb: int, max_storage_mb: int, open_mb: int, decode_mb: int, **limits: Any,
+    *, bundle: Path, sample: Path | None, api_key: str | None, api_key_env: str | None,
+    live: tuple[tuple[str, str], ...], every_s: float, window: int, max_upload_mb: int, max_storage_mb: int,
+    open_mb: int, decode_mb: int, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a BUNDLE over HTTP: uploads, jobs, live sources, and a web page.
 
@@ -64,6 +69,7 @@ def serve(
     """
     if len(dict(live)) < len(live):
         raise BridgeError("options.conflict", "--live has two sources of the same name; choose different names.")
+    from bridge_stg.demo.bundle import demo_sample
     from bridge_stg.runtime.bundle.bundle import read_manifest
     from bridge_stg.runtime.host.memory import return_freed_memory
     from bridge_stg.server.run import serve as run
@@ -73,6 +79,7 @@ def serve(
     load_options |= options.pop_head_options(limits)
     settings = Settings(
         api_key=_key(api_key, api_key_env),
+        sample=sample or demo_sample(read_manifest(bundle).spec),
         live=dict(live),
         max_upload_bytes=max_upload_mb * MIB,
         max_storage_bytes=max_storage_mb * MIB,

@@ -1,19 +1,22 @@
-"""Find the demo bundle, or export it from the demo checkpoint of a source tree."""
+"""Find the demo bundle, or export it from the demo checkpoint of a source tree; find its sample clip."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import bridge_stg
+from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import BundleError, CheckpointError
 from bridge_stg.runtime.host.packages import install_command
 
 SOURCE_TREE = Path(bridge_stg.__file__).resolve().parents[1]
 BUILT = Path("build/demo/bundle")
 CHECKPOINT = Path("assets/demo/checkpoint")
+SAMPLE = Path("assets/demo/clips/2-moving.mp4")
 
 
 def demo_checkpoint(path: Path = CHECKPOINT) -> Path:
@@ -51,3 +54,12 @@ def demo_bundle(*, progress: Callable[[str], None] = lambda stage: None) -> Path
 
     cached.parent.mkdir(parents=True, exist_ok=True)
     return export_bundle(checkpoints[0], cached, overwrite=True, progress=progress)
+
+
+def demo_sample(spec: ModelSpec) -> Path | None:
+    """Return a clip to try if `spec` is the model of the source tree's demo checkpoint; None otherwise."""
+    clip, config = SOURCE_TREE / SAMPLE, SOURCE_TREE / CHECKPOINT / "config.json"
+    if spec.knows is None or not clip.is_file() or not config.is_file():
+        return None
+    summary: str = json.loads(config.read_bytes())["knows"]["summary"]
+    return clip if spec.knows.summary == summary else None

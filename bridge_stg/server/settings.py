@@ -36,6 +36,7 @@ class Settings:
     insecure: bool = False  # whether to listen on other interfaces than the loopback without a key
     allow_hosts: tuple[str, ...] = ()  # further names accepted in the Host header while there is no key
     media: Path | None = None  # folder whose videos clients may name, None for uploads only
+    sample: Path | None = None  # a video that the page offers, None for none; its query is in the .txt beside it
     live: Mapping[str, str] = field(default_factory=dict, repr=False)  # sources that clients may watch, by name
     max_upload_bytes: int = 256 * MIB  # of one file
     max_storage_bytes: int = 4096 * MIB  # of all uploads together

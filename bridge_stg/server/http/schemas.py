@@ -104,6 +104,13 @@ class Queue(BaseModel):
     most_waiting: int
 
 
+class Sample(BaseModel):
+    """A video that visitors of the page may try; `GET /v1/sample` returns it."""
+
+    name: str
+    query: str | None = Field(description="A query about it; null if not stated.")
+
+
 class Health(BaseModel):
     """The state and the limits of the server."""
 
@@ -114,5 +121,6 @@ class Health(BaseModel):
     verified: bool
     trained: bool = Field(description="False: the bridging and spatial parts are random, so the answers mean nothing.")
     knows: str | None = Field(description="What the model was trained to find, in one sentence; null if not stated.")
+    sample: Sample | None = Field(description="A video to try; null if there is none.")
     queue: Queue
     limits: dict[str, float]

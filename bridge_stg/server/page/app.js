@@ -64,6 +64,20 @@ byId("save-drawn").addEventListener("click", async ({ currentTarget: button }) =
   }
 });
 
+byId("sample").addEventListener("click", async ({ currentTarget: button }) => {
+  const { name, query } = state.sample;
+  button.disabled = true;
+  try {
+    const clip = await (await api.request("v1/sample")).blob();
+    openFile(new File([clip], name, { type: clip.type }));
+    if (query && queries.values.length === 0) queries.fill(query);
+  } catch (error) {
+    failure.show(error);
+  } finally {
+    button.disabled = false;
+  }
+});
+
 function stem(name) {
   return name.replace(/\.[^.]*$/, "");
 }
@@ -88,11 +102,13 @@ addEventListener("pagehide", (event) => {
 /** Say which server this is and what it takes. */
 async function greet() {
   try {
-    const { bundle, backend, trained, knows, limits = {} } = await api.json("health", { quiet: true });
+    const { bundle, backend, trained, knows, sample, limits = {} } = await api.json("health", { quiet: true });
     state.limits = limits;
     queries.setLimits(limits.queries, limits.query_chars);
     say(byId("untrained"), trained === false ? "This model is untrained: its answers mean nothing." : "");
     say(byId("knows"), knows);
+    state.sample = sample;
+    byId("sample").hidden = !sample;
     const minutes = limits.duration_s && `${Math.round(limits.duration_s / 6) / 10} minutes`;
     const bounds = [limits.upload_bytes && size(limits.upload_bytes), minutes].filter(Boolean);
     byId("limits").textContent = bounds.length > 0 ? ` Up to ${bounds.join(" and ")}.` : "";

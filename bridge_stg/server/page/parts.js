@@ -14,7 +14,7 @@ import { Viewer } from "./viewer.js";
  * `running`: what can be cancelled: sending, waiting, or a job.
  * `limits`: what the server takes at most, as far as it has said so.
  */
-export const state = { current: null, running: null, limits: {} };
+export const state = { current: null, running: null, sample: null, limits: {} };
 
 export const api = new Api(askKey);
 export const answers = new Answers(byId("answer-list"), {

@@ -46,6 +46,11 @@ export class Queries {
     return this.list.children.length < this.most;
   }
 
+  /** Type a query into the first empty row. */
+  fill(query) {
+    (this.#inputs().find((input) => input.value.trim() === "") ?? this.add()).value = query;
+  }
+
   focus() {
     const inputs = this.#inputs();
     (inputs.find((input) => input.value.trim() === "") ?? inputs[inputs.length - 1]).focus();

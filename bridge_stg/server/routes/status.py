@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 import bridge_stg
 from bridge_stg.server.http.errors import ApiError
-from bridge_stg.server.http.schemas import Health, Queue
+from bridge_stg.server.http.schemas import Health, Queue, Sample
 from bridge_stg.server.routes.videos import TheService
 
 PAGE = Path(__file__).parents[1] / "page"
@@ -35,10 +35,29 @@ async def health(service: TheService) -> Response:
         verified=service.grounder.verified,
         trained=spec.is_trained(service.grounder.heads),
         knows=spec.knows.summary if spec.knows else None,
+        sample=None if settings.sample is None else Sample(name=settings.sample.name, query=_query(settings.sample)),
         queue=Queue(waiting=jobs.waiting, running=jobs.running, most_waiting=settings.max_queue),
         limits={name: getattr(settings, f"max_{name}") for name in SHOWN_LIMITS},
     )
     return JSONResponse(value.model_dump(), 503 if service.stopping else 200)
+
+
+def _query(sample: Path) -> str | None:
+    """Return the first line of the text file beside a sample; None if there is none."""
+    try:
+        lines = sample.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return lines[0].strip() or None if lines else None
+
+
+@router.get("/v1/sample", response_class=FileResponse, include_in_schema=False)
+async def sample(service: TheService) -> FileResponse:
+    """Return the video to try. Raises ApiError 404 if there is none."""
+    path = service.settings.sample
+    if path is None or not path.is_file():
+        raise ApiError(404, "server.not_found", "This server has no sample.")
+    return FileResponse(path, filename=path.name)
 
 
 @router.get("/health/live")

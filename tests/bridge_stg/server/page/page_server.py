@@ -43,6 +43,7 @@ class Script:
         lose: how many connections of events it drops.
         stage_s: how long a stage takes.
         about: what its health says about the model.
+        sample: its video to try.
         fail: what a job ends with instead of an answer.
         live: events of a live source that is called "door".
         image: returns its image at a time; None: there is none.
@@ -56,6 +57,7 @@ class Script:
     lose: int = 0
     stage_s: float = 0.02
     about: dict[str, Any] = field(default_factory=dict)
+    sample: Path | None = None
     fail: str | None = None
     live: list[dict[str, Any]] = field(default_factory=list)
     image: Callable[[float], np.ndarray] | None = None
@@ -152,6 +154,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def health(self) -> None:
         self._json(200, {"status": "ok", "bundle": {"name": "demo"}, "backend": "onnxruntime-cpu", **self.script.about})
+
+    def sample(self) -> None:
+        assert self.script.sample is not None
+        self._bytes(200, self.script.sample.read_bytes(), "video/mp4")
 
     def sources(self) -> None:
         self._json(200, {"live": [{"name": "door"}] if self.script.live else []})
@@ -286,6 +292,7 @@ class Handler(BaseHTTPRequestHandler):
 
 ROUTES: dict[str, Callable[..., None]] = {
     "/health": Handler.health,
+    "/v1/sample": Handler.sample,
     "/v1/live": Handler.sources,
     "/v1/live/door/events": Handler.live,
     "/v1/live/door/frame": Handler.newest,

@@ -186,6 +186,29 @@ def test_the_box_is_where_the_json_says(
         assert "cannot play this file" in note.inner_text()
 
 
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_sample_is_opened_with_its_query_and_queries_stay_above_answers(
+    viewport: dict[str, int], visit: Callable[..., Visit], clips: Path
+) -> None:
+    about = {"sample": {"name": "plain.mp4", "query": "the target"}}
+    seen = visit(Script(sample=clips / "plain.mp4", about=about), viewport)
+    seen.page.get_by_role("button", name="Try the sample video").click()
+    seen.page.wait_for_selector("#file-card:not([hidden])")
+    assert seen.page.locator("#file-name").inner_text() == "plain.mp4"
+    row = seen.page.get_by_label("Query 1", exact=True)
+    assert row.input_value() == "the target"
+    row.press("Enter")
+    answers = seen.answers().first.bounding_box()
+    assert row.bounding_box()["y"] < answers["y"]
+    assert (row.bounding_box()["x"] < answers["x"] + answers["width"]) == (viewport is PHONE)
+
+
+def test_without_a_sample_none_is_offered(visit: Callable[..., Visit]) -> None:
+    seen = visit(Script(about={"sample": None}))
+    seen.page.wait_for_selector("#server")
+    assert not seen.page.locator("#sample").is_visible()
+
+
 @pytest.mark.parametrize("name", ["plain.mp4", "unplayable.avi"])
 def test_boxes_follow_the_playing_video(name: str, visit: Callable[..., Visit], clips: Path) -> None:
     seen = visit()

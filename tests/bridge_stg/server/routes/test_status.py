@@ -41,6 +41,19 @@ def test_health_says_what_the_model_knows_and_whether_it_was_trained(
         assert [result["unknown_words"] for result in results] == [[], ["man"]]
 
 
+def test_a_sample_is_offered_with_its_query(served: Callable[..., Running], tmp_path: Path) -> None:
+    clip = small_clip(tmp_path / "a.mp4")
+    with served().client() as client:
+        assert client.get("/health").json()["sample"] is None
+        assert http_error(client.get("/v1/sample")) == (404, "server.not_found")
+    with served(sample=clip).client() as client:
+        assert client.get("/health").json()["sample"] == {"name": "a.mp4", "query": None}
+        (tmp_path / "a.txt").write_text("the red square\n")
+        assert client.get("/health").json()["sample"]["query"] == "the red square"
+        answer = client.get("/v1/sample")
+        assert answer.content == clip.read_bytes() and answer.headers["content-type"] == "video/mp4"
+
+
 def test_metrics_parse_and_count(served: Callable[..., Running], tmp_path: Path) -> None:
     with served().client() as client:
         path = small_clip(tmp_path / "a.mp4")
