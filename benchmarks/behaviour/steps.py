@@ -115,7 +115,7 @@ STEPS = {
     "triton again": f"triton {B} --out repository",
     "watch nothing": f"watch none.mp4 bird {B}",
     "watch twice the same": f"watch in/1-named.mp4 bird bird {B}",
-    "watch over a file": f"watch {BIRD} {B} --jsonl events.jsonl",
+    "watch over a file": f"watch {BIRD} {B} --jsonl in/table.csv",
     "watch what is no video": f"watch in/own.jsonl bird {B} --jsonl bad.jsonl",
     "serve beyond this machine": f"serve {B} --host 0.0.0.0 --port 0",
     "serve no bundle": "serve --bundle none --port 0",
