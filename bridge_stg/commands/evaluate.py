@@ -86,7 +86,7 @@ def evaluate(
 @click.option("--media", type=PATH, help="Folder of the videos or images; default: that of TABLE.")
 @click.option("--query", "queries", multiple=True, help="Query for each file if TABLE is a folder; repeatable.")
 @options.bundle_option
-@click.option("--out", type=OutputFile(".jsonl", ".parquet"), required=True, help="Output file.")
+@click.option("--out", type=OutputFile(".jsonl", ".parquet"), required=True, help="JSON lines or Parquet file.")
 @options.query_options
 @options.index_option
 @options.many_options
@@ -182,7 +182,13 @@ def convert_refs(refs: Path, out: Path) -> None:
 
 
 @click.command("evaluate-demo")
-@click.option("--out", type=OutputFile(".json"), default=Path("assets/demo/figures.json"), show_default=True)
+@click.option(
+    "--out",
+    type=OutputFile(".json"),
+    default=Path("assets/demo/figures.json"),
+    show_default=True,
+    help="File of the figures.",
+)
 @click.option("--clips", type=COUNT, default=200, show_default=True, help="Number of held-out clips.")
 @options.bundle_option
 @click.option("--checkpoint", type=PATH, help="Evaluate this checkpoint in eager torch instead.")

@@ -85,52 +85,65 @@ def log_options(command: Any) -> Any:
 class ProgressBar:
     """A progress bar on stderr for each stage in turn; a context manager, which closes the last one.
 
-    A stage must take `delay_s` seconds before its bar is shown. With a `unit` of the count, finished bars stay on the
-    screen. Where no bars are shown (stderr is no terminal, or `-q` or `--log-json` is given), the name of each stage is
-    logged: with `lines` at the level INFO, else DEBUG.
+    No bar is shown in the first `delay_s` seconds, so that a short command shows none. With a `unit` of the count,
+    finished bars stay on the screen. Where no bars are shown (stderr is no terminal, or `-q` or `--log-json` is given),
+    the name of each stage is logged: with `lines` at the level INFO, else DEBUG.
     """
 
     def __init__(self, *, delay_s: float = 0, unit: str = "", lines: bool = False) -> None:
-        self._delay_s, self._unit, self._lines = delay_s, unit, lines
+        self._from, self._unit, self._lines = time.time() + delay_s, unit, lines
         self._shown = sys.stderr.isatty() and LOG.isEnabledFor(logging.INFO) and not HANDLER.as_json
         self._stage: str | None = None
+        self._done: float = 0
+        self._total: float | None = None
         self._logged: set[str] = set()
         self._bar: tqdm[Any] | None = None
-        self._began, self._lock, self._ended = 0.0, threading.Lock(), threading.Event()
+        self._starts: dict[str, tuple[float, float]] = {}  # stage → when it began, and what was done then
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._ticker: threading.Thread | None = None
 
     def __call__(self, stage: str, done: float, total: float | None = None) -> None:
         """Show that `done` of `total` units of a stage are finished; `total` is None if it is unknown."""
         if stage != self._stage:
             self.close()
-            self._stage = stage
-            if self._shown:
-                from tqdm import tqdm
-
-                # What was done in an earlier run took no time of this one: `initial` keeps it out of the estimate.
-                options: dict[str, Any] = {"unit": self._unit, "leave": True}
-                if not self._unit:
-                    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-                    options = {"bar_format": form if total else "{desc}: {n:.0f} {elapsed}", "leave": False}
-                self._began = time.monotonic()
-                self._bar = tqdm(desc=stage, total=total, initial=done, delay=self._delay_s, **options)
-            elif stage not in self._logged:  # some alternate, such as the decoding of frames and the vision encoder
+            if not self._shown and stage not in self._logged:  # some alternate, such as decoding and the vision encoder
                 self._logged.add(stage)
                 LOG.log(logging.INFO if self._lines else logging.DEBUG, "  %s", stage)
         with self._lock:
-            if self._bar is not None:
-                self._bar.update(done - self._bar.n)
+            if stage not in self._starts or done <= self._starts[stage][1]:  # for the first time, or for another video
+                self._starts[stage] = time.time(), done
+            self._stage, self._done, self._total = stage, done, total
+            self._draw()
 
     def wait(self, stage: str, future: Future[T]) -> T:
         """Show a stage of unknown length until a future is done, and return its result."""
         self(stage, 0)
         return future.result()
 
+    def _draw(self) -> None:
+        """Write the state of the stage, in a new bar if it has none."""
+        if not self._shown or self._stage is None or time.time() < self._from:
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            # What was done in an earlier run took no time of this one: `initial` keeps it out of the estimate.
+            options: dict[str, Any] = {"unit": self._unit, "leave": True}
+            if not self._unit:
+                bar, count = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}", "{n:.0f} " if self._done else ""
+                options = {"bar_format": "{desc}: " + (bar if self._total else count + "{elapsed}"), "leave": False}
+            began, initial = self._starts[self._stage]
+            self._bar = tqdm(desc=self._stage.replace("_", " "), total=self._total, initial=initial, **options)
+            self._bar.start_t, self._bar.n = began, self._done
+            self._bar.refresh()
+        self._bar.update(self._done - self._bar.n)
+
     def _refresh(self) -> None:
         """Write the bar again while nothing is reported, as in a stage that waits for the model to be loaded."""
         while not self._ended.wait(REFRESH_S):
             with self._lock:
-                if self._bar is not None and time.monotonic() - self._began > self._delay_s:
+                self._draw()
+                if self._bar is not None:
                     self._bar.refresh()
 
     def close(self) -> None:
@@ -138,8 +151,7 @@ class ProgressBar:
         with self._lock:
             if self._bar is not None:
                 self._bar.close()
-                self._bar = None
-        self._stage = None
+            self._bar = self._stage = None
 
     def __enter__(self) -> ProgressBar:
         if self._shown:

@@ -125,7 +125,13 @@ def _key(key: str | None, variable: str | None) -> str | None:
     help="Microseconds to wait for more queries of a batch.",
 )  # fmt: skip
 @click.option("--instances", type=COUNT, default=1, show_default=True, help="Number of model instances.")
-@click.option("--kind", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    default="auto",
+    show_default=True,
+    help="Processor of the instances.",
+)
 @click.option(
     "--open-videos", type=click.IntRange(min=0), default=4, show_default=True, help="Videos kept ready between batches."
 )

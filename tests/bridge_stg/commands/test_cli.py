@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 import bridge_stg
 from bridge_stg import cli
+from bridge_stg.commands import progress
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.packages import install_command
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
@@ -224,6 +226,7 @@ import time
 sys.path.insert(0, {str(ROOT)!r})
 import contextlib, os, pathlib, time, click
 from bridge_stg import cli
+from bridge_stg.commands import progress
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.subprocess import run_in_subprocess
 
@@ -288,6 +291,7 @@ def test_a_signal_ends_a_command_and_leaves_nothing(name: str, code: int, option
 AT_EXIT = """
 import atexit, os, signal, sys
 from bridge_stg import cli
+from bridge_stg.commands import progress
 atexit.register(lambda: os.kill(os.getpid(), signal.{name}))
 sys.argv = ["bridge-stg", "--version"]
 cli.main()
@@ -339,3 +343,25 @@ def test_old_names_of_options_are_accepted() -> None:
     for name, option in old.items():
         command = cli.app.get_command(click.Context(cli.app), name)
         assert command is not None and any(option in parameter.opts for parameter in command.params)
+
+
+def test_progress_is_shown_after_its_delay_while_nothing_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "REFRESH_S", 0.01)
+    progress.configure_log()
+    with progress.ProgressBar(delay_s=0.05) as bar:
+        bar("load_model", 0)
+        assert capsys.readouterr().err == ""
+        time.sleep(0.2)
+        assert "load model: 00:00" in capsys.readouterr().err
+        bar("decode_video", 1, 4)
+        bar("vision", 0, 4)
+        bar("decode_video", 3, 4)
+        assert "decode video:  75%" in capsys.readouterr().err
+    progress.set_level(logging.ERROR)
+    with progress.ProgressBar() as bar:
+        bar("decode_video", 1, 4)
+    assert "decode" not in capsys.readouterr().err
+    progress.set_level(logging.INFO)
