@@ -18,16 +18,32 @@ from bridge_stg.runtime.video.token_budget import Budget, CoarseChoice
 KIND = "coarse"
 
 
+ARRAYS = ("times", "pts", "keys", "prints")
+"""The fields of `FileFacts` that are arrays."""
+
+
+def facts_to_arrays(facts: FileFacts, **values: Any) -> dict[str, np.ndarray]:
+    """Return facts, and other plain values, as arrays."""
+    fields = asdict(facts)
+    arrays = {name: fields.pop(name) for name in ARRAYS}
+    return {**arrays, "values": np.frombuffer(json.dumps({"facts": fields, **values}).encode(), np.uint8)}
+
+
+def facts_from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[FileFacts, dict[str, Any]]:
+    """Return the facts and the other values of `facts_to_arrays`."""
+    values = json.loads(arrays["values"].tobytes())
+    fields = values.pop("facts")
+    return FileFacts(**{**fields, "size": tuple(fields["size"]), **{name: arrays[name] for name in ARRAYS}}), values
+
+
 def put_coarse(cache: VisualCache, key: Mapping[str, Any], source: VideoFile, tokens: np.ndarray) -> None:
     """Store the visual tokens [1+D, N+1, H] of a file that has been read. Raises HostError as `VisualCache.put` does.
 
     `key` has all that changes the choice of frames.
     """
-    coarse, facts = source.coarse(), asdict(source.facts())
-    arrays = {name: facts.pop(name) for name in ("times", "pts", "keys", "prints")}
-    values = {"facts": facts, "interval_s": coarse.interval_s, "choice": asdict(coarse.choice)}
-    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    cache.put(KIND, key, {**arrays, "values": text, "coarse_times": coarse.times, "tokens": tokens})
+    coarse = source.coarse()
+    arrays = facts_to_arrays(source.facts, interval_s=coarse.interval_s, choice=asdict(coarse.choice))
+    cache.put(KIND, key, {**arrays, "coarse_times": coarse.times, "tokens": tokens})
 
 
 def get_coarse(
@@ -40,9 +56,7 @@ def get_coarse(
     found = cache.get(KIND, key)
     if found is None:
         return None
-    values = json.loads(found["values"].tobytes())
-    arrays = {name: found[name] for name in ("times", "pts", "keys", "prints")}
-    facts = FileFacts(**{**values["facts"], **arrays, "size": tuple(values["facts"]["size"])})
+    facts, values = facts_from_arrays(found)
     choice, times = CoarseChoice.from_values(values["choice"]), found["coarse_times"]
     coarse = CoarseFrames(
         frames=np.zeros((0, times.shape[1], *choice.size[::-1], 3), np.uint8),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -18,7 +17,7 @@ from bridge_stg.runtime.host.cpus import usable_cpus
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.memory import trim_heap
 from bridge_stg.runtime.host.threads import for_each
-from bridge_stg.runtime.video.decoder import Decoder, Timeline
+from bridge_stg.runtime.video.decoder import Decoder
 from bridge_stg.runtime.video.frame import FrameConverter, fingerprint, resize
 from bridge_stg.runtime.video.sampling import CoarseSampler, grid_places
 from bridge_stg.runtime.video.source import CoarseFrames, Samples, VideoSource
@@ -60,11 +59,51 @@ class FileFacts:
     prints: np.ndarray
 
 
+class FrameLog:
+    """Notes the facts of a video file while all its frames are decoded in order."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._timeline = decoder, decoder.timeline()
+        self.tolerance_s = self._timeline.tolerance_s
+        self._keys, self._prints = [0], array("I")
+        self._size = (0, 0)
+
+    def add(self, frame: Any) -> float:
+        """Note the next frame, and return its time in seconds."""
+        if not self._timeline.times:
+            height, width = self._decoder.converter.size(frame)
+            self._size = width, height
+        elif frame.key_frame:
+            self._keys.append(len(self._timeline.times))
+        self._prints.append(fingerprint(frame))
+        return self._timeline.add(frame)
+
+    def facts(self) -> FileFacts:
+        """Return the facts, after the last frame. Raises VideoError if there was none."""
+        decoder, timeline = self._decoder, self._timeline
+        if not timeline.times:
+            raise decoder.no_frames()
+        return FileFacts(
+            size=self._size,
+            stream=decoder.stream,
+            clock=timeline.clock,
+            tolerance_s=self.tolerance_s,
+            duration_s=timeline.end_s,
+            regular=timeline.regular,
+            # Without errors and with correct times, a time identifies a frame; otherwise only its index from the start.
+            seekable=decoder.seekable and timeline.regular and not decoder.damaged and len(self._keys) > 1,
+            times=np.frombuffer(timeline.times, np.float64),
+            pts=np.frombuffer(timeline.pts, np.int64),
+            keys=np.asarray(self._keys),
+            prints=np.frombuffer(self._prints, np.uint32),
+        )
+
+
 class VideoFile(VideoSource):
     """A video file, decoded once; fine frames beyond `KEPT_BYTES` again. Raises VideoError if it cannot be read.
 
-    `known` is what an earlier pass over the same file found out, and its coarse frames; the file is then opened when a
-    fine frame is read, and not decoded as a whole.
+    `known` is what an earlier pass over the same file found out, and its coarse frames, if they are needed; the file is
+    then opened when a frame is read, and not decoded as a whole.
     """
 
     read_ahead = True
@@ -76,9 +115,8 @@ class VideoFile(VideoSource):
         *,
         budget: Budget | None = None,
         stream: int | None = None,
-        known: tuple[FileFacts, CoarseFrames] | None = None,
+        known: tuple[FileFacts, CoarseFrames | None] | None = None,
     ) -> None:
-        self._keys = np.zeros(1, np.int64)
         self.kept = KeptFrames(spec.frames.fine_fps, KEPT_BYTES)
         self.seekable = self._closed = False  # seekable: seeking returns the same frames as reading from the start
         self._converter: FrameConverter | None = None
@@ -87,7 +125,9 @@ class VideoFile(VideoSource):
         if known is not None:
             facts, coarse = known
             super().__init__(spec, width=facts.size[0], height=facts.size[1], name=path, budget=budget)
-            self._resume(facts, coarse)
+            self._use(facts)
+            if coarse is not None:
+                self._coarse, self._samples = coarse, self._sampler()
             return
         self._decoder = self._open(path, stream)
         try:
@@ -102,32 +142,18 @@ class VideoFile(VideoSource):
             self._decoder.close()
             raise
         self._frames = chain([first], self._frames)
-        self.stream, self._timeline, self._prints = self._decoder.stream, self._decoder.timeline(), array("I")
+        self.stream = self._decoder.stream
 
+    @property
     def facts(self) -> FileFacts:
-        """Return what the pass over the file found out; reads the video if necessary."""
-        times = self.frame_times
-        return FileFacts(
-            size=(self.width, self.height),
-            stream=self.stream,
-            clock=self.clock,
-            tolerance_s=self.tolerance_s,
-            duration_s=self._duration_s,
-            regular=self._timeline.regular,
-            seekable=self.seekable,
-            times=times,
-            pts=np.frombuffer(self._timeline.pts, np.int64),
-            keys=self._keys,
-            prints=np.frombuffer(self._prints, np.uint32),
-        )
+        """What the pass over the file found out; reads the video if necessary."""
+        self.samples()
+        return self._facts
 
-    def _resume(self, facts: FileFacts, coarse: CoarseFrames) -> None:
+    def _use(self, facts: FileFacts) -> None:
+        self._facts, self._times, self._duration_s = facts, facts.times, facts.duration_s
         self.stream, self.clock, self.tolerance_s = facts.stream, facts.clock, facts.tolerance_s
-        self.seekable, self._keys, self._times = facts.seekable, facts.keys, facts.times
-        self._duration_s, self._prints = facts.duration_s, array("I", facts.prints.tobytes())
-        self._timeline = Timeline(Fraction(1), None)
-        self._timeline.regular, self._timeline.pts = facts.regular, array("q", facts.pts.tobytes())
-        self._samples, self._coarse = self._sampler(), coarse
+        self.seekable = facts.seekable  # until a seek shows another frame
 
     def _open(self, path: str, stream: int | None) -> Decoder:
         return Decoder(path, stream)
@@ -155,48 +181,46 @@ class VideoFile(VideoSource):
         assert decoder is not None
         self._frames, last = None, None
         self.kept = kept = KeptFrames(self._spec.frames.fine_fps, KEPT_BYTES)
-        timeline, sampler = decoder.timeline(), self._sampler(length_s or decoder.duration_s)
-        self.tolerance_s = timeline.tolerance_s
         assert self._converter is not None
-        keys, prints, batch = [0], array("I"), _Batch(sampler, self._converter)
+        log, sampler = FrameLog(decoder), self._sampler(length_s or decoder.duration_s)
+        self.tolerance_s, batch = log.tolerance_s, _Batch(sampler, self._converter)
 
         def keep(index: int, until: float) -> None:
             batch.offer(last, until - self.tolerance_s)
             kept.offer(index, last, until - self.tolerance_s)
 
+        index, time = -1, 0.0
         for index, frame in enumerate(frames):
-            time = timeline.add(frame)
-            prints.append(fingerprint(frame))
-            if index and frame.key_frame:
-                keys.append(index)
+            time = log.add(frame)
             if last is not None:
                 keep(index - 1, time)
             last = frame
             limits.report(time, decoder.duration_s)
-        if last is None:
-            raise decoder.no_frames()
-        self._times = np.frombuffer(timeline.times, np.float64)
-        self._duration_s = timeline.end_s
-        keep(len(timeline.times) - 1, max(self._duration_s, timeline.times[-1] + 2 * self.tolerance_s))
+        self._use(log.facts())
+        keep(index, max(self._duration_s, time + 2 * self.tolerance_s))
         batch.fill()
-        self._timeline, self._keys, self._prints, self.clock = timeline, np.asarray(keys), prints, timeline.clock
-        # Without errors and with correct times, a time identifies a frame; otherwise only its index from the start.
-        self.seekable = decoder.seekable and timeline.regular and not decoder.damaged and len(keys) > 1
         return sampler
 
     def _fetch(self, times: np.ndarray, limits: Limits) -> Samples:
         indices = np.maximum(np.searchsorted(self._times, times + self.tolerance_s, side="right") - 1, 0)
+        return Samples(frames=self.pictures(indices, self.fine_size, limits), times=self._times[indices])
+
+    def pictures(self, indices: np.ndarray, size: tuple[int, int], limits: Limits) -> np.ndarray:
+        """Return the frames with these indices [N ≥ 1], any order, uint8 [N, *size, 3], of a file that has been read.
+
+        `size` is (height, width) in pixels. Raises VideoError if the file changed, or is closed.
+        """
         wanted, places = np.unique(indices, return_inverse=True)
-        frames = np.empty((len(wanted), *self.fine_size, 3), np.uint8)
+        frames = np.empty((len(wanted), *size, 3), np.uint8)
 
         def put(numbered: tuple[int, Any]) -> None:
             assert self._converter is not None  # since a frame was decoded
-            frames[numbered[0]] = resize(self._converter.rgb(numbered[1]), self.fine_size)
+            frames[numbered[0]] = resize(self._converter.rgb(numbered[1]), size)
 
         numbered = enumerate(self._frames_at(wanted, limits))
         while some := list(islice(numbered, RESIZED_TOGETHER)):
             for_each(put, some, threads=usable_cpus())
-        return Samples(frames=frames[places.reshape(-1)], times=self._times[indices])
+        return frames[places.reshape(-1)]
 
     def _frames_at(self, wanted: np.ndarray, limits: Limits) -> Iterator[Any]:
         """Yield the decoded frames with these increasing indices, each from the nearest key frame before it."""
@@ -207,12 +231,12 @@ class VideoFile(VideoSource):
                 limits.check()
                 yield kept
                 continue
-            key = self._keys[np.searchsorted(self._keys, index, side="right") - 1]
+            key = self._facts.keys[np.searchsorted(self._facts.keys, index, side="right") - 1]
             if walk is None or (self.seekable and key > at + SEEK_GAIN_FRAMES):
                 walk = self._walk_to(int(index), limits)
             while True:
                 at, frame = next((item for item in walk if item[0] >= index), (-1, None))
-                if not self.seekable or (at == index and self._prints[at] == fingerprint(frame)):
+                if not self.seekable or (at == index and self._facts.prints[at] == fingerprint(frame)):
                     break
                 # Seeking returns other frames than reading from the start: do not seek in this file again.
                 self.seekable = False
@@ -224,10 +248,10 @@ class VideoFile(VideoSource):
 
     def _walk_to(self, index: int, limits: Limits) -> Iterator[tuple[int, Any]]:
         """Return (index, frame) pairs from a key frame at or before `index`, or from the start."""
-        place, step = int(np.searchsorted(self._keys, index, side="right")) - 1, 1
+        place, step = int(np.searchsorted(self._facts.keys, index, side="right")) - 1, 1
         while self.seekable and place > 0:
             decoder = self._decoder or self._reopen()
-            walk = self._numbered(decoder.frames_from(self._timeline.pts[self._keys[place]]), limits, seek=True)
+            walk = self._numbered(decoder.frames_from(int(self._facts.pts[self._facts.keys[place]])), limits, seek=True)
             first = next(walk, None)
             if first is not None and first[0] <= index:
                 return chain([first], walk)
@@ -236,11 +260,11 @@ class VideoFile(VideoSource):
 
     def _numbered(self, frames: Iterator[Any], limits: Limits, *, seek: bool) -> Iterator[tuple[int, Any]]:
         """Number frames as in the whole video. After a seek, frames before the first key frame are skipped."""
-        pts, trusted = np.frombuffer(self._timeline.pts, np.int64), not seek
+        pts, trusted = self._facts.pts, not seek
         for count, frame in enumerate(frames):
             limits.check()
             index = count
-            if self._timeline.regular:
+            if self._facts.regular:
                 index = -1 if frame.pts is None else int(np.searchsorted(pts, frame.pts))
                 if not 0 <= index < len(pts) or pts[index] != frame.pts:
                     continue

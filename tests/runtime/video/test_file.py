@@ -76,7 +76,7 @@ def test_fine_frames_are_those_of_a_sequential_decode(kind: str, tmp_path: Path)
         shown = [max(np.flatnonzero(times <= time + 4e-4)) for time in coarse.times.reshape(-1)]
         expected = np.stack([scaled(reference[index], coarse.frames.shape[2:4]) for index in shown])
         np.testing.assert_array_equal(coarse.frames.reshape(expected.shape), expected)
-        facts = source.facts()
+        facts = source.facts
     with VideoFile(str(path), SPEC, known=(facts, coarse)) as again:  # what one pass found out, without another pass
         assert again.coarse() is coarse and again.clock == source.clock
         expect_fine(again, times[picked], reference, times)
