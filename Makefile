@@ -1,4 +1,4 @@
-# make test | test-oldest | demo | bench | gpu-test | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
+# make test | test-oldest | demo | bench | gpu-test | docs | dist | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ DEMO := build/demo
 CLIP ?= $(firstword $(sort $(wildcard assets/demo/clips/*.mp4)))
 QUERY ?= $(shell cat $(CLIP:.mp4=.txt) 2>/dev/null)
 
-.PHONY: help test test-oldest demo bench gpu-test lint format clean
+.PHONY: help test test-oldest demo bench gpu-test docs dist lint format clean
 .DELETE_ON_ERROR:
 
 comma := ,
@@ -18,6 +18,8 @@ help:
 	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
 	@echo "make bench   speed of this runtime beside torch, on the demo and a 0.5B model, with this machine's limits (FULL=1: every size and peer)"
 	@echo "make gpu-test  on a machine with an NVIDIA GPU: install, run the tests marked gpu and the benchmark (WHEELS=dir: no network)"
+	@echo "make docs    build the site of the documentation in build/docs"
+	@echo "make dist    build the archives of HEAD in dist/, check them and install the wheel (DIST_PYTHONS=3.10 3.12)"
 	@echo "make lint    ruff, mypy --strict and the import layers"
 	@echo "make clean   remove $(VENV), build/ and caches"
 
@@ -67,6 +69,15 @@ gpu-test:
 	$(if $(findstring tensorrt,$(GPU_EXTRAS))$(findstring rtx,$(GPU_EXTRAS)),$(GPU_VENV)/bin/python cli.py build $(DEMO)/bundle --target this)
 	$(GPU_VENV)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
 	$(GPU_VENV)/bin/python benchmarks/gpu/stages.py --bundle $(DEMO)/bundle --out build/gpu_stages.json
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/docs-cache docs build/docs
+
+DIST_PYTHONS ?= 3.10 3.12
+dist:
+	$(PYTHON) -m venv build/dist-venv
+	build/dist-venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt setuptools build twine cyclonedx-bom
+	build/dist-venv/bin/python tests/packaging/dist.py dist $(DIST_PYTHONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ MODULES = {
     "build": "build",
     "calibrate": "calibrate",
     "evaluate": "convert-refs evaluate evaluate-demo index infer-many",
-    "export": "doctor export inspect verify",
+    "export": "doctor export inspect migrate verify",
     "infer": "ask infer",
     "serve": "serve triton",
     "train": "init train train-demo",

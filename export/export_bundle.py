@@ -40,7 +40,7 @@ VARIANTS = tuple(LOWERINGS)
 WEIGHTS = "weights.data"
 EXPORT_REPORT = "export"
 TORCH_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-TOOLS = ("bridge-stg", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 Progress = Callable[[str], None]
 """Called with the name of each stage when it begins, and with notes."""

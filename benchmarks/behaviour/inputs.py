@@ -117,7 +117,7 @@ def make_broken(work: Path) -> None:
     manifest = (work / "build/demo/bundle/manifest.json").read_bytes()
     (copy("build/demo/bundle", "no-manifest") / "manifest.json").unlink()
     rewrite(copy("build/demo/bundle", "no-json") / "manifest.json", manifest[:100])
-    changed = {"version": (b'"schema_version": 1', b'"schema_version": 99'), "changed": (b'"layers": ', b'"layers": 1')}
+    changed = {"version": (b'"schema_version": 2', b'"schema_version": 99'), "changed": (b'"layers": ', b'"layers": 1')}
     for name, (old, new) in changed.items():
         rewrite(copy("build/demo/bundle", name) / "manifest.json", manifest.replace(old, new))
     weights = min(copy("build/demo/bundle", "hash").rglob("*.data"))

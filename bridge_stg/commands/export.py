@@ -69,6 +69,20 @@ def inspect(bundle: Path) -> None:
 
 @click.command()
 @options.bundle_argument
+def migrate(bundle: Path) -> None:
+    """Rewrite the manifest of a BUNDLE of the previous format in place, in the format of this version.
+
+    Such a bundle runs without this too, but not with the format after this one. Other files of the bundle stay.
+    """
+    from bridge_stg.runtime.bundle.manifest import SCHEMA_VERSION
+    from bridge_stg.runtime.bundle.writer import migrate_bundle
+
+    done = "now has" if migrate_bundle(bundle) else "already has"
+    click.echo(f"{bundle} {done} schema version {SCHEMA_VERSION}")
+
+
+@click.command()
+@options.bundle_argument
 @options.backend_options(variant="every one that runs here")
 @click.option("--bisect", is_flag=True, help="Name the block in which the first deviation begins; needs onnx.")
 @click.option(

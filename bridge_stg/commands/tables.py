@@ -124,11 +124,12 @@ def bundle_table(bundle: Bundle) -> str:
     """Return the content of a bundle: model, rules, and every variant of every graph with its tensors."""
     manifest = bundle.manifest
     spec = manifest.spec
+    made_with = {"bridge-stg": manifest.made_by, **manifest.tools}
     facts = {
         "bundle": Path(bundle.path),
         "fingerprint": manifest.fingerprint,
         "model": ", ".join(f"{name} {value}" for name, value in manifest.model.items()),
-        "made with": ", ".join(f"{name} {value}" for name, value in manifest.tools.items()),
+        "made with": ", ".join(f"{name} {value}" for name, value in made_with.items()),
         "parity": "measured, within the tolerances" if manifest.verified else "not measured: unverified (--no-verify)",
         "knows": spec.knows.summary if spec.knows else "not stated",
         "quantized": "no" if manifest.calibration is None else "yes, see calibration in manifest.json",

@@ -27,7 +27,7 @@ from bridge_stg.runtime.host.packages import installed_versions
 from bridge_stg.runtime.parity.tolerances import Tolerances, measure_tolerances
 
 WEIGHTS = "weights.data"
-TOOLS = ("bridge-stg", "onnx", "onnx-ir", "onnxruntime")
+TOOLS = ("onnx", "onnx-ir", "onnxruntime")
 
 
 def quantize_bundle(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from bridge_stg.runtime.bundle.manifest import SCHEMA_VERSION, FileEntry, GraphSpec, Manifest, canonical_sha256
+import bridge_stg
+from bridge_stg.runtime.bundle.manifest import SCHEMA_VERSION, FileEntry, GraphSpec, Manifest, canonical_sha256, migrate
 from bridge_stg.runtime.bundle.onnx_file import external_locations
 from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.host.cpus import usable_cpus
@@ -76,7 +77,10 @@ class Bundle:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read manifest.json and check its schema version, fingerprint, field types and paths, but no other file."""
+    """Read manifest.json and check its schema version, fingerprint, field types and paths, but no other file.
+
+    A manifest of the schema before this one is migrated in memory.
+    """
     file = root / MANIFEST
     if not file.is_file():
         found = f"has no {MANIFEST}" if root.is_dir() else "is a file" if root.exists() else "does not exist"
@@ -89,7 +93,7 @@ def read_manifest(root: Path) -> Manifest:
     if values.get("fingerprint") != canonical_sha256(values, without="fingerprint"):
         raise BundleError("bundle.hash_mismatch", f"{file}: does not match its fingerprint. {COPY_AGAIN}")
     try:
-        manifest = Manifest.from_dict(values)
+        manifest = Manifest.from_dict(migrate(values))
         entries = manifest.entries()
     except ValueError as error:
         raise BundleError("bundle.bad_field", f"{file}: {error}. {COPY_AGAIN}") from error
@@ -108,9 +112,13 @@ def _check_schema_version(file: Path, values: Any) -> None:
     if type(version) is not int:
         found = f"schema_version {version!r}" if isinstance(values, dict) else type(values).__name__
         raise BundleError("bundle.schema", f"{file}: found {found}, expected a schema version (integer). {COPY_AGAIN}")
-    if version != SCHEMA_VERSION:
-        hint = "newer: upgrade" if version > SCHEMA_VERSION else "older: export the checkpoint again with"
-        text = f"{file}: schema version {version}, expected {SCHEMA_VERSION}; it is {hint} this bridge-stg."
+    if version not in (SCHEMA_VERSION - 1, SCHEMA_VERSION):
+        if version > SCHEMA_VERSION:
+            made_by = values.get("made_by") or "a newer version"
+            hint = f"it was made by bridge-stg {made_by}, this is {bridge_stg.__version__}: upgrade"
+        else:
+            hint = "it is older: migrate it with the versions between, or export the checkpoint again"
+        text = f"{file}: schema version {version}, expected {SCHEMA_VERSION - 1} or {SCHEMA_VERSION}; {hint}."
         raise BundleError("bundle.schema", text)
 
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, TypeAlias
 from bridge_stg.runtime.bundle.spec import Count, HeadDim, ModelSpec
 from bridge_stg.runtime.bundle.typed_json import Between, from_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version that is written. It and the one before are read; docs/releases.md says when it is raised."""
 
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 CACHE_UPDATES = ("in_place", "append")
@@ -130,7 +131,8 @@ class Manifest:
     `graphs` maps name → variant → GraphSpec; `files` lists all other files under the fingerprint (tokenizer, golden
     cases). `model` and `tools` are free-form (name, parameters; package → version), `calibration` describes the samples
     that quantized the graphs (None: not quantized), `verified` says whether parity with the torch reference was
-    measured and passed. `io_dtype` is the dtype of visual_tokens, feature_map and taps.
+    measured and passed. `io_dtype` is the dtype of visual_tokens, feature_map and taps, `made_by` the version of
+    bridge-stg that wrote the bundle, and `schema_version` that of its file, even if it was migrated while it was read.
     """
 
     spec: ModelSpec
@@ -141,6 +143,7 @@ class Manifest:
     io_dtype: str = "float32"
     calibration: Mapping[str, Any] | None = None
     verified: bool = False
+    made_by: str = ""
     schema_version: int = SCHEMA_VERSION
     fingerprint: str = ""
 
@@ -166,6 +169,16 @@ class Manifest:
     def all_graphs(self) -> list[GraphSpec]:
         """Return every variant of every graph."""
         return [graph for variants in self.graphs.values() for graph in variants.values()]
+
+
+def migrate(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON values of a manifest of the schema before this one with the fields of this one.
+
+    Values of this schema are returned as they are. `schema_version` stays that of the file.
+    """
+    if values["schema_version"] == SCHEMA_VERSION - 1:
+        return {**values, "made_by": "0.1.0"}  # which wrote all bundles of schema 1; fields that it lacks have defaults
+    return values
 
 
 def canonical_sha256(values: Mapping[str, Any], *, without: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import bridge_stg
 from bridge_stg.runtime.bundle.bundle import (
     ENGINES,
     GRAPHS,
@@ -21,10 +22,10 @@ from bridge_stg.runtime.bundle.bundle import (
     file_sha256,
     unlisted_files,
 )
-from bridge_stg.runtime.bundle.manifest import FileEntry, GraphSpec, Manifest, canonical_sha256
+from bridge_stg.runtime.bundle.manifest import SCHEMA_VERSION, FileEntry, GraphSpec, Manifest, canonical_sha256
 from bridge_stg.runtime.bundle.onnx_file import external_locations
 from bridge_stg.runtime.errors import BundleError
-from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
+from bridge_stg.runtime.host.files import replace_folder, replacing, temporary_sibling
 from bridge_stg.runtime.host.parse import parse_json_file
 
 
@@ -101,20 +102,19 @@ class BundleWriter:
     def finish(self, manifest: Manifest) -> Path:
         """Write the manifest and rename the bundle into place. Return its path.
 
-        The writer fills in `graphs` (those added), `files`, hashes, sizes and the fingerprint. With `overwrite`, an
-        older bundle at the path is replaced, including its engines and reports. Raises BundleError if graphs/ contains
-        files of no graph, or the target cannot be replaced.
+        The writer fills in `graphs` (those added), `files`, hashes, sizes, versions and the fingerprint. With
+        `overwrite`, an older bundle at the path is replaced, including its engines and reports. Raises BundleError if
+        graphs/ contains files of no graph, or the target cannot be replaced.
         """
         graphs = {n: {v: self._with_hashes(g) for v, g in sorted(vs.items())} for n, vs in self._graphs.items()}
         paths = sorted(f.relative_to(self.folder).as_posix() for f in self.folder.rglob("*") if f.is_file())
         excluded = (GRAPHS, ENGINES, REPORTS, MANIFEST)
         files = tuple(self._entry(path) for path in paths if PurePosixPath(path).parts[0] not in excluded)
-        manifest = dataclasses.replace(manifest, graphs=graphs, files=files)
+        made_by = bridge_stg.__version__
+        manifest = dataclasses.replace(manifest, graphs=graphs, files=files, made_by=made_by)
         if extra := unlisted_files(self.folder, manifest.entries()):
             raise BundleError("bundle.unlisted_file", f"{self.path}: {', '.join(extra)} belongs to no added graph.")
-        values = json.loads(json.dumps(dataclasses.asdict(manifest)))  # as a reader gets them: tuples become lists
-        values["fingerprint"] = canonical_sha256(values, without="fingerprint")
-        (self.folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        (self.folder / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
         self._check_target()
         replace_folder(self.folder, self.path)
         return self.path
@@ -137,6 +137,32 @@ class BundleWriter:
     def _entry(self, relative: str) -> FileEntry:
         file = self.folder / relative
         return FileEntry(relative, file.stat().st_size, file_sha256(file))
+
+
+def migrate_bundle(path: str | os.PathLike[str]) -> bool:
+    """Rewrite the manifest of a bundle of the schema before this one, in place; no other file changes.
+
+    The fingerprint changes, because it covers the manifest. Returns False if the bundle has this schema already. Raises
+    BundleError if the bundle cannot be loaded, or its folder cannot be written.
+    """
+    bundle = Bundle.load(path)
+    if bundle.manifest.schema_version == SCHEMA_VERSION:
+        return False
+    try:
+        with replacing(bundle.path / MANIFEST) as temporary:
+            temporary.write_text(_manifest_text(bundle.manifest), encoding="utf-8")
+    except OSError as error:
+        text = f"{bundle.path / MANIFEST}: {error}. Copy the bundle to a folder that can be written."
+        raise BundleError("output.not_writable", text) from error
+    return True
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    """Return the JSON text of a manifest, with this schema's version and a new fingerprint."""
+    manifest = dataclasses.replace(manifest, schema_version=SCHEMA_VERSION)
+    values = json.loads(json.dumps(dataclasses.asdict(manifest)))  # as a reader gets them: tuples become lists
+    values["fingerprint"] = canonical_sha256(values, without="fingerprint")
+    return json.dumps(values, indent=1) + "\n"
 
 
 def is_bundle(path: Path) -> bool:

@@ -106,7 +106,7 @@ def test_wheel_holds_every_file_under_one_package(wheel: Path) -> None:
         inside = "" if folder == "bridge_stg" else "bridge_stg/"
         files = [file for file in walk(ROOT / folder) if "optimum_commands" not in file.parts]
         assert not {f"{inside}{file.relative_to(ROOT).as_posix()}" for file in files} - names
-    assert any(name.endswith("LICENSE") for name in names)
+    assert {"LICENSE", "NOTICE"} <= {name.rpartition("/")[2] for name in names}
 
 
 def test_console_script_and_imports_from_another_folder(environment: Path, tmp_path: Path) -> None:

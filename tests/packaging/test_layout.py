@@ -20,7 +20,7 @@ MOST_ENTRIES = {
     "benchmarks/results": 17,
     "bridge_stg": 15,
     "bridge_stg/server/page": 30,
-    "docs": 18,
+    "docs": 24,
     "runtime": 14,
     "runtime/chain": 13,
     "tests": 13,

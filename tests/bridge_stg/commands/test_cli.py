@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_faults_of_the_user(
 def test_an_output_is_not_in_a_bundle(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = clip.parent / "b" / "manifest.json"
     manifest.parent.mkdir()
-    manifest.write_text('{"schema_version": 1, "fingerprint": "f"}')
+    manifest.write_text('{"schema_version": 2, "fingerprint": "f"}')
     line = complaint(["infer", str(clip), "q", "--json", str(manifest)], capsys, code="output.is_input")
     assert str(manifest) in line and "fingerprint" in manifest.read_text()
 
@@ -147,6 +148,15 @@ def test_missing_package_is_named_with_its_extra(
     monkeypatch.setattr(FakeGrounder, "open", fail)
     line = complaint(["infer", "v.mp4", "q", "--bundle", "b"], capsys, code="host.missing_package")
     assert f"package {module.partition('.')[0]}. " in line and install_command(*extra) in line
+
+
+def test_migrate_says_what_the_bundle_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(Path(__file__).parents[2] / "runtime" / "bundle" / "schema_1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    for word in ("now", "already"):
+        assert cli.run(["migrate", str(tmp_path / "bundle")]) == 0
+        assert f"{word} has schema version" in capsys.readouterr().out
+    complaint(["migrate", str(tmp_path)], capsys, code="bundle.not_found")
 
 
 def test_missing_module_of_this_package_is_not_hidden(fake: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_a_folder_that_is_not_a_bundle(tmp_path):
         ('{"schema_version": "1"}', "bundle.schema", "'1'"),
         ('{"schema_version": true}', "bundle.schema", "True"),
         (f'{{"schema_version": {SCHEMA_VERSION + 1}}}', "bundle.schema", "newer"),
-        (f'{{"schema_version": {SCHEMA_VERSION - 1}}}', "bundle.schema", "older"),
+        (f'{{"schema_version": {SCHEMA_VERSION - 2}}}', "bundle.schema", "older"),
         (f'{{"schema_version": {SCHEMA_VERSION}}}', "bundle.hash_mismatch", "fingerprint"),
     ],
 )
