@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from bridge_stg.runtime.live.watch import LiveOptions as LiveOptions
     from bridge_stg.runtime.live.watch import LiveUpdate as LiveUpdate
     from bridge_stg.runtime.live.watch import LiveWatch as LiveWatch
+    from bridge_stg.runtime.search.occurrences import SearchResult as SearchResult
+    from bridge_stg.runtime.search.options import SearchOptions as SearchOptions
 
 _MODULES = {
     "chain.opened_video": ("GroundedVideo", "OpenedVideo"),
@@ -37,6 +39,8 @@ _MODULES = {
     "live.events": ("Event",),
     "live.stats": ("LiveStats",),
     "live.watch": ("LiveOptions", "LiveUpdate", "LiveWatch"),
+    "search.occurrences": ("SearchResult",),
+    "search.options": ("SearchOptions",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -46,13 +46,14 @@ from bridge_stg.runtime.video.decoder import check_path
 from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.open import open_source
 from bridge_stg.runtime.video.source import CoarseFrames, Openable, VideoSource
-from bridge_stg.runtime.video.token_budget import CoarseChoice
+from bridge_stg.runtime.video.token_budget import Budget, CoarseChoice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
 
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.live.watch import LiveWatch
+    from bridge_stg.runtime.search.occurrences import SearchResult
 
 Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]] | Openable"
 """A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image).
@@ -425,6 +426,52 @@ class Grounder(Closable):
                 feature_budget_bytes=self._feature_budget_bytes,
             )
 
+    def search(
+        self,
+        video: str | os.PathLike[str] | Iterable[tuple[float, np.ndarray]],
+        queries: Sequence[str],
+        *,
+        max_visual_tokens: int | None = None,
+        stream: int | None = None,
+        deadline_s: float | None = None,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[SearchResult]:
+        """Find all occurrences of each query in a video of any length, window by window.
+
+        The video is decoded once, in constant memory. Windows overlap, and spans are merged across their borders.
+
+        Args:
+            video: a video file, or an iterable of (time in seconds, RGB uint8 [H, W, 3]), which is read once.
+            queries: what to find, in words.
+            max_visual_tokens: see `CallOptions`, for one window.
+            stream: see `CallOptions`.
+            deadline_s: see `CallOptions`.
+            cancel: see `CallOptions`.
+            progress: see `CallOptions`; the stage is `search`, in seconds of the video.
+            options: the fields of `SearchOptions`, such as `window_s`, `overlap`, `top` and `state`.
+
+        Raises:
+            VideoError: the video cannot be read, an option is out of range, or `state` is that of another search.
+            BridgeError: others as for `ground`.
+        """
+        from bridge_stg.runtime.search.video import search_video
+
+        limits = Limits(deadline_s=deadline_s, cancel=cancel, progress=progress)
+        with self._usage.call():
+            return search_video(
+                self._chain,
+                video,
+                queries,
+                options,
+                limits,
+                budget=self._budget(self.spec, max_visual_tokens)[2],
+                stream=stream,
+                sessions=self.sessions,
+                feature_budget_bytes=self._feature_budget_bytes,
+            )
+
     def _free(self) -> None:
         self._pool.clear()
         for session in self.sessions.values():
@@ -470,10 +517,8 @@ class Grounder(Closable):
         """Sample and encode the frames, or take from the index what it has of them."""
         chain, spec = self._chain, with_context(self.spec, context)
         with limits.stage("decode_video"):
-            _, capacity = chain.language_model.graph.ranges.get("S", (1, None))
-            answer_tokens = self._text.max_tokens if self.heads == "text" else 0
             asked = options.max_visual_tokens
-            budget = video_budget(self.tokenizer, spec, asked, capacity=capacity, answer_tokens=answer_tokens)
+            capacity, answer_tokens, budget = self._budget(spec, asked)
             cache, found = None, None
             # All that the choice of coarse frames depends on, and which groups are not encoded again.
             key = {
@@ -528,6 +573,13 @@ class Grounder(Closable):
             return None
         grid = {"fps": self.spec.frames.fine_fps, "size": source.fine_size, "stream": source.stream}
         return StoredMaps(cache, "tokens" if self.heads == "text" else "maps", grid)
+
+    def _budget(self, spec: ModelSpec, max_visual_tokens: int | None) -> tuple[int | None, int, Budget]:
+        """Return the size of a fixed KV cache, the most tokens of an answer, and the budget of coarse frames."""
+        _, capacity = self._chain.language_model.graph.ranges.get("S", (1, None))
+        tokens = self._text.max_tokens if self.heads == "text" else 0
+        budget = video_budget(self.tokenizer, spec, max_visual_tokens, capacity=capacity, answer_tokens=tokens)
+        return capacity, tokens, budget
 
     def _open_head(self, chain: Chain, parts: VideoParts) -> Head:
         """Return the head that answers the queries on a video; with bridge heads, a text head answers its questions."""

@@ -61,6 +61,7 @@ class FramesSpec:
     encoder_chunk_groups: Frames = 16  # maximum groups per call of the vision encoder; limits its memory on long videos
     encoder_chunk_patches: Tokens = 8192  # maximum patches per call (but at least one group); limits its memory too
     max_visual_tokens: Tokens | None = None  # of one video's coarse frames; None: as many as the other fields allow
+    window_s: Rate | None = None  # seconds of a video at once, if longer ones are searched; None: by max_coarse_groups
 
     def __post_init__(self) -> None:
         for name in ("coarse", "fine"):

@@ -14,7 +14,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer, video_budget
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.video.sizes import frame_sizes
-from bridge_stg.runtime.video.token_budget import CoarseChoice, CoarsePlan, Size
+from bridge_stg.runtime.video.token_budget import Budget, CoarseChoice, CoarsePlan, Size
 
 PlanOf = Callable[[int, int], "LivePlan"]  # returns the plan for frames of (height, width) pixels
 
@@ -57,8 +57,12 @@ def check_window(window: int, spec: ModelSpec) -> int:
     return window // group
 
 
-def plan_stream(height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, *, window: int) -> LivePlan:
+def plan_stream(
+    height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, *, window: int, budget: Budget | None = None
+) -> LivePlan:
     """Choose rates and sizes so that a full window of coarse frames fits the model's prompt, with room for a query.
+
+    `budget` is that of the window's frames; None: the model's own.
 
     Raises VideoError if the window does not fit even with the smallest frames, or the frames' shape is unsupported.
     """
@@ -69,7 +73,7 @@ def plan_stream(height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, 
         if len({f"{time:.{spec.prompt.time_decimals}f}" for time in times}) == groups:
             break
         stride *= 2
-    sizes = CoarsePlan(height, width, spec, video_budget(tokenizer, spec, None))
+    sizes = CoarsePlan(height, width, spec, budget or video_budget(tokenizer, spec, None))
     size = sizes.size_of(times)
     if size is None:
         text = f"window={window}: {width} × {height} pixels do not fit in {spec.language.max_positions} positions"

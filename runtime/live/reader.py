@@ -73,14 +73,23 @@ class GroupQueue:
 
 
 class LiveReader:
-    """Reads one source from start to end in its own thread; `queue` receives the groups, and the end or the error."""
+    """Reads one source from start to end in its own thread; `queue` receives the groups, and the end or the error.
 
-    def __init__(self, source: LiveSource, plan_of: PlanOf, queue: GroupQueue, *, hold_s: float) -> None:
+    `start` and `whole` are those of its `LiveSampler`.
+    """
+
+    def __init__(
+        self, source: LiveSource, plan_of: PlanOf, queue: GroupQueue, *, hold_s: float, start: int = 0,
+        whole: bool = False,
+    ) -> None:  # fmt: skip
         self.frames, self.gaps = 0, 0
         self.newest_s: float | None = None  # time of the newest frame, on the source's clock
         self.origin_s = 0.0  # set by the first frame, as is the plan
+        self.end_s: float | None = None  # end of the last frame in seconds from the first; None before the end
         self.plan: LivePlan | None = None
-        self._source, self._plan_of, self._queue, self._hold_s = source, plan_of, queue, hold_s
+        self.queue = queue
+        self._source, self._plan_of, self._hold_s = source, plan_of, hold_s
+        self._first, self._whole = start, whole
         self._stop = threading.Event()
         self._arrived = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="bridge-stg live reader", daemon=True)
@@ -98,20 +107,20 @@ class LiveReader:
     def close(self) -> None:
         """Stop reading, and wait up to `JOIN_S` for the thread."""
         self._stop.set()
-        self._queue.close()
+        self.queue.close()
         if self._thread.ident is not None:
             self._thread.join(JOIN_S)
 
     def _run(self) -> None:
         try:
             self._read()
-            self._queue.end()
+            self.queue.end()
         except BridgeError as error:
-            self._queue.end(error)
+            self.queue.end(error)
         except Exception as error:  # noqa: BLE001 - the caller's iterator may raise anything
             wrapped = VideoError("live.connection_lost", f"{self._source.name}: {type(error).__name__}: {error}")
             wrapped.__cause__ = error
-            self._queue.end(wrapped)
+            self.queue.end(wrapped)
 
     def _read(self) -> None:
         sampler: LiveSampler | None = None
@@ -121,10 +130,10 @@ class LiveReader:
             if sampler is None:
                 height, width = frame().shape[:2]
                 self.plan, self.origin_s = self._plan_of(height, width), time_s
-                sampler = LiveSampler(self.plan, hold_s=self._hold_s)
+                sampler = LiveSampler(self.plan, hold_s=self._hold_s, start=self._first, whole=self._whole)
             self.frames, self.newest_s = self.frames + 1, time_s
             for group in sampler.add(time_s, frame):
-                if not self._queue.put(replace(group, arrived_s=newest_s)):
+                if not self.queue.put(replace(group, arrived_s=newest_s)):
                     return
                 self._arrived = time.monotonic()  # waiting for the queue is not silence of the source
             self.gaps, newest_s = sampler.gaps, arrived_s
@@ -133,5 +142,7 @@ class LiveReader:
         if sampler is None:
             raise VideoError("video.no_frames", f"{self._source.name} has no frames: expected at least one")
         for group in sampler.finish():
-            if not self._queue.put(replace(group, arrived_s=newest_s)):
+            self.end_s = sampler.end_s
+            if not self.queue.put(replace(group, arrived_s=newest_s)):
                 return
+        self.end_s = sampler.end_s

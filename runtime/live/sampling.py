@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class LiveGroup:
     frames: np.ndarray  # uint8 [P, h, w, 3], RGB
     fine: tuple[FineSample, ...]  # in order of time
     arrived_s: float = 0.0  # when its newest frame arrived, on `time.monotonic`
+    frame_times: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64 [N], times of all frames of the stream in this time range
 
 
 class _Shown:
@@ -61,16 +62,19 @@ class LiveSampler:
     """Turns frames into groups.
 
     A frame is shown for at most `hold_s` seconds. After that the stream has a gap without samples, so that queries
-    never see a frozen frame.
+    never see a frozen frame. Nothing is sampled before the point `start` of the coarse grid, a multiple of P. With
+    `whole`, for files, a group has all its `frame_times`, so that it comes later, and the last group is padded.
     """
 
-    def __init__(self, plan: LivePlan, *, hold_s: float) -> None:
+    def __init__(self, plan: LivePlan, *, hold_s: float, start: int = 0, whole: bool = False) -> None:
         self.gaps = 0  # so far
+        self.end_s = 0.0  # end of the newest frame, whose length is that of the one before; set by `finish`
         self._origin_s: float | None = None
-        self._plan, self._hold_s = plan, hold_s
+        self._plan, self._hold_s, self._whole = plan, hold_s, whole
         self._shown: _Shown | None = None
         self._frame_s = plan.interval_s
-        self._coarse = self._fine = 0
+        self._coarse, self._fine = start, math.ceil(start * plan.interval_s * plan.fine_fps - TOLERANCE_S)
+        self._times: list[float] = []
         self._samples: list[np.ndarray] = []
         self._fine_samples: list[FineSample] = []
 
@@ -89,12 +93,29 @@ class LiveSampler:
                 self._skip(until)
             self._frame_s = time - self._shown.time_s
         self._shown = _Shown(time, frame, self._plan)
+        self._times.append(time)
 
     def finish(self) -> Iterator[LiveGroup]:
         """Yield the groups that the last frame completes, shown as long as the frame before it."""
         if self._shown is not None:
-            yield from self._fill(self._shown.time_s + max(min(self._frame_s, self._hold_s) - TOLERANCE_S, TOLERANCE_S))
+            self.end_s = self._shown.time_s + max(min(self._frame_s, self._hold_s), 2 * TOLERANCE_S)
+            yield from self._fill(self.end_s - TOLERANCE_S)
             self._shown = None
+            if self._whole and self._samples:
+                missing = self._plan.group - len(self._samples)
+                self._samples += self._samples[-1:] * missing
+                self._coarse += missing
+                yield self._group()
+
+    def _group(self) -> LiveGroup:
+        """Return the samples as a group, and begin the next one."""
+        plan = self._plan
+        place, end = self._coarse - plan.group, self._coarse * plan.interval_s - TOLERANCE_S
+        times = np.array(self._times)
+        inside = (times >= place * plan.interval_s - TOLERANCE_S) & (times < end)
+        group = LiveGroup(place, np.stack(self._samples), tuple(self._fine_samples), times[inside])
+        self._samples, self._fine_samples, self._times = [], [], times[times >= end].tolist()
+        return group
 
     def _fill(self, until: float) -> Iterator[LiveGroup]:
         """Use the current frame for all free grid points before `until`."""
@@ -104,9 +125,8 @@ class LiveSampler:
             coarse, fine = self._coarse * plan.interval_s, self._fine / plan.fine_fps
             # Times are rounded, so grid points are compared with a tolerance far below their distance.
             if len(self._samples) == plan.group:
-                if fine > coarse - TOLERANCE_S:
-                    yield LiveGroup(self._coarse - plan.group, np.stack(self._samples), tuple(self._fine_samples))
-                    self._samples, self._fine_samples = [], []
+                if fine > coarse - TOLERANCE_S and (not self._whole or until > coarse - TOLERANCE_S):
+                    yield self._group()
                 else:
                     coarse = math.inf
             if min(coarse, fine) >= until:

@@ -51,6 +51,7 @@ def open_live(
     realtime: bool = False,
     latest_wins: bool | None = None,
     timeout_s: float = 10.0,
+    stream: int | None = None,
 ) -> LiveSource:
     """Make a live source. Raises VideoError if it is of no known kind, or the file does not exist.
 
@@ -60,6 +61,7 @@ def open_live(
         realtime: play a file at its own pace instead of as fast as possible.
         latest_wins: see `LiveSource.keeps_pace`; None: False for files and iterables, True otherwise.
         timeout_s: longest time for a network stream to connect, and longest silence, in seconds.
+        stream: video stream of a file, see `CallOptions`.
     """
     if isinstance(source, LiveSource):
         return source
@@ -76,7 +78,7 @@ def open_live(
             return LiveSource(text, keeps_pace, partial(_camera, text, timeout_s))
         path = check_path(text)
         keeps_pace = realtime if latest_wins is None else latest_wins
-        return LiveSource(path, keeps_pace, partial(_file, path, realtime))
+        return LiveSource(path, keeps_pace, partial(_file, path, realtime, stream))
     if isinstance(source, Iterable) and not isinstance(source, (bytes, dict, np.ndarray)):
         return LiveSource(STREAM, bool(latest_wins), partial(_iterable, source))
     expected = "a path, an address, a camera's number, or an iterator of (time in seconds, uint8 [height, width, 3])"
@@ -96,9 +98,9 @@ def _iterable(frames: Iterable[tuple[float, np.ndarray]], stop: threading.Event)
             close()
 
 
-def _file(path: str, realtime: bool, stop: threading.Event) -> Frames:
+def _file(path: str, realtime: bool, stream: int | None, stop: threading.Event) -> Frames:
     began = time.monotonic()
-    with play(path) as source:
+    with play(path, stream) as source:
         for time_s, picture in source.pictures:
             if stop.wait(max(0.0, began + time_s - time.monotonic()) if realtime else 0.0):
                 return

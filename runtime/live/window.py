@@ -7,7 +7,8 @@ visual tokens, like a video that begins there. Letters: G groups of P samples, D
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,11 +31,12 @@ QUERY_POSITIONS = 128  # positions reserved after the longest prefix, so that on
 
 @dataclass(frozen=True, eq=False)
 class _Encoded:
-    """A group of the window: its grid index, visual tokens [1+D, N+1, H] (row 0 all zero) and fine frames."""
+    """A group of the window: its grid index, visual tokens [1+D, N+1, H] (row 0 all zero), fine frames, frame times."""
 
     place: int
     tokens: Array
     fine: tuple[FineSample, ...]
+    frame_times: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class LiveWindow:
@@ -55,7 +57,8 @@ class LiveWindow:
             budget_bytes=feature_budget_bytes,
             as_tokens=chain.heads == "text",
         )
-        self._groups: list[_Encoded] = []
+        self._groups: list[_Encoded] = []  # those in the prefix
+        self._encoded: dict[int, _Encoded] = {}  # those that `show` has encoded, by their place
         self._fine: dict[int, FineSample] = {}
         self._prefix: Prefix | None = None
         self.prefilled = 0  # tokens that the language model has prefilled so far
@@ -89,18 +92,41 @@ class LiveWindow:
             self._extend(0 if overflows or self._prefix is None else len(self._groups) - 1, limits)
         return overflows
 
+    def show(self, groups: Sequence[LiveGroup], limits: Limits) -> None:
+        """Prefill these consecutive groups instead of all others; each is encoded once, until `forget`."""
+        chain = self._chain
+        new = [group for group in groups if group.place not in self._encoded]
+        if new:
+            with limits.stage("vision_coarse"):
+                frames = np.stack([group.frames for group in new])
+                tokens = coarse_tokens(chain.vision_encoder, chain.spec, frames, report=limits.report)[:, 1:]
+            size = tokens.shape[1] // len(new)
+            for i, group in enumerate(new):
+                own = arrays.join([tokens[:, i * size : (i + 1) * size]], axis=1, zeros_before=1)
+                self._encoded[group.place] = _Encoded(group.place, own, group.fine, group.frame_times)
+        self._groups = [self._encoded[group.place] for group in groups]
+        self._fine = {sample.place: sample for group in groups for sample in group.fine}
+        with limits.stage("prefill"):
+            self._extend(0, limits)
+
+    def forget(self, *, before: int) -> None:
+        """Drop what `show` has encoded before a point of the coarse grid."""
+        self._encoded = {place: encoded for place, encoded in self._encoded.items() if place >= before}
+        self._features.forget(int(np.ceil(before * self._plan.interval_s * self._plan.fine_fps - 1e-6)))
+
     def view(self) -> OpenedVideo:
-        """Return the window as a video whose times count from its first sample; valid until the next `add`."""
+        """Return the window as a video whose times count from its first sample; valid until `add` or `show`."""
         assert self._prefix is not None
         plan, start = self._plan, self.start_s
         places = np.array([encoded.place for encoded in self._groups]) - self._groups[0].place
         times = plan.times(places[:, None] + np.arange(plan.group))
         fine = np.array(list(self._fine), np.int64)
+        shown = [[sample.time_s for sample in self._fine.values()], *(one.frame_times for one in self._groups)]
         video = VideoFacts(
             "the live stream",
             (plan.width, plan.height),
             is_image=False,
-            frame_times=np.unique([sample.time_s - start for sample in self._fine.values()]),
+            frame_times=np.unique(np.concatenate(shown) - start),
             fine_grid=np.round(fine / plan.fine_fps - start, 9),
             sample_times=times,
             interval_s=plan.interval_s,
@@ -112,7 +138,7 @@ class LiveWindow:
     def close(self) -> None:
         """Return the cache to the pool, and drop everything else."""
         self._features.clear()
-        self._groups, self._fine, self._prefix = [], {}, None
+        self._groups, self._encoded, self._fine, self._prefix = [], {}, {}, None
         self._chain.pool.give(self._cache)
 
     def _segment(self, places: np.ndarray) -> Segment:

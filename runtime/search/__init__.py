@@ -1,0 +1,1 @@
+"""Search a long video: ground queries in overlapping windows, merge the spans, rank the occurrences."""

@@ -1,0 +1,206 @@
+"""Search a video that is longer than the model's window: read it once, and ground the queries in each window.
+
+The machinery is that of a live stream: a thread decodes and samples the file (`live/reader`), and a `LiveWindow` keeps
+visual tokens, so that a frame that two windows share is encoded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.chain.opened_video import Chain
+from bridge_stg.runtime.chain.results import Grounding
+from bridge_stg.runtime.chain.spans import Span
+from bridge_stg.runtime.chain.tasks import Task
+from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.live.plan import LivePlan, plan_stream
+from bridge_stg.runtime.live.reader import POLL_S, GroupQueue, LiveReader
+from bridge_stg.runtime.live.sampling import LiveGroup
+from bridge_stg.runtime.live.source import LiveSource
+from bridge_stg.runtime.live.window import LiveWindow, in_stream_time
+from bridge_stg.runtime.search.occurrences import Occurrences, SearchResult, is_seen
+from bridge_stg.runtime.search.options import SearchOptions, window_groups
+from bridge_stg.runtime.search.state import SearchState
+from bridge_stg.runtime.video.token_budget import Budget
+
+STAGE = "search"  # of the progress, in seconds of the video
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """The search of one video for several queries.
+
+    Attributes:
+        chain: sessions and rules.
+        source: the video.
+        queries: what to find, checked.
+        options: length and overlap of the windows, and others.
+        budget: budget of the coarse frames of a window.
+        length_s: length of the video in seconds, for the progress; None: unknown.
+        identity: plain values that identify video and model in the state file.
+        feature_budget_bytes: see `LiveWindow`.
+    """
+
+    chain: Chain
+    source: LiveSource
+    queries: Sequence[str]
+    options: SearchOptions
+    budget: Budget
+    length_s: float | None
+    identity: Mapping[str, Any]
+    feature_budget_bytes: int
+
+    def run(self, limits: Limits) -> list[SearchResult]:
+        """Return the occurrences of each query. Raises BridgeError as `Grounder.search` does."""
+        spec, options = self.chain.spec, self.options
+        size, group = window_groups(spec, options.window_s), spec.vision.temporal_patch_size
+        hop = size - min(round(options.overlap * size), size - 1)
+        searched = {"task": options.task, "allow_none": options.allow_none, "groups": size, "hop": hop}
+        identity = {**self.identity, **searched, "queries": list(self.queries)}
+        with SearchState(options.state, identity) as state, limits.stage(STAGE):
+            found = [Occurrences(1 / spec.frames.coarse_fps) for _ in self.queries]
+            for frame_times, answers in state.windows:
+                _add(found, answers, frame_times)
+            done = len(state.windows)
+            state.windows.clear()
+            limits.report(done * hop * group / spec.frames.coarse_fps, self.length_s)
+            reader = self._reader(size, hop, start=done * hop * group)
+            timings: dict[str, float] = {}
+            with closing(reader):
+                for window in self._windows(reader, _Layout(size, hop, done), limits):
+                    state.add(window.frame_times, window.answers)
+                    _add(found, window.answers, window.frame_times)
+                    for stage, seconds in window.timings.items():
+                        timings[stage] = timings.get(stage, 0.0) + seconds
+            assert reader.plan is not None  # otherwise there was no frame, which is an error
+            group_s = group * reader.plan.interval_s
+            timings["total"] = limits.elapsed_s
+            results = [
+                one.result(top=options.top, length_s=size * group_s, overlap_s=(size - hop) * group_s, timings=timings)
+                for one in found
+            ]
+            state.remove()
+        return results
+
+    def _reader(self, size: int, hop: int, *, start: int) -> LiveReader:
+        spec = self.chain.spec
+        window = size * spec.vision.temporal_patch_size
+
+        def plan_of(height: int, width: int) -> LivePlan:
+            return plan_stream(height, width, spec, self.chain.tokenizer, window=window, budget=self.budget)
+
+        queue = GroupQueue(hop, latest_wins=False)
+        return LiveReader(self.source, plan_of, queue, hold_s=float("inf"), start=start, whole=True)
+
+    def _windows(self, reader: LiveReader, layout: _Layout, limits: Limits) -> Iterator[_Window]:
+        """Yield the windows that are not finished yet, in time of the video."""
+        window: LiveWindow | None = None
+        kept: list[LiveGroup] = []
+        ended = False
+        reader.start()
+        try:
+            while not ended:
+                group = self._next(reader, limits)
+                ended = group is None
+                kept += [] if group is None else [group]
+                plan = reader.plan
+                if plan is None or not kept or (not ended and len(kept) < layout.size):
+                    continue
+                if ended and kept[-1].place < layout.end(plan.group):  # an earlier window has these groups
+                    return
+                layout.done += 1
+                window = window or LiveWindow(self.chain, plan, feature_budget_bytes=self.feature_budget_bytes)
+                within = Limits(cancel=lambda: bool(limits.check()))  # whose stages are not shown as progress
+                answers = self._answer(window, kept, within)
+                end_s = float(plan.times(np.asarray(kept[-1].place + plan.group)))
+                limits.report(min(end_s, self.length_s or end_s), self.length_s)
+                times = np.concatenate([one.frame_times for one in kept])
+                yield _Window(times, _clipped(answers, reader.end_s), within.timings)
+                kept = kept[layout.hop :]
+                window.forget(before=layout.done * layout.hop * plan.group)
+        finally:
+            if window is not None:
+                window.close()
+
+    def _next(self, reader: LiveReader, limits: Limits) -> LiveGroup | None:
+        """Return the next group; None at the end of the file. Raises the reader's errors."""
+        while True:
+            limits.check()
+            group = reader.queue.get(POLL_S)
+            if group is not None or reader.queue.ended:
+                return group
+
+    def _answer(self, window: LiveWindow, groups: Sequence[LiveGroup], limits: Limits) -> list[list[Grounding]]:
+        """Return all answers to each query in these groups.
+
+        An answer names one span; so the groups before and after it are searched again, if they are as many as the
+        windows overlap, or more.
+        """
+        least = max(2, round(self.options.overlap * len(groups)))
+        task = Task(self.options.task, allow_none=self.options.allow_none)
+        answers: list[list[Grounding]] = [[] for _ in self.queries]
+        parts = {(0, len(groups)): list(range(len(self.queries)))}  # groups (first, end) to the queries to ground
+        while parts:
+            (first, end), asked = parts.popitem()
+            window.show(groups[first:end], limits)
+            start_s, view = window.start_s, window.view()
+            found = view.ground_within(limits, [self.queries[i] for i in asked], task)
+            group_s = (window.end_s - start_s) / (end - first)
+            for i, grounding in zip(asked, found, strict=True):
+                seen = is_seen(grounding)
+                if seen or not answers[i]:  # "not there" in a part says nothing of the window
+                    answers[i].append(in_stream_time(grounding, start_s))
+                if not seen or grounding.span is None or not self.options.allow_none:
+                    continue
+                before = first + int(grounding.span[0] / group_s + 1e-6)
+                after = first + int(np.ceil(grounding.span[1] / group_s - 1e-6))
+                for part in ((first, min(before, end)), (max(after, first), end)):
+                    if part[1] - part[0] >= least and part != (first, end):
+                        parts.setdefault(part, []).append(i)
+        return answers
+
+
+@dataclass
+class _Layout:
+    """Windows of `size` groups, each `hop` groups after the one before; the first `done` are finished."""
+
+    size: int
+    hop: int
+    done: int
+
+    def end(self, group: int) -> int:
+        """Return the end of the finished windows on the coarse grid, for groups of `group` samples."""
+        return ((self.done - 1) * self.hop + self.size) * group if self.done else 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """A finished window: the times of its frames [N], all answers to each query, seconds by stage."""
+
+    frame_times: np.ndarray
+    answers: list[list[Grounding]]
+    timings: Mapping[str, float]
+
+
+def _clipped(answers: list[list[Grounding]], end_s: float | None) -> list[list[Grounding]]:
+    """Clip spans to the end of the video: the last group of frames may be longer than the rest of the video."""
+    if end_s is None:
+        return answers
+    last_s = end_s
+
+    def clipped(span: Span | None) -> Span | None:
+        return span and (min(span[0], last_s), min(span[1], last_s))
+
+    return [
+        [replace(one, span=clipped(one.span), named_span=clipped(one.named_span)) for one in found] for found in answers
+    ]
+
+
+def _add(found: Sequence[Occurrences], answers: Sequence[Sequence[Grounding]], frame_times: np.ndarray) -> None:
+    for occurrences, groundings in zip(found, answers, strict=True):
+        occurrences.add(groundings, frame_times)

@@ -1,0 +1,143 @@
+"""The file of a running search: finished windows, so that a search that was stopped goes on where it was.
+
+The first line identifies the search, each other line is a finished window; an incomplete last line is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube
+from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.files import lock_file
+from bridge_stg.runtime.search.occurrences import is_seen
+from bridge_stg.runtime.video.token_budget import CoarseChoice
+
+SCHEMA = 1
+
+
+class SearchState:
+    """The finished windows of one search, in order. A context manager; one process at a time.
+
+    Args:
+        path: the file, made if it does not exist; None: nothing is kept.
+        identity: plain values of the search: video, queries, options, model.
+
+    Attributes:
+        windows: for each finished window, the frame times and the answers to each query.
+
+    Raises:
+        VideoError: the file is that of another search, or no state of a search.
+        BridgeError: another process uses the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
+        self.windows: list[tuple[np.ndarray, list[list[Grounding]]]] = []
+        self._path = None if path is None else Path(path)
+        if self._path is None:
+            return
+        header = json.loads(json.dumps({"schema": SCHEMA, "search": dict(identity)}))
+        self._file = open(self._path, "a+b")  # noqa: SIM115 - closed by `__exit__`
+        try:
+            lock_file(self._file.fileno(), message=f"{self._path} is in use by another search; wait for it")
+            self._file.seek(0)
+            lines = self._file.read().split(b"\n")[:-1]  # a line counts once it is complete
+            found = self._parsed(lines)
+            if found and found[0] != header:
+                message = f"{self._path} is the state of another search (video, queries, options or model differ)"
+                raise VideoError("search.other_state", f"{message}; delete it, or name another file")
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+            if not found:
+                self._write(header)
+            self.windows = [_window_from_json(window) for window in found[1:]]
+        except BaseException:
+            self._file.close()
+            raise
+
+    def add(self, frame_times: np.ndarray, answers: Sequence[Sequence[Grounding]]) -> None:
+        """Append a finished window; it is on disk when this returns."""
+        if self._path is not None:
+            rows = [[_to_json(grounding) for grounding in found] for found in answers]
+            self._write({"frame_times": np.round(frame_times, 9).tolist(), "answers": rows})
+
+    def remove(self) -> None:
+        """Delete the file of a search that is complete."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> SearchState:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._path is not None:
+            self._file.close()
+
+    def _parsed(self, lines: Sequence[bytes]) -> list[Any]:
+        try:
+            found = [json.loads(line) for line in lines]
+            if not all(isinstance(line, dict) for line in found) or (found and "search" not in found[0]):
+                raise ValueError
+        except ValueError:
+            message = f"{self._path} is not the state of a search; name another file"
+            raise VideoError("search.other_state", message) from None
+        return found
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(values).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+
+def _to_json(grounding: Grounding) -> dict[str, Any]:
+    """Return a grounding as `Grounding.to_json` does; without its boxes if the target is not seen."""
+    row = grounding.to_json()
+    return row if is_seen(grounding) else {**row, "found": False, "span": None, "tube": None, "boxes": None}
+
+
+def _window_from_json(window: Mapping[str, Any]) -> tuple[np.ndarray, list[list[Grounding]]]:
+    rows = window["answers"]
+    return np.array(window["frame_times"], np.float64), [[_from_json(row) for row in found] for found in rows]
+
+
+def _from_json(row: Mapping[str, Any]) -> Grounding:
+    """Return the grounding of a `to_json`, without the tapped states."""
+    size, coarse = row["size"], row["coarse"]
+    coarse_size = (coarse["size"]["width"], coarse["size"]["height"])
+    tube, boxes = row["tube"], row["boxes"]
+    same = ("query", "found", "answer", "heads", "mode", "decoding", "clock", "stream", "scores", "tokens", "task")
+    return Grounding(
+        **{name: row[name] for name in same},
+        span=_span(row["span"]),
+        named_span=_span(row["named_span"]),
+        tube=None if tube is None else Tube(**_boxes(tube)),
+        boxes=None if boxes is None else FrameBoxes(
+            **_boxes(boxes), interpolated=np.array([one["interpolated"] for one in boxes], bool)
+        ),
+        size=(size["width"], size["height"]),
+        coarse=CoarseChoice(**{**coarse, "size": coarse_size, "limited_by": tuple(coarse["limited_by"])}),
+        unknown_words=tuple(row["unknown_words"]),
+        timings=row["timings_s"],
+    )  # fmt: skip
+
+
+def _span(span: Mapping[str, float] | None) -> tuple[float, float] | None:
+    return None if span is None else (span["start_s"], span["end_s"])
+
+
+def _boxes(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    return {
+        "times": np.array([row["time_s"] for row in rows], np.float64),
+        "boxes": np.array([row["box"] for row in rows], np.float32).reshape(-1, 4),
+        "presence": np.array([row["presence"] for row in rows], np.float32),
+        "visible": np.array([row["visible"] for row in rows], bool),
+    }

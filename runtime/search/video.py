@@ -1,0 +1,65 @@
+"""Search what `Grounder.search` takes: check the queries, open the video, identify it for the state file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.backends.session import Session
+from bridge_stg.runtime.chain.opened_video import Chain
+from bridge_stg.runtime.chain.prompt import check_query
+from bridge_stg.runtime.errors import QueryError
+from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.live.source import LiveSource, open_live
+from bridge_stg.runtime.search.occurrences import SearchResult
+from bridge_stg.runtime.search.options import SearchOptions, video_length_s
+from bridge_stg.runtime.search.search import Search
+from bridge_stg.runtime.video.decoder import check_path
+from bridge_stg.runtime.video.token_budget import Budget
+
+
+def search_video(
+    chain: Chain,
+    video: str | os.PathLike[str] | Iterable[tuple[float, np.ndarray]] | LiveSource,
+    queries: Sequence[str],
+    options: Mapping[str, Any],
+    limits: Limits,
+    *,
+    budget: Budget,
+    stream: int | None,
+    sessions: Mapping[str, Session],
+    feature_budget_bytes: int,
+) -> list[SearchResult]:
+    """Search a video within a running call; see `Grounder.search`. `options` are the fields of `SearchOptions`."""
+    chosen = SearchOptions(**options)
+    if isinstance(queries, str):
+        raise QueryError("query.not_a_list", "search takes a list of queries; put a single one into a list")
+    if not queries:
+        raise QueryError("query.empty", "search takes one query or more")
+    for query in queries:
+        check_query(chain.spec.prompt, query)
+    graphs = repr(sorted((name, repr(session.graph)) for name, session in sessions.items()))
+    identity: dict[str, Any] = {
+        "model": hashlib.sha256(f"{graphs} {chain.spec!r} {chain.heads}".encode()).hexdigest(),
+        "max_visual_tokens": budget.visual_tokens,
+        "stream": stream,
+    }
+    if isinstance(video, (str, os.PathLike)):
+        status = os.stat(check_path(os.fspath(video)))
+        video = os.path.abspath(video)  # so that it is no number of a camera
+        identity |= {"video": video, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+    search = Search(
+        chain,
+        open_live(video, latest_wins=False, stream=stream),
+        list(queries),
+        chosen,
+        budget,
+        video_length_s(video, stream),
+        identity,
+        feature_budget_bytes,
+    )
+    return search.run(limits)
