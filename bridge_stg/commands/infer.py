@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from bridge_stg.evaluation.sources.download import Reading
     from bridge_stg.evaluation.sources.sources import Source
-    from bridge_stg.runtime import Grounder
+    from bridge_stg.runtime import Grounder, SearchResult
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.chain.results import Grounding
 
@@ -68,8 +68,19 @@ class Request:
     stream: int | None
     deadline: float | None
     untrained: bool
+    window: float | str  # seconds, `whole` or `auto`
+    top: int | None
+    state: Path | None
     reading: Reading
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def search_state(self) -> Path | None:
+        """Return the file of a search that is under way: --state, else beside the results."""
+        if self.state or self.json_file in (None, STDOUT):
+            return self.state
+        assert self.json_file is not None
+        return self.json_file.with_name(f"{self.json_file.name}.search.jsonl")
 
     @property
     def outputs(self) -> list[Path]:
@@ -112,6 +123,11 @@ class Request:
 @click.option("--exit-code", is_flag=True, help="Exit with code 3 if nothing was found.")
 @options.reading_options
 @options.index_option
+@options.search_options
+@click.option(
+    "--state", type=OutputFile(), metavar="FILE",
+    help="Keep the finished windows of a search here until it is complete; default: beside --json.",
+)  # fmt: skip
 @options.text_options
 @options.backend_options()
 @deadline_option
@@ -124,7 +140,8 @@ def infer(
 
     SOURCE is a video or image: a file, a folder, a pattern such as 'videos/*.mp4', an http or https address of a file,
     a camera such as /dev/video0 or 0, a stream such as rtsp://camera/stream, or - for standard input. With --query or
-    --queries, all arguments are sources. The model is loaded once, and a video is processed once for all queries. Of
+    --queries, all arguments are sources. The model is loaded once, and a video is processed once for all queries. A
+    long one is searched window by window, for all occurrences; after a stop, the same command goes on where it was. Of
     several sources, those that cannot be read are reported, and the exit code is 2. With --track, QUERY is optional.
     """
     from bridge_stg.evaluation.sources.download import Reading
@@ -155,6 +172,10 @@ def check(request: Request) -> None:
         raise BridgeError("options.missing", "Missing argument 'QUERY...': what to find, such as \"the red car\".")
     if request.first_box is not None and (request.task != "tube" or len(request.queries) > 1):
         raise BridgeError("options.conflict", "--track takes at most one QUERY and no --task; leave out the others.")
+    searched = isinstance(request.window, float) or request.state or request.top
+    if searched and (request.first_box is not None or request.task == "image" or request.window == "whole"):
+        text = "--window SECONDS, --top and --state search a video"
+        raise BridgeError("options.conflict", f"{text}; leave them out with --track, --task image and --window whole.")
     if request.task == "span" and drawn:
         raise BridgeError("options.conflict", "--task span computes no boxes; leave out --annotate and --sheet.")
     for query in request.queries:
@@ -167,6 +188,7 @@ def check_outputs(request: Request, sources: Sequence[Source]) -> None:
     """Raise BridgeError for outputs that do not fit the sources or each other."""
     if is_batch(sources):
         single = {"--json": request.json_file, "--annotate": request.annotate, "--sheet": request.sheet}
+        single["--state"] = request.state
         for option, path in single.items():
             if path is not None:
                 text = f"{option} is for one source, not for a folder, a pattern or several sources"
@@ -269,12 +291,20 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
     return found, failed
 
 
-def ground(request: Request, grounder: Grounder, path: str, progress: ProgressBar) -> Sequence[Grounding]:
+def ground(
+    request: Request, grounder: Grounder, path: str, progress: ProgressBar
+) -> Sequence[Grounding | SearchResult]:
     """Read the video at `path`, and return the result of each query."""
     from bridge_stg.runtime.chain.tasks import TRACKED
 
     began = time.monotonic()
     tokens = request.max_visual_tokens
+    if is_searched(request, grounder, path):
+        window_s = None if isinstance(request.window, str) else request.window
+        return grounder.search(
+            path, request.queries, window_s=window_s, top=request.top, state=request.search_state, task=request.task,
+            allow_none=request.allow_none, max_visual_tokens=tokens, stream=request.stream, **request.limits(progress),
+        )  # fmt: skip
     opening = grounder.open(path, max_visual_tokens=tokens, stream=request.stream, **request.limits(progress))
     with opening as video:
         LOG.debug("read %s in %.2f s", path, time.monotonic() - began)
@@ -289,22 +319,35 @@ def ground(request: Request, grounder: Grounder, path: str, progress: ProgressBa
         return video.ground_many(queries, allow_none=request.allow_none, **limits)
 
 
-def show(source: Source, results: Sequence[Grounding], chosen: ChosenBackend | None, *, batch: bool) -> None:
+def is_searched(request: Request, grounder: Grounder, path: str) -> bool:
+    """Return whether the video is searched window by window."""
+    if request.first_box is not None or request.task == "image" or request.window == "whole":
+        return False
+    if request.window != "auto" or request.top or request.state:
+        return True
+    from bridge_stg.runtime.search.options import is_long
+
+    return os.path.exists(path) and is_long(path, grounder.spec, stream=request.stream)  # `open` says what is wrong
+
+
+def show(
+    source: Source, results: Sequence[Grounding | SearchResult], chosen: ChosenBackend | None, *, batch: bool
+) -> None:
     """Print the results of a source: tables and the backend, or one line per query."""
-    from bridge_stg.commands.tables import grounding_line, grounding_table
+    from bridge_stg.commands.tables import grounding_line, result_table
 
     if batch:
         for result in results:
             click.echo(grounding_line(source.name, result))
         return
-    click.echo("\n\n".join(grounding_table(result) for result in results))
+    click.echo("\n\n".join(result_table(result) for result in results))
     if chosen is not None:
         click.echo(f"  backend: {chosen.summary}")
 
 
 def write(
-    request: Request, source: Source, path: str, results: Sequence[Grounding], *, chosen: ChosenBackend | None,
-    progress: ProgressBar,
+    request: Request, source: Source, path: str, results: Sequence[Grounding | SearchResult], *,
+    chosen: ChosenBackend | None, progress: ProgressBar,
 ) -> None:  # fmt: skip
     """Write the files that were requested, each whole or not at all; `path` is the local file of the source."""
     if request.json_file:
@@ -313,14 +356,17 @@ def write(
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
         write_text(request.json_file, text)
     if request.annotate or request.sheet:
+        from bridge_stg.runtime.chain.results import Grounding
         from bridge_stg.runtime.visualize.annotate import annotate
         from bridge_stg.runtime.visualize.contact_sheet import contact_sheet
 
         note_missing_letters(request.queries)
         if request.annotate:
-            annotate(path, results, request.annotate, progress=progress)
+            drawn = [one if isinstance(one, Grounding) else one.drawn for one in results]
+            annotate(path, drawn, request.annotate, progress=progress)
         if request.sheet:
-            contact_sheet(path, results, request.sheet)
+            best = [one if isinstance(one, Grounding) else one.best for one in results]
+            contact_sheet(path, best, request.sheet)
 
 
 def write_text(path: Path, text: str) -> None:

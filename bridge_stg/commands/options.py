@@ -33,6 +33,19 @@ class Number(click.FloatRange):
         return number
 
 
+class WindowLength(Number):
+    """The length of a window in seconds, or one of the words `auto` and `whole`."""
+
+    name = "window"
+
+    def __init__(self) -> None:
+        super().__init__(min=1e-6)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the seconds or the word."""
+        return value if value in ("auto", "whole") else super().convert(value, param, ctx)
+
+
 SECONDS = Number(min=1e-6)
 
 
@@ -134,6 +147,14 @@ visual_tokens_option = click.option(
 index_option = click.option(
     "--index", type=PATH, metavar="DIR",
     help="Folder in which visual tokens of videos are kept, so that the same footage is decoded and encoded once.",
+)  # fmt: skip
+search_options = combine(
+    click.option(
+        "--window", type=WindowLength(), default="auto", show_default=True, metavar="SECONDS|whole|auto",
+        help="Search in windows of this length; whole: read the video at once; auto: search it if it is longer than a "
+        "window of the bundle.",
+    ),
+    click.option("--top", type=COUNT, metavar="K", help="Best occurrences to return per query; default: all."),
 )  # fmt: skip
 query_options = combine(
     click.option(

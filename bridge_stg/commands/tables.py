@@ -13,6 +13,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.search.occurrences import SearchResult, score_of
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 ROWS = 12
@@ -21,6 +22,24 @@ CLOCK_NOTES = {
     "frame_rate": "times: not all frames have time stamps; the frame rate stated in the file is used instead",
     "guessed": "times: guessed where the file has no usable time stamps",
 }
+
+
+def result_table(result: Grounding | SearchResult) -> str:
+    """Return the table of a grounding; of a search, the ranked occurrences and the table of the best one."""
+    if isinstance(result, Grounding):
+        return grounding_table(result)
+    windows, found = result.windows, result.occurrences
+    lines = [
+        f"  searched in {windows.count} windows of {windows.length_s:g} s that overlap by {windows.overlap_s:g} s, "
+        f"{windows.absent} of them without the target; --window whole reads the video at once"
+    ]
+    if found:
+        lines.append(f"  occurrences: {len(found)}, best first; the boxes below are those of the first")
+    for rank, one in enumerate(found, 1):
+        assert one.span is not None
+        lines.append(f"  {rank:3}. {one.span[0]:10.2f} s to {one.span[1]:10.2f} s, score {score_of(one):.3f}")
+    head, _, rest = grounding_table(result.best).partition("\n")
+    return "\n".join([head, *lines, rest])
 
 
 def grounding_table(result: Grounding) -> str:
@@ -48,8 +67,11 @@ def grounding_table(result: Grounding) -> str:
     return "\n".join(lines)
 
 
-def grounding_line(name: str, result: Grounding) -> str:
+def grounding_line(name: str, result: Grounding | SearchResult) -> str:
     """Return a result in one line: the name of the video, the query, and the span or the first box."""
+    if isinstance(result, SearchResult):
+        more = f", and {len(result.occurrences) - 1} more" if len(result.occurrences) > 1 else ""
+        return grounding_line(name, result.best) + more
     if not result.found or result.span is None:
         answer = f"not found (probability {result.scores['absent']:.2f})"
     elif result.boxes is not None and "image" in (result.task, result.mode):

@@ -35,7 +35,8 @@ class LiveGroup:
     frames: np.ndarray  # uint8 [P, h, w, 3], RGB
     fine: tuple[FineSample, ...]  # in order of time
     arrived_s: float = 0.0  # when its newest frame arrived, on `time.monotonic`
-    frame_times: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64 [N], times of all frames of the stream in this time range
+    # float64 [N], times of all frames of the stream in this time range
+    frame_times: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class _Shown:
@@ -113,7 +114,8 @@ class LiveSampler:
         place, end = self._coarse - plan.group, self._coarse * plan.interval_s - TOLERANCE_S
         times = np.array(self._times)
         inside = (times >= place * plan.interval_s - TOLERANCE_S) & (times < end)
-        group = LiveGroup(place, np.stack(self._samples), tuple(self._fine_samples), times[inside])
+        fine = tuple(self._fine_samples)
+        group = LiveGroup(place, np.stack(self._samples), fine, frame_times=times[inside])
         self._samples, self._fine_samples, self._times = [], [], times[times >= end].tolist()
         return group
 

@@ -121,7 +121,8 @@ class LiveWindow:
         places = np.array([encoded.place for encoded in self._groups]) - self._groups[0].place
         times = plan.times(places[:, None] + np.arange(plan.group))
         fine = np.array(list(self._fine), np.int64)
-        shown = [[sample.time_s for sample in self._fine.values()], *(one.frame_times for one in self._groups)]
+        fine_times = np.array([sample.time_s for sample in self._fine.values()])
+        shown = [fine_times, *(encoded.frame_times for encoded in self._groups)]
         video = VideoFacts(
             "the live stream",
             (plan.width, plan.height),

@@ -5,15 +5,15 @@ Knows nothing of models and files. All times are seconds from the first frame of
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from typing import Any, TypeVar
 
 import numpy as np
 
 from bridge_stg.runtime.chain.boxes import box_iou
-from bridge_stg.runtime.chain.results import Boxes, Grounding
+from bridge_stg.runtime.chain.results import Boxes, FrameBoxes, Grounding
 from bridge_stg.runtime.chain.spans import TIME_TOLERANCE_S, Span
 
 AnyBoxes = TypeVar("AnyBoxes", bound=Boxes)
@@ -85,6 +85,18 @@ class SearchResult:
         """Whether the target is in the video."""
         return self.best.found
 
+    @property
+    def drawn(self) -> Grounding:
+        """The best occurrence with the boxes of all; at a common time, those of the better one."""
+        boxes = [one.boxes for one in self.occurrences if one.boxes is not None]
+        if len(boxes) < 2:
+            return self.best
+        fields = {
+            field.name: np.concatenate([getattr(one, field.name) for one in boxes]) for field in fields_of(boxes[0])
+        }
+        _, places = np.unique(fields["times"], return_index=True)  # the first of equal times
+        return replace(self.best, boxes=FrameBoxes(**{name: values[places] for name, values in fields.items()}))
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields of `Grounding.to_json` for the best occurrence, and `score`, `occurrences` and `windows`.
 
@@ -127,12 +139,12 @@ class Occurrences:
     ) -> SearchResult:
         """Return the occurrences of all windows added so far, at most the `top` best ones."""
         ranked = sorted(self._found, key=lambda grounding: (-score_of(grounding), grounding.span or (0.0, 0.0)))
-        ranked = [dataclasses.replace(grounding, timings=dict(timings)) for grounding in ranked[:top]]
+        ranked = [replace(grounding, timings=dict(timings)) for grounding in ranked[:top]]
         windows = SearchedWindows(self._windows, length_s, overlap_s, self._absent)
         if ranked:
             return SearchResult(ranked[0], tuple(ranked), windows)
         assert self._nowhere is not None
-        return SearchResult(dataclasses.replace(self._nowhere, timings=dict(timings)), (), windows)
+        return SearchResult(replace(self._nowhere, timings=dict(timings)), (), windows)
 
     def _merge(self, grounding: Grounding, frame_times: np.ndarray) -> None:
         for place in range(len(self._found) - 1, -1, -1):
@@ -186,7 +198,7 @@ def join(first: Grounding, second: Grounding, frame_times: np.ndarray) -> Ground
         assert early.boxes is not None and late.boxes is not None
         between = tube.at(frame_times[_inside(frame_times, (early.span[1], late.span[0]))])
         boxes = _joined(_joined(early.boxes, between, middle), late.boxes, middle)
-    return dataclasses.replace(
+    return replace(
         better, span=span, named_span=_union(early.named_span, late.named_span), scores=scores, tube=tube, boxes=boxes
     )
 
@@ -196,7 +208,7 @@ def _joined(early: AnyBoxes, late: AnyBoxes, middle: float) -> AnyBoxes:
     before, after = early.times < middle, late.times >= middle
     rest = ~before & (early.times > late.times[after].max(initial=-np.inf))
     parts = [(early, before), (late, after), (early, rest)]
-    names = [field.name for field in dataclasses.fields(early)]
+    names = [field.name for field in fields_of(early)]
     return type(early)(
         **{name: np.concatenate([getattr(part, name)[chosen] for part, chosen in parts]) for name in names}
     )
@@ -214,6 +226,6 @@ def _union(first: Span | None, second: Span | None) -> Span | None:
 
 
 def _not_found(grounding: Grounding) -> Grounding:
-    return dataclasses.replace(
+    return replace(
         grounding, found=False, span=None, named_span=None, tube=None, boxes=None, taps=None
     )  # fmt: skip

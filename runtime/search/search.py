@@ -6,7 +6,7 @@ visual tokens, so that a frame that two windows share is encoded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,7 +115,7 @@ class Search:
                     return
                 layout.done += 1
                 window = window or LiveWindow(self.chain, plan, feature_budget_bytes=self.feature_budget_bytes)
-                within = Limits(cancel=lambda: bool(limits.check()))  # whose stages are not shown as progress
+                within = Limits(cancel=_checking(limits))  # whose stages are not shown as progress
                 answers = self._answer(window, kept, within)
                 end_s = float(plan.times(np.asarray(kept[-1].place + plan.group)))
                 limits.report(min(end_s, self.length_s or end_s), self.length_s)
@@ -185,6 +185,16 @@ class _Window:
     frame_times: np.ndarray
     answers: list[list[Grounding]]
     timings: Mapping[str, float]
+
+
+def _checking(limits: Limits) -> Callable[[], bool]:
+    """Return a cancel signal that raises the error of outer limits."""
+
+    def check() -> bool:
+        limits.check()
+        return False
+
+    return check
 
 
 def _clipped(answers: list[list[Grounding]], end_s: float | None) -> list[list[Grounding]]:

@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 FOLDERS = ("bridge_stg", "calibration", "evaluation", "export", "runtime")
 AREAS = (
     "annotation", "bundle", "calibration", "call", "checkpoint", "engine", "evaluation", "export", "host", "index",
-    "live", "options", "output", "query", "server", "training", "video",
+    "live", "options", "output", "query", "search", "server", "training", "video",
 )  # fmt: skip
 CODE = re.compile(rf"({'|'.join(AREAS)})\.[a-z0-9_]+")
 NOT_CODES = {
@@ -25,6 +25,8 @@ NOT_CODES = {
     "live.events",
     "live.stats",
     "live.watch",
+    "search.occurrences",
+    "search.options",
 }
 """Texts that look like a code but are file or module names."""
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import av
 import click
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from bridge_stg.runtime.host.packages import install_command
 from bridge_stg.runtime.visualize.canvas import COLOURS
 from tests.bridge_stg.commands import fake_grounder
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
+from tests.fakes.live_chain import live_grounder
+from tests.fakes.live_chain import stream as bright_stream
 
 
 def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,3 +228,29 @@ class TestDemoBundle:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         line = complaint(["infer", "v.mp4", "q"], capsys, code="bundle.not_given")
         assert install_command("cpu", "export") in line
+
+
+def test_a_search_finds_all_occurrences_and_joins_its_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video, out = tmp_path / "long.mp4", tmp_path / "out.json"
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _, frame in bright_stream(70, bright=((10.0, 14.0), (50.0, 53.0))):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    monkeypatch.setattr("bridge_stg.runtime.grounder.Grounder.load", lambda *_, **__: live_grounder())
+    command = ["infer", str(video), "the car", "--bundle", "any", "--json", str(out), "--untrained"]
+    assert cli.run(command) == 0  # a window is 64 s long
+    found = json.loads(out.read_text())["results"][0]
+    spans = [(one["span"]["start_s"], one["span"]["end_s"]) for one in found["occurrences"]]
+    assert sorted(spans) == [(10.0, 14.0), (50.0, 53.0)] and found["windows"]["count"] == 2
+    assert "occurrences: 2" in capsys.readouterr().out
+    assert cli.run([*command, "--window", "20", "--top", "1", "--annotate", str(tmp_path / "drawn.mp4")]) == 0
+    assert len(json.loads(out.read_text())["results"][0]["occurrences"]) == 1
+    assert cli.run([*command, "--window", "whole"]) == 0
+    assert "occurrences" not in json.loads(out.read_text())["results"][0]
+    assert cli.run([*command, "--window", "0.1"]) == cli.run([*command, "--window", "long"]) == 2
+    assert cli.run([*command, "--window", "whole", "--top", "3"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.mp4", "long.mp4", "out.json"]

@@ -97,7 +97,9 @@ def test_finished_windows_are_not_computed_again(tmp_path: Path) -> None:
     assert spans(resumed) == [pytest.approx(span, abs=1e-6) for span in spans(whole)]
     assert resumed.windows == whole.windows and not state.exists()
     for one, other in zip(resumed.occurrences, whole.occurrences, strict=True):
-        assert one.to_json()["boxes"] == other.to_json()["boxes"] and one.scores == pytest.approx(other.scores, abs=1e-5)
+        assert one.to_json()["boxes"] == other.to_json()["boxes"] and one.scores == pytest.approx(
+            other.scores, abs=1e-5
+        )
 
 
 def test_a_state_that_is_complete_only_needs_the_last_step(tmp_path: Path) -> None:
@@ -118,7 +120,8 @@ def test_a_state_that_is_complete_only_needs_the_last_step(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{"window_s": 0.5}, {"window_s": 1e4}, {"window_s": "8"}, {"overlap": 1.0}, {"top": 0}, {"task": "image"}]
+    "options",
+    [{"window_s": 0.5}, {"window_s": 1e4}, {"window_s": "8"}, {"overlap": 1.0}, {"top": 0}, {"task": "image"}],
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     with raises("search.bad_option", kind=VideoError):
