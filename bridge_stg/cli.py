@@ -31,6 +31,7 @@ MODULES = {
     "evaluate": "convert-refs evaluate evaluate-demo index infer-many",
     "export": "doctor export inspect migrate verify",
     "infer": "ask infer",
+    "schema": "schema",
     "serve": "serve triton",
     "train": "init train train-demo",
     "watch": "watch",

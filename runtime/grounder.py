@@ -148,8 +148,9 @@ class Grounder(Closable):
         index: where visual tokens of video files are kept between calls and processes; None: nowhere.
         verified: whether the graphs were compared with the torch reference when they were exported.
         target: the backend of the sessions and why it was chosen; None if unknown.
+        bundle: `name` and `fingerprint` of the bundle; None if there is none.
 
-    The arguments `sessions`, `tokenizer`, `heads`, `verified` and `target` are attributes too.
+    The arguments `sessions`, `tokenizer`, `heads`, `verified`, `target` and `bundle` are attributes too.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Grounder(Closable):
         index: VisualIndex | None = None,
         verified: bool = True,
         target: ChosenBackend | None = None,
+        bundle: Mapping[str, str] | None = None,
     ) -> None:
         names = graphs_of(spec)
         if missing := [name for name in names if name not in sessions]:
@@ -176,7 +178,7 @@ class Grounder(Closable):
             message = f"unchanged_tolerance={unchanged_tolerance!r}: expected levels from 0 to 255"
             raise VideoError("options.out_of_range", message)
         self.sessions: Mapping[str, Session] = dict(sessions)
-        self.tokenizer, self.verified, self.target = tokenizer, verified, target
+        self.tokenizer, self.verified, self.target, self.bundle = tokenizer, verified, target, bundle
         vision_encoder, language_model = sessions["vision_encoder"], sessions["language_model"]
         self._pool = KVPool(language_model, budget_bytes=kv_budget_bytes)
         self._feature_budget_bytes = feature_budget_bytes
@@ -246,6 +248,7 @@ class Grounder(Closable):
             index=kept,
             verified=bundle.manifest.verified,
             target=sessions.target,
+            bundle={"name": bundle.path.resolve().name, "fingerprint": bundle.manifest.fingerprint},
         )
 
     @property

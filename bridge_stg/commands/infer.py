@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from bridge_stg.runtime.chain.results import Grounding
 
 BACKEND_OPTIONS = ("backend", "variant", "threads")
+RECORDED = (
+    "task", "first_box", "allow_none", "heads", "mode", "grammar", "max_tokens", "max_visual_tokens", "stream",
+)  # fmt: skip
+"""Options that may change the answers, and are recorded with them."""
 UNVERIFIED = (
     "Note: this bundle is unverified: it was exported with --no-verify, so its graphs were never compared with torch."
 )
@@ -87,6 +91,12 @@ class Request:
         """Return the files to write."""
         paths = (self.json_file, self.jsonl_file, self.annotate, self.sheet)
         return [path for path in paths if path is not None and path != STDOUT]
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that may change the answers, by name."""
+        values = {name: getattr(self, name) for name in RECORDED} | dict(self.backend_options)
+        return values if self.first_box is None else {**values, "task": "track"}
 
     @property
     def to_stdout(self) -> bool:
@@ -257,9 +267,11 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
 
     An error of one of several sources is reported, and the others continue; that of a single one is raised.
     """
+    from bridge_stg.runtime.chain.results import program_json
     from bridge_stg.runtime.host.limits import Limits
 
     found = failed = 0
+    made_by = {"program": program_json(), "bundle": grounder.bundle}
     with json_lines(request.jsonl_file) as append:
         for source in sources:
             try:
@@ -267,7 +279,7 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
                     if source.kind != "file":
                         check_drawing(request, path)
                     results = ground(request, grounder, path, progress)
-                    write(request, source, path, results, chosen=grounder.target, progress=progress)
+                    write(request, source, path, results, grounder=grounder, progress=progress)
             except (VideoError, QueryError, EngineError) as error:
                 if len(sources) == 1:
                     raise
@@ -281,7 +293,7 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
                 continue
             found += sum(result.found for result in results)
             for result in results:
-                append({"video": source.name, **result.to_json()})
+                append({"video": source.name, **made_by, **result.to_json()})
             progress.close()
             if not request.to_stdout:
                 show(source, results, grounder.target, batch=is_batch(sources))
@@ -346,13 +358,17 @@ def show(
 
 
 def write(
-    request: Request, source: Source, path: str, results: Sequence[Grounding | SearchResult], *,
-    chosen: ChosenBackend | None, progress: ProgressBar,
+    request: Request, source: Source, path: str, results: Sequence[Grounding | SearchResult], *, grounder: Grounder,
+    progress: ProgressBar,
 ) -> None:  # fmt: skip
     """Write the files that were requested, each whole or not at all; `path` is the local file of the source."""
     if request.json_file:
-        engine = None if chosen is None else chosen.to_json()
-        document = {"video": source.name, "engine": engine, "results": [result.to_json() for result in results]}
+        from bridge_stg.runtime.chain.results import origin_json
+
+        origin = origin_json(
+            bundle=grounder.bundle, engine=grounder.target, source=source.name, options=request.recorded
+        )
+        document = {**origin, "results": [result.to_json() for result in results]}
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
         write_text(request.json_file, text)
     if request.annotate or request.sheet:

@@ -11,13 +11,12 @@ from bridge_stg.evaluation.run.index_files import IndexedFile
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
-from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
+from bridge_stg.runtime.chain.results import VIDEO_STAGES, FrameBoxes, Grounding
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.search.occurrences import SearchResult, score_of
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
 ROWS = 12
-VIDEO_STAGES = ("decode_video", "vision_coarse", "prefill")
 CLOCK_NOTES = {
     "frame_rate": "times: not all frames have time stamps; the frame rate stated in the file is used instead",
     "guessed": "times: guessed where the file has no usable time stamps",
@@ -100,10 +99,11 @@ def index_total(rows: Sequence[IndexedFile], folder: Path) -> str:
 
 
 def _seconds_lines(result: Grounding) -> list[str]:
-    """Return the seconds of the stages of the video, which its queries share, and of the call that answered them."""
-    lines = {"video": "", "queries": ""}
+    """Return the seconds of the video's stages, which its queries share, of the call that answered, and of both."""
+    lines = {"video": "", "queries": "", "both": ""}
     for stage, seconds in result.timings.items():
-        lines["video" if stage in VIDEO_STAGES else "queries"] += f", {stage} {seconds:.2f}"
+        owner = "video" if stage in VIDEO_STAGES else "both" if stage == "total" else "queries"
+        lines[owner] += f", {stage} {seconds:.2f}"
     return [f"  seconds, {owner}: {stages[2:]}" for owner, stages in lines.items() if stages]
 
 

@@ -66,9 +66,14 @@ def watch(
     _check_output(json_file, source, overwrite=overwrite)
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.runtime import Grounder
+    from bridge_stg.runtime.chain.results import origin_json
     from bridge_stg.runtime.host.memory import return_freed_memory
 
     return_freed_memory()  # a watch runs for days, and its memory should not grow
+    recorded = {
+        "queries": list(queries), "realtime": realtime, "backend": backend, "variant": variant, "threads": threads,
+        **given,
+    }  # fmt: skip
     head_options = options.pop_head_options(given)
     path = bundle or demo_bundle(progress=stage_line)
     with (
@@ -79,7 +84,10 @@ def watch(
     ):
         note_untrained(grounder.spec, path, heads=grounder.heads)
         note_unknown_words(grounder.spec, queries)
-        log({"event": "start", "source": watch.source.name, "queries": queries})
+        origin = origin_json(
+            bundle=grounder.bundle, engine=grounder.target, source=watch.source.name, options=recorded
+        )
+        log({"event": "start", "queries": queries, **origin})
         try:
             for number, update in enumerate(watch):
                 if number == 0 and (round_s := watch.stats.round_s) > given["every_s"]:

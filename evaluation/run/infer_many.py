@@ -16,6 +16,7 @@ from bridge_stg.evaluation.run.evaluate import Model, check_finite
 from bridge_stg.evaluation.run.executor import Executor, LocalExecutor, Lost
 from bridge_stg.evaluation.run.queries import Query
 from bridge_stg.evaluation.run.results import START_AGAIN, ResultFile
+from bridge_stg.runtime.chain.results import program_json
 from bridge_stg.runtime.errors import BridgeError, VideoError
 
 UNIT = 16
@@ -70,7 +71,8 @@ def infer_many(
         "task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens, "stream": stream,
     }  # fmt: skip
     report = progress or (lambda label, done, total: None)
-    with ResultFile(lines, {**options, "model": dict(model.identity)}, overwrite=overwrite, kept=KEPT) as results:
+    identity, facts = {**options, "model": dict(model.identity)}, {"program": program_json(), "bundle": model.label}
+    with ResultFile(lines, identity, overwrite=overwrite, kept=KEPT, facts=facts) as results:
         left = [query for query in queries if _is_left(query, results, retry_failed)]
         done = len(queries) - len(left)
         report(model.label, done, len(queries))

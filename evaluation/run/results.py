@@ -24,12 +24,14 @@ class ResultFile:
     """The `rows` of finished samples by id, on disk and in memory. A context manager; one process at a time."""
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False, kept: tuple[str, ...] | None = None
-    ) -> None:
+        self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False, kept: tuple[str, ...] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Open a file, or create it. The plain values of `identity` must agree with those in the file.
 
-        `kept` are the fields of large rows to keep in memory. Raises BridgeError if the file has results of another
-        run, is damaged, or is being written by another process.
+        `kept` are the fields of large rows to keep in memory. `facts` are written to the first line too, but may
+        differ when the file is opened again, such as the program's version. Raises BridgeError if the file has results
+        of another run, is damaged, or is being written by another process.
         """
         self.path = path
         self._kept = kept
@@ -47,7 +49,7 @@ class ResultFile:
             self._file.truncate(end)
             self._file.seek(end)
             if header is None:
-                self._write({"schema": SCHEMA, **identity})
+                self._write({"schema": SCHEMA, **(facts or {}), **identity})
             else:
                 check_identity(path, header, identity)
         except BaseException:

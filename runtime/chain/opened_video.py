@@ -259,7 +259,8 @@ class OpenedVideo(Closable):
                 )
                 raise VideoError("video.not_an_image", message)
             groundings = self._head.ground(queries, task, limits)
-            timings = {**self._timings, **limits.timings, "total": limits.elapsed_s}
+            earlier_s = sum(s for stage, s in self._timings.items() if stage not in limits.timings)
+            timings = {**self._timings, **limits.timings, "total": earlier_s + limits.elapsed_s}
             words = self._chain.spec.unknown_words
             return [dataclasses.replace(g, timings=timings, unknown_words=words(g.query)) for g in groundings]
 

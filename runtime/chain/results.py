@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import bridge_stg
 from bridge_stg.runtime.chain.spans import TIME_TOLERANCE_S, FineFrames, in_span
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
-SCHEMA = 1
-"""Version of `Grounding.to_json`; increases when a field is renamed, removed or changes its meaning."""
+if TYPE_CHECKING:
+    from bridge_stg.runtime.backends.choose import ChosenBackend
+
+SCHEMA = 2
+"""Version of the JSON of results (docs/results.md); increases when a field is renamed, removed or redefined."""
+VIDEO_STAGES = ("decode_video", "vision_coarse", "prefill")
+"""Stages that are computed once per video and shared by its queries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +134,8 @@ class Grounding:
             fine size; `ratio`, (coarse + fine) / dense.
         timings: seconds per stage. `decode_video`, `vision_coarse` and `prefill` belong to the video and are shared by
             its queries; `answer`, `decode_fine`, `vision_fine`, `spatial` (bridge heads) and `boxes` (`two-step`)
-            belong to the call and are shared by the queries of a `ground_many`; `total` is the call's.
+            belong to the call and are shared by the queries of a `ground_many`; `total` is the call's, plus the stages
+            of the video if it was opened before the call, so it is at least the sum of the others.
         heads: what computed the answer, one of `bridge_stg.runtime.bundle.spec.HEADS`.
         mode: of a text answer, `joint` (all boxes in one answer), `two-step` (the span, then a box per frame), `span`
             or `image`; else empty.
@@ -193,3 +201,25 @@ class Grounding:
 def span_json(span: tuple[float, float] | None) -> dict[str, float] | None:
     """Return a span in seconds as plain values."""
     return None if span is None else {"start_s": round(span[0], 6), "end_s": round(span[1], 6)}
+
+
+def program_json() -> dict[str, str]:
+    """Return name and version of this program as plain values."""
+    return {"name": "bridge-stg", "version": bridge_stg.__version__}
+
+
+def origin_json(
+    *, bundle: Mapping[str, str] | None, engine: ChosenBackend | None, source: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what results come from, as plain values: schema version, program, bundle, engine, source and options.
+
+    `bundle` has its `name` and `fingerprint`; None: unknown. User and password of an address are left out of `source`.
+    """
+    return {
+        "schema": SCHEMA,
+        "program": program_json(),
+        "bundle": None if bundle is None else dict(bundle),
+        "engine": None if engine is None else engine.to_json(),
+        "source": re.sub(r"(?<=://)[^/@]*@", "", source),
+        "options": dict(options),
+    }

@@ -19,6 +19,7 @@ HEAVY = (
 MOST_ENTRIES = {
     "benchmarks/results": 17,
     "bridge_stg": 15,
+    "bridge_stg/commands": 14,
     "bridge_stg/server/page": 30,
     "docs": 24,
     "runtime": 15,

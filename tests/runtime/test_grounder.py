@@ -15,6 +15,7 @@ from bridge_stg.demo.tiny_model import demo_tokenizer_json
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends import choose as targets
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.chain.results import VIDEO_STAGES
 from bridge_stg.runtime.chain.spans import FineFrames
 from bridge_stg.runtime.chain.spatial_pass import SpatialQuery, batches
 from bridge_stg.runtime.errors import EngineError, QueryError, VideoError
@@ -47,7 +48,7 @@ def test_a_query_becomes_a_tube() -> None:
         "spatial",
         "total",
     }
-    assert sum(found.timings.values()) <= 2.001 * found.timings["total"]
+    assert sum(found.timings.values()) <= 2 * found.timings["total"]
     json.dumps(found.to_json(), allow_nan=False)
 
 
@@ -202,7 +203,11 @@ def test_queries_share_the_prefix_and_the_fine_features() -> None:
         assert encoded > coarse
         same(video.ground("the car"), first)
         assert len(sessions["vision_encoder"].calls) == encoded
-        assert {"decode_video", "prefill"} <= set(first.timings) and first.timings["total"] < 5
+        again = video.ground("the car")
+    for timings in (first.timings, again.timings):  # those of the video count in every total
+        assert {"decode_video", "prefill"} <= set(timings)
+        assert timings["total"] < 5 and 2 * timings["total"] >= sum(timings.values()) - 1e-9
+    assert again.timings["total"] >= sum(first.timings[stage] for stage in VIDEO_STAGES)
     prefix = [call for call in sessions["language_model"].calls if call["visual_index"].any()]
     assert len(prefix) == 1
     assert all(len(call["frames"]) <= 3 for call in sessions["vision_encoder"].calls)

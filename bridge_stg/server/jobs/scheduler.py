@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from bridge_stg.runtime.chain.opened_video import OpenedVideo
-from bridge_stg.runtime.chain.results import Grounding
+from bridge_stg.runtime.chain.results import VIDEO_STAGES, Grounding
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 from bridge_stg.runtime.host.limits import Limits, Progress
@@ -28,7 +28,6 @@ from bridge_stg.server.videos.prefix_cache import OpenVideos
 from bridge_stg.server.videos.uploads import Store, StoredFile
 
 MOST_BATCH_QUERIES = 64
-VIDEO_STAGES = ("decode_video", "vision_coarse", "prefill")
 FIRST_GUESS_S = 2.0
 POLL_S = 0.02
 PROGRESS_EVERY_S = 0.1

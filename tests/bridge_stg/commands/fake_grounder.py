@@ -68,6 +68,7 @@ class FakeGrounder(FakeVideo):
     calls: ClassVar[list[tuple[Any, ...]]] = []
     verified = True
     spec = fake_spec()
+    bundle: ClassVar[dict[str, str]] = {"name": "b", "fingerprint": "f" * 64}
     target = ChosenBackend("tensorrt", "10.15.1", {"language_model": "standard"}, "Orin (SM 87)", "requested")
 
     @classmethod

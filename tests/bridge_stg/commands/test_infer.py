@@ -23,6 +23,7 @@ from bridge_stg.runtime.host.packages import install_command
 from bridge_stg.runtime.visualize.canvas import COLOURS
 from tests.bridge_stg.commands import fake_grounder
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
+from tests.evaluation.validation import validate
 from tests.fakes.live_chain import live_grounder
 from tests.fakes.live_chain import stream as bright_stream
 
@@ -49,6 +50,8 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
     assert 8 < fake[1][1]["deadline_s"] <= 9 and fake[1][1]["max_visual_tokens"] == 90
     assert fake[1][1]["stream"] == 0
     document = json.loads(outputs["r.json"].read_text())
+    validate(document, "document")
+    assert document["bundle"] == FakeGrounder.bundle and document["options"]["max_visual_tokens"] == 90
     assert [result["query"] for result in document["results"]] == ["the dog"]
     assert len(document["results"][0]["boxes"]) == 12
     assert document["results"][0]["coarse"]["fps"] == 2
@@ -196,7 +199,7 @@ def test_ask_streams_its_answer(fake: list[Any], clip: Path, capsys: pytest.Capt
 def test_names_that_are_no_unicode(fake: list[Any], clip: Path) -> None:
     name, out = os.fsdecode(b"a\xff.mp4"), clip.parent / "r.json"
     assert cli.run(["infer", name, "q", "--bundle", "b", "--json", str(out)]) == 0
-    assert json.loads(out.read_text(encoding="utf-8"))["video"] == name
+    assert json.loads(out.read_text(encoding="utf-8"))["source"] == name
 
 
 class TestDemoBundle:

@@ -37,10 +37,10 @@ def test_table_shows_at_most_twelve_boxes() -> None:
 
 
 def test_table_separates_the_seconds_of_the_video_from_those_of_the_queries() -> None:
-    timings = {"decode_video": 1.0, "prefill": 2.0, "answer": 0.25, "total": 0.5}
+    timings = {"decode_video": 1.0, "prefill": 2.0, "answer": 0.25, "total": 3.5}
     table = grounding_table(dataclasses.replace(FakeVideo().ground("the dog"), timings=timings))
     assert "seconds, video: decode_video 1.00, prefill 2.00\n" in table
-    assert table.endswith("seconds, queries: answer 0.25, total 0.50")
+    assert table.endswith("seconds, queries: answer 0.25\n  seconds, both: total 3.50")
 
 
 def test_table_states_no_span_of_an_image() -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from bridge_stg import cli
 from bridge_stg.runtime.grounder import Grounder
+from tests.evaluation.validation import validate
 from tests.fakes.clips import write
 from tests.fakes.live_chain import live_grounder
 
@@ -54,6 +55,7 @@ def test_prints_events_and_writes_json_lines(tmp_path: Path, capsys: pytest.Capt
     walls = [datetime.fromisoformat(line["wall_time"]) for line in (start, appeared, left, end)]
     assert abs((datetime.now(timezone.utc) - walls[0]).total_seconds()) < 60 and walls[1] <= walls[2] <= walls[3]
     assert (start["event"], start["queries"]) == ("start", ["the car"]) and start["source"].endswith("a.mp4")
+    assert start["options"]["every_s"] == 1
     assert (appeared["event"], appeared["time_s"], left["event"], left["time_s"]) == ("appeared", 4, "left", 8)
     assert appeared["tube"][0]["time_s"] == 4 and len(appeared["box"]) == 4
     assert end["event"] == "end" and end["groups"] == 20 and end["dropped_groups"] == 0
@@ -96,6 +98,8 @@ def test_rounds_within_a_group_are_explained_and_not_dropped(
 def test_answers_are_written_on_request(tmp_path: Path) -> None:
     out = tmp_path / "events.jsonl"
     assert watch(clip(tmp_path / "a.mp4"), "the car", "the dog", "--json", out, "--answers", "--duration", 6) == 0
+    for line in lines(out):
+        validate(line, "watch_line")
     answers = [line for line in lines(out) if line["event"] == "answers"]
     assert [line["known_s"] for line in answers] == [1, 2, 3, 4, 5, 6]
     assert [grounding["query"] for grounding in answers[0]["groundings"]] == ["the car", "the dog"]

@@ -21,6 +21,7 @@ from bridge_stg.evaluation.run.queries import Query, read_queries
 from bridge_stg.runtime.host.packages import install_command
 from tests.errors import raises
 from tests.evaluation.official import video
+from tests.evaluation.validation import validate
 from tests.fakes.chain import fake_grounder
 from tests.fakes.clips import two_streams
 
@@ -61,6 +62,10 @@ def test_a_row_for_every_query(table: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     found = infer_many(queries, fake(), out, progress=lambda label, done, total: calls.append((done, total)))
     assert (found.answered, found.failed) == (3, 3) and calls == [(0, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
+    header, *lines = map(json.loads, out.read_text().splitlines())
+    validate(header, "table_header")
+    for line in lines:
+        validate(line, "table_row")
     rows = rows_of(out)
     assert [rows[str(i)]["index"] for i in range(1, 7)] == list(range(6))
     with open_fake() as grounder:
