@@ -13,7 +13,7 @@ from bridge_stg.commands.options import COUNT, PATH, SECONDS, Number
 from bridge_stg.commands.progress import note_untrained
 from bridge_stg.runtime.errors import BridgeError
 
-MIB = 2**20
+MB = 10**6
 
 
 def live_source(value: str) -> tuple[str, str]:
@@ -40,11 +40,11 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--live", multiple=True, type=live_source, metavar="NAME=SOURCE", help="A source that clients may watch.")
 @click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between live rounds.")
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per live round.")
-@click.option("--max-upload-mb", type=COUNT, default=256, show_default=True, help="Maximum MiB per upload.")
-@click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="Maximum MiB of all uploads.")
+@click.option("--max-upload-mb", type=COUNT, default=256, show_default=True, help="Maximum MB per upload.")
+@click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="Maximum MB of all uploads.")
 @click.option("--max-duration-s", type=SECONDS, default=600.0, show_default=True, help="Maximum seconds per video.")
 @click.option("--max-pixels", type=COUNT, default=4096 * 2304, show_default=True, help="Maximum pixels per frame.")
-@click.option("--decode-mb", type=COUNT, default=2048, show_default=True, help="Maximum MiB to decode one file.")
+@click.option("--decode-mb", type=COUNT, default=2048, show_default=True, help="Maximum MB to decode one file.")
 @click.option("--max-queue", type=COUNT, default=64, show_default=True, help="Maximum number of waiting jobs.")
 @click.option(
     "--deadline", "--max-seconds", "max_seconds", type=SECONDS, default=300.0, show_default=True, metavar="SECONDS",
@@ -54,14 +54,15 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--keep-s", type=SECONDS, default=3600.0, show_default=True, help="Seconds to keep uploads and answers.")
 @click.option("--workers", type=COUNT, default=2, show_default=True, help="Videos processed at a time.")
 @click.option("--open-videos", type=COUNT, default=8, show_default=True, help="Videos kept ready for the next query.")
-@click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="Maximum memory of open videos, in MiB.")
+@click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="Maximum memory of open videos, in MB.")
+@click.option("--log-requests", is_flag=True, help="Log a line per request: client, route, status, milliseconds.")
 @click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to finish running jobs.")
 @options.text_options
 @options.backend_options()
 def serve(
     *, bundle: Path, sample: Path | None, api_key: str | None, api_key_env: str | None,
     live: tuple[tuple[str, str], ...], every_s: float, window: int, max_upload_mb: int, max_storage_mb: int,
-    open_mb: int, decode_mb: int, **limits: Any,
+    open_mb: int, decode_mb: int, log_requests: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a BUNDLE over HTTP: uploads, jobs, live sources, and a web page.
 
@@ -81,10 +82,10 @@ def serve(
         api_key=_key(api_key, api_key_env),
         sample=sample or demo_sample(read_manifest(bundle).spec),
         live=dict(live),
-        max_upload_bytes=max_upload_mb * MIB,
-        max_storage_bytes=max_storage_mb * MIB,
-        open_bytes=open_mb * MIB,
-        decode_bytes=decode_mb * MIB,
+        max_upload_bytes=max_upload_mb * MB,
+        max_storage_bytes=max_storage_mb * MB,
+        open_bytes=open_mb * MB,
+        decode_bytes=decode_mb * MB,
         **limits,
     )
 
@@ -92,6 +93,8 @@ def serve(
         note_untrained(read_manifest(bundle).spec, bundle, heads=load_options["heads"])
         click.echo(f"Serving {bundle} at {url} (API: {url}docs). Press Ctrl-C to stop.")
 
+    if log_requests:
+        _log_requests()
     return_freed_memory()  # a server runs for days, and its memory should not grow
     run(
         bundle,
@@ -100,6 +103,18 @@ def serve(
         live={"every_s": every_s, "window": window},
         **load_options,
     )
+
+
+def _log_requests() -> None:
+    """Write the log of requests to stderr, one line each with its time."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("bridge_stg.server.requests")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def _key(key: str | None, variable: str | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -18,6 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
         histogram = partial(Histogram, namespace=NAMESPACE, registry=self.registry)
         self.requests = counter("requests", "Requests answered.", ["method", "route", "status"])
@@ -38,6 +39,10 @@ class Metrics:
         self.stages = histogram("stage_seconds", "Seconds per batch and stage.", ["stage"], buckets=SECONDS)
         self.job_seconds = histogram("job_seconds", "Seconds from a job's arrival to its end.", buckets=SECONDS)
         self.batch_queries = histogram("batch_queries", "Queries answered together.", buckets=QUERIES)
+
+    def describe(self, **facts: str) -> None:
+        """Add the metric `build_info`, which says by its labels what runs."""
+        Info("build", "What runs.", namespace=NAMESPACE, registry=self.registry).info(facts)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is read with the metrics."""

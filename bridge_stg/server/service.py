@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import bridge_stg
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.heads.chat import check_chat
 from bridge_stg.runtime.host.worker import TEMPLATE
@@ -40,6 +41,12 @@ class Service:
     ) -> None:
         self.settings, self.bundle, self.grounder = settings, bundle, grounder
         self.metrics = Metrics()
+        self.metrics.describe(
+            version=bridge_stg.__version__,
+            bundle=bundle,
+            fingerprint=(grounder.bundle or {}).get("fingerprint", ""),
+            backend="unknown" if grounder.target is None else grounder.target.summary,
+        )
         self.live = LiveHub(grounder, settings.live, self.metrics, live_options or {})
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="bridge-stg files")
         self._probing = ThreadPoolExecutor(2, thread_name_prefix="bridge-stg probing")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bridge_stg.runtime.errors import BridgeError
 
-MIB = 2**20
+MB = 10**6
 LIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MOST_FRAMES_PER_SECOND = 240
 LEAST_KEY = 16  # characters of an API key: a shorter one could be guessed
@@ -38,12 +38,12 @@ class Settings:
     media: Path | None = None  # folder whose videos clients may name, None for uploads only
     sample: Path | None = None  # a video that the page offers, None for none; its query is in the .txt beside it
     live: Mapping[str, str] = field(default_factory=dict, repr=False)  # sources that clients may watch, by name
-    max_upload_bytes: int = 256 * MIB  # of one file
-    max_storage_bytes: int = 4096 * MIB  # of all uploads together
+    max_upload_bytes: int = 256 * MB  # of one file
+    max_storage_bytes: int = 4096 * MB  # of all uploads together
     max_videos: int = 512  # uploads
     max_duration_s: float = 600.0  # of one video
     max_pixels: int = 4096 * 2304  # of one frame
-    decode_bytes: int = 2048 * MIB  # memory of a subprocess that reads a file
+    decode_bytes: int = 2048 * MB  # memory of a subprocess that reads a file
     max_queue: int = 64  # jobs in the queue
     max_seconds: float = 300.0  # of one job, waiting included
     max_queries: int = 16  # of one job
@@ -51,7 +51,7 @@ class Settings:
     keep_s: float = 3600.0  # time after their last use in which uploads, jobs and results are kept
     workers: int = 2  # videos that are processed at the same time
     open_videos: int = 8  # videos whose prefix is kept for the next query
-    open_bytes: int = 1024 * MIB  # memory of these videos
+    open_bytes: int = 1024 * MB  # memory of these videos
     upload_s: float = 300.0  # time for one upload
     idle_s: float = 30.0  # time without data in an upload
     drain_s: float = 10.0  # time that running jobs get at shutdown

@@ -1,14 +1,18 @@
-"""Schemas of the API's requests and responses, for validation and OpenAPI. `Grounding.to_json` defines a result."""
+"""Schemas of the API's requests and responses, for validation and OpenAPI. `evaluation.schema` defines a result."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, model_validator
 
-Task = Literal["ground", "span"]
-Results = list[dict[str, Any]]
-RESULTS = "One grounding per query (`unknown_words` lists words of the query that the model does not know)"
+from bridge_stg.evaluation import schema
+from bridge_stg.runtime.chain.tasks import Task, track_from
+
+TaskName = Annotated[
+    Literal["tube", "span", "image", "track"],
+    BeforeValidator(lambda name: "tube" if name == "ground" else name),  # its former name, kept for one release
+]
 PROBLEMS = {400: "malformed", 401: "no valid key", 404: "not found", 408: "too slow", 409: "wrong state",
             413: "too large", 415: "unsupported type", 422: "invalid", 429: "busy", 503: "unavailable"}  # fmt: skip
 
@@ -16,6 +20,18 @@ PROBLEMS = {400: "malformed", 401: "no valid key", 404: "not found", 408: "too s
 def problems(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI description of the errors of a route, whose bodies are a `model`."""
     return {code: {"model": model, "description": text} for code, text in PROBLEMS.items()}
+
+
+def _define(found: dict[str, Any]) -> None:
+    """Replace a model's schema by that of a result."""
+    found.clear()
+    found.update(schema.inlined("result"), title="Result")
+
+
+class Result(RootModel[dict[str, Any]]):
+    """The answer to one query."""
+
+    model_config = ConfigDict(json_schema_extra=_define)
 
 
 class Problem(BaseModel):
@@ -46,18 +62,49 @@ class Video(BaseModel):
     expires_at: str = Field(description="Time at which it is deleted unless it is used before.")
 
 
+def _numbers(value: Any) -> Any:
+    """Split the text of a form's field."""
+    return value.split(",") if isinstance(value, str) else value
+
+
 class NewJob(BaseModel):
     """Queries about one video."""
 
     model_config = ConfigDict(extra="forbid")
     video: str = Field(max_length=100, description="Id of a video.")
-    queries: list[str] = Field(json_schema_extra={"minItems": 1}, description="Sentences that say what to find.")
-    task: Task = Field("ground", description="When and where (`ground`), or only when (`span`).")
+    queries: list[str] = Field(
+        json_schema_extra={"minItems": 1},
+        description="Sentences that say what to find; for `track` one, such as `the object`.",
+    )
+    task: TaskName = Field(
+        "tube",
+        description="`tube`: when and where; `span`: only when; `image`: where, in an image that shows it; `track`: "
+        "where, from a box in the first frame.",
+    )
+    first_box: Annotated[list[float], BeforeValidator(_numbers), Field(min_length=4, max_length=4)] | None = Field(
+        None,
+        description="Of `track`: left, top, right, bottom in pixels of the first frame; in a form, with commas.",
+    )
     allow_none: bool = Field(True, description="Whether the answer may be that it is not in the video.")
     stream: int | None = Field(None, ge=0, description="Video stream of the file, by its index; by default the best.")
     deadline_s: float | None = Field(
         None, gt=0, description="Time limit in seconds, waiting included; by default the server's maximum."
     )
+
+    @model_validator(mode="after")
+    def _check_track(self) -> NewJob:
+        if (self.task == "track") != (self.first_box is not None):
+            raise ValueError("`first_box` belongs to the task `track`, which needs it")
+        if self.task == "track" and len(self.queries) > 1:
+            raise ValueError("the task `track` takes one query")
+        return self
+
+    @property
+    def runtime_task(self) -> Task:
+        """The task for the runtime. Raises QueryError if the first box is invalid."""
+        if self.first_box is not None:
+            return track_from(self.first_box)
+        return Task(self.task, allow_none=self.allow_none and self.task != "image")
 
 
 class Job(BaseModel):
@@ -66,11 +113,11 @@ class Job(BaseModel):
     id: str
     video: str
     queries: list[str]
-    task: Task
+    task: TaskName
     status: Literal["queued", "running", "done", "failed", "cancelled"]
     position: int | None = Field(None, description="Number of jobs before it in the queue; null outside the queue.")
     progress: dict[str, Any] | None = Field(None, description="The newest stage, done and total of the runtime.")
-    results: Results | None = Field(None, description=f"{RESULTS}, when done.")
+    results: list[Result] | None = Field(None, description="One result per query, when done.")
     error: str | None = Field(None, description="Why it failed.")
     code: str | None = None
 
@@ -79,7 +126,7 @@ class Grounded(BaseModel):
     """The answers to one request."""
 
     video: Video
-    results: Results = Field(description=f"{RESULTS}, in their order.")
+    results: list[Result] = Field(description="One result per query, in their order.")
 
 
 class LiveSource(BaseModel):

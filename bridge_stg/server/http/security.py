@@ -2,7 +2,8 @@
 
 Without a key the server trusts everyone who can reach it, and on the loopback interface that includes every page in a
 browser of this machine. So the Host header must be a name of this machine (a page that rebinds its own name to
-127.0.0.1 sends its own name), and a request that changes something must not come from another origin.
+127.0.0.1 sends its own name), and a request that changes something, or that follows events and so may start a camera,
+must not come from another origin.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -50,9 +52,12 @@ HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
 
+requests = logging.getLogger("bridge_stg.server.requests")
+"""The log of requests. It has routes instead of paths, since whoever knows the id of a video may read the video."""
+
 
 class Guard:
-    """Middleware that checks key, host, origin and body size, adds headers and counts requests."""
+    """Middleware that checks key, host, origin and body size, adds headers, counts and logs requests."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -65,7 +70,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         path, method = scope["path"], scope["method"]
-        status, sent, more, held = 500, False, path in UPLOADS, list[int]()
+        status, sent, more, held, began = 500, False, path in UPLOADS, list[int](), time.monotonic()
         if method == "HEAD" and not path.endswith("/events"):
             scope = {**scope, "method": "GET"}  # uvicorn sends the answer to HEAD without its body
 
@@ -98,6 +103,8 @@ class Guard:
             self._active, self._chat_bytes = self._active - 1, self._chat_bytes - sum(held)
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(method if method in METHODS else "other", route, str(status)).inc()
+            client, took_ms = (scope.get("client") or ("-",))[0], 1000 * (time.monotonic() - began)
+            requests.info("%s %s %s %d %.0f ms", client, method, route, status, took_ms)
 
     def _check(self, scope: Scope) -> None:
         headers, path, settings = Headers(scope=scope), scope["path"], self._settings
@@ -113,7 +120,12 @@ class Guard:
             message = "The Host header is not a name of this server; its operator can add it with --allow-host."
             raise ApiError(400, "server.unknown_host", message)
         origin = headers.get("origin")
-        if scope["method"] not in SAFE_METHODS and origin and urlsplit(origin).netloc.lower() != host:
+        foreign = bool(origin) and urlsplit(origin or "").netloc.lower() != host
+        if path.endswith("/events"):  # a GET, but it starts a live source
+            foreign = foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+        elif scope["method"] in SAFE_METHODS:
+            foreign = False
+        if foreign:
             raise ApiError(403, "server.foreign_origin", "Pages of other origins may not use this server.")
 
     async def _read(self, scope: Scope, receive: Receive, held: list[int]) -> Receive:

@@ -15,7 +15,6 @@ from fastapi.sse import ServerSentEvent
 
 from bridge_stg.runtime.chain.opened_video import ChatMessage
 from bridge_stg.runtime.chain.results import Grounding
-from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.schemas import NewJob
 from bridge_stg.server.videos.uploads import Upload
@@ -34,7 +33,7 @@ class Job:
     def __init__(self, upload: Upload, new: NewJob, deadline_s: float) -> None:
         self.id = secrets.token_urlsafe(18)
         self.upload, self.queries, self.task, self.stream = upload, tuple(new.queries), new.task, new.stream
-        self.runtime_task = Task("span" if new.task == "span" else "tube", allow_none=new.allow_none)
+        self.runtime_task = new.runtime_task
         self.deadline_s = deadline_s
         self.status = "queued"
         self.over = threading.Event()  # set when no client waits for the answer: its work may stop

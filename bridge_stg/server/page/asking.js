@@ -35,7 +35,7 @@ export function find(target, requested) {
     const { signal } = mine.stop;
     const onWait = (seconds) => work.busy(seconds);
     if (!target.record) work.note("upload", target.part ?? 0, 1);
-    const task = byId("only-when").checked ? "span" : "ground";
+    const task = byId("only-when").checked ? "span" : "tube";
     const start = async () => {
       const { id } = target.record ?? (await unlessAborted(send(target), signal));
       const body = { video: id, queries: requested, task, allow_none: byId("allow-none").checked };

@@ -103,7 +103,7 @@ export function describe({ width, height, duration_s: duration, frames }) {
 
 /** Return a number of bytes as people read it. */
 export function size(bytes) {
-  return bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
+  return bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB` : `${Number((bytes / 1e6).toFixed(1))} MB`;
 }
 
 /** Whether the same again may go better. */

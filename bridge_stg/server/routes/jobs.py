@@ -22,6 +22,9 @@ from bridge_stg.server.routes.videos import TheService, file_response, form_or_j
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.uploads import Upload
 
+OPTIONS = ("task", "first_box", "allow_none", "stream", "deadline_s")
+"""Fields of a form beside `file` and `queries`."""
+
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
 T = TypeVar("T")
@@ -86,7 +89,7 @@ async def ground(request: Request, service: TheService) -> Response:
     service.scheduler.check_room()
     with service.store.receive() as incoming:
         form = await read_form(request, service.settings, incoming.write)
-        options = {name: value for name, value in form.fields if name in ("task", "allow_none", "stream", "deadline_s")}
+        options = {name: value for name, value in form.fields if name in OPTIONS}
         with client_input():
             new = schemas.NewJob.model_validate({"video": "", "queries": form.values("queries"), **options})
         service.check_queries(new.queries)

@@ -24,7 +24,7 @@ from bridge_stg.runtime.host.files import temporary_sibling
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.schemas import Video
 from bridge_stg.server.metrics import Metrics
-from bridge_stg.server.settings import MIB, Settings
+from bridge_stg.server.settings import MB, Settings
 from bridge_stg.server.videos.isolated import IsolatedMedia
 from bridge_stg.server.videos.prefix_cache import OpenVideos
 from bridge_stg.server.videos.probe import FileInfo
@@ -191,10 +191,10 @@ class Store:
     def _reserve(self, size: int, more: int) -> None:
         most = self._settings.max_upload_bytes
         if size + more > most:
-            message = f"The file is larger than {most / MIB:g} MiB, the limit of this server."
+            message = f"The file is larger than {most / MB:g} MB, the limit of this server."
             raise ApiError(413, "server.upload_too_large", message)
         if self.stored_bytes + more > self._settings.max_storage_bytes:
-            raise self._full(f"{self.stored_bytes / MIB:.0f} MiB")
+            raise self._full(f"{self.stored_bytes / MB:.0f} MB")
         self._metrics.uploaded.inc(more)
 
     def _full(self, found: str) -> ApiError:

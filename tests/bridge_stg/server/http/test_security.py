@@ -99,6 +99,22 @@ def test_pages_of_other_origins_change_nothing(served: Callable[..., Running], t
     assert len(list(running.service.store.folder.iterdir())) == 1
 
 
+def test_pages_of_other_origins_start_no_live_source(served: Callable[..., Running]) -> None:
+    path = "/v1/live/nothing/events?query=a"
+    with served().client() as client:
+        for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Origin": "null"}):
+            assert http_error(client.get(path, headers=headers)) == (403, "server.foreign_origin"), headers
+        for headers in ({}, {"Sec-Fetch-Site": "same-origin"}):
+            assert http_error(client.get(path, headers=headers)) == (404, "server.source_not_found"), headers
+
+
+def test_the_log_of_requests_names_routes(served: Callable[..., Running], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "bridge_stg.server.requests")
+    with served().client() as client:
+        client.get("/v1/videos/secret")
+    assert "127.0.0.1 GET /v1/videos/{video} 404" in caplog.text and "secret" not in caplog.text
+
+
 def test_every_answer_carries_the_headers(served: Callable[..., Running]) -> None:
     with served().client() as client:
         for path in ("/", "/docs", "/health", "/v1/nothing", "/openapi.json", "/metrics"):

@@ -30,6 +30,7 @@ from tests.bridge_stg.server.conftest import (
     until,
     upload,
 )
+from tests.evaluation.validation import validate
 from tests.fakes.chain import fake_grounder, fake_spec
 from tests.fakes.clips import two_streams, write
 
@@ -183,7 +184,26 @@ def test_an_image_is_a_video_of_one_frame(form: str, served: Callable[..., Runni
         done = ended(client, ask(client, video["id"], ["the cup"], allow_none=False).json()["id"])
         assert len(done["results"][0]["boxes"]) == 1
         still = client.get(f"/v1/videos/{video['id']}/frame")
+        done = ended(client, ask(client, video["id"], ["the cup"], task="image").json()["id"])
+        assert done["task"] == done["results"][0]["task"] == "image" and done["results"][0]["found"]
     assert Image.open(io.BytesIO(still.content)).size == (64, 48)
+
+
+def test_every_task_has_the_name_of_its_results(served: Callable[..., Running], tmp_path: Path) -> None:
+    content = small_clip(tmp_path / "a.mp4").read_bytes()
+    with served().client() as client:
+        video = upload(client, tmp_path / "a.mp4")["id"]
+        for task, options in (("tube", {}), ("span", {}), ("track", {"first_box": [1, 2, 30, 40]})):
+            done = ended(client, ask(client, video, ["the car"], task=task, **options).json()["id"])
+            assert done["task"] == done["results"][0]["task"] == task
+            validate(done["results"][0], "result")
+        former = ended(client, ask(client, video, ["the car"], task="ground").json()["id"])
+        assert former["task"] == former["results"][0]["task"] == "tube"
+        form = {"queries": "the car", "task": "track", "first_box": "1,2,30,40"}
+        answer = client.post("/v1/ground", files={"file": content}, data=form)
+        assert answer.json()["results"][0]["task"] == "track", answer.text
+        failed = ended(client, ask(client, video, ["the car"], task="image").json()["id"])
+        assert (failed["status"], failed["code"]) == ("failed", "video.not_an_image")
 
 
 @pytest.mark.parametrize(
@@ -291,6 +311,12 @@ def test_codes_of_invalid_requests(served: Callable[..., Running], tmp_path: Pat
             ({"video": video, "queries": ["a" * 41]}, (413, "query.too_long")),
             ({"video": video, "queries": "the car"}, (422, "server.invalid_request")),
             ({"video": video, "queries": ["the car"], "task": "dance"}, (422, "server.invalid_request")),
+            ({"video": video, "queries": ["the car"], "task": "track"}, (422, "server.invalid_request")),
+            (
+                {"video": video, "queries": ["the car"], "task": "track", "first_box": [9, 9, 1, 1]},
+                (422, "query.bad_box"),
+            ),
+            ({"video": video, "queries": ["the car"], "first_box": [1, 2, 3, 4]}, (422, "server.invalid_request")),
             ({"video": video, "queries": ["the car"], "deadline_s": -1}, (422, "server.invalid_request")),
             ({"video": video, "queries": ["the car"], "path": "/etc/passwd"}, (422, "server.invalid_request")),
             ({"queries": ["the car"]}, (422, "server.invalid_request")),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from bridge_stg.evaluation import schema
 from bridge_stg.runtime.bundle.spec import KnowsSpec
 from tests.bridge_stg.server.conftest import ROOT, Running, ask, ended, http_error, small_clip, upload
 from tests.fakes.chain import fake_grounder, fake_spec
@@ -78,7 +79,8 @@ def test_metrics_parse_and_count(served: Callable[..., Running], tmp_path: Path)
     assert samples["batch_queries_sum",] == 2 and samples["job_seconds_count",] == 1
     for stage in ("decode_video", "vision_coarse", "prefill", "answer", "spatial"):
         assert samples["stage_seconds_count", stage] == 1, stage
-    assert {"live_watches", "live_clients"} <= {name for name, *_ in samples}
+    names = {name for name, *_ in samples}
+    assert {"live_watches", "live_clients", "build_info", "process_resident_memory_bytes"} <= names
 
 
 def test_the_openapi_document_is_valid_and_complete(served: Callable[..., Running]) -> None:
@@ -88,6 +90,7 @@ def test_the_openapi_document_is_valid_and_complete(served: Callable[..., Runnin
         document = client.get("/openapi.json").json()
         docs = client.get("/docs")
     validate(document)
+    assert document["components"]["schemas"]["Result"]["properties"].keys() == schema.RESULT.keys()
     routes = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
     assert routes == {
         ("POST", "/v1/videos"), ("GET", "/v1/videos/{video}"), ("DELETE", "/v1/videos/{video}"),
