@@ -26,6 +26,7 @@ from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.packages import install_command
 
 MODULES = {
+    "bench": "bench",
     "build": "build",
     "calibrate": "calibrate",
     "evaluate": "convert-refs evaluate evaluate-demo index infer-many",

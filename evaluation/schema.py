@@ -20,7 +20,7 @@ from bridge_stg.runtime.video.token_budget import LIMITS
 Schema: TypeAlias = "dict[str, Any]"
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-DOCUMENTS = ("document", "table_header", "table_row", "watch_line", "doctor", "error")
+DOCUMENTS = ("document", "table_header", "table_row", "watch_line", "bench", "doctor", "error")
 """Definitions of whole JSON documents or lines; the others are parts of them."""
 
 
@@ -342,6 +342,51 @@ DEFINITIONS: Mapping[str, Schema] = {
     "round": _object("The answers to the standing queries at one time. The server sends it as `update`.", ROUND),
     "watch_answers": _tagged("answers", "A round, as a line.", ROUND),
     "watch_end": _tagged("end", "The last line of a watch: its counts, and seconds in total.", WATCHED),
+    "bench": _object(
+        "What `bench --json` writes. All seconds are wall time, and medians and 95th percentiles are over the calls.",
+        {
+            **ORIGIN,
+            "machine": _of("object", "Processor, cores, system, Python and packages."),
+            "load_average": _of(
+                "array?",
+                "Load of the machine at the end, over 1, 5 and 15 minutes; null: not known.",
+                items={"type": "number"},
+            ),
+            "load_s": _of("number", "Seconds to load the bundle, with the import of the backend's package.", minimum=0),
+            "first_answer_s": _of(
+                "number", "Seconds from the start of loading to the first answer on the first video.", minimum=0
+            ),
+            "rows": _list("bench_row", "One row per video."),
+        },
+    ),
+    "bench_row": _object(
+        "The figures of one video.",
+        {
+            "coarse_frames": _of("integer", "Coarse frames that were encoded.", minimum=1),
+            "tokens": _object(
+                "Visual tokens, `coarse` and `fine`, and tokens of the `answer`.",
+                {name: _of("integer", "Tokens.", minimum=0) for name in ("coarse", "fine", "answer")},
+            ),
+            "stages": _of(
+                "object",
+                "`median_s` and `p95_s` of each stage and of `total`, by the names of `timings`.",
+                additionalProperties=_object(
+                    "Seconds.", {name: _of("number", "Seconds.", minimum=0) for name in ("median_s", "p95_s")}
+                ),
+            ),
+            "tokens_per_s": _of(
+                "object",
+                "Tokens per second: coarse visual tokens in `vision_coarse` and in `prefill`; tokens of the answer in "
+                "`answer`, which also contains the prefill of the query.",
+                additionalProperties={"type": "number"},
+            ),
+            "peak_bytes": _of(
+                "integer",
+                "Peak resident memory of the process during these calls (elsewhere than on Linux: so far).",
+                minimum=1,
+            ),
+        },
+    ),
     "doctor": _object(
         "What `doctor --json` prints.",
         {

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -248,7 +249,7 @@ class Grounder(Closable):
             index=kept,
             verified=bundle.manifest.verified,
             target=sessions.target,
-            bundle={"name": bundle.path.resolve().name, "fingerprint": bundle.manifest.fingerprint},
+            bundle={"name": Path(path).resolve().name, "fingerprint": bundle.manifest.fingerprint},
         )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from bridge_stg.calibration.options import load_arguments
 from bridge_stg.evaluation.run.evaluate import run_task
 from bridge_stg.evaluation.samples import Sample
+from bridge_stg.evaluation.stage_times import StageTimes
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
 
@@ -26,7 +26,7 @@ def stage_seconds(
     """
     loaded = load_arguments(options)
     groups = [list(bundles)] if side_by_side else [[label] for label in bundles]
-    taken: dict[str, dict[str, list[float]]] = {label: {} for label in bundles}
+    taken = {label: StageTimes() for label in bundles}
     clips = 0
     for labels in groups:
         clips = 0
@@ -41,7 +41,5 @@ def stage_seconds(
                     continue
                 clips += bool(place)
                 for label, timings in found.items() if place else ():
-                    for stage, seconds in timings.items():
-                        taken[label].setdefault(stage, []).append(seconds)
-    medians = {label: {stage: statistics.median(v) for stage, v in stages.items()} for label, stages in taken.items()}
-    return {**medians, "clips": clips}
+                    taken[label].add(timings)
+    return {**{label: times.percentile(50) for label, times in taken.items()}, "clips": clips}

@@ -159,7 +159,7 @@ def fake_bundle(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Grounder) -
     passed: dict[str, Any] = {}
 
     class FakeBundle:
-        manifest = SimpleNamespace(spec=fake.spec, verified=True)
+        manifest = SimpleNamespace(spec=fake.spec, verified=True, fingerprint="f")
         tokenizer_path = folder / "tokenizer.json"
 
     def open_sessions(bundle: Any, **options: Any) -> Any:
@@ -180,6 +180,7 @@ def test_load_opens_the_sessions_of_the_bundle(monkeypatch: pytest.MonkeyPatch, 
     with Grounder.load(tmp_path, variant="primitive", threads=2) as grounder:
         assert grounder.ground(clip(), "the car").answer == CAR
         assert grounder.target.backend == "fake"
+        assert grounder.bundle == {"name": tmp_path.name, "fingerprint": "f"}
     assert passed == {"backend": "auto", "variant": "primitive", "threads": 2, "wait": True}
 
 
