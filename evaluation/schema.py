@@ -20,7 +20,7 @@ from bridge_stg.runtime.video.token_budget import LIMITS
 Schema: TypeAlias = "dict[str, Any]"
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-DOCUMENTS = ("document", "table_header", "table_row", "watch_line", "bench", "doctor", "error")
+DOCUMENTS = ("document", "line", "table_header", "table_row", "watch_line", "bench", "doctor", "error")
 """Definitions of whole JSON documents or lines; the others are parts of them."""
 
 
@@ -140,6 +140,11 @@ EVENT = {
     ),
     "query": _of("string", "The standing query."),
     "time_s": _of("number", "Time of the event in the stream, in seconds."),
+    "wall_time": _of(
+        "string?",
+        "When the frame of the event arrived, ISO 8601 in UTC; of a file that is read as fast as possible, when the "
+        "newest frame of the round was read.",
+    ),
     "known_s": _of("number", "Time up to which the model had seen the stream when it detected the event."),
     "box": BOX_AT["box"],
     "span": _ref("span", "The span of the answer that shows the event, in time of the stream.", null=True),
@@ -152,6 +157,8 @@ ROUND = {
     "window": _ref("span", "Start and end of the window that was searched."),
     "behind_s": _of("number", "Seconds of the stream that were read after `known_s` by the end of the round."),
     "took_s": _of("number", "Seconds that the round took.", minimum=0),
+    "wall_time": _of("string", "When the newest frame of the window arrived, ISO 8601 in UTC."),
+    "latency_s": _of("number", "Seconds from the arrival of this frame to the answers.", minimum=0),
     "groundings": _list("result", "The answers, in the order of the queries; times are times of the stream."),
     "events": _list("event", "The new events in order of time."),
 }
@@ -184,10 +191,15 @@ WATCHED = {
             "longest_rebuild_s": "The longest rebuild.",
             "longest_answer_s": "The longest round.",
             "cost_s": "Average seconds of the model per sample.",
+            "round_s": "Time of the stream between two rounds.",
+            "latency_median_s": "Median seconds from the arrival of the newest frame of a round to its answers.",
+            "latency_p95_s": "95th percentile of the same.",
         }.items()
     },
     "ended": _of("string", "Why the watch ended.", enum=["source", "stopped", "duration", "error"]),
 }
+
+WRITTEN = _of("string", "When the line was written, ISO 8601 in UTC.")
 
 ROW = {
     "id": _of("string", "Id of the query: that of the table, else the line's number; in a folder, file and number."),
@@ -312,6 +324,33 @@ DEFINITIONS: Mapping[str, Schema] = {
             "reason": _of("string", "Why it was chosen."),
         },
     ),
+    "line": {
+        "description": "A line of `infer --jsonl`.",
+        "anyOf": [{"$ref": "#/$defs/answered_line"}, {"$ref": "#/$defs/failed_line"}],
+    },
+    "answered_line": _object(
+        "A result and what it comes from.",
+        {
+            "video": ORIGIN["source"],
+            **{name: ORIGIN[name] for name in ("program", "bundle")},
+            **RESULT,
+        },
+    ),
+    "failed_line": _object(
+        "A query whose source could not be read.",
+        {
+            "video": ORIGIN["source"],
+            "query": RESULT["query"],
+            "error": _ref("problem", "Why."),
+        },
+    ),
+    "problem": _object(
+        "An error.",
+        {
+            "code": _of("string", "Stable dotted code; see [troubleshooting](troubleshooting.md)."),
+            "message": _of("string", "One paragraph; its wording may change."),
+        },
+    ),
     "table_header": _object(
         "The first line of `infer-many`'s JSON lines: what must agree when the run is resumed, and the program.",
         {
@@ -337,11 +376,21 @@ DEFINITIONS: Mapping[str, Schema] = {
         "description": "A line of `watch --jsonl`: `start`, then events and, with --answers, rounds, then `end`.",
         "anyOf": [{"$ref": f"#/$defs/{name}"} for name in ("watch_start", "event", "watch_answers", "watch_end")],
     },
-    "watch_start": _tagged("start", "The first line of a watch.", ORIGIN),
+    "watch_start": _tagged(
+        "start",
+        "The first line of a watch.",
+        {
+            "wall_time": WRITTEN,
+            "queries": _of("array", "The standing queries.", items={"type": "string"}),
+            **ORIGIN,
+        },
+    ),
     "event": _object("A target that appeared, moved or left. The server sends it as `event`.", EVENT),
     "round": _object("The answers to the standing queries at one time. The server sends it as `update`.", ROUND),
     "watch_answers": _tagged("answers", "A round, as a line.", ROUND),
-    "watch_end": _tagged("end", "The last line of a watch: its counts, and seconds in total.", WATCHED),
+    "watch_end": _tagged(
+        "end", "The last line of a watch: its counts, and seconds in total.", {"wall_time": WRITTEN, **WATCHED}
+    ),
     "bench": _object(
         "What `bench --json` writes. All seconds are wall time, and medians and 95th percentiles are over the calls.",
         {
@@ -415,13 +464,7 @@ DEFINITIONS: Mapping[str, Schema] = {
     "error": _object(
         "The line on stdout of a command with --json or --jsonl that failed.",
         {
-            "error": _object(
-                "The error.",
-                {
-                    "code": _of("string", "Stable dotted code; see [troubleshooting](troubleshooting.md)."),
-                    "message": _of("string", "One paragraph; its wording may change."),
-                },
-            )
+            "error": _ref("problem", "The error."),
         },
     ),
 }

@@ -9,28 +9,27 @@ from typing import Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, output_file
+from bridge_stg.commands.infer import write_text
+from bridge_stg.commands.options import COUNT, STDOUT, OutputFile
 from bridge_stg.commands.progress import ProgressBar
 from bridge_stg.runtime.errors import BridgeError
 
 
-class Counts(click.ParamType):
-    """Comma-separated numbers, each at least 1."""
-
-    name = "N,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Return the numbers."""
-        return tuple(COUNT.convert(part, param, ctx) for part in value.split(",")) if isinstance(value, str) else value
+def counts(value: str) -> tuple[int, ...]:
+    """Return comma-separated numbers, each at least 1."""
+    found = [int(part) if part.strip().isdecimal() else 0 for part in value.split(",")]
+    if not all(found):
+        raise click.BadParameter(f"{value!r}: expected numbers of frames, each at least 1, as in 8,32,128.")
+    return tuple(found)
 
 
 @click.command()
 @options.bundle_argument
 @click.option("--video", help="Measure with this video instead of rendered ones.")
-@click.option("--frames", type=Counts(), help="Coarse frames of the rendered videos; default: 8,32,128.")
+@click.option("--frames", type=counts, metavar="N,…", help="Coarse frames of the rendered videos; default: 8,32,128.")
 @click.option("--query", help='What to find; default: "the red square", which rendered videos show.')
 @click.option("--rounds", type=COUNT, default=5, show_default=True, help="Measured calls per video.")
-@click.option("--json", "json_file", type=output_file(".json"), help="Write the figures.")
+@click.option("--json", "json_file", type=OutputFile(".json", stdout=True), help="Write the figures; -: to stdout.")
 @options.text_options
 @options.backend_options()
 def bench(
@@ -44,7 +43,6 @@ def bench(
     if video is not None and frames is not None:
         raise BridgeError("options.conflict", "--frames sizes rendered videos; leave it out, or leave out --video.")
     from bridge_stg.evaluation import bench as measuring
-    from bridge_stg.runtime.host.files import replacing
 
     load_options = {**options.pop_head_options(given), **given}
     with ProgressBar() as progress:
@@ -52,8 +50,9 @@ def bench(
             bundle, video=video, frames=frames or measuring.FRAMES, query=query or measuring.QUERY, rounds=rounds,
             progress=progress, **load_options,
         )  # fmt: skip
-    click.echo(measuring.table(measured))
+    if json_file != STDOUT:
+        click.echo(measuring.table(measured))
     if json_file is not None:
-        with replacing(json_file) as temporary:
-            temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        click.echo(f"wrote {json_file}")
+        write_text(json_file, json.dumps(measured, indent=1) + "\n")
+        if json_file != STDOUT:
+            click.echo(f"wrote {json_file}")

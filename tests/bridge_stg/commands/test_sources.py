@@ -22,6 +22,7 @@ from bridge_stg.runtime.live import source as live
 from bridge_stg.runtime.video.decoder import check_path
 from bridge_stg.runtime.video.playback import play
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, FakeVideo, complaint
+from tests.evaluation.validation import validate
 
 
 @pytest.fixture
@@ -78,6 +79,8 @@ def test_a_broken_file_of_a_folder_is_reported_and_the_others_are_answered(
     assert "broken.mp4" in shown.err and "[video.empty]" in shown.err and "1 of 3 sources failed" in shown.err
     assert len([path for path, _ in fake if path == Path("b")]) == 1  # the model is loaded once
     rows = lines(Path("r.jsonl").read_text())
+    for row in rows:
+        validate(row, "line")
     assert [(row["video"], row["query"]) for row in rows[:3]] == [
         ("videos/a.mp4", query) for query in ("the cat", "the dog", "the ghost")
     ]
@@ -121,7 +124,7 @@ def test_standard_input_and_standard_output(
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(content)))
     assert infer("-", "the dog", "--json", "-", "--annotate", "a.mp4", "--sheet", "s.png") == 0
     document = json.loads(capsys.readouterr().out)  # and nothing else
-    assert document["video"] == "-" and document["results"][0]["query"] == "the dog"
+    assert document["source"] == "-" and document["results"][0]["query"] == "the dog"
     assert list(files.values()) == [content] and not Path(*files).exists()
     assert Path("a.mp4").exists() and Path("s.png").exists()
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO()))
@@ -190,7 +193,7 @@ def test_an_address_is_downloaded(
 ) -> None:
     for path in ("clip.mp4", "moved", "unsized"):
         assert infer(f"http://me:a%20b@{server}/{path}", "q", "--json", "-", "--sheet", "s.png") == 0
-        assert json.loads(capsys.readouterr().out)["video"] == f"http://{server}/{path}"  # without the password
+        assert json.loads(capsys.readouterr().out)["source"] == f"http://{server}/{path}"  # without the password
     assert list(files.values()) == [clip.read_bytes()] * 3 and not any(map(Path.exists, map(Path, files)))
     assert Answer.seen["/clip.mp4"] == "Basic bWU6YSBi" and Answer.seen["/clip.mp4?token=1"] is None
 
@@ -240,7 +243,7 @@ def test_a_camera_is_read_for_some_seconds(
     opened = live.LiveSource("camera", True, frames)
     monkeypatch.setattr(live, "open_live", lambda word, **options: opened)
     assert infer(word, "the dog", "--seconds", "2", "--json", "-", "--annotate", "a.mp4") == 0
-    assert json.loads(capsys.readouterr().out)["video"] == word.replace("me:secret@", "")
+    assert json.loads(capsys.readouterr().out)["source"] == word.replace("me:secret@", "")
     with play("a.mp4") as played:
         assert len(list(played.frames)) == 21
     assert len(files) == 1
