@@ -98,7 +98,11 @@ RESULT = {
         null=True,
     ),
     "named_span": _ref("span", "The span that the answer names, before presence moved its ends.", null=True),
-    "answer": _of("string", "What the language model wrote, such as `<2.2 seconds> to <4.2 seconds>` or `none`."),
+    "answer": _of(
+        "string",
+        "What the language model wrote, such as `<2.2 seconds> to <4.2 seconds>` or `none`; its times count from "
+        "the start of the window in a search and in a live stream.",
+    ),
     "heads": _of(
         "string",
         "What computed the boxes: `bridge`, the bridging queries and the spatial decoder; `text`, the language model.",
@@ -130,6 +134,21 @@ RESULT = {
     "tokens": _ref("tokens", "Visual tokens computed for this query."),
     "timings_s": _ref("timings", "Seconds of the stages."),
 }
+
+SEARCHED = {
+    "score": _of(
+        "number",
+        "Rank of the occurrence: (1 − `absent`) · `answer` · `presence` of its `scores`; without boxes, presence "
+        "counts as 1.",
+        minimum=0,
+        maximum=1,
+    ),
+    "occurrences": _list(
+        "occurrence", "All occurrences of the target, best first; the other fields are those of the best one."
+    ),
+    "windows": _ref("windows", "The windows of the search."),
+}
+"""Fields that the result of a search has too."""
 
 EVENT = {
     "event": _of(
@@ -223,7 +242,24 @@ DEFINITIONS: Mapping[str, Schema] = {
     "result": _object(
         "The answer to one query: in `infer --json`, in `infer-many`'s rows, in the server's `results`, from Triton, "
         "and from `Grounding.to_json`.",
-        RESULT,
+        {**RESULT, **SEARCHED},
+        optional=tuple(SEARCHED),
+    ),
+    "occurrence": _object(
+        "One time at which the target is in a video that was searched window by window.",
+        {
+            "score": SEARCHED["score"],
+            **{name: RESULT[name] for name in ("span", "named_span", "answer", "scores", "tube", "boxes")},
+        },
+    ),
+    "windows": _object(
+        "The windows of a search.",
+        {
+            "count": _of("integer", "How many there were.", minimum=1),
+            "length_s": _of("number", "Seconds of a window.", minimum=0),
+            "overlap_s": _of("number", "Seconds that a window has in common with the next one.", minimum=0),
+            "absent": _of("integer", "Windows without the target.", minimum=0),
+        },
     ),
     "span": _object(
         "A time span in seconds from the first frame of the video, half-open: a frame at `end_s` is not part of it.",
@@ -334,7 +370,9 @@ DEFINITIONS: Mapping[str, Schema] = {
             "video": ORIGIN["source"],
             **{name: ORIGIN[name] for name in ("program", "bundle")},
             **RESULT,
+            **SEARCHED,
         },
+        optional=tuple(SEARCHED),
     ),
     "failed_line": _object(
         "A query whose source could not be read.",
@@ -368,7 +406,7 @@ DEFINITIONS: Mapping[str, Schema] = {
         "description": "A line of `infer-many` after the first one, and a row of its Parquet table.",
         "anyOf": [{"$ref": "#/$defs/answered_row"}, {"$ref": "#/$defs/failed_row"}],
     },
-    "answered_row": _object("A query and its result.", {**ROW, **RESULT}),
+    "answered_row": _object("A query and its result.", {**ROW, **RESULT, **SEARCHED}, optional=tuple(SEARCHED)),
     "failed_row": _object(
         "A query that failed.", {**ROW, "error": _of("string", "Why: kind of the error and message.")}
     ),

@@ -16,6 +16,7 @@ from tests.bridge_stg.commands.fake_grounder import complaint
 from tests.evaluation.validation import validate
 from tests.fakes.answers import SCRIPT
 from tests.fakes.chain import clip, fake_grounder, text_spec
+from tests.fakes.live_chain import live_grounder, stream
 
 
 @pytest.mark.parametrize("name", list(schema.DEFINITIONS))
@@ -35,6 +36,9 @@ def test_results_of_every_task() -> None:
     with fake_grounder(text_spec("qwen3_vl"), replies=replies, text=TextOptions()) as grounder:
         results.append(grounder.ground(clip(), "the car"))
     assert results[-1].heads == "text"
+    (searched,) = live_grounder().search(stream(20, bright=((6.0, 9.0),)), ["the car"], window_s=8.0)
+    assert searched.found and searched.to_json()["windows"]["count"] > 1
+    validate(searched.to_json(), "result")
     for result in results:
         value = result.to_json()
         validate(value, "result")
