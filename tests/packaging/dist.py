@@ -77,8 +77,8 @@ def install(wheel: Path, version: str, folder: Path) -> Path:
     """Install the wheel with onnxruntime into a new environment, and start it there; return its Python."""
     run(interpreter(version), "-m", "venv", folder)
     python = folder / "bin" / "python"
-    name = "==".join(wheel.name.split("-")[:2])  # by its name, so that no path gets into the bill of materials
-    run(python, "-m", "pip", "install", "-q", "--find-links", wheel.parent, name.replace("==", "[cpu]=="))
+    name, number = wheel.name.split("-")[:2]  # not by its path, which would get into the bill of materials
+    run(python, "-m", "pip", "install", "-q", "--find-links", wheel.parent, f"{name}[cpu]=={number}")
     run(python, "-m", "pip", "check")
     run(python, "-c", IMPORTS)
     print(f"Python {version}: {run(folder / 'bin' / 'bridge-stg', '--version').strip()}")

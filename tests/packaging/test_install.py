@@ -127,7 +127,8 @@ def test_optimum_cli_has_the_export_command(environment: Path, tmp_path: Path) -
     assert "bridge-stg" in run(*optimum, "--help", cwd=tmp_path)
     shown = run(*optimum, "bridge-stg", "--help", cwd=tmp_path)
     own = run(environment / "bin/bridge-stg", "export", "--help", cwd=tmp_path)
-    options = set(re.findall(r"--[a-z-]+", own)) - {"--help"}
+    general = {"--help", "--verbose", "--quiet", "--log-json"}
+    options = set(re.findall(r"--[a-z-]+", own)) - general
     assert {"--out", "--overwrite", "--variant"} <= options <= set(re.findall(r"--[a-z-]+", shown))
     arguments = ("nowhere", "--variant", "standard", "--out", tmp_path / "b", "--overwrite")
     done = subprocess.run(
