@@ -15,8 +15,14 @@ from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.errors import AnnotationError, VideoError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEOS = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif")
 TEXTS = (".json", ".jsonl", ".txt", ".csv", ".md", ".label", ".ini")
 """Annotations are often named like the medium that they describe."""
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files with one of the suffixes in a folder, at any depth, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
 
 
 class MediaFolder:

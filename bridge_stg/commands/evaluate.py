@@ -84,20 +84,22 @@ def evaluate(
 @click.command("infer-many")
 @click.argument("table", type=PATH)
 @click.option("--media", type=PATH, help="Folder of the videos or images; default: that of TABLE.")
-@click.option("--query", "queries", multiple=True, help="Query for each file if TABLE is a folder; repeatable.")
+@options.text_queries_options
 @options.bundle_option
 @click.option("--out", type=OutputFile(".jsonl", ".parquet"), required=True, help="JSON lines or Parquet file.")
 @options.query_options
 @options.index_option
 @options.many_options
 def infer_many(
-    *, table: Path, media: Path | None, queries: tuple[str, ...], bundle: Path | None, out: Path, task: str,
+    *, table: Path, media: Path | None, texts: tuple[str, ...], queries_file: Path | None, bundle: Path | None,
+    out: Path, task: str,
     index: Path | None, executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None,
     **given: Any,
 ) -> int:  # fmt: skip
     """Answer every (video, query) of TABLE, and write a row for each.
 
-    TABLE is JSON lines or CSV with `video` and `query`, or a folder of videos with --query. A failure is a row with
+    TABLE is JSON lines or CSV with `video` (a file or an http or https address) and `query`, or a folder of videos,
+    with --query or --queries. A failure is a row with
     its error, and the exit code is 1. Finished rows are kept: the same command resumes a run that was stopped.
     """
     from bridge_stg.demo.bundle import demo_bundle
@@ -109,7 +111,7 @@ def infer_many(
     if out.exists() and table.exists() and out.samefile(table):
         raise BridgeError("output.is_input", f"{out} is the table itself; choose another --out.")
     load_options = {"backend": backend, "variant": variant, "index": index, **options.pop_head_options(given)}
-    rows = read_queries(table, media, texts=queries, images=task == "image")
+    rows = read_queries(table, media, texts=options.all_queries(texts, queries_file), images=task == "image")
     path = bundle or demo_bundle(progress=stage_line)
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:

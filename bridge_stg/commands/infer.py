@@ -29,8 +29,6 @@ from bridge_stg.commands.progress import (
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, QueryError, VideoError
 
 if TYPE_CHECKING:
-    from io import FileIO
-
     from bridge_stg.evaluation.sources.download import Reading
     from bridge_stg.evaluation.sources.sources import Source
     from bridge_stg.runtime import Grounder, SearchResult
@@ -144,7 +142,7 @@ class Request:
 @click.option("--untrained", is_flag=True, help="Run a bundle whose bridging and spatial parts were never trained.")
 def infer(
     *, source: str, words: tuple[str, ...], texts: tuple[str, ...], queries_file: Path | None, exit_code: bool,
-    seconds: float, max_download_mb: int, stall_s: float, **given: Any,
+    **given: Any,
 ) -> int:  # fmt: skip
     """Find each QUERY in SOURCE: the time span, and a box in every frame of it.
 
@@ -154,13 +152,12 @@ def infer(
     long one is searched window by window, for all occurrences; after a stop, the same command goes on where it was. Of
     several sources, those that cannot be read are reported, and the exit code is 2. With --track, QUERY is optional.
     """
-    from bridge_stg.evaluation.sources.download import Reading
     from bridge_stg.evaluation.sources.sources import find_sources
 
     request = Request(
         words=(source, *words) if texts or queries_file else (source,),
         queries=options.all_queries(texts, queries_file) or words,
-        reading=Reading(seconds, max_download_mb * 2**20, stall_s),
+        reading=options.pop_reading(given),
         backend_options={name: given.pop(name) for name in BACKEND_OPTIONS},
         **given,
     )
@@ -206,6 +203,10 @@ def check_outputs(request: Request, sources: Sequence[Source]) -> None:
     for output in request.outputs:
         if any(output.exists() and os.path.exists(one.word) and output.samefile(one.word) for one in sources):
             raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")
+    if request.jsonl_file and request.jsonl_file != STDOUT:
+        from bridge_stg.runtime.live.lines import check_lines
+
+        check_lines(request.jsonl_file)
     if request.json_file == request.jsonl_file == STDOUT:
         raise BridgeError("options.conflict", "--json and --jsonl both write to stdout; leave one out.")
     if request.annotate and request.sheet and request.annotate.resolve() == request.sheet.resolve():
@@ -399,53 +400,54 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def json_lines(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield a function that appends a value to a file, or to stdout, as one line; without a path, it does nothing."""
-    with contextlib.ExitStack() as stack:
-        file: FileIO | None = None
-        if path is not None and path != STDOUT:
-            file = stack.enter_context(open(path, "ab+", buffering=0))
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # an earlier process was killed while it wrote
-                    file.write(b"\n")
+    if path is None:
+        yield lambda value: None
+    elif path == STDOUT:
+        yield lambda value: write_text(STDOUT, json.dumps(value, ensure_ascii=False) + "\n")
+    else:
+        from bridge_stg.runtime.live.lines import appended_lines
 
-        def append(value: Mapping[str, Any]) -> None:
-            line = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
-            if file is not None:
-                file.write(line)
-            elif path is not None:
-                click.echo(line, nl=False)
-
-        yield append
+        with appended_lines(path) as append:
+            yield append
 
 
 @click.command()
-@options.source_argument("video")
+@options.source_argument()
 @click.argument("question")
 @options.bundle_option
 @click.option("--max-tokens", type=COUNT, default=512, show_default=True, help="Maximum tokens of the answer.")
 @options.visual_tokens_option
 @options.stream_option
 @options.index_option
+@options.reading_options
 @options.backend_options()
 @deadline_option
 def ask(
-    *, video: str, question: str, bundle: Path | None, max_tokens: int, max_visual_tokens: int | None,
-    stream: int | None, deadline: float | None, **backend: Any,
+    *, source: str, question: str, bundle: Path | None, max_tokens: int, max_visual_tokens: int | None,
+    stream: int | None, deadline: float | None, **given: Any,
 ) -> None:  # fmt: skip
-    """Ask a QUESTION about VIDEO (or an image), and print the answer while the model writes it.
+    """Ask a QUESTION about SOURCE (a video or image), and print the answer while the model writes it.
 
-    The bundle must answer in text (docs/text_heads.md). Decoding is greedy.
+    SOURCE is a file, an address, a camera, a stream, or - for standard input, as for `infer`. The bundle must answer in
+    text (docs/text_heads.md). Decoding is greedy.
     """
     from bridge_stg.demo.bundle import demo_bundle
+    from bridge_stg.evaluation.sources.sources import find_sources
     from bridge_stg.runtime import Grounder
+    from bridge_stg.runtime.host.limits import Limits
 
+    reading, (video, *others) = options.pop_reading(given), find_sources([source])
+    if others or video.listed:
+        raise BridgeError("options.conflict", f"{source} is a folder or a pattern; ask about one video.")
     path = bundle or demo_bundle(progress=stage_line)
-    with Grounder.load(path, **backend) as grounder:
+    began = time.monotonic()
+    with Grounder.load(path, **given) as grounder, video.open(reading, Limits(deadline_s=deadline)) as file:
+        left = None if deadline is None else max(0.0, deadline - (time.monotonic() - began))
         if not grounder.verified:
             LOG.warning(UNVERIFIED)
         pieces = grounder.ask(
-            video, question, max_tokens=max_tokens, max_visual_tokens=max_visual_tokens, stream=stream,
-            deadline_s=deadline,
+            file, question, max_tokens=max_tokens, max_visual_tokens=max_visual_tokens, stream=stream,
+            deadline_s=left,
         )  # fmt: skip
         for piece in pieces:
             click.echo(piece, nl=False)  # which also flushes

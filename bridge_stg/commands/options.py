@@ -6,12 +6,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.cpus import MAX_THREADS
+
+if TYPE_CHECKING:
+    from bridge_stg.evaluation.sources.download import Reading
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -187,6 +190,13 @@ text_queries_options = combine(
         help="Text file with one query per line, for each file.",
     ),
 )  # fmt: skip
+
+
+def pop_reading(given: dict[str, Any]) -> Reading:
+    """Remove the values of `reading_options` from `given`, and return them."""
+    from bridge_stg.evaluation.sources.download import MIB, Reading
+
+    return Reading(given.pop("seconds"), given.pop("max_download_mb") * MIB, given.pop("stall_s"))
 
 
 def all_queries(texts: Sequence[str], file: Path | None) -> tuple[str, ...]:

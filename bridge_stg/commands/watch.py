@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,9 +16,8 @@ from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, SECONDS, Number, OutputFile
 from bridge_stg.commands.progress import LOG, note_unknown_words, note_untrained, stage_line
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.host.files import lock_file
 from bridge_stg.runtime.live.events import wall_json
-from bridge_stg.runtime.live.lines import complete_lines, has_lines
+from bridge_stg.runtime.live.lines import appended_lines, check_lines
 
 if TYPE_CHECKING:
     from bridge_stg.runtime.live.stats import LiveStats
@@ -109,29 +106,22 @@ def _check_output(file: Path | None, source: str, *, overwrite: bool) -> None:
         return
     if Path(source).exists() and file.samefile(source):
         raise BridgeError("output.is_input", f"{file} is the source itself; give another name for --jsonl.")
-    if not overwrite and not has_lines(file):
-        what = f"{file} exists, and its first line is no JSON object. Give another --jsonl, or --overwrite."
-        raise BridgeError("output.exists", what)
+    if not overwrite:
+        check_lines(file)
 
 
 @contextmanager
 def json_lines(path: Path | None, *, overwrite: bool) -> Iterator[Callable[[dict[str, Any]], object]]:
     """Yield a function that appends a value as one line, unbuffered; without a path, it writes nothing.
 
-    A line without `wall_time` gets the time of writing. A last line that a killed process left incomplete is removed.
-    Raises BridgeError if another process writes the file.
+    A line without `wall_time` gets the time of writing. See `appended_lines` for the file.
     """
-    with open(path or os.devnull, "a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
-        if path is not None:
-            lock_file(file.fileno(), message=f"{path}: another process appends to this file; give another --jsonl.")
-            if overwrite:
-                file.truncate(0)
-            elif complete_lines(path):
-                LOG.warning("Note: %s ended in an incomplete line, which was removed.", path)
+    with ExitStack() as stack:
+        append = stack.enter_context(appended_lines(path, overwrite=overwrite)) if path is not None else None
 
         def write(value: dict[str, Any]) -> None:
-            timed = {"event": value["event"], "wall_time": wall_json(datetime.now(timezone.utc)), **value}
-            file.write(json.dumps(timed, ensure_ascii=False) + "\n")
+            if append is not None:
+                append({"event": value["event"], "wall_time": wall_json(datetime.now(timezone.utc)), **value})
 
         yield write
 

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bridge_stg.evaluation.media import VIDEOS
 from bridge_stg.evaluation.run.evaluate import Model
 from bridge_stg.evaluation.run.executor import Executor, LocalExecutor, Lost
-from bridge_stg.evaluation.run.queries import VIDEOS
 from bridge_stg.runtime.errors import HostError, VideoError
 from bridge_stg.runtime.grounder import Indexed
 

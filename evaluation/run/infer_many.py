@@ -5,8 +5,9 @@ The queries of one video are one unit of work, so that they share its decoding a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,11 @@ from bridge_stg.evaluation.run.evaluate import Model, check_finite
 from bridge_stg.evaluation.run.executor import Executor, LocalExecutor, Lost
 from bridge_stg.evaluation.run.queries import Query
 from bridge_stg.evaluation.run.results import START_AGAIN, ResultFile
+from bridge_stg.evaluation.sources.download import Reading
+from bridge_stg.evaluation.sources.sources import Source, is_address
 from bridge_stg.runtime.chain.results import program_json
 from bridge_stg.runtime.errors import BridgeError, VideoError
+from bridge_stg.runtime.host.limits import Limits
 
 UNIT = 16
 """Queries of one unit: a video with hundreds is spread over workers, and a stopped run loses few answers."""
@@ -112,14 +116,23 @@ def answer_unit(
 ) -> list[dict[str, Any]]:
     """Answer the queries of one video and return a row per query. A missing package, which fails all, is raised."""
     try:
-        if queries[0].media is None:
-            raise VideoError("video.not_found", f"{queries[0].video}: was not found in the folder of media")
-        with grounder.open(queries[0].media, **options) as video:
+        with _file(queries[0]) as path, grounder.open(path, **options) as video:
             return [_answer(video, query, task, allow_none) for query in queries]
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001 - any failure becomes rows, and the other videos continue
         return [_failed(query, task, error) for query in queries]
+
+
+@contextmanager
+def _file(query: Query) -> Iterator[str | os.PathLike[str]]:
+    if query.media is not None:
+        yield query.media
+    elif is_address(query.video):
+        with Source(query.video, "address").open(Reading(), Limits()) as path:
+            yield path
+    else:
+        raise VideoError("video.not_found", f"{query.video}: was not found in the folder of media")
 
 
 def _answer(video: Any, query: Query, task: str, allow_none: bool) -> dict[str, Any]:

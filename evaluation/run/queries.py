@@ -10,10 +10,8 @@ from io import StringIO
 from pathlib import Path
 
 from bridge_stg.evaluation.datasets.fields import Record, fault, json_lines, read_text
-from bridge_stg.evaluation.media import IMAGES, MediaFolder
+from bridge_stg.evaluation.media import IMAGES, VIDEOS, MediaFolder, files_in
 from bridge_stg.runtime.errors import AnnotationError, BridgeError
-
-VIDEOS = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,8 @@ class Query:
     Attributes:
         id: the line's `id`, else its number; in a folder, the file's path and the query's number.
         index: its place among the queries.
-        media: the video or image; None if it was not found.
-        video: the name by which the media file was searched for.
+        media: the video or image; None if it was not found, or is downloaded from an address.
+        video: the name by which the media file was searched for, or the address.
         text: what to find.
     """
 
@@ -59,11 +57,6 @@ def read_queries(
     if count > 1:
         raise fault(table, f"has the id {most!r} {count} times; expected each once", code="annotation.duplicate_id")
     return queries
-
-
-def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files with one of the suffixes in a folder, at any depth, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
 
 
 def _folder_queries(folder: Path, media: Path | None, texts: Sequence[str], suffixes: tuple[str, ...]) -> list[Query]:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from bridge_stg.evaluation.media import IMAGES
-from bridge_stg.evaluation.run.queries import VIDEOS, files_in
+from bridge_stg.evaluation.media import IMAGES, VIDEOS, files_in
 from bridge_stg.evaluation.sources.download import Reading, copy, download
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.host.limits import Limits
@@ -86,13 +85,18 @@ def find_sources(words: Sequence[str], *, images: bool = False) -> list[Source]:
     return list(dict.fromkeys(source for word in words for source in _named(word, suffixes)))
 
 
+def is_address(word: str) -> bool:
+    """Return whether a word is the http or https address of a file."""
+    return re.match(r"https?://", word, re.IGNORECASE) is not None
+
+
 def _named(word: str, suffixes: tuple[str, ...]) -> list[Source]:
     if word == STDIN:
         return [Source(word, "stdin")]
-    if re.match(r"https?://", word, re.IGNORECASE):
+    if is_address(word):
         return [Source(word, "address")]
-    is_address = re.match(r"[a-z][a-z0-9+.-]*://", word, re.IGNORECASE) is not None
-    if is_address or (re.fullmatch(r"\d{1,3}|/dev/video\d+", word, re.ASCII) and not Path(word).is_file()):
+    is_stream = re.match(r"[a-z][a-z0-9+.-]*://", word, re.IGNORECASE) is not None
+    if is_stream or (re.fullmatch(r"\d{1,3}|/dev/video\d+", word, re.ASCII) and not Path(word).is_file()):
         from bridge_stg.runtime.live.source import open_live
 
         open_live(word)  # an unknown protocol is an error

@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.files import lock_file
+
+_log = logging.getLogger(__name__)
 BLOCK = 1 << 16
+
+
+@contextmanager
+def appended_lines(path: Path, *, overwrite: bool = False) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a function that appends a value to a file as one line, unbuffered; a new file is created.
+
+    A last line that a killed process left incomplete is removed, or with `overwrite` all lines. Raises BridgeError if
+    another process writes the file.
+    """
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+        lock_file(file.fileno(), message=f"{path}: another process appends to this file; give another --jsonl.")
+        if overwrite:
+            file.truncate(0)
+        elif complete_lines(path):
+            _log.warning("Note: %s ended in an incomplete line, which was removed.", path)
+
+        def append(value: Mapping[str, Any]) -> None:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+        yield append
+
+
+def check_lines(path: Path) -> None:
+    """Raise BridgeError if a file exists and has something else than lines of JSON objects."""
+    if path.exists() and not has_lines(path):
+        what = f"{path} exists, and its first line is no JSON object. Give another --jsonl, or remove it."
+        raise BridgeError("output.exists", what)
 
 
 def has_lines(path: Path) -> bool:

@@ -37,7 +37,7 @@ class FakeVideo:
         options["progress"]("answer", 1, len(queries))
         return [self.ground(query) for query in queries]
 
-    def ground(self, query: str) -> Grounding:
+    def ground(self, query: str, **options: Any) -> Grounding:
         times = TIMES[4:16:2]
         presence = np.linspace(0.4, 1, len(times)).astype(np.float32)
         boxes = np.tile(np.array([10, 10, 30, 30], np.float32), (len(times), 1))
@@ -102,5 +102,6 @@ def complaint(arguments: Sequence[object], capsys: pytest.CaptureFixture[str], *
     found = re.fullmatch(r"Error: (.*) \[([a-z_.]+)\]", line)
     assert found and found[2] == code and "Traceback" not in output.err
     shown = [json.loads(text) for text in output.out.splitlines()]
-    assert shown == ([{"error": {"code": found[2], "message": found[1]}}] if "--json" in arguments else [])
+    error = {"error": {"code": found[2], "message": found[1]}}
+    assert shown == ([error] if {"--json", "--jsonl"} & set(arguments) else [])
     return line

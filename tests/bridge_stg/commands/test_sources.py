@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from bridge_stg import cli
+from bridge_stg.evaluation.run.infer_many import answer_unit
+from bridge_stg.evaluation.run.queries import Query
 from bridge_stg.evaluation.sources import sources
 from bridge_stg.runtime.errors import HostError
 from bridge_stg.runtime.live import source as live
@@ -88,7 +90,12 @@ def test_a_broken_file_of_a_folder_is_reported_and_the_others_are_answered(
     with open("r.jsonl", "a") as file:
         file.write('{"cut')
     assert infer("videos/a.mp4", "the dog", "--jsonl", "r.jsonl") == 0  # appends, after what a killed process left
-    assert Path("r.jsonl").read_text().splitlines()[9] == '{"cut' and Path("r.jsonl").read_text().count("\n") == 11
+    assert "incomplete line" in capsys.readouterr().err
+    assert [row.get("query") for row in lines(Path("r.jsonl").read_text())[8:]] == ["the ghost", "the dog"]
+    arguments = ["infer", "videos/a.mp4", "the dog", "--bundle", "b", "--jsonl"]
+    Path("text.jsonl").write_text("a text")
+    complaint([*arguments, "text.jsonl"], capsys, code="output.exists")
+    assert Path("text.jsonl").read_text() == "a text"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +203,17 @@ def test_an_address_is_downloaded(
         assert json.loads(capsys.readouterr().out)["source"] == f"http://{server}/{path}"  # without the password
     assert list(files.values()) == [clip.read_bytes()] * 3 and not any(map(Path.exists, map(Path, files)))
     assert Answer.seen["/clip.mp4"] == "Basic bWU6YSBi" and Answer.seen["/clip.mp4?token=1"] is None
+
+
+def test_other_commands_take_addresses(
+    server: str, files: dict[str, bytes], fake: list[Any], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["ask", f"http://{server}/clip.mp4", "What?", "--bundle", "b"]) == 0
+    assert capsys.readouterr().out and Path(fake[-1][0]).name == "video.mp4" and not Path(fake[-1][0]).exists()
+    complaint(["ask", "videos", "What?", "--bundle", "b"], capsys, code="options.conflict")
+    queries = [Query(str(i), i, None, f"http://{server}/{name}", "the dog") for i, name in enumerate(("a", "missing"))]
+    found, missing = (answer_unit(FakeGrounder(), [query], task="tube", allow_none=True)[0] for query in queries)
+    assert found["found"] and found["video"] == queries[0].video and "error" in missing and len(files) == 1
 
 
 @pytest.mark.parametrize(
