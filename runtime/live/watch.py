@@ -205,10 +205,11 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
 
     def _run(self) -> Iterator[LiveUpdate]:
         window: LiveWindow | None = None
-        ended, due, answered, arrived_s = "error", 0.0, 0.0, 0.0
+        ended, due, answered, arrived_s, before = "error", 0.0, 0.0, 0.0, 0
         try:
             self._reader.start()
             for group, plan in self._groups():
+                dropped = self._queue.dropped
                 with self._chain.usage.call():
                     window = window or LiveWindow(self._chain, plan, feature_budget_bytes=self._feature_budget_bytes)
                     limits = Limits(cancel=self._stopped)
@@ -216,10 +217,14 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
                 self._stats.add_step(limits.timings, rebuilt=rebuilt)
                 self._stats.prefilled_tokens = window.prefilled
                 known, arrived_s = window.end_s, group.arrived_s
-                every = self._stats.round_s = max(self.options.every_s, plan.group * plan.interval_s)
+                group_s = plan.group * plan.interval_s
+                every = self._stats.round_s = max(self.options.every_s, group_s)
                 last = self.options.duration_s is not None and known >= self.options.duration_s
                 if known >= due or last:
-                    self._stats.skipped_answers += max(0, math.floor((known - due) / every + 1e-9)) if due else 0
+                    missed = math.floor((known - due) / every + 1e-9) if due else 0
+                    # A gap of the stream leaves out rounds too, but not because of this machine.
+                    self._stats.skipped_answers += max(0, min(missed, math.ceil((dropped - before) * group_s / every)))
+                    before = dropped
                     due = every * (math.floor(known / every + 1e-9) + 1)
                     answered = known
                     yield from self._round(window, arrived_s)

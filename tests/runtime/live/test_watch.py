@@ -320,7 +320,7 @@ def test_a_gap_in_the_stream_is_not_filled() -> None:
         yield from stream(5, bright=((0, 5),), start_s=65.0)
 
     updates, stats = updates_of(gapped())
-    assert stats.gaps == 1 and stats.groups < 15
+    assert stats.gaps == 1 and stats.groups < 15 and stats.skipped_answers == 0
     assert updates[-1].window == (65.0, 70.0)  # nothing of a minute ago
     assert all(end - start <= 8 for start, end in (update.window for update in updates))
 

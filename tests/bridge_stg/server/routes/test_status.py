@@ -98,7 +98,7 @@ def test_the_openapi_document_is_valid_and_complete(served: Callable[..., Runnin
         ("POST", "/v1/jobs"), ("GET", "/v1/jobs/{job}"), ("DELETE", "/v1/jobs/{job}"),
         ("GET", "/v1/jobs/{job}/events"), ("GET", "/v1/jobs/{job}/annotated.mp4"), ("POST", "/v1/ground"),
         ("GET", "/v1/live"), ("GET", "/v1/live/{name}/events"),
-        ("GET", "/v1/live/{name}/frame"),
+        ("GET", "/v1/live/{name}/frame"), ("GET", "/v1/live/{name}/video.mjpg"),
         ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/{model}"),
         ("GET", "/health"), ("GET", "/health/live"), ("GET", "/metrics"),
     }  # fmt: skip
