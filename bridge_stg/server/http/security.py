@@ -121,7 +121,7 @@ class Guard:
             raise ApiError(400, "server.unknown_host", message)
         origin = headers.get("origin")
         foreign = bool(origin) and urlsplit(origin or "").netloc.lower() != host
-        if path.endswith("/events"):  # a GET, but it starts a live source
+        if path.endswith(("/events", "/video.mjpg")):  # a GET, but it starts a live source
             foreign = foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         elif scope["method"] in SAFE_METHODS:
             foreign = False

@@ -99,8 +99,9 @@ def test_pages_of_other_origins_change_nothing(served: Callable[..., Running], t
     assert len(list(running.service.store.folder.iterdir())) == 1
 
 
-def test_pages_of_other_origins_start_no_live_source(served: Callable[..., Running]) -> None:
-    path = "/v1/live/nothing/events?query=a"
+@pytest.mark.parametrize("name", ["events", "video.mjpg"])
+def test_pages_of_other_origins_start_no_live_source(served: Callable[..., Running], name: str) -> None:
+    path = f"/v1/live/nothing/{name}?query=a"
     with served().client() as client:
         for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Origin": "null"}):
             assert http_error(client.get(path, headers=headers)) == (403, "server.foreign_origin"), headers
