@@ -88,6 +88,7 @@ def evaluate(
 @options.bundle_option
 @click.option("--out", type=OutputFile(".jsonl", ".parquet"), required=True, help="JSON lines or Parquet file.")
 @options.query_options
+@options.search_options
 @options.index_option
 @options.many_options
 def infer_many(

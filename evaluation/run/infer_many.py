@@ -22,6 +22,7 @@ from bridge_stg.evaluation.sources.sources import Source, is_address
 from bridge_stg.runtime.chain.results import program_json
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.search.options import is_long
 
 UNIT = 16
 """Queries of one unit: a video with hundreds is spread over workers, and a stopped run loses few answers."""
@@ -39,12 +40,14 @@ class Inferred:
 
 def infer_many(
     queries: Sequence[Query], model: Model, out: Path, *, task: str = "tube", allow_none: bool = True,
-    max_visual_tokens: int | None = None, stream: int | None = None, executor: Executor | None = None,
+    max_visual_tokens: int | None = None, stream: int | None = None, window: float | str = "auto",
+    top: int | None = None, executor: Executor | None = None,
     overwrite: bool = False, retry_failed: bool = False, progress: Callable[[str, int, int], Any] | None = None,
 ) -> Inferred:  # fmt: skip
     """Answer every query and write a row for each, in the order in which they are finished; failures are rows too.
 
-    A row has the query's `id`, `index` and `video`, and either what `Grounding.to_json` gives or `error`.
+    A row has the query's `id`, `index` and `video`, and either what `to_json` of the result gives or `error`. A video
+    that is longer than a window is searched (see `Grounder.search`).
 
     Args:
         queries: queries with different ids.
@@ -55,6 +58,9 @@ def infer_many(
         allow_none: whether "not there" is a possible answer; never for an image.
         max_visual_tokens: see `CallOptions`.
         stream: see `CallOptions`.
+        window: seconds of a window in which every video is searched; `auto`: search those longer than a window of the
+            bundle; `whole`: search none.
+        top: most occurrences of a query in a video that is searched; None: all.
         executor: runs the model; None: in this process.
         overwrite: discard finished rows.
         retry_failed: retry queries that failed in an earlier run. If two rows have one id, the last counts.
@@ -74,6 +80,8 @@ def infer_many(
     options: dict[str, Any] = {
         "task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens, "stream": stream,
     }  # fmt: skip
+    if task != "image" and (window, top) != ("auto", None):
+        options |= {"window": window, "top": top}
     report = progress or (lambda label, done, total: None)
     identity, facts = {**options, "model": dict(model.identity)}, {"program": program_json(), "bundle": model.label}
     with ResultFile(lines, identity, overwrite=overwrite, kept=KEPT, facts=facts) as results:
@@ -112,12 +120,18 @@ def units_of(queries: Iterable[Query]) -> list[list[Query]]:
 
 
 def answer_unit(
-    grounder: Any, queries: Sequence[Query], *, task: str, allow_none: bool, **options: Any
-) -> list[dict[str, Any]]:
+    grounder: Any, queries: Sequence[Query], *, task: str, allow_none: bool, window: float | str = "auto",
+    top: int | None = None, **options: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Answer the queries of one video and return a row per query. A missing package, which fails all, is raised."""
     try:
-        with _file(queries[0]) as path, grounder.open(path, **options) as video:
-            return [_answer(video, query, task, allow_none) for query in queries]
+        with _file(queries[0]) as path:
+            if task != "image" and _is_searched(grounder, path, window, options.get("stream")):
+                window_s = None if isinstance(window, str) else window
+                searched = {"task": task, "allow_none": allow_none, "window_s": window_s, "top": top}
+                return _searched(grounder, path, queries, task, {**options, **searched})
+            with grounder.open(path, **options) as video:
+                return [_answer(video, query, task, allow_none) for query in queries]
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001 - any failure becomes rows, and the other videos continue
@@ -133,6 +147,28 @@ def _file(query: Query) -> Iterator[str | os.PathLike[str]]:
             yield path
     else:
         raise VideoError("video.not_found", f"{query.video}: was not found in the folder of media")
+
+
+def _is_searched(grounder: Any, media: Any, window: float | str, stream: int | None) -> bool:
+    return window != "whole" and (window != "auto" or is_long(media, grounder.spec, stream=stream))
+
+
+def _searched(
+    grounder: Any, path: str | os.PathLike[str], queries: Sequence[Query], task: str, options: dict[str, Any]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Search one video for all queries, and return a row per query; a bad query fails alone."""
+    rows: dict[str, dict[str, Any]] = {}
+    for query in queries:
+        try:
+            grounder.check_query(query.text)
+        except BridgeError as error:
+            rows[query.id] = _failed(query, task, error)
+    good = [query for query in queries if query.id not in rows]
+    results = grounder.search(path, [query.text for query in good], **options) if good else []
+    for query, result in zip(good, results, strict=True):
+        rows[query.id] = _described(query, task) | result.to_json()
+        check_finite(rows[query.id])
+    return [rows[query.id] for query in queries]
 
 
 def _answer(video: Any, query: Query, task: str, allow_none: bool) -> dict[str, Any]:

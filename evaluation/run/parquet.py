@@ -14,7 +14,10 @@ ROWS = 256
 
 
 def answer_schema() -> Any:
-    """Return the columns: those of `Grounding.to_json`, and `id`, `index`, `video`, `error` (null where answered)."""
+    """Return the columns: those of `Grounding.to_json`, and `id`, `index`, `video`, `error` (null where answered).
+
+    `score`, `occurrences` and `windows` of `SearchResult.to_json` are null where a video was not searched.
+    """
     import pyarrow as pa
 
     def boxes(*flags: str) -> Any:
@@ -27,16 +30,22 @@ def answer_schema() -> Any:
     size = pa.struct([("width", pa.int32()), ("height", pa.int32())])
     coarse = [("fps", pa.float64()), ("size", size), ("groups", pa.int32()), ("tokens", pa.int64())]
     coarse += [("max_visual_tokens", pa.int64()), ("limited_by", pa.list_(pa.string()))]
+    span, scores = numbers("start_s", "end_s"), numbers("absent", "answer", "presence")
+    occurrence = [
+        ("score", pa.float64()), ("span", span), ("named_span", span), ("answer", pa.string()), ("scores", scores),
+        ("tube", boxes("visible")), ("boxes", boxes("visible", "interpolated")),
+    ]  # fmt: skip
     return pa.schema(
         [
             ("id", pa.string()), ("index", pa.int64()), ("video", pa.string()), ("task", pa.string()),
             ("query", pa.string()), ("error", pa.string()), ("schema", pa.int32()), ("found", pa.bool_()),
-            ("span", numbers("start_s", "end_s")), ("named_span", numbers("start_s", "end_s")),
-            ("answer", pa.string()), ("size", size), ("scores", numbers("absent", "answer", "presence")),
+            ("span", span), ("named_span", span), ("answer", pa.string()), ("size", size), ("scores", scores),
             ("tube", boxes("visible")), ("boxes", boxes("visible", "interpolated")), ("coarse", pa.struct(coarse)),
             ("clock", pa.string()), ("stream", pa.int32()), ("unknown_words", pa.list_(pa.string())),
             ("heads", pa.string()), ("mode", pa.string()), ("decoding", pa.map_(pa.string(), pa.int64())),
             ("tokens", numbers("coarse", "fine", "dense", "ratio")), ("timings_s", pa.map_(pa.string(), pa.float64())),
+            ("score", pa.float64()), ("occurrences", pa.list_(pa.struct(occurrence))),
+            ("windows", numbers("count", "length_s", "overlap_s", "absent")),
         ]
     )  # fmt: skip
 

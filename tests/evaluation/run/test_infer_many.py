@@ -312,3 +312,15 @@ def test_ray_gives_the_same_rows(table: Path, tmp_path: Path) -> None:
     for row in (*local.values(), *spread.values()):
         row.pop("timings_s", None)
     assert spread == local
+
+
+def test_videos_are_searched_in_windows(table: Path, tmp_path: Path) -> None:
+    queries = read_queries(table, tmp_path / "media")
+    found = infer_many(queries, fake(), tmp_path / "out.jsonl", window=2.0, top=1)
+    assert (found.answered, found.failed) == (3, 3)
+    for row in rows_of(tmp_path / "out.jsonl").values():
+        if "error" not in row:
+            assert row["windows"]["count"] == 2 and len(row["occurrences"]) == row["found"]
+    infer_many(queries, fake(), tmp_path / "out.parquet", window=2.0)
+    with raises("evaluation.other_results", "top"):
+        infer_many(queries, fake(), tmp_path / "out.jsonl", window=2.0)
