@@ -163,6 +163,7 @@ def infer(
     )
     check(request)
     sources = find_sources(request.words, images=request.task == "image")
+    check_names(request)
     check_outputs(request, sources)
     with ProgressBar(delay_s=1) as progress, load(request, progress) as grounder:
         found, failed = run(request, sources, grounder, progress)
@@ -191,18 +192,8 @@ def check(request: Request) -> None:
             raise BridgeError("options.conflict", text)
 
 
-def check_outputs(request: Request, sources: Sequence[Source]) -> None:
-    """Raise BridgeError for outputs that do not fit the sources or each other."""
-    if is_batch(sources):
-        single = {"--json": request.json_file, "--annotate": request.annotate, "--sheet": request.sheet}
-        single["--state"] = request.state
-        for option, path in single.items():
-            if path is not None:
-                text = f"{option} is for one source, not for a folder, a pattern or several sources"
-                raise BridgeError("options.conflict", f"{text}; use --jsonl, or run infer once per source.")
-    for output in request.outputs:
-        if any(output.exists() and os.path.exists(one.word) and output.samefile(one.word) for one in sources):
-            raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")
+def check_names(request: Request) -> None:
+    """Raise BridgeError if two outputs are the same, or lines cannot be appended."""
     if request.jsonl_file and request.jsonl_file != STDOUT:
         from bridge_stg.runtime.live.lines import check_lines
 
@@ -211,6 +202,23 @@ def check_outputs(request: Request, sources: Sequence[Source]) -> None:
         raise BridgeError("options.conflict", "--json and --jsonl both write to stdout; leave one out.")
     if request.annotate and request.sheet and request.annotate.resolve() == request.sheet.resolve():
         raise BridgeError("options.conflict", f"{request.sheet} is both --annotate and --sheet; give two names.")
+
+
+def check_outputs(request: Request, sources: Sequence[Source]) -> None:
+    """Raise BridgeError for outputs that do not fit the sources."""
+    if is_batch(sources):
+        single = {"--json": request.json_file, "--annotate": request.annotate, "--sheet": request.sheet}
+        single["--state"] = request.state
+        for option, path in single.items():
+            if path is not None:
+                text = f"{option} is for one source, not for a folder, a pattern or several sources"
+                raise BridgeError("options.conflict", f"{text}; use --jsonl, or run infer once per source.")
+    if request.state and sources[0].kind != "file":
+        text = f"--state needs a file that is still there after a stop, not {sources[0].name}; download it first."
+        raise BridgeError("options.conflict", text)
+    for output in request.outputs:
+        if any(output.exists() and os.path.exists(one.word) and output.samefile(one.word) for one in sources):
+            raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")
     if request.annotate and sources[0].kind == "file":
         check_drawing(request, sources[0].word)  # fails now, not after the work
 
@@ -279,7 +287,9 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
                 with source.open(request.reading, Limits(**request.limits(progress))) as path:
                     if source.kind != "file":
                         check_drawing(request, path)
-                    results = ground(request, grounder, path, progress)
+                    # The state of a search belongs to one file, and a temporary copy has another name in the next run.
+                    state = request.search_state if source.kind == "file" else None
+                    results = ground(request, grounder, path, state=state, progress=progress)
                     write(request, source, path, results, grounder=grounder, progress=progress)
             except (VideoError, QueryError, EngineError) as error:
                 if len(sources) == 1:
@@ -305,9 +315,9 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
 
 
 def ground(
-    request: Request, grounder: Grounder, path: str, progress: ProgressBar
+    request: Request, grounder: Grounder, path: str, *, state: Path | None, progress: ProgressBar
 ) -> Sequence[Grounding | SearchResult]:
-    """Read the video at `path`, and return the result of each query."""
+    """Read the video at `path`, and return the result of each query; `state` is the file of a search under way."""
     from bridge_stg.runtime.chain.tasks import TRACKED
 
     began = time.monotonic()
@@ -315,7 +325,7 @@ def ground(
     if is_searched(request, grounder, path):
         window_s = None if isinstance(request.window, str) else request.window
         return grounder.search(
-            path, request.queries, window_s=window_s, top=request.top, state=request.search_state, task=request.task,
+            path, request.queries, window_s=window_s, top=request.top, state=state, task=request.task,
             allow_none=request.allow_none, max_visual_tokens=tokens, stream=request.stream, **request.limits(progress),
         )  # fmt: skip
     opening = grounder.open(path, max_visual_tokens=tokens, stream=request.stream, **request.limits(progress))

@@ -106,9 +106,14 @@ def serve(
 
 
 def _log_requests() -> None:
-    """Write the log of requests to stderr, one line each with its time."""
+    """Write the log of requests to stderr, one line each with its time; with --log-json like all others."""
     import logging
 
+    from bridge_stg.commands.progress import HANDLER
+
+    if HANDLER.as_json:
+        logging.getLogger("bridge_stg.server.requests").setLevel(logging.INFO)
+        return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log = logging.getLogger("bridge_stg.server.requests")

@@ -38,6 +38,7 @@ class Server(uvicorn.Server):
                 http="h11",
                 ws="none",
                 lifespan="on",
+                log_config=None,  # its records are written as all others are
                 log_level="warning",
                 access_log=False,
                 server_header=False,

@@ -51,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[3]
         (["infer", "CLIP", "CLIP", "q"], "options.conflict", "clip.mp4"),
         (["infer", ".", "q", "--json", "r.json"], "options.conflict", "--json"),
         (["infer", "*.mp4", "--query", "q", "--sheet", "s.png"], "options.conflict", "--sheet"),
+        (["infer", "-", "q", "--state", "s"], "options.conflict", "--state"),
         (["infer", "*.avi", "q"], "video.not_found", "*.avi"),
         (["infer", "folder.png", "q"], "video.not_found", "folder.png"),
         (["infer", "CLIP", "--queries", "nowhere.txt"], "query.no_file", "nowhere.txt"),
