@@ -399,8 +399,14 @@ DEFINITIONS: Mapping[str, Schema] = {
             "allow_none": _of("boolean", "Whether the answer may be that the target is absent."),
             "max_visual_tokens": _of("integer?", "See `coarse`."),
             "stream": _of("integer?", "The video stream that was requested."),
+            "window": {
+                "type": ["number", "string"],
+                "description": "Seconds of a window, `auto` or `whole`; missing: `auto`.",
+            },
+            "top": _of("integer?", "Most occurrences per query in a video that is searched; null or missing: all."),
             "model": _of("object", "Fingerprint of the bundle, backend, variants and options of text heads."),
         },
+        optional=("window", "top"),
     ),
     "table_row": {
         "description": "A line of `infer-many` after the first one, and a row of its Parquet table.",

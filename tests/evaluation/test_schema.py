@@ -56,7 +56,7 @@ def test_a_field_without_a_definition_is_found() -> None:
 
 def test_the_columns_of_parquet_are_its_fields() -> None:
     pytest.importorskip("pyarrow")
-    assert set(answer_schema().names) == {*schema.ROW, *schema.RESULT, "error"}
+    assert set(answer_schema().names) == {*schema.ROW, *schema.RESULT, *schema.SEARCHED, "error"}
 
 
 def test_the_command_prints_a_schema(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,9 @@ def test_the_openapi_document_is_valid_and_complete(served: Callable[..., Runnin
         document = client.get("/openapi.json").json()
         docs = client.get("/docs")
     validate(document)
-    assert document["components"]["schemas"]["Result"]["properties"].keys() == {**schema.RESULT, **schema.SEARCHED}.keys()
+    assert (
+        document["components"]["schemas"]["Result"]["properties"].keys() == {**schema.RESULT, **schema.SEARCHED}.keys()
+    )
     routes = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
     assert routes == {
         ("POST", "/v1/videos"), ("GET", "/v1/videos/{video}"), ("DELETE", "/v1/videos/{video}"),
