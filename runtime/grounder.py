@@ -362,6 +362,8 @@ class Grounder(Closable):
     def index(self, video: str | os.PathLike[str], *, fine: bool = False, **options: Unpack[OptionKeywords]) -> Indexed:
         """Store the visual tokens of a video file in the index, so that later calls neither decode nor encode it.
 
+        A video that is longer than one window is stored for `search`, with its default windows.
+
         Args:
             video: a video file.
             fine: whether to store all fine frames, too; otherwise they are stored when a query needs them.
@@ -372,9 +374,19 @@ class Grounder(Closable):
         """
         if self._index is None:
             raise BridgeError("index.missing", "this Grounder has no index; pass index=FOLDER to Grounder.load")
+        from bridge_stg.runtime.search.options import is_long
+        from bridge_stg.runtime.search.video import index_video
+
         call = CallOptions(**options)
         limits = call.limits()
         with self._usage.call():
+            if is_long(video, self.spec, stream=call.stream):
+                budget = self._budget(self.spec, call.max_visual_tokens)[2]
+                found = index_video(
+                    self._chain, os.fspath(video), limits,
+                    budget=budget, stream=call.stream, index=self._index, fine=fine,
+                )  # fmt: skip
+                return Indexed(*found)
             read = self._read(video, call, limits, ())
             with read.source as source:
                 if read.cache is None or not isinstance(source, VideoFile):
@@ -474,6 +486,7 @@ class Grounder(Closable):
                 stream=stream,
                 sessions=self.sessions,
                 feature_budget_bytes=self._feature_budget_bytes,
+                index=self._index,
             )
 
     def _free(self) -> None:
@@ -576,7 +589,7 @@ class Grounder(Closable):
         if cache is None or not isinstance(source, VideoFile):
             return None
         grid = {"fps": self.spec.frames.fine_fps, "size": source.fine_size, "stream": source.stream}
-        return StoredMaps(cache, "tokens" if self.heads == "text" else "maps", grid)
+        return StoredMaps(cache, "fine-tokens" if self.heads == "text" else "fine-maps", grid)
 
     def _budget(self, spec: ModelSpec, max_visual_tokens: int | None) -> tuple[int | None, int, Budget]:
         """Return the size of a fixed KV cache, the most tokens of an answer, and the budget of coarse frames."""

@@ -1,4 +1,4 @@
-"""The fine feature maps of a video in a cache, in blocks of adjacent frames of its fine grid."""
+"""Feature maps of fine frames, or visual tokens of groups, in a cache: in blocks of adjacent places of their grid."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ BLOCK = 16
 """Frames of a file: a span's frames are adjacent, and a map of a large model takes megabytes."""
 
 Entries = Mapping[int, "tuple[np.ndarray, float]"]
-"""Index on the fine grid → feature map [h, w, C] or visual tokens [1+D, n, H], and the time of the frame shown."""
+"""Index on the grid → feature map [h, w, C] or visual tokens [1+D, n, H], and the time of the frame shown."""
 
 
 class StoredMaps:
-    """Feature maps, or visual tokens, of single frames by their index on the fine grid.
+    """Feature maps or visual tokens by their index on a grid of times.
 
     Args:
         cache: the cache of the file.
-        kind: `maps` or `tokens`.
+        kind: what is stored, the beginning of the files' names.
         grid: all that the values depend on beyond the index: rate of the grid, size of the frames, video stream.
     """
 
     def __init__(self, cache: VisualCache, kind: str, grid: Mapping[str, Any]) -> None:
-        self._cache, self._kind, self._grid = cache, f"fine-{kind}", dict(grid)
+        self._cache, self._kind, self._grid = cache, kind, dict(grid)
 
     def get(self, indices: Iterable[int]) -> dict[int, tuple[np.ndarray, float]]:
         """Return the entries that are stored. Raises HostError as `VisualCache.get` does."""

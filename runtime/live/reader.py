@@ -5,6 +5,7 @@ Knows nothing of the model.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
@@ -75,12 +76,13 @@ class GroupQueue:
 class LiveReader:
     """Reads one source from start to end in its own thread; `queue` receives the groups, and the end or the error.
 
-    `start` and `whole` are those of its `LiveSampler`.
+    `start` and `whole` are those of its `LiveSampler`. Without `pixels`, the source's frames are uint8 [H, W, 0], and
+    so are those of the groups.
     """
 
     def __init__(
         self, source: LiveSource, plan_of: PlanOf, queue: GroupQueue, *, hold_s: float, start: int = 0,
-        whole: bool = False,
+        whole: bool = False, pixels: bool = True,
     ) -> None:  # fmt: skip
         self.frames, self.gaps = 0, 0
         self.newest_s: float | None = None  # time of the newest frame, on the source's clock
@@ -89,7 +91,7 @@ class LiveReader:
         self.plan: LivePlan | None = None
         self.queue = queue
         self._source, self._plan_of, self._hold_s = source, plan_of, hold_s
-        self._first, self._whole = start, whole
+        self._first, self._whole, self._pixels = start, whole, pixels
         self._stop = threading.Event()
         self._arrived = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="bridge-stg live reader", daemon=True)
@@ -130,7 +132,10 @@ class LiveReader:
             if sampler is None:
                 height, width = frame().shape[:2]
                 self.plan, self.origin_s = self._plan_of(height, width), time_s
-                sampler = LiveSampler(self.plan, hold_s=self._hold_s, start=self._first, whole=self._whole)
+                sampled = self.plan
+                if not self._pixels:  # there is nothing to resize
+                    sampled = dataclasses.replace(sampled, coarse_size=(height, width), fine_size=(height, width))
+                sampler = LiveSampler(sampled, hold_s=self._hold_s, start=self._first, whole=self._whole)
             self.frames, self.newest_s = self.frames + 1, time_s
             for group in sampler.add(time_s, frame):
                 if not self.queue.put(replace(group, arrived_s=newest_s)):

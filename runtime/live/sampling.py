@@ -37,6 +37,8 @@ class LiveGroup:
     arrived_s: float = 0.0  # when its newest frame arrived, on `time.monotonic`
     # float64 [N], times of all frames of the stream in this time range
     frame_times: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    # float64 [P], times of the frames that the samples show
+    shown_times: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class _Shown:
@@ -76,7 +78,7 @@ class LiveSampler:
         self._frame_s = plan.interval_s
         self._coarse, self._fine = start, math.ceil(start * plan.interval_s * plan.fine_fps - TOLERANCE_S)
         self._times: list[float] = []
-        self._samples: list[np.ndarray] = []
+        self._samples: list[tuple[np.ndarray, float]] = []  # with the times of their frames
         self._fine_samples: list[FineSample] = []
 
     def add(self, time_s: float, frame: Callable[[], np.ndarray]) -> Iterator[LiveGroup]:
@@ -114,8 +116,11 @@ class LiveSampler:
         place, end = self._coarse - plan.group, self._coarse * plan.interval_s - TOLERANCE_S
         times = np.array(self._times)
         inside = (times >= place * plan.interval_s - TOLERANCE_S) & (times < end)
-        fine = tuple(self._fine_samples)
-        group = LiveGroup(place, np.stack(self._samples), fine, frame_times=times[inside])
+        pictures, shown = zip(*self._samples)
+        group = LiveGroup(
+            place, np.stack(pictures), tuple(self._fine_samples),
+            frame_times=times[inside], shown_times=np.array(shown),
+        )  # fmt: skip
         self._samples, self._fine_samples, self._times = [], [], times[times >= end].tolist()
         return group
 
@@ -134,7 +139,7 @@ class LiveSampler:
             if min(coarse, fine) >= until:
                 return
             if coarse <= fine + TOLERANCE_S:
-                self._samples.append(shown.at(plan.coarse_size))
+                self._samples.append((shown.at(plan.coarse_size), shown.time_s))
                 self._coarse += 1
             else:
                 self._fine_samples.append(FineSample(self._fine, shown.time_s, shown.at(plan.fine_size)))

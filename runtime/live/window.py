@@ -7,7 +7,7 @@ visual tokens, like a video that begins there. Letters: G groups of P samples, D
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from bridge_stg.runtime.chain.decode import Prefix, prefill_video
 from bridge_stg.runtime.chain.opened_video import CachePool, Chain, OpenedVideo, VideoFacts
 from bridge_stg.runtime.chain.prompt import Segment, video_segment
 from bridge_stg.runtime.chain.results import Grounding
-from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens
+from bridge_stg.runtime.chain.vision_pass import FineFeatures, Stored, coarse_tokens, on_device
 from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.errors import VideoError
@@ -39,11 +39,31 @@ class _Encoded:
     frame_times: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
-class LiveWindow:
-    """The window, for use by one thread; its fine feature maps take at most `feature_budget_bytes`."""
+@dataclass(frozen=True, eq=False)
+class StoredWindows:
+    """What is kept of a stream between processes; see `bridge_stg.runtime.search.indexed`.
 
-    def __init__(self, chain: Chain, plan: LivePlan, *, feature_budget_bytes: int) -> None:
-        self._chain, self._plan = chain, plan
+    Attributes:
+        groups: visual tokens [1+D, N, H] of groups, by their number.
+        fine: feature maps or visual tokens of fine frames, see `FineFeatures`.
+        pictures: returns the frames that start at times [N ≥ 1] in seconds, at (height, width): uint8 [N, h, w, 3].
+    """
+
+    groups: Stored
+    fine: Stored
+    pictures: Callable[[np.ndarray, tuple[int, int], Limits], np.ndarray]
+
+
+class LiveWindow:
+    """The window, for use by one thread; its fine feature maps take at most `feature_budget_bytes`.
+
+    With `stored`, groups and fine frames may be without pixels: those that are needed are read from there.
+    """
+
+    def __init__(
+        self, chain: Chain, plan: LivePlan, *, feature_budget_bytes: int, stored: StoredWindows | None = None
+    ) -> None:
+        self._chain, self._plan, self._stored = chain, plan, stored
         full = self._segment(np.arange(plan.groups) * plan.group)
         if full.next_position > chain.spec.language.max_positions:
             text = f"{full.next_position} of the prompt's {chain.spec.language.max_positions} positions"
@@ -56,6 +76,7 @@ class LiveWindow:
             read=self._read_fine,
             budget_bytes=feature_budget_bytes,
             as_tokens=chain.heads == "text",
+            stored=None if stored is None else stored.fine,
         )
         self._groups: list[_Encoded] = []  # those in the prefix
         self._encoded: dict[int, _Encoded] = {}  # those that `show` has encoded, by their place
@@ -94,15 +115,12 @@ class LiveWindow:
 
     def show(self, groups: Sequence[LiveGroup], limits: Limits) -> None:
         """Prefill these consecutive groups instead of all others; each is encoded once, until `forget`."""
-        chain = self._chain
         new = [group for group in groups if group.place not in self._encoded]
         if new:
             with limits.stage("vision_coarse"):
-                frames = np.stack([group.frames for group in new])
-                tokens = coarse_tokens(chain.vision_encoder, chain.spec, frames, report=limits.report)[:, 1:]
-            size = tokens.shape[1] // len(new)
-            for i, group in enumerate(new):
-                own = arrays.join([tokens[:, i * size : (i + 1) * size]], axis=1, zeros_before=1)
+                tokens = tokens_of(self._chain, self._plan, new, self._stored, limits)
+            for group in new:
+                own = arrays.join([tokens[group.place]], axis=1, zeros_before=1)
                 self._encoded[group.place] = _Encoded(group.place, own, group.fine, group.frame_times)
         self._groups = [self._encoded[group.place] for group in groups]
         self._fine = {sample.place: sample for group in groups for sample in group.fine}
@@ -174,10 +192,43 @@ class LiveWindow:
         self._prefix = None
 
     def _read_fine(self, places: np.ndarray, limits: Limits) -> Samples:
-        limits.check()
-        samples = [self._fine[int(place)] for place in places]
-        frames = np.stack([sample.frame for sample in samples])
-        return Samples(frames=frames, times=np.array([sample.time_s for sample in samples]))
+        return samples_of([self._fine[int(place)] for place in places], self._plan, self._stored, limits)
+
+
+def tokens_of(
+    chain: Chain, plan: LivePlan, groups: Sequence[LiveGroup], stored: StoredWindows | None, limits: Limits
+) -> dict[int, Array]:
+    """Return the visual tokens [1+D, N, H] of groups by their place; those that are not stored are encoded."""
+    numbers = {group.place // plan.group: group for group in groups}
+    found: dict[int, Array] = {}
+    if stored is not None:
+        found = {
+            numbers[number].place: on_device(tokens, chain.vision_encoder)
+            for number, (tokens, _) in stored.groups.get(numbers).items()
+        }
+    missing = [group for group in groups if group.place not in found]
+    if not missing:
+        return found
+    frames = np.stack([group.frames for group in missing])
+    if stored is not None and not frames.shape[-1]:
+        times = np.concatenate([group.shown_times for group in missing])
+        frames = stored.pictures(times, plan.coarse_size, limits).reshape(-1, plan.group, *plan.coarse_size, 3)
+    encoded = coarse_tokens(chain.vision_encoder, chain.spec, frames, report=limits.report)[:, 1:]
+    size = encoded.shape[1] // len(missing)
+    made = {group.place: encoded[:, i * size : (i + 1) * size] for i, group in enumerate(missing)}
+    if stored is not None:
+        stored.groups.put({place // plan.group: (arrays.on_host(tokens), 0.0) for place, tokens in made.items()})
+    return found | made
+
+
+def samples_of(samples: Sequence[FineSample], plan: LivePlan, stored: StoredWindows | None, limits: Limits) -> Samples:
+    """Return fine frames; those without pixels are read."""
+    limits.check()
+    times = np.array([sample.time_s for sample in samples])
+    frames = np.stack([sample.frame for sample in samples])
+    if stored is not None and not frames.shape[-1]:
+        frames = stored.pictures(times, plan.fine_size, limits)
+    return Samples(frames=frames, times=times)
 
 
 class _WindowFeatures:

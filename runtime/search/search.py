@@ -17,12 +17,15 @@ from bridge_stg.runtime.chain.opened_video import Chain
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.spans import Span
 from bridge_stg.runtime.chain.tasks import Task
+from bridge_stg.runtime.chain.vision_pass import FineFeatures
 from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.index.fine import BLOCK
 from bridge_stg.runtime.live.plan import LivePlan, plan_stream
 from bridge_stg.runtime.live.reader import POLL_S, GroupQueue, LiveReader
 from bridge_stg.runtime.live.sampling import LiveGroup
 from bridge_stg.runtime.live.source import LiveSource
-from bridge_stg.runtime.live.window import LiveWindow, in_stream_time
+from bridge_stg.runtime.live.window import LiveWindow, StoredWindows, in_stream_time, samples_of, tokens_of
+from bridge_stg.runtime.search.indexed import IndexedVideo
 from bridge_stg.runtime.search.occurrences import Occurrences, SearchResult, is_seen
 from bridge_stg.runtime.search.options import SearchOptions, window_groups
 from bridge_stg.runtime.search.state import SearchState
@@ -44,6 +47,7 @@ class Search:
         length_s: length of the video in seconds, for the progress; None: unknown.
         identity: plain values that identify video and model in the state file.
         feature_budget_bytes: see `LiveWindow`.
+        indexed: the video with its index, whose `source` is used; None: without an index.
     """
 
     chain: Chain
@@ -54,6 +58,7 @@ class Search:
     length_s: float | None
     identity: Mapping[str, Any]
     feature_budget_bytes: int
+    indexed: IndexedVideo | None = None
 
     def run(self, limits: Limits) -> list[SearchResult]:
         """Return the occurrences of each query. Raises BridgeError as `Grounder.search` does."""
@@ -87,6 +92,45 @@ class Search:
             state.remove()
         return results
 
+    def index(self, limits: Limits, *, fine: bool) -> float:
+        """Store what a search would encode, with `fine` of all fine frames, and return the seconds of the video.
+
+        Raises BridgeError as `Grounder.index` does.
+        """
+        size = window_groups(self.chain.spec, self.options.window_s)
+        reader, kept, ended = self._reader(size, BLOCK, start=0), [], False
+        with closing(reader), limits.stage("index"):
+            reader.start()
+            while not ended:
+                group = self._next(reader, limits)
+                ended = group is None
+                kept += [] if group is None else [group]
+                plan = reader.plan
+                if plan is None or not kept or (not ended and len(kept) < BLOCK):
+                    continue
+                assert self.indexed is not None
+                within, stored = Limits(cancel=_checking(limits)), self.indexed.stored(plan)
+                tokens_of(self.chain, plan, kept, stored, within)
+                if fine:
+                    self._index_fine(kept, plan, stored, within)
+                end_s = float(plan.times(np.asarray(kept[-1].place + plan.group)))
+                limits.report(min(end_s, self.length_s or end_s), self.length_s)
+                kept = []
+        return reader.end_s or 0.0
+
+    def _index_fine(self, groups: Sequence[LiveGroup], plan: LivePlan, stored: StoredWindows, limits: Limits) -> None:
+        samples = {sample.place: sample for group in groups for sample in group.fine}
+        features = FineFeatures(
+            self.chain.vision_encoder,
+            self.chain.spec,
+            read=lambda places, limits: samples_of([samples[int(i)] for i in places], plan, stored, limits),
+            budget_bytes=0,
+            as_tokens=self.chain.heads == "text",
+            stored=stored.fine,
+        )
+        if samples:
+            features.at(np.array(sorted(samples), np.int64), limits)
+
     def _reader(self, size: int, hop: int, *, start: int) -> LiveReader:
         spec = self.chain.spec
         window = size * spec.vision.temporal_patch_size
@@ -94,8 +138,8 @@ class Search:
         def plan_of(height: int, width: int) -> LivePlan:
             return plan_stream(height, width, spec, self.chain.tokenizer, window=window, budget=self.budget)
 
-        queue = GroupQueue(hop, latest_wins=False)
-        return LiveReader(self.source, plan_of, queue, hold_s=float("inf"), start=start, whole=True)
+        queue, pixels = GroupQueue(hop, latest_wins=False), self.indexed is None or self.indexed.facts is None
+        return LiveReader(self.source, plan_of, queue, hold_s=float("inf"), start=start, whole=True, pixels=pixels)
 
     def _windows(self, reader: LiveReader, layout: _Layout, limits: Limits) -> Iterator[_Window]:
         """Yield the windows that are not finished yet, in time of the video."""
@@ -114,7 +158,7 @@ class Search:
                 if ended and kept[-1].place < layout.end(plan.group):  # an earlier window has these groups
                     return
                 layout.done += 1
-                window = window or LiveWindow(self.chain, plan, feature_budget_bytes=self.feature_budget_bytes)
+                window = window or self._window(plan)
                 within = Limits(cancel=_checking(limits))  # whose stages are not shown as progress
                 answers = self._answer(window, kept, within)
                 end_s = float(plan.times(np.asarray(kept[-1].place + plan.group)))
@@ -126,6 +170,10 @@ class Search:
         finally:
             if window is not None:
                 window.close()
+
+    def _window(self, plan: LivePlan) -> LiveWindow:
+        stored = None if self.indexed is None else self.indexed.stored(plan)
+        return LiveWindow(self.chain, plan, feature_budget_bytes=self.feature_budget_bytes, stored=stored)
 
     def _next(self, reader: LiveReader, limits: Limits) -> LiveGroup | None:
         """Return the next group; None at the end of the file. Raises the reader's errors."""

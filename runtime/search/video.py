@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,37 @@ from bridge_stg.runtime.chain.opened_video import Chain
 from bridge_stg.runtime.chain.prompt import check_query
 from bridge_stg.runtime.errors import QueryError
 from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.index.index import VisualIndex
 from bridge_stg.runtime.live.source import LiveSource, open_live
+from bridge_stg.runtime.search.indexed import IndexedVideo
 from bridge_stg.runtime.search.occurrences import SearchResult
 from bridge_stg.runtime.search.options import SearchOptions, video_length_s
 from bridge_stg.runtime.search.search import Search
 from bridge_stg.runtime.video.decoder import check_path
 from bridge_stg.runtime.video.token_budget import Budget
+
+
+def index_video(
+    chain: Chain,
+    video: str,
+    limits: Limits,
+    *,
+    budget: Budget,
+    stream: int | None,
+    index: VisualIndex,
+    fine: bool,
+) -> tuple[float, int, bool]:
+    """Store what the searches of a video file with the default windows decode and encode.
+
+    Returns its length in seconds, its bytes in the index, and whether all was stored before.
+    """
+    cache = index.cache_of(video)
+    before, as_tokens = cache.nbytes, chain.heads == "text"
+    with IndexedVideo(cache, video, chain.spec, stream=stream, as_tokens=as_tokens) as indexed:
+        length_s = video_length_s(video, stream)
+        search = Search(chain, indexed.source, [], SearchOptions(), budget, length_s, {}, 0, indexed)
+        seconds = search.index(limits, fine=fine)
+        return seconds, cache.nbytes, indexed.facts is not None and cache.nbytes == before
 
 
 def search_video(
@@ -33,6 +59,7 @@ def search_video(
     stream: int | None,
     sessions: Mapping[str, Session],
     feature_budget_bytes: int,
+    index: VisualIndex | None = None,
 ) -> list[SearchResult]:
     """Search a video within a running call; see `Grounder.search`. `options` are the fields of `SearchOptions`."""
     chosen = SearchOptions(**options)
@@ -52,14 +79,13 @@ def search_video(
         status = os.stat(check_path(os.fspath(video)))
         video = os.path.abspath(video)  # so that it is no number of a camera
         identity |= {"video": video, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
-    search = Search(
-        chain,
-        open_live(video, latest_wins=False, stream=stream),
-        list(queries),
-        chosen,
-        budget,
-        video_length_s(video, stream),
-        identity,
-        feature_budget_bytes,
-    )
-    return search.run(limits)
+    length_s = video_length_s(video, stream)
+    with ExitStack() as opened:
+        indexed = None
+        if index is not None and isinstance(video, str) and length_s is not None:
+            as_tokens = chain.heads == "text"
+            cache = index.cache_of(video)
+            indexed = opened.enter_context(IndexedVideo(cache, video, chain.spec, stream=stream, as_tokens=as_tokens))
+        source = open_live(video, latest_wins=False, stream=stream) if indexed is None else indexed.source
+        search = Search(chain, source, list(queries), chosen, budget, length_s, identity, feature_budget_bytes, indexed)
+        return search.run(limits)

@@ -1,0 +1,94 @@
+"""A video file whose search uses an index: what it has of the file is neither decoded nor encoded again.
+
+The first search notes the times of all frames while it decodes them. Later ones sample these times without pixels, and
+read the frames of which the index has no tokens, or no feature map, by seeking.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.index.coarse import facts_from_arrays, facts_to_arrays
+from bridge_stg.runtime.index.fine import StoredMaps
+from bridge_stg.runtime.index.index import VisualCache
+from bridge_stg.runtime.live.plan import LivePlan
+from bridge_stg.runtime.live.source import Frames, LiveSource
+from bridge_stg.runtime.live.window import StoredWindows
+from bridge_stg.runtime.video.decoder import Decoder
+from bridge_stg.runtime.video.file import FileFacts, FrameLog, VideoFile
+
+KIND = "facts"
+
+
+class IndexedVideo:
+    """A video file in a search, with its cache; a context manager.
+
+    Args:
+        cache: what is stored of the file.
+        path: the file.
+        spec: the model's sizes and rates.
+        stream: see `CallOptions`.
+        as_tokens: whether fine frames are visual tokens; otherwise feature maps.
+
+    Attributes:
+        facts: what an earlier pass over the file found out; None: it has to be decoded.
+        source: the frames, without pixels if `facts` are known: uint8 [H, W, 0].
+    """
+
+    def __init__(self, cache: VisualCache, path: str, spec: ModelSpec, *, stream: int | None, as_tokens: bool) -> None:
+        self._cache, self._path, self._spec, self._stream = cache, path, spec, stream
+        self._kind = "fine-tokens" if as_tokens else "fine-maps"
+        self._file: VideoFile | None = None
+        found = cache.get(KIND, self._key)
+        self.facts: FileFacts | None = None if found is None else facts_from_arrays(found)[0]
+        self.source = LiveSource(path, False, self._decoded if self.facts is None else self._noted)
+
+    @property
+    def _key(self) -> Mapping[str, Any]:
+        return {"stream": self._stream}
+
+    def _decoded(self, stop: threading.Event) -> Frames:
+        with closing(Decoder(self._path, self._stream)) as decoder:
+            log = FrameLog(decoder)
+            for frame in decoder.frames():
+                if stop.is_set():
+                    return
+                yield log.add(frame), partial(decoder.converter.rgb, frame)
+            self._cache.put(KIND, self._key, facts_to_arrays(log.facts()))
+
+    def _noted(self, stop: threading.Event) -> Frames:
+        assert self.facts is not None
+        width, height = self.facts.size
+        blank = np.empty((height, width, 0), np.uint8)
+        for time in self.facts.times.tolist():
+            if stop.is_set():
+                return
+            yield time, lambda: blank
+
+    def stored(self, plan: LivePlan) -> StoredWindows:
+        """Return what is stored for one sampling of the file."""
+        sampled = {"stream": self._stream, "size": plan.coarse_size, "interval_s": plan.interval_s}
+        fine = {"stream": self._stream, "size": plan.fine_size, "fps": plan.fine_fps, "from": "search"}
+        groups = StoredMaps(self._cache, "groups", sampled)
+        return StoredWindows(groups, StoredMaps(self._cache, self._kind, fine), self.pictures)
+
+    def pictures(self, times: np.ndarray, size: tuple[int, int], limits: Limits) -> np.ndarray:
+        """Return the frames that start at these times [N ≥ 1], uint8 [N, *size, 3], after `facts` are known."""
+        assert self.facts is not None
+        self._file = self._file or VideoFile(self._path, self._spec, known=(self.facts, None))
+        return self._file.pictures(np.searchsorted(self.facts.times, times), size, limits)
+
+    def __enter__(self) -> IndexedVideo:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
