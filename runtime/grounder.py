@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
 
     from bridge_stg.runtime.backends.choose import ChosenBackend
+    from bridge_stg.runtime.live.source import LiveSource
     from bridge_stg.runtime.live.watch import LiveWatch
     from bridge_stg.runtime.search.occurrences import SearchResult
 
@@ -444,7 +445,7 @@ class Grounder(Closable):
 
     def search(
         self,
-        video: str | os.PathLike[str] | Iterable[tuple[float, np.ndarray]],
+        video: str | os.PathLike[str] | Iterable[tuple[float, np.ndarray]] | LiveSource,
         queries: Sequence[str],
         *,
         max_visual_tokens: int | None = None,

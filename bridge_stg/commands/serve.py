@@ -42,7 +42,7 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per live round.")
 @click.option("--max-upload-mb", type=COUNT, default=256, show_default=True, help="Maximum MB per upload.")
 @click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="Maximum MB of all uploads.")
-@click.option("--max-duration-s", type=SECONDS, default=600.0, show_default=True, help="Maximum seconds per video.")
+@click.option("--max-duration-s", type=SECONDS, default=14400.0, show_default=True, help="Maximum seconds per video.")
 @click.option("--max-pixels", type=COUNT, default=4096 * 2304, show_default=True, help="Maximum pixels per frame.")
 @click.option("--decode-mb", type=COUNT, default=2048, show_default=True, help="Maximum MB to decode one file.")
 @click.option("--max-queue", type=COUNT, default=64, show_default=True, help="Maximum number of waiting jobs.")

@@ -41,7 +41,7 @@ class Settings:
     max_upload_bytes: int = 256 * MB  # of one file
     max_storage_bytes: int = 4096 * MB  # of all uploads together
     max_videos: int = 512  # uploads
-    max_duration_s: float = 600.0  # of one video
+    max_duration_s: float = 14400.0  # of one video
     max_pixels: int = 4096 * 2304  # of one frame
     decode_bytes: int = 2048 * MB  # memory of a subprocess that reads a file
     max_queue: int = 64  # jobs in the queue

@@ -43,6 +43,7 @@ class LiveSource:
     name: str
     keeps_pace: bool
     frames: Callable[[threading.Event], Frames]  # yields until the source ends or the event is set
+    length_s: float | None = None  # seconds of the whole source, if they are known
 
 
 def open_live(

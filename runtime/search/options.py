@@ -12,6 +12,7 @@ from typing import Any
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.video.decoder import Decoder, check_path
 from bridge_stg.runtime.video.image import read_image
 
@@ -74,7 +75,7 @@ def video_length_s(video: Any, stream: int | None = None) -> float | None:
     Without a length in its header, the file's packets are read. Raises VideoError as opening the video does.
     """
     if not isinstance(video, (str, os.PathLike)):
-        return None
+        return video.length_s if isinstance(video, LiveSource) else None
     path = check_path(os.fspath(video))
     if read_image(path) is not None:
         return None
@@ -84,7 +85,11 @@ def video_length_s(video: Any, stream: int | None = None) -> float | None:
 
 def is_long(video: Any, spec: ModelSpec, *, stream: int | None = None) -> bool:
     """Return whether a video file is longer than one window of a search. Arguments and errors as `video_length_s`."""
-    length_s = video_length_s(video, stream)
+    return is_longer(video_length_s(video, stream), spec)
+
+
+def is_longer(length_s: float | None, spec: ModelSpec) -> bool:
+    """Return whether a length in seconds is more than one window of a search; None, an unknown one, is not."""
     return length_s is not None and length_s > default_window_s(spec) + 1 / spec.frames.coarse_fps
 
 

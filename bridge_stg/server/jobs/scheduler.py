@@ -20,6 +20,8 @@ from bridge_stg.runtime.chain.results import VIDEO_STAGES, Grounding
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted
 from bridge_stg.runtime.host.limits import Limits, Progress
+from bridge_stg.runtime.live.source import LiveSource
+from bridge_stg.runtime.search.options import is_longer
 from bridge_stg.server.http.errors import ApiError, api_error, busy, stopping
 from bridge_stg.server.jobs.job import Chat, Job
 from bridge_stg.server.metrics import Metrics
@@ -199,6 +201,10 @@ class Scheduler:
         media = dataclasses.replace(batch.file.media, stream=batch.stream)
         chat = batch.jobs[0]
         context = chat.question.context if isinstance(chat, Chat) else ()
+        duration_s = batch.file.info.duration_s
+        if not isinstance(chat, Chat) and is_longer(duration_s, self._opened.grounder.spec):
+            self._metrics.videos_opened.inc()
+            return self._search(batch, media.live(duration_s), progress)
         with self._opened.lease(batch.file.key, media, context=context, cancel=batch.over, progress=progress) as (
             video,
             new,
@@ -246,6 +252,19 @@ class Scheduler:
         texts = {query: json.dumps(answer.to_json(), ensure_ascii=False) for query, answer in answers.items()}
         return [
             (tuple(answers[query] for query in job.queries), f"[{', '.join(texts[query] for query in job.queries)}]")
+            for job in batch.jobs
+        ]
+
+    def _search(self, batch: Batch, source: LiveSource, progress: Progress) -> list[Outcome]:
+        """Answer the jobs of a batch on a video that is longer than the model reads at once."""
+        task = batch.task
+        found = self._opened.grounder.search(
+            source, batch.queries, task=task.name, allow_none=task.allow_none, cancel=batch.over, progress=progress
+        )
+        drawn = {result.query: dataclasses.replace(result.drawn, taps=None) for result in found}
+        texts = {result.query: json.dumps(result.to_json(), ensure_ascii=False) for result in found}
+        return [
+            (tuple(drawn[query] for query in job.queries), f"[{', '.join(texts[query] for query in job.queries)}]")
             for job in batch.jobs
         ]
 

@@ -5,8 +5,9 @@ The server receives plain arrays. A file whose subprocess crashes, hangs or need
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.memory import gigabytes
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.host.worker import ENDED, Worker
+from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.video.decoder import check_path, limit_frames
 from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.image import DAMAGE, StillImage, read_image
@@ -79,6 +81,17 @@ class IsolatedMedia:
             frames = _Frames(self, worker)
             pictures = ((time_s, partial(np.asarray, rgb)) for time_s, rgb in frames)
             yield Playback(pictures, last_end_s=lambda: frames.end_s, **found)
+
+    def live(self, length_s: float) -> LiveSource:
+        """Return the video as the source of a search; frames that are not sampled stay in the subprocess."""
+        return LiveSource(self.path, False, self._live_frames, length_s=length_s)
+
+    def _live_frames(self, stop: threading.Event) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+        with closing(self._start()) as worker:
+            self.call(worker, "play")
+            while not stop.is_set() and (found := self.call(worker, "next_frame")) is not None:
+                number, time_s = found
+                yield time_s, partial(self.call, worker, "picture", number)
 
     def open_source(self, spec: ModelSpec, *, buffer_frames: int, budget: Budget) -> VideoSource:
         """Open the file for a Grounder; see `open.open_source`."""
@@ -194,10 +207,25 @@ class _Reader:
     def play(self, _: Limits) -> Any:
         source = self._stack.enter_context(play(self._path, self._stream))
         self._frames, self._last_end_s = source.frames, source.last_end_s
+        self._pictures = enumerate(source.pictures)
+        self._shown: dict[int, Any] = {}
         return {"duration_s": source.duration_s, "is_image": source.is_image}
 
     def frame(self, _: Limits) -> Any:
         return next(self._frames, None)
+
+    def next_frame(self, _: Limits) -> Any:
+        """Return number and time of the next frame, whose `picture` is there until the second one after it."""
+        found = next(self._pictures, None)
+        if found is None:
+            return None
+        number, (time_s, picture) = found
+        self._shown.pop(number - 3, None)
+        self._shown[number] = picture
+        return number, time_s
+
+    def picture(self, _: Limits, number: int) -> Any:
+        return self._shown[number]()
 
     def end(self, _: Limits) -> Any:
         return self._last_end_s()

@@ -27,7 +27,7 @@ class OpenVideos:
     """
 
     def __init__(self, grounder: Grounder, *, most: int, most_bytes: int) -> None:
-        self._grounder, self._most, self._most_bytes = grounder, most, most_bytes
+        self.grounder, self._most, self._most_bytes = grounder, most, most_bytes
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, OpenedVideo] = OrderedDict()
         self._leased: dict[Key, OpenedVideo] = {}
@@ -53,12 +53,12 @@ class OpenVideos:
         progress: Progress,
     ) -> Iterator[tuple[OpenedVideo, bool]]:
         """Yield a video, and whether it was opened by this call. Arguments and errors as of `Grounder.open`."""
-        key = file, media.stream, with_context(self._grounder.spec, context).prompt.head
+        key = file, media.stream, with_context(self.grounder.spec, context).prompt.head
         with self._lock:
             kept = self._kept.pop(key, None)
             if kept is not None:
                 self._leased[key] = kept
-        video = kept or self._grounder.open(media, context=context, cancel=cancel, progress=progress)
+        video = kept or self.grounder.open(media, context=context, cancel=cancel, progress=progress)
         with self._lock:
             self._leased[key] = video
         try:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
 import pytest
 
@@ -28,6 +29,7 @@ from tests.bridge_stg.server.conftest import (
     upload,
 )
 from tests.fakes.chain import fake_grounder
+from tests.fakes.live_chain import live_grounder, stream
 
 
 class Gate:
@@ -352,3 +354,22 @@ def test_shutdown_finishes_running_jobs_and_fails_waiting_ones(served: Callable[
         gate.open.set()
         assert first.result().status_code == 200
     running.stop()
+
+
+def test_a_long_video_is_searched(served: Callable[..., Running], tmp_path: Path) -> None:
+    path = tmp_path / "long.mp4"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=8)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for _, frame in stream(70, bright=((10.0, 14.0), (50.0, 53.0))):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(video.encode(None))
+    running = served(live_grounder())
+    with running.client() as client:
+        job = ended(client, ask(client, upload(client, path)["id"], ["the car", "a dog"]).json()["id"])
+        assert job["status"] == "done"
+        for result in job["results"]:  # a window of this model is 64 s long
+            spans = [(one["span"]["start_s"], one["span"]["end_s"]) for one in result["occurrences"]]
+            assert sorted(spans) == [(10.0, 14.0), (50.0, 53.0)] and result["windows"]["count"] == 2
+        drawn = client.get(f"/v1/jobs/{job['id']}/annotated.mp4")
+        assert drawn.status_code == 200
