@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.evaluation.run.ray_executor import ATTEMPTS, SENT
+from bridge_stg.evaluation.run.ray_executor import ATTEMPTS
 
 RESULTS = Path(__file__).parents[1] / "results"
 HOUR = 3600.0
@@ -46,7 +46,7 @@ class Costs:
     found: float
     query: float
     decode: float = 0.035  # 0.07 CPU seconds of PyAV for H.264 of 1920x1080 at 25 per second, on 2 cores
-    unit: float = 0.00114  # 100,000 empty units on a local Ray with two workers, docs/scale.md
+    unit: float = 0.0016  # 30,000 empty units on a local Ray with two workers, docs/scale.md
     row: float = 0.0005
     window_s: float = 16.0
     overlap: float = 0.25
@@ -132,7 +132,7 @@ def simulate(costs: Costs, setting: Setting, seed: int = 0) -> dict[str, Any]:
             start, unit = again.popleft()
         else:
             break
-        driver = max(driver, start - SENT * work[unit]) + costs.unit + stored[unit]  # units are sent ahead
+        driver = max(driver, start) + costs.unit + stored[unit]
         start = max(start, driver)
         while fails[node] <= start:  # this worker was not at a unit then
             start = max(start, fails[node] + setting.repair_s)

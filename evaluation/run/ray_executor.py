@@ -1,8 +1,8 @@
 """The executor `ray`: actors of Ray, one per device, each with its own model, answer units of work.
 
-The driver sends each actor a few units at a time, so its memory does not grow with their number. It replaces actors
-that die, and gives up a unit that killed several. Knows nothing of the units. Ray is imported when an executor is
-opened.
+The driver sends each actor one unit at a time: its memory does not grow with their number, and it knows at which unit
+an actor died. It replaces such actors, and gives up a unit that killed several. Knows nothing of the units. Ray is
+imported when an executor is opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bridge_stg.evaluation.run.executor import Answers, Lost, Opener
@@ -26,8 +26,6 @@ from bridge_stg.runtime.host.cpus import usable_cpus
 
 ATTEMPTS = 2
 """How often a unit is started before it is given up: a process may also die for other reasons than the unit."""
-SENT = 2
-"""Units that an actor has at a time: it begins the next one while the driver stores an answer."""
 OBJECT_STORE_BYTES = 2**28
 """Large answers only; Ray's default is 30 % of the memory, which the models need."""
 LONGEST_TEMPORARY = 24
@@ -63,13 +61,11 @@ class RayExecutor:
 
 @dataclass(eq=False)
 class _Actor:
-    """An actor, and what it has to do, in order: references to the results, each with the place of its unit.
-
-    The first task opens the model; its place is None.
-    """
+    """An actor, with the reference to the result of its task; `place` is that of the unit, None: it opens the model."""
 
     handle: Any
-    tasks: deque[tuple[Any, int | None]] = field(default_factory=deque)
+    task: Any
+    place: int | None = None
 
 
 class _Pool:
@@ -97,16 +93,15 @@ class _Pool:
         from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
         while self._left:
-            first = {actor.tasks[0][0]: actor for actor in self._actors if actor.tasks}
-            (ready,), _ = ray.wait(list(first), num_returns=1)
-            actor = first[ready]
+            busy = {actor.task: actor for actor in self._actors if actor.task is not None}
+            (ready,), _ = ray.wait(list(busy), num_returns=1)
+            actor = busy[ready]
             try:
                 raised, data = ray.get(ready)
             except (RayActorError, WorkerCrashedError, OutOfMemoryError, ObjectLostError) as error:
                 yield from self._replace(actor, error)
                 continue
-            _, place = actor.tasks.popleft()
-            value = cloudpickle.loads(data)
+            value, place = cloudpickle.loads(data), actor.place
             if raised:
                 raise value
             self._send(actor)
@@ -126,20 +121,16 @@ class _Pool:
 
     def _start(self) -> _Actor:
         handle = self._worker.remote(*self._arguments)
-        actor = _Actor(handle, deque([(handle.open.remote(), None)]))
-        self._send(actor)
-        return actor
+        return _Actor(handle, handle.open.remote())
 
     def _send(self, actor: _Actor) -> None:
-        """Send an actor its next units; the last ones are left to whoever is free."""
+        """Send an actor its next unit, if there is one."""
         from ray import cloudpickle
 
-        most = SENT if self._left > SENT * self._size else 1
-        while sum(place is not None for _, place in actor.tasks) < most:
-            place = self._again.popleft() if self._again else next(self._new, None)
-            if place is None:
-                return
-            actor.tasks.append((actor.handle.answer.remote(cloudpickle.dumps(self._units[place])), place))
+        actor.place = self._again.popleft() if self._again else next(self._new, None)
+        actor.task = None
+        if actor.place is not None:
+            actor.task = actor.handle.answer.remote(cloudpickle.dumps(self._units[actor.place]))
 
     def _replace(self, actor: _Actor, error: Exception) -> Iterator[tuple[int, Any]]:
         """Start another actor for one that died. Yield the unit that it was at, if this happened too often.
@@ -150,8 +141,7 @@ class _Pool:
 
         ray.kill(actor.handle)  # it may only be out of reach
         self._actors.remove(actor)
-        (_, place), *later = actor.tasks
-        self._again += [other for _, other in later if other is not None]
+        place = actor.place
         if place is None:
             self._died_opening += 1
         else:
@@ -166,7 +156,8 @@ class _Pool:
             self._actors.append(self._start())
         elif self._actors:
             for other in self._actors:
-                self._send(other)
+                if other.task is None:
+                    self._send(other)
         else:
             what = f"{self._died_opening} worker processes died while they loaded the model"
             hint = "if memory ran out, give fewer --workers"
