@@ -80,7 +80,7 @@ def serve(
     load_options |= options.pop_head_options(limits)
     settings = Settings(
         api_key=_key(api_key, api_key_env),
-        sample=sample or demo_sample(read_manifest(bundle).spec),
+        sample=sample or demo_sample(bundle),
         live=dict(live),
         max_upload_bytes=max_upload_mb * MB,
         max_storage_bytes=max_storage_mb * MB,

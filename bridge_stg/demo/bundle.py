@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bridge_stg
-from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.bundle.bundle import read_manifest
 from bridge_stg.runtime.errors import BundleError, CheckpointError
 from bridge_stg.runtime.host.packages import install_command
 
@@ -56,9 +56,12 @@ def demo_bundle(*, progress: Callable[[str], None] = lambda stage: None) -> Path
     return export_bundle(checkpoints[0], cached, overwrite=True, progress=progress)
 
 
-def demo_sample(spec: ModelSpec) -> Path | None:
-    """Return a clip to try if `spec` is the model of the source tree's demo checkpoint; None otherwise."""
-    clip, config = SOURCE_TREE / SAMPLE, SOURCE_TREE / CHECKPOINT / "config.json"
+def demo_sample(bundle: Path) -> Path | None:
+    """Return a clip to try if a bundle has the model of the source tree's demo checkpoint; None otherwise.
+
+    Raises BundleError if its manifest cannot be read.
+    """
+    clip, config, spec = SOURCE_TREE / SAMPLE, SOURCE_TREE / CHECKPOINT / "config.json", read_manifest(bundle).spec
     if spec.knows is None or not clip.is_file() or not config.is_file():
         return None
     summary: str = json.loads(config.read_bytes())["knows"]["summary"]

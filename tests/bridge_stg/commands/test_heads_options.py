@@ -36,6 +36,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(Grounder, "load", stop)
     monkeypatch.setattr("bridge_stg.evaluation.run.evaluate.bundle_model", stop)
     monkeypatch.setattr("bridge_stg.server.run.serve", stop)
+    monkeypatch.setattr("bridge_stg.demo.bundle.demo_sample", lambda bundle: None)
     monkeypatch.setattr("bridge_stg.triton.repository.write_repository", lambda bundle, out, s, **_: stop(**vars(s)))
     monkeypatch.setattr("bridge_stg.evaluation.datasets.registry.read_dataset", lambda *_, **__: NoDataset())
     return calls
