@@ -77,7 +77,7 @@ def demo_config() -> BridgeSTGConfig:
         spatial_decoder=SpatialDecoderConfig(width=128, num_layers=3, num_heads=4, ffn_width=512),
         frames=FramesSpec(
             coarse_fps=2.0, coarse_max_pixels=192 * 192, coarse_min_pixels=64 * 64, max_coarse_groups=64,
-            fine_fps=8.0, fine_max_pixels=288 * 288, fine_min_pixels=96 * 96, max_fine_frames=64,
+            fine_fps=8.0, fine_max_pixels=288 * 288, fine_min_pixels=96 * 96, max_fine_frames=64, window_s=12.0,
         ),
         prompt=PromptSpec(),
         knows=KnowsSpec(
