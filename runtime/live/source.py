@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 from urllib.parse import urlsplit
@@ -22,7 +22,7 @@ import numpy as np
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.video.decoder import check_path, moving_streams
+from bridge_stg.runtime.video.decoder import CLOCKS, check_path, moving_streams
 from bridge_stg.runtime.video.frame import FrameConverter
 from bridge_stg.runtime.video.playback import play
 from bridge_stg.runtime.video.stream import STREAM, checked_frames
@@ -30,6 +30,19 @@ from bridge_stg.runtime.video.stream import STREAM, checked_frames
 Frames: TypeAlias = Iterator[tuple[float, Callable[[], np.ndarray]]]
 PROTOCOLS = ("rtsp", "rtsps", "http", "https", "rtp", "udp", "srt", "tcp")
 DISCONTINUITY_S = 10.0  # if the time stamps jump by more, the source's clock was reset: the local time counts instead
+
+
+@dataclass
+class TimesFrom:
+    """Where the times of a file come from; complete once it has been read.
+
+    Attributes:
+        clock: one of `bridge_stg.runtime.video.decoder.CLOCKS`.
+        stream: index of the video stream; None if the file has only one.
+    """
+
+    clock: str = CLOCKS[0]
+    stream: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,7 @@ class LiveSource:
     keeps_pace: bool
     frames: Callable[[threading.Event], Frames]  # yields until the source ends or the event is set
     length_s: float | None = None  # seconds of the whole source, if they are known
+    times_from: TimesFrom = field(default_factory=TimesFrom)
 
 
 def open_live(
@@ -79,7 +93,8 @@ def open_live(
             return LiveSource(text, keeps_pace, partial(_camera, text, timeout_s))
         path = check_path(text)
         keeps_pace = realtime if latest_wins is None else latest_wins
-        return LiveSource(path, keeps_pace, partial(_file, path, realtime, stream))
+        times_from = TimesFrom()
+        return LiveSource(path, keeps_pace, partial(_file, path, realtime, stream, times_from), times_from=times_from)
     if isinstance(source, Iterable) and not isinstance(source, (bytes, dict, np.ndarray)):
         return LiveSource(STREAM, bool(latest_wins), partial(_iterable, source))
     expected = "a path, an address, a camera's number, or an iterator of (time in seconds, uint8 [height, width, 3])"
@@ -99,10 +114,14 @@ def _iterable(frames: Iterable[tuple[float, np.ndarray]], stop: threading.Event)
             close()
 
 
-def _file(path: str, realtime: bool, stream: int | None, stop: threading.Event) -> Frames:
+def _file(
+    path: str, realtime: bool, stream: int | None, times_from: TimesFrom, stop: threading.Event
+) -> Frames:  # fmt: skip
     began = time.monotonic()
     with play(path, stream) as source:
+        times_from.stream = source.stream
         for time_s, picture in source.pictures:
+            times_from.clock = source.clock()
             if stop.wait(max(0.0, began + time_s - time.monotonic()) if realtime else 0.0):
                 return
             yield time_s, picture

@@ -50,6 +50,8 @@ class IndexedVideo:
         found = cache.get(KIND, self._key)
         self.facts: FileFacts | None = None if found is None else facts_from_arrays(found)[0]
         self.source = LiveSource(path, False, self._decoded if self.facts is None else self._noted)
+        if self.facts is not None:
+            self._note(self.facts)
 
     @property
     def _key(self) -> Mapping[str, Any]:
@@ -62,7 +64,12 @@ class IndexedVideo:
                 if stop.is_set():
                     return
                 yield log.add(frame), partial(decoder.converter.rgb, frame)
-            self._cache.put(KIND, self._key, facts_to_arrays(log.facts()))
+            facts = log.facts()
+            self._note(facts)
+            self._cache.put(KIND, self._key, facts_to_arrays(facts))
+
+    def _note(self, facts: FileFacts) -> None:
+        self.source.times_from.clock, self.source.times_from.stream = facts.clock, facts.stream
 
     def _noted(self, stop: threading.Event) -> Frames:
         assert self.facts is not None

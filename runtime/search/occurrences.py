@@ -5,7 +5,7 @@ Knows nothing of models and files. All times are seconds from the first frame of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from typing import Any, TypeVar
@@ -134,17 +134,18 @@ class Occurrences:
             elif self._nowhere is None or grounding.scores["absent"] < self._nowhere.scores["absent"]:
                 self._nowhere = _not_found(grounding)
 
-    def result(
-        self, *, top: int | None, length_s: float, overlap_s: float, timings: Mapping[str, float]
-    ) -> SearchResult:
-        """Return the occurrences of all windows added so far, at most the `top` best ones."""
+    def result(self, *, top: int | None, length_s: float, overlap_s: float, **fields: Any) -> SearchResult:
+        """Return the occurrences of all windows added so far, at most the `top` best ones.
+
+        `fields` are those of a `Grounding` that follow from the whole search: `timings`, `clock` and `stream`.
+        """
         ranked = sorted(self._found, key=lambda grounding: (-score_of(grounding), grounding.span or (0.0, 0.0)))
-        ranked = [replace(grounding, timings=dict(timings)) for grounding in ranked[:top]]
+        ranked = [replace(grounding, **fields) for grounding in ranked[:top]]
         windows = SearchedWindows(self._windows, length_s, overlap_s, self._absent)
         if ranked:
             return SearchResult(ranked[0], tuple(ranked), windows)
         assert self._nowhere is not None
-        return SearchResult(replace(self._nowhere, timings=dict(timings)), (), windows)
+        return SearchResult(replace(self._nowhere, **fields), (), windows)
 
     def _merge(self, grounding: Grounding, frame_times: np.ndarray) -> None:
         for place in range(len(self._found) - 1, -1, -1):

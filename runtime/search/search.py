@@ -86,7 +86,14 @@ class Search:
             group_s = group * reader.plan.interval_s
             timings["total"] = limits.elapsed_s
             results = [
-                one.result(top=options.top, length_s=size * group_s, overlap_s=(size - hop) * group_s, timings=timings)
+                one.result(
+                    top=options.top,
+                    length_s=size * group_s,
+                    overlap_s=(size - hop) * group_s,
+                    timings=timings,
+                    clock=self.source.times_from.clock,
+                    stream=self.source.times_from.stream,
+                )
                 for one in found
             ]
             state.remove()

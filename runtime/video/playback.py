@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.video.decoder import DEFAULT_FRAME_S, Decoder, Timeline, check_path
+from bridge_stg.runtime.video.decoder import CLOCKS, DEFAULT_FRAME_S, Decoder, Timeline, check_path
 from bridge_stg.runtime.video.image import read_image
 from bridge_stg.runtime.video.stream import check_frame
 
@@ -28,6 +28,8 @@ class Playback:
     duration_s: float | None  # None if not known before reading; 0 for an image
     is_image: bool = False
     last_end_s: Callable[[], float | None] = lambda: None  # end of the newest frame; None if it is unknown
+    clock: Callable[[], str] = lambda: CLOCKS[0]  # where the times so far come from, one of `CLOCKS`
+    stream: int | None = None  # index of the video stream; None if the file has only one, or is no video file
     end_s: float = 0.0  # end of the frames that `intervals` has yielded
 
     @property
@@ -81,7 +83,10 @@ def play(
     else:
         with closing(Decoder(path, stream)) as decoder:
             timeline, length_s = decoder.timeline(), decoder.duration_s and float(decoder.duration_s)
-            yield Playback(_decoded(decoder, timeline), length_s, last_end_s=lambda: timeline.end_s)
+            yield Playback(
+                _decoded(decoder, timeline), length_s, last_end_s=lambda: timeline.end_s, clock=lambda: timeline.clock,
+                stream=decoder.stream,
+            )  # fmt: skip
 
 
 def _decoded(decoder: Decoder, timeline: Timeline) -> Iterator[tuple[float, Picture]]:

@@ -21,7 +21,7 @@ from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.memory import gigabytes
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.host.worker import ENDED, Worker
-from bridge_stg.runtime.live.source import LiveSource
+from bridge_stg.runtime.live.source import LiveSource, TimesFrom
 from bridge_stg.runtime.video.decoder import check_path, limit_frames
 from bridge_stg.runtime.video.file import VideoFile
 from bridge_stg.runtime.video.image import DAMAGE, StillImage, read_image
@@ -84,14 +84,19 @@ class IsolatedMedia:
 
     def live(self, length_s: float) -> LiveSource:
         """Return the video as the source of a search; frames that are not sampled stay in the subprocess."""
-        return LiveSource(self.path, False, self._live_frames, length_s=length_s)
+        times_from = TimesFrom()
+        frames = partial(self._live_frames, times_from)
+        return LiveSource(self.path, False, frames, length_s=length_s, times_from=times_from)
 
-    def _live_frames(self, stop: threading.Event) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    def _live_frames(
+        self, times_from: TimesFrom, stop: threading.Event
+    ) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
         with closing(self._start()) as worker:
             self.call(worker, "play")
             while not stop.is_set() and (found := self.call(worker, "next_frame")) is not None:
                 number, time_s = found
                 yield time_s, partial(self.call, worker, "picture", number)
+            times_from.clock, times_from.stream = self.call(worker, "times_from")
 
     def open_source(self, spec: ModelSpec, *, buffer_frames: int, budget: Budget) -> VideoSource:
         """Open the file for a Grounder; see `open.open_source`."""
@@ -206,7 +211,7 @@ class _Reader:
 
     def play(self, _: Limits) -> Any:
         source = self._stack.enter_context(play(self._path, self._stream))
-        self._frames, self._last_end_s = source.frames, source.last_end_s
+        self._source, self._frames = source, source.frames
         self._pictures = enumerate(source.pictures)
         self._shown: dict[int, Any] = {}
         return {"duration_s": source.duration_s, "is_image": source.is_image}
@@ -228,7 +233,10 @@ class _Reader:
         return self._shown[number]()
 
     def end(self, _: Limits) -> Any:
-        return self._last_end_s()
+        return self._source.last_end_s()
+
+    def times_from(self, _: Limits) -> Any:
+        return self._source.clock(), self._source.stream
 
     def open(self, limits: Limits, spec: ModelSpec, budget: dict[str, Any]) -> Any:
         if read_image(check_path(self._path)) is not None:

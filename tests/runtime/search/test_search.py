@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
 from bridge_stg.runtime.errors import Interrupted, QueryError, VideoError
 from bridge_stg.runtime.search.occurrences import SearchResult, score_of
 from tests.errors import raises
+from tests.fakes.clips import write
 from tests.fakes.live_chain import live_grounder, stream
 
 BRIGHT = ((3.0, 5.0), (21.0, 26.0), (40.0, 43.0), (44.0, 46.0), (59.0, 60.5))
@@ -47,6 +49,21 @@ def test_a_target_that_stays_is_one_occurrence() -> None:
     assert spans(result) == [pytest.approx((2.0, 50.0))]
     tube = result.best.tube
     assert tube is not None and len(tube) == 48 * 4 and (np.diff(tube.times) > 0).all()
+
+
+def test_a_result_says_where_the_times_of_the_file_come_from(tmp_path: Path) -> None:
+    timed = write(tmp_path / "a.mp4", [np.full((48, 64, 3), 90, np.uint8)] * 80, rate=8)
+    untimed = tmp_path / "a.h264"
+    with av.open(str(timed)) as source, av.open(str(untimed), "w", format="h264") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    grounder = live_grounder()
+    for path, clock in ((timed, "timestamps"), (untimed, "frame_rate")):
+        (found,) = grounder.search(path, ["the car"], **OPTIONS)
+        assert found.best.clock == clock == grounder.ground(path, "the car").clock
 
 
 def test_windows_without_the_target_and_top() -> None:
