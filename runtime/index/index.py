@@ -84,11 +84,13 @@ class VisualIndex:
         if root.exists() and not root.is_dir():
             raise BridgeError("index.not_an_index", f"{root} is a file; expected the folder of an index, or a new one.")
         root.mkdir(parents=True, exist_ok=True)
+        # Before the mark: others that create this index now write it first.
+        entries = [entry for entry in root.iterdir() if not entry.name.endswith(".partial")]
         found: Any = None
         if mark.exists():
             with suppress(ValueError):
                 found = json.loads(mark.read_bytes())
-        elif not any(root.iterdir()):
+        elif not entries:
             with replacing(mark) as temporary:
                 temporary.write_text(json.dumps(FORMAT) + "\n")
             return
