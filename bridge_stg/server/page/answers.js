@@ -1,6 +1,6 @@
 // What was found: a row a query with its colour, its span on a track, the span's ends to go to, and its scores.
 
-import { clock, endsOf, partsOf } from "./boxes.js";
+import { clock, endsOf, occurrencesOf, partsOf } from "./boxes.js";
 import { make } from "./elements.js";
 import { colourOf } from "./palette.js";
 import { followPointer, part } from "./scrubber.js";
@@ -32,7 +32,7 @@ export class Answers {
     this.live = live;
     this.kind = video.durationS > 0 ? "video" : "image";
     this.groundings = groundings;
-    this.ends = groundings.map((grounding) => endsOf(grounding, video.frameS));
+    this.ends = groundings.map((grounding) => occurrencesOf(grounding).map((one) => endsOf(one, video.frameS)));
     this.list.replaceChildren(...groundings.map((grounding, index) => this.#row(grounding, index, video)));
   }
 
@@ -46,7 +46,7 @@ export class Answers {
 
   /** Return where the spans begin and end, in order of time. */
   get seams() {
-    return [...new Set(this.ends.flatMap((ends) => ends ?? []))].sort((a, b) => a - b);
+    return [...new Set(this.ends.flat(2))].sort((a, b) => a - b);
   }
 
   /** Return a sentence for those who cannot see the rows. */
@@ -57,10 +57,11 @@ export class Answers {
   }
 
   #row(grounding, index, video) {
-    const ends = this.ends[index];
+    const [ends] = this.ends[index];
     const row = make("li.answer", {}, this.#head(grounding, index, ends, video));
     row.style.setProperty("--colour", colourOf(index));
-    if (video.durationS > 0) row.append(this.#track(grounding, ends, video.durationS));
+    if (video.durationS > 0) row.append(this.#track(grounding, this.ends[index].flat(), video.durationS));
+    if (this.ends[index].length > 1) row.append(this.#others(grounding, index));
     row.append(details(grounding));
     if (grounding.clock === "guessed") row.append(make("p.note", {}, "Times are guessed where the file has no usable time stamps."));
     const unknown = grounding.unknown_words ?? [];
@@ -104,16 +105,24 @@ export class Answers {
     return make("span.when", {}, go(first, span.start_s, "start"), "–", go(last, span.end_s, "end"));
   }
 
+  /** Return the spans of the other occurrences, in order of time. */
+  #others(grounding, index) {
+    const others = occurrencesOf(grounding).map((one, place) => ({ ...one, ends: this.ends[index][place] })).slice(1);
+    others.sort((a, b) => a.span.start_s - b.span.start_s);
+    const items = others.map((one) => make("li", { title: `score ${one.score.toFixed(2)}` }, this.#when(one, one.ends)));
+    return make("details.others", {}, make("summary", {}, `${others.length} more`), make("ol", {}, ...items));
+  }
+
   #track(grounding, ends, durationS) {
     const track = make("div.track", { "aria-hidden": "true" });
-    for (const { start, end, visible } of partsOf(grounding)) {
+    for (const { start, end, visible } of occurrencesOf(grounding).flatMap(partsOf)) {
       const piece = make(visible ? "div.span" : "div.span.doubted");
       piece.style.setProperty("--from", part(start, durationS));
       piece.style.setProperty("--to", part(end, durationS));
       track.append(piece);
     }
     track.append(make("div.playhead"));
-    followPointer(track, track, () => durationS, () => ends ?? [], this.actions.onSeek);
+    followPointer(track, track, () => durationS, () => ends, this.actions.onSeek);
     return track;
   }
 }

@@ -86,8 +86,8 @@ function showAnswers(job) {
   byId("save-drawn").querySelector("span").textContent = durationS > 0 ? "Video with boxes" : "Image with boxes";
   byId("keys").hidden = !viewer.player.isVideo;
   byId("downloads").hidden = byId("answers").hidden = false;
-  const first = answers.ends.find((ends) => ends !== null);
-  if (first && durationS > 0) viewer.seek(first[0]);
+  const first = answers.ends.find((occurrences) => occurrences.length > 0);
+  if (first && durationS > 0) viewer.seek(first[0][0]);
   reveal(byId("viewer"));
 }
 

@@ -29,6 +29,21 @@ export function boxAt(boxes, time, exact) {
   };
 }
 
+/** Return all occurrences of what was found, best first: those of a searched video, else the grounding itself. */
+export function occurrencesOf(grounding) {
+  if (!grounding.found) return [];
+  return (grounding.occurrences ?? [grounding]).map((one) => ({ ...one, found: true }));
+}
+
+/** Return the box of the frame that is shown, of the best occurrence that has one, or null; see `boxAt`. */
+export function boxOf(grounding, { time, exact }) {
+  for (const { boxes } of occurrencesOf(grounding)) {
+    const box = boxAt(boxes, time, exact);
+    if (box) return box;
+  }
+  return null;
+}
+
 /** Return the index of the last box that is not later than `time`; -1 if all are. */
 function lastAtOrBefore(boxes, time) {
   let low = 0;

@@ -1,7 +1,7 @@
 // Boxes over a video that is playing, in the look of annotated videos: a coloured line around the box between dark ones,
 // dashed where the model doubts it, thinner where the box was interpolated.
 
-import { boxAt, fitted } from "./boxes.js";
+import { boxOf, fitted } from "./boxes.js";
 import { colourOf, INK } from "./palette.js";
 
 export class Overlay {
@@ -32,7 +32,7 @@ export class Overlay {
   /**
    * Draw the boxes of the frame that is on the page now.
    *
-   * @param {{time: number, exact: boolean}} shown see `boxAt`.
+   * @param {{time: number, exact: boolean}} shown see `boxOf`.
    * @param {{width: number, height: number}} image its size in pixels, which gives the shape.
    */
   show(shown, image) {
@@ -64,7 +64,7 @@ export class Overlay {
  */
 export function paint(context, place, answers, shown, hidden = new Set()) {
   answers.forEach((answer, index) => {
-    const found = hidden.has(index) ? null : boxAt(answer.boxes, shown.time, shown.exact);
+    const found = hidden.has(index) ? null : boxOf(answer, shown);
     if (found) paintBox(context, place, answer.size, found, index);
   });
 }

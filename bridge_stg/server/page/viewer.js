@@ -1,6 +1,6 @@
 // The video with its boxes, its buttons, its keys and the bar below it.
 
-import { clock, boxAt, neighbour } from "./boxes.js";
+import { clock, boxOf, neighbour, occurrencesOf } from "./boxes.js";
 import { Overlay, paint } from "./overlay.js";
 import { Scrubber } from "./scrubber.js";
 
@@ -47,7 +47,7 @@ export class Viewer {
 
   setAnswers(groundings) {
     this.boxes.setAnswers(groundings);
-    const times = groundings.flatMap((grounding) => (grounding.boxes ?? []).map((box) => box.time_s));
+    const times = groundings.flatMap(occurrencesOf).flatMap(({ boxes }) => (boxes ?? []).map((box) => box.time_s));
     this.frameTimes = [...new Set(times)].sort((a, b) => a - b);
     if (this.player) this.#onFrame();
   }
@@ -105,7 +105,7 @@ export class Viewer {
 
   #inWords() {
     const { shown, durationS } = this.player;
-    const there = this.boxes.answers.filter((answer) => boxAt(answer.boxes, shown.time, shown.exact));
+    const there = this.boxes.answers.filter((answer) => boxOf(answer, shown));
     const names = there.length > 0 ? `, in view: ${there.map((answer) => answer.query).join("; ")}` : "";
     return `${clock(shown.time)} of ${clock(durationS)}${names}`;
   }

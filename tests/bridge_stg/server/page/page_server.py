@@ -44,6 +44,7 @@ class Script:
         stage_s: how long a stage takes.
         about: what its health says about the model.
         sample: its video to try.
+        occurrences: spans of further occurrences of the first query, in seconds.
         fail: what a job ends with instead of an answer.
         live: events of a live source that is called "door".
         image: returns its image at a time; None: there is none.
@@ -58,6 +59,7 @@ class Script:
     stage_s: float = 0.02
     about: dict[str, Any] = field(default_factory=dict)
     sample: Path | None = None
+    occurrences: tuple[tuple[float, float], ...] = ()
     fail: str | None = None
     live: list[dict[str, Any]] = field(default_factory=list)
     image: Callable[[float], np.ndarray] | None = None
@@ -94,6 +96,18 @@ def true_box(query: int, time_s: float, width: int, height: int) -> list[float]:
     """Where the answer to a query is: each moves along its own line."""
     left, top = width * (0.05 + 0.15 * time_s), height * (0.15 + 0.3 * query)
     return [round(left, 2), round(top, 2), round(left + 0.2 * width, 2), round(top + 0.2 * height, 2)]
+
+
+def occurrence(upload: Upload, start_s: float, end_s: float) -> dict[str, Any]:
+    """A further occurrence of the first query's target."""
+    width, height = upload.record["width"], upload.record["height"]
+    sure = {"presence": 0.9, "visible": True, "interpolated": False}
+    boxes = [
+        {"time_s": round(t, 6), "box": true_box(0, t, width, height), **sure}
+        for t in upload.times
+        if start_s <= t < end_s
+    ]
+    return {"score": 0.5, "span": {"start_s": start_s, "end_s": end_s}, "boxes": boxes}
 
 
 def answer(upload: Upload, index: int, query: str, task: str) -> dict[str, Any]:
@@ -252,6 +266,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._event("failed", {"error": self.script.fail, "code": "server.internal"})
         upload = self.uploads[job["video"]]
         results = [answer(upload, i, query, job["task"]) for i, query in enumerate(job["queries"])]
+        if self.script.occurrences:
+            best = {"score": 0.9, **{name: results[0][name] for name in ("span", "scores", "boxes")}}
+            others = [best | occurrence(upload, *span) for span in self.script.occurrences]
+            results[0] |= {"score": 0.9, "occurrences": [best, *others]}
         return self._event("done", {"id": job["id"], "status": "done", "results": results})
 
     def live(self, **_: Any) -> None:

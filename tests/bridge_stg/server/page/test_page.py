@@ -203,6 +203,27 @@ def test_the_sample_is_opened_with_its_query_and_queries_stay_above_answers(
     assert (row.bounding_box()["x"] < answers["x"] + answers["width"]) == (viewport is PHONE)
 
 
+def test_all_occurrences_are_drawn_and_listed(visit: Callable[..., Visit], clips: Path) -> None:
+    duration_s = COUNT / RATE
+    first, last = (0.0, 0.1 * duration_s), (0.85 * duration_s, 0.95 * duration_s)
+    seen = visit(Script(occurrences=(last, first)))
+    seen.choose(clips / "plain.mp4")
+    seen.ask("the target")
+    assert seen.answers().count() == 1
+    for part, there in ((0.05, True), (0.15, False), (0.5, True), (0.8, False), (0.9, True)):
+        seen.seek_to(part)
+        measured = seen.measure()
+        assert (measured["drawn"] is not None) == there, part
+        if there:
+            np.testing.assert_allclose(measured["drawn"], measured["target"], atol=3)
+    seen.page.get_by_text("2 more").click()
+    others = seen.page.locator(".others li")
+    starts = [float(text.split(" s")[0]) for text in others.all_inner_texts()]
+    assert starts == pytest.approx([first[0], last[0]], abs=0.005)
+    others.nth(1).get_by_role("button").first.click()
+    seen.until(f"document.getElementById('scrubber').getAttribute('aria-valuenow') > {0.8 * duration_s}")
+
+
 def test_without_a_sample_none_is_offered(visit: Callable[..., Visit]) -> None:
     seen = visit(Script(about={"sample": None}))
     seen.page.wait_for_selector("#server")
