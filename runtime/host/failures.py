@@ -33,7 +33,8 @@ MESSAGES = {
 }
 """Code → message, where {} is the system's text. For other codes, that text is the whole message."""
 TEXTS = {
-    errno.ENOMEM: r"bad_alloc|bad allocation|[Oo]ut of memory|ailed to allocate memory|an(no|')t allocate memory",
+    errno.ENOMEM: r"bad_alloc|bad allocation|[Oo]ut of memory|ailed to (allocate memory|map segment)|"
+    r"an(no|')t allocate memory",
     errno.EAGAIN: r"can't start new thread|pthread_create|Resource temporarily unavailable",
     errno.EMFILE: r"Too many open files",
     errno.ENOSPC: r"No space left on device",
@@ -87,7 +88,7 @@ def _number(error: BaseException) -> int | None:
         number = errno.ENOMEM
     elif not isinstance(number, int):
         is_theirs = type(error) is Exception or type(error).__module__.partition(".")[0] in LIBRARIES
-        if not (is_theirs or isinstance(error, (RuntimeError, OSError))):
+        if not (is_theirs or isinstance(error, (RuntimeError, OSError, ImportError))):
             return None  # its text may quote the user's input
         stated = STATED.search(str(error))
         texts = (n for n, form in TEXTS.items() if re.search(form, str(error)))

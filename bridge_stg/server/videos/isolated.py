@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ from bridge_stg.server.http.errors import ApiError, api_error, logger
 from bridge_stg.server.settings import MediaLimits
 from bridge_stg.server.videos.probe import FileInfo, probe
 from bridge_stg.server.videos.stills import still
+
+LAST = 2
+"""Frames at the end of a file whose pixels a sampler may still need after the last one was read."""
 
 
 def preload() -> None:
@@ -93,9 +97,13 @@ class IsolatedMedia:
     ) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
         with closing(self._start()) as worker:
             self.call(worker, "play")
+            last: deque[Callable[[], np.ndarray]] = deque(maxlen=LAST)
             while not stop.is_set() and (found := self.call(worker, "next_frame")) is not None:
                 number, time_s = found
-                yield time_s, partial(self.call, worker, "picture", number)
+                last.append(cache(partial(self.call, worker, "picture", number)))
+                yield time_s, last[-1]
+            for picture in last:
+                picture()  # the reader may still sample it when the worker has ended
             times_from.clock, times_from.stream = self.call(worker, "times_from")
 
     def open_source(self, spec: ModelSpec, *, buffer_frames: int, budget: Budget) -> VideoSource:

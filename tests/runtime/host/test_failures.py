@@ -48,6 +48,7 @@ def code_of(error: BaseException) -> str | None:
         (OSError(errno.EMFILE, "Too many open files"), "host.too_many_files"),
         (OSError(errno.ENFILE, "Too many open files in system"), "host.too_many_files"),
         (Exception("Too many open files (os error 24)"), "host.too_many_files"),
+        (ImportError("a.so: failed to map segment from shared object"), "host.out_of_memory"),
         (RuntimeError("SystemError : 24"), "host.too_many_files"),  # onnxruntime, also the next
         (RuntimeError("Load model from a.onnx failed:system error number 24"), "host.too_many_files"),
         (OSError(errno.ENOSPC, "No space left on device"), "output.disk_full"),

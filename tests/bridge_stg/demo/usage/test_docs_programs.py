@@ -40,13 +40,16 @@ def test_readme(place: Path) -> None:
 
 
 def test_embedding(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    video, _, stream = programs("docs/embedding.md")  # the demo has no text heads
+    video, search, _, stream = programs("docs/embedding.md")  # the demo has no text heads
     exec(video, {})
     answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the ")]  # boxes take lines
     assert [line[:7] for line in answers] == ["the red", "the dog"]
     query = CLIP.with_suffix(".txt").read_text().strip()
     stream = stream.replace("rtsp://camera/stream", "video.mp4").replace("the red car", query)
     with Grounder.load("bundle/") as grounder:
+        exec(search.replace("recording.mp4", "video.mp4").replace("the red car", query), {"grounder": grounder})
+        assert capsys.readouterr().out.startswith(query)
+        assert not Path("recording.search.jsonl").exists()  # the search is complete
         exec(stream, {"grounder": grounder})
     shown = capsys.readouterr().out
     assert f"appeared {query} [" in shown and "LiveStats(" in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,18 @@ def clip(path: Path, kind: str) -> Path:
     else:
         return write(path / kind, pictures(100), rate=8, options={"x264-params": GOP})
     return path / kind
+
+
+@pytest.mark.parametrize("kind", ["long.mp4", "slow.mp4"])
+def test_a_search_reads_the_same_frames_and_may_read_the_last_ones_late(kind: str, tmp_path: Path) -> None:
+    path = clip(tmp_path, kind)
+    source = media(path).live(100.0)
+    with play(path) as here:
+        frames = [(time_s, picture()) for time_s, picture in here.pictures]
+    there = list(source.frames(threading.Event()))
+    assert [time_s for time_s, _ in there] == [time_s for time_s, _ in frames]
+    for (_, picture), (_, expected) in zip(there[-2:], frames[-2:], strict=True):
+        np.testing.assert_array_equal(picture(), expected)
 
 
 @pytest.mark.parametrize("kind", ["long.mp4", "long.avi", "slow.mp4", "animation.gif", "still.png"])
