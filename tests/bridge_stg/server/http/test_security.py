@@ -109,8 +109,13 @@ def test_pages_of_other_origins_start_no_live_source(served: Callable[..., Runni
             assert http_error(client.get(path, headers=headers)) == (404, "server.source_not_found"), headers
 
 
-def test_the_log_of_requests_names_routes(served: Callable[..., Running], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_of_requests_names_routes(
+    served: Callable[..., Running], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO", "bridge_stg.server.requests")
+    log = logging.getLogger("bridge_stg.server.requests")
+    for name, value in (("handlers", [caplog.handler]), ("propagate", False), ("disabled", False)):
+        monkeypatch.setattr(log, name, value)  # an earlier test may have configured it
     with served().client() as client:
         client.get("/v1/videos/secret")
     assert "127.0.0.1 GET /v1/videos/{video} 404" in caplog.text and "secret" not in caplog.text
