@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -38,6 +40,7 @@ def create_app(service: Service) -> FastAPI:
         responses=problems(Problem),
     )
     app.openapi_version = "3.2.0"  # the first that describes server-sent events
+    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
     app.state.service = service
     for routes in (videos, jobs, live, chat, status):
         app.include_router(routes.router)
@@ -46,6 +49,17 @@ def create_app(service: Service) -> FastAPI:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     return app
+
+
+def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the OpenAPI document, in which every error is JSON: FastAPI gives errors the type of a route's answers."""
+    made = app.openapi_schema is not None
+    document = make()
+    for operation in () if made else (one for path in document["paths"].values() for one in path.values()):
+        for code, response in operation["responses"].items():
+            if code.isdecimal() and int(code) >= 400 and (content := response.get("content")):
+                response["content"] = {"application/json": next(iter(content.values()))}
+    return document
 
 
 @asynccontextmanager

@@ -83,7 +83,9 @@ def client_input() -> Iterator[None]:
 def _framework_error(error: HTTPException) -> ApiError:
     if error.status_code == 400:  # raised by FastAPI for JSON that is nested too deeply
         return ApiError(422, "server.invalid_request", "The body is not JSON that can be parsed.")
-    return ApiError(error.status_code, FRAMEWORK_CODES.get(error.status_code, "server.http"), f"{error.detail}.")
+    found = ApiError(error.status_code, FRAMEWORK_CODES.get(error.status_code, "server.http"), f"{error.detail}.")
+    found.headers = error.headers  # `Allow` of a method that the path does not have
+    return found
 
 
 def busy(message: str, retry_after_s: float) -> ApiError:

@@ -104,6 +104,9 @@ def test_the_openapi_document_is_valid_and_complete(served: Callable[..., Runnin
         ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/{model}"),
         ("GET", "/health"), ("GET", "/health/live"), ("GET", "/metrics"),
     }  # fmt: skip
+    answers = [one["responses"] for path in document["paths"].values() for one in path.values()]
+    errors = [answer for found in answers for code, answer in found.items() if int(code) >= 400]
+    assert len(errors) > 100 and all(set(error["content"]) == {"application/json"} for error in errors)
     upload_body = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
     assert set(upload_body) == {"multipart/form-data", "application/json"}
     for _, path in routes:
