@@ -19,6 +19,7 @@ from bridge_stg.runtime.chain.spans import Span
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.chain.vision_pass import FineFeatures
 from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.host.memory import trim_heap
 from bridge_stg.runtime.index.fine import BLOCK
 from bridge_stg.runtime.live.plan import LivePlan, plan_stream
 from bridge_stg.runtime.live.reader import POLL_S, GroupQueue, LiveReader
@@ -174,6 +175,7 @@ class Search:
                 yield _Window(times, _clipped(answers, reader.end_s), within.timings)
                 kept = kept[layout.hop :]
                 window.forget(before=layout.done * layout.hop * plan.group)
+                trim_heap()  # freed frames would stay in the heaps of threads
         finally:
             if window is not None:
                 window.close()
