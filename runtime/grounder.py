@@ -63,7 +63,6 @@ Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, 
 Images of an iterable may be arrays of any library that implements DLPack; if the graphs run on a GPU, images on that
 GPU are not copied to the host."""
 
-
 FINE_TOGETHER = 64
 """Fine frames that `Grounder.index` reads and encodes before it stores them; a multiple of the index's blocks."""
 
@@ -537,13 +536,13 @@ class Grounder(Closable):
         with limits.stage("decode_video"):
             asked = options.max_visual_tokens
             capacity, answer_tokens, budget = self._budget(spec, asked)
-            cache, found = None, None
-            # All that the choice of coarse frames depends on, and which groups are not encoded again.
-            key = {
-                "spec": dataclasses.asdict(spec), "capacity": capacity, "answer_tokens": answer_tokens,
-                "max_visual_tokens": asked, "stream": options.stream, "unchanged": self._unchanged_tolerance,
-            }  # fmt: skip
+            cache, found, key = None, None, dict[str, Any]()
             if self._index is not None and isinstance(video, (str, os.PathLike)):
+                # All that the choice of coarse frames depends on, and which groups are not encoded again.
+                key = {
+                    "spec": dataclasses.asdict(spec), "capacity": capacity, "answer_tokens": answer_tokens,
+                    "max_visual_tokens": asked, "stream": options.stream, "unchanged": self._unchanged_tolerance,
+                }  # fmt: skip
                 video = check_path(os.fspath(video))
                 cache = self._index.cache_of(video)
                 found = get_coarse(cache, key, video, spec, budget=budget)

@@ -53,12 +53,14 @@ def create_app(service: Service) -> FastAPI:
 
 def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the OpenAPI document, in which every error is JSON: FastAPI gives errors the type of a route's answers."""
-    made = app.openapi_schema is not None
+    if app.openapi_schema is not None:
+        return app.openapi_schema
     document = make()
-    for operation in () if made else (one for path in document["paths"].values() for one in path.values()):
-        for code, response in operation["responses"].items():
-            if code.isdecimal() and int(code) >= 400 and (content := response.get("content")):
-                response["content"] = {"application/json": next(iter(content.values()))}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for code, response in operation["responses"].items():
+                if code.isdecimal() and int(code) >= 400 and (content := response.get("content")):
+                    response["content"] = {"application/json": next(iter(content.values()))}
     return document
 
 

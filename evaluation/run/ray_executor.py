@@ -49,7 +49,7 @@ class RayExecutor:
             return
         paths = {"modules": [path or os.getcwd() for path in sys.path], "cwd": [os.getcwd()]}  # for the actors' imports
         job = cloudpickle.dumps(Job(open_model, answer, self.threads))
-        pool = _Pool(min(self.workers, len(units)), self.resources, (paths, job), units)
+        pool = _Pool(min(self.workers, len(units)), self.resources, paths, job, units)
         try:
             yield from pool.answers()
         except RayError as error:
@@ -72,12 +72,12 @@ class _Pool:
     """The actors of a run."""
 
     def __init__(
-        self, size: int, resources: dict[str, float], arguments: tuple[Any, ...], units: Sequence[Any]
+        self, size: int, resources: dict[str, float], paths: dict[str, list[str]], job: bytes, units: Sequence[Any]
     ) -> None:
         import ray
 
         self._worker = ray.remote(max_restarts=0, **resources)(_worker_class())
-        self._arguments = (arguments[0], ray.put(arguments[1]))
+        self._arguments = paths, ray.put(job)
         self._units = units
         self._new = iter(range(len(units)))
         self._again: deque[int] = deque()

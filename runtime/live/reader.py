@@ -5,7 +5,6 @@ Knows nothing of the model.
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import threading
 import time
@@ -134,7 +133,7 @@ class LiveReader:
                 self.plan, self.origin_s = self._plan_of(height, width), time_s
                 sampled = self.plan
                 if not self._pixels:  # there is nothing to resize
-                    sampled = dataclasses.replace(sampled, coarse_size=(height, width), fine_size=(height, width))
+                    sampled = replace(sampled, coarse_size=(height, width), fine_size=(height, width))
                 sampler = LiveSampler(sampled, hold_s=self._hold_s, start=self._first, whole=self._whole)
             self.frames, self.newest_s = self.frames + 1, time_s
             for group in sampler.add(time_s, frame):

@@ -105,25 +105,15 @@ class Search:
 
         Raises BridgeError as `Grounder.index` does.
         """
-        size = window_groups(self.chain.spec, self.options.window_s)
-        reader, kept, ended = self._reader(size, BLOCK, start=0), [], False
+        assert self.indexed is not None
+        reader = self._reader(window_groups(self.chain.spec, self.options.window_s), BLOCK, start=0)
         with closing(reader), limits.stage("index"):
-            reader.start()
-            while not ended:
-                group = self._next(reader, limits)
-                ended = group is None
-                kept += [] if group is None else [group]
-                plan = reader.plan
-                if plan is None or not kept or (not ended and len(kept) < BLOCK):
-                    continue
-                assert self.indexed is not None
+            for plan, groups, _ in self._parts(reader, limits, size=BLOCK, hop=BLOCK):
                 within, stored = Limits(cancel=_checking(limits)), self.indexed.stored(plan)
-                tokens_of(self.chain, plan, kept, stored, within)
+                tokens_of(self.chain, plan, groups, stored, within)
                 if fine:
-                    self._index_fine(kept, plan, stored, within)
-                end_s = float(plan.times(np.asarray(kept[-1].place + plan.group)))
-                limits.report(min(end_s, self.length_s or end_s), self.length_s)
-                kept = []
+                    self._index_fine(groups, plan, stored, within)
+                self._report(plan, groups, limits)
         return reader.end_s or 0.0
 
     def _index_fine(self, groups: Sequence[LiveGroup], plan: LivePlan, stored: StoredWindows, limits: Limits) -> None:
@@ -152,28 +142,17 @@ class Search:
     def _windows(self, reader: LiveReader, layout: _Layout, limits: Limits) -> Iterator[_Window]:
         """Yield the windows that are not finished yet, in time of the video."""
         window: LiveWindow | None = None
-        kept: list[LiveGroup] = []
-        ended = False
-        reader.start()
         try:
-            while not ended:
-                group = self._next(reader, limits)
-                ended = group is None
-                kept += [] if group is None else [group]
-                plan = reader.plan
-                if plan is None or not kept or (not ended and len(kept) < layout.size):
-                    continue
-                if ended and kept[-1].place < layout.end(plan.group):  # an earlier window has these groups
+            for plan, groups, ended in self._parts(reader, limits, size=layout.size, hop=layout.hop):
+                if ended and groups[-1].place < layout.end(plan.group):  # an earlier window has these groups
                     return
                 layout.done += 1
                 window = window or self._window(plan)
                 within = Limits(cancel=_checking(limits))  # whose stages are not shown as progress
-                answers = self._answer(window, kept, within)
-                end_s = float(plan.times(np.asarray(kept[-1].place + plan.group)))
-                limits.report(min(end_s, self.length_s or end_s), self.length_s)
-                times = np.concatenate([one.frame_times for one in kept])
+                answers = self._answer(window, groups, within)
+                self._report(plan, groups, limits)
+                times = np.concatenate([one.frame_times for one in groups])
                 yield _Window(times, _clipped(answers, reader.end_s), within.timings)
-                kept = kept[layout.hop :]
                 window.forget(before=layout.done * layout.hop * plan.group)
                 trim_heap()  # freed frames would stay in the heaps of threads
         finally:
@@ -183,6 +162,26 @@ class Search:
     def _window(self, plan: LivePlan) -> LiveWindow:
         stored = None if self.indexed is None else self.indexed.stored(plan)
         return LiveWindow(self.chain, plan, feature_budget_bytes=self.feature_budget_bytes, stored=stored)
+
+    def _parts(
+        self, reader: LiveReader, limits: Limits, *, size: int, hop: int
+    ) -> Iterator[tuple[LivePlan, list[LiveGroup], bool]]:
+        """Start to read; yield `size` groups, each time `hop` later; at the end of the file, with True, what is left."""
+        kept: list[LiveGroup] = []
+        ended = False
+        reader.start()
+        while not ended:
+            group = self._next(reader, limits)
+            ended = group is None
+            kept += [] if group is None else [group]
+            if reader.plan is not None and kept and (ended or len(kept) >= size):
+                yield reader.plan, kept, ended
+                kept = kept[hop:]
+
+    def _report(self, plan: LivePlan, groups: Sequence[LiveGroup], limits: Limits) -> None:
+        """Report progress up to the end of these groups."""
+        end_s = float(plan.times(np.asarray(groups[-1].place + plan.group)))
+        limits.report(min(end_s, self.length_s or end_s), self.length_s)
 
     def _next(self, reader: LiveReader, limits: Limits) -> LiveGroup | None:
         """Return the next group; None at the end of the file. Raises the reader's errors."""

@@ -111,9 +111,7 @@ def _window_from_json(window: Mapping[str, Any]) -> tuple[np.ndarray, list[list[
 
 def _from_json(row: Mapping[str, Any]) -> Grounding:
     """Return the grounding of a `to_json`, without the tapped states."""
-    size, coarse = row["size"], row["coarse"]
-    coarse_size = (coarse["size"]["width"], coarse["size"]["height"])
-    tube, boxes = row["tube"], row["boxes"]
+    tube, boxes, coarse = row["tube"], row["boxes"], row["coarse"]
     same = ("query", "found", "answer", "heads", "mode", "decoding", "clock", "stream", "scores", "tokens", "task")
     return Grounding(
         **{name: row[name] for name in same},
@@ -123,8 +121,8 @@ def _from_json(row: Mapping[str, Any]) -> Grounding:
         boxes=None if boxes is None else FrameBoxes(
             **_boxes(boxes), interpolated=np.array([one["interpolated"] for one in boxes], bool)
         ),
-        size=(size["width"], size["height"]),
-        coarse=CoarseChoice(**{**coarse, "size": coarse_size, "limited_by": tuple(coarse["limited_by"])}),
+        size=_size(row["size"]),
+        coarse=CoarseChoice.from_values({**coarse, "size": _size(coarse["size"])}),
         unknown_words=tuple(row["unknown_words"]),
         timings=row["timings_s"],
     )  # fmt: skip
@@ -132,6 +130,10 @@ def _from_json(row: Mapping[str, Any]) -> Grounding:
 
 def _span(span: Mapping[str, float] | None) -> tuple[float, float] | None:
     return None if span is None else (span["start_s"], span["end_s"])
+
+
+def _size(size: Mapping[str, int]) -> tuple[int, int]:
+    return size["width"], size["height"]
 
 
 def _boxes(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
