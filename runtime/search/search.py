@@ -166,7 +166,7 @@ class Search:
     def _parts(
         self, reader: LiveReader, limits: Limits, *, size: int, hop: int
     ) -> Iterator[tuple[LivePlan, list[LiveGroup], bool]]:
-        """Start to read; yield `size` groups, each time `hop` later; at the end of the file, with True, what is left."""
+        """Read, and yield `size` groups, each time `hop` later; at the end of the file, with True, what is left."""
         kept: list[LiveGroup] = []
         ended = False
         reader.start()
