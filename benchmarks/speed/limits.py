@@ -8,38 +8,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
 import numpy as np
+
+from bridge_stg.export.engines.devices import bandwidth
 
 BUFFER_BYTES = 2**29
 """Bytes read by the bandwidth test, many times the size of any last-level cache."""
 
 GEMMS = ((512, 896, 4864), (1024, 1024, 4096), (2048, 2048, 6144), (1024, 4096, 4096))
 """Rows, inputs and outputs of the matmuls; the fastest one counts."""
-
-
-def bandwidth(threads: int, *, buffer_bytes: int = BUFFER_BYTES, repeats: int = 5) -> float:
-    """Return the bytes per second that `threads` threads read from memory together, best of several passes.
-
-    The buffer is read by numpy's maximum and by its dot product, which write nothing; the faster one counts.
-    """
-    buffer = np.ones(buffer_bytes // 4, np.float32)
-    parts = np.array_split(buffer, threads)
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for read in (np.max, _dot):
-            for _ in range(repeats):
-                began = time.perf_counter()
-                list(pool.map(read, parts))
-                best = max(best, buffer.nbytes / (time.perf_counter() - began))
-    return best
-
-
-def _dot(part: np.ndarray) -> float:
-    return float(np.dot(part, part))
 
 
 def gemm_peaks(threads: int, *, shapes: Sequence[tuple[int, int, int]] = GEMMS, seconds: float = 1.0) -> dict[str, Any]:
@@ -141,7 +121,11 @@ def _torch_fp32(m: int, k: int, n: int, threads: int) -> Callable[[], Any]:
 @click.option("--seconds", default=2.0, show_default=True, help="Seconds per implementation.")
 def main(threads: int, seconds: float) -> None:
     """Print the limits as JSON."""
-    limits = {"bandwidth": bandwidth(threads), "gemm": gemm_peaks(threads, seconds=seconds), "threads": threads}
+    limits = {
+        "bandwidth": bandwidth(threads, buffer_bytes=BUFFER_BYTES),
+        "gemm": gemm_peaks(threads, seconds=seconds),
+        "threads": threads,
+    }
     click.echo(json.dumps(limits))
 
 
