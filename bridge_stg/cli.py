@@ -32,7 +32,7 @@ MODULES = {
     "evaluate": "convert-refs evaluate evaluate-demo index infer-many",
     "export": "doctor export inspect migrate verify",
     "infer": "ask infer",
-    "schema": "schema",
+    "results": "schema",
     "serve": "serve triton",
     "train": "init train train-demo",
     "watch": "watch",

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.infer import write_text
 from bridge_stg.commands.options import COUNT, STDOUT, OutputFile
 from bridge_stg.commands.progress import ProgressBar
+from bridge_stg.commands.results import write_text
 from bridge_stg.runtime.errors import BridgeError
 
 

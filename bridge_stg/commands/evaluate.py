@@ -93,15 +93,15 @@ def evaluate(
 @options.many_options
 def infer_many(
     *, table: Path, media: Path | None, texts: tuple[str, ...], queries_file: Path | None, bundle: Path | None,
-    out: Path, task: str,
-    index: Path | None, executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None,
-    **given: Any,
+    out: Path, task: str | None, first_box: tuple[float, ...] | None, index: Path | None, executor: str,
+    workers: int | None, backend: str, variant: str | None, threads: int | None, **given: Any,
 ) -> int:  # fmt: skip
     """Answer every (video, query) of TABLE, and write a row for each.
 
     TABLE is JSON lines or CSV with `video` (a file or an http or https address) and `query`, or a folder of videos,
-    with --query or --queries. A failure is a row with
-    its error, and the exit code is 1. Finished rows are kept: the same command resumes a run that was stopped.
+    with --query or --queries. For --task track, a row or --first-box has the box of the first frame. A failure is a
+    row with its error, and the exit code is 1. Finished rows, and finished windows of long videos, are kept: the same
+    command resumes a run that was stopped.
     """
     from bridge_stg.demo.bundle import demo_bundle
     from bridge_stg.evaluation.run.evaluate import bundle_model
@@ -112,7 +112,8 @@ def infer_many(
     if out.exists() and table.exists() and out.samefile(table):
         raise BridgeError("output.is_input", f"{out} is the table itself; choose another --out.")
     load_options = {"backend": backend, "variant": variant, "index": index, **options.pop_head_options(given)}
-    rows = read_queries(table, media, texts=options.all_queries(texts, queries_file), images=task == "image")
+    task, queries = options.chosen_task(task, first_box), options.all_queries(texts, queries_file)
+    rows = read_queries(table, media, texts=queries, task=task, first_box=first_box)
     path = bundle or demo_bundle(progress=stage_line)
     opening = open_executor(executor, workers=workers, threads=threads)
     with ProgressBar(unit="sample") as progress, opening as opened:

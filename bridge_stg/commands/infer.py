@@ -1,14 +1,13 @@
-"""The commands `infer` (check the options, run the model, write the results) and `ask` (stream an answer in text)."""
+"""The commands `infer` (check the options, run the model, print the results) and `ask` (stream an answer in text)."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import importlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, SECONDS, STDOUT, OutputFile, box
+from bridge_stg.commands.options import COUNT, SECONDS, OutputFile
 from bridge_stg.commands.progress import (
     LOG,
     ProgressBar,
-    note_missing_letters,
     note_unknown_words,
     note_untrained,
     stage_line,
     untrained_text,
 )
+from bridge_stg.commands.results import Outputs, json_lines, output_options
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, QueryError, VideoError
 
 if TYPE_CHECKING:
@@ -55,10 +54,7 @@ class Request:
     task: str
     first_box: tuple[float, ...] | None
     bundle: Path | None
-    json_file: Path | None
-    jsonl_file: Path | None
-    annotate: Path | None
-    sheet: Path | None
+    outputs: Outputs
     allow_none: bool
     index: Path | None
     heads: str | None
@@ -77,29 +73,9 @@ class Request:
     began: float = field(default_factory=time.monotonic)
 
     @property
-    def search_state(self) -> Path | None:
-        """Return the file of a search that is under way: --state, else beside the results."""
-        if self.state or self.json_file in (None, STDOUT):
-            return self.state
-        assert self.json_file is not None
-        return self.json_file.with_name(f"{self.json_file.name}.search.jsonl")
-
-    @property
-    def outputs(self) -> list[Path]:
-        """Return the files to write."""
-        paths = (self.json_file, self.jsonl_file, self.annotate, self.sheet)
-        return [path for path in paths if path is not None and path != STDOUT]
-
-    @property
     def recorded(self) -> dict[str, Any]:
         """Return the options that may change the answers, by name."""
-        values = {name: getattr(self, name) for name in RECORDED} | dict(self.backend_options)
-        return values if self.first_box is None else {**values, "task": "track"}
-
-    @property
-    def to_stdout(self) -> bool:
-        """Return whether stdout gets JSON, and nothing else."""
-        return STDOUT in (self.json_file, self.jsonl_file)
+        return {name: getattr(self, name) for name in RECORDED} | dict(self.backend_options)
 
     def limits(self, progress: ProgressBar) -> dict[str, Any]:
         """Return the limits of a call that begins now, as `CallKeywords`; the deadline is that of the command."""
@@ -112,22 +88,8 @@ class Request:
 @click.argument("words", metavar="QUERY...", nargs=-1)
 @options.query_options
 @options.text_queries_options
-@click.option("--track", "first_box", type=box, metavar="L,T,R,B", help="Track the object in this box of frame 1.")
 @options.bundle_option
-@click.option(
-    "--json", "json_file", type=OutputFile(".json", stdout=True),
-    help="Write the results of one source, one box per video frame; -: to stdout.",
-)  # fmt: skip
-@click.option(
-    "--jsonl", "jsonl_file", type=OutputFile(".jsonl", stdout=True),
-    help="Append a JSON line per source and query; -: to stdout.",
-)  # fmt: skip
-@click.option(
-    "--annotate",
-    type=OutputFile(".mp4", ".png", ".jpg"),
-    help="Write the video (H.264) or image with the boxes of all queries.",
-)
-@click.option("--sheet", type=OutputFile(".png"), help="Write a contact sheet of the spans and a timeline.")
+@output_options
 @click.option("--exit-code", is_flag=True, help="Exit with code 3 if nothing was found.")
 @options.reading_options
 @options.index_option
@@ -142,7 +104,7 @@ class Request:
 @click.option("--untrained", is_flag=True, help="Run a bundle whose bridging and spatial parts were never trained.")
 def infer(
     *, source: str, words: tuple[str, ...], texts: tuple[str, ...], queries_file: Path | None, exit_code: bool,
-    **given: Any,
+    task: str | None, first_box: tuple[float, ...] | None, **given: Any,
 ) -> int:  # fmt: skip
     """Find each QUERY in SOURCE: the time span, and a box in every frame of it.
 
@@ -150,21 +112,24 @@ def infer(
     a camera such as /dev/video0 or 0, a stream such as rtsp://camera/stream, or - for standard input. With --query or
     --queries, all arguments are sources. The model is loaded once, and a video is processed once for all queries. A
     long one is searched window by window, for all occurrences; after a stop, the same command goes on where it was. Of
-    several sources, those that cannot be read are reported, and the exit code is 2. With --track, QUERY is optional.
+    several sources, those that cannot be read are reported, and the exit code is 2. A track needs no QUERY.
     """
     from bridge_stg.evaluation.sources.sources import find_sources
 
     request = Request(
         words=(source, *words) if texts or queries_file else (source,),
         queries=options.all_queries(texts, queries_file) or words,
+        task=options.chosen_task(task, first_box),
+        first_box=first_box,
+        outputs=Outputs.pop(given),
         reading=options.pop_reading(given),
         backend_options={name: given.pop(name) for name in BACKEND_OPTIONS},
         **given,
     )
     check(request)
     sources = find_sources(request.words, images=request.task == "image")
-    check_names(request)
-    check_outputs(request, sources)
+    check_sources(request, sources)
+    request.outputs.check(sources, stream=request.stream)
     with ProgressBar(delay_s=1) as progress, load(request, progress) as grounder:
         found, failed = run(request, sources, grounder, progress)
     if failed:
@@ -175,16 +140,21 @@ def infer(
 
 def check(request: Request) -> None:
     """Raise BridgeError for queries and options that exclude each other."""
-    drawn = request.annotate or request.sheet
-    if request.first_box is None and not request.queries:
+    if request.task == "track":
+        if request.first_box is None:
+            text = "--task track needs --first-box L,T,R,B, the box of the target in the first frame, in pixels."
+            raise BridgeError("options.missing", text)
+        if len(request.queries) > 1:
+            raise BridgeError("options.conflict", "--task track takes at most one QUERY; leave out the others.")
+    elif not request.queries:
         raise BridgeError("options.missing", "Missing argument 'QUERY...': what to find, such as \"the red car\".")
-    if request.first_box is not None and (request.task != "tube" or len(request.queries) > 1):
-        raise BridgeError("options.conflict", "--track takes at most one QUERY and no --task; leave out the others.")
     searched = isinstance(request.window, float) or request.state or request.top
-    if searched and (request.first_box is not None or request.task == "image" or request.window == "whole"):
+    if searched and (request.task in ("image", "track") or request.window == "whole"):
         text = "--window SECONDS, --top and --state search a video"
-        raise BridgeError("options.conflict", f"{text}; leave them out with --track, --task image and --window whole.")
-    if request.task == "span" and drawn:
+        raise BridgeError(
+            "options.conflict", f"{text}; leave them out with --task image, --task track and --window whole."
+        )
+    if request.task == "span" and (request.outputs.annotate or request.outputs.sheet):
         raise BridgeError("options.conflict", "--task span computes no boxes; leave out --annotate and --sheet.")
     for query in request.queries:
         if os.path.splitext(query)[1] and os.path.isfile(query):
@@ -192,22 +162,11 @@ def check(request: Request) -> None:
             raise BridgeError("options.conflict", text)
 
 
-def check_names(request: Request) -> None:
-    """Raise BridgeError if two outputs are the same, or lines cannot be appended."""
-    if request.jsonl_file and request.jsonl_file != STDOUT:
-        from bridge_stg.runtime.live.lines import check_lines
-
-        check_lines(request.jsonl_file)
-    if request.json_file == request.jsonl_file == STDOUT:
-        raise BridgeError("options.conflict", "--json and --jsonl both write to stdout; leave one out.")
-    if request.annotate and request.sheet and request.annotate.resolve() == request.sheet.resolve():
-        raise BridgeError("options.conflict", f"{request.sheet} is both --annotate and --sheet; give two names.")
-
-
-def check_outputs(request: Request, sources: Sequence[Source]) -> None:
-    """Raise BridgeError for outputs that do not fit the sources."""
+def check_sources(request: Request, sources: Sequence[Source]) -> None:
+    """Raise BridgeError for options that do not fit the sources."""
     if is_batch(sources):
-        single = {"--json": request.json_file, "--annotate": request.annotate, "--sheet": request.sheet}
+        outputs = request.outputs
+        single = {"--json": outputs.json_file, "--annotate": outputs.annotate, "--sheet": outputs.sheet}
         single["--state"] = request.state
         for option, path in single.items():
             if path is not None:
@@ -216,26 +175,11 @@ def check_outputs(request: Request, sources: Sequence[Source]) -> None:
     if request.state and sources[0].kind != "file":
         text = f"--state needs a file that is still there after a stop, not {sources[0].name}; download it first."
         raise BridgeError("options.conflict", text)
-    for output in request.outputs:
-        if any(output.exists() and os.path.exists(one.word) and output.samefile(one.word) for one in sources):
-            raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")
-    if request.annotate and sources[0].kind == "file":
-        check_drawing(request, sources[0].word)  # fails now, not after the work
 
 
 def is_batch(sources: Sequence[Source]) -> bool:
     """Return whether the results are lines: of several sources, or of those that a folder or pattern names."""
     return len(sources) > 1 or sources[0].listed
-
-
-def check_drawing(request: Request, path: str) -> None:
-    """Raise BridgeError if the suffix of `--annotate` does not fit the video or image."""
-    from bridge_stg.runtime.video.playback import play
-    from bridge_stg.runtime.visualize.annotate import check_suffix
-
-    if request.annotate:
-        with play(path, request.stream) as source:
-            check_suffix(source, request.annotate)
 
 
 @contextlib.contextmanager
@@ -281,16 +225,19 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
 
     found = failed = 0
     made_by = {"program": program_json(), "bundle": grounder.bundle}
-    with json_lines(request.jsonl_file) as append:
+    outputs = request.outputs
+    with json_lines(outputs.jsonl_file) as append:
         for source in sources:
             try:
                 with source.open(request.reading, Limits(**request.limits(progress))) as path:
                     if source.kind != "file":
-                        check_drawing(request, path)
+                        outputs.check_drawing(path, request.stream)
                     # The state of a search belongs to one file, and a temporary copy has another name in the next run.
-                    state = request.search_state if source.kind == "file" else None
+                    state = request.state or outputs.search_state if source.kind == "file" else None
                     results = ground(request, grounder, path, state=state, progress=progress)
-                    write(request, source, path, results, grounder=grounder, progress=progress)
+                    outputs.write(
+                        source, path, results, grounder=grounder, recorded=request.recorded, progress=progress
+                    )
             except (VideoError, QueryError, EngineError) as error:
                 if len(sources) == 1:
                     raise
@@ -306,10 +253,10 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
             for result in results:
                 append({"video": source.name, **made_by, **result.to_json()})
             progress.close()
-            if not request.to_stdout:
+            if not outputs.to_stdout:
                 show(source, results, grounder.target, batch=is_batch(sources))
-    if not request.to_stdout:
-        for output in request.outputs:
+    if not outputs.to_stdout:
+        for output in outputs.paths:
             click.echo(f"wrote {output}")
     return found, failed
 
@@ -344,7 +291,7 @@ def ground(
 
 def is_searched(request: Request, grounder: Grounder, path: str) -> bool:
     """Return whether the video is searched window by window."""
-    if request.first_box is not None or request.task == "image" or request.window == "whole":
+    if request.task in ("image", "track") or request.window == "whole":
         return False
     if request.window != "auto" or request.top or request.state:
         return True
@@ -366,59 +313,6 @@ def show(
     click.echo("\n\n".join(result_table(result) for result in results))
     if chosen is not None:
         click.echo(f"  backend: {chosen.summary}")
-
-
-def write(
-    request: Request, source: Source, path: str, results: Sequence[Grounding | SearchResult], *, grounder: Grounder,
-    progress: ProgressBar,
-) -> None:  # fmt: skip
-    """Write the files that were requested, each whole or not at all; `path` is the local file of the source."""
-    if request.json_file:
-        from bridge_stg.runtime.chain.results import origin_json
-
-        origin = origin_json(
-            bundle=grounder.bundle, engine=grounder.target, source=source.name, options=request.recorded
-        )
-        document = {**origin, "results": [result.to_json() for result in results]}
-        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-        write_text(request.json_file, text)
-    if request.annotate or request.sheet:
-        from bridge_stg.runtime.chain.results import Grounding
-        from bridge_stg.runtime.visualize.annotate import annotate
-        from bridge_stg.runtime.visualize.contact_sheet import contact_sheet
-
-        note_missing_letters(request.queries)
-        if request.annotate:
-            drawn = [one if isinstance(one, Grounding) else one.drawn for one in results]
-            annotate(path, drawn, request.annotate, progress=progress)
-        if request.sheet:
-            best = [one if isinstance(one, Grounding) else one.best for one in results]
-            contact_sheet(path, best, request.sheet)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text to stdout, or replace a file; bytes of file names that are not Unicode are escaped as in JSON."""
-    if path == STDOUT:
-        click.echo(text.encode("utf-8", errors="backslashreplace"), nl=False)
-        return
-    from bridge_stg.runtime.host.files import replacing
-
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def json_lines(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a function that appends a value to a file, or to stdout, as one line; without a path, it does nothing."""
-    if path is None:
-        yield lambda value: None
-    elif path == STDOUT:
-        yield lambda value: write_text(STDOUT, json.dumps(value, ensure_ascii=False) + "\n")
-    else:
-        from bridge_stg.runtime.live.lines import appended_lines
-
-        with appended_lines(path) as append:
-            yield append
 
 
 @click.command()

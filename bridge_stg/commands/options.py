@@ -161,8 +161,13 @@ search_options = combine(
 )  # fmt: skip
 query_options = combine(
     click.option(
-        "--task", type=click.Choice(["tube", "span", "image"]), default="tube", show_default=True,
-        help="tube: time span and boxes; span: time span only; image: one box in an image that shows the target.",
+        "--task", type=click.Choice(["tube", "span", "image", "track"]),
+        help="tube (the default): time span and boxes; span: time span only; image: one box in an image that shows the "
+        "target; track: follow what is in --first-box, which implies it.",
+    ),
+    click.option(
+        "--first-box", "--track", "first_box", type=box, metavar="L,T,R,B",
+        help="Left, top, right and bottom, in pixels of the first frame, of what to track.",
     ),
     click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent."),
     visual_tokens_option,
@@ -190,6 +195,15 @@ text_queries_options = combine(
         help="Text file with one query per line, for each file.",
     ),
 )  # fmt: skip
+
+
+def chosen_task(task: str | None, first_box: Sequence[float] | None) -> str:
+    """Return the task of `query_options`. Raises BridgeError if there is a first box for another task than `track`."""
+    if first_box is not None and task not in (None, "track"):
+        raise BridgeError(
+            "options.conflict", f"--first-box is for --task track, not for {task}; leave out one of them."
+        )
+    return task or ("tube" if first_box is None else "track")
 
 
 def pop_reading(given: dict[str, Any]) -> Reading:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,9 +15,10 @@ import click
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, SECONDS, Number, OutputFile
 from bridge_stg.commands.progress import LOG, note_unknown_words, note_untrained, stage_line
+from bridge_stg.commands.results import Append, json_lines
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.files import check_lines
 from bridge_stg.runtime.live.events import wall_json
-from bridge_stg.runtime.live.lines import appended_lines, check_lines
 
 if TYPE_CHECKING:
     from bridge_stg.runtime.live.stats import LiveStats
@@ -77,8 +78,9 @@ def watch(
         stopped_by_signals() as stop,
         Grounder.load(path, backend=backend, variant=variant, threads=threads, **head_options) as grounder,
         grounder.watch(source, queries, realtime=realtime, cancel=stop, **given) as watch,
-        json_lines(json_file, overwrite=overwrite) as log,
+        json_lines(json_file, overwrite=overwrite) as append,
     ):
+        log = stamped(append)
         note_untrained(grounder.spec, path, heads=grounder.heads)
         note_unknown_words(grounder.spec, queries)
         origin = origin_json(bundle=grounder.bundle, engine=grounder.target, source=watch.source.name, options=recorded)
@@ -110,20 +112,9 @@ def _check_output(file: Path | None, source: str, *, overwrite: bool) -> None:
         check_lines(file)
 
 
-@contextmanager
-def json_lines(path: Path | None, *, overwrite: bool) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Yield a function that appends a value as one line, unbuffered; without a path, it writes nothing.
-
-    A line without `wall_time` gets the time of writing. See `appended_lines` for the file.
-    """
-    with ExitStack() as stack:
-        append = stack.enter_context(appended_lines(path, overwrite=overwrite)) if path is not None else None
-
-        def write(value: dict[str, Any]) -> None:
-            if append is not None:
-                append({"event": value["event"], "wall_time": wall_json(datetime.now(timezone.utc)), **value})
-
-        yield write
+def stamped(append: Append) -> Append:
+    """Return a function that appends an event as a line, and gives one without `wall_time` the time of writing."""
+    return lambda value: append({"event": value["event"], "wall_time": wall_json(datetime.now(timezone.utc)), **value})
 
 
 @contextmanager

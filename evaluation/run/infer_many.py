@@ -5,6 +5,8 @@ The queries of one video are one unit of work, so that they share its decoding a
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_stg.evaluation.run.evaluate import Model, check_finite
-from bridge_stg.evaluation.run.executor import Executor, LocalExecutor, Lost
+from bridge_stg.evaluation.run.executor import Answers, Executor, LocalExecutor, Lost
 from bridge_stg.evaluation.run.queries import Query
 from bridge_stg.evaluation.run.results import START_AGAIN, ResultFile
 from bridge_stg.evaluation.sources.download import Reading
@@ -27,6 +29,9 @@ from bridge_stg.runtime.search.options import is_long
 UNIT = 16
 """Queries of one unit: a video with hundreds is spread over workers, and a stopped run loses few answers."""
 KEPT = ("id", "video", "query", "error")
+SEARCHED = ("tube", "span")
+"""The tasks for which long videos are searched."""
+STATE = ".search.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ def infer_many(
         model: the model.
         out: a `.jsonl` file, whose finished rows are kept and whose first line has the options and the model; or a
             `.parquet` file, which is written when everything is finished, from such a file next to it.
-        task: `tube`, `span`, or `image`.
-        allow_none: whether "not there" is a possible answer; never for an image.
+        task: one of `bridge_stg.runtime.chain.tasks.TASKS`; a track begins with the `first_box` of its query.
+        allow_none: whether "not there" is a possible answer; never for an image or a track.
         max_visual_tokens: see `CallOptions`.
         stream: see `CallOptions`.
         window: seconds of a window in which every video is searched; `auto`: search those longer than a window of the
@@ -80,24 +85,22 @@ def infer_many(
     options: dict[str, Any] = {
         "task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens, "stream": stream,
     }  # fmt: skip
-    if task != "image" and (window, top) != ("auto", None):
+    if task in SEARCHED and (window, top) != ("auto", None):
         options |= {"window": window, "top": top}
     report = progress or (lambda label, done, total: None)
     identity, facts = {**options, "model": dict(model.identity)}, {"program": program_json(), "bundle": model.label}
     with ResultFile(lines, identity, overwrite=overwrite, kept=KEPT, facts=facts) as results:
+        if overwrite:
+            _remove_states(lines)
         left = [query for query in queries if _is_left(query, results, retry_failed)]
         done = len(queries) - len(left)
         report(model.label, done, len(queries))
         if left:
             units = units_of(left)
-            answer = partial(answer_unit, **options)
+            answer = partial(answer_unit, results=lines.resolve(), **options)
             with closing((executor or LocalExecutor()).answers(model.open, answer, units)) as answers:
-                for place, answered in answers:
-                    rows = answered
-                    if isinstance(answered, Lost):
-                        rows = [_described(query, task) | {"error": answered.error} for query in units[place]]
-                    for row in rows:
-                        results.add(row)
+                for rows in _rows_of(answers, units, task):
+                    results.add(*rows)
                     done += len(rows)
                     report(model.label, done, len(queries))
         found = [results.rows[query.id] for query in queries]
@@ -108,6 +111,8 @@ def infer_many(
     if parquet:
         lines.unlink()
     errors = [f"{row['id']}: {row['error']}" for row in found if "error" in row]
+    if not errors:
+        _remove_states(lines)
     return Inferred(len(found) - len(errors), len(errors), errors[0] if errors else None)
 
 
@@ -119,17 +124,28 @@ def units_of(queries: Iterable[Query]) -> list[list[Query]]:
     return [group[start : start + UNIT] for group in by_video.values() for start in range(0, len(group), UNIT)]
 
 
+def _rows_of(answers: Answers, units: Sequence[Sequence[Query]], task: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of each unit, also of those that are lost."""
+    for place, rows in answers:
+        lost = rows.error if isinstance(rows, Lost) else None
+        yield rows if lost is None else [_described(query, task) | {"error": lost} for query in units[place]]
+
+
 def answer_unit(
     grounder: Any, queries: Sequence[Query], *, task: str, allow_none: bool, window: float | str = "auto",
-    top: int | None = None, **options: Any,
+    top: int | None = None, results: Path | None = None, **options: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Answer the queries of one video and return a row per query. A missing package, which fails all, is raised."""
+    """Answer the queries of one video and return a row per query. A missing package, which fails all, is raised.
+
+    Beside the file `results`, if this machine has its folder, finished windows of a search are kept until all are.
+    """
     try:
         with _file(queries[0]) as path:
-            if task != "image" and _is_searched(grounder, path, window, options.get("stream")):
+            if task in SEARCHED and _is_searched(grounder, path, window, options.get("stream")):
                 window_s = None if isinstance(window, str) else window
                 searched = {"task": task, "allow_none": allow_none, "window_s": window_s, "top": top}
-                return _searched(grounder, path, queries, task, {**options, **searched})
+                state = results and queries[0].media and _state(results, queries)
+                return _searched(grounder, path, queries, state, {**options, **searched})
             with grounder.open(path, **options) as video:
                 return [_answer(video, query, task, allow_none) for query in queries]
     except ImportError:
@@ -154,27 +170,49 @@ def _is_searched(grounder: Any, media: Any, window: float | str, stream: int | N
 
 
 def _searched(
-    grounder: Any, path: str | os.PathLike[str], queries: Sequence[Query], task: str, options: dict[str, Any]
+    grounder: Any, path: str | os.PathLike[str], queries: Sequence[Query], state: Path | None, options: dict[str, Any]
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Search one video for all queries, and return a row per query; a bad query fails alone."""
     rows: dict[str, dict[str, Any]] = {}
+    task = options["task"]
     for query in queries:
         try:
             grounder.check_query(query.text)
         except BridgeError as error:
             rows[query.id] = _failed(query, task, error)
     good = [query for query in queries if query.id not in rows]
-    results = grounder.search(path, [query.text for query in good], **options) if good else []
+    search = partial(grounder.search, path, [query.text for query in good], state=state, **options)
+    try:
+        results = search() if good else []
+    except VideoError as error:
+        if error.code != "search.other_state" or state is None:
+            raise
+        state.unlink()  # of a file that has changed
+        results = search()
     for query, result in zip(good, results, strict=True):
         rows[query.id] = _described(query, task) | result.to_json()
         check_finite(rows[query.id])
     return [rows[query.id] for query in queries]
 
 
+def _state(results: Path, queries: Sequence[Query]) -> Path | None:
+    """Return the file for the search of a unit; None on a machine without the folder of the results."""
+    names = "\0".join([queries[0].video, *(part for query in queries for part in (query.id, query.text))])
+    digest = hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()[:16]
+    return results.with_name(f"{results.name}.{digest}{STATE}") if results.parent.is_dir() else None
+
+
+def _remove_states(results: Path) -> None:
+    for state in results.parent.glob(f"{glob.escape(results.name)}.{'?' * 16}{STATE}"):
+        state.unlink(missing_ok=True)
+
+
 def _answer(video: Any, query: Query, task: str, allow_none: bool) -> dict[str, Any]:
     try:
         if task == "image":
             result = video.locate(query.text)
+        elif task == "track":
+            result = video.track(query.first_box, query=query.text)
         else:
             result = (video.span if task == "span" else video.ground)(query.text, allow_none=allow_none)
         row: dict[str, Any] = _described(query, task) | result.to_json()

@@ -6,22 +6,21 @@ resumed: a line counts once it is complete, and a truncated last line is dropped
 
 from __future__ import annotations
 
-import io
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.host.files import lock_file
+from bridge_stg.runtime.host.files import LineFile, read_lines
 
 SCHEMA = 1
 START_AGAIN = "Pass --overwrite to start again, or another --out."
 
 
-class ResultFile:
-    """The `rows` of finished samples by id, on disk and in memory. A context manager; one process at a time."""
+class ResultFile(LineFile):
+    """The `rows` of finished samples by id, on disk and in memory."""
 
     def __init__(
         self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False, kept: tuple[str, ...] | None = None,
@@ -33,65 +32,37 @@ class ResultFile:
         differ when the file is opened again, such as the program's version. Raises BridgeError if the file has results
         of another run, is damaged, or is being written by another process.
         """
-        self.path = path
         self._kept = kept
-        self.rows: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        self._file = path.open("r+b")
+        busy = f"{path} is being written by another evaluation. Wait for it, or choose another --out or --shard."
+        super().__init__(path, in_use=busy, overwrite=overwrite)  # two writers would write every sample twice
         try:
-            busy = f"{path} is being written by another evaluation. Wait for it, or choose another --out or --shard."
-            lock_file(self._file.fileno(), message=busy)  # two writers would write every sample twice
-            if overwrite:
-                self._file.truncate(0)
-            header, rows, end = _parsed(self._file.read(), path)
-            self.rows = {name: self._shortened(row) for name, row in rows.items()}
-            self._file.truncate(end)
-            self._file.seek(end)
-            if header is None:
-                self._write({"schema": SCHEMA, **(facts or {}), **identity})
-            else:
+            with _naming_damage():
+                header, rows = self.read({"schema": SCHEMA, **(facts or {}), **identity})
                 check_identity(path, header, identity)
+                self.rows = {name: self._shortened(row) for name, row in _with_ids(rows, path)}
         except BaseException:
-            self._file.close()
+            self.__exit__()
             raise
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a finished sample; it is on disk when this returns."""
-        self._write(row)
-        self.rows[row["id"]] = self._shortened(row)
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Append finished samples; they are on disk when this returns."""
+        for row in rows:
+            self.append(row)
+            self.rows[row["id"]] = self._shortened(row)
 
     def _shortened(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if self._kept is None or name in self._kept}
 
-    def _write(self, values: Mapping[str, Any]) -> None:
-        # Bytes of a file name that are not Unicode are escaped as JSON escapes them.
-        line = (json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
-        try:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            is_there = self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
-        if not is_there:
-            what = f"{self.path} was removed or replaced while results were written to it; they are lost"
-            raise BridgeError("output.not_writable", f"{what}. Run the command again.")
-
 
 def read_results(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the rows of a file that another process may be writing; see `ResultFile` for the errors."""
-    header, rows, _ = _parsed(path.read_bytes(), path)
-    if header is not None:
+    with _naming_damage():
+        lines = read_lines(path)
+        if (header := next(lines, None)) is None:
+            return {}
         check_identity(path, header, identity)
-    return rows
+        return dict(_with_ids(lines, path))
 
 
 def check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -112,31 +83,17 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _parsed(data: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]], int]:
-    """Return the header, the rows by id, and the end of the last complete line in bytes."""
-    header: dict[str, Any] | None = None
-    rows: dict[str, dict[str, Any]] = {}
-    end = 0
-    for number, line in enumerate(io.BytesIO(data), 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise ValueError("it is not an object")
-        except (ValueError, RecursionError) as error:
-            if end + len(line) == len(data):
-                break  # the last line: a crash may leave its blocks empty
-            raise _damaged(path, number, f"is not a result ({error})") from None
-        end += len(line)
-        if header is None:
-            header = value
-        elif "id" not in value:
-            raise _damaged(path, number, "has no id; expected a result")
-        else:
-            rows[value["id"]] = value
-    return header, rows, end
+def _with_ids(rows: Iterable[dict[str, Any]], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(rows, 2):
+        if not isinstance(row.get("id"), str):
+            raise ValueError(f"{path}:{number}: has no id; expected a result")
+        yield row["id"], row
 
 
-def _damaged(path: Path, number: int, what: str) -> BridgeError:
-    return BridgeError("evaluation.bad_results", f"{path}:{number}: {what}. The file was changed. {START_AGAIN}")
+@contextmanager
+def _naming_damage() -> Iterator[None]:
+    """Raise BridgeError for a line that cannot be read."""
+    try:
+        yield
+    except ValueError as error:
+        raise BridgeError("evaluation.bad_results", f"{error}. The file was changed. {START_AGAIN}") from None

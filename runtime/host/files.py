@@ -1,19 +1,23 @@
-"""Write files and folders completely or not at all, and lock files."""
+"""Write files and folders completely or not at all; append JSON lines that survive a kill; lock files."""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 from bridge_stg.runtime.errors import BridgeError, HostError
 from bridge_stg.runtime.host.memory import gigabytes
 
+LineFileT = TypeVar("LineFileT", bound="LineFile")
 NEW, OLD = "new", "old"  # subfolders of the hidden folder: for the new output, and for the old one
+BLOCK = 2**16  # bytes that are read at once in search of the last line
 
 
 @contextmanager
@@ -137,3 +141,124 @@ def lock_file(descriptor: int, *, message: str) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BridgeError("output.in_use", message) from None
+
+
+class LineFile:
+    """A file of JSON objects, one per line, that this process alone appends to. A context manager.
+
+    A line counts once it is complete: a last line that a killed process left incomplete is removed.
+
+    Args:
+        path: the file; created if it does not exist.
+        in_use: text of the error if another process has opened the file.
+        overwrite: remove all lines.
+        durable: whether a line is on disk, under this path, when `append` returns; otherwise the system delays it.
+
+    Attributes:
+        repaired: whether an incomplete line was removed.
+
+    Raises:
+        BridgeError: another process has opened the file (`output.in_use`), or `check_lines` fails.
+    """
+
+    def __init__(self, path: Path, *, in_use: str, overwrite: bool = False, durable: bool = True) -> None:
+        self.path, self._durable = path, durable
+        self._file = open(path, "a+b")  # noqa: SIM115 - closed by `__exit__`
+        try:
+            lock_file(self._file.fileno(), message=in_use)
+            if overwrite:
+                self._file.truncate(0)
+            check_lines(path)
+            self.repaired = _repaired(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read(self, header: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+        """Return the first line, and the lines after it; `header` becomes the first line of an empty file.
+
+        Raises ValueError, here and in the iteration, as `read_lines` does.
+        """
+        if not self._file.seek(0, os.SEEK_END):
+            self.append(header)
+        lines = read_lines(self.path)
+        return next(lines, {}), lines
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Add a line. Raises OSError with the file's name; BridgeError if a durable file was removed meanwhile."""
+        # Bytes of a file name that are not Unicode are escaped as JSON escapes them.
+        line = (json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+        try:
+            self._file.write(line)
+            self._file.flush()
+            if not self._durable:
+                return
+            os.fsync(self._file.fileno())
+            is_there = self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        if not is_there:
+            what = f"{self.path} was removed or replaced while results were written to it; they are lost"
+            raise BridgeError("output.not_writable", f"{what}. Run the command again.")
+
+    def __enter__(self: LineFileT) -> LineFileT:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def check_lines(path: Path) -> None:
+    """Raise BridgeError if a file exists and does not begin as a JSON object in one line does; it may be empty."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        if not b'{"'.startswith(file.read(2)):
+            what = f"{path} exists, and its first line is no JSON object. Give another name, or remove it."
+            raise BridgeError("output.exists", what)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a file of JSON lines, which another process may be writing.
+
+    Lines that were not written to their end are left out: a last one without a newline, and those whose blocks a crash
+    of the system left empty. Raises ValueError, with file and line number, for another line that is no object.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield _object(line)
+            except ValueError as error:
+                if line.endswith(b"\n") and b"\0" not in line:
+                    raise ValueError(f"{path}:{number}: is no line of this file ({error})") from None
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
+    return value
+
+
+def _repaired(file: IO[bytes]) -> bool:
+    """End a file in a complete line: remove an incomplete last one, and return whether there was one."""
+    size = end = file.seek(0, os.SEEK_END)
+    last = b""
+    while end and b"\n" not in last:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        last, end = file.read(end - start) + last, start
+    last = last[last.rfind(b"\n") + 1 :]
+    if not last:
+        return False
+    try:
+        _object(last)
+    except ValueError:
+        file.truncate(size - len(last))
+        return True
+    file.write(b"\n")
+    return False

@@ -1,6 +1,6 @@
 """The file of a running search: finished windows, so that a search that was stopped goes on where it was.
 
-The first line identifies the search, each other line is a finished window; an incomplete last line is dropped.
+The first line identifies the search, each other line is a finished window. Without one, no file is left.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding, Tube
 from bridge_stg.runtime.errors import VideoError
-from bridge_stg.runtime.host.files import lock_file
+from bridge_stg.runtime.host.files import LineFile
 from bridge_stg.runtime.search.occurrences import is_seen
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
@@ -34,68 +34,50 @@ class SearchState:
 
     Raises:
         VideoError: the file is that of another search, or no state of a search.
-        BridgeError: another process uses the file.
+        BridgeError: as `LineFile` does.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
         self.windows: list[tuple[np.ndarray, list[list[Grounding]]]] = []
-        self._path = None if path is None else Path(path)
-        if self._path is None:
+        self._file, self._is_new = None, True
+        if path is None:
             return
         header = json.loads(json.dumps({"schema": SCHEMA, "search": dict(identity)}))
-        self._file = open(self._path, "a+b")  # noqa: SIM115 - closed by `__exit__`
+        self._file = LineFile(Path(path), in_use=f"{path} is in use by another search; wait for it")
         try:
-            lock_file(self._file.fileno(), message=f"{self._path} is in use by another search; wait for it")
-            self._file.seek(0)
-            lines = self._file.read().split(b"\n")[:-1]  # a line counts once it is complete
-            found = self._parsed(lines)
-            if found and found[0] != header:
-                message = f"{self._path} is the state of another search (video, queries, options or model differ)"
-                raise VideoError("search.other_state", f"{message}; delete it, or name another file")
-            self._file.truncate(sum(len(line) + 1 for line in lines))
-            if not found:
-                self._write(header)
-            self.windows = [_window_from_json(window) for window in found[1:]]
-        except BaseException:
-            self._file.close()
-            raise
+            found, windows = self._file.read(header)
+            if found != header:
+                what = f"{path} is the state of another search (video, queries, options or model differ)"
+                raise VideoError("search.other_state", f"{what}; delete it, or name another file")
+            self.windows = [_window_from_json(window) for window in windows]
+            self._is_new = not self.windows
+        except BaseException as error:
+            self._file.__exit__()
+            if not isinstance(error, (ValueError, LookupError, TypeError)):
+                raise
+            what = f"{path} is not the state of a search; name another file"
+            raise VideoError("search.other_state", what) from None
 
     def add(self, frame_times: np.ndarray, answers: Sequence[Sequence[Grounding]]) -> None:
         """Append a finished window; it is on disk when this returns."""
-        if self._path is not None:
+        if self._file is not None:
             rows = [[_to_json(grounding) for grounding in found] for found in answers]
-            self._write({"frame_times": np.round(frame_times, 9).tolist(), "answers": rows})
+            self._file.append({"frame_times": np.round(frame_times, 9).tolist(), "answers": rows})
+            self._is_new = False
 
     def remove(self) -> None:
         """Delete the file of a search that is complete."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.path.unlink(missing_ok=True)
 
     def __enter__(self) -> SearchState:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._path is not None:
-            self._file.close()
-
-    def _parsed(self, lines: Sequence[bytes]) -> list[Any]:
-        try:
-            found = [json.loads(line) for line in lines]
-            if not all(isinstance(line, dict) for line in found) or (found and "search" not in found[0]):
-                raise ValueError
-        except ValueError:
-            message = f"{self._path} is not the state of a search; name another file"
-            raise VideoError("search.other_state", message) from None
-        return found
-
-    def _write(self, values: Mapping[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(values).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
+        if self._file is not None:
+            if self._is_new:  # no window was finished
+                self.remove()
+            self._file.__exit__()
 
 
 def _to_json(grounding: Grounding) -> dict[str, Any]:

@@ -166,11 +166,11 @@ def test_a_truncated_last_line_is_dropped(tmp_path: Path) -> None:
     whole = evaluate(dataset, [model(Oracle(dataset, delay=0.3))], tmp_path / "out")
     path = tmp_path / "out/samples/oracle.jsonl"
     data = path.read_bytes()
-    for cut in (1, 20, len(data.splitlines()[-1])):
+    for cut, again in ((1, 0), (2, 1), (20, 1), (len(data.splitlines()[-1]), 1)):
         path.write_bytes(data[:-cut])
         oracle = Oracle(dataset, delay=0.3)
         assert evaluate(dataset, [model(oracle)], tmp_path / "out").metrics == whole.metrics
-        assert len(oracle.calls) == 1
+        assert len(oracle.calls) == again
         assert len(path.read_bytes().splitlines()) == 6
     path.write_bytes(data[: data.index(b"\n")])  # killed while the header was written
     oracle = Oracle(dataset, delay=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -324,3 +325,59 @@ def test_videos_are_searched_in_windows(table: Path, tmp_path: Path) -> None:
     infer_many(queries, fake(), tmp_path / "out.parquet", window=2.0)
     with raises("evaluation.other_results", "top"):
         infer_many(queries, fake(), tmp_path / "out.jsonl", window=2.0)
+
+
+def test_finished_windows_of_a_search_that_was_stopped_are_kept(tmp_path: Path) -> None:
+    media, out, calls = tmp_path / "a.mp4", tmp_path / "out.jsonl", []
+
+    def opened(stop_after: float = math.inf) -> Any:
+        """Return a grounder that the user stops after so many calls of the language model."""
+
+        def before(feeds: object) -> None:
+            calls.append(feeds)
+            if len(calls) > stop_after:
+                raise KeyboardInterrupt
+
+        grounder = open_fake()
+        grounder.sessions["language_model"].before = before
+        return grounder
+
+    def run(stop_after: float = math.inf, **options: Any) -> int:
+        calls.clear()
+        model = Model("fake", {}, lambda: opened(stop_after))
+        infer_many([Query("1", 0, media, "a.mp4", "the red square")], model, out, window=2.0, **options)
+        return len(calls)
+
+    video(media, 9, 8)
+    whole = run()
+    rows = rows_of(out)
+    with pytest.raises(KeyboardInterrupt):
+        run(whole - 2, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} > {"a.mp4", "out.jsonl"} and not rows_of(out)
+    assert 0 < run() < whole / 2
+    again = rows_of(out)
+    assert again["1"]["occurrences"] == rows["1"]["occurrences"] and again["1"]["windows"] == rows["1"]["windows"]
+    with pytest.raises(KeyboardInterrupt):
+        run(whole - 2, overwrite=True)
+    video(media, 8.5, 8)  # another file: nothing of the first one is used
+    assert run() > whole / 2
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "out.jsonl"}
+
+
+def test_tracks_begin_with_the_box_of_a_row_or_the_option(bundle: Path, tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", 3, 8)
+    table = tmp_path / "table.csv"
+    table.write_text('video,query,first_box\na.mp4,,"2,3,20,21"\na.mp4,the red square,\n')
+    first, second = read_queries(table, task="track", first_box=(1, 2, 10, 12))
+    assert (first.first_box, second.first_box) == ((2, 3, 20, 21), (1, 2, 10, 12)) and first.text == "the object"
+    out = tmp_path / "out.jsonl"
+    command = ["infer-many", str(table), "--bundle", str(bundle), "--out", str(out)]
+    assert cli.run([*command, "--task", "track", "--first-box", "1,2,10,12"]) == 0
+    for row, box in zip(rows_of(out).values(), ([2, 3, 20, 21], [1, 2, 10, 12])):
+        validate(row, "table_row")
+        assert row["task"] == "track" and row["boxes"][0]["box"] == box
+    with raises("annotation.bad_field", "table.csv:3", "first_box"):
+        read_queries(table, task="track")
+    with raises("options.missing", "--first-box"):
+        read_queries(tmp_path, task="track")
+    assert cli.run([*command, "--task", "span", "--first-box", "1,2,10,12"]) == 2

@@ -154,7 +154,8 @@ def test_bad_queries_and_files(tmp_path: Path) -> None:
     with raises("video.not_found", kind=VideoError):
         grounder.search(tmp_path / "missing.mp4", ["the car"])
     other = tmp_path / "notes.txt"
-    other.write_text("notes\n")
-    with raises("search.other_state", kind=VideoError):
-        grounder.search(stream(4), ["the car"], state=other)
-    assert other.read_text() == "notes\n"
+    for text, code in (("notes", "output.exists"), ('{"id": "1"}\n', "search.other_state")):
+        other.write_text(text)
+        with raises(code, other):
+            grounder.search(stream(4), ["the car"], state=other)
+        assert other.read_text() == text
