@@ -41,7 +41,8 @@ def build(commit: str, folder: Path) -> tuple[Path, Path]:
     """Build the source distribution of a commit, and the wheel from that; return both."""
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        files.extractall(folder / "source", filter="tar")
+        files.extraction_filter = getattr(tarfile, "tar_filter", None)  # Python 3.11.0 to 3.11.3 have no filters
+        files.extractall(folder / "source")
     when = run("git", "log", "-1", "--format=%ct", commit).strip()
     out = folder / "dist"
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, folder / "source", SOURCE_DATE_EPOCH=when)
