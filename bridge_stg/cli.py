@@ -27,7 +27,7 @@ from bridge_stg.runtime.host.packages import install_command
 
 MODULES = {
     "bench": "bench",
-    "build": "build",
+    "build": "build estimate",
     "calibrate": "calibrate",
     "evaluate": "convert-refs evaluate evaluate-demo index infer-many",
     "export": "doctor export inspect migrate verify",

@@ -20,7 +20,7 @@ from bridge_stg.runtime.video.token_budget import LIMITS
 Schema: TypeAlias = "dict[str, Any]"
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-DOCUMENTS = ("document", "line", "table_header", "table_row", "watch_line", "bench", "doctor", "error")
+DOCUMENTS = ("document", "line", "table_header", "table_row", "watch_line", "bench", "doctor", "estimates", "error")
 """Definitions of whole JSON documents or lines; the others are parts of them."""
 
 
@@ -504,6 +504,62 @@ DEFINITIONS: Mapping[str, Schema] = {
     "missing": _object(
         "Something that is missing.",
         {"what": _of("string", "What it is."), "command": _of("string", "The command or action that adds it.")},
+    ),
+    "estimates": _object(
+        "What `estimate --json` prints.",
+        {
+            "schema": ORIGIN["schema"],
+            "model": _of("string", "The model, as given."),
+            "frames": _of("integer", "Coarse frames of the video.", minimum=1),
+            "queries": _of("integer", "Queries that run together.", minimum=1),
+            "fine_frames": _of("integer?", "Fine frames, as given; null: as many as coarse frames."),
+            "size": _ref("size", "Size of the video."),
+            "estimates": _list("estimate", "An estimate per device and precision."),
+        },
+    ),
+    "estimate": _object(
+        "Memory and time of a request on a device, estimated.",
+        {
+            "target": _of("string", "Name of the device; `cpu` is the machine that ran the command."),
+            "dtype": _of("string", "Precision of the language model."),
+            "heads": _of("string", "Heads that answer.", enum=list(HEADS)),
+            "fits": _of("boolean", "Whether `needed` is at most `usable`."),
+            "memory": _counts(
+                "Bytes.",
+                {
+                    "weights": "Weights of all graphs.",
+                    "kv_cache": "Keys and values of the video and of each query.",
+                    "activations": "Tensors of the largest stage, and those that are kept between stages.",
+                    "needed": "Sum of these.",
+                    "usable": "Memory of the device without what its system keeps.",
+                },
+                "integer",
+            ),
+            "stages": _list(
+                "stage_estimate", "The stages of a request in their order; decoding the video is left out."
+            ),
+            "total_s": _of("number", "Seconds of all stages.", minimum=0),
+            "token_s": _of("number", "Seconds per token of an answer without a grammar.", minimum=0),
+            "prefix_tokens": _of("integer", "Tokens of the prompt up to the query.", minimum=1),
+            "efficiencies": _object(
+                "Shares of the device's peaks that are assumed.",
+                {
+                    "compute": _of("number", "Of the operations per second."),
+                    "memory": _of("number", "Of the bandwidth."),
+                    "source": _of("string", "What they were fitted on."),
+                },
+            ),
+        },
+    ),
+    "stage_estimate": _object(
+        "A stage of an estimate.",
+        {
+            "name": _of("string", "Its name, as in `timings`."),
+            "seconds": _of("number", "Seconds.", minimum=0),
+            "operations": _of("integer", "Operations of matmuls; a multiply-add is two.", minimum=0),
+            "bytes": _of("integer", "Bytes moved between memory and processor.", minimum=0),
+            "limited_by": _of("string", "Which takes longer, the operations or the bytes.", enum=["compute", "memory"]),
+        },
     ),
     "error": _object(
         "The line on stdout of a command with --json or --jsonl that failed.",

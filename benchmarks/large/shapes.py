@@ -14,12 +14,10 @@ import torch
 from bridge_stg.checkpoint.checkpoint import build_model, checkpoint_tensors
 from bridge_stg.checkpoint.weight_store import TOKENIZER
 from bridge_stg.demo.tiny_model import write_demo_tokenizer
+from bridge_stg.export.estimate.known import KNOWN, TOKENS
 from bridge_stg.model.backbones import backbone
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.runtime.bundle.spec import PromptSpec
-
-QWEN3_TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
-                "vision_end_token_id": 151653}  # fmt: skip
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_vl_150m": {
@@ -39,7 +37,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     },
     # Qwen2.5-0.5B's text model in Qwen3-VL form, with a vision encoder of ViT-B's width and depth.
     "qwen3_vl_0_5b": {
-        "model_type": "qwen3_vl", "tie_word_embeddings": True, **QWEN3_TOKENS,
+        "model_type": "qwen3_vl", "tie_word_embeddings": True, **TOKENS,
         "text_config": {
             "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
             "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32_768,
@@ -52,33 +50,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
             "deepstack_visual_indexes": [2, 5, 8],
         },
     },
-    "qwen3_vl_2b": {
-        "model_type": "qwen3_vl", "tie_word_embeddings": True, **QWEN3_TOKENS,
-        "text_config": {
-            "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
-            "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262_144,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
-                                "mrope_interleaved": True},
-        },
-        "vision_config": {
-            "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 2048, "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-    },
-    "qwen2_5_vl_3b": {
-        "model_type": "qwen2_5_vl", "tie_word_embeddings": True, **QWEN3_TOKENS,
-        "text_config": {
-            "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
-            "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 128_000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        "vision_config": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 2048, "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
-        },
-    },
+    "qwen3_vl_2b": KNOWN["qwen3-vl-2b"],
+    "qwen2_5_vl_3b": KNOWN["qwen2.5-vl-3b"],
 }  # fmt: skip
 """config.json of each backbone by name. The first is small enough for quick runs, and large enough to be streamed."""
 

@@ -1,14 +1,16 @@
-"""The command `build`: TensorRT engines for named targets."""
+"""The commands `build` and `estimate`: TensorRT engines for named targets, and what a device would take."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import PATH
+from bridge_stg.commands.options import COUNT, PATH
 from bridge_stg.commands.progress import ProgressBar, stage_line
 
 
@@ -52,3 +54,67 @@ def build(bundle: Path, targets: tuple[str, ...], profiles: Path | None, layers:
         if layers and entry.built.get("layers"):
             click.echo(plan_table(entry.built["layers"]))
     click.echo("Kernels are chosen on the device: this lists what was compiled, not how fast it is.")
+
+
+def _video_size(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    """Convert width and height such as `1280x720` to (height, width)."""
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r}: expected width and height in pixels, such as 1280x720.")
+    return int(found[2]), int(found[1])
+
+
+def _show_devices(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from bridge_stg.export.engines.devices import device_table
+
+        click.echo(device_table())
+        context.exit()
+
+
+@click.command()
+@click.argument("model")
+@click.option("--target", "targets", multiple=True, required=True, metavar="NAME", help="See --targets; repeatable.")
+@click.option(
+    "--targets", "list_targets", is_flag=True, is_eager=True, callback=_show_devices, expose_value=False,
+    help="List the devices for --target.",
+)  # fmt: skip
+@click.option("--frames", type=COUNT, default=32, show_default=True, help="Coarse frames of the video.")
+@click.option("--queries", type=COUNT, default=1, show_default=True, help="Queries that run together.")
+@click.option("--fine-frames", type=COUNT, help="Fine frames of all tubes; default: as many as --frames.")
+@click.option(
+    "--video-size", "size", metavar="WxH", default="1280x720", show_default=True, callback=_video_size,
+    help="Size of the video in pixels.",
+)  # fmt: skip
+@click.option(
+    "--dtype", "dtypes", multiple=True, metavar="NAME",
+    help="fp32, fp16, bf16, int8, int4, fp8 or nvfp4; repeatable. Default: the precisions of a bundle, else fp16.",
+)  # fmt: skip
+@options.heads_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def estimate(
+    *, model: str, targets: tuple[str, ...], dtypes: tuple[str, ...], heads: str | None, as_json: bool, **video: Any
+) -> None:  # fmt: skip
+    """Estimate the memory and the seconds per stage of MODEL on devices, without its weights.
+
+    MODEL is a checkpoint, a downloaded Qwen-VL folder or its config.json, a bundle, or a name: qwen3-vl-2b,
+    qwen3-vl-4b, qwen3-vl-8b, qwen2.5-vl-3b, qwen2.5-vl-7b. The target `cpu` is this machine, measured now.
+    docs/devices.md has the errors of the estimates.
+    """
+    from bridge_stg.export.engines.devices import find_device
+    from bridge_stg.export.estimate.estimate import Request
+    from bridge_stg.export.estimate.estimate import estimate as estimated
+    from bridge_stg.export.estimate.shapes import read_shape
+    from bridge_stg.runtime.chain.results import SCHEMA
+
+    devices = [find_device(name) for name in targets]
+    shape = read_shape(model, heads=heads)
+    found = [
+        estimated(shape, device, Request(**video), dtype=dtype) for device in devices for dtype in dtypes or (None,)
+    ]
+    if as_json:
+        document = {"schema": SCHEMA, "model": model, **video, "estimates": [one.to_json() for one in found]}
+        document["size"] = {"width": video["size"][1], "height": video["size"][0]}
+        click.echo(json.dumps(document, indent=1))
+        return
+    click.echo("\n".join(one.table() for one in found))

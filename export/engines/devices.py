@@ -28,6 +28,8 @@ https://github.com/hokwangchoi/jetson-orin-nano-benchmarks (vlm-benchmarks/asset
 """
 GPU_KEPT = GB
 """The same for a GPU with its own memory: the CUDA context, the libraries' workspaces, a display."""
+PEAKS = ("fp32", "fp16", "int8", "fp8", "fp4")
+"""Keys of `Device.peaks`."""
 BUFFER_BYTES = 2**28
 """Bytes read by the bandwidth test, more than the last-level cache of common processors."""
 VNNI_GAIN, INT8_GAIN = 3.6, 2.0
@@ -134,6 +136,18 @@ def find_device(name: str) -> Device:
         known = ", ".join(device.name for device in DEVICES)
         raise EngineError("options.invalid", f"target {name!r} is unknown; known: {CPU}, {known}")
     return found
+
+
+def device_table() -> str:
+    """Return the table as text."""
+    rows: list[tuple[str, ...]] = [("target", "device", "SM", "memory", "for models", "GB/s", *PEAKS)]
+    for device in DEVICES:
+        sizes = (f"{device.memory / GB:.1f} GB", f"{device.usable / GB:.1f} GB", f"{device.bandwidth / 1e9:.0f}")
+        peaks = (f"{device.peaks[name] / 1e12:.1f}" if name in device.peaks else "–" for name in PEAKS)
+        rows.append((device.name, device.title, str(device.sm), *sizes, *peaks))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, f"{CPU:{widths[0]}}  this machine, measured", "Peaks in T operations per second."])
 
 
 def this_cpu() -> Device:
