@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,12 +11,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 import bridge_stg
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.server.http.document import complete
 from bridge_stg.server.http.errors import api_error, error_response
-from bridge_stg.server.http.schemas import Problem, problems
-from bridge_stg.server.http.security import Guard
+from bridge_stg.server.http.openai import ChatCompletionChunk
+from bridge_stg.server.http.schemas import Progress, Queued, problems
+from bridge_stg.server.http.security import METHODS, Guard, answers_head
 from bridge_stg.server.routes import chat, jobs, live, status, videos
 from bridge_stg.server.service import Service
 
@@ -26,6 +28,10 @@ DESCRIPTION = (
     "a time span and a box for every frame of it. Every error is {error, code}: one paragraph of text, and a stable "
     "code for programs; 429 and 503 come with Retry-After. Errors of chats and models have OpenAI's form."
 )
+
+
+OF_EVENTS = (Queued, Progress, ChatCompletionChunk)
+"""The data of events, beside those of the schema of results."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -37,10 +43,18 @@ def create_app(service: Service) -> FastAPI:
         lifespan=_lifespan,
         docs_url=None,
         redoc_url=None,
-        responses=problems(Problem),
+        responses=problems(400, 401, 500, 503),
     )
     app.openapi_version = "3.2.0"  # the first that describes server-sent events
-    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
+    limits, make = service.settings, app.openapi
+
+    def openapi() -> dict[str, Any]:
+        most_chars = min(limits.max_query_chars, service.grounder.spec.prompt.max_query_characters)
+        if app.openapi_schema is None:
+            complete(make(), OF_EVENTS, max_queries=limits.max_queries, max_query_chars=most_chars)
+        return make()
+
+    app.openapi = openapi  # type: ignore[method-assign]
     app.state.service = service
     for routes in (videos, jobs, live, chat, status):
         app.include_router(routes.router)
@@ -49,19 +63,6 @@ def create_app(service: Service) -> FastAPI:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     return app
-
-
-def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the OpenAPI document, in which every error is JSON: FastAPI gives errors the type of a route's answers."""
-    if app.openapi_schema is not None:
-        return app.openapi_schema
-    document = make()
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            for code, response in operation["responses"].items():
-                if code.isdecimal() and int(code) >= 400 and (content := response.get("content")):
-                    response["content"] = {"application/json": next(iter(content.values()))}
-    return document
 
 
 @asynccontextmanager
@@ -74,7 +75,22 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    return error_response(api_error(error), request.app.state.service.metrics, request.url.path)
+    found = api_error(error)
+    if found.status_code == 405:
+        found.headers = {"Allow": ", ".join(_methods(request))}
+    return error_response(found, request.app.state.service.metrics, request.url.path)
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that a path has, on whichever of its routes."""
+    scope = request.scope
+
+    def has(method: str) -> bool:
+        routes = request.app.router.routes
+        return any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+
+    found = [method for method in METHODS if has(method)]
+    return sorted([*found, "HEAD"]) if "GET" in found and answers_head(scope["path"]) else found
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

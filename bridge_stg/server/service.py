@@ -137,17 +137,17 @@ class Service:
             self.remove_video(self._chat_files.popleft())
 
     def check_queries(self, queries: Sequence[str]) -> None:
-        """Check queries before a video is read for them. Raises ApiError 413, 422 or 503, and QueryError."""
+        """Check queries before a video is read for them. Raises ApiError 422 or 503, and QueryError."""
         count, most, most_chars = len(queries), self.settings.max_queries, self.settings.max_query_chars
         self.check_open()
         if not queries:
             raise ApiError(422, "query.empty", "The request has no query; describe what to find.")
         if count > most:
-            raise ApiError(413, "query.too_many", f"{count} queries; this server accepts at most {most} per job.")
+            raise ApiError(422, "query.too_many", f"{count} queries; this server accepts at most {most} per job.")
         for query in queries:
             if len(query) > most_chars:
                 message = f"A query has {len(query)} characters; this server accepts at most {most_chars}."
-                raise ApiError(413, "query.too_long", message)
+                raise ApiError(422, "query.too_long", message)
             self.grounder.check_query(query)
 
     def check_question(self, question: Question) -> None:

@@ -250,7 +250,7 @@ def check_query(spec: PromptSpec, query: str, *, max_characters: int | None = No
     """
     most = spec.max_query_characters if max_characters is None else max_characters
     text = check_text(query, max_characters=most).removesuffix(".").rstrip()
-    if not any(character.isalnum() or ord(character) > 0x2000 for character in text):
+    if not any(character.isalnum() or ord(character) > 0xFF for character in text):
         message = f'the query {query!r} has no words; expected text, such as "the red car"'
         raise QueryError("query.empty", message)
     return text

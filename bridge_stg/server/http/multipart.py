@@ -7,7 +7,8 @@ checked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
@@ -23,9 +24,10 @@ PIECE_BYTES = 2**20  # bytes collected in memory before they are written
 
 
 class Form:
-    """A form; its parser calls the methods `_on_…`, which separate the file from the fields."""
+    """A form with a file and fields of known names; its parser calls the methods `_on_…`, which separate them."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Collection[str]) -> None:
+        self._known = known
         self.filename: str | None = None  # None without a file
         self.fields: list[tuple[str, str]] = []
         self.file, self.ended = bytearray(), False
@@ -35,6 +37,13 @@ class Form:
     def values(self, name: str) -> list[str]:
         """Return all values of a field."""
         return [value for key, value in self.fields if key == name]
+
+    def options(self, *, without: str) -> dict[str, Any]:
+        """Return the value of each other field, numbers and booleans as in JSON. Raises ApiError if one is repeated."""
+        names = [name for name, _ in self.fields if name != without]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ApiError(422, "server.invalid_request", f"The form has several fields {repeated!r}; expected one.")
+        return {name: _plain(value) for name, value in self.fields if name != without}
 
     def parser(self, boundary: bytes) -> MultipartParser:
         """Return the parser that fills this form."""
@@ -62,6 +71,10 @@ class Form:
             if self.filename is not None:
                 raise ApiError(400, "server.bad_form", "The form has two files; send one video per request.")
             self.filename = options.get(b"filename", b"").decode("utf-8", "replace")
+        elif self._name not in self._known:
+            names = ", ".join(("file", *self._known))
+            message = f"The form has a field {self._name[:40]!r}; expected {names}."
+            raise ApiError(422, "server.invalid_request", message)
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == "file":
@@ -86,13 +99,27 @@ class Form:
         self.ended = True
 
 
-async def read_form(request: Request, settings: Settings, write: Callable[[bytes], Awaitable[None]]) -> Form:
-    """Parse a body to its end and pass the bytes of the part `file` to `write` in pieces. Raises ApiError."""
+def _plain(text: str) -> str | float | bool:
+    """Return the number or boolean that a text writes as JSON does, or else the text."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, (bool, int, float)) else text
+
+
+async def read_form(
+    request: Request, settings: Settings, write: Callable[[bytes], Awaitable[None]], *, fields: Collection[str]
+) -> Form:
+    """Parse a body to its end and pass the bytes of the part `file` to `write` in pieces.
+
+    Raises ApiError, also if there is a field of another name than `file` and `fields`.
+    """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         message = "Send the video as multipart/form-data, in a field called `file`."
         raise ApiError(415, "server.unsupported_content_type", message)
-    form, chunks, loop = Form(), request.stream(), asyncio.get_running_loop()
+    form, chunks, loop = Form(fields), request.stream(), asyncio.get_running_loop()
     within_s, idle_s = settings.upload_s, settings.idle_s
     end = loop.time() + within_s
     try:

@@ -60,7 +60,8 @@ class Message(BaseModel):
     """A message of the chat."""
 
     role: Literal["user", "system", "developer", "assistant", "tool"] = Field(
-        description="`developer` is the newer name of `system`; messages of tools are rejected."
+        description="`developer` is the newer name of `system`; messages of tools are rejected.",
+        json_schema_extra={"enum": ["user", "system", "developer", "assistant"]},
     )
     content: str | list[Part]
 
@@ -96,7 +97,7 @@ class ChatRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     n: int | None = Field(None, ge=1, le=1)
-    stop: str | list[str] | None = Field(None, max_length=0)
+    stop: Annotated[str, Field(max_length=0)] | Annotated[list[str], Field(max_length=0)] | None = None
     tools: list[Any] | None = Field(None, max_length=0)
     logprobs: Literal[False] | None = None
     response_format: ResponseFormat | None = None
@@ -105,6 +106,88 @@ class ChatRequest(BaseModel):
     def limit(self) -> int:
         """Maximum tokens of the answer."""
         return self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class Usage(BaseModel):
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    """The answer of the model."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(BaseModel):
+    """The only choice of an answer."""
+
+    index: int
+    message: Answer
+    logprobs: None
+    finish_reason: FinishReason = Field(description="`length`: the maximum of tokens cut the answer.")
+
+
+class ChatCompletion(BaseModel):
+    """A complete answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int = Field(description="Unix time in seconds.")
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    """A piece of the text."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChunkChoice(BaseModel):
+    """The only choice of a piece."""
+
+    index: int
+    delta: Delta
+    logprobs: None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """A piece of a streamed answer; the last one, with the usage, has no choice."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    """A model that answers chats."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "bridge-stg"
+
+
+class ModelCards(BaseModel):
+    """All models that answer chats."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
 
 
 class Completion:
@@ -143,8 +226,3 @@ END = b"data: [DONE]\n\n"
 def event(value: dict[str, Any]) -> bytes:
     """Return a value as a server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
-
-
-def model_card(name: str, created: int) -> dict[str, Any]:
-    """Return the description of a model."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "bridge-stg"}

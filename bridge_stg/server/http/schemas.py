@@ -8,18 +8,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, m
 
 from bridge_stg.evaluation import schema
 from bridge_stg.runtime.chain.tasks import Task, track_from
+from bridge_stg.server.http.document import QUERY_PATTERN, track_or_not
 
 TaskName = Annotated[
     Literal["tube", "span", "image", "track"],
     BeforeValidator(lambda name: "tube" if name == "ground" else name),  # its former name, kept for one release
 ]
-PROBLEMS = {400: "malformed", 401: "no valid key", 404: "not found", 408: "too slow", 409: "wrong state",
-            413: "too large", 415: "unsupported type", 422: "invalid", 429: "busy", 503: "unavailable"}  # fmt: skip
+PROBLEMS = {
+    400: "malformed", 401: "no valid key", 403: "page of another origin", 404: "not found", 408: "too slow",
+    409: "wrong state", 413: "too large", 415: "unsupported type", 416: "outside of the file", 422: "invalid",
+    429: "busy", 500: "error of the server", 503: "unavailable",
+}  # fmt: skip
+WRITING = (403, 408, 413)
+"""Errors of every method that changes something: its body is read."""
+QUERYING = (*WRITING, 404, 409, 415, 422, 429)
+"""Errors of a request that waits for answers about a video."""
 
 
-def problems(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI description of the errors of a route, whose bodies are a `model`."""
-    return {code: {"model": model, "description": text} for code, text in PROBLEMS.items()}
+QueryText = Annotated[str, Field(json_schema_extra={"pattern": QUERY_PATTERN})]
+"""A query, which `check_query` checks; the schema describes what it accepts."""
 
 
 def _define(found: dict[str, Any]) -> None:
@@ -39,6 +46,11 @@ class Problem(BaseModel):
 
     error: str = Field(description="One paragraph of text; its wording may change.")
     code: str = Field(description="Stable dotted code for programs.")
+
+
+def problems(*statuses: int, model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of errors of a route, whose bodies are a `model`."""
+    return {status: {"model": model, "description": PROBLEMS[status]} for status in statuses}
 
 
 class VideoSource(BaseModel):
@@ -63,16 +75,24 @@ class Video(BaseModel):
 
 
 def _numbers(value: Any) -> Any:
-    """Split the text of a form's field."""
-    return value.split(",") if isinstance(value, str) else value
+    """Return the numbers in the text of a form's field."""
+    try:
+        return list(map(float, value.split(","))) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _state_task(found: dict[str, Any]) -> None:
+    """State in a schema which fields belong to the task `track`."""
+    found["oneOf"] = track_or_not({"type": "array"}, no_box={"type": "null"})
 
 
 class NewJob(BaseModel):
     """Queries about one video."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_state_task)
     video: str = Field(max_length=100, description="Id of a video.")
-    queries: list[str] = Field(
+    queries: list[QueryText] = Field(
         json_schema_extra={"minItems": 1},
         description="Sentences that say what to find; for `track` one, such as `the object`.",
     )
@@ -81,14 +101,17 @@ class NewJob(BaseModel):
         description="`tube`: when and where; `span`: only when; `image`: where, in an image that shows it; `track`: "
         "where, from a box in the first frame.",
     )
-    first_box: Annotated[list[float], BeforeValidator(_numbers), Field(min_length=4, max_length=4)] | None = Field(
+    first_box: Annotated[list[float], Field(min_length=4, max_length=4), BeforeValidator(_numbers)] | None = Field(
         None,
         description="Of `track`: left, top, right, bottom in pixels of the first frame; in a form, with commas.",
     )
     allow_none: bool = Field(True, description="Whether the answer may be that it is not in the video.")
     stream: int | None = Field(None, ge=0, description="Video stream of the file, by its index; by default the best.")
     deadline_s: float | None = Field(
-        None, gt=0, description="Time limit in seconds, waiting included; by default the server's maximum."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time limit in seconds, waiting included; by default the server's maximum.",
     )
 
     @model_validator(mode="after")
@@ -107,6 +130,20 @@ class NewJob(BaseModel):
         return Task(self.task, allow_none=self.allow_none and self.task != "image")
 
 
+class Queued(BaseModel):
+    """The data of the event `queued`."""
+
+    position: int | None = Field(description="Number of jobs before it in the queue; null outside the queue.")
+
+
+class Progress(BaseModel):
+    """The data of the event `progress`."""
+
+    stage: str = Field(description="Stage of the runtime, such as `decode_video`.")
+    done: float = Field(description="How much of it is done: frames, tokens or seconds.")
+    total: float | None = Field(description="How much there is to do; null if it is not known.")
+
+
 class Job(BaseModel):
     """A job and its status."""
 
@@ -116,7 +153,7 @@ class Job(BaseModel):
     task: TaskName
     status: Literal["queued", "running", "done", "failed", "cancelled"]
     position: int | None = Field(None, description="Number of jobs before it in the queue; null outside the queue.")
-    progress: dict[str, Any] | None = Field(None, description="The newest stage, done and total of the runtime.")
+    progress: Progress | None = Field(None, description="The newest progress of the runtime.")
     results: list[Result] | None = Field(None, description="One result per query, when done.")
     error: str | None = Field(None, description="Why it failed.")
     code: str | None = None

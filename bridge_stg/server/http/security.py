@@ -71,7 +71,7 @@ class Guard:
             return
         path, method = scope["path"], scope["method"]
         status, sent, more, held, began = 500, False, path in UPLOADS, list[int](), time.monotonic()
-        if method == "HEAD" and not path.endswith("/events"):
+        if method == "HEAD" and answers_head(path):
             scope = {**scope, "method": "GET"}  # uvicorn sends the answer to HEAD without its body
 
         async def counted() -> Message:
@@ -151,6 +151,11 @@ class Guard:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
         return hmac.compare_digest(_digest(key), self._key)
+
+
+def answers_head(path: str) -> bool:
+    """Return whether a path that answers GET answers HEAD too: a stream of events never ends."""
+    return not path.endswith(("/events", "/video.mjpg"))
 
 
 def is_json(headers: Headers) -> bool:

@@ -19,33 +19,43 @@ from fastapi.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from bridge_stg.runtime.chain.opened_video import ChatMessage
+from bridge_stg.server.http.document import component, json_data
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.openai import (
     END,
+    ChatCompletion,
     ChatRequest,
     Completion,
     MediaUrl,
+    ModelCard,
+    ModelCards,
     OpenAIProblem,
     TextPart,
     VideoPart,
     event,
-    model_card,
 )
-from bridge_stg.server.http.schemas import problems
+from bridge_stg.server.http.schemas import QUERYING, problems
 from bridge_stg.server.jobs.job import Chat, Question
 from bridge_stg.server.routes.jobs import while_connected
 from bridge_stg.server.routes.videos import TheService
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.uploads import Upload
 
-router = APIRouter(prefix="/v1", tags=["chat"], responses=problems(OpenAIProblem))
+router = APIRouter(prefix="/v1", tags=["chat"], responses=problems(400, 401, 500, 503, model=OpenAIProblem))
 
 UPLOAD, DATA = "upload:", "data:"
 STARTED = int(time.time())
-STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
+PIECE = json_data({"anyOf": [component("ChatCompletionChunk"), component("OpenAIProblem")]})
+EVENT = {"type": "object", "properties": {"data": {"anyOf": [PIECE, {"const": "[DONE]"}]}}, "required": ["data"]}
+STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}
 
 
-@router.post("/chat/completions", response_class=JSONResponse, responses=STREAM)
+@router.post(
+    "/chat/completions",
+    response_class=JSONResponse,
+    response_model=ChatCompletion,
+    responses=STREAM | problems(*QUERYING, model=OpenAIProblem),
+)
 async def complete(request: Request, service: TheService, chat: ChatRequest) -> Response:
     """Answer a question about one image or video in text, at once or in pieces. Closing the connection cancels.
 
@@ -70,17 +80,17 @@ async def complete(request: Request, service: TheService, chat: ChatRequest) -> 
 
 
 @router.get("/models")
-async def models(service: TheService) -> dict[str, Any]:
+async def models(service: TheService) -> ModelCards:
     """List the models that answer chats: the bundle, if it answers in text."""
-    known = [] if service.grounder.spec.text is None else [model_card(service.bundle, STARTED)]
-    return {"object": "list", "data": known}
+    known = [] if service.grounder.spec.text is None else [ModelCard(id=service.bundle, created=STARTED)]
+    return ModelCards(data=known)
 
 
-@router.get("/models/{model}")
-async def model(model: str, service: TheService) -> dict[str, Any]:
+@router.get("/models/{model}", responses=problems(404, 422, model=OpenAIProblem))
+async def model(model: str, service: TheService) -> ModelCard:
     """Describe a model that answers chats."""
     check_model(service, model)
-    return model_card(service.bundle, STARTED)
+    return ModelCard(id=service.bundle, created=STARTED)
 
 
 def check_model(service: Service, name: str) -> None:

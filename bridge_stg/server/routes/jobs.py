@@ -14,11 +14,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from bridge_stg.server.http import schemas
+from bridge_stg.server.http.document import component, form_or_json, stream_of
 from bridge_stg.server.http.errors import ApiError, client_input
 from bridge_stg.server.http.multipart import read_form
 from bridge_stg.server.http.security import is_json
 from bridge_stg.server.jobs.job import Job
-from bridge_stg.server.routes.videos import TheService, file_response, form_or_json
+from bridge_stg.server.routes.videos import TheService, file_response
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.uploads import Upload
 
@@ -29,6 +30,20 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
 
 T = TypeVar("T")
 
+problems = schemas.problems
+EVENTS = stream_of(
+    {
+        **{name: component(name.capitalize()) for name in ("queued", "progress")},
+        "done": component("Job"),
+        "failed": component("Problem"),
+        "cancelled": {"type": "object", "maxProperties": 0},
+    }
+)
+MP4: dict[int | str, Any] = {
+    200: {"content": {"video/mp4": {}}},
+    206: {"description": "The range.", "content": {"video/mp4": {}, "multipart/byteranges": {}}},
+}
+
 
 async def job_of(job: str, service: TheService) -> Job:
     """Return the job that the path names. Raises ApiError 404."""
@@ -38,33 +53,37 @@ async def job_of(job: str, service: TheService) -> Job:
 TheJob = Annotated[Job, Depends(job_of)]
 
 
-@router.post("/jobs", status_code=202, response_model=schemas.Job)
+@router.post("/jobs", status_code=202, response_model=schemas.Job, responses=problems(*schemas.WRITING, 404, 422, 429))
 async def create(service: TheService, new: schemas.NewJob) -> Response:
     """Send queries about a video. The answer comes later: see `GET /v1/jobs/{id}` and its events."""
     return _job_response(service, service.add_job(service.store.get(new.video), new), status=202)
 
 
-@router.get("/jobs/{job}", response_model=schemas.Job)
+@router.get("/jobs/{job}", response_model=schemas.Job, responses=problems(404))
 async def describe(found: TheJob, service: TheService) -> Response:
     """Return the status of a job, with its results when it is done."""
     return _job_response(service, found)
 
 
-@router.delete("/jobs/{job}", status_code=204)
+@router.delete("/jobs/{job}", status_code=204, responses=problems(*schemas.WRITING, 404))
 async def cancel(found: TheJob, service: TheService) -> None:
     """Cancel a job, and delete its answer."""
     service.forget(found)
 
 
-@router.get("/jobs/{job}/events", response_class=EventSourceResponse)
+@router.get("/jobs/{job}/events", response_class=EventSourceResponse, responses=EVENTS | problems(403, 404))
 async def events(found: TheJob, service: TheService) -> AsyncIterator[ServerSentEvent]:
     """Follow a job: the present state first, then `queued`, `progress`, and `done`, `failed` or `cancelled`."""
     async for event in found.events(service.scheduler.position):
         yield event
 
 
-@router.get("/jobs/{job}/annotated.mp4", response_class=FileResponse)
-async def annotated(request: Request, found: TheJob, service: TheService) -> FileResponse:
+@router.get(
+    "/jobs/{job}/annotated.mp4",
+    response_class=FileResponse,
+    responses=MP4 | problems(404, 408, 409, 416, 422, 429),
+)
+async def annotated(request: Request, found: TheJob, service: TheService) -> Response:
     """Return the video with all answers drawn in, rendered at the first request."""
     if found.status != "done":
         message = f"The job is {found.status}; its answers can be drawn when it is done."
@@ -77,7 +96,12 @@ async def annotated(request: Request, found: TheJob, service: TheService) -> Fil
     return file_response(str(path), "video/mp4", f"{found.upload.name.rpartition('.')[0] or 'video'}-annotated.mp4")
 
 
-@router.post("/ground", response_model=schemas.Grounded, openapi_extra=form_or_json(schemas.NewJob, "video"))
+@router.post(
+    "/ground",
+    response_model=schemas.Grounded,
+    responses=problems(*schemas.QUERYING),
+    openapi_extra=form_or_json(schemas.NewJob, "video"),
+)
 async def ground(request: Request, service: TheService) -> Response:
     """Upload a video, send queries, and wait for the answers. Closing the connection cancels; nothing is kept."""
     service.check_open()
@@ -88,8 +112,8 @@ async def ground(request: Request, service: TheService) -> Response:
         return await _answer(request, service, service.store.get(new.video), new)
     service.scheduler.check_room()
     with service.store.receive() as incoming:
-        form = await read_form(request, service.settings, incoming.write)
-        options = {name: value for name, value in form.fields if name in OPTIONS}
+        form = await read_form(request, service.settings, incoming.write, fields=("queries", *OPTIONS))
+        options = form.options(without="queries")
         with client_input():
             new = schemas.NewJob.model_validate({"video": "", "queries": form.values("queries"), **options})
         service.check_queries(new.queries)

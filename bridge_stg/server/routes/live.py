@@ -10,13 +10,28 @@ from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from bridge_stg.evaluation.schema import WATCHED
+from bridge_stg.server.http.document import component, stream_of
 from bridge_stg.server.http.errors import ApiError, api_error
-from bridge_stg.server.http.schemas import LiveSources
+from bridge_stg.server.http.schemas import LiveSources, QueryText, problems
 from bridge_stg.server.live.pictures import PICTURE_S, LivePictures
 from bridge_stg.server.live.watch import Viewer
 from bridge_stg.server.routes.videos import JPEG, TheService, frame_response
 from bridge_stg.server.videos.stills import jpeg
 
+WATCHING = problems(403, 404, 422, 429)
+EVENTS = stream_of(
+    {
+        "update": component("Round"),
+        "event": component("Event"),
+        "end": {
+            "type": "object",
+            "properties": {"ended": {"enum": [*WATCHED["ended"]["enum"], "stopping"]}},
+            "required": ["ended"],
+        },
+        "failed": component("Problem"),
+    }
+)
 BOUNDARY = "frame"
 MJPEG: dict[int | str, Any] = {200: {"content": {"multipart/x-mixed-replace": {}}}}
 
@@ -24,7 +39,7 @@ router = APIRouter(prefix="/v1/live", tags=["live"])
 
 
 async def viewer_of(
-    name: str, query: Annotated[list[str], Query(min_length=1)], service: TheService
+    name: str, query: Annotated[list[QueryText], Query(min_length=1)], service: TheService
 ) -> AsyncIterator[Viewer]:
     """Watch a source until the answer has been sent."""
     service.check_queries(query)
@@ -38,14 +53,14 @@ async def sources(service: TheService) -> LiveSources:
     return LiveSources(live=service.live.sources())
 
 
-@router.get("/{name}/events", response_class=EventSourceResponse)
+@router.get("/{name}/events", response_class=EventSourceResponse, responses=EVENTS | WATCHING)
 async def events(viewer: Annotated[Viewer, Depends(viewer_of)]) -> AsyncIterator[ServerSentEvent]:
     """Watch a source: `update` per round, `event` when a target appears, moves or leaves, `end` or `failed`."""
     async for event in viewer.events():
         yield event
 
 
-@router.get("/{name}/video.mjpg", response_class=StreamingResponse, responses=MJPEG)
+@router.get("/{name}/video.mjpg", response_class=StreamingResponse, responses=MJPEG | WATCHING)
 async def video(name: str, viewer: Annotated[Viewer, Depends(viewer_of)], service: TheService) -> Response:
     """Watch a source as Motion JPEG with the boxes of the queries, five pictures per second."""
     watch, pictures = service.live.watch(name), LivePictures(viewer.queries)
@@ -64,7 +79,7 @@ async def video(name: str, viewer: Annotated[Viewer, Depends(viewer_of)], servic
     return StreamingResponse(parts(), media_type=f"multipart/x-mixed-replace; boundary={BOUNDARY}")
 
 
-@router.get("/{name}/frame", response_class=Response, responses=JPEG)
+@router.get("/{name}/frame", response_class=Response, responses=JPEG | problems(404))
 async def frame(name: str, service: TheService) -> Response:
     """Return the newest frame of a watched source as JPEG; X-Frame-Time is its time in the stream."""
     newest = service.live.watch(name).newest

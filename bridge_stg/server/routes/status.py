@@ -12,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 import bridge_stg
 from bridge_stg.server.http.errors import ApiError
 from bridge_stg.server.http.schemas import Health, Queue, Sample
-from bridge_stg.server.routes.videos import TheService
+from bridge_stg.server.routes.videos import RangedFile, TheService
 
 PAGE = Path(__file__).parents[1] / "page"
 TEMPLATES = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
@@ -57,7 +57,7 @@ async def sample(service: TheService) -> FileResponse:
     path = service.settings.sample
     if path is None or not path.is_file():
         raise ApiError(404, "server.not_found", "This server has no sample.")
-    return FileResponse(path, filename=path.name)
+    return RangedFile(path, filename=path.name)
 
 
 @router.get("/health/live")
@@ -90,4 +90,4 @@ async def page_file(name: str) -> FileResponse:
     files = {path.name: path for path in PAGE.iterdir() if path.suffix in TYPES and path.is_file()}
     if name not in files:
         raise ApiError(404, "server.not_found", "This page does not exist.")
-    return FileResponse(files[name], media_type=TYPES[files[name].suffix])
+    return RangedFile(files[name], media_type=TYPES[files[name].suffix])

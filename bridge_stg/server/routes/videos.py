@@ -5,31 +5,31 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
+from bridge_stg.server.http.document import form_or_json, link
 from bridge_stg.server.http.errors import ApiError, api_error, client_input
 from bridge_stg.server.http.multipart import read_form
-from bridge_stg.server.http.schemas import Video, VideoSource
+from bridge_stg.server.http.schemas import WRITING, Video, VideoSource, problems
 from bridge_stg.server.http.security import is_json
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.uploads import Upload
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-FILE = {"type": "string", "format": "binary", "description": "The video."}
-JPEG: dict[int | str, Any] = {200: {"content": {"image/jpeg": {}}}}
-
-
-def form_or_json(model: type[BaseModel], name: str) -> dict[str, Any]:
-    """Return the OpenAPI description of a JSON body, or of a form with a file instead of the field `name`."""
-    schema = model.model_json_schema()
-    fields = {key: value for key, value in schema["properties"].items() if key != name}
-    required = ["file", *(key for key in schema["required"] if key != name)]
-    form = {"type": "object", "required": required, "properties": {"file": FILE, **fields}}
-    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
+FILE: dict[int | str, Any] = {
+    200: {"content": {"video/*": {}, "image/*": {}}},
+    206: {"description": "The range.", "content": {"video/*": {}, "image/*": {}, "multipart/byteranges": {}}},
+}
+ASKING: dict[int | str, Any] = {
+    201: {"links": {"ask": link("/v1/jobs", video="id"), "wait": link("/v1/ground", video="id")}}
+}
+JPEG: dict[int | str, Any] = {
+    200: {"content": {"image/jpeg": {}}, "headers": {"X-Frame-Time": {"schema": {"type": "number"}}}}
+}
 
 
 async def service_of(request: Request) -> Service:
@@ -49,12 +49,39 @@ async def upload_of(video: str, service: TheService) -> Upload:
 TheUpload = Annotated[Upload, Depends(upload_of)]
 
 
-def file_response(path: str, media_type: str, name: str) -> FileResponse:
+class RangedFile(FileResponse):
+    """A file, or the part of it that a Range header requests. Raises ApiError for a Range that it cannot answer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file."""
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                raise _range_error(message["status"], Headers(raw=message["headers"]))
+            await send(message)
+
+        await super().__call__(scope, receive, sending)
+
+
+def _range_error(status: int, headers: Headers) -> ApiError:
+    if status == 400:
+        return ApiError(400, "server.bad_range", "The Range header is invalid; expected, for example, `bytes=0-999`.")
+    error = ApiError(416, "server.range_outside_file", "The Range header asks for bytes that the file does not have.")
+    error.headers = {"Content-Range": headers["content-range"]}
+    return error
+
+
+def file_response(path: str, media_type: str, name: str) -> RangedFile:
     """Return a file under its client's name, for display rather than download."""
-    return FileResponse(path, media_type=media_type, filename=name, content_disposition_type="inline")
+    return RangedFile(path, media_type=media_type, filename=name, content_disposition_type="inline")
 
 
-@router.post("", status_code=201, openapi_extra=form_or_json(VideoSource, "source"))
+@router.post(
+    "",
+    status_code=201,
+    responses=ASKING | problems(*WRITING, 404, 415, 422),
+    openapi_extra=form_or_json(VideoSource, "source"),
+)
 async def upload(request: Request, service: TheService) -> Video:
     """Upload a video or image, or name a file of the server's media folder."""
     service.check_open()
@@ -64,34 +91,37 @@ async def upload(request: Request, service: TheService) -> Video:
             named = VideoSource.model_validate_json(body)
         return service.store.describe(await service.store.refer(named.source))
     with service.store.receive() as incoming:
-        form = await read_form(request, service.settings, incoming.write)
+        form = await read_form(request, service.settings, incoming.write, fields=())
         return service.store.describe(await service.store.finish(incoming, form.filename))
 
 
-@router.get("/{video}")
+@router.get("/{video}", responses=problems(404))
 async def describe(found: TheUpload, service: TheService) -> Video:
     """Describe a video, and extend its expiry time."""
     return service.store.describe(found)
 
 
-@router.delete("/{video}", status_code=204)
+@router.delete("/{video}", status_code=204, responses=problems(*WRITING, 404))
 async def delete(found: TheUpload, service: TheService) -> None:
     """Delete a video and all jobs about it."""
     service.remove_video(found)
 
 
-@router.get("/{video}/content", response_class=FileResponse)
-async def content(found: TheUpload) -> FileResponse:
+@router.get("/{video}/content", response_class=FileResponse, responses=FILE | problems(404, 416))
+async def content(found: TheUpload) -> RangedFile:
     """Return the file itself, or the part of it that a Range header requests."""
     return file_response(found.file.media.path, found.file.info.media_type, found.name)
 
 
-@router.get("/{video}/frame", response_class=Response, responses=JPEG)
-async def frame(found: TheUpload, service: TheService, time: float = 0.0, stream: int | None = None) -> Response:
+@router.get("/{video}/frame", response_class=Response, responses=JPEG | problems(404, 408, 422))
+async def frame(
+    found: TheUpload,
+    service: TheService,
+    time: Annotated[float, Query(ge=0, le=1e7)] = 0.0,
+    stream: Annotated[int | None, Query(ge=0)] = None,
+) -> Response:
     """Return the frame that is displayed at a time as JPEG; the header X-Frame-Time has its own time."""
     file = found.file
-    if not 0 <= time <= 1e7:
-        raise ApiError(422, "server.invalid_request", f"time={time}: expected seconds from the start of the video.")
     service.store.hold(file)
     try:
         media = replace(file.media, stream=stream)
