@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -49,10 +48,18 @@ def save_checkpoint(model: BridgeSTG, folder: Path, tokenizer: Path, *, dtype: t
         key: cast_weight(value.detach(), dtype, name=key).contiguous()
         for key, value in checkpoint_tensors(model).items()
     }
-    with new_folder(Path(folder)) as partial:
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_sibling(folder) as partial:
+        partial.mkdir()
         model.config.save(partial)
         save_files({WEIGHTS: tensors}, partial)
         shutil.copyfile(tokenizer, partial / TOKENIZER)
+        if not folder.exists():
+            partial.rename(folder)
+            return
+        for file in partial.iterdir():
+            os.replace(file, folder / file.name)
 
 
 def cast_weight(value: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor:
@@ -69,20 +76,6 @@ def save_files(files: Mapping[str, dict[str, torch.Tensor]], folder: Path) -> No
     for name, tensors in files.items():
         save_file(tensors, folder / name, {"format": "pt"})
         (folder / name).chmod(0o644)  # safetensors creates files that only their owner can read
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes `folder` after the block; files of an existing one are replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_sibling(folder) as partial:
-        partial.mkdir()
-        yield partial
-        if not folder.exists():
-            partial.rename(folder)
-            return
-        for file in partial.iterdir():
-            os.replace(file, folder / file.name)
 
 
 def load_checkpoint(

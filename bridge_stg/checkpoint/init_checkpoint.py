@@ -20,7 +20,6 @@ from bridge_stg.checkpoint.checkpoint import (
     cast_weight,
     check_weights,
     load_tokenizer,
-    new_folder,
     open_weights,
     save_files,
 )
@@ -34,6 +33,7 @@ from bridge_stg.checkpoint.weight_store import (
     WEIGHTS,
     WeightStore,
     check_folder,
+    require_new,
     weight_files,
 )
 from bridge_stg.model.backbones import backbone as adapter_of
@@ -41,7 +41,7 @@ from bridge_stg.model.bridging import BridgingQueries
 from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, BridgingConfig, SpatialDecoderConfig, read_json
 from bridge_stg.model.spatial_decoder import SpatialDecoder
 from bridge_stg.runtime.errors import CheckpointError
-from bridge_stg.runtime.host.files import require_space, target_of
+from bridge_stg.runtime.host.files import replace_folder, require_space, target_of, temporary_sibling
 
 SPARE_BYTES = 64 << 20
 """Disk space that must stay free."""
@@ -58,18 +58,20 @@ def init_checkpoint(
     spatial_decoder: SpatialDecoderConfig | DecoderOfWidth = SpatialDecoderConfig.fitting,
     dtype: torch.dtype | None = None,
     adapter: Path | str | None = None,
+    overwrite: bool = False,
     progress: Report | None = None,
 ) -> Path:
     """Create a Bridge-STG checkpoint from the folder of a vision-language model.
 
     Args:
         backbone: a Hugging Face folder: config.json, safetensors, tokenizer.json.
-        out: the folder to create; must not exist.
+        out: the folder to create.
         seed: seed of the new parts' weights.
         bridging: number of queries and tapped layers; None: the config's defaults.
         spatial_decoder: sizes of the spatial decoder, or a function that returns them for the LLM's width.
         dtype: dtype of the backbone's weights; None: unchanged.
         adapter: name or path of a LoRA adapter to merge; None: the only one in the folder, if any.
+        overwrite: whether to replace a checkpoint at `out`.
         progress: called with the name of each stage.
 
     Returns:
@@ -79,8 +81,7 @@ def init_checkpoint(
         CheckpointError: the model is not supported, its tokenizer does not fit the prompt, or `out` exists.
     """
     backbone, out, report = Path(backbone), Path(out), progress or (lambda stage: None)
-    if out.exists():
-        raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
+    require_new(out, source=backbone, overwrite=overwrite)
     bridging = bridging or BridgingConfig()
     config = new_config(backbone, bridging=bridging, spatial_decoder=spatial_decoder, report=report)
     report(sizes_of(config))
@@ -89,7 +90,9 @@ def init_checkpoint(
     with torch.device("meta"):
         model = build_model(config, where=backbone / "config.json")
     check_weights(model, store, missing_ok=PART_KEYS)
-    with new_folder(out) as partial:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_sibling(out) as partial:
+        partial.mkdir()
         files = weight_files(backbone)
         if set(store.files) <= set(files) and all(dtype in (None, tensor.dtype) for tensor in store.values()):
             report("weights: linked or copied")
@@ -102,6 +105,7 @@ def init_checkpoint(
         config.save(partial)
         shutil.copyfile(backbone / TOKENIZER, partial / TOKENIZER)
         check_weights(model, open_weights(partial, config)[1])
+        replace_folder(partial, out)
     return out
 
 

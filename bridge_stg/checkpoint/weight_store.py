@@ -6,6 +6,7 @@ adapter, which is merged while reading. Must not know modules.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 
 from bridge_stg.checkpoint.lora import EMBEDDING, HEAD, LoraDelta, deltas_and_replacements, find_adapter
 from bridge_stg.checkpoint.safetensors_file import StoredTensor, read_header, read_tensor, rename_key, same_bytes
+from bridge_stg.model.config import MODEL_TYPE
 from bridge_stg.runtime.errors import CheckpointError
 from bridge_stg.runtime.host.parse import parse_json_file
 
@@ -143,6 +145,29 @@ def check_folder(folder: Path, expected: str = f"a checkpoint with config.json, 
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder, and nothing is downloaded"
         raise CheckpointError("checkpoint.not_found", f"{folder}: {found}; expected the folder of {expected}")
+
+
+def require_new(out: Path, *, source: Path, overwrite: bool = False) -> None:
+    """Check that a checkpoint made from the folder `source` may be put at `out`.
+
+    Raises:
+        CheckpointError: `output.exists`, something is there, and `overwrite` is not set, or it is no checkpoint of this
+            project; `output.is_input`, the source is in it.
+    """
+    if not os.path.lexists(out) and out.name not in ("", ".."):
+        return
+    if not overwrite:
+        message = f"{out} already exists. Pass --overwrite to replace it, or another --out."
+        raise CheckpointError("output.exists", message)
+    try:
+        kind = parse_json_file(out / "config.json").get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind != MODEL_TYPE or out.is_symlink():
+        message = f"{out} exists and is no checkpoint of this project, which alone is replaced. Choose another --out."
+        raise CheckpointError("output.exists", message)
+    if source.resolve().is_relative_to(out.resolve()):
+        raise CheckpointError("output.is_input", f"{source} is in {out}, which is to be replaced; choose another --out")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -68,6 +68,7 @@ resume_option = click.option(
 @click.command()
 @click.option("--backbone", type=PATH, required=True, help="Folder of a Hugging Face model.")
 @options.out_option("the checkpoint")
+@options.overwrite_option("checkpoint")
 @options.seed_option
 @click.option(
     "--like", type=click.Choice(["paper"]),
@@ -83,7 +84,7 @@ resume_option = click.option(
 @options.adapter_option
 def init(
     *, backbone: Path, out: Path, seed: int, like: str | None, queries: int | None, taps: tuple[int, ...] | None,
-    decoder_width: int | None, decoder_layers: int | None, dtype: str | None, adapter: str | None,
+    decoder_width: int | None, decoder_layers: int | None, dtype: str | None, adapter: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     """Create a checkpoint from a vision-language model, with new, untrained bridging and spatial parts.
 
@@ -98,7 +99,7 @@ def init(
         return dataclasses.replace(sizes, num_layers=decoder_layers or sizes.num_layers)
 
     made = init_checkpoint(
-        backbone, out, seed=seed, dtype=torch_dtype(dtype), adapter=adapter,
+        backbone, out, seed=seed, dtype=torch_dtype(dtype), adapter=adapter, overwrite=overwrite,
         bridging=BridgingConfig(num_queries=queries or BridgingConfig.num_queries, tapped_layers=taps or ()),
         spatial_decoder=spatial_decoder, progress=stage_line,
     )  # fmt: skip
@@ -111,6 +112,7 @@ def init(
 @click.option("--annotations", type=PATH, help="JSON lines to train on, in place of the recipe's data.sources.")
 @click.option("--media", type=PATH, help="Folder of their videos and images; default: that of --annotations.")
 @options.out_option("the new checkpoint")
+@options.overwrite_option("checkpoint when the training has ended")
 @click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto: CUDA if it is available.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: as in CHECKPOINT.")
 @options.adapter_option

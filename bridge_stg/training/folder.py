@@ -37,16 +37,6 @@ def training_folder(out: Path) -> Path:
     return out.with_name(out.name + "-training")
 
 
-def check_paths(out: Path, checkpoint: Path) -> None:
-    """Check that `out` can be created at the end of a training of `checkpoint`.
-
-    Raises:
-        CheckpointError: `output.exists`, `out` exists; `output.is_input`, see `require_apart`.
-    """
-    require_new(out)
-    require_apart(out, checkpoint)
-
-
 def require_apart(out: Path, checkpoint: Path) -> None:
     """Raise CheckpointError `output.is_input` if `out` is in the folder of the checkpoint a training starts from.
 
@@ -56,12 +46,6 @@ def require_apart(out: Path, checkpoint: Path) -> None:
         if inner.resolve().is_relative_to(outer.resolve()):
             message = f"{inner} is inside of {outer}; choose another --out than {out}"
             raise CheckpointError("output.is_input", message)
-
-
-def require_new(out: Path) -> None:
-    """Raise CheckpointError `output.exists` if `out` exists."""
-    if os.path.lexists(out) or out.name in ("", ".."):
-        raise CheckpointError("output.exists", f"{out} already exists; choose another --out, or remove it")
 
 
 @contextmanager

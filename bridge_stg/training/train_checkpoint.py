@@ -26,6 +26,7 @@ from bridge_stg.checkpoint.weight_store import (
     TOKENIZER,
     WEIGHTS,
     WeightStore,
+    require_new,
     weight_files,
 )
 from bridge_stg.model.config import BridgeSTGConfig
@@ -39,7 +40,7 @@ from bridge_stg.training.data.index import Index, check_clips
 from bridge_stg.training.data.mixture import Mixture
 from bridge_stg.training.data.sources import read_clips
 from bridge_stg.training.estimate.estimate import estimate
-from bridge_stg.training.folder import check_paths, locked_run, require_new, training_folder
+from bridge_stg.training.folder import locked_run, require_apart, training_folder
 from bridge_stg.training.loop.distribution import Processes, full_tensor
 from bridge_stg.training.loop.log import progress_bar
 from bridge_stg.training.loop.trainer import Run, StageTrainer, TrainingStopped, clips_per_process, make_optimizer
@@ -54,10 +55,11 @@ ADAPTER_FOLDER = "adapter"
 
 def train_checkpoint(
     checkpoint: Path | str, out: Path | str, recipe: TrainingRecipe, *, device: str = "auto",
-    dtype: torch.dtype | None = None, adapter: Path | str | None = None, resume: bool = True, workers: int = 1,
-    tracker: str | None = None, shard: bool | None = None, progress: Callable[[str], object] = lambda text: None,
+    dtype: torch.dtype | None = None, adapter: Path | str | None = None, overwrite: bool = False, resume: bool = True,
+    workers: int = 1, tracker: str | None = None, shard: bool | None = None,
+    progress: Callable[[str], object] = lambda text: None,
 ) -> Path:  # fmt: skip
-    """Train a checkpoint, and write a new one to `out`, which must not exist; return `out`.
+    """Train a checkpoint, and write a new one to `out`; return `out`.
 
     Its config says `"trained": true`, and has no section `knows`. If the last stage trains LoRA adapters, they are in
     `out/adapter/`, beside an unchanged backbone, and `export` merges them. All processes of an `accelerate launch` call
@@ -70,6 +72,7 @@ def train_checkpoint(
         device: `auto` (CUDA if it is available), `cpu` or `cuda`.
         dtype: stored dtype of the backbone; None: as in `checkpoint`.
         adapter: name or path of a LoRA adapter to merge first; None: the only one in the folder, if any.
+        overwrite: whether to replace a checkpoint at `out` when the training has ended.
         resume: whether to continue from the states in `OUT-training`.
         workers: number of processes that make batches, for each training process; 0: none.
         tracker: one of `distribution.TRACKERS` to log to, or None.
@@ -82,7 +85,8 @@ def train_checkpoint(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     checkpoint, out = Path(checkpoint), Path(out)
-    check_paths(out, checkpoint)
+    require_new(out, source=checkpoint, overwrite=overwrite)
+    require_apart(out, checkpoint)
     config = trainable_config(checkpoint)
     folder = training_folder(out)
     _, store = open_weights(checkpoint, config, adapter=adapter)
@@ -106,14 +110,18 @@ def train_checkpoint(
         )  # fmt: skip
         start = checkpoint
         for number, stage in enumerate(recipe.stages):
-            finished = out if number + 1 == len(recipe.stages) else folder / stage.name
-            if resume and (finished / "config.json").is_file():
+            is_last = number + 1 == len(recipe.stages)
+            finished = out if is_last else folder / stage.name
+            if resume and not is_last and (finished / "config.json").is_file():
                 start, adapter = finished, None
                 continue
             mixture = Mixture(index, recipe.data, recipe.seed, number, stage.clips)
             report(f"stage {stage.name}: {stage.steps} steps")
             try:
-                train_stage(start, finished, stage, recipe, mixture, run, validator, adapter=adapter, dtype=dtype)
+                train_stage(
+                    start, finished, stage, recipe, mixture, run, validator,
+                    adapter=adapter, dtype=dtype, overwrite=overwrite,
+                )  # fmt: skip
             except TrainingStopped:  # in all processes, after the same step
                 processes.end()
                 raise
@@ -194,6 +202,7 @@ def describe_training(
 def train_stage(  # noqa: PLR0917
     checkpoint: Path, out: Path, stage: Stage, recipe: TrainingRecipe, mixture: Mixture, run: Run,
     validator: Validator | None, *, adapter: Path | str | None = None, dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Train one stage, and write its checkpoint. All processes call this."""
     attention = "sdpa" if run.processes.device.type == "cuda" else None
@@ -229,7 +238,7 @@ def train_stage(  # noqa: PLR0917
     if run.processes.is_main:
         done = dataclasses.replace(model.config, trained=True, knows=None)
         if out.parent != run.folder:
-            require_new(out)
+            require_new(out, source=checkpoint, overwrite=overwrite)
         with temporary_sibling(out) as partial:
             partial.mkdir()
             save_trained(partial, checkpoint, done, store, values, dtype=dtype)

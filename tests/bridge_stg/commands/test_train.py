@@ -74,6 +74,28 @@ def test_a_plain_model_becomes_a_trained_checkpoint(folder, capsys):
     assert (folder / "trained-training" / "train_report.html").is_file()
 
 
+def test_checkpoints_are_replaced_only_with_overwrite(folder, capsys):
+    def fails(*arguments: str) -> str:
+        assert cli.run(arguments) == 2
+        return capsys.readouterr().err.rpartition(" ")[2].strip("[]\n")
+
+    weights = folder / "new/bridging.safetensors"
+    assert cli.run(INIT) == 0
+    before = weights.read_bytes()
+    assert fails(*INIT, "--seed", "1") == "output.exists" and weights.read_bytes() == before
+    (folder / "new/model.safetensors.index.json").touch()  # nothing of the old folder is left
+    assert cli.run([*INIT, "--seed", "1", "--overwrite"]) == 0 and weights.read_bytes() != before
+    assert not (folder / "new/model.safetensors.index.json").exists()
+    assert fails("init", "--backbone", "model", "--out", "model", "--overwrite") == "output.exists"
+    assert cli.run(TRAIN) == 0
+    trained = (folder / "trained/bridging.safetensors").read_bytes()
+    assert fails(*TRAIN) == "output.exists"
+    (folder / "recipe.yaml").write_text(RECIPE.replace("steps: 2", "steps: 3"))
+    assert cli.run([*TRAIN, "--overwrite", "--no-resume"]) == 0
+    assert (folder / "trained/bridging.safetensors").read_bytes() != trained
+    assert fails(*TRAIN, "--out", "new", "--overwrite") == "output.is_input" and weights.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "queries", "taps", "decoder"),
     [
