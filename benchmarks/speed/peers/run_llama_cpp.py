@@ -56,14 +56,9 @@ class LanguageModel:
     def _open(self, capacity: int) -> None:
         if self.context is not None:
             llama_cpp.llama_free(self.context)
-        parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = parameters.n_batch = capacity
-        parameters.n_threads = parameters.n_threads_batch = self.threads
-        if self.f32_cache:
-            parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
-        self.context = llama_cpp.llama_init_from_model(self.model, parameters)
-        if not self.context:
-            raise PeerError(f"llama.cpp cannot create a context of {capacity} tokens; its output gives the reason")
+        self.context = open_context(
+            self.model, capacity, batch=capacity, threads=self.threads, f32_cache=self.f32_cache
+        )
 
     def _rewind(self, length: int) -> None:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, length, -1)
@@ -78,6 +73,19 @@ class LanguageModel:
             llama_cpp.llama_get_logits_ith(self.context, -1), ctypes.POINTER(ctypes.c_float * self.vocab)
         )
         return np.array(logits.contents, np.float32)
+
+
+def open_context(model: Any, capacity: int, *, batch: int, threads: int, f32_cache: bool) -> Any:
+    """Return a context of `capacity` tokens, at most `batch` of which are computed at once."""
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx, parameters.n_batch = capacity, batch
+    parameters.n_threads = parameters.n_threads_batch = threads
+    if f32_cache:
+        parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
+    context = llama_cpp.llama_init_from_model(model, parameters)
+    if not context:
+        raise PeerError(f"llama.cpp cannot create a context of {capacity} tokens; its output gives the reason")
+    return context
 
 
 def load(model: Model, precision: str, threads: int) -> Loaded:

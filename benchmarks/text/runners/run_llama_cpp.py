@@ -17,11 +17,9 @@ from built import built
 from llama_cpp import mtmd_cpp as mtmd
 from protocol import Arrays, Loaded, Model, PeerError, Work, serve
 
-KINDS = {"fp32": "f32", "int8": "q8_0"}
-WORDS = {
-    "fp32": "f32 weights, activations and cache",
-    "int8": "q8_0 weights (blocks of 32), activations in int8 by block, f16 cache",
-}
+from benchmarks.speed.peers.run_llama_cpp import KINDS, WORDS, open_context
+
+PRECISIONS = ("fp32", "int8")
 HERE = Path(__file__).resolve().parent
 BATCH = 2048  # llama-mtmd-cli's default
 
@@ -89,14 +87,7 @@ class Answers:
     def _open(self, capacity: int) -> None:
         if self.context is not None:
             llama_cpp.llama_free(self.context)
-        parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_batch = capacity, BATCH
-        parameters.n_threads = parameters.n_threads_batch = self.threads
-        if self.f32_cache:
-            parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
-        self.context = llama_cpp.llama_init_from_model(self.model, parameters)
-        if not self.context:
-            raise PeerError(f"llama.cpp cannot create a context of {capacity} tokens; its output gives the reason")
+        self.context = open_context(self.model, capacity, batch=BATCH, threads=self.threads, f32_cache=self.f32_cache)
 
     def _clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
@@ -109,8 +100,8 @@ class Answers:
 
 def load(model: Model, precision: str, threads: int) -> Loaded:
     """See `protocol.serve`."""
-    if precision not in KINDS:
-        raise PeerError(f"precision {precision}: this runner supports {', '.join(KINDS)}")
+    if precision not in PRECISIONS:
+        raise PeerError(f"precision {precision}: this runner supports {', '.join(PRECISIONS)}")
     target = model.folder / "llama_cpp"
     build_s = built(target, lambda out: [str(HERE / "convert_gguf.py"), str(model.checkpoint), str(out)])
     llama_cpp.llama_backend_init()
