@@ -18,7 +18,7 @@ import pytest
 from bridge_stg import cli
 from bridge_stg.evaluation.run.infer_many import answer_unit
 from bridge_stg.evaluation.run.queries import Query
-from bridge_stg.evaluation.sources import sources
+from bridge_stg.evaluation.sources import download, sources
 from bridge_stg.runtime.errors import HostError
 from bridge_stg.runtime.live import source as live
 from bridge_stg.runtime.video.decoder import check_path
@@ -152,6 +152,7 @@ class Answer(BaseHTTPRequestHandler):
 
     content = b""
     seen: dict[str, str | None] = {}  # noqa: RUF012 - set by the fixture
+    ranges: list[tuple[str | None, str | None]] = []  # noqa: RUF012 - of requests for /dropped
 
     def do_GET(self) -> None:
         self.seen[self.path] = self.headers["Authorization"]
@@ -170,6 +171,9 @@ class Answer(BaseHTTPRequestHandler):
             return
         if self.path == "/slow":
             threading.Event().wait(0.5)
+        if self.path.startswith("/dropped"):
+            self.send_part(self.path.partition("?")[2])
+            return
         self.send_response(200)
         self.send_header("Content-Type", "multipart/x-mixed-replace" if self.path == "/live" else "video/mp4")
         content = b"no video" if self.path == "/text" else self.content
@@ -180,6 +184,26 @@ class Answer(BaseHTTPRequestHandler):
         with suppress(ConnectionError):  # of a reader that has given up
             self.wfile.write(content)
 
+    def send_part(self, kind: str) -> None:
+        """Send at most a third of the content, from where it is requested, and drop the connection."""
+        given = self.headers["Range"]
+        self.ranges.append((given, self.headers["If-Range"]))
+        content = self.content + bytes(99) if kind == "changed" and len(self.ranges) > 1 else self.content
+        if kind == "busy" and len(self.ranges) == 2:
+            self.send_error(503)
+            return
+        known = given is not None and kind != "changed"
+        start = int(given[6:-1]) if known else 0
+        self.send_response(206 if known else 200)
+        if kind != "plain":
+            self.send_header("ETag", f'"{len(content)}"')
+        if known:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        whole = kind in ("plain", "changed") and len(self.ranges) == 3
+        self.wfile.write(content[start:] if whole else content[start : start + len(content) // 3 + 1])
+
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
 
@@ -188,6 +212,8 @@ class Answer(BaseHTTPRequestHandler):
 def server(clip: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(Answer, "content", clip.read_bytes())
     monkeypatch.setattr(Answer, "seen", {})
+    monkeypatch.setattr(Answer, "ranges", [])
+    monkeypatch.setattr(download, "PAUSE_S", 0.001)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as running:
         threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -203,6 +229,25 @@ def test_an_address_is_downloaded(
         assert json.loads(capsys.readouterr().out)["source"] == f"http://{server}/{path}"  # without the password
     assert list(files.values()) == [clip.read_bytes()] * 3 and not any(map(Path.exists, map(Path, files)))
     assert Answer.seen["/clip.mp4"] == "Basic bWU6YSBi" and Answer.seen["/clip.mp4?token=1"] is None
+
+
+@pytest.mark.parametrize("kind", ["tagged", "busy", "changed", "plain"])
+def test_a_download_goes_on_after_an_interruption(
+    kind: str, server: str, files: dict[str, bytes], clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert infer(f"http://{server}/dropped?{kind}", "q") == 0
+    content = clip.read_bytes()
+    size, third = len(content), len(content) // 3 + 1
+    assert list(files.values()) == [content + bytes(99) if kind == "changed" else content]
+    assert not any(map(Path.exists, map(Path, files)))
+    first, second, last = (None, None), (f"bytes={third}-", f'"{size}"'), (f"bytes={2 * third}-", f'"{size}"')
+    expected = {
+        "tagged": [first, second, last],
+        "busy": [first, second, second, last],
+        "changed": [first, second, (f"bytes={(size + 99) // 3 + 1}-", f'"{size + 99}"')],
+        "plain": [first] * 3,  # without a tag the rest cannot be requested
+    }
+    assert Answer.ranges == expected[kind]
 
 
 def test_other_commands_take_addresses(
