@@ -1,4 +1,4 @@
-# make test | test-oldest | demo | bench | gpu-test | docs | dist | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
+# make test | test-oldest | demo | bench | gpu-check | aarch64-test | docs | dist | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ DEMO := build/demo
 CLIP ?= $(firstword $(sort $(wildcard assets/demo/clips/*.mp4)))
 QUERY ?= $(shell cat $(CLIP:.mp4=.txt) 2>/dev/null)
 
-.PHONY: help test test-oldest demo bench gpu-test docs dist lint format clean
+.PHONY: help test test-oldest demo bench gpu-check gpu-check-bundle aarch64-test docs dist lint format clean
 .DELETE_ON_ERROR:
 
 comma := ,
@@ -17,7 +17,9 @@ help:
 	@echo "make test-oldest  run the runtime's tests on Python 3.10 with the lowest version of every dependency"
 	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
 	@echo "make bench   speed of this runtime beside torch, on the demo and a 0.5B model, with this machine's limits (FULL=1: every size and peer)"
-	@echo "make gpu-test  on a machine with an NVIDIA GPU: install, run the tests marked gpu and the benchmark (WHEELS=dir: no network)"
+	@echo "make gpu-check-bundle  export the bundles of the next target"
+	@echo "make gpu-check  with an NVIDIA GPU, in 7 minutes and without a network: device code, backends, parity, times (PRETEND=1: without a GPU)"
+	@echo "make aarch64-test  run the wheel on an emulated aarch64 machine and compare its answer (root on Debian or Ubuntu)"
 	@echo "make docs    build the site of the documentation in build/docs"
 	@echo "make dist    build the archives of HEAD in dist/, check them and install the wheel (DIST_PYTHONS=3.10 3.12)"
 	@echo "make lint    ruff, mypy --strict and the import layers"
@@ -53,22 +55,22 @@ demo: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(if $(filter 1,$(FULL)),--full) $(BENCH_ARGS)
 
-# Says what it checks; goes on only where there is a GPU. WHEELS=dir installs from that folder instead of from an index;
-# GPU_EXTRAS=gpu tests onnxruntime's providers, whose package replaces the one for CPUs.
-GPU_VENV ?= build/gpu-venv
-GPU_EXTRAS ?= tensorrt
-OFFLINE := $(if $(WHEELS),--no-index --find-links "$(abspath $(WHEELS))")
-gpu-test:
-	@$(PYTHON) benchmarks/gpu/check.py $(if $(WHEELS),--wheels "$(WHEELS)")
-	$(PYTHON) -m venv $(GPU_VENV)
-	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check $(OFFLINE) -c constraints.txt setuptools
-	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check $(OFFLINE) -c constraints.txt --no-build-isolation -e '.[dev,$(GPU_EXTRAS)]'
-	$(if $(filter gpu,$(subst $(comma), ,$(GPU_EXTRAS))),$(GPU_VENV)/bin/python -m pip uninstall -y onnxruntime onnxruntime-gpu && $(GPU_VENV)/bin/python -m pip install $(OFFLINE) onnxruntime-gpu)
-	$(GPU_VENV)/bin/python cli.py doctor
-	$(GPU_VENV)/bin/python cli.py export assets/demo/checkpoint --out $(DEMO)/bundle --overwrite
-	$(if $(findstring tensorrt,$(GPU_EXTRAS))$(findstring rtx,$(GPU_EXTRAS)),$(GPU_VENV)/bin/python cli.py build $(DEMO)/bundle --target this)
-	$(GPU_VENV)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
-	$(GPU_VENV)/bin/python benchmarks/gpu/stages.py --bundle $(DEMO)/bundle --out build/gpu_stages.json
+# Makes the bundles of the GPU check, which then travel with the checkout to a machine without a network.
+GPU_CHECK := build/gpu-check
+gpu-check-bundle: $(INSTALLED)
+	rm -rf $(GPU_CHECK)/bundles
+	$(BIN)/python cli.py export assets/demo/checkpoint --out $(GPU_CHECK)/bundles/fp32
+	$(BIN)/python cli.py export assets/demo/checkpoint --out $(GPU_CHECK)/bundles/fp16 --dtype fp16
+	$(BIN)/python cli.py export assets/demo/text_checkpoint --out $(GPU_CHECK)/bundles/text
+	$(BIN)/python benchmarks/speed/workload/bundles.py $(GPU_CHECK)/bundles/fp32 $(GPU_CHECK)/bundles/int8 w8a8 $(GPU_CHECK)/demo
+
+# Needs a Python with the packages, such as that of an image with torch: PYTHON=python3. WHEELS=dir has what is missing.
+gpu-check:
+	$(PYTHON) benchmarks/gpu/check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(filter 1,$(PRETEND)),--pretend) $(GPU_CHECK_ARGS)
+
+# Debian in aarch64 under qemu, as root; AARCH64_ARGS="--mirror URL --suite NAME".
+aarch64-test: $(INSTALLED)
+	$(BIN)/python -m tests.packaging.aarch64 $(AARCH64_ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -W --keep-going -d build/docs-cache docs build/docs
