@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,6 +42,8 @@ FITTED = {"orin": "qwen3-vl-2b", "thor": "qwen3-vl-2b", "cpu": "qwen3_vl_0_5b"}
 GROUPS, PATCHES, PAST = 16, 24 * 14, 1498
 """Groups of speed.json's clips, patches of a group, and tokens before a decoded one."""
 CHUNK = 1024
+CLIP = Request(frames=32, queries=1, size=(224, 384), fine_frames=24)
+"""Video and tube of speed.json's requests."""
 INT4_DECODE = (
     "onnxruntime's 4-bit kernel reads 36 % of the bandwidth (docs/performance.md), its fp32 and int8 ones 67 % and 46 %"
 )
@@ -141,13 +144,8 @@ def published_rows() -> Iterator[Row]:
 
 def measured_rows() -> Iterator[Row]:
     """Return this project's rows on a CPU, of models large enough that kernels, not calls, take the time."""
-    results = json.loads(SPEED.read_text(encoding="utf-8"))
-    limits = results["limits"]
-    peaks = {"fp32": limits["fp32"], "fp16": limits["fp32"], "int8": limits["int8"]}
-    device = Device("cpu", results["machine"]["cpu"], 1, 0, limits["bandwidth"], peaks)
-    for row in results["rows"]:
-        if row["runner"] != "ours" or row["model"] not in ("qwen3_vl_0_5b", "qwen3_vl_2b"):
-            continue
+    device, found = measured_cpu()
+    for row in found:
         shape, dtype, metric = shape_of(row["model"]), row["precision"], row["row"]
         storage = dataclasses.replace(STORAGE[dtype], activation=4)
         vision = dataclasses.replace(STORAGE["fp32" if dtype == "fp32" else "int8"], activation=4)
@@ -173,6 +171,15 @@ def measured_rows() -> Iterator[Row]:
 def rows() -> list[Row]:
     """Return all measured rows."""
     return [*published_rows(), *measured_rows()]
+
+
+def measured_cpu() -> tuple[Device, list[dict[str, Any]]]:
+    """Return the processor of speed.json with its measured limits, and this project's rows, without the demo's."""
+    results = json.loads(SPEED.read_text(encoding="utf-8"))
+    limits = results["limits"]
+    peaks = {"fp32": limits["fp32"], "fp16": limits["fp32"], "int8": limits["int8"]}
+    device = Device("cpu", results["machine"]["cpu"], 1, 0, limits["bandwidth"], peaks)
+    return device, [row for row in results["rows"] if row["runner"] == "ours" and row["model"] != "demo"]
 
 
 def fit(found: Sequence[Row]) -> tuple[float, float]:
@@ -215,6 +222,20 @@ def error_table(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def whole_requests() -> str:
+    """Return the table of whole requests on the CPU, time and memory, in Markdown."""
+    lines = ["| model | precision | seconds measured | estimated | error | memory measured | estimated | error |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    device, found = measured_cpu()
+    for row in found:
+        if row["row"] == "end_to_end":
+            one = estimate(shape_of(row["model"]), device, CLIP, dtype=row["precision"])
+            cells = [row["model"], row["precision"], f"{row['seconds']:.1f} s", f"{one.seconds:.1f} s"]
+            cells += [f"{one.seconds / row['seconds'] - 1:+.0%}", gigabytes(row["peak_bytes"]), gigabytes(one.needed)]
+            lines.append(f"| {' | '.join(cells)} | {one.needed / row['peak_bytes'] - 1:+.0%} |")
+    return "\n".join(lines)
+
+
 def matrix(model: str) -> str:
     """Return the table of devices and precisions of a model with text heads, in Markdown."""
     shape = shape_of(model)
@@ -231,12 +252,25 @@ def _cell(shape: ModelShape, device: Device, dtype: str) -> str:
         return "–"
     if not found.fits:
         return f"no: {gigabytes(found.needed)} of {gigabytes(found.usable)}"
-    return f"{gigabytes(found.needed)}, {found.seconds:.1f} s, {1 / found.token_s:.0f} tokens/s"
+    tight = "tight: " if found.verdict == "tight" else ""
+    return f"{tight}{gigabytes(found.needed)}, {found.seconds:.1f} s, {1 / found.token_s:.0f} tokens/s"
+
+
+def walk() -> str:
+    """Return the estimates of the walk-through, as the command prints them."""
+    device, shape = find_device("orin-nano-8g"), shape_of("qwen3-vl-2b")
+    found = (estimate(shape, device, Request(), dtype=dtype) for dtype in ("fp16", "int8", "int4"))
+    return "\n".join(["```text", *(one.table() for one in found), "```"])
 
 
 def sections() -> Mapping[str, str]:
     """Return the generated parts of docs/devices.md by name."""
-    return {"errors": error_table(rows()), "matrix": "\n\n".join(matrix(model) for model in MODELS)}
+    return {
+        "errors": error_table(rows()),
+        "requests": whole_requests(),
+        "walk": walk(),
+        "matrix": "\n\n".join(matrix(model) for model in MODELS),
+    }
 
 
 def filled(page: str) -> str:

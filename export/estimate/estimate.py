@@ -31,10 +31,14 @@ ANSWER_STEPS, STEP_TOKENS = 4, 4
 """Calls for the answer of bridge heads, and tokens per call: the grammar forces the others."""
 BOX_STEPS, BOX_TOKENS = 14, 48
 """Calls and tokens for a box that text heads write: benchmarks/results/text_answers.json."""
+UNFUSED = (87,)
+"""Compute capabilities whose memory is counted for the variant `primitive`, which JetPack 6 needs."""
+SCORE_BYTES = 6
+"""Bytes per score of attention that is not fused: in fp32, and their softmax in fp16."""
+TIGHT = 0.9
+"""Share of the usable memory above which an estimate is too close to it to be sure."""
 VISIBLE = 0.5
 """Assumed share of the coarse groups that show the target."""
-HOST_COPIES = 2.0
-"""Memory of onnxruntime on CPU as a multiple of the weights: it packs matrices into new memory."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +132,18 @@ class Estimate:
         return self.needed <= self.usable
 
     @property
+    def verdict(self) -> str:
+        """`fits`, `tight` if less than a tenth of the memory is left, or `does not fit`."""
+        return "does not fit" if not self.fits else "tight" if self.needed > TIGHT * self.usable else "fits"
+
+    @property
     def seconds(self) -> float:
         """Seconds of all stages, without decoding the video."""
         return sum(stage.seconds for stage in self.stages)
 
     def table(self) -> str:
         """Return the estimate as text."""
-        verdict = "fits" if self.fits else "does not fit"
+        verdict = self.verdict
         memory = f"weights {gigabytes(self.weights)}, KV cache {gigabytes(self.kv_cache)}, "
         memory += f"activations {gigabytes(self.activations)}"
         lines = [
@@ -283,7 +292,9 @@ def estimate(shape: ModelShape, device: Device, request: Request, *, dtype: str 
         device=device, efficiency=counter.efficiency, dtype=dtype or _name(shape), heads=spec.heads,
         weights=weight_bytes(shape, kinds, device), usable=device.usable, stages=tuple(counter.stages),
         kv_cache=kv_bytes(shape, language, bucketed(past + answer + spec.language.num_bridging_queries), queries),
-        activations=activation_bytes(shape, kinds, patches=largest, prefix=prefix, tokens=tokens, fine=fine_frames),
+        activations=activation_bytes(
+            shape, kinds, patches=largest, prefix=prefix, tokens=tokens, fine=fine_frames, unfused=device.sm in UNFUSED
+        ),
         token_s=token_s, coarse=coarse, fine=fine if fine_frames else None, prefix=prefix,
     )  # fmt: skip
 
@@ -307,14 +318,14 @@ def _frames(shape: ModelShape, request: Request) -> tuple[int, tuple[int, int], 
 
 def weight_bytes(shape: ModelShape, kinds: Mapping[str, Storage], device: Device) -> int:
     """Return the bytes of all weights in memory."""
-    stored = dict(shape.stored)
+    stored: dict[str, float] = dict(shape.stored)
     if not stored:
         vision, language = kinds[VISION], kinds[LANGUAGE]
-        stored[VISION] = round((shape.patch_embed + shape.blocks + shape.mergers) * vision.weight)
+        stored[VISION] = (shape.patch_embed + shape.blocks + shape.mergers) * vision.weight
         heads = shape.head * (1 if shape.tied else 2)
-        stored[LANGUAGE] = round(shape.layers * language.weight + heads * language.head)
-        stored[SPATIAL] = round(shape.spatial * kinds[SPATIAL].weight)
-    return round(sum(stored.values()) * (HOST_COPIES if device.sm is None else 1.0))
+        stored[LANGUAGE] = shape.layers * language.weight + heads * language.head
+        stored[SPATIAL] = shape.spatial * kinds[SPATIAL].weight
+    return round(sum(size * (kinds[name].on_cpu if device.sm is None else 1) for name, size in stored.items()))
 
 
 def kv_bytes(shape: ModelShape, language: Storage, positions: int, queries: int) -> int:
@@ -323,8 +334,8 @@ def kv_bytes(shape: ModelShape, language: Storage, positions: int, queries: int)
 
 
 def activation_bytes(
-    shape: ModelShape, kinds: Mapping[str, Storage], *, patches: int, prefix: int, tokens: int, fine: int
-) -> int:
+    shape: ModelShape, kinds: Mapping[str, Storage], *, patches: int, prefix: int, tokens: int, fine: int, unfused: bool
+) -> int:  # fmt: skip
     """Return the bytes of the largest stage's tensors, and of those that are kept between stages.
 
     Args:
@@ -334,14 +345,19 @@ def activation_bytes(
         prefix: tokens of the prompt.
         tokens: visual tokens among them.
         fine: fine frames whose feature maps are kept.
+        unfused: whether attention writes its scores, as in the variant `primitive`.
     """
     spec = shape.spec
-    vision, language = spec.vision, spec.language
-    rows = min(spec.frames.encoder_chunk_patches, patches * spec.frames.encoder_chunk_groups)
-    encoder = rows * (8 * vision.hidden_size + 2 * shape.vision_inner) * kinds[VISION].activation
+    vision, language, act = spec.vision, spec.language, kinds[LANGUAGE].activation
+    groups = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // patches))
+    per_patch = 8 * vision.hidden_size + 2 * shape.vision_inner
+    encoder = groups * patches * per_patch * kinds[VISION].activation
     length = min(prefix, PREFILL_CHUNK)
     per_token = 6 * language.hidden_size + 2 * shape.query_width + 2 * shape.kv_width + 3 * shape.inner
-    decoder = length * per_token * kinds[LANGUAGE].activation + 4 * language.vocab_size * 16
-    kept = (1 + vision.deepstack_levels) * (tokens + 1) * language.hidden_size * kinds[LANGUAGE].activation
+    decoder = length * per_token * act + 4 * language.vocab_size * 16
+    if unfused:
+        encoder += groups * (vision.hidden_size // vision.head_dim) * patches**2 * SCORE_BYTES
+        decoder += (shape.query_width // language.head_dim) * length * prefix * SCORE_BYTES
+    kept = (1 + vision.deepstack_levels) * (tokens + 1) * language.hidden_size * act
     kept += fine * patches * vision.hidden_size * kinds[VISION].activation
     return max(encoder, decoder) + kept

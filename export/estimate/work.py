@@ -24,12 +24,15 @@ class Storage:
         weight, head: bytes per weight, scales included; of the head and the embedding table.
         peak: precision of the matmuls' inputs, a key of `Device.peaks`; attention is in fp16 at most.
         activation: bytes per value between matmuls, and of the KV cache.
+        on_cpu: memory of onnxruntime on CPU as a multiple of the weights: it packs matrices into new memory, computes
+            fp16 in fp32, and unpacks int4.
     """
 
     weight: float
     head: float
     peak: str
     activation: int = 2
+    on_cpu: float = 1.5
 
     @property
     def attention(self) -> str:
@@ -39,10 +42,10 @@ class Storage:
 
 STORAGE = {
     "fp32": Storage(4, 4, FP32, 4),
-    "fp16": Storage(2, 2, FP16),
-    "bf16": Storage(2, 2, FP16),
+    "fp16": Storage(2, 2, FP16, on_cpu=3.4),
+    "bf16": Storage(2, 2, FP16, on_cpu=3.4),
     "int8": Storage(1, 1, INT8),
-    "int4": Storage(0.5 + 2 / 32, 1, FP16),
+    "int4": Storage(0.5 + 2 / 32, 1, FP16, on_cpu=3.0),
     "fp8": Storage(1, 1, FP8),
     "nvfp4": Storage(0.5 + 1 / 16, 1, FP4),
 }
