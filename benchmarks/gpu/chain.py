@@ -49,7 +49,7 @@ def chain(path: Path, backend: str, *, folder: Path, pretended: bool) -> dict[st
     before = 0 if cuda is None else cuda("cudaMemGetInfo")
     with open_chain(bundle, backend, figures, pretended) as grounder:
         found = replay(bundle, grounder.sessions)
-        figures["parity"] = worst(found)
+        figures["parity"] = parity(found)
         answers, figures["seconds"] = timed(grounder, runs=1 if pretended or backend == CPU else RUNS)
         if cuda is not None:
             figures["device_mebibytes"] = (before - cuda("cudaMemGetInfo")) >> 20
@@ -104,15 +104,14 @@ def eager_torch(bundle: Bundle, figures: dict[str, Any], pretended: bool) -> Gro
     return torch_grounder(model)
 
 
-def worst(found: list[Boundary]) -> dict[str, Any]:
-    """Return the worst boundary of each graph."""
-    figures: dict[str, Any] = {"boundaries": len(found)}
+def parity(found: list[Boundary]) -> dict[str, Any]:
+    """Return relative error, cosine and least IoU (of boxes) of every boundary, and the largest error by graph."""
+    worst: dict[str, float] = {}
     for boundary in found:
         if boundary.dtype.startswith("float"):
-            entry = {"rel_l2": boundary.rel_l2, "cosine": boundary.cosine, "iou": boundary.iou, "at": boundary.name}
-            graph = graph_of(boundary)
-            figures[graph] = max(figures.get(graph, entry), entry, key=lambda item: item["rel_l2"])
-    return figures
+            worst[graph_of(boundary)] = max(worst.get(graph_of(boundary), 0.0), boundary.rel_l2)
+    boundaries = {b.name: {"rel_l2": b.rel_l2, "cosine": b.cosine, "iou": b.iou} for b in found}
+    return {"worst": worst, "boundaries": boundaries}
 
 
 def timed(grounder: Grounder, *, runs: int) -> tuple[dict[str, Any], dict[str, float]]:

@@ -142,25 +142,52 @@ def _say(name: str, result: dict[str, Any]) -> None:
 
 
 def page(report: dict[str, Any]) -> str:
-    """Return the report as a page: a row per step, with its figures."""
-    rows = []
-    for name, result in report["steps"].items():
-        figures = "" if "figures" not in result else json.dumps(result["figures"], indent=1, ensure_ascii=False)
-        cells = (name, result["status"], f"{result.get('seconds', 0):.1f} s", result.get("problem", ""))
-        line = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        details = f"<details><summary>figures</summary><pre>{html.escape(figures)}</pre></details>" if figures else ""
-        rows.append(f'<tr class="{result["status"].split()[0]}">{line}<td>{details}</td></tr>')
+    """Return the report as a page: a row per step, the chains beside each other, and all figures."""
+    steps: dict[str, dict[str, Any]] = report["steps"]
     devices = ", ".join(f"{device['name']} (SM {device['sm']})" for device in report["machine"]["devices"])
     where = "stand-ins for CUDA and TensorRT, not a GPU" if report["pretended"] else devices or "no GPU"
+    results = [(name, step["status"], f"{step.get('seconds', 0):.1f}", step.get("problem", ""))
+               for name, step in steps.items()]  # fmt: skip
+    chains = {name: step["figures"] for name, step in steps.items() if "parity" in step.get("figures", {})}
+    stages = list(dict.fromkeys(stage for figures in chains.values() for stage in figures["seconds"]))
+    rows = [
+        (name, f"{max(figures['parity']['worst'].values()):.1e}", *_beside(figures),
+         _number(figures, "device_mebibytes"), *(_number(figures["seconds"], stage) for stage in stages))
+        for name, figures in chains.items()
+    ]  # fmt: skip
+    figures = {name: step["figures"] for name, step in steps.items() if "figures" in step}
     style = (
-        "body{font:15px system-ui;margin:2em}td,th{text-align:left;vertical-align:top;padding:.3em 1em}"
-        ".passed td:nth-child(2){color:#176b2c}.failed td:nth-child(2){color:#b3151c}td{white-space:pre-wrap}"
+        "body{font:15px system-ui;margin:2em}table{border-collapse:collapse}td,th{text-align:left;vertical-align:top;"
+        "padding:.25em .8em;white-space:pre-wrap;border-bottom:1px solid #ddd}"
+        ".passed{color:#176b2c}.failed{color:#b3151c}"
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>GPU check</title><style>{style}</style>'
-        f"<h1>GPU check</h1><p>On {html.escape(where)}, in {report['seconds']} s.</p><table>"
-        f"<tr><th>step<th>result<th>time<th>problem<th></tr>{''.join(rows)}</table></html>\n"
+        f"<h1>GPU check</h1><p>On {html.escape(where)}, in {report['seconds']} s.</p>"
+        f"{_table(('step', 'result', 'seconds', 'problem'), results)}<h2>Chains</h2>"
+        "<p>Largest relative error of the golden cases; the clip's answer beside the CPU's; seconds by stage.</p>"
+        f"{_table(('bundle and backend', 'error', 'same answer', 'least IoU', 'device MiB', *stages), rows)}"
+        f"<details><summary>All figures</summary><pre>{html.escape(json.dumps(figures, indent=1))}</pre></details>"
+        "</html>\n"
     )
+
+
+def _beside(figures: dict[str, Any]) -> tuple[str, str]:
+    found = figures.get("beside_the_cpu")
+    return ("", "") if found is None else ("yes" if found["same_answer"] else "no", f"{found['least_iou']:.4f}")
+
+
+def _number(figures: dict[str, Any], name: str) -> str:
+    return "" if name not in figures else f"{figures[name]:.4g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cells(row: Sequence[str], kind: str) -> str:
+        marked = (f' class="{cell}"' if cell in ("passed", "failed") else "" for cell in row)
+        return "".join(f"<{kind}{mark}>{html.escape(cell)}</{kind}>" for mark, cell in zip(marked, row, strict=True))
+
+    lines = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table><tr>{cells(head, 'th')}</tr>{lines}</table>"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

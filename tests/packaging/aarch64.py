@@ -20,14 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomllib
+from packaging.requirements import Requirement
 
 from bridge_stg.demo.bundle import SAMPLE, SOURCE_TREE, demo_bundle
 from bridge_stg.runtime.chain.boxes import box_iou
-from tests.packaging.test_wheels import PLATFORMS, requirements
 
 PROGRAMS = {"debootstrap": "debootstrap", "qemu-aarch64-static": "qemu-user-static", "update-binfmts": "binfmt-support"}
 """Programs that the emulation needs, and their packages."""
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
+PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(34, 16, -1)] + ["manylinux2014_aarch64"]
+"""Of wheels that pip may take: Debian 12 has glibc 2.36, Ubuntu 22.04 has 2.35."""
+EXTRAS = ("cpu", "calibrate")
 VARIANT = "ort-cpu"
 QUERY = "the white dog"
 LEAST_IOU = 0.999
@@ -87,6 +91,15 @@ def system(folder: Path, suite: str, mirror: str) -> Path:
     return root
 
 
+def requirements(python: str) -> list[str]:
+    """Return what the runtime and its tests need there, without markers, which pip reads for the Python that runs it."""
+    project = tomllib.loads((SOURCE_TREE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [*project["dependencies"], *(text for extra in EXTRAS for text in project["optional-dependencies"][extra])]
+    there = {"python_version": python, "platform_machine": "aarch64"}
+    found = [one for one in map(Requirement, texts) if one.marker is None or one.marker.evaluate(there)]
+    return [*(f"{one.name}{one.specifier}" for one in found), "pytest", "packaging"]
+
+
 def install(root: Path, folder: Path) -> str:
     """Put the wheel of this checkout and what it needs into the system; return its Python's version."""
     program = "import sys; print('%d.%d' % sys.version_info[:2])"
@@ -106,7 +119,7 @@ def install(root: Path, folder: Path) -> str:
     target += [f"--platform={platform}" for platform in PLATFORMS]
     same = version == f"{sys.version_info.major}.{sys.version_info.minor}"
     pins = ["-c", SOURCE_TREE / "constraints.txt"] if same else []  # they are of the Python that develops this
-    run(*pip, "install", *target, *pins, *requirements(version, "cpu", "calibrate"), "pytest", "packaging")
+    run(*pip, "install", *target, *pins, *requirements(version))
     run(*pip, "install", *target, "--no-deps", *wheels.glob("*.whl"))
     return version
 
