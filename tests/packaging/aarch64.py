@@ -92,7 +92,7 @@ def system(folder: Path, suite: str, mirror: str) -> Path:
 
 
 def requirements(python: str) -> list[str]:
-    """Return what the runtime and its tests need there, without markers, which pip reads for the Python that runs it."""
+    """Return what the runtime and its tests need there, without markers: pip reads them for its own Python."""
     project = tomllib.loads((SOURCE_TREE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     texts = [*project["dependencies"], *(text for extra in EXTRAS for text in project["optional-dependencies"][extra])]
     there = {"python_version": python, "platform_machine": "aarch64"}
