@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from bridge_stg.runtime.backends.kv_pool import DEFAULT_BUDGET_BYTES, KVPool
+from bridge_stg.runtime.backends.kv_pool import KVPool
 from bridge_stg.runtime.backends.session import Session
 from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.spec import HEADS, ModelSpec
@@ -141,6 +141,7 @@ class Grounder(Closable):
         spec: the model's sizes, rates and rules.
         tokenizer: the model's tokenizer.
         kv_budget_bytes: maximum bytes of the KV caches of one batch of queries; more queries run in several batches.
+            None: by the free memory of the device, see `KVPool`.
         feature_budget_bytes: maximum bytes of a video's fine feature maps that are cached between calls.
         unchanged_tolerance: largest mean change of any patch of the coarse frames, in levels of 0 to 255, at which a
             group is not encoded again; 0: only equal groups (see `vision_pass.deduplicate_frames`).
@@ -160,7 +161,7 @@ class Grounder(Closable):
         spec: ModelSpec,
         tokenizer: Tokenizer,
         *,
-        kv_budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        kv_budget_bytes: int | None = None,
         feature_budget_bytes: int = 2**28,
         unchanged_tolerance: float = 0.0,
         heads: str | None = None,
@@ -201,6 +202,7 @@ class Grounder(Closable):
         variant: str | None = None,
         threads: int | None = None,
         wait: bool = True,
+        kv_budget_bytes: int | None = None,
         unchanged_tolerance: float = 0.0,
         heads: str | None = None,
         text: TextOptions | None = None,
@@ -215,6 +217,7 @@ class Grounder(Closable):
             threads: CPU threads of the backend; None for its own default.
             wait: whether to return only when all sessions are open. Otherwise those of a CPU are opened while the first
                 video is read, and an unsupported graph raises at the first call that needs it.
+            kv_budget_bytes: see `Grounder`.
             unchanged_tolerance: see `Grounder`.
             heads: see `Grounder`.
             text: see `Grounder`.
@@ -243,6 +246,7 @@ class Grounder(Closable):
             sessions,
             bundle.manifest.spec,
             tokenizer,
+            kv_budget_bytes=kv_budget_bytes,
             unchanged_tolerance=unchanged_tolerance,
             heads=heads,
             text=text,

@@ -32,22 +32,31 @@ def _show_targets(context: click.Context, parameter: click.Parameter, value: boo
 @click.option("--graph", "graphs", multiple=True, help="Build only this graph; repeatable.")
 @options.variant_option("the one that fits the target")
 @click.option("--precision", help="Required precision of BUNDLE; nothing is converted.")
+@click.option(
+    "--max-frames", type=COUNT, default=64, show_default=True, help="Coarse frames per video that the engines take."
+)
+@click.option(
+    "--max-queries", type=COUNT, default=8, show_default=True, help="Queries that the engines decode together."
+)
 @click.option("--profiles", type=PATH, help="YAML file with sizes to compile for (docs/engines.md).")
 @click.option("--overwrite", "--again", is_flag=True, help="Rebuild existing engines.")
 @click.option("--check-memory/--no-check-memory", default=True, help="Whether to stop if memory may not suffice.")
 @click.option("--layers", is_flag=True, help="Show fused layers and precision per block.")
-def build(bundle: Path, targets: tuple[str, ...], profiles: Path | None, layers: bool, **options: Any) -> None:
+def build(
+    *, bundle: Path, targets: tuple[str, ...], max_frames: int, max_queries: int, profiles: Path | None, layers: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Compile the graphs of a BUNDLE with TensorRT: on the device, or ahead of time for RTX GPUs."""
     from bridge_stg.export.engines.build import build_engines, engine_line
     from bridge_stg.export.engines.layers import plan_table
-    from bridge_stg.export.engines.profiles import read_overrides
+    from bridge_stg.export.engines.profiles import Deployment, read_overrides
     from bridge_stg.runtime.bundle.bundle import Bundle
 
     overrides = None if profiles is None else read_overrides(profiles)
     with ProgressBar(delay_s=1) as progress:
         entries = build_engines(
-            Bundle.load(bundle), targets, overrides=overrides, where=str(profiles), report=progress, say=stage_line,
-            **options,
+            Bundle.load(bundle), targets, deployment=Deployment(max_frames, max_queries), overrides=overrides,
+            where=str(profiles), report=progress, say=stage_line, **options,
         )  # fmt: skip
     for entry in entries:
         click.echo(engine_line(entry))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.chain.results import Grounding
 
-BACKEND_OPTIONS = ("backend", "variant", "threads")
+BACKEND_OPTIONS = ("backend", "variant", "threads", "kv_budget_bytes")
 RECORDED = (
     "task", "first_box", "allow_none", "heads", "mode", "grammar", "max_tokens", "max_visual_tokens", "stream",
 )  # fmt: skip
@@ -75,7 +75,9 @@ class Request:
     @property
     def recorded(self) -> dict[str, Any]:
         """Return the options that may change the answers, by name."""
-        return {name: getattr(self, name) for name in RECORDED} | dict(self.backend_options)
+        values = {name: getattr(self, name) for name in RECORDED} | dict(self.backend_options)
+        del values["kv_budget_bytes"]  # it decides what runs together, not the answers
+        return values
 
     def limits(self, progress: ProgressBar) -> dict[str, Any]:
         """Return the limits of a call that begins now, as `CallKeywords`; the deadline is that of the command."""
@@ -100,6 +102,7 @@ class Request:
 )  # fmt: skip
 @options.text_options
 @options.backend_options()
+@options.kv_option
 @deadline_option
 @click.option("--untrained", is_flag=True, help="Run a bundle whose bridging and spatial parts were never trained.")
 def infer(
@@ -325,6 +328,7 @@ def show(
 @options.index_option
 @options.reading_options
 @options.backend_options()
+@options.kv_option
 @deadline_option
 def ask(
     *, source: str, question: str, bundle: Path | None, max_tokens: int, max_visual_tokens: int | None,

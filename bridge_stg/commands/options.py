@@ -237,6 +237,14 @@ def backend_options(*, variant: str = "the one that fits this machine") -> Decor
     return combine(backend_option, variant_option(variant), threads_option)
 
 
+def _bytes_of_mb(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
+    return None if value is None else value * 10**6
+
+
+kv_option = click.option(
+    "--kv-mb", "kv_budget_bytes", type=COUNT, callback=_bytes_of_mb,
+    help="Maximum MB of KV caches for the queries that run together; default: by the free memory of the device.",
+)  # fmt: skip
 heads_option = click.option(
     "--heads", type=click.Choice(["bridge", "text"]), help="Heads that answer; default: the bundle's own."
 )

@@ -59,6 +59,7 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to finish running jobs.")
 @options.text_options
 @options.backend_options()
+@options.kv_option
 def serve(
     *, bundle: Path, sample: Path | None, api_key: str | None, api_key_env: str | None,
     live: tuple[tuple[str, str], ...], every_s: float, window: int, max_upload_mb: int, max_storage_mb: int,
@@ -76,7 +77,7 @@ def serve(
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
 
-    load_options = {name: limits.pop(name) for name in ("threads", "backend", "variant")}
+    load_options = {name: limits.pop(name) for name in ("threads", "backend", "variant", "kv_budget_bytes")}
     load_options |= options.pop_head_options(limits)
     settings = Settings(
         api_key=_key(api_key, api_key_env),

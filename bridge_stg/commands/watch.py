@@ -50,9 +50,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent.")
 @options.text_options
 @options.backend_options()
+@options.kv_option
 def watch(
     *, source: str, queries: tuple[str, ...], bundle: Path | None, json_file: Path | None, answers: bool,
-    overwrite: bool, realtime: bool, threads: int | None, backend: str, variant: str | None, **given: Any,
+    overwrite: bool, realtime: bool, threads: int | None, backend: str, variant: str | None,
+    kv_budget_bytes: int | None, **given: Any,
 ) -> None:  # fmt: skip
     """Watch SOURCE for each QUERY, and print when its target appears, moves and leaves.
 
@@ -76,7 +78,9 @@ def watch(
     path = bundle or demo_bundle(progress=stage_line)
     with (
         stopped_by_signals() as stop,
-        Grounder.load(path, backend=backend, variant=variant, threads=threads, **head_options) as grounder,
+        Grounder.load(
+            path, backend=backend, variant=variant, threads=threads, kv_budget_bytes=kv_budget_bytes, **head_options
+        ) as grounder,
         grounder.watch(source, queries, realtime=realtime, cancel=stop, **given) as watch,
         json_lines(json_file, overwrite=overwrite) as append,
     ):

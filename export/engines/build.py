@@ -13,7 +13,7 @@ from typing import Any
 from bridge_stg.export.engines.compile import Report, compile_graph
 from bridge_stg.export.engines.inspector import inspected_kernels
 from bridge_stg.export.engines.layers import GROUPS, graph_nodes, plan_summary, read_plan_report, report_by_block
-from bridge_stg.export.engines.profiles import GraphProfiles
+from bridge_stg.export.engines.profiles import Deployment, GraphProfiles
 from bridge_stg.export.engines.select_builds import Build, check_room, select_builds
 from bridge_stg.runtime.backends.tensorrt.engine_cache import PLAN, EngineEntry, read_engine
 from bridge_stg.runtime.backends.tensorrt.engine_store import new_engine, publish, writable_folder
@@ -34,6 +34,7 @@ def build_engines(
     graphs: Sequence[str] = (),
     variant: str | None = None,
     precision: str | None = None,
+    deployment: Deployment | None = None,
     overrides: Mapping[str, Any] | None = None,
     where: str = "--profiles",
     check_memory: bool = True,
@@ -53,6 +54,7 @@ def build_engines(
         graphs: names of the graphs; empty for all.
         variant: variant of the graphs; None for that of each target.
         precision: expected precision of the bundle, which is not converted; None to accept any.
+        deployment: frames per video and queries at once to build for; None for the defaults.
         overrides: result of `profiles.read_overrides`.
         where: file of the overrides, for messages.
         check_memory: whether to stop where the estimate exceeds the memory of this machine or the target.
@@ -70,8 +72,9 @@ def build_engines(
     builds: list[Build] = []
     for name in dict.fromkeys(targets):
         builds += select_builds(
-            bundle, name, graphs=graphs, variant=variant, precision=precision, overrides=overrides, where=where,
-            say=say, family=family, exact_profiles=exact_profiles,
+            bundle, name, graphs=graphs, variant=variant, precision=precision,
+            deployment=deployment or Deployment(), overrides=overrides, where=where, say=say, family=family,
+            exact_profiles=exact_profiles,
         )  # fmt: skip
     if check_memory:
         for build in builds:
@@ -120,6 +123,8 @@ def _compile(bundle: Bundle, build: Build, report: Report | None, say: Callable[
             "seconds": round(time.monotonic() - began, 2),
             "peak_memory_bytes": peak_bytes() if is_alone else None,
             "weight_bytes": build.weight_bytes,
+            "activation_bytes": list(compiled.activations),
+            "cache_row_bytes": build.cache_bytes,
             "python": sys.version.split()[0],
             "layers": _layers(build, partial / PLAN, compiled.plan, path, say),
         }

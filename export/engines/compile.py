@@ -20,6 +20,9 @@ from bridge_stg.runtime.errors import EngineError
 CAPACITY = 1024
 """Default KV positions of a cache that is updated in place: TensorRT needs a fixed number."""
 
+ACTIVATIONS = "Total Activation Memory: "
+"""Begin of the log message with the activation memory of a profile in bytes; one per profile, in their order."""
+
 Sizes = Mapping[str, tuple[int, int, int]]
 """Minimum, optimum and maximum size by symbol. Sizes that depend on each other must agree in all three."""
 
@@ -29,10 +32,15 @@ Report = Callable[[str, int, int], Any]
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A serialized engine, in a buffer that TensorRT owns, and the timing cache, if this TensorRT has one."""
+    """A serialized engine, in a buffer that TensorRT owns, and the timing cache, if this TensorRT has one.
+
+    `activations` are the bytes that each profile needs for tensors between layers, as the builder logs them; empty if
+    it does not.
+    """
 
     plan: Any
     timing: bytes | None
+    activations: tuple[int, ...] = ()
 
 
 def compile_graph(
@@ -90,7 +98,9 @@ def compile_graph(
         message = f"{path}: TensorRT {tensorrt.__version__} cannot compile the graph: {reason}"
         raise EngineError("engine.build_failed", message)
     cache = config.get_timing_cache() if keeps_timing else None
-    return Compiled(plan, None if cache is None else bytes(cache.serialize()))
+    activations = tuple(network.logger.activations)
+    kept = activations if len(activations) == len(profiles) else ()
+    return Compiled(plan, None if cache is None else bytes(cache.serialize()), kept)
 
 
 def is_rtx(tensorrt: ModuleType) -> bool:
@@ -188,13 +198,16 @@ def empty_network(tensorrt: ModuleType) -> Any:
     """Return an empty network as `value`, with its `builder` and `logger`, which must live as long."""
 
     class Logger(tensorrt.ILogger):  # type: ignore[name-defined, misc]
-        """Keeps errors instead of printing them: a failed build has no other reason."""
+        """Keeps errors instead of printing them: a failed build has no other reason. Reads sizes from the log."""
 
         def __init__(self) -> None:
             tensorrt.ILogger.__init__(self)
             self.messages: list[str] = []
+            self.activations: list[int] = []
 
         def log(self, severity: Any, message: str) -> None:
+            if message.startswith(ACTIVATIONS):
+                self.activations.append(int(message.removeprefix(ACTIVATIONS).split()[0]))
             if severity in (tensorrt.ILogger.ERROR, tensorrt.ILogger.INTERNAL_ERROR):
                 self.messages.append(message)
 

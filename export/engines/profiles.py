@@ -1,12 +1,13 @@
 """Optimization profiles: the sizes that an engine is compiled for, computed from the manifest or read from YAML.
 
 The vision encoder has a bucket for coarse and one for fine frames, each in landscape and portrait; the language model
-a profile for prefill, one for decode, and a fixed KV capacity; the spatial decoder a bucket for few and one for many
-fine frames. Symbols are those of `contracts`.
+a profile for prefill (one row), one for decode (a row per query), and a fixed KV capacity; the spatial decoder a bucket
+for few and one for many fine frames. Symbols are those of `contracts`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge_stg.runtime.backends.kv_pool import bucketed
-from bridge_stg.runtime.backends.session import PREFILL_CHUNK
 from bridge_stg.runtime.backends.tensorrt.engine_cache import Profiles
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec
@@ -27,20 +27,58 @@ from bridge_stg.runtime.host.parse import parse_yaml_file
 Range = tuple[int, int, int]
 Ranges = dict[str, Range]
 
-ROWS = 8
-"""Queries of one call of the language model; each has a row of the KV cache."""
+MAX_FRAMES = 64
+"""Default of `Deployment.max_frames`."""
+MAX_QUERIES = 8
+"""Default of `Deployment.max_queries`."""
+PREFILL_TOKENS = 512
+"""New tokens of a prefill step: the activation memory grows with them, and longer prompts are fed in several steps."""
 DECODE_TOKENS = 16
 """New tokens of a decode step: the chosen one and those that the grammar forces after it."""
 DRAFT_TOKENS = 128
 """New tokens of a decode step of text heads, which verifies the draft of a list's next entries."""
-ANSWER_TOKENS = 4096
-"""KV positions for an answer of text heads: the default of `TextOptions.max_tokens`."""
+ANSWER_TOKENS_A_FRAME, ANSWER_TOKENS = 64, 4096
+"""KV positions for an answer of text heads: an entry per frame, at most the default of `TextOptions.max_tokens`."""
 ASPECT = 4
 """Largest aspect ratio of a bucket of frame sizes at its largest area."""
 TEXT_TOKENS_A_GROUP, TEXT_TOKENS = 16, 512
 """KV positions for the time of each group, and for query, answer and bridging queries."""
 DERIVED = {"vision_encoder": ("N", "W")}
 """Symbols that are computed from others."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What engines are built to serve.
+
+    Attributes:
+        max_frames: coarse frames per video; a longer one is read at a lower rate or in smaller frames.
+        max_queries: queries that are decoded together; each has a row of the KV cache.
+        capacity: KV positions per row; None: by `max_frames`.
+    """
+
+    max_frames: int = MAX_FRAMES
+    max_queries: int = MAX_QUERIES
+    capacity: int | None = None
+
+    def groups(self, spec: ModelSpec) -> int:
+        """Return the groups of coarse frames per video, at most the model's own limit."""
+        return min(spec.frames.max_coarse_groups, -(-self.max_frames // spec.vision.temporal_patch_size))
+
+    def visual_tokens(self, spec: ModelSpec) -> int:
+        """Return the visual tokens per video."""
+        side = spec.vision.patch_size * spec.vision.merge_size
+        tokens = self.groups(spec) * (spec.frames.coarse_max_pixels // side**2)
+        return tokens if spec.frames.max_visual_tokens is None else min(tokens, spec.frames.max_visual_tokens)
+
+    def positions(self, spec: ModelSpec) -> int:
+        """Return the KV positions of a row: a multiple of the cache's bucket unless `capacity` is set."""
+        if self.capacity is not None:
+            return self.capacity
+        tokens = self.visual_tokens(spec) + self.groups(spec) * TEXT_TOKENS_A_GROUP + TEXT_TOKENS
+        if spec.heads == "text":
+            tokens += min(ANSWER_TOKENS, ANSWER_TOKENS_A_FRAME * self.max_frames)
+        return bucketed(min(tokens, spec.language.max_positions))
 
 
 @dataclass(frozen=True)
@@ -51,47 +89,32 @@ class GraphProfiles:
     capacity: int | None = None
 
 
-def default_profiles(graph: GraphSpec, spec: ModelSpec, *, capacity: int | None = None) -> GraphProfiles:
-    """Return profiles for every size that the chain uses a graph with.
-
-    The default `capacity` is that of the model's longest video, in KV positions.
-    """
+def default_profiles(graph: GraphSpec, spec: ModelSpec, deployment: Deployment | None = None) -> GraphProfiles:
+    """Return profiles for every size that the chain uses a graph with in a deployment."""
+    deployment = deployment or Deployment()
     if graph.name == "vision_encoder":
         return GraphProfiles(_vision_profiles(spec))
     if graph.name == "spatial_decoder":
         return GraphProfiles(_spatial_profiles(spec))
-    capacity = capacity or default_capacity(spec)
-    profiles = _language_profiles(spec, capacity)
+    capacity = deployment.positions(spec)
+    profiles = _language_profiles(spec, deployment)
     if graph.cache is not None and graph.cache.update == "append":
         cache: Range = (min(256, capacity), bucketed(max(1, capacity // 2)), capacity)
         return GraphProfiles({name: {**ranges, "S": _ordered(cache)} for name, ranges in profiles.items()})
     return GraphProfiles(profiles, capacity)
 
 
-def default_capacity(spec: ModelSpec) -> int:
-    """Return KV positions for the model's longest video and a query: a multiple of the cache's bucket."""
-    tokens = _visual_tokens(spec) + spec.frames.max_coarse_groups * TEXT_TOKENS_A_GROUP + TEXT_TOKENS
-    tokens += ANSWER_TOKENS if spec.heads == "text" else 0
-    return bucketed(min(tokens, spec.language.max_positions))
-
-
-def _visual_tokens(spec: ModelSpec) -> int:
-    side = spec.vision.patch_size * spec.vision.merge_size
-    tokens = spec.frames.max_coarse_groups * (spec.frames.coarse_max_pixels // side**2)
-    return tokens if spec.frames.max_visual_tokens is None else min(tokens, spec.frames.max_visual_tokens)
-
-
-def _language_profiles(spec: ModelSpec, capacity: int) -> dict[str, Ranges]:
-    text = spec.heads == "text"
-    prefill, decode = min(PREFILL_CHUNK, capacity), min(DRAFT_TOKENS if text else DECODE_TOKENS, capacity)
+def _language_profiles(spec: ModelSpec, deployment: Deployment) -> dict[str, Ranges]:
+    text, capacity = spec.heads == "text", deployment.positions(spec)
+    prefill, decode = min(PREFILL_TOKENS, capacity), min(DRAFT_TOKENS if text else DECODE_TOKENS, capacity)
     outputs: Range = (1, 1, decode if text else max(1, spec.language.num_bridging_queries))
-    visual = max(2, _visual_tokens(spec) + 1)
+    visual = max(2, deployment.visual_tokens(spec) + 1)
     return {
         "prefill": {
-            "B": (1, 1, ROWS), "L": (1, max(1, prefill // 2), prefill), "K": outputs,
+            "B": (1, 1, 1), "L": (1, max(1, prefill // 2), prefill), "K": outputs,
             "V": (2, max(2, visual // 2), visual),
         },
-        "decode": {"B": (1, 1, ROWS), "L": (1, 1, decode), "K": outputs, "V": (2, 2, 2)},
+        "decode": {"B": (1, 1, deployment.max_queries), "L": (1, 1, decode), "K": outputs, "V": (2, 2, 2)},
     }  # fmt: skip
 
 
@@ -172,9 +195,14 @@ def _bad(message: str) -> EngineError:
 
 
 def profiles_of(
-    graph: GraphSpec, spec: ModelSpec, *, overrides: Mapping[str, Any] | None = None, where: str = "--profiles"
+    graph: GraphSpec,
+    spec: ModelSpec,
+    *,
+    deployment: Deployment | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    where: str = "--profiles",
 ) -> GraphProfiles:
-    """Return the profiles of a graph: the defaults with the overrides of a file, named `where` in messages.
+    """Return the profiles of a graph: those of a deployment with the overrides of a file, named `where` in messages.
 
     Symbols of an existing profile are replaced one by one; null removes the profile; a new profile needs every symbol.
     Raises EngineError if a range is invalid, a symbol is unknown or missing, or no profile remains.
@@ -183,7 +211,10 @@ def profiles_of(
     capacity = overrides.get("capacity")
     if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= spec.language.max_positions):
         raise _bad(f"{where}: capacity is {capacity!r}, expected 1 to {spec.language.max_positions} positions")
-    defaults = default_profiles(graph, spec, capacity=capacity)
+    deployment = deployment or Deployment()
+    if capacity is not None:
+        deployment = dataclasses.replace(deployment, capacity=capacity)
+    defaults = default_profiles(graph, spec, deployment)
     given = overrides.get(graph.name) or {}
     if not isinstance(given, Mapping):
         raise _bad(f"{where}: {graph.name} is {given!r}, expected profiles by name")

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from bridge_stg.export.engines import targets
-from bridge_stg.export.engines.profiles import GraphProfiles, profiles_of
+from bridge_stg.export.engines.profiles import Deployment, GraphProfiles, profiles_of
 from bridge_stg.export.engines.support import require
 from bridge_stg.export.engines.targets import PRIMITIVE_ONLY_BELOW, EngineTarget
 from bridge_stg.runtime.backends.tensorrt import engine_cache
@@ -88,6 +88,7 @@ def select_builds(
     graphs: Sequence[str],
     variant: str | None,
     precision: str | None,
+    deployment: Deployment,
     overrides: Mapping[str, Any] | None,
     where: str,
     say: Callable[[str], Any],
@@ -113,7 +114,7 @@ def select_builds(
             say(sentence)
         profiles = (exact_profiles or {}).get(graph.name)
         if profiles is None:
-            profiles = profiles_of(graph, bundle.manifest.spec, overrides=overrides, where=where)
+            profiles = profiles_of(graph, bundle.manifest.spec, deployment=deployment, overrides=overrides, where=where)
         builds.append(Build(graph, target, profiles, tensorrt))
     return builds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -44,6 +45,13 @@ class BufferedCache(Generic[Buffer]):
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def rows(self: Cache, start: int, stop: int) -> Cache:
+        """Return a cache that shares the memory of some rows of this one."""
+        part = copy.copy(self)
+        part.batch = stop - start
+        part.buffers = {name: buffer[start:stop] for name, buffer in self.buffers.items()}
+        return part
 
     def copy_prefix(self, source: KVCache, length: int) -> None:
         """See `KVCache.copy_prefix`."""

@@ -9,8 +9,12 @@ from __future__ import annotations
 import threading
 
 from bridge_stg.runtime.backends.session import KVCache, Session
+from bridge_stg.runtime.host.memory import available_bytes
 
 DEFAULT_BUDGET_BYTES = 2**29
+"""Budget on a host whose free memory is unknown, and the least on one that has twice as much."""
+DEVICE_SHARE, HOST_SHARE = 2, 8
+"""The budget follows the free memory: a half of a GPU's, an eighth of the host's, which runs other programs too."""
 BUCKET_POSITIONS = 256
 """Capacities are multiples of this: some attention kernels compute over the whole cache, so it should not be larger."""
 
@@ -20,10 +24,11 @@ class KVPool:
 
     Args:
         session: allocates the caches.
-        budget_bytes: maximum bytes of one batch, and of the unused caches together.
+        budget_bytes: maximum bytes of one batch, and of the unused caches together; None: by the memory that is free
+            when a batch is formed.
     """
 
-    def __init__(self, session: Session, *, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
+    def __init__(self, session: Session, *, budget_bytes: int | None = None) -> None:
         self._session = session
         ranges = session.graph.ranges
         self._least, self._most = ranges.get("S", (1, None))
@@ -47,8 +52,9 @@ class KVPool:
         """Take a cache back. The cache of a failed call must not be returned."""
         with self._lock:
             self._unused.append(cache)
-            while sum(unused.nbytes for unused in self._unused) > self._budget_bytes:
-                self._unused.pop(0)
+            budget = self._budget(unused := sum(kept.nbytes for kept in self._unused))
+            while unused > budget:
+                unused -= self._unused.pop(0).nbytes
 
     def rows(self, like: KVCache, *, positions: int) -> int:
         """Return how many rows of `positions` tokens fit the budget and the session, at least one.
@@ -56,8 +62,20 @@ class KVPool:
         `like` is a cache of the same model, for the bytes per token.
         """
         row_bytes = like.nbytes // (like.batch * like.capacity) * self._capacity(positions)
-        rows = max(1, self._budget_bytes // max(row_bytes, 1))
+        with self._lock:
+            budget = self._budget(sum(kept.nbytes for kept in self._unused))
+        rows = max(1, budget // max(row_bytes, 1))
         return rows if self._most_rows is None else min(rows, self._most_rows)
+
+    def _budget(self, unused: int) -> int:
+        """Return the budget now; `unused` bytes of kept caches count as free."""
+        if self._budget_bytes is not None:
+            return self._budget_bytes
+        if self._session.device is not None:
+            return (self._session.device.free_bytes + unused) // DEVICE_SHARE
+        if (free := available_bytes()) is None:
+            return DEFAULT_BUDGET_BYTES
+        return max((free + unused) // HOST_SHARE, min(DEFAULT_BUDGET_BYTES, (free + unused) // 2))
 
     def _capacity(self, positions: int) -> int:
         """Return the bucket for a number of positions, within the session's limits (an engine's may be fixed)."""

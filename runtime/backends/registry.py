@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineDevice, engine_folders, find_engine
+from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineDevice, EngineEntry, engine_folders, find_engine
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.device.cuda import Cuda, DeviceFacts
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host import packages
+from bridge_stg.runtime.host.memory import gigabytes
 
 if TYPE_CHECKING:  # they need numpy, and `doctor` lists backends where it is missing
     from bridge_stg.runtime.backends.session import Session
@@ -100,7 +101,27 @@ def _open_tensorrt(
     library, device = TensorRT(family), device or DeviceContext()
     entry = find_engine(bundle, graph, EngineDevice(family, library.version, device.device.sm))
     kernels = Path(entry.folder) / KERNELS
-    return TensorRTSession(entry.read_plan(), graph, device, library, on_device=BETWEEN_GRAPHS, kernels=kernels)
+    entry.check_plan()
+    require_memory(entry, device)
+    return TensorRTSession(entry.plan, graph, device, library, on_device=BETWEEN_GRAPHS, kernels=kernels)
+
+
+def require_memory(entry: EngineEntry, device: DeviceContext) -> None:
+    """Raise EngineError if an engine, its activations and one row of its KV cache do not fit the free memory.
+
+    All engines of a chain share the memory of activations, so only what exceeds the others' counts.
+    """
+    activations = max(map(int, entry.built.get("activation_bytes") or [0]))
+    activations -= min(activations, 0 if device.scratch is None else device.scratch.size)
+    row = int(entry.built.get("cache_row_bytes") or 0)
+    free = device.free_bytes
+    if free >= entry.size + activations + row:
+        return
+    needs = f"{gigabytes(entry.size)} for the engine, {gigabytes(activations)} for its activations"
+    needs += f" and {gigabytes(row)} for a row of its KV cache" if row else ""
+    advice = "Close other programs, or build it with a smaller --max-frames or from a bundle of lower precision"
+    message = f"{entry.folder}: needs {needs}; {gigabytes(free)} of {device.device.name} are free. {advice}"
+    raise EngineError("engine.out_of_memory", message)
 
 
 def _without_engine(family: str, bundle: Bundle, graph: GraphSpec, version: str, device: DeviceFacts) -> str | None:

@@ -63,6 +63,13 @@ class MemoryPool:
         """Take a block back. Takes no lock: finalizers call it, possibly while this thread holds the lock."""
         self._returned.append((address, size, lent))
 
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes of blocks that wait to be used again."""
+        with self._lock:
+            self._sort_in()
+            return sum(size * len(blocks) for size, blocks in self._unused.items())
+
     def close(self) -> None:
         """Free all memory, including blocks in use. The device must have finished."""
         with self._lock:

@@ -14,7 +14,7 @@ from bridge_stg.cli import app
 from bridge_stg.commands.tables import bundle_table
 from bridge_stg.evaluation.run.evaluate import bundle_model
 from bridge_stg.export.engines.build import build_engines
-from bridge_stg.export.engines.profiles import default_capacity, profiles_of
+from bridge_stg.export.engines.profiles import Deployment, profiles_of
 from bridge_stg.export.export_bundle import export_bundle
 from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.model.torch_session import torch_grounder
@@ -117,7 +117,10 @@ def test_decode_profiles_have_room_for_drafts(text_bundle: Bundles) -> None:
     assert made.profiles["decode"]["L"][2] == made.profiles["decode"]["K"][2] == 128
     spec = bundle.manifest.spec
     wide = dataclasses.replace(spec, language=dataclasses.replace(spec.language, max_positions=2**17))
-    assert made.capacity == 8192 and default_capacity(wide) >= 4096 + (spec.frames.max_visual_tokens or 0)
+    for frames in (32, 64):
+        deployment = Deployment(max_frames=frames)
+        assert deployment.positions(wide) >= 64 * frames + deployment.visual_tokens(wide)
+    assert made.capacity == Deployment().positions(spec) <= 8192
 
 
 def test_text_bundles_have_no_bridge_heads(text_bundle: Bundles, tmp_path: Path) -> None:

@@ -94,11 +94,32 @@ def make_plan(
     return b"plan" + json.dumps(about).encode()
 
 
+class SeekPosition(enum.Enum):
+    SET, CUR, END = range(3)
+
+
+class IStreamReaderV2:
+    """Base class of readers; `whole` reads as TensorRT does: some bytes, back to the start, all until none are left."""
+
+    def __init__(self) -> None:
+        self.made = True
+
+    def whole(self) -> bytes:
+        assert self.made
+        assert len(self.read(4, 0)) == 4 and self.seek(0, SeekPosition.SET)
+        parts = []
+        while part := self.read(100, 0):
+            assert len(part) <= 100
+            parts.append(part)
+        return b"".join(parts)
+
+
 class FakeTensorRT:
     """Fake module `tensorrt` or, with its runtime config, `tensorrt_rtx`."""
 
     TensorIOMode, TensorLocation, DataType, ILogger = TensorIOMode, TensorLocation, DataType, ILogger
     ExecutionContextAllocationStrategy, CudaGraphStrategy = ExecutionContextAllocationStrategy, CudaGraphStrategy
+    IStreamReaderV2, SeekPosition = IStreamReaderV2, SeekPosition
 
     def __init__(self, cuda: FakeCuda, version: str = "10.15.1") -> None:
         self.cuda, self.__version__ = cuda, version
@@ -113,7 +134,9 @@ class Runtime:
     def __init__(self, module: FakeTensorRT, logger: Any) -> None:
         self.module, self.logger = module, logger
 
-    def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+    def deserialize_cuda_engine(self, plan: bytes | IStreamReaderV2) -> Engine | None:
+        if isinstance(plan, IStreamReaderV2):
+            plan = plan.whole()
         if not plan.startswith(b"plan"):
             self.logger.log(ILogger.ERROR, "Serialization assertion header.magicTag == kEXPECTED failed.")
             return None

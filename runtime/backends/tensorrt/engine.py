@@ -6,6 +6,7 @@ Knows nothing of caches and feeds: a call is a profile, a shape for every input 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
@@ -24,7 +25,7 @@ class TensorRTEngine:
     Args:
         library: the TensorRT package.
         device: the chain's device.
-        plan: the serialized engine.
+        plan: the serialized engine, or its file, which is read without a second copy in memory.
         graph: the manifest entry that it was built from.
         cuda_graphs: whether TensorRT-RTX may capture CUDA graphs itself.
         kernels: the result of `kernel_cache` in an earlier process (TensorRT-RTX).
@@ -40,7 +41,7 @@ class TensorRTEngine:
         self,
         library: TensorRT,
         device: DeviceContext,
-        plan: bytes,
+        plan: bytes | Path,
         graph: GraphSpec,
         *,
         cuda_graphs: bool = False,
@@ -48,7 +49,7 @@ class TensorRTEngine:
     ) -> None:
         self.bindings, self.device, self.graph = library, device, graph
         self._cuda_graphs = cuda_graphs
-        self._engine: Any = library.runtime.deserialize_cuda_engine(plan)
+        self._engine: Any = library.load_engine(plan)
         if self._engine is None:
             raise EngineError(
                 "engine.rejected_engine",
@@ -84,13 +85,8 @@ class TensorRTEngine:
         Raises:
             EngineError: no profile does; the message lists all.
         """
-        fitting = [
-            (sum(most for _, most in spans.values()), index)
-            for index, spans in enumerate(self.profiles)
-            if all(spans[s][0] <= size <= spans[s][1] for s, size in sizes.items() if s in spans)
-        ]
-        if fitting:
-            return min(fitting)[1]
+        if fitting := self._fitting(sizes):
+            return min(fitting, key=lambda index: sum(most for _, most in self.profiles[index].values()))
         requested = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
         known = "; ".join(
             ", ".join(f"{symbol} {least}–{most}" for symbol, (least, most) in spans.items()) for spans in self.profiles
@@ -100,6 +96,19 @@ class TensorRTEngine:
             f"{self.graph}: no profile of this engine takes {requested}; it has: {known}. Build it again with other "
             "--profiles, or use a smaller video, query or batch",
         )
+
+    def largest_part(self, symbol: str, sizes: Mapping[str, int]) -> int | None:
+        """Return how much of a symbol's size one call takes if the others stay; None: no profile takes these."""
+        others = {name: size for name, size in sizes.items() if name != symbol}
+        sizes_taken = [min(self.profiles[index][symbol][1], sizes[symbol]) for index in self._fitting(others)]
+        return max(sizes_taken, default=None)
+
+    def _fitting(self, sizes: Mapping[str, int]) -> list[int]:
+        return [
+            index
+            for index, spans in enumerate(self.profiles)
+            if all(spans[s][0] <= size <= spans[s][1] for s, size in sizes.items() if s in spans)
+        ]
 
     def new_context(self, profile: int) -> _Context:
         """Return a new context for a profile; each CUDA graph needs its own."""

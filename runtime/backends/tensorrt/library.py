@@ -9,13 +9,17 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import deque
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.packages import install_command
 
 MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 """Import names of each family, best first."""
+
+READ_BYTES = 2**26
+"""Bytes of a plan that are read at once."""
 
 DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "UINT8": "uint8",
@@ -53,6 +57,14 @@ class TensorRT:
         text = "; ".join(" ".join(message.split()) for message in self.messages) or "no reason was logged"
         self.messages.clear()
         return text if len(text) <= 600 else f"{text[:599]}…"
+
+    def load_engine(self, plan: bytes | Path) -> Any:
+        """Return the engine of a plan in memory or, piece by piece, in a file; None if TensorRT rejects it."""
+        if isinstance(plan, bytes):
+            return self.runtime.deserialize_cuda_engine(plan)
+        with open(plan, "rb", buffering=0) as file:
+            reader = _plan_reader(self.module, file)
+            return self.runtime.deserialize_cuda_engine(file.read() if reader is None else reader)
 
     def dtype(self, value: Any) -> str:
         """Return numpy's name of a TensorRT dtype."""
@@ -104,6 +116,44 @@ class TensorRT:
                         messages.append(message)
 
         return Logger()
+
+
+def _plan_reader(module: Any, file: BinaryIO) -> Any:
+    """Return a reader of a plan for `deserialize_cuda_engine`; None if this TensorRT has none (before 10.0)."""
+    if hasattr(module, "IStreamReaderV2"):
+        origins = {module.SeekPosition.SET: 0, module.SeekPosition.CUR: 1, module.SeekPosition.END: 2}
+
+        class SeekingReader(module.IStreamReaderV2):  # type: ignore[misc]
+            """Reads at most `READ_BYTES` at once; TensorRT asks again for the rest."""
+
+            def __init__(self) -> None:
+                module.IStreamReaderV2.__init__(self)
+
+            def read(self, num_bytes: int, stream: int) -> bytes:
+                return file.read(min(num_bytes, READ_BYTES))
+
+            def seek(self, offset: int, where: Any) -> bool:
+                file.seek(offset, origins[where])
+                return True
+
+        return SeekingReader()
+    if not hasattr(module, "IStreamReader"):
+        return None
+
+    class Reader(module.IStreamReader):  # type: ignore[misc]
+        """Reads what TensorRT asks for: before 10.7, it does not ask again for the rest."""
+
+        def __init__(self) -> None:
+            module.IStreamReader.__init__(self)
+
+        def read(self, size: int) -> bytes:
+            parts = []
+            while size > 0 and (part := file.read(size)):
+                parts.append(part)
+                size -= len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    return Reader()
 
 
 def _import(family: str) -> Any:

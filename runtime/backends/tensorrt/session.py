@@ -14,7 +14,8 @@ from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feed
 from bridge_stg.runtime.backends.tensorrt.cuda_graphs import PreparedCall, StepGraphs
 from bridge_stg.runtime.backends.tensorrt.engine import TensorRTEngine, tensor_shape
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
-from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
+from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array import DeviceArray, download
 from bridge_stg.runtime.device.array_ops import Array, accept
 from bridge_stg.runtime.device.context import DeviceContext
@@ -24,6 +25,9 @@ from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.threads import Closable, UseCount
 
+PARTS = ("B", "G")
+"""Symbols along which a call is split where no profile takes all of it: rows, and groups of frames."""
+
 
 class TensorRTSession(Closable):
     """A TensorRT engine as a `session.Session`.
@@ -32,7 +36,7 @@ class TensorRTSession(Closable):
     latter two are read in place. The ranges of `graph` are those of the engine's profiles.
 
     Args:
-        plan: the serialized engine.
+        plan: the serialized engine, or its file.
         graph: the manifest entry that it was built from.
         device: the chain's device.
         library: the TensorRT package.
@@ -48,7 +52,7 @@ class TensorRTSession(Closable):
 
     def __init__(
         self,
-        plan: bytes,
+        plan: bytes | Path,
         graph: GraphSpec,
         device: DeviceContext,
         library: TensorRT,
@@ -99,7 +103,7 @@ class TensorRTSession(Closable):
             sizes = check_feeds(self.graph, feeds, kv)
             try:
                 with self.device.lock:
-                    outputs = self._run(feeds, sizes, kv)
+                    outputs = self._run_in_parts(feeds, sizes, kv)
                 host = [name for name in outputs if name not in self._on_device]
                 landed = dict(zip(host, download([outputs[name] for name in host]), strict=True))
             except EngineError as error:
@@ -107,6 +111,42 @@ class TensorRTSession(Closable):
                 message = f"{self.graph}: failed on {self.device.device.name} with {call}: {error}"
                 raise EngineError(error.code, message) from error
             return {name: landed.get(name, array) for name, array in outputs.items()}
+
+    def _run_in_parts(
+        self, feeds: Mapping[str, Array], sizes: Mapping[str, int], cache: DeviceKVCache | None
+    ) -> dict[str, DeviceArray]:
+        """Run a call, in several parts if no profile takes all of its rows (B) or groups of frames (G) at once."""
+        for symbol in PARTS:
+            most = self._engine.largest_part(symbol, sizes) if symbol in sizes else None
+            if most is None or most >= sizes[symbol]:
+                continue
+            parts = []
+            for start in range(0, sizes[symbol], most):
+                stop = min(start + most, sizes[symbol])
+                part = {n: _part(a, self._axes(symbol).get(n), start, stop) for n, a in feeds.items()}
+                part_sizes = {**sizes, symbol: stop - start}
+                parts.append(self._run_rows(part, part_sizes, cache, start if symbol == "B" else 0))
+            axes = {tensor.name: _axis(tensor, symbol) for tensor in self.graph.outputs}
+            return {name: arrays.join([p[name] for p in parts], axis=axes[name] or 0) for name in parts[0]}
+        return self._run(feeds, sizes, cache)
+
+    def _axes(self, symbol: str) -> dict[str, int | None]:
+        return {tensor.name: _axis(tensor, symbol) for tensor in self.graph.inputs}
+
+    def _run_rows(
+        self, feeds: Mapping[str, Array], sizes: Mapping[str, int], cache: DeviceKVCache | None, start: int
+    ) -> dict[str, DeviceArray]:
+        """Run a call on some rows of a cache."""
+        if cache is None:
+            return self._run(feeds, sizes, cache)
+        rows, views = (cache.rows(start, start + sizes["B"]) for _ in range(2))
+        if any(buffer.address % ALIGNMENT for buffer in rows.buffers.values()):
+            rows.buffers = {name: buffer.copy() for name, buffer in rows.buffers.items()}
+        outputs = self._run(feeds, sizes, rows)
+        for name, buffer in rows.buffers.items():
+            if buffer.address != views.buffers[name].address:
+                views.buffers[name].write(buffer)
+        return outputs
 
     def _run(
         self, feeds: Mapping[str, Array], sizes: Mapping[str, int], cache: DeviceKVCache | None
@@ -213,3 +253,13 @@ class TensorRTSession(Closable):
             pass  # a read-only folder: the next process compiles again
         finally:
             self.device.close()
+
+
+def _axis(tensor: TensorSpec, symbol: str) -> int | None:
+    """Return the axis of a tensor that grows with a symbol, such as 1 of [3, B, L] for B; None if no axis does."""
+    words = [str(dim).split("*")[0] for dim in tensor.dims]
+    return words.index(symbol) if symbol in words else None
+
+
+def _part(array: Array, axis: int | None, start: int, stop: int) -> Array:
+    return array if axis is None else array[(slice(None),) * axis + (slice(start, stop),)]

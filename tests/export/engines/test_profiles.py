@@ -11,8 +11,7 @@ import torch
 
 from bridge_stg.checkpoint.checkpoint import build_model
 from bridge_stg.demo.tiny_model import demo_config
-from bridge_stg.export.engines.profiles import default_capacity, profiles_of, read_overrides
-from bridge_stg.runtime.backends.session import PREFILL_CHUNK
+from bridge_stg.export.engines.profiles import PREFILL_TOKENS, Deployment, profiles_of, read_overrides
 from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec
@@ -56,18 +55,25 @@ def test_prefill_and_decode_are_two_profiles_of_one_engine(spec: ModelSpec) -> N
     made = profiles_of(contract(spec, "language_model"), spec)
     assert list(made.profiles) == ["prefill", "decode"]
     queries = spec.language.num_bridging_queries
-    assert made.profiles["prefill"]["L"][2] == PREFILL_CHUNK
-    assert covers(made.profiles, B=1, L=PREFILL_CHUNK, K=1, V=spec.frames.max_coarse_groups)
+    assert made.profiles["prefill"]["L"][2] == PREFILL_TOKENS and made.profiles["prefill"]["B"] == (1, 1, 1)
+    assert covers(made.profiles, B=1, L=PREFILL_TOKENS, K=1, V=spec.frames.max_coarse_groups)
     assert covers({"decode": made.profiles["decode"]}, B=8, L=1, K=1, V=2)
     assert covers({"decode": made.profiles["decode"]}, B=8, L=6 + queries, K=queries, V=2)
-    assert made.capacity == default_capacity(spec) and made.capacity % 256 == 0
+    assert made.capacity == Deployment().positions(spec) and made.capacity % 256 == 0
 
 
-def test_the_capacity_holds_the_longest_video(spec: ModelSpec) -> None:
-    tokens = spec.frames.max_coarse_groups * (spec.frames.coarse_max_pixels // 32**2)
-    assert tokens < default_capacity(spec) <= spec.language.max_positions
+def test_the_deployment_decides_capacity_and_rows(spec: ModelSpec) -> None:
+    side = spec.vision.patch_size * spec.vision.merge_size
+    per_group = spec.frames.coarse_max_pixels // side**2
+    longest = Deployment(max_frames=spec.vision.temporal_patch_size * spec.frames.max_coarse_groups)
+    assert spec.frames.max_coarse_groups * per_group < longest.positions(spec) <= spec.language.max_positions
+    assert Deployment(max_frames=10**6).positions(spec) == longest.positions(spec)
     bounded = dataclasses.replace(spec, frames=dataclasses.replace(spec.frames, max_visual_tokens=100))
-    assert default_capacity(bounded) < default_capacity(spec)
+    assert longest.positions(bounded) < longest.positions(spec)
+    small = profiles_of(contract(spec, "language_model"), spec, deployment=Deployment(max_frames=8, max_queries=3))
+    assert small.capacity is not None and 4 * per_group < small.capacity < longest.positions(spec)
+    assert small.profiles["decode"]["B"] == (1, 1, 3)
+    assert small.profiles["prefill"]["V"][2] == -(-8 // spec.vision.temporal_patch_size) * per_group + 1
 
 
 @pytest.mark.parametrize("size", [(1080, 1920), (1920, 1080), (480, 480), (300, 1000), (40, 50)])

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bridge_stg.runtime.backends import kv_pool
 from bridge_stg.runtime.backends.kv_pool import BUCKET_POSITIONS, KVPool
 from bridge_stg.runtime.backends.session import Preferences
 from bridge_stg.runtime.chain.decode import Answer, Prefix, answer_queries, positions_needed, prefill_video
@@ -203,6 +206,29 @@ def test_the_loop_can_be_stopped_at_every_step() -> None:
     with pytest.raises(Interrupted):
         loop.answer(["the red car", "birds"], report=stop_at_third)
     assert len(loop.model.calls) == 1 + 2
+
+
+@pytest.mark.parametrize("most", [3, 7, 16])
+def test_queries_longer_than_the_largest_call_have_the_same_answers(most: int) -> None:
+    queries = ["the red car", "birds", "a man in a long grey coat who walks to the left"]
+    expected, short = Loop(), Loop()
+    short.model.graph = dataclasses.replace(short.model.graph, ranges={"L": (1, most)})
+    for ours, theirs in zip(short.answer(queries), expected.answer(queries), strict=True):
+        same(ours, theirs)
+    assert max(call["input_ids"].shape[1] for call in short.model.calls) == most
+
+
+def test_the_budget_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeLanguageModel(FakeTokenizer())
+    pool, row = KVPool(model), BUCKET_POSITIONS * 40
+    cache = pool.take(batch=1, positions=1)
+    model.device = SimpleNamespace(free_bytes=6 * row)
+    assert pool.rows(cache, positions=1) == 3
+    pool.give(cache)
+    assert pool.rows(cache, positions=1) == 3  # (6 + 1) / 2
+    model.device = None
+    monkeypatch.setattr(kv_pool, "available_bytes", lambda: 4 * row)
+    assert pool.rows(cache, positions=1) == 2
 
 
 def test_the_pool_buckets_and_reuses_caches() -> None:

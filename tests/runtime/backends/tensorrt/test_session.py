@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,7 @@ class Machine:
         graph = self.graphs[variant]
         return make_plan(graph.path, graph.spec, options.pop("profiles", PROFILES), capacity=CAPACITY, **options)
 
-    def open(self, variant: str, *, plan: bytes | None = None, **options) -> TensorRTSession:
+    def open(self, variant: str, *, plan: bytes | Path | None = None, **options) -> TensorRTSession:
         plan = plan or self.plan(variant)
         return TensorRTSession(plan, self.graphs[variant].spec, self.device, self.bindings, **options)
 
@@ -91,6 +92,26 @@ def test_prefill_and_steps_equal_onnxruntime(session, on_cpu):
     kept = ours.read()
     for name, value in theirs.read().items():
         np.testing.assert_allclose(kept[name], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("aliased", [None, 0])
+def test_rows_that_no_profile_takes_together_run_one_after_the_other(machine, variant, on_cpu, aliased):
+    with machine.open(variant, plan=machine.plan(variant, aliased=aliased)) as session:
+        ours, theirs = (s.allocate_cache(batch=3, capacity=CAPACITY) for s in (session, on_cpu))
+        long = feeds([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0], [2, 4, 6, 8, 0]], [0, 1, 2])
+        for call in (long, feeds([[7], [8], [9]], [5, 6, 7]), long | {"cache_position": np.array([6, 7, 8])}):
+            expected = on_cpu.infer(call, cache=theirs)["logits"]
+            np.testing.assert_allclose(session.infer(call, cache=ours)["logits"], expected, atol=1e-6)
+        kept = ours.read()
+        for name, value in theirs.read().items():
+            np.testing.assert_allclose(kept[name], value, atol=1e-6)
+
+
+def test_a_plan_is_read_from_its_file(machine, variant, tmp_path):
+    (tmp_path / "engine.plan").write_bytes(machine.plan(variant))
+    with machine.open(variant, plan=tmp_path / "engine.plan") as session:
+        cache = session.allocate_cache(batch=1, capacity=CAPACITY)
+        assert session.infer(feeds([[1]], [0]), cache=cache)["logits"].shape[0] == 1
 
 
 def test_buffers_are_allocated_once_and_the_cache_stays_where_it_is(session, machine):
@@ -282,16 +303,20 @@ def test_inputs_of_other_libraries_are_read_in_place(machine, variant, on_cpu):
 def test_an_engine_has_the_ranges_of_its_profiles(machine, variant):
     with machine.open(variant) as session:
         assert session.graph.ranges["B"] == (1, 3) and session.graph.ranges["L"] == (1, 16)
-        cache = session.allocate_cache(batch=2, capacity=CAPACITY)
         with raises("engine.out_of_range", "'input_ids'", "L = 17", "1 to 16"):
             session.infer(feeds([[1] * 17] * 2, [0, 0]), cache=session.allocate_cache(batch=2, capacity=CAPACITY))
-        with raises("engine.out_of_range", "L = 4", "B 1–1, L 1–16"):
-            session.infer(feeds([[1] * 4] * 2, [0, 0]), cache=cache)
         if variant == "standard":
             assert session.graph.ranges["S"] == (CAPACITY, CAPACITY)
             assert session.allocate_cache(batch=1, capacity=3).capacity == CAPACITY
             with raises("engine.out_of_range", "17 positions", "16"):
                 session.allocate_cache(batch=1, capacity=17)
+
+
+def test_a_call_that_no_profile_takes_in_parts_is_refused(machine, variant):
+    profiles = ({**PROFILES[0], "L": (4, 8, 16)}, {**PROFILES[1], "B": (2, 2, 3)})
+    with machine.open(variant, plan=machine.plan(variant, profiles=profiles)) as session:
+        with raises("engine.out_of_range", "B = 1,", "L = 3", "B 1–1, L 4–16", "B 2–3, L 1–3"):
+            session.infer(feeds([[1] * 3], [0]), cache=session.allocate_cache(batch=1, capacity=CAPACITY))
 
 
 def test_engines_that_do_not_fit_are_rejected(machine, variant):
