@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bridge_stg.runtime.backends.kv_pool import KVPool
 from bridge_stg.runtime.backends.session import Session
 from bridge_stg.runtime.bundle.contracts import graphs_of
-from bridge_stg.runtime.bundle.spec import HEADS, ModelSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec, chosen_heads
 from bridge_stg.runtime.chain.decode import prefill_video
-from bridge_stg.runtime.chain.opened_video import Chain, ChatMessage, Head, OpenedVideo, VideoFacts, VideoParts
-from bridge_stg.runtime.chain.positions import VisualGrid
-from bridge_stg.runtime.chain.prompt import (
-    Segment,
-    Tokenizer,
-    check_query,
-    video_budget,
-    video_segment,
-    visual_segment,
-)
+from bridge_stg.runtime.chain.opened_video import Chain, ChatMessage, Head, OpenedVideo, VideoParts
+from bridge_stg.runtime.chain.prompt import Tokenizer, check_query
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
-from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid, on_device
-from bridge_stg.runtime.device import array_ops as arrays
-from bridge_stg.runtime.device.array_ops import Array
-from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, VideoError
+from bridge_stg.runtime.errors import BridgeError, EngineError, VideoError
 from bridge_stg.runtime.heads.bridge import BridgeHead
 from bridge_stg.runtime.heads.chat import check_chat, check_context, with_context
 from bridge_stg.runtime.heads.json_grammar import JsonGrammar
@@ -40,14 +27,8 @@ from bridge_stg.runtime.heads.text import TextHead, TextOptions
 from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
-from bridge_stg.runtime.index.coarse import get_coarse, put_coarse
-from bridge_stg.runtime.index.fine import StoredMaps
-from bridge_stg.runtime.index.index import VisualCache, VisualIndex, encoder_of
-from bridge_stg.runtime.video.decoder import check_path
-from bridge_stg.runtime.video.file import VideoFile
-from bridge_stg.runtime.video.open import open_source
-from bridge_stg.runtime.video.source import CoarseFrames, Openable, VideoSource
-from bridge_stg.runtime.video.token_budget import Budget, CoarseChoice
+from bridge_stg.runtime.index.index import VisualIndex, encoder_of
+from bridge_stg.runtime.index.read import CallOptions, Indexed, OptionKeywords, Video, VideoReader
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
@@ -56,79 +37,6 @@ if TYPE_CHECKING:
     from bridge_stg.runtime.live.source import LiveSource
     from bridge_stg.runtime.live.watch import LiveWatch
     from bridge_stg.runtime.search.occurrences import SearchResult
-
-Video: TypeAlias = "str | os.PathLike[str] | np.ndarray | Iterable[tuple[float, np.ndarray]] | Openable"
-"""A path of a video or image; an image uint8 [H, W, 3] in RGB; or an iterable of (time in seconds, such an image).
-
-Images of an iterable may be arrays of any library that implements DLPack; if the graphs run on a GPU, images on that
-GPU are not copied to the host."""
-
-FINE_TOGETHER = 64
-"""Fine frames that `Grounder.index` reads and encodes before it stores them; a multiple of the index's blocks."""
-
-
-class OptionKeywords(CallKeywords, total=False):
-    """The keyword arguments of calls that read a video; see `CallOptions`."""
-
-    buffer_frames: int
-    max_visual_tokens: int | None
-    stream: int | None
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """The options of one call that reads a video.
-
-    Attributes:
-        deadline_s: seconds after which the call stops; None for no deadline.
-        cancel: a `threading.Event`, or a callable that returns True to stop.
-        progress: called as progress(stage, done, total); total is None where it is not known.
-        buffer_frames: maximum number of frames of an iterable to keep for the spatial pass; others are dropped evenly.
-        max_visual_tokens: maximum visual tokens of coarse frames; a longer video is read in smaller frames, then at a
-            lower rate (see `Grounding.coarse`). None: the model's own limits.
-        stream: index of the video stream to read, counted among all streams of the file; None: the one that FFmpeg
-            selects (marked as default, then of the highest bit rate), never a cover picture.
-    """
-
-    deadline_s: float | None = None
-    cancel: Cancel | None = None
-    progress: Progress | None = None
-    buffer_frames: int = 256
-    max_visual_tokens: int | None = None
-    stream: int | None = None
-
-    def limits(self) -> Limits:
-        """Return the limits of the call, whose clock starts now."""
-        return Limits(deadline_s=self.deadline_s, cancel=self.cancel, progress=self.progress)
-
-
-@dataclass(frozen=True)
-class Indexed:
-    """What `Grounder.index` stored of a file.
-
-    Attributes:
-        duration_s: length of the video in seconds.
-        nbytes: bytes on disk of all that is stored of it for this model's vision encoder.
-        reused: whether nothing had to be decoded or encoded.
-    """
-
-    duration_s: float
-    nbytes: int
-    reused: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """A video whose coarse frames have been read and encoded: tokens [1+D, N+1, H] for the segment of the prompt."""
-
-    source: VideoSource
-    coarse: CoarseFrames
-    choice: CoarseChoice
-    segment: Segment
-    tokens: Array
-    cache: VisualCache | None
-    reused: bool  # whether the tokens come from the index
-    features: FineFeatures
 
 
 class Grounder(Closable):
@@ -184,13 +92,17 @@ class Grounder(Closable):
         vision_encoder, language_model = sessions["vision_encoder"], sessions["language_model"]
         self._pool = KVPool(language_model, budget_bytes=kv_budget_bytes)
         self._feature_budget_bytes = feature_budget_bytes
-        self._unchanged_tolerance, self._index = unchanged_tolerance, index
+        self._index = index
         closed_error = EngineError("engine.closed", "this Grounder is closed; load the bundle again")
         self._usage = UseCount(self._free, closed_error=closed_error)
         self._text, self._grammar = text or TextOptions(), JsonGrammar(tokenizer)
         self._chain = Chain(
             vision_encoder, language_model, spec, tokenizer, self._pool, self._usage, self.heads, self._open_head
         )
+        self._reader = VideoReader(
+            self._chain, max_answer_tokens=self._text.max_tokens, index=index,
+            unchanged_tolerance=unchanged_tolerance, feature_budget_bytes=feature_budget_bytes,
+        )  # fmt: skip
 
     @classmethod
     @reporting_host_errors()
@@ -385,22 +297,15 @@ class Grounder(Closable):
         limits = call.limits()
         with self._usage.call():
             if is_long(video, self.spec, stream=call.stream):
-                budget = self._budget(self.spec, call.max_visual_tokens)[2]
+                budget = self._reader.budget(self.spec, call.max_visual_tokens)
                 found = index_video(
                     self._chain, os.fspath(video), limits,
                     budget=budget, stream=call.stream, index=self._index, fine=fine,
                 )  # fmt: skip
                 return Indexed(*found)
-            read = self._read(video, call, limits, ())
-            with read.source as source:
-                if read.cache is None or not isinstance(source, VideoFile):
-                    raise VideoError("index.not_a_video", f"{source.name} is not a video file, which alone are indexed")
-                places = np.arange(len(source.fine_grid()) if fine else 0)
-                for start in range(0, len(places), FINE_TOGETHER):
-                    read.features.at(places[start : start + FINE_TOGETHER], limits)
-            read.features.clear()
-            reused = read.reused and "decode_fine" not in limits.timings
-            return Indexed(read.coarse.duration_s, read.cache.nbytes, reused)
+            read = self._reader.read(video, self.spec, call, limits)
+            with read.source:
+                return read.index(limits, fine=fine)
 
     def watch(
         self,
@@ -486,7 +391,7 @@ class Grounder(Closable):
                 queries,
                 options,
                 limits,
-                budget=self._budget(self.spec, max_visual_tokens)[2],
+                budget=self._reader.budget(self.spec, max_visual_tokens),
                 stream=stream,
                 sessions=self.sessions,
                 feature_budget_bytes=self._feature_budget_bytes,
@@ -510,97 +415,16 @@ class Grounder(Closable):
     ) -> OpenedVideo:
         """Sample the frames, encode them, and prefill the video's part of the prompt, which contains the context."""
         chain = self._chain
-        read = self._read(video, options, limits, context)
-        source, coarse = read.source, read.coarse
+        read = self._reader.read(video, with_context(self.spec, context), options, limits)
         try:
             with limits.stage("prefill"):
                 cache = chain.pool.take(batch=1, positions=len(read.segment))
                 prefix = prefill_video(chain.language_model, cache, read.segment, read.tokens, report=limits.report)
-            facts = VideoFacts(
-                source.name,
-                (source.width, source.height),
-                source.is_image,
-                frame_times=source.frame_times,
-                fine_grid=source.fine_grid(),
-                sample_times=coarse.times,
-                interval_s=coarse.interval_s,
-                duration_s=coarse.duration_s,
-                choice=read.choice,
-                clock=source.clock,
-                stream=source.stream,
-            )
-            return OpenedVideo(chain, facts, prefix, read.features, timings=limits.timings, close_source=source.close)
+            close = read.source.close
+            return OpenedVideo(chain, read.facts, prefix, read.features, timings=limits.timings, close_source=close)
         except BaseException:
-            source.close()
+            read.source.close()
             raise
-
-    def _read(self, video: Video, options: CallOptions, limits: Limits, context: Sequence[ChatMessage]) -> _Read:
-        """Sample and encode the frames, or take from the index what it has of them."""
-        chain, spec = self._chain, with_context(self.spec, context)
-        with limits.stage("decode_video"):
-            asked = options.max_visual_tokens
-            capacity, answer_tokens, budget = self._budget(spec, asked)
-            cache, found, key = None, None, dict[str, Any]()
-            if self._index is not None and isinstance(video, (str, os.PathLike)):
-                # All that the choice of coarse frames depends on, and which groups are not encoded again.
-                key = {
-                    "spec": dataclasses.asdict(spec), "capacity": capacity, "answer_tokens": answer_tokens,
-                    "max_visual_tokens": asked, "stream": options.stream, "unchanged": self._unchanged_tolerance,
-                }  # fmt: skip
-                video = check_path(os.fspath(video))
-                cache = self._index.cache_of(video)
-                found = get_coarse(cache, key, video, spec, budget=budget)
-            source: VideoSource
-            if found is not None:
-                source = found[0]
-            else:
-                device, buffer_frames = chain.vision_encoder.device, options.buffer_frames
-                source = open_source(
-                    video, spec, buffer_frames=buffer_frames, budget=budget, device=device, stream=options.stream
-                )
-        try:
-            with limits.stage("decode_video"):
-                coarse, grid = source.coarse(limits), source.fine_grid()
-            segment, frames, choice = self._segment(spec, coarse), coarse.frames, coarse.choice
-            if source.is_image and self.heads == "text":
-                segment, frames, choice = self._image_prompt(spec, source, choice, limits)
-            with limits.stage("vision_coarse"):
-                if found is not None:
-                    tokens = on_device(found[1], chain.vision_encoder)
-                else:
-                    tolerance = self._unchanged_tolerance
-                    tokens = coarse_tokens(
-                        chain.vision_encoder, spec, frames, report=limits.report, tolerance=tolerance
-                    )
-                    if cache is not None and isinstance(source, VideoFile):
-                        put_coarse(cache, key, source, arrays.on_host(tokens))
-            features = FineFeatures(
-                chain.vision_encoder,
-                spec,
-                read=lambda places, limits: source.fine(grid[places], limits),
-                budget_bytes=self._feature_budget_bytes,
-                as_tokens=self.heads == "text",
-                read_ahead=source.fine_size if source.read_ahead else None,
-                stored=self._stored_maps(cache, source),
-            )
-            return _Read(source, coarse, choice, segment, tokens, cache, found is not None, features)
-        except BaseException:
-            source.close()
-            raise
-
-    def _stored_maps(self, cache: VisualCache | None, source: VideoSource) -> StoredMaps | None:
-        """Return where fine feature maps of a video file are stored; None without an index."""
-        if cache is None or not isinstance(source, VideoFile):
-            return None
-        grid = {"fps": self.spec.frames.fine_fps, "size": source.fine_size, "stream": source.stream}
-        return StoredMaps(cache, "fine-tokens" if self.heads == "text" else "fine-maps", grid)
-
-    def _budget(self, spec: ModelSpec, max_visual_tokens: int | None) -> tuple[int | None, int, Budget]:
-        """Return the size of a fixed KV cache, the most tokens of an answer, and the budget of coarse frames."""
-        _, capacity = self._chain.language_model.graph.ranges.get("S", (1, None))
-        tokens = self._text.max_tokens if self.heads == "text" else 0
-        budget = video_budget(self.tokenizer, spec, max_visual_tokens, capacity=capacity, answer_tokens=tokens)
-        return capacity, tokens, budget
 
     def _open_head(self, chain: Chain, parts: VideoParts) -> Head:
         """Return the head that answers the queries on a video; with bridge heads, a text head answers its questions."""
@@ -608,38 +432,3 @@ class Grounder(Closable):
         if self.heads == "bridge" or text is None:
             return BridgeHead(chain, parts, self.sessions["spatial_decoder"], text)
         return text
-
-    def _image_prompt(
-        self, spec: ModelSpec, source: VideoSource, choice: CoarseChoice, limits: Limits
-    ) -> tuple[Segment, Array, CoarseChoice]:
-        """Return the family's prompt of an image, the image at fine size as one group of frames, and this size."""
-        assert spec.text is not None
-        frames = arrays.repeat_new_axis(source.fine([0.0], limits).frames, spec.vision.temporal_patch_size)
-        (rows, columns), text = merged_grid(frames, spec), spec.text
-        grid = VisualGrid(1, rows, columns)
-        segment = visual_segment(self.tokenizer, spec, text.image_head, text.image_token, grid)
-        size = frames.shape[-2], frames.shape[-3]
-        return segment, frames, dataclasses.replace(choice, size=size, tokens=rows * columns, limited_by=())
-
-    def _segment(self, spec: ModelSpec, coarse: CoarseFrames) -> Segment:
-        """Return the video's part of the prompt. Raises VideoError if the model has too few positions for it."""
-        grid, most = merged_grid(coarse.frames, spec), spec.language.max_positions
-        segment = video_segment(self.tokenizer, spec, coarse.group_times, grid, interval_s=coarse.interval_s)
-        if segment.next_position > most:
-            message = f"one group of the smallest frames needs {segment.next_position} positions; the model has {most}"
-            raise VideoError("video.exceeds_prompt", message)
-        return segment
-
-
-def chosen_heads(spec: ModelSpec, heads: str | None) -> str:
-    """Return the heads that answer queries: `heads`, by default the model's. Raises BundleError if it lacks them."""
-    chosen = spec.heads if heads is None else heads
-    if chosen not in HEADS:
-        raise BundleError("options.invalid", f"heads={heads!r}: expected one of {', '.join(HEADS)}")
-    if chosen == "bridge" and spec.heads == "text":
-        message = "this bundle has text heads only; leave out --heads bridge, or export a Bridge-STG checkpoint"
-        raise BundleError("bundle.no_heads", message)
-    if chosen == "text" and spec.text is None:
-        message = "this bundle cannot answer in text: its checkpoint's config.json has no section `text`"
-        raise BundleError("bundle.no_heads", f"{message}; leave out --heads text")
-    return chosen

@@ -20,10 +20,10 @@ from bridge_stg.evaluation.samples import Dataset, Sample, Truth
 from bridge_stg.evaluation.scoring import metrics_by_group, score, score_nothing
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.bundle.spec import ModelSpec, chosen_heads
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import AnnotationError, BridgeError, EngineError
-from bridge_stg.runtime.grounder import Grounder, chosen_heads
+from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.heads.text import TextOptions
 
 BUFFER_FRAMES = 1024

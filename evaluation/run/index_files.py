@@ -14,7 +14,7 @@ from bridge_stg.evaluation.media import VIDEOS
 from bridge_stg.evaluation.run.evaluate import Model
 from bridge_stg.evaluation.run.executor import Executor, LocalExecutor, Lost
 from bridge_stg.runtime.errors import HostError, VideoError
-from bridge_stg.runtime.grounder import Indexed
+from bridge_stg.runtime.index.read import Indexed
 
 ANIMATIONS = (".gif",)
 """Suffixes of `VIDEOS` that are not indexed: they are read like images."""

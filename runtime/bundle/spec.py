@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, TypeAlias
 
 from bridge_stg.runtime.bundle.typed_json import Between, Text
+from bridge_stg.runtime.errors import BundleError
 
 # Upper limits are far above any known model; they only keep a typo from building or decoding something huge.
 Rate: TypeAlias = Annotated[float, Between(0.001, 1000)]
@@ -221,3 +222,17 @@ def _words(text: str) -> list[str]:
 def _vocabulary(words: tuple[str, ...]) -> frozenset[str]:
     """Return the casefolded words in a list of texts."""
     return frozenset(part for word in words for part in _words(word))
+
+
+def chosen_heads(spec: ModelSpec, heads: str | None) -> str:
+    """Return the heads that answer queries: `heads`, by default the model's. Raises BundleError if it lacks them."""
+    chosen = spec.heads if heads is None else heads
+    if chosen not in HEADS:
+        raise BundleError("options.invalid", f"heads={heads!r}: expected one of {', '.join(HEADS)}")
+    if chosen == "bridge" and spec.heads == "text":
+        message = "this bundle has text heads only; leave out --heads bridge, or export a Bridge-STG checkpoint"
+        raise BundleError("bundle.no_heads", message)
+    if chosen == "text" and spec.text is None:
+        message = "this bundle cannot answer in text: its checkpoint's config.json has no section `text`"
+        raise BundleError("bundle.no_heads", f"{message}; leave out --heads text")
+    return chosen
