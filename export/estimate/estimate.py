@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.export.engines.devices import Device
+from bridge_stg.export.engines.profiles import MAX_QUERIES, PREFILL_TOKENS, Deployment
 from bridge_stg.export.estimate.shapes import LANGUAGE, SPATIAL, VISION, ModelShape
 from bridge_stg.export.estimate.work import STORAGE, Storage, Work, chunks, language_work, spatial_work, vision_work
 from bridge_stg.runtime.backends.kv_pool import bucketed
@@ -33,8 +34,9 @@ BOX_STEPS, BOX_TOKENS = 14, 48
 """Calls and tokens for a box that text heads write: benchmarks/results/text_answers.json."""
 UNFUSED = (87,)
 """Compute capabilities whose memory is counted for the variant `primitive`, which JetPack 6 needs."""
-SCORE_BYTES = 6
-"""Bytes per score of attention that is not fused: in fp32, and their softmax in fp16."""
+SCORE_BYTES, EXPANDED = 6, 6
+"""Bytes per score of attention that is not fused, in fp32 and their softmax in fp16; and copies of keys and values, one
+per query head, that a decode step writes. With them the counts agree with TensorRT-RTX's builder to 10 %."""
 TIGHT = 0.9
 """Share of the usable memory above which an estimate is too close to it to be sure."""
 VISIBLE = 0.5
@@ -72,7 +74,7 @@ class Request:
 
     Attributes:
         frames: coarse frames of the video.
-        queries: queries that run together.
+        queries: queries on the video; more than engines decode together run in batches.
         size: height and width of the video in pixels.
         fine_frames: fine frames of all tubes together; None: as many as coarse frames.
     """
@@ -249,58 +251,69 @@ def estimate(shape: ModelShape, device: Device, request: Request, *, dtype: str 
         VideoError: the video's shape is unsupported.
     """
     spec, kinds = shape.spec, storages(shape, device, dtype)
-    counter = Counter(device, kinds)
+    counter, language = Counter(device, kinds), kinds[LANGUAGE]
     groups, coarse, fine = _frames(shape, request)
-    side, queries = spec.vision.patch_size, request.queries
-    patches = coarse[0] * coarse[1] // side**2
+    patches, fine_patches = (height * width // spec.vision.patch_size**2 for height, width in (coarse, fine))
     tokens = groups * patches // spec.vision.merge_size**2
     prefix = HEAD_TOKENS + groups * GROUP_TOKENS + tokens
-    per_call = min(spec.frames.encoder_chunk_groups, max(1, spec.frames.encoder_chunk_patches // patches))
-    counter.add("vision_coarse", VISION, vision_work(
-        shape, kinds[VISION], groups=groups, patches=patches, calls=chunks(groups, per_call)
-    ))  # fmt: skip
-    language = kinds[LANGUAGE]
-    counter.add("prefill", LANGUAGE, language_work(
-        shape, language, length=prefix, calls=chunks(prefix, PREFILL_CHUNK), outputs=0
-    ))  # fmt: skip
-    first = language_work(shape, language, length=QUERY_TOKENS, past=prefix, rows=queries)
-    past, fine_frames = prefix + QUERY_TOKENS, 0
-    if spec.heads == "text":
-        boxes = math.ceil(VISIBLE * groups)
-        steps, each, last = BOX_STEPS * boxes, BOX_TOKENS / BOX_STEPS, Work()
-        answer = BOX_TOKENS * boxes
-    else:
-        steps, each, answer = ANSWER_STEPS, STEP_TOKENS, ANSWER_STEPS * STEP_TOKENS
-        bridging = spec.language.num_bridging_queries
-        last = language_work(shape, language, length=bridging, past=past + answer, rows=queries, outputs=0)
-    step = language_work(shape, language, length=math.ceil(each), past=past + answer // 2, rows=queries)
-    counter.add("answer", LANGUAGE, first, step.times(steps), last)
+    rows, on_cpu = min(request.queries, MAX_QUERIES), device.sm is None
+    chunk = min(prefix, PREFILL_CHUNK if on_cpu else PREFILL_TOKENS)
+
+    calls = _encoder_calls(shape, groups, patches)
+    counter.add("vision_coarse", VISION, vision_work(shape, kinds[VISION], groups=groups, patches=patches, calls=calls))
+    prefill = language_work(shape, language, length=prefix, calls=chunks(prefix, chunk), outputs=0)
+    counter.add("prefill", LANGUAGE, prefill)
+    answer, works = _answer(shape, language, groups=groups, prefix=prefix, rows=rows)
+    counter.add("answer", LANGUAGE, *(work.times(chunks(request.queries, rows)) for work in works))
+    frames = 0
     if spec.heads == "bridge":
-        fine_frames = min(request.fine_frames or request.frames, spec.frames.max_fine_frames)
-        fine_patches = fine[0] * fine[1] // side**2
-        per_call = min(spec.frames.encoder_chunk_groups, max(1, spec.frames.encoder_chunk_patches // fine_patches))
+        frames = min(request.fine_frames or request.frames, spec.frames.max_fine_frames)
+        calls = _encoder_calls(shape, frames, fine_patches)
         counter.add("vision_fine", VISION, vision_work(
-            shape, kinds[VISION], groups=fine_frames, patches=fine_patches, calls=chunks(fine_frames, per_call),
-            tokens=False,
+            shape, kinds[VISION], groups=frames, patches=fine_patches, calls=calls, tokens=False
         ))  # fmt: skip
         counter.add("spatial", SPATIAL, spatial_work(
-            shape, kinds[SPATIAL], frames=fine_frames, patches=fine_patches, queries=queries, folded=device.sm is None
+            shape, kinds[SPATIAL], frames=frames, patches=fine_patches, queries=request.queries, folded=on_cpu
         ))  # fmt: skip
-    token_s = counter.time(LANGUAGE, language_work(shape, language, length=1, past=past + answer))
-    largest = max(patches, fine[0] * fine[1] // side**2) if fine_frames else patches
+
+    past = prefix + QUERY_TOKENS + answer
+    positions = bucketed(past + spec.language.num_bridging_queries)
+    if not on_cpu:  # engines have caches of a fixed size
+        positions = max(positions, Deployment(request.frames, rows).positions(spec))
     return Estimate(
-        device=device, efficiency=counter.efficiency, dtype=dtype or _name(shape), heads=spec.heads,
-        weights=weight_bytes(shape, kinds, device), usable=device.usable, stages=tuple(counter.stages),
-        kv_cache=kv_bytes(shape, language, bucketed(past + answer + spec.language.num_bridging_queries), queries),
+        device=device, efficiency=counter.efficiency, dtype=dtype or shape.dtypes.get(LANGUAGE, "fp16"),
+        heads=spec.heads, weights=weight_bytes(shape, kinds, device),
+        kv_cache=kv_bytes(shape, language, positions, rows),
         activations=activation_bytes(
-            shape, kinds, patches=largest, prefix=prefix, tokens=tokens, fine=fine_frames, unfused=device.sm in UNFUSED
+            shape, kinds, patches=max(patches, fine_patches if frames else 0), chunk=chunk, positions=positions,
+            rows=rows, tokens=tokens, fine=frames, unfused=device.sm in UNFUSED,
         ),
-        token_s=token_s, coarse=coarse, fine=fine if fine_frames else None, prefix=prefix,
+        usable=device.usable, stages=tuple(counter.stages), coarse=coarse, fine=fine if frames else None, prefix=prefix,
+        token_s=counter.time(LANGUAGE, language_work(shape, language, length=1, past=past)),
     )  # fmt: skip
 
 
-def _name(shape: ModelShape) -> str:
-    return shape.dtypes.get(LANGUAGE, "fp16")
+def _encoder_calls(shape: ModelShape, groups: int, patches: int) -> int:
+    """Return the calls of the vision encoder for groups of `patches` each."""
+    frames = shape.spec.frames
+    return chunks(groups, min(frames.encoder_chunk_groups, max(1, frames.encoder_chunk_patches // patches)))
+
+
+def _answer(
+    shape: ModelShape, language: Storage, *, groups: int, prefix: int, rows: int
+) -> tuple[int, tuple[Work, ...]]:  # fmt: skip
+    """Return the tokens of an answer, and the work of its query, its steps and the bridging queries."""
+    past = prefix + QUERY_TOKENS
+    boxes = math.ceil(VISIBLE * groups)
+    text = shape.spec.heads == "text"
+    steps, tokens = (BOX_STEPS * boxes, BOX_TOKENS * boxes) if text else (ANSWER_STEPS, ANSWER_STEPS * STEP_TOKENS)
+    query = language_work(shape, language, length=QUERY_TOKENS, past=prefix, rows=rows)
+    step = language_work(shape, language, length=math.ceil(tokens / steps), past=past + tokens // 2, rows=rows)
+    if text:
+        return tokens, (query, step.times(steps))
+    bridging = shape.spec.language.num_bridging_queries
+    last = language_work(shape, language, length=bridging, past=past + tokens, rows=rows, outputs=0)
+    return tokens, (query, step.times(steps), last)
 
 
 def _frames(shape: ModelShape, request: Request) -> tuple[int, tuple[int, int], tuple[int, int]]:
@@ -328,13 +341,14 @@ def weight_bytes(shape: ModelShape, kinds: Mapping[str, Storage], device: Device
     return round(sum(size * (kinds[name].on_cpu if device.sm is None else 1) for name, size in stored.items()))
 
 
-def kv_bytes(shape: ModelShape, language: Storage, positions: int, queries: int) -> int:
-    """Return the bytes of keys and values: the video's row, and one per query."""
-    return 2 * shape.spec.language.num_layers * shape.kv_width * language.activation * positions * (1 + queries)
+def kv_bytes(shape: ModelShape, language: Storage, positions: int, rows: int) -> int:
+    """Return the bytes of keys and values: the video's row, and one per query that is decoded with others."""
+    return 2 * shape.spec.language.num_layers * shape.kv_width * language.activation * positions * (1 + rows)
 
 
 def activation_bytes(
-    shape: ModelShape, kinds: Mapping[str, Storage], *, patches: int, prefix: int, tokens: int, fine: int, unfused: bool
+    shape: ModelShape, kinds: Mapping[str, Storage], *, patches: int, chunk: int, positions: int, rows: int,
+    tokens: int, fine: int, unfused: bool,
 ) -> int:  # fmt: skip
     """Return the bytes of the largest stage's tensors, and of those that are kept between stages.
 
@@ -342,8 +356,10 @@ def activation_bytes(
         shape: the model.
         kinds: storage by graph.
         patches: patches of the largest frame.
-        prefix: tokens of the prompt.
-        tokens: visual tokens among them.
+        chunk: tokens of a prefill step.
+        positions: KV positions of a row.
+        rows: queries that are decoded together.
+        tokens: visual tokens of the video.
         fine: fine frames whose feature maps are kept.
         unfused: whether attention writes its scores, as in the variant `primitive`.
     """
@@ -352,12 +368,12 @@ def activation_bytes(
     groups = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // patches))
     per_patch = 8 * vision.hidden_size + 2 * shape.vision_inner
     encoder = groups * patches * per_patch * kinds[VISION].activation
-    length = min(prefix, PREFILL_CHUNK)
     per_token = 6 * language.hidden_size + 2 * shape.query_width + 2 * shape.kv_width + 3 * shape.inner
-    decoder = length * per_token * act + 4 * language.vocab_size * 16
+    decoder = chunk * per_token * act + 4 * language.vocab_size * 16
     if unfused:
         encoder += groups * (vision.hidden_size // vision.head_dim) * patches**2 * SCORE_BYTES
-        decoder += (shape.query_width // language.head_dim) * length * prefix * SCORE_BYTES
+        scores = (shape.query_width // language.head_dim) * chunk * positions * SCORE_BYTES
+        decoder = max(decoder + scores, EXPANDED * rows * positions * shape.query_width * act)
     kept = (1 + vision.deepstack_levels) * (tokens + 1) * language.hidden_size * act
     kept += fine * patches * vision.hidden_size * kinds[VISION].activation
     return max(encoder, decoder) + kept

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 from gpu import estimates
+from speed import flops
 
 from bridge_stg.export.estimate.estimate import efficiency_of
+from bridge_stg.export.estimate.known import KNOWN
+from bridge_stg.export.estimate.work import STORAGE, language_work, vision_work
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,20 @@ def test_rows_are_within_the_bound_or_have_a_reason(rows: list[estimates.Row]) -
         assert {
             (device, f"qwen3-vl-{size}", metric) for size in ("2b", "4b") for metric in ("vision", "prefill", "decode")
         } <= covered
+
+
+def test_counts_are_those_of_the_speed_benchmark() -> None:
+    shape, config, fp32 = estimates.shape_of("qwen3-vl-4b"), KNOWN["qwen3-vl-4b"], STORAGE["fp32"]
+    vision, expected = (
+        vision_work(shape, fp32, groups=3, patches=24 * 14),
+        flops.vision_work(config["vision_config"], 3, 24, 14),
+    )
+    assert (vision.matmuls, vision.attention) == (expected.matmuls, expected.attention)
+    text = language_work(shape, fp32, length=500)
+    expected = flops.prefill_work(config["text_config"], 500)
+    assert (text.matmuls, text.attention) == (expected.matmuls, expected.attention)
+    step = language_work(shape, fp32, length=1, past=900)
+    assert step.weights == pytest.approx(flops.decode_bytes(config["text_config"], 0, "fp32"), rel=1e-4)
 
 
 def test_the_page_is_current() -> None:
