@@ -119,6 +119,7 @@ class Grounder(Closable):
         heads: str | None = None,
         text: TextOptions | None = None,
         index: str | os.PathLike[str] | None = None,
+        max_index_bytes: int | None = None,
     ) -> Grounder:
         """Load a bundle.
 
@@ -135,9 +136,11 @@ class Grounder(Closable):
             text: see `Grounder`.
             index: folder in which visual tokens of video files are kept, created if it does not exist; several
                 processes may share it. None: they are computed in every call.
+            max_index_bytes: maximum bytes of the index; the videos used longest ago are deleted from it. None: no
+                maximum.
 
         Raises:
-            BridgeError: `index` is not the folder of an index.
+            BridgeError: `index` is not the folder of an index, or there is a maximum without an index.
             BundleError: the bundle is damaged, incomplete or of an unknown schema, or has no such heads.
             EngineError: the backend is unknown or missing, or does not support a graph.
             HostError: the process ran out of memory, threads or open files.
@@ -145,12 +148,16 @@ class Grounder(Closable):
         from bridge_stg.runtime.backends.choose import open_sessions
         from bridge_stg.runtime.bundle.bundle import Bundle
 
+        if max_index_bytes is not None and index is None:
+            raise BridgeError("index.missing", "a maximum size is given, but no folder of an index: pass one (--index)")
         bundle = Bundle.load(path)
         chosen_heads(bundle.manifest.spec, heads)  # a wrong name fails before the sessions are opened
         sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
         try:
             tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
-            kept = None if index is None else VisualIndex(index, encoder_of(bundle, sessions.target))
+            kept = None
+            if index is not None:
+                kept = VisualIndex(index, encoder_of(bundle, sessions.target), max_bytes=max_index_bytes)
         except BaseException:
             sessions.close()
             raise

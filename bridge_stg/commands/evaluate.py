@@ -93,8 +93,9 @@ def evaluate(
 @options.many_options
 def infer_many(
     *, table: Path, media: Path | None, texts: tuple[str, ...], queries_file: Path | None, bundle: Path | None,
-    out: Path, task: str | None, first_box: tuple[float, ...] | None, index: Path | None, executor: str,
-    workers: int | None, backend: str, variant: str | None, threads: int | None, **given: Any,
+    out: Path, task: str | None, first_box: tuple[float, ...] | None, index: Path | None,
+    max_index_bytes: int | None, executor: str, workers: int | None, backend: str, variant: str | None,
+    threads: int | None, **given: Any,
 ) -> int:  # fmt: skip
     """Answer every (video, query) of TABLE, and write a row for each.
 
@@ -111,7 +112,10 @@ def infer_many(
 
     if out.exists() and table.exists() and out.samefile(table):
         raise BridgeError("output.is_input", f"{out} is the table itself; choose another --out.")
-    load_options = {"backend": backend, "variant": variant, "index": index, **options.pop_head_options(given)}
+    load_options = {
+        "backend": backend, "variant": variant, "index": index, "max_index_bytes": max_index_bytes,
+        **options.pop_head_options(given),
+    }  # fmt: skip
     task, queries = options.chosen_task(task, first_box), options.all_queries(texts, queries_file)
     rows = read_queries(table, media, texts=queries, task=task, first_box=first_box)
     path = bundle or demo_bundle(progress=stage_line)
@@ -131,6 +135,7 @@ def infer_many(
 @click.command()
 @click.argument("videos", nargs=-1, required=True, type=PATH)
 @click.option("--index", "folder", type=PATH, metavar="DIR", required=True, help="Folder of the index; created if new.")
+@options.index_size_option
 @click.option("--fine", is_flag=True, help="Store all fine frames too, which takes far more disk.")
 @click.option("--remove", is_flag=True, help="Delete what the index has of VIDEOS instead.")
 @options.bundle_option
@@ -140,9 +145,9 @@ def infer_many(
 @options.text_options
 @options.backend_options()
 def index(
-    *, videos: tuple[Path, ...], folder: Path, fine: bool, remove: bool, bundle: Path | None, executor: str,
-    workers: int | None, backend: str, variant: str | None, threads: int | None, max_visual_tokens: int | None,
-    stream: int | None, **given: Any,
+    *, videos: tuple[Path, ...], folder: Path, max_index_bytes: int | None, fine: bool, remove: bool,
+    bundle: Path | None, executor: str, workers: int | None, backend: str, variant: str | None, threads: int | None,
+    max_visual_tokens: int | None, stream: int | None, **given: Any,
 ) -> int:  # fmt: skip
     """Keep the visual tokens of VIDEOS (files and folders) on disk, for `infer` and `infer-many` with --index DIR.
 
@@ -162,7 +167,10 @@ def index(
         click.echo(f"deleted {removed / 1e6:.1f} MB of {len(files)} files from {folder}")
         return 0
     path = bundle or demo_bundle(progress=stage_line)
-    load_options = {"backend": backend, "variant": variant, "index": folder, **options.pop_head_options(given)}
+    load_options = {
+        "backend": backend, "variant": variant, "index": folder, "max_index_bytes": max_index_bytes,
+        **options.pop_head_options(given),
+    }  # fmt: skip
     call = {"fine": fine, "max_visual_tokens": max_visual_tokens, "stream": stream}
     done = []
     opening = open_executor(executor, workers=workers, threads=threads)

@@ -57,6 +57,7 @@ class Request:
     outputs: Outputs
     allow_none: bool
     index: Path | None
+    max_index_bytes: int | None
     heads: str | None
     mode: str
     grammar: bool
@@ -200,6 +201,7 @@ def load(request: Request, progress: ProgressBar) -> Iterator[Grounder]:
     path = request.bundle or demo_bundle(progress=stage_line)
     load_options = {**request.backend_options, **options.pop_head_options(dataclasses.asdict(request))}
     load_options |= {"index": request.index} if request.index else {}
+    load_options |= {"max_index_bytes": request.max_index_bytes} if request.max_index_bytes else {}
     loading = in_background(lambda: Grounder.load(path, wait=False, **load_options))
     for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):  # a missing one is reported when it is used
         with contextlib.suppress(ImportError):

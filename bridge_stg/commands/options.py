@@ -147,9 +147,17 @@ visual_tokens_option = click.option(
     "--max-visual-tokens", type=COUNT,
     help="Maximum visual tokens per video; a longer video gets smaller frames, then a lower frame rate.",
 )  # fmt: skip
-index_option = click.option(
-    "--index", type=PATH, metavar="DIR",
-    help="Folder in which visual tokens of videos are kept, so that the same footage is decoded and encoded once.",
+index_size_option = click.option(
+    "--index-size", "max_index_bytes", type=COUNT, metavar="MB",
+    callback=lambda context, option, value: None if value is None else value * 10**6,
+    help="Maximum MB of the index: the videos used longest ago are deleted from it; default: no maximum.",
+)  # fmt: skip
+index_option = combine(
+    click.option(
+        "--index", type=PATH, metavar="DIR",
+        help="Folder in which visual tokens of videos are kept, so that the same footage is decoded and encoded once.",
+    ),
+    index_size_option,
 )  # fmt: skip
 search_options = combine(
     click.option(

@@ -55,6 +55,7 @@ def live_source(value: str) -> tuple[str, str]:
 @click.option("--workers", type=COUNT, default=2, show_default=True, help="Videos processed at a time.")
 @click.option("--open-videos", type=COUNT, default=8, show_default=True, help="Videos kept ready for the next query.")
 @click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="Maximum memory of open videos, in MB.")
+@options.index_option
 @click.option("--log-requests", is_flag=True, help="Log a line per request: client, route, status, milliseconds.")
 @click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to finish running jobs.")
 @options.text_options
@@ -77,7 +78,8 @@ def serve(
     from bridge_stg.server.run import serve as run
     from bridge_stg.server.settings import Settings
 
-    load_options = {name: limits.pop(name) for name in ("threads", "backend", "variant", "kv_budget_bytes")}
+    taken = ("threads", "backend", "variant", "kv_budget_bytes", "index", "max_index_bytes")
+    load_options = {name: limits.pop(name) for name in taken}
     load_options |= options.pop_head_options(limits)
     settings = Settings(
         api_key=_key(api_key, api_key_env),

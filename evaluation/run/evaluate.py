@@ -71,6 +71,7 @@ class Evaluation:
 def bundle_model(
     path: Path, label: str, *, backend: str = "auto", variant: str | None = None, threads: int | None = None,
     heads: str | None = None, text: TextOptions | None = None, index: Path | None = None,
+    max_index_bytes: int | None = None,
 ) -> Model:  # fmt: skip
     """Return a bundle as a model, identified by its fingerprint, backend, variants, and options of text heads.
 
@@ -86,6 +87,8 @@ def bundle_model(
     options: dict[str, Any] = {"backend": backend, "variant": variant, "threads": threads, "heads": heads, "text": text}
     if index is not None:
         options["index"] = index.resolve()
+    if max_index_bytes is not None:
+        options["max_index_bytes"] = max_index_bytes
     return Model(label, identity, lambda: Grounder.load(path, **options), bundle.manifest.spec)
 
 

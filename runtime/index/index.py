@@ -5,7 +5,7 @@
 
 `content` is the file's SHA-256, so a file may be renamed, moved or copied; `encoder` stands for all that changes the
 values of a given frame. What changes the choice of frames is in the keys. Nothing in an index needs to be kept: what is
-deleted, file by file or as a whole, is computed again.
+deleted, file by file or as a whole, is computed again. The folder of a content was changed last when it was used last.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,14 @@ from bridge_stg.runtime.bundle.bundle import TOKENIZER, Bundle, file_sha256
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.files import replacing
-from bridge_stg.runtime.index.store import Arrays, locked, read_arrays, write_arrays
+from bridge_stg.runtime.index.store import Arrays, locked, nbytes_of, read_arrays, write_arrays
 from bridge_stg.runtime.video.decoder import check_path
 
 FORMAT = {"format": "bridge-stg index", "version": 1}
 """Content of `MARK`; another version is not read."""
 MARK = "index.json"
+TRIMMED = 0.9
+"""Share of the maximum size that is left when videos are deleted, so that it does not happen for each file."""
 LIBRARIES = ("av", "pillow", "numpy")
 """Packages whose versions may change the pixels of a frame."""
 
@@ -64,20 +68,26 @@ class VisualIndex:
     Args:
         root: the folder; created if it does not exist.
         encoder: what changes the values of a given frame, such as `encoder_of`.
+        max_bytes: maximum bytes of the folder, for which the videos used longest ago are deleted; None: no maximum. Of
+            several processes that write to one folder, each counts its own bytes until it deletes something.
 
     Raises:
         BridgeError: `root` is a file, or a folder of something else.
         HostError: the folder cannot be written.
     """
 
-    def __init__(self, root: str | os.PathLike[str], encoder: Mapping[str, Any]) -> None:
-        self.root, self._encoder = Path(root), _digest(encoder)
+    def __init__(
+        self, root: str | os.PathLike[str], encoder: Mapping[str, Any], *, max_bytes: int | None = None
+    ) -> None:
+        self.root, self._encoder, self._max_bytes = Path(root), _digest(encoder), max_bytes
+        self._lock = threading.Lock()
         try:
             self._check_root()
         except OSError as error:
             if (found := host_error(error)) is None:
                 raise
             raise found from error
+        self._nbytes = 0 if max_bytes is None else _bytes_below(self.root)
 
     def _check_root(self) -> None:
         mark, root = self.root / MARK, self.root
@@ -102,7 +112,27 @@ class VisualIndex:
         """Return the cache of a file's content, which is read once to hash it. Raises OSError if it cannot be read."""
         file = Path(path)
         state = _file_state(file)
-        return VisualCache(self.root / file_sha256(file) / self._encoder, file, state)
+        content = self.root / file_sha256(file)
+        with suppress(OSError):  # it is new, or this process may only read the index
+            os.utime(content)
+        return VisualCache(content / self._encoder, file, state, partial(self._has_room, content))
+
+    def _has_room(self, content: Path, nbytes: int) -> bool:
+        """Return whether a content may get so many bytes more, and count them; videos used longer ago are deleted."""
+        if self._max_bytes is None:
+            return True
+        with self._lock:
+            if self._nbytes + nbytes > self._max_bytes:
+                self._nbytes = _bytes_below(self.root)  # others write too, and what is replaced was counted twice
+                used = sorted((one for one in self.root.iterdir() if one.is_dir() and one != content), key=_used)
+                for folder in used:
+                    if self._nbytes + nbytes <= TRIMMED * self._max_bytes:
+                        break
+                    self._nbytes -= _bytes_below(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
+            fits = self._nbytes + nbytes <= self._max_bytes
+            self._nbytes += nbytes if fits else 0
+            return fits
 
 
 def remove_file(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> int:
@@ -127,19 +157,26 @@ class VisualCache:
         folder: where the arrays are.
         file: the video; if it changes while it is read, nothing more is stored.
         state: size and time of change of `file` before it was hashed.
+        has_room: called with the bytes that are to be stored; if it returns False, they are not.
     """
 
-    def __init__(self, folder: Path, file: Path, state: tuple[int, ...]) -> None:
-        self.folder, self._file, self._state = folder, file, state
+    def __init__(
+        self, folder: Path, file: Path, state: tuple[int, ...], has_room: Callable[[int], bool] = lambda nbytes: True
+    ) -> None:
+        self.folder, self._file, self._state, self._has_room = folder, file, state, has_room
 
     def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
         """Return the arrays; None if they are not stored, or were damaged. Raises HostError as `read_arrays` does."""
         return read_arrays(self._path(kind, key))
 
     def put(self, kind: str, key: Mapping[str, Any], arrays: Arrays) -> None:
-        """Store arrays in place of those of the same key. Raises HostError: the disk is full or not writable."""
-        if _file_state(self._file) == self._state:
-            write_arrays(self._path(kind, key), arrays)
+        """Store arrays in place of those of the same key, if there is room for them.
+
+        Raises HostError: the disk is full or not writable.
+        """
+        with suppress(FileNotFoundError):  # the folder, or the video, was deleted in the meantime
+            if _file_state(self._file) == self._state and self._has_room(nbytes_of(arrays)):
+                write_arrays(self._path(kind, key), arrays)
 
     def merge(self, kind: str, key: Mapping[str, Any], arrays: Arrays, *, by: str) -> None:
         """Store rows beside those of the same key: the first dim of all arrays counts the rows.
@@ -172,6 +209,14 @@ def _digest(values: Mapping[str, Any]) -> str:
 def _file_state(file: Path) -> tuple[int, ...]:
     found = file.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _used(folder: Path) -> float:
+    """Return when the folder of a content was used last; 0 if it was deleted."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _bytes_below(folder: Path) -> int:

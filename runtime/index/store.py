@@ -20,6 +20,15 @@ Arrays = Mapping[str, np.ndarray]
 _log = logging.getLogger(__name__)
 
 
+PART_BYTES = 320
+"""Upper bound of the bytes of a file per array beside its values."""
+
+
+def nbytes_of(arrays: Arrays) -> int:
+    """Return an upper bound of the bytes of the file that `write_arrays` writes."""
+    return sum(values.nbytes + PART_BYTES for values in arrays.values())
+
+
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write a file, or replace it: the SHA-256 of the rest, then an uncompressed `.npz`.
 
@@ -79,8 +88,11 @@ def locked(folder: Path) -> Iterator[None]:
 
     Where the system has no such locks (Windows), one of two writers may lose what it stored, which is computed again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the folder was deleted since
+            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            break
     try:
         with suppress(ImportError):
             import fcntl

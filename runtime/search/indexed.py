@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextlib import closing
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,8 @@ from bridge_stg.runtime.index.index import VisualCache
 from bridge_stg.runtime.live.plan import LivePlan
 from bridge_stg.runtime.live.source import Frames, LiveSource
 from bridge_stg.runtime.live.window import StoredWindows
-from bridge_stg.runtime.video.decoder import Decoder
-from bridge_stg.runtime.video.file import FileFacts, FrameLog, VideoFile
+from bridge_stg.runtime.search.reader import FileReader
+from bridge_stg.runtime.video.file import FileFacts
 
 KIND = "facts"
 
@@ -33,9 +31,8 @@ class IndexedVideo:
 
     Args:
         cache: what is stored of the file.
-        path: the file.
+        reader: reads the file.
         spec: the model's sizes and rates.
-        stream: see `CallOptions`.
         as_tokens: whether fine frames are visual tokens; otherwise feature maps.
 
     Attributes:
@@ -43,13 +40,12 @@ class IndexedVideo:
         source: the frames, without pixels if `facts` are known: uint8 [H, W, 0].
     """
 
-    def __init__(self, cache: VisualCache, path: str, spec: ModelSpec, *, stream: int | None, as_tokens: bool) -> None:
-        self._cache, self._path, self._spec, self._stream = cache, path, spec, stream
+    def __init__(self, cache: VisualCache, reader: FileReader, spec: ModelSpec, *, as_tokens: bool) -> None:
+        self._cache, self._reader, self._spec, self._stream = cache, reader, spec, reader.stream
         self._kind = "fine-tokens" if as_tokens else "fine-maps"
-        self._file: VideoFile | None = None
         found = cache.get(KIND, self._key)
         self.facts: FileFacts | None = None if found is None else facts_from_arrays(found)[0]
-        self.source = LiveSource(path, False, self._decoded if self.facts is None else self._noted)
+        self.source = LiveSource(reader.path, False, self._decoded if self.facts is None else self._noted)
         if self.facts is not None:
             self._note(self.facts)
 
@@ -58,13 +54,8 @@ class IndexedVideo:
         return {"stream": self._stream}
 
     def _decoded(self, stop: threading.Event) -> Frames:
-        with closing(Decoder(self._path, self._stream)) as decoder:
-            log = FrameLog(decoder)
-            for frame in decoder.frames():
-                if stop.is_set():
-                    return
-                yield log.add(frame), partial(decoder.converter.rgb, frame)
-            facts = log.facts()
+        facts = yield from self._reader.frames(stop)
+        if facts is not None:
             self._note(facts)
             self._cache.put(KIND, self._key, facts_to_arrays(facts))
 
@@ -90,12 +81,10 @@ class IndexedVideo:
     def pictures(self, times: np.ndarray, size: tuple[int, int], limits: Limits) -> np.ndarray:
         """Return the frames that start at these times [N ≥ 1], uint8 [N, *size, 3], after `facts` are known."""
         assert self.facts is not None
-        self._file = self._file or VideoFile(self._path, self._spec, known=(self.facts, None))
-        return self._file.pictures(np.searchsorted(self.facts.times, times), size, limits)
+        return self._reader.pictures(self.facts, self._spec, np.searchsorted(self.facts.times, times), size, limits)
 
     def __enter__(self) -> IndexedVideo:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._reader.close()

@@ -20,6 +20,7 @@ from bridge_stg.runtime.live.source import LiveSource, open_live
 from bridge_stg.runtime.search.indexed import IndexedVideo
 from bridge_stg.runtime.search.occurrences import SearchResult
 from bridge_stg.runtime.search.options import SearchOptions, video_length_s
+from bridge_stg.runtime.search.reader import FileReader
 from bridge_stg.runtime.search.search import Search
 from bridge_stg.runtime.video.decoder import check_path
 from bridge_stg.runtime.video.token_budget import Budget
@@ -41,7 +42,7 @@ def index_video(
     """
     cache = index.cache_of(video)
     before, as_tokens = cache.nbytes, chain.heads == "text"
-    with IndexedVideo(cache, video, chain.spec, stream=stream, as_tokens=as_tokens) as indexed:
+    with IndexedVideo(cache, FileReader(video, stream), chain.spec, as_tokens=as_tokens) as indexed:
         length_s = video_length_s(video, stream)
         search = Search(chain, indexed.source, [], SearchOptions(), budget, length_s, {}, 0, indexed)
         seconds = search.index(limits, fine=fine)
@@ -82,10 +83,11 @@ def search_video(
     length_s = video_length_s(video, stream)
     with ExitStack() as opened:
         indexed = None
-        if index is not None and isinstance(video, str) and length_s is not None:
+        reader = FileReader(video, stream) if isinstance(video, str) else getattr(video, "reader", None)
+        if index is not None and reader is not None and length_s is not None:
             as_tokens = chain.heads == "text"
-            cache = index.cache_of(video)
-            indexed = opened.enter_context(IndexedVideo(cache, video, chain.spec, stream=stream, as_tokens=as_tokens))
+            cache = index.cache_of(reader.path)
+            indexed = opened.enter_context(IndexedVideo(cache, reader, chain.spec, as_tokens=as_tokens))
         source = open_live(video, latest_wins=False, stream=stream) if indexed is None else indexed.source
         search = Search(chain, source, list(queries), chosen, budget, length_s, identity, feature_budget_bytes, indexed)
         return search.run(limits)

@@ -22,9 +22,10 @@ from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.memory import gigabytes
 from bridge_stg.runtime.host.packages import load_package
 from bridge_stg.runtime.host.worker import ENDED, Worker
-from bridge_stg.runtime.live.source import LiveSource, TimesFrom
-from bridge_stg.runtime.video.decoder import check_path, limit_frames
-from bridge_stg.runtime.video.file import VideoFile
+from bridge_stg.runtime.live.source import TimesFrom
+from bridge_stg.runtime.search.reader import AllFrames, FileReader, FileSource
+from bridge_stg.runtime.video.decoder import Decoder, check_path, limit_frames
+from bridge_stg.runtime.video.file import FileFacts, FrameLog, VideoFile
 from bridge_stg.runtime.video.image import DAMAGE, StillImage, read_image
 from bridge_stg.runtime.video.open import check_no_stream
 from bridge_stg.runtime.video.playback import Playback, play
@@ -63,7 +64,7 @@ class IsolatedMedia:
     def probe(self, name: str) -> FileInfo:
         """Inspect the file, called `name` in messages. Raises ApiError as `probe.probe` does."""
         try:
-            with closing(self._start()) as worker:
+            with closing(self.start()) as worker:
                 found = self.call(worker, "probe", name)
         except VideoError as error:
             raise api_error(error, path=self.path, name=name) from error
@@ -73,38 +74,29 @@ class IsolatedMedia:
 
     def still(self, info: FileInfo, time_s: float) -> tuple[bytes, float]:
         """Return the frame displayed at a time; see `stills.still`."""
-        with closing(self._start()) as worker:
+        with closing(self.start()) as worker:
             jpeg, at = self.call(worker, "still", info, time_s)
         return bytes(jpeg), at
 
     @contextmanager
     def play(self) -> Iterator[Playback]:
         """Play the file; see `playback.play`."""
-        with closing(self._start()) as worker:
+        with closing(self.start()) as worker:
             found = self.call(worker, "play")
             frames = _Frames(self, worker)
             pictures = ((time_s, partial(np.asarray, rgb)) for time_s, rgb in frames)
             yield Playback(pictures, last_end_s=lambda: frames.end_s, **found)
 
-    def live(self, length_s: float) -> LiveSource:
+    def live(self, length_s: float) -> FileSource:
         """Return the video as the source of a search; frames that are not sampled stay in the subprocess."""
-        times_from = TimesFrom()
-        frames = partial(self._live_frames, times_from)
-        return LiveSource(self.path, False, frames, length_s=length_s, times_from=times_from)
+        times_from, reader = TimesFrom(), IsolatedReader(self)
 
-    def _live_frames(
-        self, times_from: TimesFrom, stop: threading.Event
-    ) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
-        with closing(self._start()) as worker:
-            self.call(worker, "play")
-            last: deque[Callable[[], np.ndarray]] = deque(maxlen=LAST)
-            while not stop.is_set() and (found := self.call(worker, "next_frame")) is not None:
-                number, time_s = found
-                last.append(cache(partial(self.call, worker, "picture", number)))
-                yield time_s, last[-1]
-            for picture in last:
-                picture()  # the reader may still sample it when the worker has ended
-            times_from.clock, times_from.stream = self.call(worker, "times_from")
+        def frames(stop: threading.Event) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+            facts = yield from reader.frames(stop)
+            if facts is not None:
+                times_from.clock, times_from.stream = facts.clock, facts.stream
+
+        return FileSource(self.path, False, frames, length_s, times_from, reader)
 
     def open_source(self, spec: ModelSpec, *, buffer_frames: int, budget: Budget) -> VideoSource:
         """Open the file for a Grounder; see `open.open_source`."""
@@ -119,7 +111,7 @@ class IsolatedMedia:
 
     def open(self, spec: ModelSpec, budget: Budget) -> tuple[Worker, dict[str, Any]]:
         """Return a worker that has opened the file, with the `size` (width, height) of a video, or `is_image`."""
-        worker = self._start()
+        worker = self.start()
         try:
             # The part of the budget for text is needed when samples are grouped, which happens in this process.
             known = {name: getattr(budget, name) for name in ("visual_tokens", "positions", "capacity")}
@@ -140,9 +132,51 @@ class IsolatedMedia:
             message = f"{self.path} cannot be decoded: {error}; it may use at most {most}. Convert it to H.264 again"
             raise VideoError("video.decoder_failed", message) from error
 
-    def _start(self) -> Worker:
+    def start(self) -> Worker:
+        """Start a worker."""
         given = self.path, self.limits, self.stream
         return Worker(f"{__name__}:_Reader", *given, memory_bytes=self.limits.decode_bytes)
+
+
+class IsolatedReader(FileReader):
+    """Reads a file in workers."""
+
+    def __init__(self, media: IsolatedMedia) -> None:
+        super().__init__(media.path, media.stream)
+        self._media = media
+        self._worker: Worker | None = None  # that seeks in the file
+
+    def frames(self, stop: threading.Event) -> AllFrames:
+        """Yield all frames; see `FileReader.frames`."""
+        call = self._media.call
+        with closing(self._media.start()) as worker:
+            call(worker, "log")
+            last: deque[Callable[[], np.ndarray]] = deque(maxlen=LAST)
+            while (found := call(worker, "next_frame")) is not None:
+                if stop.is_set():
+                    return None
+                number, time_s = found
+                last.append(cache(partial(call, worker, "picture", number)))
+                yield time_s, last[-1]
+            for picture in last:
+                picture()  # the reader may still sample it when the worker has ended
+            facts = call(worker, "facts")
+            return FileFacts(**{**facts, "size": tuple(facts["size"])})
+
+    def pictures(
+        self, facts: FileFacts, spec: ModelSpec, indices: np.ndarray, size: tuple[int, int], limits: Limits
+    ) -> np.ndarray:
+        """Return frames by index; see `FileReader.pictures`."""
+        if self._worker is None or self._worker.ended:
+            self._worker = self._media.start()
+            self._media.call(self._worker, "know", spec, facts)
+        found: np.ndarray = self._media.call(self._worker, "pictures", indices, size, limits=limits)
+        return found
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._worker is not None:
+            self._worker.close()
 
 
 class _Frames:
@@ -220,12 +254,18 @@ class _Reader:
     def play(self, _: Limits) -> Any:
         source = self._stack.enter_context(play(self._path, self._stream))
         self._source, self._frames = source, source.frames
-        self._pictures = enumerate(source.pictures)
-        self._shown: dict[int, Any] = {}
         return {"duration_s": source.duration_s, "is_image": source.is_image}
 
     def frame(self, _: Limits) -> Any:
         return next(self._frames, None)
+
+    def log(self, _: Limits) -> Any:
+        """Begin to read all frames by `next_frame`, after which there are `facts`."""
+        decoder = self._stack.enter_context(closing(Decoder(self._path, self._stream)))
+        self._log = FrameLog(decoder)
+        read = ((self._log.add(frame), partial(decoder.converter.rgb, frame)) for frame in decoder.frames())
+        self._pictures = enumerate(read)
+        self._shown: dict[int, Any] = {}
 
     def next_frame(self, _: Limits) -> Any:
         """Return number and time of the next frame, whose `picture` is there until the second one after it."""
@@ -243,8 +283,15 @@ class _Reader:
     def end(self, _: Limits) -> Any:
         return self._source.last_end_s()
 
-    def times_from(self, _: Limits) -> Any:
-        return self._source.clock(), self._source.stream
+    def facts(self, _: Limits) -> Any:
+        return self._log.facts()
+
+    def know(self, _: Limits, spec: ModelSpec, facts: FileFacts) -> Any:
+        self._file = VideoFile(self._path, spec, known=(facts, None))
+
+    def pictures(self, limits: Limits, indices: np.ndarray, size: tuple[int, int]) -> Any:
+        assert self._file is not None
+        return self._file.pictures(indices, size, limits)
 
     def open(self, limits: Limits, spec: ModelSpec, budget: dict[str, Any]) -> Any:
         if read_image(check_path(self._path)) is not None:

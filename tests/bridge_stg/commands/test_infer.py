@@ -187,9 +187,11 @@ def test_infer_leaves_out_counts_without_information(
 
 def test_ask_streams_its_answer(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--bundle", "b", "--max-tokens", "9", "--max-visual-tokens", "90", "--stream", "0", "--deadline", "5"]
-    assert cli.run(["ask", str(clip), "What happens?", *options, "--threads", "2", "--index", "i"]) == 0
+    more = ["--threads", "2", "--index", "i", "--index-size", "5"]
+    assert cli.run(["ask", str(clip), "What happens?", *options, *more]) == 0
     assert capsys.readouterr().out == "A red car – 🚗\n"
-    assert fake[0] == (Path("b"), {"backend": "auto", "variant": None, "threads": 2, "index": Path("i")})
+    (bundle, given), index = fake[0], {"index": Path("i"), "max_index_bytes": 5_000_000}
+    assert bundle == Path("b") and given.items() >= {"backend": "auto", "variant": None, "threads": 2, **index}.items()
     limits = {"max_tokens": 9, "max_visual_tokens": 90, "stream": 0, "deadline_s": pytest.approx(5, abs=1)}
     assert fake[1] == (str(clip), "What happens?", limits)
     line = complaint(["ask", str(clip), "nothing", "--bundle", "b"], capsys, code="query.needs_text_heads")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,28 @@ def test_other_sources_are_not_indexed(root: Path, tmp_path: Path) -> None:
     assert [file.name for file in root.rglob("*") if file.is_file()] == ["index.json"]
     with raises("index.not_a_video", picture):
         opened(root).index(picture)
+
+
+def test_the_videos_used_longest_ago_are_deleted(tmp_path: Path, root: Path) -> None:
+    videos = [write_video(tmp_path / f"{i}.mp4", clip(present=(4.0, 5.0 + i / 2))) for i in range(4)]
+    nbytes = opened(root).index(videos[0]).nbytes
+    limited = fake_grounder(script=SCRIPT, index=VisualIndex(root, {"encoder": "a"}, max_bytes=int(2.9 * nbytes)))
+    for i, file in enumerate(videos[:2]):
+        assert limited.index(file).reused == (i == 0)
+        time.sleep(0.02)  # coarser clocks of file systems
+    assert limited.index(videos[0]).reused  # now used later than the second one
+    time.sleep(0.02)
+    limited.index(videos[2])
+    size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    assert size <= 2.9 * nbytes
+    assert opened(root).index(videos[0]).reused and opened(root).index(videos[2]).reused
+    assert remove_file(root, videos[1]) == 0
+
+
+def test_a_video_larger_than_the_index_is_answered_and_not_kept(video: Path, tmp_path: Path) -> None:
+    expected, root = values(opened().ground(video, "the car")), tmp_path / "small"
+    limited = fake_grounder(script=SCRIPT, index=VisualIndex(root, {}, max_bytes=200))
+    assert values(limited.ground(video, "the car")) == expected
+    assert sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) <= 200
+    with raises("index.missing"):
+        Grounder.load(tmp_path, max_index_bytes=200)

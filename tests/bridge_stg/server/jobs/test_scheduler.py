@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.index.index import VisualIndex
 from tests.bridge_stg.server.conftest import (
     CLIPS,
     Running,
@@ -356,7 +357,7 @@ def test_shutdown_finishes_running_jobs_and_fails_waiting_ones(served: Callable[
     running.stop()
 
 
-def test_a_long_video_is_searched(served: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_long_video_is_searched_and_its_tokens_are_kept(served: Callable[..., Running], tmp_path: Path) -> None:
     path = tmp_path / "long.mp4"
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=8)
@@ -364,10 +365,21 @@ def test_a_long_video_is_searched(served: Callable[..., Running], tmp_path: Path
         for _, frame in stream(70, bright=((10.0, 14.0), (50.0, 53.0))):
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode(None))
-    running = served(live_grounder())
+    grounder = live_grounder(index=VisualIndex(tmp_path / "index", {}))
+    sessions: Any = grounder.sessions
+    running = served(grounder)
     with running.client() as client:
-        job = ended(client, ask(client, upload(client, path)["id"], ["the car", "a dog"]).json()["id"])
-        assert job["status"] == "done"
+        first = ended(client, ask(client, upload(client, path)["id"], ["the car", "a dog"]).json()["id"])
+        encoded = sessions["vision_encoder"].frames
+        video = upload(client, path.rename(tmp_path / "other.mp4"))["id"]  # the same content
+        job = ended(client, ask(client, video, ["the car", "a dog"]).json()["id"])
+        assert job["status"] == "done" and sessions["vision_encoder"].frames == encoded > 0
+        for before, after in zip(first["results"], job["results"], strict=True):
+            assert {**before, "timings_s": None} == {**after, "timings_s": None}
+        for lost in sorted((tmp_path / "index").rglob("groups-*"))[::2]:
+            lost.unlink()
+        again = ended(client, ask(client, video, ["the car", "a dog"]).json()["id"])
+        assert again["results"][0]["occurrences"] == job["results"][0]["occurrences"]
         for result in job["results"]:  # a window of this model is 64 s long
             spans = [(one["span"]["start_s"], one["span"]["end_s"]) for one in result["occurrences"]]
             assert sorted(spans) == [(10.0, 14.0), (50.0, 53.0)] and result["windows"]["count"] == 2
