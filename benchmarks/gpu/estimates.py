@@ -220,8 +220,8 @@ def error_table(found: Sequence[Row]) -> str:
     within = [error for error in held if error <= BOUND]
     single = [abs(row.error) <= BOUND for row in found if not row.fitted and "×" not in row.detail]
     lines += ["", f"Of {len(held)} rows that are not fitted, {len(within)} are within {BOUND:.0%}, with a mean error "
-              f"of {sum(within) / len(within):.0%}; of those of one sequence {sum(single)} of {len(single)}. The others "
-              "have a reason."]  # fmt: skip
+              f"of {sum(within) / len(within):.0%}; of those of one sequence {sum(single)} of {len(single)}. The "
+              "others have a reason."]  # fmt: skip
     lines += ["", *(f"Reason {number}: {reason}." for reason, number in notes.items())]
     return "\n".join(lines)
 
