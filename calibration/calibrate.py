@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bridge_stg.calibration.collect.collect import collect
+from bridge_stg.calibration.collect.collect import INT4_ROWS, collect
 from bridge_stg.calibration.collect.recorded_calls import record
 from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.inputs import Inputs, read_inputs
@@ -38,7 +38,7 @@ from bridge_stg.calibration.search.matmul_errors import matmul_errors
 from bridge_stg.calibration.search.trials import FLOAT, QUANTIZED, RecipeTrials
 from bridge_stg.calibration.work_folder import digest, read_json, working_in, write_json
 from bridge_stg.evaluation.samples import Sample
-from bridge_stg.export.graph.blocks import Matmul, Table, find_matmuls, find_tables
+from bridge_stg.export.graph.blocks import INT4, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.errors import BridgeError
@@ -107,6 +107,7 @@ def calibrate(
             statistics = collect(
                 run.source, inputs.calibration, folder=folder / "statistics" / run.statistics_name, seed=chosen.seed,
                 threads=chosen.threads, head_options=chosen.head_options, low_memory=run.large, progress=run.progress,
+                more_rows=run.more_rows,
             )  # fmt: skip
         entries = quantizable(run.source, statistics.variants)
         with run.timed("ranges"):
@@ -175,9 +176,14 @@ class Run:
 
     @property
     def statistics_name(self) -> str:
-        """Digest of bundle, samples, seed and head options."""
-        heads = [self.options.head_options] if self.options.head_options else []
-        return digest(self.source.manifest.fingerprint, self.inputs.calibration.digest, self.options.seed, *heads)
+        """Digest of bundle, samples, seed, head options and numbers of rows."""
+        more = [values for values in (self.options.head_options, self.more_rows) if values]
+        return digest(self.source.manifest.fingerprint, self.inputs.calibration.digest, self.options.seed, *more)
+
+    @property
+    def more_rows(self) -> dict[str, int]:
+        """Rows per tensor to collect of graphs with int4 weights."""
+        return {name: INT4_ROWS for name, one in self.inputs.recipe.graphs.items() if one.weights == INT4}
 
     @property
     def large(self) -> bool:
@@ -213,7 +219,8 @@ def prepare_trials(run: Run, statistics: Statistics, entries: Entries, requested
     decided = {"methods": dict(overrides.methods), "smoothing": dict(overrides.smoothing)}
     base = digest(run.statistics_name, requested.to_dict(), run.options.method, decided)
     scales = compute_scales(
-        statistics, [matmul for matmul in entries.matmuls if requested.of(matmul.graph).quantizes], requested,
+        statistics, [matmul for matmul in entries.matmuls if requested.of(matmul.graph).activations != "float"],
+        requested,
         folder=run.work / "scales" / base, method=run.options.method, overrides=overrides, progress=run.progress,
     )  # fmt: skip
     return RecipeTrials(

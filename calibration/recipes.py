@@ -25,7 +25,7 @@ class GraphRecipe:
         activations: `float`, or `int8` with one fixed scale per tensor (with int8 weights only).
         cache: `float`, or `int8` for keys and values, with one fixed scale per buffer.
         embedding: `float`, or `int8` for the table of token embeddings, with one scale per row.
-        smooth: whether outliers of activations may move into weights (SmoothQuant).
+        smooth: whether outliers of activations may move into weights (SmoothQuant; AWQ with float activations).
         block_size: number of int4 values that share a scale.
         keep_float: names of blocks that stay in float.
         reduced_range: whether int8 weights are limited to −64 … 64, for CPUs whose 16-bit sums saturate.
@@ -83,7 +83,7 @@ GRAPH_RECIPES: Mapping[str, GraphRecipe] = {
     "float": GraphRecipe(),
     "w8a8": GraphRecipe(weights=INT8, activations=INT8, embedding=INT8, smooth=True),
     "w8": GraphRecipe(weights=INT8, embedding=INT8),
-    "w4": GraphRecipe(weights=INT4, embedding=INT8),
+    "w4": GraphRecipe(weights=INT4, embedding=INT8, smooth=True),
 }
 """By `options.GRAPH_RECIPE_NAMES`: values of --vision, --language and --spatial."""
 

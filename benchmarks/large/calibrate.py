@@ -18,11 +18,10 @@ from typing import Any
 import click
 import onnx_ir as ir
 
-from bridge_stg.calibration.collect.collect import collect
+from bridge_stg.calibration.collect.collect import INT4_ROWS, collect
 from bridge_stg.calibration.collect.samples import read_samples
 from bridge_stg.calibration.quantize.bundle import quantize_bundle
-from bridge_stg.calibration.quantize.ranges import choose_ranges
-from bridge_stg.calibration.quantize.smooth import choose_smoothing
+from bridge_stg.calibration.quantize.scales import compute_scales
 from bridge_stg.calibration.recipes import RECIPES
 from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime.bundle.bundle import Bundle
@@ -81,17 +80,20 @@ def run_step(job: dict[str, Any]) -> dict[str, Any]:
     paths = {name: Path(path) for name, path in job["paths"].items()}
     source = Bundle.load(paths["bundle"])
     taken = read_samples(paths["samples"], paths["samples"].parent, limit=job["count"])
-    statistics = collect(source, taken, folder=paths["work"] / "statistics", low_memory=True)
+    chosen = RECIPES[job["recipe"]]
+    more = {graph: INT4_ROWS for graph, of_graph in chosen.graphs.items() if of_graph.weights == "int4"}
+    statistics = collect(source, taken, folder=paths["work"] / "statistics", low_memory=True, more_rows=more)
     if job["step"] == "quantize":
-        chosen = RECIPES[job["recipe"]]
-        smoothing = choose_smoothing(statistics, chosen).vectors
         matmuls: list[Matmul] = []
         for graph, of_graph in chosen.graphs.items():
             if of_graph.activations == "int8":
                 variant = next(iter(source.manifest.graphs[graph]))
                 matmuls += find_matmuls(ir.load(source.graph_path(graph, variant)), graph)
-        ranges = choose_ranges(statistics, matmuls, smoothing=smoothing)
-        quantize_bundle(source, paths["out"], recipe=chosen, ranges=ranges, smoothing=smoothing, overwrite=True)
+        scales = compute_scales(statistics, matmuls, chosen, folder=paths["work"] / "scales")
+        quantize_bundle(
+            source, paths["out"], recipe=chosen, ranges=scales.ranges, smoothing=scales.smoothing, int4=scales.int4,
+            overwrite=True,
+        )  # fmt: skip
     return {"seconds": round(time.monotonic() - began, 1), "peak_bytes": peak_bytes()}
 
 

@@ -38,6 +38,9 @@ from bridge_stg.runtime.host.files import replacing
 ROWS = 512
 """Rows per tensor in the finished statistics."""
 
+INT4_ROWS = 2048
+"""The same for graphs with int4 weights, whose rounding needs the correlations of channels."""
+
 PEAKS = 1 / 8
 """Share of them that are the rows of largest magnitude of single samples."""
 
@@ -54,6 +57,7 @@ def collect(
     folder: Path,
     seed: int = 0,
     rows: int = ROWS,
+    more_rows: Mapping[str, int] | None = None,
     variant: str | None = None,
     threads: int | None = None,
     head_options: Mapping[str, Any] | None = None,
@@ -68,6 +72,7 @@ def collect(
         folder: folder of the statistics. A killed collection is resumed, a finished one is returned unchanged.
         seed: seed of the random row choice.
         rows: rows per tensor to keep.
+        more_rows: the same for single graphs.
         variant: variant to run; None: the best available one. In place of a variant that a graph pass made, its source
             runs, since passes fuse matmuls that are to be quantized.
         threads: CPU threads of each graph.
@@ -89,6 +94,7 @@ def collect(
         "samples": samples.digest,
         "seed": seed,
         "rows": rows,
+        **({"more_rows": dict(more_rows)} if more_rows else {}),
         **(head_options or {}),
     }
     if (folder / IDENTITY).exists():
@@ -109,7 +115,7 @@ def collect(
                 recorders[name] = ActivationRecorder(
                     stack.enter_context(graph.open(threads=threads, low_memory=low_memory)), bundle.graph(name, one),
                     graph.activations, number=number, kind=call_kind(name, bundle.manifest.spec), seed=seed,
-                    quota=math.ceil(math.ceil(2 * rows / count) / KINDS[name]),
+                    quota=math.ceil(math.ceil(2 * rows_of(identity, name) / count) / KINDS[name]),
                 )  # fmt: skip
             tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
             grounder = Grounder(recorders, bundle.manifest.spec, tokenizer, **load_arguments(head_options or {}))
@@ -122,6 +128,11 @@ def collect(
     for spent in (shards, folder / INSTRUMENTED):
         shutil.rmtree(spent, ignore_errors=True)
     return Statistics.load(folder, bundle.path)
+
+
+def rows_of(identity: Mapping[str, Any], graph: str) -> int:
+    """Return the number of rows per tensor of a graph in a collection."""
+    return int(identity.get("more_rows", {}).get(graph, identity["rows"]))
 
 
 def call_kind(graph: str, spec: ModelSpec) -> Kind:
@@ -189,7 +200,7 @@ def _finish(
             for activation in observed:
                 prefix = f"{name}/{activation.stem}"
                 seen = [shard for shard in opened if f"{prefix}.count" in shard]
-                rows, absmax = _merged(prefix, seen, activation.k, identity["rows"])
+                rows, absmax = _merged(prefix, seen, activation.k, rows_of(identity, name))
                 stem = f"{TENSORS}/{prefix}"
                 np.save(folder / f"{stem}.rows.npy", rows)
                 np.save(folder / f"{stem}.absmax.npy", absmax)

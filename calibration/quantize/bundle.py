@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from bridge_stg.calibration.quantize.graph import GraphQuantizer, Progress, Ranges, Smoothing, forms_of
+from bridge_stg.calibration.quantize.int4 import Int4Weights
 from bridge_stg.calibration.quantize.kv_cache import quantize_cache
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
 from bridge_stg.export.graph.blocks import FLOAT, INT8, Matmul, Table, find_matmuls, find_tables
@@ -37,6 +38,7 @@ def quantize_bundle(
     recipe: Recipe,
     ranges: Mapping[str, Ranges],
     smoothing: Mapping[str, Smoothing] | None = None,
+    int4: Int4Weights | None = None,
     calibration: Mapping[str, Any] | None = None,
     variants: Sequence[str] | None = None,
     measure: bool = True,
@@ -51,6 +53,7 @@ def quantize_bundle(
         recipe: what is quantized.
         ranges: ranges of activations by graph and node, and of keys and values by past_key_0 …
         smoothing: vectors [K] by graph and node.
+        int4: weights rounded with this smoothing; None: int4 weights are rounded without activations.
         calibration: samples and options of the calibration, for the manifest.
         variants: variants of the source to write; None: all. `ort-cpu` is derived where it helps.
         measure: whether to measure the tolerances of the golden cases here; otherwise `verify` will not pass.
@@ -79,7 +82,7 @@ def quantize_bundle(
             with WeightFile(folder / WEIGHTS) as weights:
                 quantizer = GraphQuantizer(
                     name, chosen, ranges=ranges.get(name, {}), smoothing=(smoothing or {}).get(name, {}),
-                    weights=weights, progress=progress,
+                    weights=weights, int4=int4, progress=progress,
                 )  # fmt: skip
                 written = [_write(source, graph, quantizer, folder) for graph in graphs]
             for graph in written + derive_ort_cpu(written, folder):

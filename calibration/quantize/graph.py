@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bridge_stg.calibration.quantize.packing import NO_FACTORS, Factors, Int4Pieces, Int8Pieces, StoredSource
+from bridge_stg.calibration.quantize.int4 import Int4Weights, int4_rounded
+from bridge_stg.calibration.quantize.packing import (
+    NO_FACTORS,
+    Factors,
+    Int8Pieces,
+    StoredSource,
+    pack_nibbles,
+    storable,
+)
 from bridge_stg.calibration.quantize.ranges import TensorRange
 from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
 from bridge_stg.calibration.recipes import GraphRecipe
@@ -50,11 +58,12 @@ class GraphQuantizer:
         ranges: Ranges,
         smoothing: Smoothing,
         weights: WeightFile,
+        int4: Int4Weights | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._graph, self.recipe = graph, recipe
         self.ranges, self._smoothing = ranges, smoothing
-        self._weights = weights
+        self._weights, self._int4 = weights, int4
         self._progress = progress or (lambda stage, done, total: None)
         self._packed: dict[tuple[Any, ...], tuple[ir.ExternalTensor, np.ndarray]] = {}
         self._copied: dict[tuple[Any, ...], ir.ExternalTensor] = {}
@@ -135,7 +144,7 @@ class GraphQuantizer:
         name, transposed = matmul.weight, matmul.block != HEAD
         value = edit.dequantized(
             name,
-            partial(self._pack, edit, name, form, factors, transposed=transposed),
+            partial(self._pack, edit, name, form, factors, transposed=transposed, node=matmul.node),
             use="product",
             axis=0 if form == INT4 or not transposed else 1,
             block_size=self.recipe.block_size if form == INT4 else 0,
@@ -143,9 +152,12 @@ class GraphQuantizer:
         return value if transposed else edit.transposed(value)
 
     def _pack(
-        self, edit: Edit, name: str, form: str, factors: Factors, *, transposed: bool
+        self, edit: Edit, name: str, form: str, factors: Factors, *, transposed: bool, node: str = ""
     ) -> tuple[ir.ExternalTensor, np.ndarray]:
-        """Return the integers and the scales of a weight, which are written on the first call for any variant."""
+        """Return the integers and the scales of a weight, which are written on the first call for any variant.
+
+        `node` is that of the matmul whose activation int4 is rounded for.
+        """
         tensor = edit.graph.initializers[name].const_value
         assert tensor is not None
         key = (*_place(tensor), form, transposed, *_bytes_of(factors))
@@ -153,14 +165,24 @@ class GraphQuantizer:
             source = StoredSource(tensor, factors)
             n, k = source.shape
             if form == INT4:
-                four = Int4Pieces(source, block_size=self.recipe.block_size)
-                self._packed[key] = self._weights.write(name, ir.DataType.INT4, (k, n), four), four.scales
+                levels, scales = self._rounded(source, node)
+                content = [pack_nibbles(levels).tobytes()]
+                self._packed[key] = self._weights.write(name, ir.DataType.INT4, (k, n), content), scales
             else:
                 eight = Int8Pieces(source, transposed=transposed, reduced=self.recipe.reduced_range)
                 shape = (k, n) if transposed else (n, k)
                 self._packed[key] = self._weights.write(name, ir.DataType.INT8, shape, eight), eight.scales
         packed, scales = self._packed[key]
         return self._weights.alias(packed, f"{name}_{form}"), scales
+
+    def _rounded(self, source: StoredSource, node: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return int4 levels [K, N] and scales [K / block_size, N]; each factor of a row becomes one of its scales."""
+        dtype, rows = source.tensor.dtype.numpy(), source.factors.rows
+        if self._int4 is not None:
+            levels, scales = self._int4.rounded(self._graph, node)
+            return levels, scales if rows is None else storable(scales.astype(np.float32) * rows, dtype)
+        weight = np.concatenate([block.T for _, block in source.rows()], axis=1)
+        return int4_rounded(weight, None, block_size=self.recipe.block_size, dtype=dtype)
 
     def _store(self, graph: ir.Graph, factors: Mapping[str, Factors]) -> None:
         """Move float tensors into the weight file, multiplied by their factors."""

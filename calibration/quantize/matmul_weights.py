@@ -28,8 +28,21 @@ class MatmulWeights:
             self._models[graph] = ir.load(self._bundle.graph_path(graph, self._variants[graph]))
         return self._models[graph]
 
+    def dtype(self, matmul: Matmul) -> np.dtype:
+        """Return the dtype of a matmul's weight. Raises BundleError."""
+        dtype: np.dtype = self._tensor(matmul).dtype.numpy()
+        return dtype
+
     def blocks(self, matmul: Matmul) -> Iterator[np.ndarray]:
         """Yield a matmul's weight [N, K] as float32 [rows, K], a block of rows at a time. Raises BundleError."""
+        tensor = self._tensor(matmul)
+        if tuple(tensor.shape) == (matmul.n, matmul.k):
+            for _, block in StoredSource(tensor).rows():
+                yield block
+        else:
+            yield np.array(tensor.numpy(), np.float32).T
+
+    def _tensor(self, matmul: Matmul) -> ir.TensorProtocol:
         value = self.model(matmul.graph).graph.initializers.get(matmul.weight)
         tensor = None if value is None else value.const_value
         shape = () if tensor is None else tuple(int(size) for size in tensor.shape)
@@ -37,8 +50,4 @@ class MatmulWeights:
             found = "missing" if tensor is None else list(shape)
             what = f"weight {matmul.weight!r} of graph {matmul.graph!r} is {found}, expected [{matmul.n}, {matmul.k}]"
             raise BundleError("bundle.weight", f"{self._bundle.path}: the {what}; export it again.")
-        if shape == (matmul.n, matmul.k):
-            for _, block in StoredSource(tensor).rows():
-                yield block
-        else:
-            yield np.array(tensor.numpy(), np.float32).T
+        return tensor

@@ -1,4 +1,4 @@
-"""Round one weight to int8 or int4: it is read by blocks of rows, and yielded as bytes.
+"""Round one weight to int8, and pack int4: it is read by blocks of rows, and yielded as bytes.
 
 Symmetric, zero point 0. int8 has one scale per channel, int4 one for every `block_size` values along K of each
 channel. Both are stored [K, N]: with a Transpose, onnxruntime fuses them only in some opsets. Knows nothing of graphs.
@@ -18,8 +18,6 @@ INT8_LIMIT, REDUCED_LIMIT = 127, 64
 """Largest magnitude of an int8 weight; 255 · 64 · 2 fits the signed 16-bit sums of CPUs without VNNI."""
 
 INT4_LEAST, INT4_MOST = -8, 7
-INT4_DIVISORS = (7.0, 7.5, 8.0)
-"""Candidates for the ratio of a block's largest magnitude to its scale; the one with the least error is used."""
 
 BLOCK_BYTES = 32 * 2**20
 """Number of stored bytes that are read at a time."""
@@ -137,39 +135,6 @@ class Int8Pieces:
             yield np.ascontiguousarray(all_levels.T).tobytes()
 
 
-class Int4Pieces:
-    """Iterates over the int4 values [K, N] of a weight [N, K] as bytes; then `scales` [K / block_size, N] are set."""
-
-    def __init__(self, source: StoredSource, *, block_size: int) -> None:
-        self._source, self._block_size = source, block_size
-        self.dtype = source.tensor.dtype.numpy()
-        n, k = source.shape
-        self.scales = np.ones((k // block_size, n), self.dtype)
-
-    def __iter__(self) -> Iterator[bytes]:
-        n, k = self._source.shape
-        packed = np.empty((n, k), np.int8)
-        for first, block in self._source.rows():
-            values = block.reshape(len(block), -1, self._block_size)
-            scales = int4_scales(values, self.dtype)
-            self.scales[:, first : first + len(block)] = scales.T
-            levels = rounded(values, scales.astype(np.float32)[..., None], INT4_LEAST, INT4_MOST)
-            packed[first : first + len(block)] = levels.reshape(len(block), k)
-        yield pack_nibbles(packed.T).tobytes()
-
-
-def int4_scales(values: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
-    """Return the scales [N, blocks] of `dtype` with the least squared error for float32 [N, blocks, block_size]."""
-    largest = np.abs(values).max(-1)
-    best, least = storable(largest / INT4_DIVISORS[0], dtype), np.float32(np.inf)
-    for divisor in INT4_DIVISORS:
-        scales = storable(largest / divisor, dtype)
-        wide = scales.astype(np.float32)[..., None]
-        errors = np.square(rounded(values, wide, INT4_LEAST, INT4_MOST) * wide - values).sum(-1)
-        best, least = np.where(errors < least, scales, best), np.minimum(errors, least)
-    return best
-
-
 def storable(scales: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
     """Return scales in the dtype of the graph, 1 where all values are zero; values are then rounded with these."""
     cast = scales.astype(dtype)
@@ -190,3 +155,10 @@ def pack_nibbles(levels: np.ndarray) -> np.ndarray:
         flat = np.append(flat, np.uint8(0))
     packed: np.ndarray = flat[0::2] | (flat[1::2] << 4)
     return packed
+
+
+def unpack_nibbles(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the int8 levels of a shape that `pack_nibbles` packed."""
+    both = np.stack([packed << 4, packed & 0xF0], axis=-1).reshape(-1)[: int(np.prod(shape))]
+    levels: np.ndarray = (both.view(np.int8) >> 4).reshape(shape)
+    return levels

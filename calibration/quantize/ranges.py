@@ -76,7 +76,7 @@ def choose_ranges(
         what = f"the method of ranges is {method!r}; expected one of: {', '.join(CUT_OFFS)}."
         raise BridgeError("calibration.bad_recipe", what)
     groups = shared_activations(matmuls)
-    found: dict[str, dict[str, TensorRange]] = {matmul.graph: {} for matmul in matmuls}
+    found: dict[str, dict[str, TensorRange]] = {graph: {} for graph in statistics.tensors}
     caches = [(graph, name) for graph in found for name in statistics.caches(graph)]
     total, method_of = len(groups) + len(caches), (overrides or Overrides()).method_of
     report = progress or (lambda stage, done, total: None)

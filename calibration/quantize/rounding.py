@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bridge_stg.calibration.quantize.packing import INT4_LEAST, INT4_MOST, INT8_LIMIT, REDUCED_LIMIT, int4_scales
+from bridge_stg.calibration.quantize.packing import INT4_LEAST, INT4_MOST, INT8_LIMIT, REDUCED_LIMIT
 from bridge_stg.calibration.recipes import GraphRecipe
 from bridge_stg.export.graph.blocks import FLOAT, INT4
 
@@ -51,13 +51,17 @@ def rounded_rows(rows: np.ndarray, scale: float) -> np.ndarray:
 
 
 def rounded_weight(weight: np.ndarray, form: str, recipe: GraphRecipe, vector: np.ndarray | None = None) -> np.ndarray:
-    """Return a weight float32 [N, K] times `vector` [K] after rounding to a form: `float`, `int8` or `int4`."""
+    """Return a weight float32 [N, K] times `vector` [K] after rounding to the nearest of a form.
+
+    This is how all forms are stored, except `int4`, which `int4.Int4Weights` rounds better.
+    """
     weight = weight if vector is None else weight * vector
     if form == FLOAT:
         return weight
     if form == INT4:
         blocks = weight.reshape(len(weight), -1, recipe.block_size)
-        scales = int4_scales(blocks, np.float32)[..., None]
+        largest = np.abs(blocks).max(-1, keepdims=True)
+        scales = np.where(largest > 0, largest, 1) / np.float32(INT4_MOST)
         four: np.ndarray = (np.clip(np.rint(blocks / scales), INT4_LEAST, INT4_MOST) * scales).reshape(weight.shape)
         return four
     limit = REDUCED_LIMIT if recipe.reduced_range else INT8_LIMIT

@@ -12,6 +12,7 @@ import numpy as np
 
 from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.overrides import Overrides
+from bridge_stg.calibration.quantize.int4 import Int4Weights
 from bridge_stg.calibration.quantize.ranges import TensorRange, choose_ranges
 from bridge_stg.calibration.quantize.smooth import choose_smoothing
 from bridge_stg.calibration.recipes import Recipe
@@ -22,10 +23,17 @@ from bridge_stg.runtime.host.files import replacing
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """Ranges by graph and node of a matmul or past_key_0 …, and smoothing vectors, float32 [K], by graph and node."""
+    """What a calibration computes from its statistics.
+
+    Attributes:
+        ranges: by graph and node of a matmul, or past_key_0 …
+        smoothing: vectors float32 [K] by graph and node.
+        int4: int4 weights, which are rounded when they are first needed; None without statistics.
+    """
 
     ranges: Mapping[str, Mapping[str, TensorRange]] = field(default_factory=dict)
     smoothing: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    int4: Int4Weights | None = None
 
 
 def compute_scales(
@@ -58,4 +66,5 @@ def compute_scales(
             graph, _, node = name.partition(" ")
             known_vectors.setdefault(graph, {})[node] = arrays[name]
     known = read_json(file)["ranges"].items()
-    return Scales({g: {node: TensorRange(**one) for node, one in of.items()} for g, of in known}, known_vectors)
+    ranges = {g: {node: TensorRange(**one) for node, one in of.items()} for g, of in known}
+    return Scales(ranges, known_vectors, Int4Weights(statistics, known_vectors, recipe, folder / "int4"))

@@ -1,8 +1,9 @@
 """Choose how much of an activation's outliers moves into the weights that read it.
 
-SmoothQuant (Xiao et al., arXiv 2211.10438): activations X are divided by s, and weight columns multiplied by it, with
-s = max|X|^a / max|W|^(1-a) per channel. The migration strength a is searched for each group of matmuls that share X, by
-the error of their outputs in int8.
+Activations X are divided by s, and weight columns multiplied by it. Where both are quantized, SmoothQuant (Xiao et al.,
+arXiv 2211.10438) sets s = max|X|^a / max|W|^(1-a) per channel. Where only weights are, AWQ (Lin et al., arXiv
+2306.00978) sets s = mean|X|^a: important channels get finer steps. The migration strength a is searched for each group
+of matmuls that share X, by the error of their outputs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bridge_stg.calibration.quantize.ranges import CUT_OFFS
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows, rounded_weight
 from bridge_stg.calibration.quantize.smoothing_groups import SmoothingGroup, smoothing_groups
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
-from bridge_stg.export.graph.blocks import INT8
+from bridge_stg.export.graph.blocks import FLOAT
 
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SEARCH_ROWS = 256
@@ -49,15 +50,16 @@ def choose_smoothing(
     overrides: Overrides | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Smoothing:
-    """Search the migration strengths of graphs with int8 activations; groups with all blocks in float are skipped."""
+    """Search the migration strengths of the graphs that are smoothed; groups that nothing would gain are skipped."""
     weights = MatmulWeights(statistics.bundle, statistics.variants)
     report = progress or (lambda stage, done, total: None)
     strength_of = (overrides or Overrides()).strength_of
     groups: list[tuple[str, SmoothingGroup]] = []
     for graph, graph_recipe in recipe.graphs.items():
-        if graph_recipe.smooth and graph_recipe.activations == INT8:
+        if graph_recipe.smooth:
             found = smoothing_groups(weights.model(graph), graph)
-            groups += [(graph, g) for g in found if any(m.block not in graph_recipe.keep_float for m in g.matmuls)]
+            form = graph_recipe.weights
+            groups += [(graph, g) for g in found if any(graph_recipe.form_of(m) == form for m in g.matmuls)]
     vectors: dict[str, dict[str, np.ndarray]] = {graph: {} for graph in recipe.graphs}
     strengths: dict[str, dict[str, float]] = {graph: {} for graph in recipe.graphs}
     for done, (graph, group) in enumerate(groups):
@@ -75,7 +77,7 @@ def choose_smoothing(
 def smoothing_vector(activation: np.ndarray, weight: np.ndarray, strength: float) -> np.ndarray:
     """Return s as float32 [K] with median 1; it is 1 in channels where activations or weights are all zero.
 
-    `activation` and `weight`, [K], are the largest magnitudes of the activation's channels and of the weights' columns.
+    `activation` and `weight`, [K], are the magnitudes of the activation's channels and of the weights' columns.
     """
     live = (activation > 0) & (weight > 0)
     logs = np.zeros(len(activation))
@@ -99,12 +101,17 @@ def _search(
         return None
     rows = np.array(rows[:: -(-len(rows) // SEARCH_ROWS)], np.float32)
     absmax = statistics.absmax(graph, node)
-    columns = np.max([np.abs(block).max(0) for m in matmuls for block in weights.blocks(m)], axis=0)
+    methods: tuple[str, ...] = ("",) if recipe.activations == FLOAT else ("minmax", "mse")
+    if recipe.activations == FLOAT:
+        sizes, columns = np.abs(rows).mean(0), np.ones(len(absmax), np.float32)
+    else:
+        sizes = absmax
+        columns = np.max([np.abs(block).max(0) for m in matmuls for block in weights.blocks(m)], axis=0)
     strengths = STRENGTHS if forced is None else (forced,)
-    vectors = [np.ones(len(absmax), np.float32), *(smoothing_vector(absmax, columns, s) for s in strengths)]
-    candidates = [_candidate(rows, absmax, vector, cut, recipe) for vector in vectors for cut in ("minmax", "mse")]
+    vectors = [np.ones(len(absmax), np.float32), *(smoothing_vector(sizes, columns, s) for s in strengths)]
+    candidates = [_candidate(rows, absmax, vector, method, recipe) for vector in vectors for method in methods]
     blocks = (block for matmul in matmuls for block in weights.blocks(matmul))
-    errors = np.reshape(relative_errors(rows, blocks, candidates), (-1, 2)).min(1)
+    errors = np.reshape(relative_errors(rows, blocks, candidates), (-1, len(methods))).min(1)
     best = 1 + int(np.argmin(errors[1:]))
     if forced is None and not errors[best] <= GAIN * errors[0]:
         return None
@@ -113,7 +120,8 @@ def _search(
 
 def _candidate(rows: np.ndarray, absmax: np.ndarray, vector: np.ndarray, method: str, recipe: GraphRecipe) -> Candidate:
     smooth, largest = rows / vector, float((absmax / vector).max())
+    rounding = partial(rounded_weight, form=recipe.weights, recipe=recipe, vector=vector)
+    if not method:  # activations stay in float
+        return Candidate(smooth, rounding)
     cut = min(CUT_OFFS[method](smooth, largest), largest) if largest else 1.0
-    return Candidate(
-        rounded_rows(smooth, cut / LEVELS), partial(rounded_weight, form=recipe.weights, recipe=recipe, vector=vector)
-    )
+    return Candidate(rounded_rows(smooth, cut / LEVELS), rounding)

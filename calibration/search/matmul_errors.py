@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bridge_stg.calibration.collect.statistics import Statistics
+from bridge_stg.calibration.quantize.int4 import dequantized
 from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows, rounded_weight
 from bridge_stg.calibration.quantize.scales import Scales
 from bridge_stg.calibration.recipes import Recipe
-from bridge_stg.export.graph.blocks import FLOAT, INT8, Matmul
+from bridge_stg.export.graph.blocks import FLOAT, INT4, INT8, Matmul
 
 
 def matmul_errors(
@@ -44,8 +45,18 @@ def matmul_errors(
             range_ = known.ranges.get(graph, {}).get(node)
             largest = float((statistics.absmax(graph, node) / vector).max())
             multiplied = rounded_rows(multiplied, range_.scale if range_ else (largest or 1.0) / LEVELS)
-        candidate = Candidate(multiplied, partial(rounded_weight, form=form, recipe=recipe.of(graph), vector=vector))
-        (error,) = relative_errors(np.asarray(rows), weights.blocks(matmul), [candidate])
+        blocks: Iterable[np.ndarray] = weights.blocks(matmul)
+        rounding: Callable[[np.ndarray], np.ndarray] = partial(
+            rounded_weight, form=form, recipe=recipe.of(graph), vector=vector
+        )
+        if form == INT4 and known.int4 is not None:
+            blocks, rounding = [np.concatenate(list(blocks))], partial(_of_all, known.int4.rounded(graph, node))
+        (error,) = relative_errors(np.asarray(rows), blocks, [Candidate(multiplied, rounding)])
         found.setdefault(graph, {})[node] = error
     report("errors", len(matmuls), len(matmuls))
     return found
+
+
+def _of_all(rounded: tuple[np.ndarray, np.ndarray], _: np.ndarray) -> np.ndarray:
+    """Return a rounded weight [N, K] in place of the whole one."""
+    return dequantized(*rounded).T

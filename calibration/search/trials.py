@@ -87,7 +87,8 @@ class RecipeTrials:
             path.parent.mkdir(parents=True, exist_ok=True)
             quantize_bundle(
                 self.source, path, recipe=recipe, ranges=self.scales.ranges, smoothing=self.scales.smoothing,
-                calibration=calibration, measure=calibration is not None, progress=self.progress,
+                int4=self.scales.int4, calibration=calibration, measure=calibration is not None,
+                progress=self.progress,
             )  # fmt: skip
         return path
 
