@@ -24,7 +24,7 @@ from bridge_stg.calibration.inputs import Inputs, read_inputs
 from bridge_stg.calibration.options import LOCAL_BACKEND, Options
 from bridge_stg.calibration.overrides import write_overrides
 from bridge_stg.calibration.quantize.scales import compute_scales
-from bridge_stg.calibration.recipes import GraphRecipe, Recipe
+from bridge_stg.calibration.recipes import FLOATING, GraphRecipe, Recipe
 from bridge_stg.calibration.report.assemble import assemble
 from bridge_stg.calibration.report.report import write_calibration_report
 from bridge_stg.calibration.report.result import CalibrationResult
@@ -191,8 +191,15 @@ class Run:
         return sum(graph_bytes(self.source, name) for name in graphs_of(self.source.manifest.spec)) > LARGE_BYTES
 
     def forced(self, graph: str) -> bool:
-        """Return whether a graph is quantized without regard to its gate: on request, or only for other backends."""
-        return graph in self.options.force_int8 or LOCAL_BACKEND not in self.options.backends
+        """Return whether a graph is quantized without regard to its gate: on request, or only for other backends.
+
+        So are fp8 and nvfp4, which the CPU here only emulates.
+        """
+        return (
+            graph in self.options.force_int8
+            or LOCAL_BACKEND not in self.options.backends
+            or (self.inputs.recipe.of(graph).weights in FLOATING)
+        )
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from bridge_stg.calibration.overrides import Overrides, read_overrides
 from bridge_stg.calibration.quantize.bundle import check_precision
 from bridge_stg.calibration.recipes import RECIPES, Recipe
 from bridge_stg.export.engines.support import UNSUPPORTED, require, support
-from bridge_stg.export.graph.blocks import INT8, Matmul, Table, find_matmuls, find_tables
+from bridge_stg.export.graph.blocks import INT8, QUANTIZED_FORMS, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.writer import is_bundle
@@ -155,7 +155,9 @@ def check_backends(bundle: Bundle, recipes: Sequence[str], backends: Sequence[st
     variants = list(dict.fromkeys(graph.variant for graph in graphs))
     for backend in backends:
         for recipe in recipes:
-            able = [name for name in variants if support(backend, recipe, name, dtype).verdict != UNSUPPORTED]
+            derived = ["ort-cpu"] if recipe == "nvfp4" and "standard" in variants else []  # in the quantized bundle
+            present = dict.fromkeys([*variants, *derived])
+            able = [name for name in present if support(backend, recipe, name, dtype).verdict != UNSUPPORTED]
             sentences = [require(backend, recipe, name, dtype) for name in able or variants[:1]]
             warnings |= dict.fromkeys(sentence for sentence in sentences if sentence)
             if len(able) < len(variants):
@@ -184,7 +186,7 @@ def _check_names(overrides: Overrides, bundle: Bundle) -> None:
 
 
 def _check_source(source: Bundle) -> None:
-    quantized = [graph for graph in source.manifest.all_graphs() if graph.precision.split()[0] in ("int8", "int4")]
+    quantized = [graph for graph in source.manifest.all_graphs() if graph.precision.split()[0] in QUANTIZED_FORMS]
     if quantized or source.manifest.calibration is not None:
         found = f"graph {quantized[0]} is {quantized[0].precision}" if quantized else "its manifest has a calibration"
         raise BundleError("bundle.quantized", f"{source.path}: is already quantized ({found}); give the float bundle.")

@@ -12,7 +12,7 @@ from bridge_stg.export.engines.support import BACKENDS
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.packages import install_command
 
-RECIPE_NAMES = ("w8a8", "w8", "w4")
+RECIPE_NAMES = ("w8a8", "w8", "w4", "fp8", "nvfp4")
 GRAPH_RECIPE_NAMES = ("float", *RECIPE_NAMES)
 METHODS = ("minmax", "percentile", "entropy", "mse")
 """Ways to find the range of an activation."""

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge_stg.calibration.options import RECIPE_NAMES
-from bridge_stg.export.graph.blocks import FLOAT, HEAD, INT4, INT8, Matmul, Table
+from bridge_stg.export.engines.support import REFUSED
+from bridge_stg.export.graph.blocks import FLOAT, FP8, HEAD, INT4, INT8, NVFP4, QUANTIZED_FORMS, Matmul, Table
+from bridge_stg.export.graph.graph_edit import NVFP4_BLOCK
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import BridgeError
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+FLOATING = (FP8, NVFP4)
+"""Forms that only matmuls of GPUs have, of activations and weights at once."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,12 @@ class GraphRecipe:
     """Which parts of one graph are quantized.
 
     Attributes:
-        weights: `float`; `int8`, one scale per channel; or `int4`, one scale per channel and `block_size` values. The
-            head is int8 at most. It shares its bytes with the embedding table where the two are tied.
-        activations: `float`, or `int8` with one fixed scale per tensor (with int8 weights only).
+        weights: `float`; `int8` or `fp8` (E4M3), one scale per channel; `int4`, one scale per channel and `block_size`
+            values; or `nvfp4` (E2M1), one fp8 scale per channel and 16 values, and one for the tensor. The head is int8
+            at most. It shares its bytes with the embedding table where the two are tied.
+        activations: `float`; `int8` or `fp8` with one fixed scale per tensor; or `nvfp4`, one fp8 scale per 16 values,
+            which is computed in each call, and a fixed one for the tensor. Only with weights of the same form, and fp8
+            and nvfp4 weights only with them.
         cache: `float`, or `int8` for keys and values, with one fixed scale per buffer.
         embedding: `float`, or `int8` for the table of token embeddings, with one scale per row.
         smooth: whether outliers of activations may move into weights (SmoothQuant; AWQ with float activations).
@@ -42,37 +49,46 @@ class GraphRecipe:
 
     def __post_init__(self) -> None:
         known: dict[str, tuple[str | int, ...]] = dict.fromkeys(("activations", "cache", "embedding"), (FLOAT, INT8))
-        for name, values in (known | {"weights": (FLOAT, INT8, INT4), "block_size": BLOCK_SIZES}).items():
+        known |= {
+            "weights": (FLOAT, *QUANTIZED_FORMS),
+            "activations": (FLOAT, INT8, *FLOATING),
+            "block_size": BLOCK_SIZES,
+        }
+        for name, values in known.items():
             if getattr(self, name) not in values:
                 expected = ", ".join(map(str, values))
                 raise _error(f"{name} is {getattr(self, name)!r}; expected one of: {expected}.")
-        if self.activations == INT8 and self.weights != INT8:
-            raise _error(f"int8 activations need int8 weights, but weights is {self.weights!r}.")
+        if self.activations not in (FLOAT, self.weights):
+            needed, found = self.activations, self.weights
+            raise _error(f"{needed} activations need {needed} weights, but weights is {found!r}.")
+        if self.weights in FLOATING and self.activations == FLOAT:
+            why = REFUSED["nvfp4 weights with float activations"]
+            raise _error(f"{self.weights} weights need {self.weights} activations: else {why}.")
 
     @property
     def quantizes(self) -> bool:
         """Whether any part is quantized, without regard to `keep_float`."""
-        return INT8 in (self.weights, self.cache, self.embedding) or self.weights == INT4
+        return self.weights != FLOAT or INT8 in (self.cache, self.embedding)
 
     @property
     def name(self) -> str:
-        """`float`, `w8a8`, `w8` or `w4`, followed by `-kv8` for an int8 cache."""
-        weights = {FLOAT: FLOAT, INT8: "w8", INT4: "w4"}[self.weights]
+        """`float`, `w8a8`, `w8`, `w4`, `fp8` or `nvfp4`, followed by `-kv8` for an int8 cache."""
+        weights = {INT8: "w8", INT4: "w4"}.get(self.weights, self.weights)
         return weights + ("a8" if self.activations == INT8 else "") + ("-kv8" if self.cache == INT8 else "")
 
     def precision(self, source: str) -> str:
         """Return the precision for the manifest entry of a graph that is quantized from precision `source`."""
         if not self.quantizes:
             return source
-        return f"{INT4 if self.weights == INT4 else INT8} {self.name}" + (f" {source}" if source != "fp32" else "")
+        form = INT8 if self.weights == FLOAT else self.weights
+        return f"{form} {self.name}" + (f" {source}" if source != "fp32" else "")
 
     def form_of(self, matmul: Matmul) -> str:
-        """Return how the weight of a matmul is stored: `float`, `int8` or `int4`."""
+        """Return how the weight of a matmul is stored: `float`, or one of `QUANTIZED_FORMS`."""
         if self.weights == FLOAT or matmul.block in self.keep_float:
             return FLOAT
-        if self.weights == INT4 and (matmul.block == HEAD or matmul.k % self.block_size):
-            return INT8
-        return self.weights
+        block = {INT4: self.block_size, NVFP4: NVFP4_BLOCK}.get(self.weights, 1)
+        return INT8 if matmul.block == HEAD or matmul.k % block else self.weights
 
     def form_of_table(self, table: Table) -> str:
         """Return how a table of embeddings is stored: `float` or `int8`."""
@@ -84,6 +100,8 @@ GRAPH_RECIPES: Mapping[str, GraphRecipe] = {
     "w8a8": GraphRecipe(weights=INT8, activations=INT8, embedding=INT8, smooth=True),
     "w8": GraphRecipe(weights=INT8, embedding=INT8),
     "w4": GraphRecipe(weights=INT4, embedding=INT8, smooth=True),
+    "fp8": GraphRecipe(weights=FP8, activations=FP8, embedding=INT8),
+    "nvfp4": GraphRecipe(weights=NVFP4, activations=NVFP4, embedding=INT8),
 }
 """By `options.GRAPH_RECIPE_NAMES`: values of --vision, --language and --spatial."""
 
@@ -101,7 +119,7 @@ class Recipe:
 
     @property
     def parts(self) -> list[str]:
-        """The recipes of the support table that this one uses: `w8a8`, `w8`, `w4`, `kv8`."""
+        """The recipes of the support table that this one uses: `w8a8`, `w8`, `w4`, `fp8`, `nvfp4`, `kv8`."""
         names = [part for chosen in self.graphs.values() for part in chosen.name.split("-")]
         return [name for name in dict.fromkeys(names) if name != FLOAT]
 
@@ -141,8 +159,9 @@ class Recipe:
 
 
 def _recipe(language_model: str) -> Recipe:
-    """Return a recipe: the vision encoder is best in W8A8, and the small spatial decoder stays in float."""
-    vision = dataclasses.replace(GRAPH_RECIPES["w8a8"], embedding=FLOAT)
+    """Return a recipe: the vision encoder is best in 8 bits, and the small spatial decoder stays in float."""
+    vision = GRAPH_RECIPES["fp8" if GRAPH_RECIPES[language_model].weights in FLOATING else "w8a8"]
+    vision = dataclasses.replace(vision, embedding=FLOAT)
     language = GRAPH_RECIPES[language_model]
     return Recipe(language_model, dict(zip(GRAPHS, (vision, language, GraphRecipe()), strict=True)))
 

@@ -1,7 +1,8 @@
-"""Quantize one graph with explicit Q/DQ: matmuls in int8 or int4, the table in int8, smoothing folded into weights.
+"""Quantize one graph with explicit Q/DQ: matmuls, the table in int8, smoothing folded into weights.
 
 The form that onnxruntime, TensorRT 10 and 11 all support: symmetric, zero point 0, weights per channel, activations per
-tensor. Biases, norms, softmax and residual additions stay in float. Weights go from file to file one at a time.
+tensor; nvfp4 in the form that TensorRT compiles to a matmul of fp4. Biases, norms, softmax and residual additions stay
+in float. Weights go from file to file one at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import onnx_ir as ir
 from bridge_stg.calibration.quantize.int4 import Int4Weights, int4_rounded
 from bridge_stg.calibration.quantize.packing import (
     NO_FACTORS,
+    ChannelPieces,
     Factors,
-    Int8Pieces,
+    Nvfp4Pieces,
     StoredSource,
     pack_nibbles,
     storable,
@@ -25,18 +27,18 @@ from bridge_stg.calibration.quantize.packing import (
 from bridge_stg.calibration.quantize.ranges import TensorRange
 from bridge_stg.calibration.quantize.smoothing_groups import smoothing_groups
 from bridge_stg.calibration.recipes import GraphRecipe
-from bridge_stg.export.graph.blocks import FLOAT, HEAD, INT4, INT8, Matmul, Table, find_matmuls, find_tables
-from bridge_stg.export.graph.graph_edit import Edit
+from bridge_stg.export.graph.blocks import FLOAT, FP8, HEAD, INT4, INT8, NVFP4, Matmul, Table, find_matmuls, find_tables
+from bridge_stg.export.graph.graph_edit import STORED, TENSORRT_DOMAIN, Edit
 from bridge_stg.export.graph.weight_file import WeightFile
 from bridge_stg.runtime.errors import BridgeError
 
 INLINE_BYTES = 256
 """Smaller tensors stay in the .onnx file, as do integers that are not weights: backends need them at load time."""
 
-HALF_SCALES_SINCE, INT4_SINCE = 19, 21
-"""First opsets whose QuantizeLinear supports fp16 scales, and whose DequantizeLinear supports int4 and blocks."""
+HALF_SCALES_SINCE, INT4_SINCE, NVFP4_SINCE = 19, 21, 23
+"""First opsets whose QuantizeLinear supports fp16 scales and fp8, and DequantizeLinear int4 and blocks, and nvfp4."""
 
-INT4_IR_VERSION = 10
+IR_VERSIONS = {INT4: 10, NVFP4: 11}
 
 Ranges = Mapping[str, TensorRange]
 """By node of a matmul, or past_key_0 … for keys and values."""
@@ -65,7 +67,7 @@ class GraphQuantizer:
         self.ranges, self._smoothing = ranges, smoothing
         self._weights, self._int4 = weights, int4
         self._progress = progress or (lambda stage, done, total: None)
-        self._packed: dict[tuple[Any, ...], tuple[ir.ExternalTensor, np.ndarray]] = {}
+        self._packed: dict[tuple[Any, ...], tuple[ir.ExternalTensor, Any]] = {}
         self._copied: dict[tuple[Any, ...], ir.ExternalTensor] = {}
 
     def quantize(self, model: ir.Model) -> None:
@@ -85,8 +87,8 @@ class GraphQuantizer:
             data = node.inputs[0]
             assert data is not None and weight.dtype is not None
             half |= weight.dtype == ir.DataType.FLOAT16
-            if self.recipe.activations == INT8:
-                data = edit.quantized(data, self._scale(matmul), weight.dtype)
+            if form == self.recipe.activations:
+                data = edit.quantized(data, self._scale(matmul), weight.dtype, form)
             edit.multiply(node, data, weight)
         for table in tables:
             if table_form == INT8:
@@ -95,11 +97,13 @@ class GraphQuantizer:
                 edit.nodes[table.node].replace_input_with(0, rows)
         edit.drop_unused()
         opset = model.graph.opset_imports[""]
-        if INT4 in forms.values():
-            model.graph.opset_imports[""] = max(opset, INT4_SINCE)
-            model.ir_version = max(model.ir_version, INT4_IR_VERSION)
-        elif half:
-            model.graph.opset_imports[""] = max(opset, HALF_SCALES_SINCE)
+        used = set(forms.values())
+        needed = [INT4_SINCE] * (INT4 in used) + [NVFP4_SINCE] * (NVFP4 in used)
+        needed += [HALF_SCALES_SINCE] * (half or FP8 in used)
+        model.graph.opset_imports[""] = max(opset, *needed, 0)
+        model.ir_version = max(model.ir_version, *(IR_VERSIONS.get(form, 0) for form in used))
+        if NVFP4 in used:
+            model.graph.opset_imports[TENSORRT_DOMAIN] = 1
         self._store(model.graph, factors)
 
     def _factors(self, model: ir.Model) -> dict[str, Factors]:
@@ -142,6 +146,9 @@ class GraphQuantizer:
         The head stays [N, K], with a Transpose: it may be a table too, and is too large to be transposed in memory.
         """
         name, transposed = matmul.weight, matmul.block != HEAD
+        if form == NVFP4:
+            tensor, (scales, scale) = self._pack(edit, name, form, factors, transposed=False)
+            return edit.transposed(edit.from_nvfp4(tensor, scales, scale, name))
         value = edit.dequantized(
             name,
             partial(self._pack, edit, name, form, factors, transposed=transposed, node=matmul.node),
@@ -153,8 +160,8 @@ class GraphQuantizer:
 
     def _pack(
         self, edit: Edit, name: str, form: str, factors: Factors, *, transposed: bool, node: str = ""
-    ) -> tuple[ir.ExternalTensor, np.ndarray]:
-        """Return the integers and the scales of a weight, which are written on the first call for any variant.
+    ) -> tuple[ir.ExternalTensor, Any]:
+        """Return the values and the scales of a weight, which are written on the first call for any variant.
 
         `node` is that of the matmul whose activation int4 is rounded for.
         """
@@ -168,10 +175,14 @@ class GraphQuantizer:
                 levels, scales = self._rounded(source, node)
                 content = [pack_nibbles(levels).tobytes()]
                 self._packed[key] = self._weights.write(name, ir.DataType.INT4, (k, n), content), scales
+            elif form == NVFP4:
+                pieces = Nvfp4Pieces(source)
+                written = self._weights.write(name, STORED[form], (n, k), pieces)
+                self._packed[key] = written, (pieces.scales, pieces.scale)
             else:
-                eight = Int8Pieces(source, transposed=transposed, reduced=self.recipe.reduced_range)
+                eight = ChannelPieces(source, form=form, transposed=transposed, reduced=self.recipe.reduced_range)
                 shape = (k, n) if transposed else (n, k)
-                self._packed[key] = self._weights.write(name, ir.DataType.INT8, shape, eight), eight.scales
+                self._packed[key] = self._weights.write(name, STORED[form], shape, eight), eight.scales
         packed, scales = self._packed[key]
         return self._weights.alias(packed, f"{name}_{form}"), scales
 
@@ -190,6 +201,8 @@ class GraphQuantizer:
             tensor = value.const_value
             if tensor is None or not tensor.dtype.is_floating_point():
                 continue
+            if isinstance(tensor, ir.ExternalTensor) and tensor.dtype in (STORED[FP8], STORED[NVFP4]):
+                continue  # it is there already
             source = StoredSource(tensor, factors.get(name, NO_FACTORS))
             if tensor.nbytes < INLINE_BYTES:
                 if not source.factors.none or isinstance(tensor, ir.ExternalTensor):

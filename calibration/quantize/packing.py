@@ -1,7 +1,8 @@
-"""Round one weight to int8, and pack int4: it is read by blocks of rows, and yielded as bytes.
+"""Round one weight to int8, fp8 or nvfp4: it is read by blocks of rows, and yielded as bytes; and pack 4-bit values.
 
-Symmetric, zero point 0. int8 has one scale per channel, int4 one for every `block_size` values along K of each
-channel. Both are stored [K, N]: with a Transpose, onnxruntime fuses them only in some opsets. Knows nothing of graphs.
+Symmetric, zero point 0. int8 and fp8 have one scale per channel, int4 one for every `block_size` values along K of each
+channel. These are stored [K, N]: with a Transpose, onnxruntime fuses them only in some opsets. nvfp4 is stored [N, K],
+as TensorRT reads it: a scale in fp8 for every 16 values, and one in fp32 for all of them. Knows nothing of graphs.
 """
 
 from __future__ import annotations
@@ -9,15 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from bridge_stg.export.graph.blocks import FP8, INT8
+from bridge_stg.export.graph.graph_edit import NVFP4_BLOCK
 from bridge_stg.runtime.errors import BridgeError
 
 INT8_LIMIT, REDUCED_LIMIT = 127, 64
 """Largest magnitude of an int8 weight; 255 · 64 · 2 fits the signed 16-bit sums of CPUs without VNNI."""
 
 INT4_LEAST, INT4_MOST = -8, 7
+FP8_LIMIT, FP4_LIMIT = 448, 6
+NVFP4_LIMIT = FP8_LIMIT * FP4_LIMIT
+"""Largest magnitudes of E4M3 and E2M1, and of nvfp4 in units of the tensor's scale."""
+
+FP8_LEAST = 2.0**-9
+"""Smallest fp8 number above 0, for the scales of blocks."""
+
 
 BLOCK_BYTES = 32 * 2**20
 """Number of stored bytes that are read at a time."""
@@ -105,18 +116,19 @@ class StoredSource:
                 yield first, np.frombuffer(buffer, np.uint8)
 
 
-class Int8Pieces:
-    """Iterates over the int8 values of a weight [N, K] as bytes; afterwards `scales` [N] are set.
+class ChannelPieces:
+    """Iterates over the int8 or fp8 values of a weight [N, K] as bytes; afterwards `scales` [N] are set.
 
     Args:
         source: the weight.
         transposed: whether to yield [K, N], for which all values are kept in memory; else [N, K], by blocks of rows.
-        reduced: whether magnitudes are at most 64.
+        form: `int8` or `fp8`.
+        reduced: whether int8 magnitudes are at most 64.
     """
 
-    def __init__(self, source: StoredSource, *, transposed: bool, reduced: bool = False) -> None:
-        self._source, self._transposed = source, transposed
-        self._limit = REDUCED_LIMIT if reduced else INT8_LIMIT
+    def __init__(self, source: StoredSource, *, transposed: bool, form: str = INT8, reduced: bool = False) -> None:
+        self._source, self._transposed, self._form = source, transposed, form
+        self._limit = FP8_LIMIT if form == FP8 else REDUCED_LIMIT if reduced else INT8_LIMIT
         self.dtype = source.tensor.dtype.numpy()
         self.scales = np.ones(source.shape[0], self.dtype)
 
@@ -126,13 +138,53 @@ class Int8Pieces:
         for first, block in self._source.rows():
             scales = storable(np.abs(block).max(-1) / self._limit, self.dtype)
             self.scales[first : first + len(block)] = scales
-            levels = rounded(block, scales.astype(np.float32)[:, None], -self._limit, self._limit)
+            wide = scales.astype(np.float32)[:, None]
+            if self._form == FP8:
+                levels = fp8(block / wide).view(np.int8)
+            else:
+                levels = rounded(block, wide, -self._limit, self._limit)
             if all_levels is None:
                 yield levels.tobytes()
             else:
                 all_levels[first : first + len(block)] = levels
         if all_levels is not None:
             yield np.ascontiguousarray(all_levels.T).tobytes()
+
+
+class Nvfp4Pieces:
+    """Iterates over the nvfp4 values [N, K] of a weight as bytes; then `scales` and `scale` are set.
+
+    `scales` are fp8 [N, K / 16], and `scale`, of the graph's dtype, multiplies all of them.
+    """
+
+    def __init__(self, source: StoredSource) -> None:
+        self._source = source
+        n, k = source.shape
+        self.scales = np.zeros((n, k // NVFP4_BLOCK), ml_dtypes.float8_e4m3fn)
+        self.scale = np.ones((), source.tensor.dtype.numpy())
+
+    def __iter__(self) -> Iterator[bytes]:
+        largest = max(float(np.abs(block).max(initial=0)) for _, block in self._source.rows())
+        self.scale = storable(np.array(largest / NVFP4_LIMIT), self.scale.dtype)
+        for first, block in self._source.rows():
+            levels, scales = nvfp4(block, float(self.scale))
+            self.scales[first : first + len(block)] = scales
+            yield pack_nibbles(levels.view(np.int8)).tobytes()
+
+
+def fp8(values: np.ndarray) -> np.ndarray:
+    """Return values as float8_e4m3fn, saturated, ties to even."""
+    levels: np.ndarray = np.clip(values, -FP8_LIMIT, FP8_LIMIT).astype(ml_dtypes.float8_e4m3fn)
+    return levels
+
+
+def nvfp4(rows: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows [R, K] as float4_e2m1fn, and the fp8 scales [R, K / 16] of their blocks, in units of `scale`."""
+    blocks = rows.reshape(len(rows), -1, NVFP4_BLOCK)
+    scales = fp8(np.maximum(np.abs(blocks).max(-1) / (FP4_LIMIT * scale), FP8_LEAST))
+    ratios = blocks / (scales.astype(np.float32)[..., None] * np.float32(scale))
+    levels = np.clip(ratios, -FP4_LIMIT, FP4_LIMIT).astype(ml_dtypes.float4_e2m1fn)
+    return levels.reshape(rows.shape), scales
 
 
 def storable(scales: np.ndarray, dtype: np.dtype | type) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Choose the int8 range of each activation, by the method with the least error in the matmuls that read it.
+"""Choose the range of each activation, by the method with the least error in the matmuls that read it.
 
 Min-max keeps the largest value; percentile, entropy (Migacz, GTC 2017, as in onnxruntime) and MSE clip rare values, so
-that the others get finer steps.
+that the others get finer steps in int8. Floating forms have them anyway: their ranges are min-max unless forced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.overrides import Overrides
 from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows
-from bridge_stg.export.graph.blocks import Matmul, shared_activations
+from bridge_stg.calibration.recipes import Recipe
+from bridge_stg.export.graph.blocks import INT8, Matmul, shared_activations
 from bridge_stg.runtime.errors import BridgeError
 
 PERCENTILE = 99.99
@@ -31,7 +32,7 @@ GAIN = 0.98
 
 @dataclass(frozen=True)
 class TensorRange:
-    """Symmetric int8 range of one tensor: value ≈ scale · q, q in −127 … 127.
+    """Symmetric range of one tensor: value ≈ scale · q, q in −127 … 127 for int8 (see `rounding.LEVELS`).
 
     Attributes:
         scale: step size, above 0.
@@ -54,6 +55,7 @@ def choose_ranges(
     method: str | None = None,
     overrides: Overrides | None = None,
     smoothing: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    recipe: Recipe | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> dict[str, dict[str, TensorRange]]:
     """Return the range of each matmul's activation, and of keys and values, by graph and node.
@@ -67,6 +69,7 @@ def choose_ranges(
         method: one of `options.METHODS` for all; None: per tensor the one with the least error.
         overrides: manual methods of blocks, matmuls, or past_key_0 …; they take precedence.
         smoothing: vectors [K] by graph and node, see `smooth`; activations are divided by them first.
+        recipe: gives the form of each graph's activations; None: int8.
         progress: called as progress("ranges", done, total).
 
     Raises:
@@ -90,7 +93,9 @@ def choose_ranges(
         vector = (smoothing or {}).get(graph, {}).get(nodes[0], np.ones(1, np.float32))
         forced = next((name for name in map(method_of, nodes) if name), method)
         blocks = (block * vector for matmul in group for block in weights.blocks(matmul))
-        found[graph] |= dict.fromkeys(nodes, range_of(rows / vector, absmax / vector, method=forced, weights=blocks))
+        form = INT8 if recipe is None else recipe.of(graph).activations
+        one = range_of(rows / vector, absmax / vector, method=forced, weights=blocks, form=form)
+        found[graph] |= dict.fromkeys(nodes, one)
     for done, (graph, name) in enumerate(caches, len(groups)):
         report("ranges", done, total)
         rows = statistics.rows(graph, name)
@@ -101,7 +106,12 @@ def choose_ranges(
 
 
 def range_of(
-    rows: np.ndarray, absmax: np.ndarray, *, method: str | None = None, weights: Iterable[np.ndarray] = ()
+    rows: np.ndarray,
+    absmax: np.ndarray,
+    *,
+    method: str | None = None,
+    weights: Iterable[np.ndarray] = (),
+    form: str = INT8,
 ) -> TensorRange:
     """Return the range of a tensor.
 
@@ -110,14 +120,15 @@ def range_of(
         absmax: float32 [K], largest magnitudes of the whole tensor.
         method: one of `options.METHODS`; None: the one with the least error.
         weights: [N, K] of the matmuls that read the tensor, whole or in blocks; empty: the tensor's own error counts.
+        form: `int8`, `fp8` or `nvfp4`.
     """
     rows = np.ascontiguousarray(rows, np.float32)
     largest = float(absmax.max(initial=0.0))
     if largest == 0 or not rows.any():
-        return TensorRange((largest or 1.0) / LEVELS, method or "minmax", largest, 0.0)
-    methods = [method] if method else list(CUT_OFFS)
-    scales = [min(CUT_OFFS[name](rows, largest), largest) / LEVELS for name in methods]
-    errors = relative_errors(rows, weights, [Candidate(rounded_rows(rows, scale)) for scale in scales])
+        return TensorRange((largest or 1.0) / LEVELS[form], method or "minmax", largest, 0.0)
+    methods = [method] if method else list(CUT_OFFS) if form == INT8 else ["minmax"]
+    scales = [min(CUT_OFFS[name](rows, largest), largest) / LEVELS[form] for name in methods]
+    errors = relative_errors(rows, weights, [Candidate(rounded_rows(rows, scale, form)) for scale in scales])
     best = int(np.argmin(errors))
     if not method and errors[best] > GAIN * errors[0]:
         best = 0  # min-max comes first
@@ -150,7 +161,7 @@ def _mse(rows: np.ndarray, largest: float) -> float:
     histogram, edges = np.histogram(magnitudes, 4096, range=(0.0, largest))
     middles = (edges[1:] + edges[:-1]) / 2
     cuts = largest * np.arange(1, MSE_STEPS + 1) / MSE_STEPS
-    errors = [float(histogram @ (middles - rounded_rows(middles, cut / LEVELS)) ** 2) for cut in cuts]
+    errors = [float(histogram @ (middles - rounded_rows(middles, cut / LEVELS[INT8])) ** 2) for cut in cuts]
     return float(cuts[int(np.argmin(errors))])
 
 

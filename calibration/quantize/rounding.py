@@ -10,12 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bridge_stg.calibration.quantize.packing import INT4_LEAST, INT4_MOST, INT8_LIMIT, REDUCED_LIMIT
+from bridge_stg.calibration.quantize.packing import (
+    FP8_LIMIT,
+    INT4_LEAST,
+    INT4_MOST,
+    INT8_LIMIT,
+    NVFP4_LIMIT,
+    REDUCED_LIMIT,
+    fp8,
+    nvfp4,
+)
 from bridge_stg.calibration.recipes import GraphRecipe
-from bridge_stg.export.graph.blocks import FLOAT, INT4
+from bridge_stg.export.graph.blocks import FLOAT, FP8, INT4, INT8, NVFP4
 
-LEVELS = 127
-"""Activations in symmetric int8 use −127 … 127."""
+LEVELS = {INT8: INT8_LIMIT, FP8: FP8_LIMIT, NVFP4: NVFP4_LIMIT}
+"""Largest magnitude of an activation in units of its scale, by form; symmetric int8 uses −127 … 127."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +51,14 @@ def relative_errors(rows: np.ndarray, weights: Iterable[np.ndarray], candidates:
     return [float(error) for error in np.sqrt(wrong / right)] if right else [0.0] * len(candidates)
 
 
-def rounded_rows(rows: np.ndarray, scale: float) -> np.ndarray:
-    """Return rows after rounding to symmetric int8 with one scale."""
+def rounded_rows(rows: np.ndarray, scale: float, form: str = INT8) -> np.ndarray:
+    """Return rows float32 after rounding to a form with one scale."""
+    if form == FP8:
+        return fp8(rows / np.float32(scale)).astype(np.float32) * np.float32(scale)
+    if form == NVFP4:
+        return _nvfp4_rows(rows, scale)
     levels = np.rint(rows / np.float32(scale))
-    np.clip(levels, -LEVELS, LEVELS, out=levels)
+    np.clip(levels, -INT8_LIMIT, INT8_LIMIT, out=levels)
     levels *= np.float32(scale)
     return levels
 
@@ -64,11 +77,23 @@ def rounded_weight(weight: np.ndarray, form: str, recipe: GraphRecipe, vector: n
         scales = np.where(largest > 0, largest, 1) / np.float32(INT4_MOST)
         four: np.ndarray = (np.clip(np.rint(blocks / scales), INT4_LEAST, INT4_MOST) * scales).reshape(weight.shape)
         return four
-    limit = REDUCED_LIMIT if recipe.reduced_range else INT8_LIMIT
+    if form == NVFP4:
+        return _nvfp4_rows(weight, float(np.abs(weight).max()) / NVFP4_LIMIT or 1.0)
+    limit = FP8_LIMIT if form == FP8 else REDUCED_LIMIT if recipe.reduced_range else INT8_LIMIT
     largest = np.abs(weight).max(-1, keepdims=True)
     scales = np.where(largest > 0, largest, 1) / np.float32(limit)
+    if form == FP8:
+        eight: np.ndarray = fp8(weight / scales).astype(np.float32) * scales
+        return eight
     rounded: np.ndarray = np.rint(weight / scales) * scales
     return rounded
+
+
+def _nvfp4_rows(rows: np.ndarray, scale: float) -> np.ndarray:
+    levels, scales = nvfp4(np.asarray(rows, np.float32), scale)
+    wide = np.repeat(scales.astype(np.float32) * np.float32(scale), rows.shape[-1] // scales.shape[-1], axis=-1)
+    values: np.ndarray = levels.astype(np.float32) * wide
+    return values
 
 
 def _energy(values: np.ndarray) -> float:

@@ -51,7 +51,13 @@ def compute_scales(
     if read_json(file) is None:
         smoothing = choose_smoothing(statistics, recipe, overrides=overrides, progress=progress)
         ranges = choose_ranges(
-            statistics, matmuls, method=method, overrides=overrides, smoothing=smoothing.vectors, progress=progress
+            statistics,
+            matmuls,
+            method=method,
+            overrides=overrides,
+            smoothing=smoothing.vectors,
+            recipe=recipe,
+            progress=progress,
         )
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(vectors) as partial:

@@ -22,7 +22,7 @@ from bridge_stg.calibration.quantize.ranges import CUT_OFFS
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows, rounded_weight
 from bridge_stg.calibration.quantize.smoothing_groups import SmoothingGroup, smoothing_groups
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
-from bridge_stg.export.graph.blocks import FLOAT
+from bridge_stg.export.graph.blocks import FLOAT, INT8
 
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SEARCH_ROWS = 256
@@ -124,4 +124,4 @@ def _candidate(rows: np.ndarray, absmax: np.ndarray, vector: np.ndarray, method:
     if not method:  # activations stay in float
         return Candidate(smooth, rounding)
     cut = min(CUT_OFFS[method](smooth, largest), largest) if largest else 1.0
-    return Candidate(rounded_rows(smooth, cut / LEVELS), rounding)
+    return Candidate(rounded_rows(smooth, cut / LEVELS[INT8]), rounding)

@@ -19,6 +19,7 @@ from bridge_stg.calibration.search.search import Choice
 from bridge_stg.calibration.search.sensitivity import Sensitivity
 from bridge_stg.calibration.search.trials import FLOAT, QUANTIZED
 from bridge_stg.evaluation.report.pictures import case_picture
+from bridge_stg.export.graph.blocks import QUANTIZED_FORMS
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import BridgeError
@@ -148,7 +149,7 @@ def _graph_rows(
                 "graph": name,
                 "precision": precision,
                 "recipe": recipe.of(name).name,
-                "int8": precision.split()[0] in ("int8", "int4"),
+                "int8": precision.split()[0] in QUANTIZED_FORMS,
                 "why": why,
                 "forced": gate is not None and gate.forced,
                 "bytes": {"float": graph_bytes(inputs.bundle, name), "int8": graph_bytes(bundle, name)},

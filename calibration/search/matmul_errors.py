@@ -14,7 +14,7 @@ from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.rounding import LEVELS, Candidate, relative_errors, rounded_rows, rounded_weight
 from bridge_stg.calibration.quantize.scales import Scales
 from bridge_stg.calibration.recipes import Recipe
-from bridge_stg.export.graph.blocks import FLOAT, INT4, INT8, Matmul
+from bridge_stg.export.graph.blocks import FLOAT, INT4, Matmul
 
 
 def matmul_errors(
@@ -41,10 +41,10 @@ def matmul_errors(
             continue
         vector = known.smoothing.get(graph, {}).get(node, np.ones(1, np.float32))
         multiplied = rows / vector
-        if recipe.of(graph).activations == INT8:
+        if recipe.of(graph).activations == form:
             range_ = known.ranges.get(graph, {}).get(node)
             largest = float((statistics.absmax(graph, node) / vector).max())
-            multiplied = rounded_rows(multiplied, range_.scale if range_ else (largest or 1.0) / LEVELS)
+            multiplied = rounded_rows(multiplied, range_.scale if range_ else (largest or 1.0) / LEVELS[form], form)
         blocks: Iterable[np.ndarray] = weights.blocks(matmul)
         rounding: Callable[[np.ndarray], np.ndarray] = partial(
             rounded_weight, form=form, recipe=recipe.of(graph), vector=vector

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TYPES = {
-    "float": "fp32", "half": "fp16", "bfloat16": "bf16", "int8": "int8", "int4": "int4", "fp8": "fp8",
-    "float32": "fp32", "float16": "fp16",
+    "float": "fp32", "half": "fp16", "bfloat16": "bf16", "int8": "int8", "int4": "int4",
+    "fp8": "fp8", "fp8_e4m3": "fp8", "fp4_e2m1": "nvfp4", "float32": "fp32", "float16": "fp16",
 }  # fmt: skip
 NUMBERS, INTEGERS = frozenset(TYPES.values()), ("int8", "int4")
 FUSED_ATTENTION = ("mha", "fmha", "flash")
 MATMUL_KINDS = ("fully_connected", "corrltn", "convolution", "gemm", "matmul")
 WEIGHTED, ATTENTION = ("MatMul", "Gemm", "Conv"), ("Attention", "Softmax")
-ORDER = ("fused", "int8", "int4", "fp8", "fp16", "bf16", "fp32", "unknown", "unfused")
+ORDER = ("fused", "int8", "int4", "nvfp4", "fp8", "fp16", "bf16", "fp32", "unknown", "unfused")
 """Words of a report, the best first."""
 GROUPS = {"products": "matmuls", "attention": "attention"}
 """Keys of a report, which engine.json has too, and what tables call them."""

@@ -16,6 +16,7 @@ from bridge_stg.export.engines import targets
 from bridge_stg.export.engines.profiles import Deployment, GraphProfiles, profiles_of
 from bridge_stg.export.engines.support import require
 from bridge_stg.export.engines.targets import PRIMITIVE_ONLY_BELOW, EngineTarget
+from bridge_stg.export.graph.blocks import QUANTIZED_FORMS
 from bridge_stg.runtime.backends.tensorrt import engine_cache
 from bridge_stg.runtime.backends.tensorrt.engine_cache import FAMILIES, EngineKey
 from bridge_stg.runtime.backends.tensorrt.library import MODULES
@@ -123,7 +124,7 @@ def _how_to_get(precision: str) -> str:
     word = precision.split(maxsplit=1)[0]
     if word in ("fp32", "fp16", "bf16"):
         return f"Export the checkpoint with --dtype {word}"
-    return "Make a bundle with `calibrate`" if word in ("int8", "int4") else "No bundle of this project has it"
+    return "Make a bundle with `calibrate`" if word in QUANTIZED_FORMS else "No bundle of this project has it"
 
 
 def _target_here(named: EngineTarget | None, family: str | None) -> tuple[EngineTarget, ModuleType]:
@@ -174,7 +175,7 @@ def _check_variant(target: EngineTarget, graph: GraphSpec, version: str) -> None
 def _check_support(target: EngineTarget, graph: GraphSpec, version: str) -> list[str]:
     """Return a sentence per recipe of a quantized graph that falls back; raise if the target does not support one."""
     words = graph.precision.split()
-    if words[0] not in ("int8", "int4"):
+    if words[0] not in QUANTIZED_FORMS:
         return []
     name = "tensorrt-rtx" if target.ahead_of_time else f"tensorrt-{11 if version_numbers(version) >= (11,) else 10}"
     floats = words[2] if len(words) > 2 else "fp32"

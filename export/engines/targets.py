@@ -16,6 +16,7 @@ from bridge_stg.runtime.host.packages import install_command, version_numbers
 TURING = ("fp32", "fp16", "int8")
 AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
 ADA = (*AMPERE, "fp8")
+BLACKWELL = (*ADA, "nvfp4")
 GB = 10**9
 PRIMITIVE_ONLY_BELOW = (10, 15)
 """TensorRT before this version takes `primitive` only: it lacks the cache update and, before 10.14, Attention."""
@@ -63,13 +64,13 @@ RTX, RTX_END = (1, 2), (2,)
 TARGETS: tuple[EngineTarget, ...] = (
     EngineTarget("rtx-ampere", "RTX 30, A10", "tensorrt_rtx", RTX, RTX_END, (86,), "standard", AMPERE, 8 * GB),
     EngineTarget("rtx-ada", "RTX 40, L4, L40", "tensorrt_rtx", RTX, RTX_END, (89,), "standard", ADA, 8 * GB),
-    EngineTarget("rtx-blackwell", "RTX 50", "tensorrt_rtx", RTX, RTX_END, (120,), "standard", ADA, 8 * GB),
+    EngineTarget("rtx-blackwell", "RTX 50", "tensorrt_rtx", RTX, RTX_END, (120,), "standard", BLACKWELL, 8 * GB),
     EngineTarget("orin-jp6", "Orin, JetPack 6.1+", "tensorrt", (10, 0), (10, 15), (87,), "primitive", AMPERE, 6 * GB),
     EngineTarget("orin-jp7", "Orin, JetPack 7.2+", "tensorrt", (10, 15), (12,), (87,), "standard", AMPERE, 6 * GB),
-    EngineTarget("thor", "Thor, JetPack 7", "tensorrt", (10, 15), (12,), (101, 110), "standard", ADA, 100 * GB),
+    EngineTarget("thor", "Thor, JetPack 7", "tensorrt", (10, 15), (12,), (101, 110), "standard", BLACKWELL, 100 * GB),
     EngineTarget("a100", "A100", "tensorrt", (10, 15), (12,), (80,), "standard", AMPERE, 38 * GB),
     EngineTarget("h100", "H100, H200", "tensorrt", (10, 15), (12,), (90,), "standard", ADA, 76 * GB),
-    EngineTarget("b200", "B200", "tensorrt", (10, 15), (12,), (100,), "standard", ADA, 170 * GB),
+    EngineTarget("b200", "B200", "tensorrt", (10, 15), (12,), (100,), "standard", BLACKWELL, 170 * GB),
 )
 """The target `this` is added by `this_target`."""
 
@@ -81,7 +82,7 @@ def ahead_of_time() -> list[str]:
 
 ON_THE_DEVICE = f"Run this command on the device, or compile ahead of time for one of {', '.join(ahead_of_time())}"
 
-PRECISIONS_BY_SM = ((89, ADA), (80, AMPERE), (75, TURING), (0, ("fp32", "fp16")))
+PRECISIONS_BY_SM = ((100, BLACKWELL), (89, ADA), (80, AMPERE), (75, TURING), (0, ("fp32", "fp16")))
 
 
 def find_target(name: str) -> EngineTarget:

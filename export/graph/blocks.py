@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FLOAT, INT8, INT4 = "float", "int8", "int4"
+FLOAT, INT8, INT4, FP8, NVFP4 = "float", "int8", "int4", "fp8", "nvfp4"
+QUANTIZED_FORMS = (INT8, INT4, FP8, NVFP4)
+"""Forms of weights: float, and the quantized ones, which are the first words of a graph's precision too."""
+
+_FORMS = {"INT8": INT8, "INT4": INT4, "FLOAT8E4M3FN": FP8, "FLOAT4E2M1": NVFP4}
 
 ROOTS = (
     ("model.visual", "vision_encoder"),
@@ -44,7 +48,7 @@ class Matmul:
         activation: name of the float tensor that is multiplied; differs between variants.
         k: length of the sums.
         n: output channels.
-        form: storage of the weight: `float`, `int8` or `int4`.
+        form: storage of the weight: `float`, or one of `QUANTIZED_FORMS`.
     """
 
     node: str
@@ -132,16 +136,16 @@ def stored_weight(value: ir.Value) -> tuple[ir.Value | None, str, bool]:
             return None, form, transposed
         transposed ^= node.op_type == "Transpose"
         value = node.inputs[0]
-    if value.dtype is not None and value.dtype.name in ("INT8", "INT4"):
-        form = value.dtype.name.lower()
+    if value.dtype is not None and value.dtype.name in _FORMS:
+        form = _FORMS[value.dtype.name]
     elif value.dtype is None or not value.dtype.is_floating_point():
         return None, form, transposed
     return value, form, transposed
 
 
 def _before_quantization(value: ir.Value) -> ir.Value:
-    for operator in ("DequantizeLinear", "QuantizeLinear"):
+    for operators in (("DequantizeLinear",), ("QuantizeLinear", "TRT_FP4DynamicQuantize")):
         node = value.producer()
-        if node is not None and node.op_type == operator and node.inputs[0] is not None:
+        if node is not None and node.op_type in operators and node.inputs[0] is not None:
             value = node.inputs[0]
     return value

@@ -9,6 +9,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from bridge_stg.export.graph.blocks import FP8, INT4, INT8, NVFP4
+
+STORED = {
+    INT8: ir.DataType.INT8, INT4: ir.DataType.INT4, FP8: ir.DataType.FLOAT8E4M3FN, NVFP4: ir.DataType.FLOAT4E2M1,
+}  # fmt: skip
+"""Type of the stored values by form."""
+
+NVFP4_BLOCK = 16
+TENSORRT_DOMAIN = "trt"
+"""Domain of the operators that only TensorRT has."""
+
 HEADS_FIRST = [0, 2, 1, 3]
 """Axes of a Transpose between [B, L, heads, head_dim] and [B, heads, L, head_dim]."""
 
@@ -25,22 +36,63 @@ class Edit:
         self._scales: dict[tuple[ir.Value, float], ir.Value] = {}
         self._names = {*graph.initializers, *(str(value.name) for node in graph for value in node.outputs)}
 
-    def quantized(self, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
-        """Return a value after QuantizeLinear and DequantizeLinear."""
+    def quantized(self, value: ir.Value, scale: float, dtype: ir.DataType, form: str = INT8) -> ir.Value:
+        """Return a value after it was quantized to `int8`, `fp8` or `nvfp4`, and dequantized."""
         key = value, scale, dtype
-        if key not in self._activations:
-            self._activations[key] = self.dequantize(self.quantize(value, scale, dtype), value, scale, dtype)
+        if key not in self._activations and form == NVFP4:
+            self._activations[key] = self._through_nvfp4(value, scale, dtype)
+        elif key not in self._activations:
+            levels = self.quantize(value, scale, dtype, form)
+            self._activations[key] = self.dequantize(levels, value, scale, dtype, form)
         return self._activations[key]
 
-    def quantize(self, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
-        """Insert QuantizeLinear after a value and return the int8 values."""
-        inputs = [value, self._scale_of(value, scale, dtype), self._zero()]
-        return self.insert_after("QuantizeLinear", inputs, value, f"{value.name}_int8", dtype=ir.DataType.INT8)
+    def quantize(self, value: ir.Value, scale: float, dtype: ir.DataType, form: str = INT8) -> ir.Value:
+        """Insert QuantizeLinear after a value and return the int8 or fp8 values."""
+        inputs = [value, self._scale_of(value, scale, dtype), self._zero(form)]
+        return self.insert_after("QuantizeLinear", inputs, value, f"{value.name}_{form}", dtype=STORED[form])
 
-    def dequantize(self, integers: ir.Value, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
+    def dequantize(
+        self, integers: ir.Value, value: ir.Value, scale: float, dtype: ir.DataType, form: str = INT8
+    ) -> ir.Value:
         """Insert DequantizeLinear after integers, with scale and name of `value`, and return the floats."""
-        inputs = [integers, self._scale_of(value, scale, dtype), self._zero()]
+        inputs = [integers, self._scale_of(value, scale, dtype), self._zero(form)]
         return self.insert_after("DequantizeLinear", inputs, integers, f"{value.name}_dequantized", dtype=dtype)
+
+    def _through_nvfp4(self, value: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
+        """Insert TensorRT's operator that quantizes to nvfp4 with computed scales of blocks, and dequantize."""
+        shared, blocks = self._scale_of(value, scale, dtype), {"axis": -1, "block_size": NVFP4_BLOCK}
+        source = value.producer()
+        stem = f"{value.name if source is None else source.name}/TRT_FP4DynamicQuantize"
+        attributes = {**blocks, "scale_type": int(STORED[FP8])}
+        node = ir.node(
+            "TRT_FP4DynamicQuantize", [value, shared], attributes, domain=TENSORRT_DOMAIN, num_outputs=2,
+            name=self.free_node(stem),
+        )  # fmt: skip
+        insert_after(self.graph, value, node)
+        self.nodes[str(node.name)] = node
+        for output, form in zip(node.outputs, (NVFP4, FP8), strict=True):
+            output.name, output.dtype = self.free_name(f"{value.name}_{form}"), STORED[form]
+            output.shape = value.shape if form == NVFP4 else None
+        scales = self.insert_after(
+            "DequantizeLinear", [node.outputs[1], shared], node.outputs[1], f"{value.name}_scales", dtype=dtype
+        )
+        inputs, name = [node.outputs[0], scales], f"{value.name}_dequantized"
+        return self.insert_after("DequantizeLinear", inputs, scales, name, blocks, dtype=dtype)
+
+    def from_nvfp4(self, tensor: ir.TensorProtocol, scales: np.ndarray, scale: np.ndarray, name: str) -> ir.Value:
+        """Return the floats [N, K] of the initializer `name`: nvfp4 values, fp8 scales [N, K / 16], and one of all."""
+        if (name, NVFP4) not in self._weights:
+            shared = self.constant(f"{name}_scale", scale)
+            parts = [self.constant(f"{name}_scales", scales), shared]
+            stem, attributes = f"{name}/DequantizeLinear", {"axis": -1, "block_size": NVFP4_BLOCK}
+            before = self.graph[0]
+            (wide,) = self.insert("DequantizeLinear", parts, before=before, name=f"{stem}_scales")
+            parts = [self.initializer(str(tensor.name), tensor), wide]
+            (floats,) = self.insert("DequantizeLinear", parts, attributes, before=before, name=stem)
+            floats.name = self.free_name(f"{name}_dequantized")
+            wide.dtype = floats.dtype = shared.dtype
+            self._weights[name, NVFP4] = floats
+        return self._weights[name, NVFP4]
 
     def dequantized(
         self,
@@ -59,9 +111,10 @@ class Edit:
         if (name, use) in self._weights:
             return self._weights[name, use]
         tensor, scales = pack()
-        integers, scale = self._initializer(str(tensor.name), tensor), self.constant(f"{name}_scale", scales)
+        integers, scale = self.initializer(str(tensor.name), tensor), self.constant(f"{name}_scale", scales)
         inputs = [integers, scale]
-        if not block_size:  # without a zero point onnxruntime 1.23 moves the node and takes its integers for uint8
+        if not block_size and tensor.dtype == ir.DataType.INT8:
+            # Without a zero point onnxruntime 1.23 moves the node and takes its integers for uint8.
             inputs.append(self.constant(f"int8_zero_points_{len(scales)}", np.zeros(len(scales), np.int8)))
         attributes = {"axis": axis} | ({"block_size": block_size} if block_size else {})
         stem = f"{name}/DequantizeLinear"
@@ -159,7 +212,7 @@ class Edit:
             tensor = ir.ExternalTensor(*place, shape=tensor.shape, name=name, base_dir=tensor.base_dir)
         else:
             tensor = ir.tensor(tensor.numpy(), name=name)
-        return self._initializer(name, tensor)
+        return self.initializer(name, tensor)
 
     def drop_unused(self) -> None:
         """Remove nodes and initializers that nothing reads."""
@@ -172,9 +225,10 @@ class Edit:
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """Return the initializer of this name, made of `array` if the graph has none."""
-        return self._initializer(name, ir.tensor(array, name=name))
+        return self.initializer(name, ir.tensor(array, name=name))
 
-    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return the initializer of this name, with `tensor` if the graph has none."""
         if name not in self.graph.initializers:
             value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape))
             value.dtype = tensor.dtype
@@ -198,8 +252,8 @@ class Edit:
             self._scales[key] = self.constant(self.free_name(f"{value.name}_scale"), np.array(array, dtype.numpy()))
         return self._scales[key]
 
-    def _zero(self) -> ir.Value:
-        return self.constant("int8_zero_point", np.array(0, np.int8))
+    def _zero(self, form: str) -> ir.Value:
+        return self.constant(f"{form}_zero_point", np.zeros((), STORED[form].numpy()))
 
 
 def _free(name: str, used: Container[str]) -> str:

@@ -5,6 +5,7 @@
 - Activations become uint8 with zero point 128, the same numbers: its fast x64 kernels multiply uint8 by int8.
 - Rows of an int8 table are looked up first and converted to float afterwards; otherwise the whole table is dequantized
   in every call. TensorRT takes int8 constants only as input of DequantizeLinear, so it cannot run that form.
+- Nvfp4, for which onnxruntime has no operator, is computed by standard ones with the same numbers.
 - Float graphs too get fused attention (`fuse_attention`), folded key projections in the spatial decoder
   (`fold_key_projection`) and optional visual tokens in the vision encoder (`optional_tokens`).
 """
@@ -21,13 +22,14 @@ import onnx_ir as ir
 from bridge_stg.export.graph.blocks import INT8, find_matmuls, find_tables, stored_weight
 from bridge_stg.export.graph.fold_key_projection import fold_key_projection
 from bridge_stg.export.graph.fuse_attention import fuse_attention
-from bridge_stg.export.graph.graph_edit import Edit, producer, rank
+from bridge_stg.export.graph.graph_edit import NVFP4_BLOCK, TENSORRT_DOMAIN, Edit, producer, rank
 from bridge_stg.export.graph.optional_tokens import make_tokens_optional
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 
 VARIANT, DERIVED_FROM = "ort-cpu", "standard"
 DOMAIN = "com.microsoft"
 
+_FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _LAST_AXIS = np.array([-1], np.int64)
 _MIDDLE = np.array(128, np.uint8)
 
@@ -52,10 +54,93 @@ def for_ort_cpu(model: ir.Model, graph: str) -> bool:
     tables = [table for table in find_tables(model, graph) if table.form == INT8]
     for table in tables:
         _look_up_integers(edit, edit.nodes[table.node])
+    emulated = _emulate_nvfp4(edit)
     edit.drop_unused()
     if any(fused):
         model.graph.opset_imports[DOMAIN] = 1
-    return any(changed) or any(fused) or bool(tables)
+    return any(changed) or any(fused) or bool(tables) or emulated
+
+
+def _emulate_nvfp4(edit: Edit) -> bool:
+    """Replace TensorRT's quantizers and all nvfp4 constants by standard operators; return whether there were any."""
+    quantizers = [node for node in edit.graph if node.domain == TENSORRT_DOMAIN]
+    for node in quantizers:
+        levels, scales = node.outputs
+        (to_floats,) = (reader for reader, index in levels.uses() if index == 0)
+        (to_scales,) = (reader for reader, _ in scales.uses())
+        value = node.inputs[0]
+        assert value is not None and value.dtype is not None
+        rebuilt = _nvfp4_floats(edit, value, to_scales, to_floats)
+        to_floats.outputs[0].replace_all_uses_with(rebuilt)
+    for value in list(edit.graph.initializers.values()):
+        if value.dtype == ir.DataType.FLOAT4E2M1:
+            (to_floats,) = (reader for reader, _ in value.uses())
+            to_floats.outputs[0].replace_all_uses_with(_unpacked(edit, value, to_floats))
+    if quantizers:
+        edit.drop_unused()
+        edit.graph.opset_imports.pop(TENSORRT_DOMAIN, None)
+    return bool(quantizers)
+
+
+def _nvfp4_floats(edit: Edit, value: ir.Value, to_scales: ir.Node, to_floats: ir.Node) -> ir.Value:
+    """Insert operators that round a value [.., K] to nvfp4 in blocks along K, and return the floats."""
+    shared, dtype, stem = to_scales.inputs[1], value.dtype, f"{value.name}/nvfp4"
+    assert shared is not None and shared.const_value is not None and dtype is not None
+
+    def then(operator: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
+        (out,) = edit.insert(operator, inputs, attributes, before=to_floats, name=f"{stem}/{operator}")
+        return out
+
+    def number(name: str, array: object) -> ir.Value:
+        return edit.constant(f"nvfp4_{name}", np.array(array, np.float32))
+
+    wide = then("Cast", [value], to=int(ir.DataType.FLOAT))
+    global_scale = then("Cast", [shared], to=int(ir.DataType.FLOAT))
+    shape = edit.constant("nvfp4_blocks", np.array([-1, NVFP4_BLOCK], np.int64))
+    blocks = then("Reshape", [wide, shape])
+    largest = then("ReduceMax", [then("Abs", [blocks]), edit.constant("nvfp4_axis", _LAST_AXIS)], keepdims=1)
+    ratio = then("Div", [largest, then("Mul", [global_scale, number("six", 6)])])
+    eight = then("Cast", [then("Max", [ratio, number("least", 2.0**-9)])], to=int(ir.DataType.FLOAT8E4M3FN))
+    scales = then("Mul", [then("Cast", [eight], to=int(ir.DataType.FLOAT)), global_scale])
+    levels = then("Div", [blocks, scales])
+    size = then("Abs", [levels])
+    # E2M1 has steps of 0.5 below 2, of 1 below 4, and of 2 up to 6; ties are even in each.
+    upper = then("Where", [then("Less", [size, number("four", 4)]), number("one", 1), number("two", 2)])
+    step = then("Where", [then("Less", [size, number("two", 2)]), number("half", 0.5), upper])
+    rounded = then("Mul", [then("Round", [then("Div", [levels, step])]), step])
+    rounded = then("Min", [then("Max", [rounded, number("minus_six", -6)]), number("six", 6)])
+    floats = then("Reshape", [then("Mul", [rounded, scales]), then("Shape", [value])])
+    floats = then("Cast", [floats], to=int(dtype))
+    floats.dtype, floats.shape = dtype, value.shape
+    return floats
+
+
+def _unpacked(edit: Edit, value: ir.Value, to_floats: ir.Node) -> ir.Value:
+    """Return the floats [N, K] of nvfp4 values, from their bytes read as uint8; engines compute them at load time."""
+    tensor, scales, stem = value.const_value, to_floats.inputs[1], f"{value.name}/unpacked"
+    assert isinstance(tensor, ir.ExternalTensor) and scales is not None and scales.dtype is not None
+    n, k = (int(size) for size in tensor.shape)
+    place = tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8
+    name = f"{value.name}_bytes"
+    stored = ir.ExternalTensor(*place, shape=ir.Shape([n, k // 2]), name=name, base_dir=tensor.base_dir)
+
+    def then(operator: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
+        (out,) = edit.insert(operator, inputs, attributes, before=to_floats, name=f"{stem}/{operator}")
+        return out
+
+    both = edit.initializer(name, stored)
+    low = then("BitwiseAnd", [both, edit.constant("nvfp4_low", np.array(15, np.uint8))])
+    high = then("BitShift", [both, edit.constant("nvfp4_shift", np.array(4, np.uint8))], direction="RIGHT")
+    last = edit.constant("nvfp4_axis", _LAST_AXIS)
+    pairs = then("Concat", [then("Unsqueeze", [low, last]), then("Unsqueeze", [high, last])], axis=-1)
+    shape = edit.constant(f"nvfp4_shape_{k}", np.array([-1, k // NVFP4_BLOCK, NVFP4_BLOCK], np.int64))
+    codes = then("Reshape", [then("Cast", [pairs], to=int(ir.DataType.INT32)), shape])
+    values = np.concatenate([_FP4_VALUES, -_FP4_VALUES]).astype(scales.dtype.numpy())
+    table = edit.constant(f"nvfp4_values_{scales.dtype.name}", values)
+    blocks = then("Mul", [then("Gather", [table, codes]), then("Unsqueeze", [scales, last])])
+    floats = then("Reshape", [blocks, edit.constant(f"nvfp4_rows_{k}", np.array([-1, k], np.int64))])
+    floats.dtype, floats.shape = scales.dtype, ir.Shape([n, k])
+    return floats
 
 
 def _fuse(edit: Edit, node: ir.Node) -> bool:

@@ -26,10 +26,12 @@ PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
     "bf16": Tolerance(max_abs=0.25, rel_l2=8e-2),
     "int8": Tolerance(max_abs=0.5, rel_l2=0.25),
     "int4": Tolerance(max_abs=1.0, rel_l2=0.5),
+    "fp8": Tolerance(max_abs=0.5, rel_l2=0.25),
+    "nvfp4": Tolerance(max_abs=1.0, rel_l2=0.5),
 }
 """Tolerance by a graph's precision, for every output: fp32 outputs also carry the errors of earlier matmuls."""
 
-LEAST_IOU: Mapping[str, float] = {"fp16": 0.99, "bf16": 0.9, "int8": 0.7, "int4": 0.5}
+LEAST_IOU: Mapping[str, float] = {"fp16": 0.99, "bf16": 0.9, "int8": 0.7, "int4": 0.5, "fp8": 0.7, "nvfp4": 0.5}
 """Smallest IoU of a graph's boxes with the reference's, by the graph's precision."""
 
 IOU_SIDE = 0.1  # boxes with a smaller side (share of the frame) have no IoU: tiny rounding would lower it too far

@@ -18,15 +18,17 @@ BLOCK = "language_model.layers.1.mlp"
 
 def test_defaults() -> None:
     assert {name: recipe.of("language_model").name for name, recipe in RECIPES.items()} == {
-        "w8a8": "w8a8", "w8": "w8", "w4": "w4",
+        "w8a8": "w8a8", "w8": "w8", "w4": "w4", "fp8": "fp8", "nvfp4": "nvfp4",
     }  # fmt: skip
     for recipe in RECIPES.values():
-        assert recipe.of("vision_encoder").name == "w8a8" and not recipe.of("spatial_decoder").quantizes
+        vision = "fp8" if recipe.name in ("fp8", "nvfp4") else "w8a8"
+        assert recipe.of("vision_encoder").name == vision and not recipe.of("spatial_decoder").quantizes
         assert recipe.of("language_model").embedding == "int8"
     kv8 = RECIPES["w4"].replace("language_model", cache="int8")
     assert kv8.of("language_model").precision("fp32") == "int4 w4-kv8"
     assert RECIPES["w8a8"].of("vision_encoder").precision("fp16") == "int8 w8a8 fp16"
     assert GraphRecipe().precision("fp16") == "fp16"
+    assert RECIPES["nvfp4"].of("language_model").precision("fp16") == "nvfp4 nvfp4 fp16"
     assert kv8.with_graph("language_model", "w8").of("language_model").name == "w8-kv8"
 
 
@@ -48,6 +50,10 @@ def test_stored_forms() -> None:
         ({"weights": "int2"}, "weights is 'int2'"),
         ({"weights": "int4", "activations": "int8"}, "'int4'"),
         ({"block_size": 24}, "block_size is 24"),
+        ({"weights": "nvfp4"}, "nvfp4 weights need nvfp4 activations"),
+        ({"weights": "fp8", "activations": "int8"}, "int8 activations need int8 weights"),
+        ({"weights": "mxfp8", "activations": "mxfp8"}, "'mxfp8'"),
+        ({"cache": "fp8"}, "cache is 'fp8'"),
     ],
 )
 def test_invalid_recipes(fields: dict[str, object], value: str) -> None:

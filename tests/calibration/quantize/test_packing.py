@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from bridge_stg.calibration.quantize import packing
-from bridge_stg.calibration.quantize.packing import Factors, Int8Pieces, StoredSource, pack_nibbles, unpack_nibbles
+from bridge_stg.calibration.quantize.packing import ChannelPieces, Factors, StoredSource, pack_nibbles, unpack_nibbles
 from bridge_stg.export.graph.weight_file import ALIGNMENT, WeightFile
 from tests.errors import raises
 
@@ -43,7 +43,7 @@ def unpacked(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_int8(tmp_path: Path, weight: np.ndarray, block_bytes: None, transposed: bool, reduced: bool) -> None:
-    pieces = Int8Pieces(StoredSource(on_disk(tmp_path, weight)), transposed=transposed, reduced=reduced)
+    pieces = ChannelPieces(StoredSource(on_disk(tmp_path, weight)), transposed=transposed, reduced=reduced)
     levels = np.frombuffer(b"".join(pieces), np.int8)
     levels = levels.reshape(K, N).T if transposed else levels.reshape(N, K)
     assert pieces.scales.dtype == weight.dtype and pieces.scales.shape == (N,)
@@ -67,7 +67,7 @@ def test_factors_come_before_rounding(tmp_path: Path, block_bytes: None) -> None
     np.testing.assert_array_equal(
         np.frombuffer(b"".join(source.pieces()), np.float32).reshape(N, K), weight * columns * rows[:, None]
     )
-    pieces = Int8Pieces(source, transposed=False)
+    pieces = ChannelPieces(source, transposed=False)
     list(pieces)
     np.testing.assert_allclose(pieces.scales, np.abs(weight * columns * rows[:, None]).max(-1) / 127, rtol=1e-6)
 
@@ -79,11 +79,11 @@ def test_values_that_cannot_be_stored(tmp_path: Path) -> None:
         list(source.pieces())
     weight[3, 4] = np.nan
     with raises("calibration.not_finite", "w: "):
-        list(Int8Pieces(StoredSource(on_disk(tmp_path, weight)), transposed=True))
+        list(ChannelPieces(StoredSource(on_disk(tmp_path, weight)), transposed=True))
     cut = on_disk(tmp_path, weight)
     (tmp_path / "w").write_bytes(bytes(100))
     with raises("bundle.truncated", "w"):
-        list(Int8Pieces(StoredSource(cut), transposed=True))
+        list(ChannelPieces(StoredSource(cut), transposed=True))
 
 
 def test_equal_bytes_are_written_once(tmp_path: Path) -> None:

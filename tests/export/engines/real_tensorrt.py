@@ -33,9 +33,9 @@ def parse(path: Path) -> list[str]:
     return parse_graph(tensorrt, empty_network(tensorrt), path, CAPACITY)
 
 
-def compile_for(path: Path, sizes: Sizes, *, capacity: int = CAPACITY) -> bytes:
+def compile_for(path: Path, sizes: Sizes, *, capacity: int = CAPACITY, sms: tuple[int, ...] = ()) -> bytes:
     """Return the plan of a graph, compiled by TensorRT-RTX for one range of sizes."""
-    return bytes(compile_graph(rtx(), path, {"": sizes}, capacity=capacity).plan)
+    return bytes(compile_graph(rtx(), path, {"": sizes}, capacity=capacity, sms=sms).plan)
 
 
 def small_sizes(vision: VisionSpec) -> Sizes:

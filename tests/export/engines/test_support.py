@@ -14,6 +14,7 @@ from bridge_stg.export.engines.support import (
     FALLS_BACK,
     NATIVE,
     RECIPES,
+    REFUSED,
     TABLE,
     UNSUPPORTED,
     VARIANTS,
@@ -40,7 +41,7 @@ def test_verdicts() -> None:
     assert "falls back" in require("onnxruntime-cpu", "w8a8", dtype="fp16")
     with raises("engine.unsupported_recipe", "tensorrt-rtx", "kv8", "standard", "primitive", kind=EngineError):
         require("tensorrt-rtx", "kv8")
-    with raises("options.invalid", "'w2'", "w8a8, w8, w4, kv8", kind=EngineError):
+    with raises("options.invalid", "'w2'", "w8a8, w8, w4, fp8, nvfp4, kv8", kind=EngineError):
         support("tensorrt-10", "w2")
 
 
@@ -61,6 +62,71 @@ def test_the_cache_in_onnxruntime(variant: str, dtype: str, tmp_path: Path) -> N
     operators = optimized(form("kv8", variant, dtype), tmp_path)
     assert support("onnxruntime-cpu", "kv8", variant, dtype).verdict == FALLS_BACK
     assert "DequantizeLinear" in operators and {"Attention", "MatMul"} & set(operators)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_and_nvfp4_in_onnxruntime(dtype: str, tmp_path: Path) -> None:
+    assert support("onnxruntime-cpu", "fp8", dtype=dtype).verdict == FALLS_BACK
+    assert "MatMul" in optimized(form("fp8", "standard", dtype), tmp_path)
+    assert support("onnxruntime-cpu", "nvfp4", "primitive", dtype).verdict == UNSUPPORTED
+    assert support("onnxruntime-cpu", "nvfp4", "ort-cpu", dtype).verdict == FALLS_BACK
+    with pytest.raises(Exception, match="TRT_FP4DynamicQuantize"):
+        optimized(form("nvfp4", "standard", dtype), tmp_path)
+
+
+FIRST_SM = {"fp8": (89, 86), "nvfp4": (120, 89)}
+"""A compute capability that has the type, and one that has not."""
+
+
+@pytest.mark.parametrize(("variant", "dtype"), CHECKED)
+@pytest.mark.parametrize("recipe", list(FIRST_SM))
+def test_floating_forms_in_tensorrt_rtx(recipe: str, variant: str, dtype: str, tmp_path: Path) -> None:
+    rtx()
+    onnx.save(form(recipe, variant, dtype), tmp_path / "g.onnx")
+    sm, older = FIRST_SM[recipe]
+    plan = compile_for(tmp_path / "g.onnx", SIZES, sms=(sm,))
+    tensors, stored = plan_tensors(plan), {"fp8": "fp8_e4m3", "nvfp4": "fp4_e2m1"}[recipe]
+    row = support("tensorrt-rtx", recipe, variant, dtype)
+    assert row.verdict == NATIVE and row.checked == "compiled"
+    both = [[tensors[name][1] for name in inputs if name in tensors].count(stored) for inputs in fused_inputs(plan)]
+    assert both == [2]  # activations and weights of the one matmul
+    with raises("engine.build_failed", stored, kind=EngineError):
+        compile_for(tmp_path / "g.onnx", SIZES, sms=(older,))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "refused", "weights"),
+    [
+        ("nvfp4 alone", "nvfp4 weights with float activations", "fp4_e2m1"),
+        ("int8 blocks", "int8 weights with scales of blocks", "int8"),
+    ],
+)
+def test_forms_whose_weights_are_not_read_by_the_matmul(
+    recipe: str, refused: str, weights: str, tmp_path: Path
+) -> None:
+    rtx()
+    onnx.save(form(recipe, "standard", "fp16"), tmp_path / "g.onnx")
+    plan = compile_for(tmp_path / "g.onnx", SIZES, sms=(120,))
+    tensors = plan_tensors(plan)
+    assert refused in REFUSED and weights in {kind for _, kind in tensors.values()}
+    read = {tensors[name][1] for inputs in fused_inputs(plan) for name in inputs if name in tensors}
+    assert read == {"half"} or weights not in read
+
+
+@pytest.mark.parametrize(
+    ("recipe", "refused", "code"),
+    [
+        ("mxfp8", "mxfp8", "engine.rejected_graph"),
+        ("fp8 cache", "an fp8 cache", "engine.rejected_graph"),
+        ("int4 and fp8", "int4 weights with fp8 activations", "engine.build_failed"),
+    ],
+)
+def test_forms_that_do_not_compile(recipe: str, refused: str, code: str, tmp_path: Path) -> None:
+    rtx()
+    onnx.save(form(recipe, "standard", "fp16"), tmp_path / "g.onnx")
+    assert refused in REFUSED
+    with raises(code, kind=EngineError):
+        compile_for(tmp_path / "g.onnx", SIZES, capacity=128, sms=(89,))
 
 
 @pytest.mark.parametrize(("variant", "dtype"), CHECKED)
@@ -93,3 +159,5 @@ def test_the_documentation_has_the_table() -> None:
         rows.append(f"| {' | '.join([*cells, row.verdict, row.evidence, row.checked])} |")
     text = (Path(__file__).parents[3] / "docs" / "calibration.md").read_text(encoding="utf-8")
     assert "\n".join(["<!-- support: begin -->", *rows, "<!-- support: end -->"]) in text
+    refused = ["| form | why |", "|---|---|", *(f"| {form} | {why} |" for form, why in REFUSED.items())]
+    assert "\n".join(["<!-- refused: begin -->", *refused, "<!-- refused: end -->"]) in text

@@ -39,7 +39,9 @@ def test_the_variant_follows_from_the_version() -> None:
     assert this_target(family="tensorrt_rtx", version="1.7.1", sm=89, memory=None).variant == "standard"
 
 
-@pytest.mark.parametrize(("name", "lacks"), [("orin-jp6", "fp8"), ("rtx-ampere", "fp8"), ("a100", "fp8")])
+@pytest.mark.parametrize(
+    ("name", "lacks"), [("orin-jp6", "fp8"), ("rtx-ampere", "fp8"), ("a100", "fp8"), ("rtx-ada", "nvfp4")]
+)
 def test_a_missing_precision(name: str, lacks: str) -> None:
     target = find_target(name)
     with raises("engine.unsupported_precision", name, lacks, ", ".join(target.precisions), kind=EngineError):
@@ -48,10 +50,11 @@ def test_a_missing_precision(name: str, lacks: str) -> None:
         check_precision(target, f"{precision} and more words")
 
 
-@pytest.mark.parametrize(("sm", "has"), [(75, False), (87, False), (89, True), (90, True)])
+@pytest.mark.parametrize(("sm", "has"), [(75, False), (87, False), (89, True), (90, True), (120, True)])
 def test_precisions_of_this_machine_follow_from_its_gpu(sm: int, has: bool) -> None:
     target = this_target(family="tensorrt", version="10.15.1", sm=sm, memory=8 * 10**9)
     assert ("fp8" in target.precisions) == has
+    assert ("nvfp4" in target.precisions) == (sm >= 100)
     assert target.sms == (sm,) and target.memory == int(7.2e9)
 
 
