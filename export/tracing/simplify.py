@@ -16,23 +16,25 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter import pattern
+from onnxscript.rewriter.rules import common
 
+from bridge_stg.export.tracing.repeated_blocks import SCOPES
 from bridge_stg.export.tracing.weights import StoredWeight
 
 RMS_NORMALIZATION_SINCE = 23
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def simplify(model: ir.Model, *, modules: Callable[[str], str]) -> None:
+def simplify(model: ir.Model, *, modules: Callable[[str], str], expand: Callable[[], None]) -> None:
     """Simplify a graph in place. All of its initializers are weights, and keep names and layout.
 
-    `modules` returns the prefix of node names for the path of a torch module.
+    `modules` returns the prefix of node names for the path of a torch module; `expand` adds the nodes of blocks that
+    were not traced, to a graph of which only equal nodes are still to be merged.
     """
     weights = set(model.graph.initializers)
     passes.InlinePass()(model)
     _view_weights(model.graph)
     optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
-    rewriter.rewrite(model)
+    rewriter.rewrite(model, _REDUNDANT)
     fused = model.opset_imports[""] >= RMS_NORMALIZATION_SINCE
     rewriter.rewrite(model, pattern.RewriteRuleSet([_FUSE_NORM if fused else _DIVIDE], commute=True))
     _constant_reshapes(model.graph)
@@ -40,6 +42,7 @@ def simplify(model: ir.Model, *, modules: Callable[[str], str]) -> None:
     passes.RemoveUnusedNodesPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _merge_constants(model.graph, weights)
+    expand()
     passes.CommonSubexpressionEliminationPass()(model)
     passes.IdentityEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -96,6 +99,17 @@ def _fused_norm(op: Any, x: Any, scale: Any, epsilon: ir.Value, **_: Any) -> Any
     return op.RMSNormalization(x, scale, axis=-1, epsilon=float(value.numpy().item()))
 
 
+_REDUNDANT = pattern.RewriteRuleSet([
+    common.add_0_rule, common.sub_0_rule, common.mul_by_1_rule, common.div_by_1_rule,
+    common.cast_cast_rule, common.no_op_cast_rule, common.no_op_expand_rule, common.no_op_transpose_rule,
+    common.cast_constant_of_shape_rule, common.cast_constant_of_shape_without_value_rule,
+    common.collapse_slice_rule, common.collapse_slice2_rule, common.materialize_reshape_shape_rule,
+    common.reshape_reshape_rule, common.squeeze_reshape_1d_rule, common.transpose_transpose_rule,
+    common.unsqueeze_unsqueeze_rule, common.remove_optional_bias_from_conv_rule,
+    common.one_reshape_matmul_reshape_rule, common.two_reshapes_matmul_reshape_rule,
+])  # fmt: skip
+"""The default rules of onnxscript that apply to these graphs. One more, for pairs of Slice, takes quadratic time."""
+
 _FUSE_NORM = pattern.RewriteRule(_norm, _fused_norm, _is_norm, name="RMSNormalization")
 """Norms are one operator from opset 23 on, computed in fp32 (`stash_type` 1)."""
 
@@ -144,7 +158,7 @@ def _name_nodes(graph: ir.Graph, modules: Callable[[str], str]) -> None:
     counts: Counter[str] = Counter()
     module = ""
     for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         if len(scopes) > 1:  # nodes of a rewrite have none, and take that of the node before
             module = modules(scopes[-2])
         name = f"{module}/{node.op_type}" if module else node.op_type

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from bridge_stg.checkpoint.weight_store import WeightStore
 from bridge_stg.export.tracing.graphs import GRAPH_MODULES, dynamic_shapes, example
 from bridge_stg.export.tracing.lowering import Lowering
 from bridge_stg.export.tracing.precision import FP32, Precision, lower_precision
+from bridge_stg.export.tracing.repeated_blocks import RepeatedBlocks, expand
 from bridge_stg.export.tracing.simplify import simplify
 from bridge_stg.export.tracing.skeleton import fake_parameters
 from bridge_stg.export.tracing.weights import StoredWeight
@@ -47,8 +49,9 @@ def trace_graph(
     about: dict[str, Any] = {"variant": lowering.name, "opset": lowering.opset, "cache_update": lowering.cache_update}
     contract = graph_contract(name, model.spec, **about)
     module = GRAPH_MODULES[name](model, lowering).eval()
+    blocks = RepeatedBlocks(module)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with lowering.applied(model), fake_parameters(model, mode), torch.no_grad(), _quiet():
+    with lowering.applied(model), fake_parameters(model, mode), blocks.traced(), torch.no_grad(), _quiet():
         with mode:
             traced = torch.export.export(
                 module,
@@ -69,7 +72,11 @@ def trace_graph(
     assert program is not None
     graph = program.model
     _bind_weights(graph.graph, model, store)
-    simplify(graph, modules=lambda scope: module_key(f"{scope}.").rstrip("."))
+    simplify(
+        graph,
+        modules=lambda scope: module_key(f"{scope}.").rstrip("."),
+        expand=lambda: expand(graph.graph, partial(_weight_of, graph.graph)),
+    )
     about |= {"io_dtype": precision.io_dtype, "cache_dtype": precision.cache_dtype, "precision": precision.name}
     final = graph_contract(name, model.spec, **about)
     lower_precision(graph, final, precision)
@@ -98,6 +105,22 @@ def _bind_weights(graph: ir.Graph, model: BridgeSTG, store: WeightStore) -> None
             assert value.shape is not None and value.dtype is not None
             shape = [int(size) for size in value.shape]
             value.const_value = StoredWeight(store, key, dtype=value.dtype, shape=shape)
+
+
+def _weight_of(graph: ir.Graph, weight: ir.Value, path: str, other: str) -> ir.Value | None:
+    """Return the weight of a block that a weight of another block corresponds to; None if this is no block's weight.
+
+    `path` and `other` are the paths of the blocks in the traced module.
+    """
+    prefix = module_key(f"{path}.")
+    stored = weight.const_value
+    if not isinstance(stored, StoredWeight) or not stored.key.startswith(prefix):
+        return None
+    key = module_key(f"{other}.") + stored.key.removeprefix(prefix)
+    if key not in graph.initializers:
+        made = StoredWeight(stored.store, key, dtype=stored.dtype, shape=[int(size) for size in stored.shape])
+        graph.register_initializer(ir.Value(name=key, shape=ir.Shape(made.shape), type=weight.type, const_value=made))
+    return graph.initializers[key]
 
 
 def _apply_contract(graph: ir.Graph, contract: GraphSpec) -> None:
