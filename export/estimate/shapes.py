@@ -6,13 +6,14 @@ Neither needs weights: of a checkpoint only the config is read, of a bundle only
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge_stg.export.estimate.known import KNOWN
-from bridge_stg.export.graph.blocks import HEAD, INT4, INT8, Matmul, find_matmuls, find_tables
+from bridge_stg.export.graph.blocks import FLOAT, HEAD, Matmul, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import MANIFEST, Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
@@ -41,7 +42,7 @@ class ModelShape:
         inner: width of the MLPs of the language model.
         tied: whether the head is the embedding table.
         spatial_width, spatial_layers, spatial_inner: sizes of the spatial decoder; 0 without one.
-        dtypes: precision of each graph, of a bundle; empty: not fixed.
+        dtypes: precision of most weights of each graph, of a bundle; empty: not fixed.
         stored: bytes of each graph's weights, of a bundle; empty: follow from the precision.
     """
 
@@ -178,8 +179,12 @@ def shape_of_bundle(bundle: Bundle) -> ModelShape:
         entry = variants.get("standard") or variants.get("primitive") or next(iter(variants.values()))
         model = ir.load(bundle.graph_path(graph, entry.variant))
         found[graph] = find_matmuls(model, graph)
-        forms = {matmul.form for matmul in found[graph] if matmul.block != HEAD}
-        dtypes[graph] = next((form for form in (INT4, INT8) if form in forms), entry.precision)
+        floats = entry.precision.rpartition(" ")[2]  # `int8 w8a8 fp16` and `fp16` have fp16, `int4 w4` has fp32
+        floats = floats if floats in ("fp16", "bf16") else "fp32"
+        forms = Counter({floats: 0})
+        for matmul in found[graph]:
+            forms[floats if matmul.form == FLOAT else matmul.form] += matmul.k * matmul.n
+        dtypes[graph] = max(forms, key=forms.__getitem__)
         stored[graph] = sum(file.size for file in entry.data)
         if graph == LANGUAGE:
             tables = {table.weight for table in find_tables(model, graph)}

@@ -88,7 +88,7 @@ def test_command_line_starts_without_anything_heavy() -> None:
 
 
 def test_device_side_code_imports_without_torch() -> None:
-    device_side = ("engines.build", "engines.compile", "engines.bisect_engines", "parity.bisect")
+    device_side = ("engines.build", "engines.compile", "engines.bisect_engines", "estimate.estimate", "parity.bisect")
     modules = [*modules_of("calibration"), *(f"bridge_stg.export.{name}" for name in device_side)]
     done = run_blocked(modules, ("torch", "transformers"))
     assert done.returncode == 0, done.stderr
