@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from benchmarks.gpu.chain import NATIVE, LeftOut, chain
 from bridge_stg.runtime.backends.tensorrt.cuda_graphs import PreparedCall, StepGraphs
 from bridge_stg.runtime.device import array_ops
 from bridge_stg.runtime.device.context import DeviceContext
+from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.machine import describe
 from bridge_stg.runtime.video.frame import resize
 
@@ -56,7 +58,7 @@ def seconds(work: Callable[[], object], context: DeviceContext) -> float:
 
 def on_device(context: DeviceContext) -> bool:
     """Return whether CUDA is the real one, not the stand-in."""
-    return hasattr(context.cuda.api, "cudaDriverGetVersion")
+    return isinstance(context.cuda.api, ModuleType)
 
 
 def device(context: DeviceContext) -> dict[str, Any]:
@@ -240,6 +242,8 @@ def main() -> None:
         result: dict[str, Any] = {"status": "passed", "figures": figures}
     except LeftOut as reason:
         result = {"status": "left out", "problem": str(reason)}
+    except BridgeError as error:
+        result = {"status": "failed", "problem": f"{error} [{error.code}]"}
     if problem := result.get("figures", {}).pop("problem", None):
         result |= {"status": "failed", "problem": problem}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
