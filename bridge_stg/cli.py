@@ -76,6 +76,19 @@ class LazyGroup(click.Group):
             self.add_command(log_options(getattr(module, cmd_name.replace("-", "_"))), cmd_name)
         return super().get_command(ctx, cmd_name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first argument names. Raises UsageError, which names a similar one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            if not (similar := difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)):
+                raise
+            raise click.UsageError(f"{error.message} (Did you mean {similar[0]!r}?)", ctx) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the first sentence of each command as a whole, on as many lines as it needs."""
         found = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))

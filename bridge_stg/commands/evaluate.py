@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, PATH, OutputFile, shard
+from bridge_stg.commands.options import COUNT, PATH, OutputFile, OutputFolder, shard
 from bridge_stg.commands.progress import LOG, ProgressBar, note_unknown_words, note_untrained, stage_line
 from bridge_stg.evaluation.datasets.registry import DATASETS
 from bridge_stg.runtime.errors import BridgeError
@@ -36,7 +36,7 @@ WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**16
     "--model", "models", type=PATH, multiple=True, required=True,
     help="Checkpoint or bundle to evaluate; repeatable. Others are compared with the first.",
 )  # fmt: skip
-@click.option("--out", type=PATH, required=True, help="Folder for results and report.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder for results and report.")
 @click.option("--split", help="Split to read if the files have several, such as val or testA.")
 @click.option("--limit", type=COUNT, help="Evaluate only the first N samples.")
 @click.option("--shard", type=shard, default="1/1", metavar="I/N", show_default=True, help="Evaluate only part I of N.")
@@ -134,7 +134,9 @@ def infer_many(
 
 @click.command()
 @click.argument("videos", nargs=-1, required=True, type=PATH)
-@click.option("--index", "folder", type=PATH, metavar="DIR", required=True, help="Folder of the index; created if new.")
+@click.option(
+    "--index", "folder", type=OutputFolder(), metavar="DIR", required=True, help="Folder of the index; created if new."
+)
 @options.index_size_option
 @click.option("--fine", is_flag=True, help="Store all fine frames too, which takes far more disk.")
 @click.option("--remove", is_flag=True, help="Delete what the index has of VIDEOS instead.")

@@ -42,14 +42,14 @@ class WindowLength(Number):
     name = "window"
 
     def __init__(self) -> None:
-        super().__init__(min=1e-6)
+        super().__init__(min=0.001)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the seconds or the word."""
         return value if value in ("auto", "whole") else super().convert(value, param, ctx)
 
 
-SECONDS = Number(min=1e-6)
+SECONDS = Number(min=0.001)
 
 
 adapter_option = click.option(
@@ -78,11 +78,11 @@ class OutputFile(click.Path):
         if path.is_dir():
             raise BridgeError("output.is_folder", f"{path} is a folder; expected the name of a file to write.")
         if self.suffixes and path.suffix.lower() not in self.suffixes:
-            raise BridgeError("output.bad_suffix", f"{path} should end in {' or '.join(self.suffixes)}.")
+            expected = " or ".join(filter(None, (", ".join(self.suffixes[:-1]), self.suffixes[-1])))
+            raise BridgeError("output.bad_suffix", f"{path} should end in {expected}.")
         if not path.parent.is_dir():
             raise BridgeError("output.no_folder", f"{path}: the folder {path.parent} does not exist. Create it first.")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise BridgeError("output.not_writable", f"{path}: the folder {path.parent} is not writable.")
+        _check_writable(path, path.parent)
         for folder in path.resolve().parents:
             if (folder / "manifest.json").is_file():
                 from bridge_stg.runtime.bundle.writer import is_bundle
@@ -90,6 +90,28 @@ class OutputFile(click.Path):
                 if is_bundle(folder):
                     raise BridgeError("output.is_input", f"{path} is in the bundle {folder}; choose another folder.")
         return path
+
+
+class OutputFolder(click.Path):
+    """A folder to create, or one that exists: that it can be created is checked before any work."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path. Raises BridgeError if no folder can be created there."""
+        path = Path(value)
+        if not os.path.lexists(path):
+            parent = next(parent for parent in path.absolute().parents if parent.exists())
+            if not parent.is_dir():
+                raise BridgeError("output.no_folder", f"{path}: {parent} is a file; choose another folder.")
+            _check_writable(path, parent)
+        return path
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BridgeError("output.not_writable", f"{path}: the folder {folder} is not writable.")
 
 
 def box(value: str) -> tuple[float, ...]:
@@ -154,7 +176,7 @@ index_size_option = click.option(
 )  # fmt: skip
 index_option = combine(
     click.option(
-        "--index", type=PATH, metavar="DIR",
+        "--index", type=OutputFolder(), metavar="DIR",
         help="Folder in which visual tokens of videos are kept, so that the same footage is decoded and encoded once.",
     ),
     index_size_option,
@@ -295,7 +317,7 @@ many_options = combine(
 
 def out_option(what: str) -> Decorator[Any]:
     """Return the option `--out` for a new folder."""
-    return click.option("--out", type=PATH, required=True, help=f"Folder to create for {what}.")
+    return click.option("--out", type=OutputFolder(), required=True, help=f"Folder to create for {what}.")
 
 
 def overwrite_option(what: str) -> Decorator[Any]:

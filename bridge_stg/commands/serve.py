@@ -137,7 +137,7 @@ def _key(key: str | None, variable: str | None) -> str | None:
 
 @click.command()
 @options.bundle_argument
-@click.option("--out", type=PATH, required=True, help="Folder of the model repository.")
+@options.out_option("the model repository")
 @click.option("--name", default="bridge_stg", show_default=True, help="Name of the model.")
 @options.backend_option
 @options.variant_option("the one that fits the server")

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, DTYPES, PATH
+from bridge_stg.commands.options import COUNT, DTYPES, PATH, OutputFolder
 from bridge_stg.commands.progress import LOG, stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -155,7 +155,9 @@ def train(
 
 
 @click.command("train-demo")
-@click.option("--out", type=PATH, default=Path("build/demo/checkpoint"), show_default=True, help="Checkpoint folder.")
+@click.option(
+    "--out", type=OutputFolder(), default=Path("build/demo/checkpoint"), show_default=True, help="Checkpoint folder."
+)
 @click.option(
     "--heads", type=click.Choice(["bridge", "text"]), default="bridge", show_default=True,
     help="What answers; text heads are trained on the backbone of a demo checkpoint.",

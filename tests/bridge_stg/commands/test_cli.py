@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[3]
         (["infer", "CLIP", "q", "--deadline", "soon"], "options.invalid", "--deadline"),
         (["infer", "CLIP", "q", "--deadline", "nan"], "options.invalid", "'nan'"),
         (["infer", "CLIP", "q", "--json", "r.txt"], "output.bad_suffix", ".json"),
-        (["infer", "CLIP", "q", "--annotate", "a.avi"], "output.bad_suffix", ".mp4 or .png"),
+        (["infer", "CLIP", "q", "--annotate", "a.avi"], "output.bad_suffix", ".mp4, .png or"),
         (["infer", "CLIP", "q", "--sheet", "s.jpg"], "output.bad_suffix", ".png"),
         (["infer", "CLIP", "q", "--sheet", "nowhere/s.png"], "output.no_folder", "nowhere"),
         (["infer", "CLIP", "q", "--sheet", "folder.png"], "output.is_folder", "folder.png"),
@@ -81,6 +81,9 @@ ROOT = Path(__file__).resolve().parents[3]
         (["evaluate-demo", "--out", "nowhere/f.json"], "output.no_folder", "nowhere"),
         (["evaluate-demo", "--out", "f.json", "--clips", "0"], "options.invalid", "--clips"),
         (["nonsense"], "options.usage", "nonsense"),
+        (["infr", "CLIP", "q"], "options.usage", "infer"),
+        (["infer", "CLIP", "q", "--index", "CLIP/i"], "output.no_folder", "clip.mp4"),
+        (["export", "nowhere", "--out", "CLIP/b"], "output.no_folder", "clip.mp4"),
     ],
 )
 def test_faults_of_the_user(
@@ -94,7 +97,7 @@ def test_faults_of_the_user(
 ) -> None:
     monkeypatch.chdir(clip.parent)
     Path("folder.png").mkdir()
-    assert value in complaint([str(clip) if a == "CLIP" else a for a in arguments], capsys, code=code)
+    assert value in complaint([a.replace("CLIP", str(clip)) for a in arguments], capsys, code=code)
     assert sorted(path.name for path in clip.parent.iterdir()) == ["clip.mp4", "folder.png"]
 
 
