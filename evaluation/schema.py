@@ -259,6 +259,7 @@ DEFINITIONS: Mapping[str, Schema] = {
             "length_s": _of("number", "Seconds of a window.", minimum=0),
             "overlap_s": _of("number", "Seconds that a window has in common with the next one.", minimum=0),
             "absent": _of("integer", "Windows without the target.", minimum=0),
+            "shots": _of("integer", "Shots of the video; no window crosses a cut. With `--no-cuts`, 1.", minimum=1),
         },
     ),
     "span": _object(
@@ -403,10 +404,11 @@ DEFINITIONS: Mapping[str, Schema] = {
                 "type": ["number", "string"],
                 "description": "Seconds of a window, `auto` or `whole`; missing: `auto`.",
             },
+            "cuts": _of("boolean", "Whether a search finds hard cuts; missing: true."),
             "top": _of("integer?", "Most occurrences per query in a video that is searched; null or missing: all."),
             "model": _of("object", "Fingerprint of the bundle, backend, variants and options of text heads."),
         },
-        optional=("window", "top"),
+        optional=("window", "cuts", "top"),
     ),
     "table_row": {
         "description": "A line of `infer-many` after the first one, and a row of its Parquet table.",

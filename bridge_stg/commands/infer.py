@@ -68,6 +68,7 @@ class Request:
     deadline: float | None
     untrained: bool
     window: float | str  # seconds, `whole` or `auto`
+    cuts: bool
     top: int | None
     state: Path | None
     reading: Reading
@@ -277,8 +278,9 @@ def ground(
     if is_searched(request, grounder, path):
         window_s = None if isinstance(request.window, str) else request.window
         return grounder.search(
-            path, request.queries, window_s=window_s, top=request.top, state=state, task=request.task,
-            allow_none=request.allow_none, max_visual_tokens=tokens, stream=request.stream, **request.limits(progress),
+            path, request.queries, window_s=window_s, cuts=request.cuts, top=request.top, state=state,
+            task=request.task, allow_none=request.allow_none, max_visual_tokens=tokens, stream=request.stream,
+            **request.limits(progress),
         )  # fmt: skip
     opening = grounder.open(path, max_visual_tokens=tokens, stream=request.stream, **request.limits(progress))
     with opening as video:

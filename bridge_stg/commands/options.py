@@ -187,6 +187,10 @@ search_options = combine(
         help="Search in windows of this length; whole: read the video at once; auto: search it if it is longer than a "
         "window of the bundle.",
     ),
+    click.option(
+        "--cuts/--no-cuts", default=True, show_default=True,
+        help="Whether a search finds hard cuts, so that no window crosses one.",
+    ),
     click.option("--top", type=COUNT, metavar="K", help="Best occurrences to return per query; default: all."),
 )  # fmt: skip
 query_options = combine(

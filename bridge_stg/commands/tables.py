@@ -28,9 +28,10 @@ def result_table(result: Grounding | SearchResult) -> str:
     if isinstance(result, Grounding):
         return grounding_table(result)
     windows, found = result.windows, result.occurrences
+    shots = "1 shot" if windows.shots == 1 else f"{windows.shots} shots"
     lines = [
-        f"  searched in {windows.count} windows of {windows.length_s:g} s that overlap by {windows.overlap_s:g} s, "
-        f"{windows.absent} of them without the target; --window whole reads the video at once"
+        f"  searched {shots} in {windows.count} windows of {windows.length_s:g} s that overlap by "
+        f"{windows.overlap_s:g} s, {windows.absent} of them without the target; --window whole reads the video at once"
     ]
     if found:
         lines.append(f"  occurrences: {len(found)}, best first; the boxes below are those of the first")

@@ -46,7 +46,7 @@ class Inferred:
 def infer_many(
     queries: Sequence[Query], model: Model, out: Path, *, task: str = "tube", allow_none: bool = True,
     max_visual_tokens: int | None = None, stream: int | None = None, window: float | str = "auto",
-    top: int | None = None, executor: Executor | None = None,
+    cuts: bool = True, top: int | None = None, executor: Executor | None = None,
     overwrite: bool = False, retry_failed: bool = False, progress: Callable[[str, int, int], Any] | None = None,
 ) -> Inferred:  # fmt: skip
     """Answer every query and write a row for each, in the order in which they are finished; failures are rows too.
@@ -65,6 +65,7 @@ def infer_many(
         stream: see `CallOptions`.
         window: seconds of a window in which every video is searched; `auto`: search those longer than a window of the
             bundle; `whole`: search none.
+        cuts: whether a search finds hard cuts, so that no window crosses one.
         top: most occurrences of a query in a video that is searched; None: all.
         executor: runs the model; None: in this process.
         overwrite: discard finished rows.
@@ -85,8 +86,8 @@ def infer_many(
     options: dict[str, Any] = {
         "task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens, "stream": stream,
     }  # fmt: skip
-    if task in SEARCHED and (window, top) != ("auto", None):
-        options |= {"window": window, "top": top}
+    if task in SEARCHED and (window, cuts, top) != ("auto", True, None):
+        options |= {"window": window, "cuts": cuts, "top": top}
     report = progress or (lambda label, done, total: None)
     identity, facts = {**options, "model": dict(model.identity)}, {"program": program_json(), "bundle": model.label}
     with ResultFile(lines, identity, overwrite=overwrite, kept=KEPT, facts=facts) as results:
@@ -133,7 +134,7 @@ def _rows_of(answers: Answers, units: Sequence[Sequence[Query]], task: str) -> I
 
 def answer_unit(
     grounder: Any, queries: Sequence[Query], *, task: str, allow_none: bool, window: float | str = "auto",
-    top: int | None = None, results: Path | None = None, **options: Any,
+    cuts: bool = True, top: int | None = None, results: Path | None = None, **options: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Answer the queries of one video and return a row per query. A missing package, which fails all, is raised.
 
@@ -143,7 +144,7 @@ def answer_unit(
         with _file(queries[0]) as path:
             if task in SEARCHED and _is_searched(grounder, path, window, options.get("stream")):
                 window_s = None if isinstance(window, str) else window
-                searched = {"task": task, "allow_none": allow_none, "window_s": window_s, "top": top}
+                searched = {"task": task, "allow_none": allow_none, "window_s": window_s, "cuts": cuts, "top": top}
                 state = results and queries[0].media and _state(results, queries)
                 return _searched(grounder, path, queries, state, {**options, **searched})
             with grounder.open(path, **options) as video:

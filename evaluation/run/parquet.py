@@ -45,7 +45,7 @@ def answer_schema() -> Any:
             ("heads", pa.string()), ("mode", pa.string()), ("decoding", pa.map_(pa.string(), pa.int64())),
             ("tokens", numbers("coarse", "fine", "dense", "ratio")), ("timings_s", pa.map_(pa.string(), pa.float64())),
             ("score", pa.float64()), ("occurrences", pa.list_(pa.struct(occurrence))),
-            ("windows", numbers("count", "length_s", "overlap_s", "absent")),
+            ("windows", numbers("count", "length_s", "overlap_s", "absent", "shots")),
         ]
     )  # fmt: skip
 

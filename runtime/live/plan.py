@@ -39,6 +39,11 @@ class LivePlan:
         """Seconds between two coarse samples."""
         return self.stride / self.coarse_fps
 
+    @property
+    def group_s(self) -> float:
+        """Seconds of a group."""
+        return self.group * self.interval_s
+
     def times(self, places: np.ndarray) -> np.ndarray:
         """Return the times of indices on the coarse grid, in seconds; the same values as for a video."""
         return places * self.stride / self.coarse_fps

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 from bridge_stg.runtime.errors import BridgeError, VideoError
+from bridge_stg.runtime.live.cuts import CutFinder
 from bridge_stg.runtime.live.plan import LivePlan, PlanOf
 from bridge_stg.runtime.live.sampling import LiveGroup, LiveSampler
 from bridge_stg.runtime.live.source import LiveSource
@@ -75,13 +76,13 @@ class GroupQueue:
 class LiveReader:
     """Reads one source from start to end in its own thread; `queue` receives the groups, and the end or the error.
 
-    `start` and `whole` are those of its `LiveSampler`. Without `pixels`, the source's frames are uint8 [H, W, 0], and
+    `whole` and `cuts` are those of its `LiveSampler`. Without `pixels`, the source's frames are uint8 [H, W, 0], and
     so are those of the groups.
     """
 
     def __init__(
-        self, source: LiveSource, plan_of: PlanOf, queue: GroupQueue, *, hold_s: float, start: int = 0,
-        whole: bool = False, pixels: bool = True,
+        self, source: LiveSource, plan_of: PlanOf, queue: GroupQueue, *, hold_s: float,
+        whole: bool = False, cuts: CutFinder | None = None, pixels: bool = True,
     ) -> None:  # fmt: skip
         self.frames, self.gaps = 0, 0
         self.newest_s: float | None = None  # time of the newest frame, on the source's clock
@@ -90,7 +91,7 @@ class LiveReader:
         self.plan: LivePlan | None = None
         self.queue = queue
         self._source, self._plan_of, self._hold_s = source, plan_of, hold_s
-        self._first, self._whole, self._pixels = start, whole, pixels
+        self._whole, self._cuts, self._pixels = whole, cuts, pixels
         self._stop = threading.Event()
         self._arrived = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="bridge-stg live reader", daemon=True)
@@ -134,7 +135,7 @@ class LiveReader:
                 sampled = self.plan
                 if not self._pixels:  # there is nothing to resize
                     sampled = replace(sampled, coarse_size=(height, width), fine_size=(height, width))
-                sampler = LiveSampler(sampled, hold_s=self._hold_s, start=self._first, whole=self._whole)
+                sampler = LiveSampler(sampled, hold_s=self._hold_s, whole=self._whole, cuts=self._cuts)
             self.frames, self.newest_s = self.frames + 1, time_s
             for group in sampler.add(time_s, frame):
                 if not self.queue.put(replace(group, arrived_s=newest_s)):

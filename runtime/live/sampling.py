@@ -6,32 +6,33 @@ The samples are those of a video file with the same frames: each grid point gets
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.live.cuts import CutFinder
 from bridge_stg.runtime.live.plan import LivePlan
-from bridge_stg.runtime.video.frame import resize
-
-TOLERANCE_S = 1e-6  # how much later than its grid point a sample may start; the same as in `FrameStream`
+from bridge_stg.runtime.live.shown import TOLERANCE_S, Shown
 
 
 @dataclass(frozen=True, eq=False)
 class FineSample:
     """A frame kept for the spatial pass."""
 
-    place: int  # index on the stream's fine grid
+    place: int  # index on the fine grid, which begins with the shot
     time_s: float  # the frame's own time, in seconds from the first frame of the stream
     frame: np.ndarray  # uint8 [h, w, 3], RGB
 
 
 @dataclass(frozen=True, eq=False)
 class LiveGroup:
-    """P consecutive coarse samples, and the fine frames of the same time range."""
+    """P consecutive coarse samples, and the fine frames of the same time range.
 
-    place: int  # index of the first sample on the stream's coarse grid, a multiple of P
+    All times are in seconds from the first frame of the stream.
+    """
+
+    place: int  # index of the first sample on the coarse grid, which begins with the shot; a multiple of P
     frames: np.ndarray  # uint8 [P, h, w, 3], RGB
     fine: tuple[FineSample, ...]  # in order of time
     arrived_s: float = 0.0  # when its newest frame arrived, on `time.monotonic`
@@ -39,44 +40,27 @@ class LiveGroup:
     frame_times: np.ndarray = field(default_factory=lambda: np.zeros(0))
     # float64 [P], times of the frames that the samples show
     shown_times: np.ndarray = field(default_factory=lambda: np.zeros(0))
-
-
-class _Shown:
-    """The current frame, shown until the next one; converted and resized once per size, and only if it is sampled."""
-
-    def __init__(self, time_s: float, frame: Callable[[], np.ndarray], plan: LivePlan) -> None:
-        self.time_s, self._frame, self._plan = time_s, frame, plan
-        self._rgb: np.ndarray | None = None
-        self._sizes: dict[tuple[int, int], np.ndarray] = {}
-
-    def at(self, size: tuple[int, int]) -> np.ndarray:
-        if size not in self._sizes:
-            if self._rgb is None:
-                self._rgb = self._frame()
-                height, width = self._rgb.shape[:2]
-                if (width, height) != (self._plan.width, self._plan.height):
-                    sizes = f"from {self._plan.width} × {self._plan.height} to {width} × {height} pixels"
-                    raise VideoError("video.size_changed", f"the stream's frames changed {sizes}; start a new watch")
-            self._sizes[size] = resize(self._rgb, size)
-        return self._sizes[size]
+    shot_s: float = 0.0  # start of the shot; of a stream without cuts, 0
+    end_s: float = math.inf  # end of the shot, if this is its last group
 
 
 class LiveSampler:
     """Turns frames into groups.
 
     A frame is shown for at most `hold_s` seconds. After that the stream has a gap without samples, so that queries
-    never see a frozen frame. Nothing is sampled before the point `start` of the coarse grid, a multiple of P. With
-    `whole`, for files, a group has all its `frame_times`, so that it comes later, and the last group is padded.
+    never see a frozen frame. With `whole`, for files, a group has all its `frame_times`, so that it comes later, and
+    the last group is padded. With `cuts`, so is the last group of each shot, and the grids begin again after it.
     """
 
-    def __init__(self, plan: LivePlan, *, hold_s: float, start: int = 0, whole: bool = False) -> None:
+    def __init__(self, plan: LivePlan, *, hold_s: float, whole: bool = False, cuts: CutFinder | None = None) -> None:
         self.gaps = 0  # so far
         self.end_s = 0.0  # end of the newest frame, whose length is that of the one before; set by `finish`
         self._origin_s: float | None = None
-        self._plan, self._hold_s, self._whole = plan, hold_s, whole
-        self._shown: _Shown | None = None
-        self._frame_s = plan.interval_s
-        self._coarse, self._fine = start, math.ceil(start * plan.interval_s * plan.fine_fps - TOLERANCE_S)
+        self._plan, self._hold_s, self._whole, self._cuts = plan, hold_s, whole, cuts
+        self._shown: Shown | None = None
+        self._newest_s, self._frame_s = 0.0, plan.interval_s
+        self._shot_s = 0.0
+        self._coarse = self._fine = 0  # next points of the grids, which begin with the shot
         self._times: list[float] = []
         self._samples: list[tuple[np.ndarray, float]] = []  # with the times of their frames
         self._fine_samples: list[FineSample] = []
@@ -84,52 +68,76 @@ class LiveSampler:
     def add(self, time_s: float, frame: Callable[[], np.ndarray]) -> Iterator[LiveGroup]:
         """Add the next frame, with its own time in seconds, and yield the groups that it completes.
 
-        `frame` returns it, uint8 [H, W, 3] in RGB, and is called at most once, within the next two calls of `add`.
+        `frame` returns it, uint8 [H, W, 3] in RGB, and is called at most once, within the next two calls of `add`;
+        with `cuts`, some calls later.
         """
         if self._origin_s is None:
             self._origin_s = time_s
-        time = time_s - self._origin_s
-        if self._shown is not None:
-            until, limit = time - TOLERANCE_S, self._shown.time_s + self._hold_s
-            yield from self._fill(min(until, limit))
-            if limit < until:
-                self._skip(until)
-            self._frame_s = time - self._shown.time_s
-        self._shown = _Shown(time, frame, self._plan)
-        self._times.append(time)
+        else:
+            self._frame_s = time_s - self._origin_s - self._newest_s
+        self._newest_s = time_s - self._origin_s
+        shown = Shown(self._newest_s, frame, self._plan)
+        passed = iter([(shown, False)]) if self._cuts is None else self._cuts.add(shown, self._plan.fine_fps)
+        yield from self._show(passed)
 
     def finish(self) -> Iterator[LiveGroup]:
         """Yield the groups that the last frame completes, shown as long as the frame before it."""
-        if self._shown is not None:
-            self.end_s = self._shown.time_s + max(min(self._frame_s, self._hold_s), 2 * TOLERANCE_S)
-            yield from self._fill(self.end_s - TOLERANCE_S)
-            self._shown = None
-            if self._whole and self._samples:
-                missing = self._plan.group - len(self._samples)
-                self._samples += self._samples[-1:] * missing
-                self._coarse += missing
-                yield self._group()
+        if self._origin_s is not None:
+            self.end_s = self._newest_s + max(min(self._frame_s, self._hold_s), 2 * TOLERANCE_S)
+            if self._cuts is not None:
+                yield from self._show(self._cuts.finish(self.end_s, self._plan.fine_fps))
+            yield from self._end_shot(self.end_s)
+
+    def _show(self, frames: Iterable[tuple[Shown, bool]]) -> Iterator[LiveGroup]:
+        """Show these frames, one after the other, each with whether it begins a shot."""
+        for shown, begins in frames:
+            if begins:
+                yield from self._end_shot(shown.time_s)
+                self._shot_s, self._coarse, self._fine, self._times = shown.time_s, 0, 0, []
+            elif self._shown is not None:
+                until, limit = shown.time_s - TOLERANCE_S, self._shown.time_s + self._hold_s
+                yield from self._fill(min(until, limit))
+                if limit < until:
+                    self._skip(until)
+            self._shown = shown
+            self._times.append(shown.time_s)
+
+    def _end_shot(self, end_s: float) -> Iterator[LiveGroup]:
+        """Show the current frame until the shot ends, and yield the last groups."""
+        yield from self._fill(end_s - TOLERANCE_S)
+        self._shown = None
+        if self._whole and self._samples:
+            missing = self._plan.group - len(self._samples)
+            self._samples += self._samples[-1:] * missing
+            self._coarse += missing
+            yield replace(self._group(), end_s=end_s)
 
     def _group(self) -> LiveGroup:
         """Return the samples as a group, and begin the next one."""
         plan = self._plan
-        place, end = self._coarse - plan.group, self._coarse * plan.interval_s - TOLERANCE_S
+        place = self._coarse - plan.group
+        start, end = self._coarse_s(place) - TOLERANCE_S, self._coarse_s(self._coarse) - TOLERANCE_S
         times = np.array(self._times)
-        inside = (times >= place * plan.interval_s - TOLERANCE_S) & (times < end)
         pictures, shown = zip(*self._samples)
         group = LiveGroup(
             place, np.stack(pictures), tuple(self._fine_samples),
-            frame_times=times[inside], shown_times=np.array(shown),
+            frame_times=times[(times >= start) & (times < end)], shown_times=np.array(shown), shot_s=self._shot_s,
         )  # fmt: skip
         self._samples, self._fine_samples, self._times = [], [], times[times >= end].tolist()
         return group
+
+    def _coarse_s(self, place: int) -> float:
+        return self._shot_s + place * self._plan.interval_s
+
+    def _fine_s(self, place: int) -> float:
+        return self._shot_s + place / self._plan.fine_fps
 
     def _fill(self, until: float) -> Iterator[LiveGroup]:
         """Use the current frame for all free grid points before `until`."""
         plan, shown = self._plan, self._shown
         assert shown is not None
         while True:
-            coarse, fine = self._coarse * plan.interval_s, self._fine / plan.fine_fps
+            coarse, fine = self._coarse_s(self._coarse), self._fine_s(self._fine)
             # Times are rounded, so grid points are compared with a tolerance far below their distance.
             if len(self._samples) == plan.group:
                 if fine > coarse - TOLERANCE_S and (not self._whole or until > coarse - TOLERANCE_S):
@@ -142,15 +150,15 @@ class LiveSampler:
                 self._samples.append((shown.at(plan.coarse_size), shown.time_s))
                 self._coarse += 1
             else:
-                self._fine_samples.append(FineSample(self._fine, shown.time_s, shown.at(plan.fine_size)))
+                self._fine_samples.append(FineSample(self._fine, shown.time_s, shown.fine))
                 self._fine += 1
 
     def _skip(self, until: float) -> None:
         """Leave the grid points before `until` empty, and continue with the next whole group."""
         plan = self._plan
-        if self._coarse * plan.interval_s >= until and self._fine / plan.fine_fps >= until:
+        if min(self._coarse_s(self._coarse), self._fine_s(self._fine)) >= until:
             return
         self.gaps += 1
-        self._coarse = plan.group * math.ceil(until / plan.interval_s / plan.group)
+        self._coarse = plan.group * math.ceil((until - self._shot_s) / plan.interval_s / plan.group)
         self._fine = math.ceil(self._coarse * plan.interval_s * plan.fine_fps - TOLERANCE_S)
         self._samples, self._fine_samples = [], []

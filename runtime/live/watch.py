@@ -217,7 +217,7 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
                 self._stats.add_step(limits.timings, rebuilt=rebuilt)
                 self._stats.prefilled_tokens = window.prefilled
                 known, arrived_s = window.end_s, group.arrived_s
-                group_s = plan.group * plan.interval_s
+                group_s = plan.group_s
                 every = self._stats.round_s = max(self.options.every_s, group_s)
                 last = self.options.duration_s is not None and known >= self.options.duration_s
                 if known >= due or last:

@@ -7,6 +7,7 @@ visual tokens, like a video that begins there. Letters: G groups of P samples, D
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,7 @@ class _Encoded:
     tokens: Array
     fine: tuple[FineSample, ...]
     frame_times: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    end_s: float = math.inf  # see `LiveGroup`
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +59,15 @@ class StoredWindows:
 class LiveWindow:
     """The window, for use by one thread; its fine feature maps take at most `feature_budget_bytes`.
 
-    With `stored`, groups and fine frames may be without pixels: those that are needed are read from there.
+    With `stored`, groups and fine frames may be without pixels: those that are needed are read from there. All groups
+    are of the shot that starts at `shot_s`.
     """
 
     def __init__(
-        self, chain: Chain, plan: LivePlan, *, feature_budget_bytes: int, stored: StoredWindows | None = None
-    ) -> None:
-        self._chain, self._plan, self._stored = chain, plan, stored
+        self, chain: Chain, plan: LivePlan, *, feature_budget_bytes: int, stored: StoredWindows | None = None,
+        shot_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        self._chain, self._plan, self._stored, self._shot_s = chain, plan, stored, shot_s
         full = self._segment(np.arange(plan.groups) * plan.group)
         if full.next_position > chain.spec.language.max_positions:
             text = f"{full.next_position} of the prompt's {chain.spec.language.max_positions} positions"
@@ -83,17 +87,18 @@ class LiveWindow:
         self._fine: dict[int, FineSample] = {}
         self._prefix: Prefix | None = None
         self.prefilled = 0  # tokens that the language model has prefilled so far
-        self.settle_s = plan.group * plan.interval_s + 1 / plan.fine_fps  # see `EventTracker`
+        self.settle_s = plan.group_s + 1 / plan.fine_fps  # see `EventTracker`
 
     @property
     def start_s(self) -> float:
         """Time of the window's first sample, in seconds from the first frame of the stream."""
-        return float(self._plan.times(np.asarray(self._groups[0].place)))
+        return self._shot_s + float(self._plan.times(np.asarray(self._groups[0].place)))
 
     @property
     def end_s(self) -> float:
         """Time of the window's end, in seconds from the first frame of the stream."""
-        return float(self._plan.times(np.asarray(self._groups[-1].place + self._plan.group)))
+        end_s = self._shot_s + float(self._plan.times(np.asarray(self._groups[-1].place + self._plan.group)))
+        return min(end_s, self._groups[-1].end_s)
 
     def add(self, group: LiveGroup, limits: Limits) -> bool:
         """Encode a group and extend the prefix; return whether the prefix had to be rebuilt.
@@ -121,7 +126,7 @@ class LiveWindow:
                 tokens = tokens_of(self._chain, self._plan, new, self._stored, limits)
             for group in new:
                 own = arrays.join([tokens[group.place]], axis=1, zeros_before=1)
-                self._encoded[group.place] = _Encoded(group.place, own, group.fine, group.frame_times)
+                self._encoded[group.place] = _Encoded(group.place, own, group.fine, group.frame_times, group.end_s)
         self._groups = [self._encoded[group.place] for group in groups]
         self._fine = {sample.place: sample for group in groups for sample in group.fine}
         with limits.stage("prefill"):
@@ -146,7 +151,7 @@ class LiveWindow:
             (plan.width, plan.height),
             is_image=False,
             frame_times=np.unique(np.concatenate(shown) - start),
-            fine_grid=np.round(fine / plan.fine_fps - start, 9),
+            fine_grid=np.round(fine / plan.fine_fps + self._shot_s - start, 9),
             sample_times=times,
             interval_s=plan.interval_s,
             duration_s=self.end_s - start,

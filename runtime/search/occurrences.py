@@ -42,12 +42,14 @@ class SearchedWindows:
         length_s: seconds of a window.
         overlap_s: seconds that a window has in common with the next one.
         absent: windows without the query's target.
+        shots: how many shots the video has; each window is within one. Without `cuts`, 1.
     """
 
     count: int
     length_s: float
     overlap_s: float
     absent: int
+    shots: int
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dump`."""
@@ -56,6 +58,7 @@ class SearchedWindows:
             "length_s": round(self.length_s, 6),
             "overlap_s": round(self.overlap_s, 6),
             "absent": self.absent,
+            "shots": self.shots,
         }
 
 
@@ -115,17 +118,22 @@ class SearchResult:
 
 
 class Occurrences:
-    """The occurrences of one query so far. Windows are added in order of time."""
+    """The occurrences of one query so far; each is within one shot. Windows are added in order of time."""
 
     def __init__(self, gap_s: float) -> None:
         self._gap_s = gap_s  # most seconds between two parts of one occurrence
-        self._found: list[Grounding] = []
+        self._earlier: list[Grounding] = []  # those of earlier shots
+        self._found: list[Grounding] = []  # those of this shot
         self._nowhere: Grounding | None = None  # of the answers that are not found, the one with the least `absent`
-        self._windows = self._absent = 0
+        self._windows = self._absent = self._shots = 0
+        self._shot_s = -1.0
 
-    def add(self, groundings: Sequence[Grounding], frame_times: np.ndarray) -> None:
-        """Add the answers of one window, which has frames at `frame_times` [N]."""
+    def add(self, groundings: Sequence[Grounding], frame_times: np.ndarray, shot_s: float) -> None:
+        """Add the answers of one window of the shot that starts at `shot_s`; it has frames at `frame_times` [N]."""
         self._windows += 1
+        if shot_s > self._shot_s:
+            self._earlier, self._found = self._earlier + self._found, []
+            self._shot_s, self._shots = shot_s, self._shots + 1
         found = [grounding for grounding in groundings if is_seen(grounding)]
         self._absent += not found
         for grounding in groundings:
@@ -139,9 +147,11 @@ class Occurrences:
 
         `fields` are those of a `Grounding` that follow from the whole search: `timings`, `clock` and `stream`.
         """
-        ranked = sorted(self._found, key=lambda grounding: (-score_of(grounding), grounding.span or (0.0, 0.0)))
+        ranked = sorted(
+            self._earlier + self._found, key=lambda grounding: (-score_of(grounding), grounding.span or (0.0, 0.0))
+        )
         ranked = [replace(grounding, **fields) for grounding in ranked[:top]]
-        windows = SearchedWindows(self._windows, length_s, overlap_s, self._absent)
+        windows = SearchedWindows(self._windows, length_s, overlap_s, self._absent, self._shots)
         if ranked:
             return SearchResult(ranked[0], tuple(ranked), windows)
         assert self._nowhere is not None

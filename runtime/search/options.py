@@ -26,6 +26,7 @@ class SearchOptions:
         overlap: share of a window that it has in common with the next one, 0 to 0.9.
         top: how many occurrences of a query to return, best first; None: all.
         task: `tube` (spans and boxes) or `span` (spans only).
+        cuts: whether hard cuts are found, so that no window and no occurrence crosses one.
         allow_none: whether a window may be without the target; otherwise every window has an occurrence.
         state: file in which finished windows are kept until the search is complete; None: no file. If it exists, these
             windows are not computed again.
@@ -33,6 +34,7 @@ class SearchOptions:
 
     window_s: float | None = None
     overlap: float = 0.25
+    cuts: bool = True
     top: int | None = None
     task: str = "tube"
     allow_none: bool = True

@@ -6,21 +6,22 @@ visual tokens, so that a frame that two windows share is encoded once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bridge_stg.runtime.chain.opened_video import Chain
 from bridge_stg.runtime.chain.results import Grounding
-from bridge_stg.runtime.chain.spans import Span
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.chain.vision_pass import FineFeatures
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.host.memory import trim_heap
 from bridge_stg.runtime.index.fine import BLOCK
+from bridge_stg.runtime.live.cuts import CutFinder
 from bridge_stg.runtime.live.plan import LivePlan, plan_stream
 from bridge_stg.runtime.live.reader import POLL_S, GroupQueue, LiveReader
 from bridge_stg.runtime.live.sampling import LiveGroup
@@ -29,7 +30,7 @@ from bridge_stg.runtime.live.window import LiveWindow, StoredWindows, in_stream_
 from bridge_stg.runtime.search.indexed import IndexedVideo
 from bridge_stg.runtime.search.occurrences import Occurrences, SearchResult, is_seen
 from bridge_stg.runtime.search.options import SearchOptions, window_groups
-from bridge_stg.runtime.search.state import SearchState
+from bridge_stg.runtime.search.state import SearchState, SearchWindow
 from bridge_stg.runtime.video.token_budget import Budget
 
 STAGE = "search"  # of the progress, in seconds of the video
@@ -64,27 +65,26 @@ class Search:
     def run(self, limits: Limits) -> list[SearchResult]:
         """Return the occurrences of each query. Raises BridgeError as `Grounder.search` does."""
         spec, options = self.chain.spec, self.options
-        size, group = window_groups(spec, options.window_s), spec.vision.temporal_patch_size
+        size = window_groups(spec, options.window_s)
         hop = size - min(round(options.overlap * size), size - 1)
-        searched = {"task": options.task, "allow_none": options.allow_none, "groups": size, "hop": hop}
-        identity = {**self.identity, **searched, "queries": list(self.queries)}
+        searched = {"task": options.task, "allow_none": options.allow_none, "cuts": options.cuts, "groups": size}
+        identity = {**self.identity, **searched, "hop": hop, "queries": list(self.queries)}
         with SearchState(options.state, identity) as state, limits.stage(STAGE):
             found = [Occurrences(1 / spec.frames.coarse_fps) for _ in self.queries]
-            for frame_times, answers in state.windows:
-                _add(found, answers, frame_times)
+            for window in state.windows:
+                _add(found, window)
             done = len(state.windows)
             state.windows.clear()
-            limits.report(done * hop * group / spec.frames.coarse_fps, self.length_s)
-            reader = self._reader(size, hop, start=done * hop * group)
+            reader = self._reader(size, hop)
             timings: dict[str, float] = {}
             with closing(reader):
-                for window in self._windows(reader, _Layout(size, hop, done), limits):
-                    state.add(window.frame_times, window.answers)
-                    _add(found, window.answers, window.frame_times)
+                for window in self._windows(reader, limits, size=size, hop=hop, done=done):
+                    state.add(window)
+                    _add(found, window)
                     for stage, seconds in window.timings.items():
                         timings[stage] = timings.get(stage, 0.0) + seconds
             assert reader.plan is not None  # otherwise there was no frame, which is an error
-            group_s = group * reader.plan.interval_s
+            group_s = reader.plan.group_s
             timings["total"] = limits.elapsed_s
             results = [
                 one.result(
@@ -106,10 +106,10 @@ class Search:
         Raises BridgeError as `Grounder.index` does.
         """
         assert self.indexed is not None
-        reader = self._reader(window_groups(self.chain.spec, self.options.window_s), BLOCK, start=0)
+        reader = self._reader(window_groups(self.chain.spec, self.options.window_s), BLOCK)
         with closing(reader), limits.stage("index"):
-            for plan, groups, _ in self._parts(reader, limits, size=BLOCK, hop=BLOCK):
-                within, stored = Limits(cancel=_checking(limits)), self.indexed.stored(plan)
+            for plan, groups in self._parts(reader, limits, size=BLOCK, hop=BLOCK):
+                within, stored = Limits(cancel=_checking(limits)), self.indexed.stored(plan, groups[0].shot_s)
                 tokens_of(self.chain, plan, groups, stored, within)
                 if fine:
                     self._index_fine(groups, plan, stored, within)
@@ -129,59 +129,72 @@ class Search:
         if samples:
             features.at(np.array(sorted(samples), np.int64), limits)
 
-    def _reader(self, size: int, hop: int, *, start: int) -> LiveReader:
+    def _reader(self, size: int, hop: int) -> LiveReader:
         spec = self.chain.spec
         window = size * spec.vision.temporal_patch_size
 
         def plan_of(height: int, width: int) -> LivePlan:
             return plan_stream(height, width, spec, self.chain.tokenizer, window=window, budget=self.budget)
 
-        queue, pixels = GroupQueue(hop, latest_wins=False), self.indexed is None or self.indexed.facts is None
-        return LiveReader(self.source, plan_of, queue, hold_s=float("inf"), start=start, whole=True, pixels=pixels)
+        queue, pixels, cuts = GroupQueue(hop, latest_wins=False), True, CutFinder() if self.options.cuts else None
+        if self.indexed is not None:
+            pixels, cuts = self.indexed.facts is None, self.indexed.cuts
+        return LiveReader(self.source, plan_of, queue, hold_s=math.inf, whole=True, cuts=cuts, pixels=pixels)
 
-    def _windows(self, reader: LiveReader, layout: _Layout, limits: Limits) -> Iterator[_Window]:
-        """Yield the windows that are not finished yet, in time of the video."""
-        window: LiveWindow | None = None
+    def _windows(self, reader: LiveReader, limits: Limits, *, size: int, hop: int, done: int) -> Iterator[SearchWindow]:
+        """Yield the windows in order of time, without the first `done`, which are finished."""
+        window, shot_s = None, -1.0
         try:
-            for plan, groups, ended in self._parts(reader, limits, size=layout.size, hop=layout.hop):
-                if ended and groups[-1].place < layout.end(plan.group):  # an earlier window has these groups
-                    return
-                layout.done += 1
-                window = window or self._window(plan)
-                within = Limits(cancel=_checking(limits))  # whose stages are not shown as progress
-                answers = self._answer(window, groups, within)
+            for number, (plan, groups) in enumerate(self._parts(reader, limits, size=size, hop=hop)):
+                if number >= done:
+                    if window is None or groups[0].shot_s != shot_s:
+                        if window is not None:
+                            window.close()
+                        window, shot_s = self._window(plan, groups[0].shot_s), groups[0].shot_s
+                    within = Limits(cancel=_checking(limits))  # whose stages are not shown as progress
+                    answers = self._answer(window, groups, plan.group_s, within)
+                    times = np.concatenate([one.frame_times for one in groups])
+                    yield SearchWindow(shot_s, times, answers, within.timings)
+                    window.forget(before=groups[0].place + hop * plan.group)
+                    trim_heap()  # freed frames would stay in the heaps of threads
                 self._report(plan, groups, limits)
-                times = np.concatenate([one.frame_times for one in groups])
-                yield _Window(times, _clipped(answers, reader.end_s), within.timings)
-                window.forget(before=layout.done * layout.hop * plan.group)
-                trim_heap()  # freed frames would stay in the heaps of threads
         finally:
             if window is not None:
                 window.close()
 
-    def _window(self, plan: LivePlan) -> LiveWindow:
-        stored = None if self.indexed is None else self.indexed.stored(plan)
-        return LiveWindow(self.chain, plan, feature_budget_bytes=self.feature_budget_bytes, stored=stored)
+    def _window(self, plan: LivePlan, shot_s: float) -> LiveWindow:
+        stored = None if self.indexed is None else self.indexed.stored(plan, shot_s)
+        budget = self.feature_budget_bytes
+        return LiveWindow(self.chain, plan, feature_budget_bytes=budget, stored=stored, shot_s=shot_s)
 
     def _parts(
         self, reader: LiveReader, limits: Limits, *, size: int, hop: int
-    ) -> Iterator[tuple[LivePlan, list[LiveGroup], bool]]:
-        """Read, and yield `size` groups, each time `hop` later; at the end of the file, with True, what is left."""
+    ) -> Iterator[tuple[LivePlan, list[LiveGroup]]]:
+        """Read, and yield `size` groups of a shot, each time `hop` later; at the end of the shot, what is left."""
         kept: list[LiveGroup] = []
-        ended = False
+        left = 0  # groups at the end of `kept` that no part had
         reader.start()
-        while not ended:
+        while True:
             group = self._next(reader, limits)
-            ended = group is None
-            kept += [] if group is None else [group]
-            if reader.plan is not None and kept and (ended or len(kept) >= size):
-                yield reader.plan, kept, ended
-                kept = kept[hop:]
+            if kept and (group is None or group.shot_s != kept[0].shot_s):
+                if left:
+                    assert reader.plan is not None
+                    yield reader.plan, kept
+                kept, left = [], 0
+            if group is None:
+                break
+            kept, left = [*kept, group], left + 1
+            if len(kept) == size:
+                assert reader.plan is not None
+                yield reader.plan, kept
+                kept, left = kept[hop:], 0
+        if self.indexed is not None:
+            self.indexed.keep()
 
     def _report(self, plan: LivePlan, groups: Sequence[LiveGroup], limits: Limits) -> None:
         """Report progress up to the end of these groups."""
-        end_s = float(plan.times(np.asarray(groups[-1].place + plan.group)))
-        limits.report(min(end_s, self.length_s or end_s), self.length_s)
+        end_s = groups[-1].shot_s + float(plan.times(np.asarray(groups[-1].place + plan.group)))
+        limits.report(min(end_s, groups[-1].end_s, self.length_s or end_s), self.length_s)
 
     def _next(self, reader: LiveReader, limits: Limits) -> LiveGroup | None:
         """Return the next group; None at the end of the file. Raises the reader's errors."""
@@ -191,7 +204,9 @@ class Search:
             if group is not None or reader.queue.ended:
                 return group
 
-    def _answer(self, window: LiveWindow, groups: Sequence[LiveGroup], limits: Limits) -> list[list[Grounding]]:
+    def _answer(
+        self, window: LiveWindow, groups: Sequence[LiveGroup], group_s: float, limits: Limits
+    ) -> list[list[Grounding]]:
         """Return all answers to each query in these groups.
 
         An answer names one span; so the groups before and after it are searched again, if they are as many as the
@@ -206,7 +221,6 @@ class Search:
             window.show(groups[first:end], limits)
             start_s, view = window.start_s, window.view()
             found = view.ground_within(limits, [self.queries[i] for i in asked], task)
-            group_s = (window.end_s - start_s) / (end - first)
             for i, grounding in zip(asked, found, strict=True):
                 seen = is_seen(grounding)
                 if seen or not answers[i]:  # "not there" in a part says nothing of the window
@@ -221,28 +235,6 @@ class Search:
         return answers
 
 
-@dataclass
-class _Layout:
-    """Windows of `size` groups, each `hop` groups after the one before; the first `done` are finished."""
-
-    size: int
-    hop: int
-    done: int
-
-    def end(self, group: int) -> int:
-        """Return the end of the finished windows on the coarse grid, for groups of `group` samples."""
-        return ((self.done - 1) * self.hop + self.size) * group if self.done else 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Window:
-    """A finished window: the times of its frames [N], all answers to each query, seconds by stage."""
-
-    frame_times: np.ndarray
-    answers: list[list[Grounding]]
-    timings: Mapping[str, float]
-
-
 def _checking(limits: Limits) -> Callable[[], bool]:
     """Return a cancel signal that raises the error of outer limits."""
 
@@ -253,20 +245,6 @@ def _checking(limits: Limits) -> Callable[[], bool]:
     return check
 
 
-def _clipped(answers: list[list[Grounding]], end_s: float | None) -> list[list[Grounding]]:
-    """Clip spans to the end of the video: the last group of frames may be longer than the rest of the video."""
-    if end_s is None:
-        return answers
-    last_s = end_s
-
-    def clipped(span: Span | None) -> Span | None:
-        return span and (min(span[0], last_s), min(span[1], last_s))
-
-    return [
-        [replace(one, span=clipped(one.span), named_span=clipped(one.named_span)) for one in found] for found in answers
-    ]
-
-
-def _add(found: Sequence[Occurrences], answers: Sequence[Sequence[Grounding]], frame_times: np.ndarray) -> None:
-    for occurrences, groundings in zip(found, answers, strict=True):
-        occurrences.add(groundings, frame_times)
+def _add(found: Sequence[Occurrences], window: SearchWindow) -> None:
+    for occurrences, groundings in zip(found, window.answers, strict=True):
+        occurrences.add(groundings, window.frame_times, window.shot_s)

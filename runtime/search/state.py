@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from bridge_stg.runtime.host.files import LineFile
 from bridge_stg.runtime.search.occurrences import is_seen
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
-SCHEMA = 1
+SCHEMA = 2
+
+
+@dataclass(frozen=True, eq=False)
+class SearchWindow:
+    """A finished window of a search."""
+
+    shot_s: float  # start of its shot in seconds
+    frame_times: np.ndarray  # float64 [N], times of its frames in seconds
+    answers: Sequence[Sequence[Grounding]]  # all answers to each query
+    timings: Mapping[str, float] = field(default_factory=dict)  # seconds by stage
 
 
 class SearchState:
@@ -30,7 +41,7 @@ class SearchState:
         identity: plain values of the search: video, queries, options, model.
 
     Attributes:
-        windows: for each finished window, the frame times and the answers to each query.
+        windows: the finished windows.
 
     Raises:
         VideoError: the file is that of another search, or no state of a search.
@@ -38,7 +49,7 @@ class SearchState:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
-        self.windows: list[tuple[np.ndarray, list[list[Grounding]]]] = []
+        self.windows: list[SearchWindow] = []
         self._file, self._is_new = None, True
         if path is None:
             return
@@ -58,11 +69,12 @@ class SearchState:
             what = f"{path} is not the state of a search; name another file"
             raise VideoError("search.other_state", what) from None
 
-    def add(self, frame_times: np.ndarray, answers: Sequence[Sequence[Grounding]]) -> None:
+    def add(self, window: SearchWindow) -> None:
         """Append a finished window; it is on disk when this returns."""
         if self._file is not None:
-            rows = [[_to_json(grounding) for grounding in found] for found in answers]
-            self._file.append({"frame_times": np.round(frame_times, 9).tolist(), "answers": rows})
+            rows = [[_to_json(grounding) for grounding in found] for found in window.answers]
+            times = np.round(window.frame_times, 9).tolist()
+            self._file.append({"shot_s": window.shot_s, "frame_times": times, "answers": rows})
             self._is_new = False
 
     def remove(self) -> None:
@@ -86,9 +98,9 @@ def _to_json(grounding: Grounding) -> dict[str, Any]:
     return row if is_seen(grounding) else {**row, "found": False, "span": None, "tube": None, "boxes": None}
 
 
-def _window_from_json(window: Mapping[str, Any]) -> tuple[np.ndarray, list[list[Grounding]]]:
-    rows = window["answers"]
-    return np.array(window["frame_times"], np.float64), [[_from_json(row) for row in found] for found in rows]
+def _window_from_json(window: Mapping[str, Any]) -> SearchWindow:
+    answers = [[_from_json(row) for row in found] for found in window["answers"]]
+    return SearchWindow(window["shot_s"], np.array(window["frame_times"], np.float64), answers)
 
 
 def _from_json(row: Mapping[str, Any]) -> Grounding:

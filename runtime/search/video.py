@@ -42,9 +42,10 @@ def index_video(
     """
     cache = index.cache_of(video)
     before, as_tokens = cache.nbytes, chain.heads == "text"
-    with IndexedVideo(cache, FileReader(video, stream), chain.spec, as_tokens=as_tokens) as indexed:
+    options, reader = SearchOptions(), FileReader(video, stream)
+    with IndexedVideo(cache, reader, chain.spec, cuts=options.cuts, as_tokens=as_tokens) as indexed:
         length_s = video_length_s(video, stream)
-        search = Search(chain, indexed.source, [], SearchOptions(), budget, length_s, {}, 0, indexed)
+        search = Search(chain, indexed.source, [], options, budget, length_s, {}, 0, indexed)
         seconds = search.index(limits, fine=fine)
         return seconds, cache.nbytes, indexed.facts is not None and cache.nbytes == before
 
@@ -87,7 +88,9 @@ def search_video(
         if index is not None and reader is not None and length_s is not None:
             as_tokens = chain.heads == "text"
             cache = index.cache_of(reader.path)
-            indexed = opened.enter_context(IndexedVideo(cache, reader, chain.spec, as_tokens=as_tokens))
+            indexed = opened.enter_context(
+                IndexedVideo(cache, reader, chain.spec, cuts=chosen.cuts, as_tokens=as_tokens)
+            )
         source = open_live(video, latest_wins=False, stream=stream) if indexed is None else indexed.source
         search = Search(chain, source, list(queries), chosen, budget, length_s, identity, feature_budget_bytes, indexed)
         return search.run(limits)

@@ -250,8 +250,11 @@ def test_a_search_finds_all_occurrences_and_joins_its_outputs(
     assert cli.run(command) == 0  # a window is 64 s long
     found = json.loads(out.read_text())["results"][0]
     spans = [(one["span"]["start_s"], one["span"]["end_s"]) for one in found["occurrences"]]
-    assert sorted(spans) == [(10.0, 14.0), (50.0, 53.0)] and found["windows"]["count"] == 2
+    assert sorted(spans) == [(10.0, 14.0), (50.0, 53.0)] and found["windows"]["shots"] == 5
     assert "occurrences: 2" in capsys.readouterr().out
+    assert cli.run([*command, "--no-cuts"]) == 0
+    windows = json.loads(out.read_text())["results"][0]["windows"]
+    assert (windows["shots"], windows["count"]) == (1, 2)
     assert cli.run([*command, "--window", "20", "--top", "1", "--annotate", str(tmp_path / "drawn.mp4")]) == 0
     assert len(json.loads(out.read_text())["results"][0]["occurrences"]) == 1
     assert cli.run([*command, "--window", "whole"]) == 0

@@ -16,7 +16,7 @@ from tests.fakes.chain import fake_spec
 from tests.fakes.live_chain import live_grounder, stream
 
 BRIGHT = ((3.0, 5.0), (21.0, 26.0), (40.0, 43.0), (44.0, 46.0))
-OPTIONS: dict[str, Any] = {"window_s": 8.0, "overlap": 0.25}
+OPTIONS: dict[str, Any] = {"window_s": 8.0, "overlap": 0.25, "cuts": False}
 SECONDS = 46.5  # the last group of frames is longer than the rest of the video
 
 
@@ -74,11 +74,11 @@ def test_other_windows_use_the_same_tokens(video: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fine", [False, True])
 def test_a_long_video_is_indexed_for_searches(video: Path, tmp_path: Path, fine: bool) -> None:
     spec = fake_spec(max_coarse_groups=8)  # the default windows last 8 s
-    expected, plain = searched(video, None)
+    expected, plain = searched(video, None, cuts=True)
     grounder = live_grounder(spec, index=VisualIndex(tmp_path, {}))
     indexed = grounder.index(video, fine=fine)
     assert indexed.duration_s == pytest.approx(SECONDS) and indexed.nbytes > 0 and not indexed.reused
     assert grounder.index(video, fine=fine).reused
-    result, encoded = searched(video, tmp_path, spec=spec)
+    result, encoded = searched(video, tmp_path, spec=spec, cuts=True)
     assert result["occurrences"] == expected["occurrences"] and encoded < plain
     assert encoded == 0 or not fine

@@ -17,7 +17,7 @@ from tests.fakes.clips import write
 from tests.fakes.live_chain import live_grounder, stream
 
 BRIGHT = ((3.0, 5.0), (21.0, 26.0), (40.0, 43.0), (44.0, 46.0), (59.0, 60.5))
-OPTIONS: dict[str, Any] = {"window_s": 8.0, "overlap": 0.25}
+OPTIONS: dict[str, Any] = {"window_s": 8.0, "overlap": 0.25, "cuts": False}
 
 
 def search(*, bright: tuple[tuple[float, float], ...] = BRIGHT, seconds: float = 60.5, **options: Any) -> SearchResult:
