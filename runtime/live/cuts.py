@@ -51,6 +51,8 @@ class CutFinder:
             return
         yield from self._compared(until=shown.time_s, rate=rate)
         self._waiting.append(shown)
+        if self._possible is not None:
+            shown.keep()
 
     def finish(self, end_s: float, rate: float) -> Iterator[tuple[Shown, bool]]:
         """Yield all frames that wait; the last one is shown until `end_s`. No shot begins at the last point."""
@@ -73,6 +75,7 @@ class CutFinder:
             later = self._waiting[-1].time_s >= self._start_s + SHORTEST_S - TOLERANCE_S
             if later and changed >= max(LEAST, RATIO * usual / 2):
                 self._possible = picture, changed
+                self._waiting[-1].keep()
                 return
             self._recent.append(changed)
         else:

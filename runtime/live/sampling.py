@@ -68,8 +68,7 @@ class LiveSampler:
     def add(self, time_s: float, frame: Callable[[], np.ndarray]) -> Iterator[LiveGroup]:
         """Add the next frame, with its own time in seconds, and yield the groups that it completes.
 
-        `frame` returns it, uint8 [H, W, 3] in RGB, and is called at most once, within the next two calls of `add`;
-        with `cuts`, some calls later.
+        `frame` returns it, uint8 [H, W, 3] in RGB, and is called at most once, within the next two calls of `add`.
         """
         if self._origin_s is None:
             self._origin_s = time_s

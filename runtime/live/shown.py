@@ -26,6 +26,12 @@ class Shown:
         """The frame in the size of the fine frames, uint8 [h, w, 3]."""
         return self.at(self._plan.fine_size)
 
+    def keep(self) -> None:
+        """Convert the frame now, since it may be sampled when its source no longer has it."""
+        self.at(self._plan.coarse_size)
+        self.at(self._plan.fine_size)
+        self._rgb = None
+
     def at(self, size: tuple[int, int]) -> np.ndarray:
         """Return the frame, uint8 [*size, 3], where size is (height, width)."""
         if size not in self._sizes:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.live.cuts import CutFinder
 from bridge_stg.runtime.live.plan import LivePlan, plan_stream
 from bridge_stg.runtime.live.reader import GroupQueue
 from bridge_stg.runtime.live.sampling import LiveGroup, LiveSampler
@@ -93,6 +96,29 @@ def test_pictures_that_are_not_sampled_are_not_converted() -> None:
     for i in range(120):
         list(sampler.add(i / 30, lambda i=i: converted.append(i) or np.zeros((48, 64, 3), np.uint8)))  # type: ignore
     assert len(converted) == len(set(converted)) == 16
+
+
+@pytest.mark.parametrize(("coarse_fps", "fine_fps"), [(2.0, 4.0), (3.0, 7.0)])
+def test_shots_have_grids_of_their_own_and_frames_are_converted_in_time(coarse_fps: float, fine_fps: float) -> None:
+    plan, cuts, newest = plan_for(fake_spec(coarse_fps=coarse_fps, fine_fps=fine_fps)), CutFinder(), 0
+
+    def frame(number: int) -> np.ndarray:
+        assert newest - number <= 2
+        return np.full((48, 64, 3), 120 * (number // 47 % 2), np.uint8)
+
+    sampler, groups = LiveSampler(plan, hold_s=math.inf, whole=True, cuts=cuts), []
+    for newest in range(150):
+        groups += sampler.add(newest / 30, partial(frame, newest))
+    groups += sampler.finish()
+    late = 1 / fine_fps  # a cut is found at the next fine frame
+    assert len(cuts.times) == 3
+    assert all(47 * k / 30 <= time <= 47 * k / 30 + late for k, time in enumerate(cuts.times, 1))
+    for shot, start_s in enumerate([0.0, *cuts.times]):
+        own = [group for group in groups if group.shot_s == start_s]
+        assert [group.place for group in own] == list(range(0, plan.group * len(own), plan.group))
+        assert all((group.frames == 120 * (shot % 2)).all() for group in own)
+        assert own[0].shown_times[0] == own[0].fine[0].time_s == start_s
+        assert own[-1].end_s == pytest.approx([*cuts.times, 5.0][shot])
 
 
 def test_equal_printed_times_lower_the_rate() -> None:

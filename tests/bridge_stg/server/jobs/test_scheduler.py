@@ -382,6 +382,6 @@ def test_a_long_video_is_searched_and_its_tokens_are_kept(served: Callable[..., 
         assert again["results"][0]["occurrences"] == job["results"][0]["occurrences"]
         for result in job["results"]:  # a window of this model is 64 s long
             spans = [(one["span"]["start_s"], one["span"]["end_s"]) for one in result["occurrences"]]
-            assert sorted(spans) == [(10.0, 14.0), (50.0, 53.0)] and result["windows"]["count"] == 2
+            assert sorted(spans) == [(10.0, 14.0), (50.0, 53.0)] and result["windows"]["shots"] == 5
         drawn = client.get(f"/v1/jobs/{job['id']}/annotated.mp4")
         assert drawn.status_code == 200
