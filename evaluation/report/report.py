@@ -15,6 +15,7 @@ from bridge_stg.evaluation.report.render import number, render
 from bridge_stg.evaluation.run.evaluate import Evaluation
 from bridge_stg.evaluation.samples import Sample
 from bridge_stg.evaluation.scoring import MAIN
+from bridge_stg.runtime.bundle.reports import SCHEMA
 from bridge_stg.runtime.host.files import replacing
 
 SAME = 1e-3
@@ -48,6 +49,7 @@ def report_values(evaluation: Evaluation) -> dict[str, Any]:
     """Return the report as plain values; a metric without samples, such as AUROC without absent targets, is None."""
     rows = evaluation.rows
     values: dict[str, Any] = {
+        "schema": SCHEMA,
         "benchmark": evaluation.dataset.name,
         "split": evaluation.dataset.split,
         "annotations": evaluation.dataset.annotations,

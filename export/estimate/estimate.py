@@ -161,7 +161,7 @@ class Estimate:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values of the definition `estimate` in `evaluation/schema.py`."""
+        """Return the values of the definition `estimate` in `evaluation/schema/results.py`."""
         return {
             "target": self.device.name,
             "dtype": self.dtype,

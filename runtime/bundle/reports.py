@@ -18,18 +18,21 @@ from bridge_stg.runtime.errors import BundleError
 from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.parse import parse_json
 
+SCHEMA = 1
+"""Version of the format of reports, here and of `evaluate`."""
+
 
 def write_report(
     bundle_path: str | os.PathLike[str], name: str, values: Mapping[str, Any], html: str | None = None
 ) -> Path:
     """Write reports/<name>.json (and .html), each atomically. Return the JSON file's path.
 
-    The JSON object gains `sha256` over all its other keys, and `html_sha256` if a page is given. Raises BundleError if
-    the folder cannot be written.
+    The JSON object gains `schema`, the version of the format, `sha256` over all its other keys, and `html_sha256` if a
+    page is given. Raises BundleError if the folder cannot be written.
     """
     folder = Path(bundle_path) / REPORTS
     check_relative(name, where=folder)
-    record, texts = json.loads(json.dumps(values)), {}
+    record, texts = {"schema": SCHEMA, **json.loads(json.dumps(values))}, {}
     if html is not None:
         record["html_sha256"] = hashlib.sha256(html.encode()).hexdigest()
         texts["html"] = html

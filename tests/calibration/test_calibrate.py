@@ -30,6 +30,7 @@ from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.packages import install_command
 from tests.calibration.chain_samples import write_samples
 from tests.errors import raises
+from tests.evaluation.validation import validate
 from tests.fakes.clips import pictures, write
 
 FORCED = ("vision_encoder", "language_model")
@@ -74,6 +75,7 @@ def test_calibrate(exported: Bundle, given: dict[str, Path], tmp_path: Path) -> 
     about = bundle.manifest.calibration
     assert about is not None and about["samples"]["count"] == 6 and about["recipe"]["name"] == "w8a8"
     values = read_report(out, "calibration")
+    validate(values, "calibration_report")
     assert (out / "reports" / "calibration.html").is_file()
     assert values["evaluation"]["samples"] == 3 and values["choice"]["judged_on"] == "select"
     assert {"m_tIoU", "m_vIoU"} <= set(values["evaluation"]["judgement"]["drops"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -17,6 +18,8 @@ from tests.evaluation.validation import validate
 from tests.fakes.answers import SCRIPT
 from tests.fakes.chain import clip, fake_grounder, text_spec
 from tests.fakes.live_chain import live_grounder, stream
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", list(schema.DEFINITIONS))
@@ -63,6 +66,11 @@ def test_the_command_prints_a_schema(capsys: pytest.CaptureFixture[str]) -> None
     assert cli.run(["schema", "table_row"]) == 0
     assert json.loads(capsys.readouterr().out) == schema.schema("table_row")
     complaint(["schema", "no-such-part"], capsys, code="options.invalid")
+
+
+@pytest.mark.parametrize(("file", "name"), [("figures", "demo_figures"), ("text_figures", "demo_text_figures")])
+def test_the_figures_of_the_demo(file: str, name: str) -> None:
+    validate(json.loads((ROOT / f"assets/demo/{file}.json").read_text(encoding="utf-8")), name)
 
 
 def test_what_doctor_and_errors_print(capsys: pytest.CaptureFixture[str]) -> None:

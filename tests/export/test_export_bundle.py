@@ -23,6 +23,7 @@ from bridge_stg.runtime.bundle.contracts import GRAPHS, graph_contract
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import BundleError, CheckpointError, EngineError
 from tests.errors import raises
+from tests.evaluation.validation import validate
 
 pytestmark = pytest.mark.slow
 VARIANTS = {"standard": ("in_place", 24), "primitive": ("append", 18)}
@@ -58,7 +59,9 @@ def test_bundle_is_complete(exported: Bundle, model: BridgeSTG) -> None:
     assert {"torch", "transformers", "onnx", "onnxscript", "onnxruntime"} <= set(manifest.tools)
     assert exported.tokenizer_path.is_file()
     assert [case.name for case in exported.golden_cases()] == ["batch", "clip", "image"]
-    assert read_report(exported.path, "parity")["passed"] is True
+    parity = read_report(exported.path, "parity")
+    assert parity["passed"] is True
+    validate(parity, "parity_report")
     assert not list(exported.path.parent.glob(".*"))
 
 
@@ -181,6 +184,7 @@ def test_misuse(tmp_path: Path, checkpoint: Path, exported: Bundle) -> None:
 
 def test_what_it_took_is_reported(exported: Bundle, stages: list[str]) -> None:
     report = read_report(exported.path, "export")
+    validate(report, "export_report")
     written = sum(file.stat().st_size for file in exported.path.glob("graphs/*/weights.data"))
     assert report["weight_bytes"] == written > 0 and report["dtype"] == "fp32"
     assert report["peak_rss_bytes"] > 10 * written and report["replay_peak_rss_bytes"] > written

@@ -23,6 +23,7 @@ from bridge_stg.commands import progress
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.packages import install_command
 from tests.bridge_stg.commands.fake_grounder import FakeGrounder, complaint
+from tests.evaluation.validation import validate
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -190,9 +191,11 @@ def test_verbose_quiet_and_json_logs(
     (record,) = map(json.loads, logged["--log-json"])
     assert (record["level"], record["logger"], record["message"]) == ("warning", "bridge_stg.commands", logged[""][0])
     assert record["time"].startswith("20") and record["time"].endswith("Z")
+    validate(record, "log_line")
     assert cli.run(["--log-json", *infer, "-q", "--nonsense"]) == 2
     (record,) = map(json.loads, capsys.readouterr().err.splitlines())
     assert (record["level"], record["code"]) == ("error", "options.unknown")
+    validate(record, "log_line")
 
 
 def test_a_shell_completes_options_and_files() -> None:

@@ -8,6 +8,7 @@ import pytest
 from bridge_stg.demo.held_out import Memoized, ShuffledTimes, held_out_clips, measure, score
 from bridge_stg.runtime.chain.results import FrameBoxes, Grounding
 from bridge_stg.runtime.video.token_budget import CoarseChoice
+from tests.evaluation.validation import validate
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def test_measure_reports_every_figure_of_a_random_model(tiny_model, tmp_path):
 
     sessions = {name: TorchSession(name, tiny_model) for name in GRAPHS}
     figures = measure(sessions, tiny_model.spec, tiny_model.tokenizer, clips=2, folder=tmp_path)
+    validate({"model": "a random model", "seed": 0, **figures}, "demo_figures")
     assert figures["named"]["clips"] == 2 and 0 <= figures["absent_auroc"] <= 1
     assert set(figures["controls"]) == {
         "frames blanked", "query blanked", "time texts shuffled", "time texts shuffled, span as answered",

@@ -15,6 +15,7 @@ from PIL import Image
 from bridge_stg.calibration.report.report import html_page, report_values, table_text, write_calibration_report
 from bridge_stg.runtime.bundle.reports import read_report
 from bridge_stg.runtime.errors import BundleError
+from tests.evaluation.validation import validate
 
 
 def interval(value: float) -> dict[str, float]:
@@ -70,7 +71,7 @@ def result(**changes: Any) -> dict[str, Any]:
     values = {
         "source": {"name": "demo", "fingerprint": "ef" * 32, "precision": {}, "bytes": 22_000_000},
         "recipe": {"name": "w8a8", "graphs": {}, "kept": {"vision_encoder": ["vision_encoder.blocks.1.mlp"]},
-                   "method": "least error", "max_drop": 1.0, "max_changed": None, "seed": 0},
+                   "method": "least error", "max_drop": 1.0, "max_changed": None, "minimal": True, "seed": 0},
         "samples": {"calibration": samples, "select": samples, "evaluate": None},
         "warnings": ["1 sample is few"],
         "machine": {"processor": "A & B", "cores": 2, "flags": ["avx2"], "self_test": "matmuls are exact",
@@ -95,6 +96,7 @@ def test_the_report_lies_in_the_bundle_and_carries_its_hash(tmp_path: Path) -> N
     path = write_calibration_report(tmp_path, result())
     assert path == tmp_path / "reports" / "calibration.json"
     found = read_report(tmp_path, "calibration")
+    validate(found, "calibration_report")
     assert found["samples"]["calibration"]["entries"] == [{"id": "7", "media": "a.mp4", "sha256": "cd" * 32}]
     assert "picture" not in found["cases"][0] and found["cases"][1]["problem"] == "gone"
     path.write_text(path.read_text(encoding="utf-8").replace("0.954", "0.999"), encoding="utf-8")

@@ -19,6 +19,7 @@ from bridge_stg.evaluation.report.report import table_text, write_report
 from bridge_stg.evaluation.run.evaluate import evaluate
 from tests.evaluation.fake_models import Oracle, model
 from tests.evaluation.official import ALL, video
+from tests.evaluation.validation import validate
 
 
 class Reader(HTMLParser):
@@ -59,6 +60,12 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     (root / "out").mkdir()
     values = write_report(evaluate(dataset, models, root / "out"), root / "out")
     assert json.loads((root / "out/report.json").read_text(encoding="utf-8")) == values
+    validate(values, "evaluation_report")
+    for file in (root / "out/samples").iterdir():
+        header, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        validate(header, "evaluation_header")
+        for row in rows:
+            validate(row, "evaluation_row")
     assert sorted(p.name for p in (root / "out").iterdir()) == ["report.html", "report.json", "samples"]
     return values, (root / "out/report.html").read_text(encoding="utf-8")
 
