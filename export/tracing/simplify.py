@@ -48,6 +48,7 @@ def simplify(model: ir.Model, *, modules: Callable[[str], str], expand: Callable
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     passes.OutputFixPass()(model)
+    _cast_pixels_first(model.graph)
     _name_nodes(model.graph, modules)
     passes.ClearMetadataAndDocStringPass()(model)
     # Inner shapes have symbols of the trace, and can be inferred from the contract's.
@@ -138,6 +139,19 @@ def _constant_reshapes(graph: ir.Graph) -> None:
         graph.register_initializer(shape)
         node.replace_input_with(1, shape)
         node.attributes.pop("allowzero", None)
+
+
+def _cast_pixels_first(graph: ir.Graph) -> None:
+    """Read the sizes of a uint8 input from its Cast: TensorRT takes such an input only for a Cast."""
+    for value in graph.inputs:
+        uses = list(value.uses()) if value.dtype == ir.DataType.UINT8 else []
+        cast = next((use.node for use in uses if use.node.op_type == "Cast"), None)
+        if cast is None:
+            continue
+        graph.remove(cast)
+        graph.insert_before(graph[0], cast)
+        for node in (use.node for use in uses if use.node.op_type == "Shape"):
+            node.replace_input_with(0, cast.outputs[0])
 
 
 def _merge_constants(graph: ir.Graph, weights: set[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from bridge_stg.runtime.backends.registry import BACKENDS, Backend
 from bridge_stg.runtime.backends.tensorrt.library import MODULES
+from bridge_stg.runtime.device.kernel import compile_kernel
 from bridge_stg.runtime.host.machine import Machine, machine
 from bridge_stg.runtime.host.packages import install_command, installed_version
 
@@ -152,7 +153,7 @@ def _state(
         command = install_command(backend.extra, options="--force-reinstall ")
         missing.append(Missing(f"a {backend.name} that can be imported ({problem})", command))
     if backend.on_gpu:
-        missing += _gpu_missing(facts, version)
+        missing += _gpu_missing(facts, version, load)
     provider = PROVIDERS.get(backend.name)
     if own is not None and provider is not None and provider not in providers:
         listed = ", ".join(providers) or "none"
@@ -165,6 +166,8 @@ def _command(backend: Backend, facts: Machine) -> str:
     """Return the command that installs a backend's package on this machine."""
     if facts.l4t and backend.distributions[0] == "onnxruntime-gpu":
         return "no matching wheel is published for a Jetson: use the backend tensorrt"
+    if facts.architecture == "aarch64" and backend.extra in ("rtx", "rtx-provider"):
+        return "no wheel is published for 64-bit Arm: use the backend tensorrt"
     if facts.l4t and backend.name == "tensorrt" and int(facts.l4t.partition(".")[0]) < WHEELS_SINCE_L4T:
         return "sudo apt install python3-libnvinfer (of JetPack), then a venv with --system-site-packages"
     return install_command(backend.extra)
@@ -182,7 +185,7 @@ def _broken(modules: tuple[str, ...], load: Callable[[str], Any]) -> str | None:
     return "; ".join(problems)
 
 
-def _gpu_missing(facts: Machine, version: Version) -> list[Missing]:
+def _gpu_missing(facts: Machine, version: Version, load: Callable[[str], Any]) -> list[Missing]:
     missing = []
     if not facts.devices:
         if facts.l4t:
@@ -193,7 +196,21 @@ def _gpu_missing(facts: Machine, version: Version) -> list[Missing]:
     if version("cuda-python") is None and version("cuda-bindings") is None:
         major = (facts.cuda or "13").partition(".")[0]
         missing.append(Missing("the package cuda-python", f'pip install "cuda-python<{int(major) + 1}"'))
+    elif facts.devices:
+        missing += _kernel_missing(facts.devices[0].sm, version, load)
     return missing
+
+
+def _kernel_missing(sm: int, version: Version, load: Callable[[str], Any]) -> list[Missing]:
+    """Compile the kernel that resizes images for a device; return what prevents it."""
+    try:
+        compile_kernel(sm, load("cuda.bindings.nvrtc"))
+        return []
+    except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+        major = (version("cuda-python") or version("cuda-bindings") or "13").partition(".")[0]
+        command = f"pip install -U {'nvidia-cuda-nvrtc-cu12' if major == '12' else 'nvidia-cuda-nvrtc'}"
+        what = f"an NVRTC that compiles for this device, so images are resized on the host ({error})"
+        return [Missing(what, command)]
 
 
 def _problems(packages: dict[str, str | None], flavours: dict[str, str], facts: Machine) -> list[Missing]:

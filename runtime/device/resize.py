@@ -1,8 +1,8 @@
 """Resize images in device memory, to the same bytes as Pillow's bicubic filter on the host.
 
-One small kernel, compiled by NVRTC (part of CUDA, by cuda-python). Pillow resamples one axis at a time, in integers
-(libImaging/Resample.c, 8 bits per channel): weights in 22 bits, results rounded to a byte between the axes. Without
-NVRTC, images are resized on the host.
+One small kernel (`kernel`). Pillow resamples one axis at a time, in integers (libImaging/Resample.c, 8 bits per
+channel): weights in 22 bits, results rounded to a byte between the axes. If the kernel cannot be compiled or loaded,
+images are resized on the host, and `doctor` reports it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from bridge_stg.runtime.device.array import ArrayContext, DeviceArray, HostResize
 from bridge_stg.runtime.device.cuda import DEVICE
+from bridge_stg.runtime.device.kernel import NAME, checked, compile_kernel
 from bridge_stg.runtime.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -23,24 +24,6 @@ _log = logging.getLogger(__name__)
 PRECISION_BITS = 22
 SUPPORT = 2.0  # half width of the bicubic filter (a = −0.5)
 THREADS = 256
-
-SOURCE = b"""
-extern "C" __global__ void resample(
-    const unsigned char* from, unsigned char* to, const int* first, const int* count, const int* weights,
-    int taps, long long outer, int sizeTo, int sizeFrom, int inner)
-{
-    long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= outer * sizeTo * inner) return;
-    int rest = (int)(index % inner);
-    int place = (int)(index / inner % sizeTo);
-    long long row = index / inner / sizeTo;
-    int sum = 1 << 21;
-    for (int i = 0; i < count[place]; ++i)
-        sum += weights[place * taps + i] * from[(row * sizeFrom + first[place] + i) * inner + rest];
-    sum >>= 22;
-    to[index] = (unsigned char)(sum < 0 ? 0 : sum > 255 ? 255 : sum);
-}
-"""
 
 
 def weights_of(size_from: int, size_to: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,10 +67,10 @@ class DeviceResizer:
         self._tables: dict[tuple[int, int], tuple[DeviceArray, ...]] = {}
         try:
             nvrtc, self._driver = bindings or load_bindings()
-            self._kernel: Any = self._compile(nvrtc)
+            self._kernel: Any = self._load(compile_kernel(context.device.sm, nvrtc))
         except (EngineError, ImportError, RuntimeError) as error:
             self._kernel = None
-            _log.warning("frames on the GPU are resized on the host: %s", error)
+            _log.warning("frames on the GPU are resized on the host: %s (see `doctor`)", error)
 
     @property
     def compiled(self) -> bool:
@@ -127,25 +110,14 @@ class DeviceResizer:
             launched = self._driver.cuLaunchKernel(
                 self._kernel, blocks, 1, 1, THREADS, 1, 1, 0, context.stream, ((*addresses, *numbers), kinds), 0
             )
-        _checked("cuLaunchKernel", launched)
+        checked("cuLaunchKernel", launched)
         return made
 
-    def _compile(self, nvrtc: Any) -> Any:
-        program = _checked("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(SOURCE, b"resample.cu", 0, [], []))
-        option = f"--gpu-architecture=compute_{self._context.device.sm}".encode()
-        _checked("nvrtcCompileProgram", nvrtc.nvrtcCompileProgram(program, 1, [option]))
-        code = b" " * _checked("nvrtcGetPTXSize", nvrtc.nvrtcGetPTXSize(program))
-        _checked("nvrtcGetPTX", nvrtc.nvrtcGetPTX(program, code))
-        _checked("nvrtcDestroyProgram", nvrtc.nvrtcDestroyProgram(program))
-        module = _checked("cuModuleLoadData", self._driver.cuModuleLoadData(code))
-        return _checked("cuModuleGetFunction", self._driver.cuModuleGetFunction(module, b"resample"))
-
-
-def _checked(name: str, result: tuple[Any, ...]) -> Any:
-    status, *values = result
-    if int(status) != 0:
-        raise EngineError("engine.device_failed", f"{name} failed: {getattr(status, 'name', status)}")
-    return values[0] if values else None
+    def _load(self, code: bytes) -> Any:
+        with self._context.lock:
+            self._context.cuda("cudaSetDevice", DEVICE)  # the driver's calls need it set in every thread
+            module = checked("cuModuleLoadData", self._driver.cuModuleLoadData(code))
+            return checked("cuModuleGetFunction", self._driver.cuModuleGetFunction(module, NAME))
 
 
 def load_bindings() -> tuple[Any, Any]:

@@ -22,8 +22,12 @@ CPU_FLAGS = (
 )  # fmt: skip
 """Flags that decide how fast INT8 and 16-bit matmuls are; the second line is for Arm."""
 
-JETPACKS = {(36, 2): "6.0 DP", (36, 3): "6.0", (36, 4): "6.1 or 6.2", (36, 5): "6.2.2", (38, 2): "7.0"}
-"""Jetson Linux (L4T) releases, major and minor, and the JetPack they belong to."""
+JETPACKS = {
+    (36, 2): "6.0 DP", (36, 3): "6.0", (36, 4): "6.1 or 6.2", (36, 5): "6.2.2 or 6.2.3",
+    (38, 2): "7.0", (38, 4): "7.1", (39, 2): "7.2",
+}  # fmt: skip
+"""Jetson Linux (L4T) releases, major and minor, and the JetPack they belong to
+(https://developer.nvidia.com/embedded/jetpack-archive)."""
 
 _MULTIPROCESSOR_COUNT, _INTEGRATED, _CC_MAJOR, _CC_MINOR = 16, 18, 75, 76  # CUdevice_attribute
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096

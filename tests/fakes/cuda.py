@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import enum
+import threading
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,7 @@ class FakeCuda(FakeStreams):
         self.adopted: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
         self.next_address = DEVICE_BASE
+        self.current = threading.local()
 
     # Memory
 
@@ -159,7 +161,12 @@ class FakeCuda(FakeStreams):
 
     def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
         assert device == 0
+        self.current.device = device
         return (OK,)
+
+    def is_set(self) -> bool:
+        """Return whether the calling thread has set the device, so that calls of the driver have a context."""
+        return hasattr(self.current, "device")
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return OK, 1

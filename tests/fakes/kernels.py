@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,46 +11,83 @@ import numpy as np
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.streams import OK, cudaError_t
 
+CUBIN = b"\x7fELF of sm_"
+LOG = b"nvrtc: error: invalid value for --gpu-architecture (-arch)\n\0"
+
 
 class FakeNvrtc:
-    """Fake of the compiler `cuda.bindings.nvrtc` that accepts any source."""
+    """Fake of the compiler `cuda.bindings.nvrtc` that accepts any source for the compute capabilities `knows`."""
 
-    def __init__(self, *, fails: bool = False) -> None:
-        self.fails = fails
+    def __init__(self, *, knows: tuple[int, ...] = (80, 86, 87, 89, 90, 100, 110, 120)) -> None:
+        self.knows = knows
+        self.programs: dict[str, bytes] = {}
 
     def nvrtcCreateProgram(self, source: bytes, name: bytes, count: int, headers: Any, names: Any) -> tuple[Any, ...]:
         assert b'extern "C" __global__ void resample(' in source and (count, headers, names) == (0, [], [])
-        return OK, source
+        self.programs["program"] = b""
+        return OK, "program"
 
-    def nvrtcCompileProgram(self, program: bytes, count: int, options: list[bytes]) -> tuple[Any, ...]:
-        assert count == len(options) == 1 and options[0].startswith(b"--gpu-architecture=compute_")
-        return (cudaError_t.cudaErrorInvalidValue if self.fails else OK,)
-
-    def nvrtcGetPTXSize(self, program: bytes) -> tuple[Any, ...]:
-        return OK, 64
-
-    def nvrtcGetPTX(self, program: bytes, code: bytes) -> tuple[Any, ...]:
-        assert len(code) == 64
+    def nvrtcCompileProgram(self, program: str, count: int, options: list[bytes]) -> tuple[Any, ...]:
+        assert program in self.programs and count == len(options) == 1
+        kind, _, sm = options[0].removeprefix(b"--gpu-architecture=").partition(b"_")
+        if int(sm) not in self.knows:
+            return (cudaError_t.cudaErrorInvalidValue,)
+        if kind == b"sm":  # `compute` only makes PTX
+            self.programs[program] = CUBIN + sm
         return (OK,)
 
-    def nvrtcDestroyProgram(self, program: bytes) -> tuple[Any, ...]:
+    def nvrtcGetProgramLogSize(self, program: str) -> tuple[Any, ...]:
+        return OK, len(LOG)
+
+    def nvrtcGetProgramLog(self, program: str, log: bytes) -> tuple[Any, ...]:
+        fill(log, LOG)
         return (OK,)
+
+    def nvrtcGetCUBINSize(self, program: str) -> tuple[Any, ...]:
+        return OK, len(self.programs[program])
+
+    def nvrtcGetCUBIN(self, program: str, code: bytes) -> tuple[Any, ...]:
+        fill(code, self.programs[program])
+        return (OK,)
+
+    def nvrtcDestroyProgram(self, program: str) -> tuple[Any, ...]:
+        del self.programs[program]
+        return (OK,)
+
+
+def fill(buffer: bytes, content: bytes) -> None:
+    """Overwrite a bytes object, as cuda-python's calls do."""
+    assert len(buffer) == len(content) and sys.getrefcount(buffer) < 10
+    ctypes.memmove(buffer, content, len(content))
 
 
 class FakeDriver:
-    """Fake of the part of `cuda.bindings.driver` that launches the kernel; it computes the result in numpy."""
+    """Fake of the part of `cuda.bindings.driver` that launches the kernel; it computes the result in numpy.
+
+    Its calls need a current context, which `cudaSetDevice` makes in the calling thread. It takes machine code of its
+    device only: this driver is older than the PTX of every NVRTC.
+    """
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
         self.launches = 0
 
     def cuModuleLoadData(self, image: bytes) -> tuple[Any, ...]:
+        if not self.cuda.is_set():
+            return (cudaError_t.cudaErrorDeviceUninitialized,)
+        if not image.startswith(CUBIN):
+            return (cudaError_t.cudaErrorUnsupportedPtxVersion,)
+        major, minor = self.cuda.sm
+        if image != CUBIN + b"%d%d" % (major, minor):
+            return (cudaError_t.cudaErrorNoKernelImageForDevice,)
         return OK, "module"
 
     def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[Any, ...]:
         return OK, name
 
     def cuLaunchKernel(self, kernel: bytes, *arguments: Any) -> tuple[Any, ...]:
+        if not self.cuda.is_set():
+            return (cudaError_t.cudaErrorDeviceUninitialized,)
         blocks, _, _, threads, _, _, shared, stream, (values, kinds), extra = arguments
         assert kernel == b"resample" and (shared, extra) == (0, 0) and len(values) == len(kinds) == 10
         origin, to, first, count, weights, taps, outer, size_to, size_from, inner = values

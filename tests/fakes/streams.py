@@ -19,6 +19,9 @@ class cudaError_t(enum.IntEnum):
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
+    cudaErrorDeviceUninitialized = 201
+    cudaErrorNoKernelImageForDevice = 209
+    cudaErrorUnsupportedPtxVersion = 222
     cudaErrorInvalidResourceHandle = 400
     cudaErrorNotReady = 600
     cudaErrorStreamCaptureUnsupported = 900

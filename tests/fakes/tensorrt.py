@@ -1,10 +1,11 @@
 """Fake of TensorRT's Python interface that computes graphs with onnxruntime on the fake CUDA.
 
 It has the names of the bindings (tensorrt_rtx_bindings 1.7.1) and enforces the rules of TensorRT's documentation: every
-tensor has an address, aligned to 256 bytes and inside one allocation; shapes are within the active profile; an output
-that the engine writes in place has its input's address, and no other tensors overlap; scratch memory is set if the
-context was created without it; work is captured only after it ran once with these shapes, and the context does not
-change afterwards. Breaking a rule raises AssertionError.
+tensor has an address, aligned to 256 bytes and inside one allocation; shapes are within the active profile; uint8
+inputs are only cast; an output that the engine writes in place has its input's address and is written inside its rows,
+and no other tensors overlap; scratch memory of the profile's size is set if the context was created without it; work is
+captured only after it ran once with these shapes, and the context does not change afterwards. Breaking a rule raises
+AssertionError.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from tests.fakes.cuda import FakeCuda
 
 Profiles = Sequence[Mapping[str, tuple[int, int, int]]]
-SCRATCH = 1 << 14
+ALIGNMENT = 256
 
 
 class TensorIOMode(enum.Enum):
@@ -78,6 +80,7 @@ def make_plan(
         sizes: output symbols as expressions of input symbols ({"h": "height // 16"}).
         aliased: number of cache outputs that are written in place; None: all.
     """
+    check_types(path)
     in_place = graph.cache is not None and graph.cache.update == "in_place"
     ranges = [{s: (p[s][0], p[s][2]) for s in p} for p in profiles]
     if in_place:
@@ -114,6 +117,16 @@ class IStreamReaderV2:
         return b"".join(parts)
 
 
+def check_types(path: Path) -> None:
+    """Raise AssertionError if a uint8 input is read by anything but Cast, as TensorRT's builder does."""
+    graph = onnx.load(path, load_external_data=False).graph
+    pixels = {value.name for value in graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
+    wrong = {(node.op_type, name) for node in graph.node for name in node.input if name in pixels} - {
+        ("Cast", name) for name in pixels
+    }
+    assert not wrong, f"{path}: uint8 inputs are read by {sorted(wrong)}, and TensorRT only casts them"
+
+
 class FakeTensorRT:
     """Fake module `tensorrt` or, with its runtime config, `tensorrt_rtx`."""
 
@@ -124,6 +137,7 @@ class FakeTensorRT:
     def __init__(self, cuda: FakeCuda, version: str = "10.15.1") -> None:
         self.cuda, self.__version__ = cuda, version
         self.engines: list[Engine] = []
+        self.most_contexts: int | None = None  # of one engine; TensorRT returns None if it has no memory for another
 
     def Runtime(self, logger: ILogger) -> Runtime:
         assert logger.made
@@ -212,7 +226,10 @@ class Engine:
         return [least, most, most]
 
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
-        return SCRATCH * (profile + 1)
+        tensors = [t["dims"] for t in self.tensors.values()]
+        spans = {**self.about["ranges"][profile], **{s: (n, n) for s, n in self.about["fixed"].items()}}
+        sizes = (math.prod(d if isinstance(d, int) else spans.get(d, (1, 1))[1] for d in dims) for dims in tensors)
+        return -(-sum(sizes) // ALIGNMENT) * ALIGNMENT
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self.about["aliases"].get(name)
@@ -220,7 +237,10 @@ class Engine:
     def create_runtime_config(self) -> Config:
         return Config()
 
-    def create_execution_context(self, how: Any) -> Context:
+    def create_execution_context(self, how: Any) -> Context | None:
+        if len(self.contexts) == self.module.most_contexts:
+            self.logger.log(ILogger.ERROR, "createExecutionContext: out of memory")
+            return None
         strategy = how.strategy if isinstance(how, Config) else how
         self.contexts.append(Context(self, strategy, how if isinstance(how, Config) else None))
         return self.contexts[-1]
@@ -261,6 +281,11 @@ class Context:
         return True
 
     def infer_shapes(self) -> list[str]:
+        sizes: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            for dim, size in zip(self.engine.tensors[name]["dims"], shape, strict=True):
+                if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
+                    raise RuntimeError(f"{name}: dimension {dim} is {size}, and {sizes[dim]} elsewhere")
         return [n for n, t in self.engine.tensors.items() if t["input"] and n not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -339,6 +364,9 @@ class Context:
         def work() -> None:
             assert not self.changed_after_capture, "the context of a captured graph was changed"
             outputs = [name for name, tensor in tensors.items() if not tensor["input"]]
+            for written, source in self.engine.about["aliases"].items():
+                last = at("cache_position").astype(np.int64) + found["input_ids"][1]
+                assert (at("cache_position") >= 0).all() and (last <= found[source][2]).all(), f"{written} out of range"
             results = self.engine.session.run(outputs, {name: at(name).copy() for name in shapes})
             if scratch is not None:
                 self.cuda.view(*scratch)[:] = 0xFF

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
 from bridge_stg.runtime.bundle.manifest import GraphSpec, TensorSpec
@@ -201,7 +201,11 @@ class _Context:
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, tuple(shape)):
                 self._fail(f"rejects the shape {list(shape)} of {name!r}")
-        if missing := self._context.infer_shapes():
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as error:  # what the bindings raise for anything but a missing shape
+            self._fail(f"cannot infer the shapes of the outputs ({error})")
+        if missing:
             self._fail(f"misses the shapes of {', '.join(missing)}")
         found = {t.name: tuple(self._context.get_tensor_shape(t.name)) for t in self._engine.graph.outputs}
         for name, shape in found.items():
@@ -232,7 +236,7 @@ class _Context:
         check = getattr(self._context, "is_stream_capturable", None)
         return True if check is None else bool(check(stream))
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str) -> NoReturn:
         raise EngineError("engine.failed", f"{self._engine.graph}: TensorRT {what}: {self._engine.bindings.reason()}")
 
 

@@ -187,12 +187,20 @@ class TensorRTSession(Closable):
         key = (profile, scratch, tuple(shapes.items()), tuple(sorted(addresses.items())))
         outputs = graphs.launch(key)
         if outputs is None:
-            if not graphs.repeats(key):
+            context = self._context_to_capture(graphs, profile) if graphs.repeats(key) else None
+            if context is None:
                 return dict(self._prepare(self._engine.context(profile), shapes, addresses, execute=True).outputs)
-            prepared = self._prepare(self._engine.new_context(profile), shapes, addresses, execute=False)
-            outputs = graphs.run_and_capture(key, prepared)
+            outputs = graphs.run_and_capture(key, self._prepare(context, shapes, addresses, execute=False))
         # The graph writes to the same memory again when the step is repeated.
         return {name: array.copy() for name, array in outputs.items()}
+
+    def _context_to_capture(self, graphs: StepGraphs, profile: int) -> Any:
+        """Return a context for a new CUDA graph; None if the device has no memory for one."""
+        try:
+            return self._engine.new_context(profile)
+        except EngineError as error:  # steps run without graphs from now on
+            graphs.capture_error = str(error)
+            return None
 
     def _prepare(
         self, context: Any, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], *, execute: bool

@@ -17,6 +17,7 @@ from bridge_stg.runtime.backends.doctor import Diagnosis, diagnose, format_diagn
 from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.host.machine import Machine, machine
 from bridge_stg.runtime.host.packages import install_command
+from tests.fakes.kernels import FakeNvrtc
 
 ROOT = Path(__file__).resolve().parents[3]
 BUDDYINFO = """Node 0, zone      DMA      0      0      0
@@ -105,7 +106,13 @@ def look(tmp_path: Path, files: dict[str, str], cuda: Any) -> Machine:
     return machine(root=tmp_path, libcuda=cuda)
 
 
-def diagnosed(found: Machine, packages: dict[str, str], providers: tuple[str, ...] = (), nvinfer: int = 0) -> Diagnosis:
+def diagnosed(
+    found: Machine,
+    packages: dict[str, str],
+    providers: tuple[str, ...] = (),
+    nvinfer: int = 0,
+    nvrtc: tuple[int, ...] = (87, 90),
+) -> Diagnosis:
     class Onnxruntime:
         @staticmethod
         def get_available_providers() -> list[str]:
@@ -121,6 +128,8 @@ def diagnosed(found: Machine, packages: dict[str, str], providers: tuple[str, ..
             return Onnxruntime
         if name == "tensorrt" and nvinfer:
             return object()
+        if name == "cuda.bindings.nvrtc" and nvrtc:
+            return FakeNvrtc(knows=nvrtc)
         if nvinfer and name == f"libnvinfer.so.{nvinfer // 10000 if nvinfer >= 100000 else nvinfer // 1000}":
             return Library
         raise OSError(name) if ".so." in name else ModuleNotFoundError(name)
@@ -207,6 +216,9 @@ def test_broken_onnxruntime(tmp_path: Path) -> None:
 def test_jetson_that_takes_wheels(tmp_path: Path) -> None:
     release = JETSON["etc/nv_tegra_release"].replace("R36 (release), REVISION: 4.3", "R38 (release), REVISION: 2.0")
     found = look(tmp_path, {**JETSON, "etc/nv_tegra_release": release}, FakeCuda(status=100))
+    assert found.jetpack == "7.0"
+    later = release.replace("R38 (release), REVISION: 2.0", "R39 (release), REVISION: 2.1")
+    assert look(tmp_path, {"etc/nv_tegra_release": later}, FakeCuda(status=100)).jetpack == "7.2"
     lacking = lacks(diagnosed(found, {}), "tensorrt")
     assert lacking["the package tensorrt"] == install_command("tensorrt")
     (gpu,) = [command for what, command in lacking.items() if "an NVIDIA GPU" in what]
@@ -219,6 +231,15 @@ def test_broken_tensorrt(tmp_path: Path) -> None:
     what = "a tensorrt that can be imported (tensorrt)"
     command = install_command("tensorrt", options="--force-reinstall ")
     assert lacking == (what, command)
+
+
+def test_an_nvrtc_that_cannot_compile_for_the_device_is_a_failed_line(tmp_path: Path) -> None:
+    found = look(tmp_path, X86, FakeCuda(sm=(12, 0)))
+    for nvrtc in ((87, 90), ()):  # too old, missing
+        diagnosis = diagnosed(found, {"tensorrt": "10.15.1", "cuda-python": "12.9.7"}, nvinfer=101501, nvrtc=nvrtc)
+        (lacking,) = lacks(diagnosis, "tensorrt").items()
+        assert "NVRTC" in lacking[0] and lacking[1] == "pip install -U nvidia-cuda-nvrtc-cu12"
+        assert f"    missing: {lacking[0]}" in format_diagnosis(diagnosis)
 
 
 def test_no_driver(tmp_path: Path) -> None:

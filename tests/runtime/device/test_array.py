@@ -14,12 +14,14 @@ from bridge_stg.runtime.device import dlpack
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import Cuda
+from bridge_stg.runtime.device.kernel import compile_kernel
 from bridge_stg.runtime.device.memory import size_class
 from bridge_stg.runtime.device.resize import DeviceResizer
 from bridge_stg.runtime.video.frame import resize
 from tests.errors import raises
 from tests.fakes.cuda import FakeCuda
-from tests.fakes.kernels import FakeDriver, FakeNvrtc
+from tests.fakes.kernels import FakeDriver, FakeNvrtc, fill
+from tests.fakes.streams import OK
 
 
 @pytest.fixture(params=[(), (0,), (1,)])
@@ -173,7 +175,7 @@ def test_pictures_are_resized_to_the_bytes_of_pillow(context, cuda, random, size
 
 
 def test_without_the_compiler_pictures_are_resized_on_the_host(context, cuda, random, caplog, monkeypatch):
-    resizer = DeviceResizer(context, (FakeNvrtc(fails=True), FakeDriver(cuda)))
+    resizer = DeviceResizer(context, (FakeNvrtc(knows=(80, 90)), FakeDriver(cuda)))
     assert "frames on the GPU are resized on the host: nvrtcCompileProgram failed" in caplog.text
     picture = random.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     ours = resizer.resize(context.upload(picture), (32, 32), resize)
@@ -181,6 +183,24 @@ def test_without_the_compiler_pictures_are_resized_on_the_host(context, cuda, ra
 
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # an import of it fails
     assert isinstance(resize(context.upload(picture), (32, 32)), DeviceArray)  # as the sources of frames call it
+
+
+@pytest.mark.parametrize("sm", [75, 87, 90, 110, 120])
+def test_the_real_compiler_makes_machine_code(sm):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason='no cuda-python here: pip install -e ".[rtx]"')
+    assert compile_kernel(sm, nvrtc).startswith(b"\x7fELF")
+    with raises("engine.device_failed", "SM 10"):
+        compile_kernel(10, nvrtc)
+
+
+def test_the_driver_takes_no_code_of_another_kind(context, cuda, caplog):
+    class PtxCompiler(FakeNvrtc):
+        def nvrtcGetCUBIN(self, program, code):
+            fill(code, b"." * len(code))
+            return (OK,)
+
+    assert not DeviceResizer(context, (PtxCompiler(), FakeDriver(cuda))).compiled
+    assert "UnsupportedPtxVersion" in caplog.text
 
 
 def test_use_after_the_chain_was_closed(cuda):

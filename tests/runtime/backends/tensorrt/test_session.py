@@ -18,7 +18,7 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import Cuda
 from tests.errors import raises
 from tests.fakes.cuda import FakeCuda
-from tests.fakes.tensorrt import FakeTensorRT, make_plan
+from tests.fakes.tensorrt import Context, FakeTensorRT, make_plan
 
 CAPACITY = 16
 PROFILES = (
@@ -343,6 +343,31 @@ def test_engines_that_do_not_fit_are_rejected(machine, variant):
             session.infer(
                 {**feeds([[1]], [0]), "input_ids": [[1]]}, cache=session.allocate_cache(batch=1, capacity=CAPACITY)
             )
+
+
+def test_shapes_that_tensorrt_cannot_infer(session, monkeypatch):
+    def fails(context):
+        raise RuntimeError("IExecutionContext::inferShapes failed")
+
+    cache = session.allocate_cache(batch=1, capacity=CAPACITY)
+    monkeypatch.setattr(Context, "infer_shapes", fails)
+    with raises("engine.failed", "inferShapes failed", "input_ids"):
+        session.infer(feeds([[1]], [0]), cache=cache)
+
+
+def test_without_memory_for_another_context_steps_are_not_captured(machine, session, on_cpu):
+    machine.module.most_contexts = 1
+    cache, plain = session.allocate_cache(batch=1, capacity=CAPACITY), on_cpu.allocate_cache(batch=1, capacity=CAPACITY)
+    for position in range(4):
+        ours = session.infer(feeds([[1]], [position]), cache=cache)
+        expected = on_cpu.infer(feeds([[1]], [position]), cache=plain)
+        np.testing.assert_allclose(ours["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+    if session.graphs is not None and session.graphs.capture_error is not None:
+        assert "no memory for another context" in session.graphs.capture_error and len(session.graphs) == 0
+    with raises("engine.out_of_memory", "createExecutionContext"):
+        machine.module.most_contexts = 0
+        with machine.open("primitive") as other:
+            other.infer(feeds([[1]], [0]), cache=other.allocate_cache(batch=1, capacity=CAPACITY))
 
 
 def test_a_full_device(language_models):
