@@ -23,9 +23,9 @@ COPY evaluation /src/evaluation
 # Ubuntu 22.04's setuptools is too old to build this project; a current pip builds in isolation with a newer one.
 RUN /opt/bridge-stg/bin/pip install --no-cache-dir --upgrade pip
 
-# constraints.txt is for Python 3.11 and later; here pip chooses within the ranges. cuda-python 13 needs a CUDA 13
-# driver, and JetPack 6 has CUDA 12.6. `calibrate` installs onnx, which `build` and `verify --bisect` need.
-RUN /opt/bridge-stg/bin/pip install --no-cache-dir "/src[cpu,calibrate]" "cuda-python>=12.6.2,<13" && rm -rf /src
+# constraints.txt is for Python 3.11 and later; here pip chooses within the ranges. `jetpack6` installs the cuda-python
+# and NVRTC of CUDA 12.6, which is JetPack 6's; `calibrate` installs onnx, which `build` and `verify --bisect` need.
+RUN /opt/bridge-stg/bin/pip install --no-cache-dir "/src[cpu,jetpack6,calibrate]" && rm -rf /src
 
 # Engines of read-only bundles are stored here; mount a volume to keep them.
 ENV XDG_CACHE_HOME=/cache

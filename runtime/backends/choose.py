@@ -20,6 +20,9 @@ from bridge_stg.runtime.device.cuda import DeviceFacts
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.packages import install_command, version_numbers
 
+LATEST = (999,)
+"""A version that no backend has reached."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -93,8 +96,11 @@ def choose(bundle: Bundle | Manifest, *, backend: str = "auto", variant: str | N
             code = error.code if backend != "auto" else code
             continue
         reason = "requested" if backend != "auto" else "the most preferred backend that is ready here"
-        passed_over = "".join(f"; not chosen: {problem}" for problem in problems)
-        return ChosenBackend(candidate.name, version, variants, device, reason + passed_over)
+        reason += "".join(f"; not chosen: {problem}" for problem in problems)
+        if "standard" in set(candidate.variants(LATEST)) - set(candidate.variants(version_numbers(version))):
+            taken = " and ".join(sorted(set(variants.values())))
+            reason += f"; this version does not run the variant standard, so {taken} is taken"
+        return ChosenBackend(candidate.name, version, variants, device, reason)
     raise EngineError(code, f"no backend can run this bundle here: {'; '.join(problems)}.")
 
 

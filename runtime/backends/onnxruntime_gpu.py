@@ -6,8 +6,11 @@ stream and on the same buffers as the native backends, by address; they differ i
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import DEVICE
 from bridge_stg.runtime.device.staging import Staging
 from bridge_stg.runtime.errors import EngineError
+from bridge_stg.runtime.host.packages import install_command
 from bridge_stg.runtime.host.threads import Closable, UseCount
 
 CUDA, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
@@ -65,18 +69,20 @@ class OnnxRuntimeDeviceSession(Closable):
     ) -> None:
         self.graph, self._on_device = graph, frozenset(on_device)
         options = session_options(threads)
-        self.device = device.open()
+        self.device, said = device.open(), ""
         try:
             settings = provider_settings(provider, graph, device, sizes or {}, folder)
             if provider == TENSORRT_RTX:
                 _add_plugin(options, settings)
                 arguments: dict[str, Any] = {}
             else:
+                said = load_cuda()
                 arguments = {"providers": [(provider, settings), "CPUExecutionProvider"]}
             self._session: Any = open_file(path, graph, options, **arguments)
             if (found := self._session.get_providers())[0] == "CPUExecutionProvider":
                 message = f"{graph}: onnxruntime cannot load {provider}, only {found[0]}. Its libraries (CUDA, "
-                message += "cuDNN, TensorRT) are missing or have the wrong version: see `python cli.py doctor`"
+                message += "cuDNN, TensorRT) are missing or have the wrong version"
+                message += f" ({said}). Install them: {install_command('gpu')}; see `python cli.py doctor`"
                 raise EngineError("engine.not_ready", message)
         except BaseException:
             self.device.close()
@@ -170,6 +176,20 @@ class OnnxRuntimeDeviceSession(Closable):
             self._staging.close()
             self._session = None
         self.device.close()
+
+
+@cache
+def load_cuda() -> str:
+    """Load the CUDA and cuDNN libraries of wheels, which onnxruntime does not find itself; return what failed.
+
+    A library that no wheel has is looked for where the system has its libraries.
+    """
+    load = getattr(import_onnxruntime(), "preload_dlls", None)  # since onnxruntime 1.21
+    said = io.StringIO()
+    if load is not None:
+        with contextlib.redirect_stdout(said):  # it prints what it cannot load
+            load()
+    return "; ".join(line.strip() for line in said.getvalue().splitlines() if line.strip()) or "all were loaded"
 
 
 def provider_settings(

@@ -1,14 +1,18 @@
-"""Whether what the runtime needs can be had as binary wheels for the Jetson: asked of pip, which asks its index.
+"""pip finds wheels for every extra, for x86-64 and 64-bit Arm, from the oldest supported Python to the newest.
 
-A machine without an index cannot answer; the test then says so, and has checked nothing.
+Only metadata is downloaded. The index has TensorRT itself as source packages that fetch NVIDIA's wheels when they are
+built, and pip resolves other platforms from wheels only; wheels without content stand in for those packages.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +22,132 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(34, 16, -1)] + ["manylinux2014_aarch64"]
-"""What JetPack 6 takes: Ubuntu 22.04 has glibc 2.35. JetPack 7 takes later ones too."""
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+CELLS = [(python, arch) for python in ("3.10", "3.11", "3.12", "3.13") for arch in ("x86_64", "aarch64")]
+GLIBC = 35
+"""Minor version of the glibc of Ubuntu 22.04, which JetPack 6 is."""
 
-EXTRAS = {"3.10": ("cpu", "calibrate"), "3.12": ("cpu", "calibrate")}
-"""Engines from wheels, and what `build` and `calibrate` need. TensorRT is JetPack's, or the vendor's index has it."""
+ABSENT: dict[str, Callable[[str, str], bool]] = {
+    "rtx": lambda python, arch: arch == "aarch64",
+    "rtx-provider": lambda python, arch: arch == "aarch64" or python == "3.10",
+    "gpu": lambda python, arch: arch == "aarch64" and python == "3.10",
+    **dict.fromkeys(("export", "optimum", "train", "docs", "dev"), lambda python, arch: python == "3.10"),
+}
+"""Extras that need a package which does not exist there: docs/deployment.md says so."""
 
-CUDA = {"3.10": "cuda-python>=12.6.2,<13", "3.12": "cuda-python>=12.6.2"}
-"""As docs/deployment.md installs it: JetPack 6 has a driver of CUDA 12."""
+ENGINES = ("cpu", "tensorrt", "rtx", "rtx-provider", "calibrate")
+"""What a device needs, resolved together for every cell; the others are resolved for the oldest and newest Python."""
+
+APART = ("gpu", "jetpack6")
+"""Extras that may need another CUDA than the others."""
+
+SOURCES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu13-libs")
+"""Source packages of TensorRT; only its bindings, `tensorrt-cu13-bindings`, are wheels."""
+
+PIP = """
+import json, sys
+from pip._vendor.packaging import markers
+found = markers.default_environment() | json.loads(sys.argv.pop(1))
+markers.default_environment = lambda: dict(found)
+from pip._internal.cli.main import main
+sys.exit(main())
+"""
+"""pip itself evaluates markers for the Python that runs it, also with --platform (pypa/pip#11664)."""
 
 
-def requirements(python: str, *extras: str) -> list[str]:
-    """What applies on that machine, without markers: pip reads them for the Python that runs it (pypa/pip#11664)."""
-    there = {
-        "python_version": python, "python_full_version": f"{python}.0", "platform_machine": "aarch64",
-        "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "implementation_name": "cpython",
+def environment(python: str, arch: str) -> dict[str, str]:
+    return {
+        "python_version": python, "python_full_version": f"{python}.0", "platform_machine": arch,
+        "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix",
     }  # fmt: skip
-    texts = [*PROJECT["dependencies"], *(t for extra in extras for t in PROJECT["optional-dependencies"][extra])]
-    found = [Requirement(text) for text in texts]
-    kept = [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate(there)]
-    return [f"{requirement.name}{requirement.specifier}" for requirement in kept]
 
 
-def pip(folder: Path, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
-    command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "20", "--only-binary=:all:"]
-    return subprocess.run(
-        [*command, "--target", str(folder), *arguments], capture_output=True, text=True, timeout=timeout, cwd=folder
-    )
+def requirements(extra: str, there: dict[str, str]) -> Iterator[str]:
+    """Yield what an extra needs on that machine, without markers; extras of this project are followed."""
+    for requirement in map(Requirement, EXTRAS[extra]):
+        if requirement.marker is not None and not requirement.marker.evaluate(there):
+            continue
+        if requirement.name == PROJECT["name"]:
+            for other in requirement.extras:
+                yield from requirements(other, there)
+        else:
+            requirement.marker = None
+            yield str(requirement)
+
+
+class Pip:
+    """A current pip, which resolves from metadata alone, and the folder of the wheels that stand in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.standing_in = folder, folder / "wheels"
+        command = [sys.executable, "-m", "pip", "install", "-q", "--retries", "1", "--timeout", "20", "pip>=25"]
+        done = subprocess.run([*command, "--target", str(folder / "pip")], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"this test needs a package index, and pip reached none: {done.stderr}"
+        self.standing_in.mkdir()
+        (pin,) = [
+            line.partition("==")[2].strip()
+            for line in (ROOT / "constraints.txt").read_text().splitlines()
+            if line.startswith("tensorrt==")
+        ]
+        for name in SOURCES:
+            requires = f"Requires-Dist: tensorrt-cu13-bindings=={pin}\n" if name == "tensorrt" else ""
+            info = f"{name.replace('-', '_')}-{pin}.dist-info"
+            with zipfile.ZipFile(self.standing_in / f"{name.replace('-', '_')}-{pin}-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {pin}\n{requires}")
+                wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+                wheel.writestr(f"{info}/RECORD", "")
+
+    def resolve(self, python: str, arch: str, wanted: list[str]) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", PIP, json.dumps(environment(python, arch)), "install", "--dry-run", "--quiet"]
+        command += ["--ignore-installed", "--report", "-", "--only-binary=:all:", "--use-feature=fast-deps"]
+        command += ["--retries", "1", "--timeout", "20"]
+        command += ["--find-links", str(self.standing_in), "--target", str(self.folder / "none")]
+        command += [f"--platform=manylinux_2_{minor}_{arch}" for minor in range(GLIBC, 16, -1)]
+        command += [f"--platform=manylinux2014_{arch}", "--python-version", python, "--implementation", "cp"]
+        environ = os.environ | {"PYTHONPATH": str(self.folder / "pip")}
+        return subprocess.run([*command, *wanted], capture_output=True, text=True, timeout=300, env=environ)
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> bool:
-    """Whether an index answers, with the plainest question there is."""
-    try:
-        return pip(tmp_path_factory.mktemp("probe"), "--no-deps", "click", timeout=60).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+def pip(tmp_path_factory: pytest.TempPathFactory) -> Pip:
+    return Pip(tmp_path_factory.mktemp("pip"))
+
+
+def chosen(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Return the version of each chosen distribution; every file must be a wheel."""
+    entries = json.loads(done.stdout)["install"]
+    assert all(entry["download_info"]["url"].endswith(".whl") for entry in entries)
+    return {e["metadata"]["name"].lower().replace("_", "-"): e["metadata"]["version"] for e in entries}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("python", list(EXTRAS))
-def test_wheels_for_arm(python: str, index: bool, tmp_path: Path, record_property: Any) -> None:
-    if not index:
-        record_property("package_index", "not reached, so nothing was checked")
-        warnings.warn("no package index can be reached: wheels for linux-aarch64 were not checked", stacklevel=1)
-        return
-    wanted = requirements(python, *EXTRAS[python])
-    assert "numpy>=1.26" in wanted and not any(";" in text for text in wanted)
-    options = [f"--platform={platform}" for platform in PLATFORMS]
-    done = pip(tmp_path, *options, "--python-version", python, "--implementation", "cp", *wanted, CUDA[python])
-    assert done.returncode == 0, f"{' '.join(wanted)}\n{done.stderr}"
-    chosen = json.loads(done.stdout)["install"]
-    files = [entry["download_info"]["url"].rpartition("/")[2] for entry in chosen]
-    assert all(file.endswith(".whl") and ("aarch64" in file or file.endswith("-any.whl")) for file in files), files
-    assert {"numpy", "onnxruntime", "av", "tokenizers", "cuda-bindings"} <= {
-        entry["metadata"]["name"].lower() for entry in chosen
-    }
-    record_property("wheels", ", ".join(sorted(files)))
+def test_every_extra_resolves(pip: Pip, record_property: Any) -> None:
+    def wanted(cell: tuple[str, str], group: str) -> list[str]:
+        extras = ENGINES if group == "engines" else [e for e in EXTRAS if e not in APART] if group == "all" else [group]
+        there, present = environment(*cell), [e for e in extras if e not in ABSENT or not ABSENT[e](*cell)]
+        needed = dict.fromkeys(text for extra in present or extras for text in requirements(extra, there))
+        pins = ["-c", str(ROOT / "constraints.txt")] if group == "all" and cell[0] != "3.10" else []
+        return [*PROJECT["dependencies"], *needed, *pins]
+
+    jobs = [(cell, group) for cell in CELLS for group in ("engines", "gpu")]
+    jobs += [(cell, "jetpack6") for cell in CELLS[:2]]
+    jobs += [(cell, "all") for cell in (*CELLS[:2], *CELLS[-2:])]
+    with ThreadPoolExecutor(max_workers=6) as pool:
+        results = list(pool.map(lambda job: pip.resolve(*job[0], wanted(*job)), jobs))
+    for (cell, group), done in zip(jobs, results, strict=True):
+        what = f"{group} for Python {' on '.join(cell)}"
+        if group in ABSENT and ABSENT[group](*cell):
+            assert "No matching distribution" in done.stderr, f"{what} resolves now: update the table and the docs"
+            continue
+        assert done.returncode == 0, f"{what}: {' '.join(wanted(cell, group))}\n{done.stderr}"
+        found = chosen(done)
+        record_property(what, " ".join(f"{name}=={version}" for name, version in found.items()))
+        compiler = {n for n in found if n.startswith("nvidia-cuda-nvrtc")}
+        cuda12 = group == "jetpack6" or (cell[0] == "3.10" and (group == "gpu" or cell[1] == "aarch64"))
+        assert compiler == ({"nvidia-cuda-nvrtc-cu12"} if cuda12 else {"nvidia-cuda-nvrtc"}), what
+        assert found["cuda-bindings"].startswith("12." if cuda12 else "13."), what
 
 
-def test_a_package_without_wheels_is_noticed(index: bool, tmp_path: Path) -> None:
-    if index:
-        options = [f"--platform={platform}" for platform in PLATFORMS]
-        done = pip(tmp_path, *options, "--python-version", "3.10", "--implementation", "cp", "onnxruntime>=1.24")
-        assert done.returncode != 0 and "No matching distribution" in done.stderr
+def test_a_package_without_wheels_is_noticed(pip: Pip) -> None:
+    done = pip.resolve("3.10", "aarch64", ["onnxruntime>=1.24"])
+    assert done.returncode != 0 and "No matching distribution" in done.stderr

@@ -15,7 +15,14 @@ import onnxruntime
 import pytest
 
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from bridge_stg.runtime.backends.onnxruntime_gpu import CUDA, PLUGIN, TENSORRT, TENSORRT_RTX, OnnxRuntimeDeviceSession
+from bridge_stg.runtime.backends.onnxruntime_gpu import (
+    CUDA,
+    PLUGIN,
+    TENSORRT,
+    TENSORRT_RTX,
+    OnnxRuntimeDeviceSession,
+    load_cuda,
+)
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.cuda import Cuda
@@ -163,10 +170,16 @@ def test_the_plugin_is_registered_once_and_given_the_chains_stream(language_mode
         provider.open(language_models["standard"], provider=TENSORRT_RTX)
 
 
-def test_a_provider_that_onnxruntime_leaves_out_is_told(language_models, monkeypatch):
-    provider = Provider(monkeypatch, left_out=True)
-    with raises("engine.not_ready", CUDA, "CPUExecutionProvider"):
-        provider.open(language_models["standard"])
+def test_a_provider_that_onnxruntime_leaves_out_is_told(language_models, monkeypatch, capfd):
+    loaded = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append(print("Failed to load libcudnn.so.9")))
+    load_cuda.cache_clear()
+    for _ in range(2):
+        provider = Provider(monkeypatch, left_out=True)
+        with raises("engine.not_ready", CUDA, "CPUExecutionProvider", "Failed to load libcudnn.so.9"):
+            provider.open(language_models["standard"])
+    assert len(loaded) == 1 and not capfd.readouterr().out
+    load_cuda.cache_clear()
     assert not provider.cuda.streams
 
 

@@ -65,6 +65,14 @@ def test_auto_takes_the_first_that_is_ready(*, bundle_path, machine, engines, ba
     assert target.to_json()["reason"] == target.reason and backend in str(target)
 
 
+@pytest.mark.parametrize(("version", "told"), [("1.31.1", True), ("1.32.0", False)])
+def test_the_newest_onnxruntime_for_gpus_takes_primitive_and_says_so(bundle_path, machine, version, told):
+    machine({"onnxruntime-gpu": version})
+    target = choose(Bundle.load(bundle_path))
+    assert (target.backend, target.variants) == ("onnxruntime-cuda", {"language_model": "primitive"})
+    assert ("does not run the variant standard, so primitive is taken" in str(target)) == told
+
+
 def test_without_a_gpu_it_is_the_cpu_and_the_reason_says_so(bundle_path, machine):
     machine(ALL, gpu="the NVIDIA driver is missing")
     target = choose(Bundle.load(bundle_path))
