@@ -81,7 +81,7 @@ class Pip:
     def __init__(self, folder: Path) -> None:
         self.folder, self.standing_in = folder, folder / "wheels"
         command = [sys.executable, "-m", "pip", "install", "-q", "--retries", "1", "--timeout", "20", "pip>=25"]
-        done = subprocess.run([*command, "--target", str(folder / "pip")], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*command, "--target", str(folder / "pip")], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, f"this test needs a package index, and pip reached none: {done.stderr}"
         self.standing_in.mkdir()
         (pin,) = [
