@@ -70,7 +70,7 @@ class DeviceContext:
     @property
     def free_bytes(self) -> int:
         """Bytes of the device's memory that are free, or unused by this context's pool."""
-        return int(self.cuda("cudaMemGetInfo")[0]) + self.memory.unused_bytes
+        return int(self.cuda("cudaMemGetInfo")) + self.memory.unused_bytes
 
     def empty(self, shape: Sequence[int], dtype: np.dtype | type | str) -> DeviceArray:
         """Return an uninitialized array."""
