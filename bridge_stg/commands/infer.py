@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from bridge_stg.commands.progress import (
     untrained_text,
 )
 from bridge_stg.commands.results import Outputs, json_lines, output_options
-from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, QueryError, VideoError
+from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, Interrupted, QueryError, VideoError
 
 if TYPE_CHECKING:
     from bridge_stg.evaluation.sources.download import Reading
@@ -135,12 +136,22 @@ def infer(
     sources = find_sources(request.words, images=request.task == "image")
     check_sources(request, sources)
     request.outputs.check(sources, stream=request.stream)
-    with ProgressBar(delay_s=1) as progress, load(request, progress) as grounder:
+    with naming_deadline(request.deadline), ProgressBar(delay_s=1) as progress, load(request, progress) as grounder:
         found, failed = run(request, sources, grounder, progress)
     if failed:
         LOG.error("%d of %d sources failed.", failed, len(sources))
         return 2
     return 3 if exit_code and not found else 0
+
+
+@contextlib.contextmanager
+def naming_deadline(deadline: float | None) -> Iterator[None]:
+    """Give the option in the error of a call that got what was left of the command's deadline."""
+    try:
+        yield
+    except Interrupted as error:
+        text = re.sub("deadline_s=[^ ]+", f"--deadline {deadline:g}", error.message) if deadline else error.message
+        raise Interrupted(error.code, text) from None
 
 
 def check(request: Request) -> None:
@@ -353,7 +364,11 @@ def ask(
         raise BridgeError("options.conflict", f"{source} is a folder or a pattern; ask about one video.")
     path = bundle or demo_bundle(progress=stage_line)
     began = time.monotonic()
-    with Grounder.load(path, **given) as grounder, video.open(reading, Limits(deadline_s=deadline)) as file:
+    with (
+        naming_deadline(deadline),
+        Grounder.load(path, **given) as grounder,
+        video.open(reading, Limits(deadline_s=deadline)) as file,
+    ):
         left = None if deadline is None else max(0.0, deadline - (time.monotonic() - began))
         if not grounder.verified:
             LOG.warning(UNVERIFIED)

@@ -125,7 +125,7 @@ def _fitting(
             requested = f"variant {variant!r} was requested, " if variant else ""
             raise EngineError(
                 "engine.no_variant",
-                f"{requested}{backend.name} {version} runs the variants {', '.join(runnable)}, but graph {name!r} of"
+                f"{requested}{backend.name} {version} runs the variants {', '.join(runnable)}, but graph {name!r} of "
                 f"this bundle has {', '.join(manifest.graphs[name])}",
             )
     if not backend.on_gpu:

@@ -59,7 +59,9 @@ def marks_at(groundings: Sequence[Grounding], time_s: float) -> list[Mark]:
         boxes = grounding.boxes
         index = None if boxes is None else frame_index(boxes, time_s)
         if boxes is not None and index is not None:
-            score = float(boxes.presence[index]) if grounding.heads == "bridge" else None
+            # After a track has left the span, its last box is repeated: no score belongs to it.
+            left = grounding.task == "track" and grounding.span is not None and time_s >= grounding.span[1]
+            score = float(boxes.presence[index]) if grounding.heads == "bridge" and not left else None
             seen, interpolated = bool(boxes.visible[index]), bool(boxes.interpolated[index])
             marks.append(Mark(place, boxes.boxes[index].tolist(), score, seen, interpolated))
     return marks

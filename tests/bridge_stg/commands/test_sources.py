@@ -278,7 +278,7 @@ def test_a_download_that_fails(
     path: str, code: str, options: list[str], server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = complaint(["infer", f"http://{server}/{path}", "q", "--bundle", "b", *options], capsys, code=code)
-    assert code == "call.deadline" or f"{server}/{path}" in line
+    assert ("--deadline 0.3" if code == "call.deadline" else f"{server}/{path}") in line
     assert all(path == Path("b") for path, _ in FakeGrounder.calls)  # no video was opened
 
 

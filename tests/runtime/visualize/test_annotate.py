@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from bridge_stg.runtime.visualize.canvas import COLOURS, TARGET, draw_box, fit_t
 from bridge_stg.runtime.visualize.contact_sheet import PAGE_WIDTH, contact_sheet, grid, shown_times, tick_step
 from bridge_stg.runtime.visualize.crop import view_of
 from bridge_stg.runtime.visualize.fonts import drawable, font, font_for, missing_letters
-from bridge_stg.runtime.visualize.painter import frame_index
+from bridge_stg.runtime.visualize.painter import frame_index, marks_at
 from tests.errors import raises
 from tests.fakes.chain import fake_spec
 from tests.fakes.clips import write
@@ -311,3 +312,8 @@ def test_text_is_cut_to_its_room() -> None:
 @pytest.mark.parametrize("duration_s", [0.04, 0.3, 2, 9, 61, 3600, 90000])
 def test_ticks_are_few_and_not_none(duration_s: float) -> None:
     assert 0 < duration_s / tick_step(duration_s, room=14) <= 14
+
+
+def test_the_box_that_a_track_repeats_has_no_score() -> None:
+    tracked = dataclasses.replace(found(TIMES), task="track", span=(0.0, 0.5))
+    assert [marks_at([tracked], time)[0].score for time in (0.45, 0.9)] == [pytest.approx(0.9), None]
