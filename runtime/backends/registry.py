@@ -132,10 +132,13 @@ def _without_engine(family: str, bundle: Bundle, graph: GraphSpec, version: str,
     return None
 
 
-def _without_bf16(bundle: Bundle, graph: GraphSpec, version: str, device: DeviceFacts) -> str | None:
-    if graph.precision.split()[0] != "bf16":
-        return None
-    return f"{graph}: is bf16, which onnxruntime supports only in part; use TensorRT"
+def _lacks_precision(bundle: Bundle, graph: GraphSpec, version: str, device: DeviceFacts) -> str | None:
+    word = graph.precision.split()[0]
+    if word == "bf16":
+        return f"{graph}: is bf16, which onnxruntime supports only in part; use TensorRT"
+    if word == "nvfp4":
+        return f"{graph}: is nvfp4, for which onnxruntime has no operator; use TensorRT, or ort-cpu on the CPU"
+    return None
 
 
 def usual_sizes(spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
@@ -186,7 +189,7 @@ BACKENDS: tuple[Backend, ...] = (
         variants=lambda v: ("ort-cuda", "primitive", *(("standard",) if v >= STANDARD_SINCE else ())),
         open=partial(_open_provider, "CUDAExecutionProvider"),
         on_gpu=True,
-        problem=_without_bf16,
+        problem=_lacks_precision,
     ),
     # These two compile for minutes when a graph first runs, so they are never chosen automatically.
     Backend(
