@@ -133,3 +133,12 @@ def test_black_bars_do_not_hide_a_cut() -> None:
     for frame in frames[24:]:
         frame[:, 24:40] = 40  # a dark upright clip in a wide frame
     assert search(iter(timed(frames))).windows.shots == 2
+
+
+def test_an_occurrence_does_not_cross_a_cut() -> None:
+    left = np.full((48, 64, 3), 255, np.uint8)
+    left[:, 32:] = 210
+    frames = [left] * 40 + [left[:, ::-1]] * 40  # the target stays, but as another picture
+    spans = [one.span for one in search(iter(timed(frames))).occurrences]
+    assert sorted(span for span in spans if span) == [(0.0, 5.0), (5.0, 10.0)]
+    assert [one.span for one in search(iter(timed(frames)), cuts=False).occurrences] == [(0.0, 10.0)]
