@@ -210,16 +210,21 @@ STEPS: dict[str, Callable[[DeviceContext], dict[str, Any]]] = {
 
 
 def pretend(cache: Path, bundle: Path | None, backend: str | None) -> None:
-    """Put the tests' stand-ins in the place of CUDA and a TensorRT in this process, with engines of a bundle."""
+    """Put the stand-ins in the place of CUDA and a TensorRT in this process, with engines as `build` sizes them."""
     import pytest
 
+    from bridge_stg.export.engines.profiles import profiles_of
     from bridge_stg.runtime.bundle.bundle import Bundle
     from tests.fakes.machine import FakeMachine
 
     family = NATIVE.get(str(backend))
     machine = FakeMachine(pytest.MonkeyPatch(), cache, family=family or "tensorrt", eager=())
     if bundle is not None and family is not None:
-        machine.build(Bundle.load(bundle), "standard")
+        loaded = Bundle.load(bundle)
+        for name in loaded.manifest.graphs:
+            graph = loaded.graph(name, "standard")
+            found = profiles_of(graph, loaded.manifest.spec)
+            machine.build_graph(loaded, graph, list(found.profiles.values()), capacity=found.capacity)
 
 
 def main() -> None:
@@ -230,9 +235,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pretend", action="store_true")
     options = parser.parse_args()
-    if options.pretend:
-        pretend(options.out.parent / "cache", options.bundle, options.backend)
     try:
+        if options.pretend:
+            pretend(options.out.parent / "cache", options.bundle, options.backend)
         if options.step == "chain":
             figures = chain(options.bundle, options.backend, folder=options.out.parent, pretended=options.pretend)
         else:
