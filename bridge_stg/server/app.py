@@ -43,6 +43,7 @@ def create_app(service: Service) -> FastAPI:
         lifespan=_lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would name this server as a proxy sees it
         responses=problems(400, 401, 500, 503),
     )
     app.openapi_version = "3.2.0"  # the first that describes server-sent events

@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,  # its records are written as all others are
-                log_level="warning",
+                log_level="error",  # its warnings are of invalid requests
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
@@ -47,6 +47,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(settings.drain_s + CLOSING_S),
             )
         )
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # likewise
         self.service, self._ready, self._signals = service, ready, 0
         self._loop: asyncio.AbstractEventLoop | None = None
 

@@ -19,9 +19,9 @@ PROBLEMS = {
     409: "wrong state", 413: "too large", 415: "unsupported type", 416: "outside of the file", 422: "invalid",
     429: "busy", 500: "error of the server", 503: "unavailable",
 }  # fmt: skip
-WRITING = (403, 408, 413)
+WRITING = (403, 408, 413, 415)
 """Errors of every method that changes something: its body is read."""
-QUERYING = (*WRITING, 404, 409, 415, 422, 429)
+QUERYING = (*WRITING, 404, 409, 422, 429)
 """Errors of a request that waits for answers about a video."""
 
 

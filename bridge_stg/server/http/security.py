@@ -119,6 +119,8 @@ class Guard:
         elif not settings.insecure and re.sub(r":\d*$", "", host) not in settings.known_hosts:
             message = "The Host header is not a name of this server; its operator can add it with --allow-host."
             raise ApiError(400, "server.unknown_host", message)
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "server.unsupported_content_type", "Send the body uncompressed.")
         origin = headers.get("origin")
         foreign = bool(origin) and urlsplit(origin or "").netloc.lower() != host
         if path.endswith(("/events", "/video.mjpg")):  # a GET, but it starts a live source

@@ -37,7 +37,7 @@ from bridge_stg.server.http.openai import (
 from bridge_stg.server.http.schemas import QUERYING, problems
 from bridge_stg.server.jobs.job import Chat, Question
 from bridge_stg.server.routes.jobs import while_connected
-from bridge_stg.server.routes.videos import TheService
+from bridge_stg.server.routes.videos import TakesJson, TheService
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.uploads import Upload
 
@@ -55,6 +55,7 @@ STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {"itemSch
     response_class=JSONResponse,
     response_model=ChatCompletion,
     responses=STREAM | problems(*QUERYING, model=OpenAIProblem),
+    dependencies=[TakesJson],
 )
 async def complete(request: Request, service: TheService, chat: ChatRequest) -> Response:
     """Answer a question about one image or video in text, at once or in pieces. Closing the connection cancels.

@@ -19,7 +19,7 @@ from bridge_stg.server.http.errors import ApiError, client_input
 from bridge_stg.server.http.multipart import read_form
 from bridge_stg.server.http.security import is_json
 from bridge_stg.server.jobs.job import Job
-from bridge_stg.server.routes.videos import TheService, file_response
+from bridge_stg.server.routes.videos import TakesJson, TheService, file_response
 from bridge_stg.server.service import Service
 from bridge_stg.server.videos.uploads import Upload
 
@@ -53,7 +53,13 @@ async def job_of(job: str, service: TheService) -> Job:
 TheJob = Annotated[Job, Depends(job_of)]
 
 
-@router.post("/jobs", status_code=202, response_model=schemas.Job, responses=problems(*schemas.WRITING, 404, 422, 429))
+@router.post(
+    "/jobs",
+    status_code=202,
+    response_model=schemas.Job,
+    responses=problems(*schemas.WRITING, 404, 422, 429),
+    dependencies=[TakesJson],
+)
 async def create(service: TheService, new: schemas.NewJob) -> Response:
     """Send queries about a video. The answer comes later: see `GET /v1/jobs/{id}` and its events."""
     return _job_response(service, service.add_job(service.store.get(new.video), new), status=202)

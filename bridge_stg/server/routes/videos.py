@@ -41,6 +41,15 @@ async def service_of(request: Request) -> Service:
 TheService = Annotated[Service, Depends(service_of)]
 
 
+async def check_json(request: Request) -> None:
+    """Raise ApiError 415 if a body is not JSON."""
+    if not is_json(request.headers):
+        raise ApiError(415, "server.unsupported_content_type", "Send the body as JSON, with its Content-Type.")
+
+
+TakesJson = Depends(check_json)
+
+
 async def upload_of(video: str, service: TheService) -> Upload:
     """Return the upload that the path names. Raises ApiError 404."""
     return service.store.get(video)
@@ -79,7 +88,7 @@ def file_response(path: str, media_type: str, name: str) -> RangedFile:
 @router.post(
     "",
     status_code=201,
-    responses=ASKING | problems(*WRITING, 404, 415, 422),
+    responses=ASKING | problems(*WRITING, 404, 422),
     openapi_extra=form_or_json(VideoSource, "source"),
 )
 async def upload(request: Request, service: TheService) -> Video:

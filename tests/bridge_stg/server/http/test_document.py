@@ -17,6 +17,9 @@ from tests.bridge_stg.server.conftest import Running, ask, events, http_error, s
 from tests.fakes.chain import fake_spec
 from tests.fakes.live_chain import live_grounder, stream
 
+JSON = {"Content-Type": "application/json"}
+LIVE = "/v1/live/gate/events?query=the%20car"
+
 
 def test_every_path_answers_other_methods_with_those_that_it_has(served: Callable[..., Running]) -> None:
     running = served(live={"gate": "rtsp://camera"})
@@ -135,4 +138,16 @@ def test_events_are_as_the_document_says(served: Callable[..., Running], tmp_pat
                 jsonschema.validate(data, {**described[name], "components": document["components"]})
 
 
-LIVE = "/v1/live/gate/events?query=the%20car"
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/videos", "/v1/ground", "/v1/chat/completions"])
+@pytest.mark.parametrize("headers", [{"Content-Type": "text/plain"}, {}, {**JSON, "Content-Encoding": "gzip"}])
+def test_bodies_of_other_types(
+    served: Callable[..., Running], path: str, headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with served().client() as client:
+        answer = client.post(path, content=b'{"video": "a", "queries": ["the car"]}', headers=headers)
+        error = answer.json()["error"] if "/chat/" in path else answer.json()
+        assert (answer.status_code, error["code"]) == (415, "server.unsupported_content_type")
+        bad = {"Content-Type": "multipart/form-data; boundary=a"}
+        assert http_error(client.post("/v1/videos", content=b"{}", headers=bad)) == (400, "server.bad_form")
+        assert http_error(client.get("/docs/")) == (404, "server.not_found")
+    assert not caplog.records  # clients cannot fill the log
