@@ -34,9 +34,9 @@ BOX_STEPS, BOX_TOKENS = 14, 48
 """Calls and tokens for a box that text heads write: benchmarks/results/text_answers.json."""
 UNFUSED = (87,)
 """Compute capabilities whose memory is counted for the variant `primitive`, which JetPack 6 needs."""
-SCORE_BYTES, EXPANDED = 6, 6
-"""Bytes per score of attention that is not fused, in fp32 and their softmax in fp16; and copies of keys and values, one
-per query head, that a decode step writes. With them the counts agree with TensorRT-RTX's builder to 10 %."""
+SCORE_BYTES, EXPANDED = 6, 3
+"""Bytes per score of attention that is not fused, in fp32 and their softmax in fp16; and copies of the keys of all
+layers that a decode step holds. Figures of TensorRT-RTX's builder: docs/engines.md."""
 TIGHT = 0.9
 """Share of the usable memory above which an estimate is too close to it to be sure."""
 VISIBLE = 0.5
@@ -338,12 +338,21 @@ def weight_bytes(shape: ModelShape, kinds: Mapping[str, Storage], device: Device
         heads = shape.head * (1 if shape.tied else 2)
         stored[LANGUAGE] = shape.layers * language.weight + heads * language.head
         stored[SPATIAL] = shape.spatial * kinds[SPATIAL].weight
-    return round(sum(size * (kinds[name].on_cpu if device.sm is None else 1) for name, size in stored.items()))
+    return round(
+        sum(size * (kinds[name].on_cpu if device.sm is None else kinds[name].in_plan) for name, size in stored.items())
+    )
 
 
 def kv_bytes(shape: ModelShape, language: Storage, positions: int, rows: int) -> int:
-    """Return the bytes of keys and values: the video's row, and one per query that is decoded with others."""
-    return 2 * shape.spec.language.num_layers * shape.kv_width * language.activation * positions * (1 + rows)
+    """Return the bytes of keys and values: the video's row, which a single query shares, and one per query."""
+    return (
+        2
+        * shape.spec.language.num_layers
+        * shape.kv_width
+        * language.activation
+        * positions
+        * (1 + rows if rows > 1 else 1)
+    )
 
 
 def activation_bytes(
@@ -373,7 +382,7 @@ def activation_bytes(
     if unfused:
         encoder += groups * (vision.hidden_size // vision.head_dim) * patches**2 * SCORE_BYTES
         scores = (shape.query_width // language.head_dim) * chunk * positions * SCORE_BYTES
-        decoder = max(decoder + scores, EXPANDED * rows * positions * shape.query_width * act)
+        decoder = max(decoder + scores, EXPANDED * rows * positions * shape.kv_width * language.num_layers * act)
     kept = (1 + vision.deepstack_levels) * (tokens + 1) * language.hidden_size * act
     kept += fine * patches * vision.hidden_size * kinds[VISION].activation
     return max(encoder, decoder) + kept
