@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, PATH
 from bridge_stg.commands.progress import ProgressBar, stage_line
+from bridge_stg.runtime.errors import BridgeError
+
+if TYPE_CHECKING:
+    from bridge_stg.export.engines.profiles import Deployment
 
 
 def _show_targets(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -35,34 +40,98 @@ def _show_targets(context: click.Context, parameter: click.Parameter, value: boo
 @click.option(
     "--max-frames", type=COUNT, default=64, show_default=True, help="Coarse frames per video that the engines take."
 )
-@click.option(
-    "--max-queries", type=COUNT, default=8, show_default=True, help="Queries that the engines decode together."
-)
+@click.option("--max-queries", type=COUNT, help="Queries that the engines decode together; default: 8.")
 @click.option("--profiles", type=PATH, help="YAML file with sizes to compile for (docs/engines.md).")
 @click.option("--overwrite", "--again", is_flag=True, help="Rebuild existing engines.")
 @click.option("--check-memory/--no-check-memory", default=True, help="Whether to stop if memory may not suffice.")
 @click.option("--layers", is_flag=True, help="Show fused layers and precision per block.")
+@click.option(
+    "--dry-run", is_flag=True,
+    help="Count the memory on devices instead; BUNDLE may be a model as for `estimate`. Exit code 3: does not fit.",
+)  # fmt: skip
+@click.option("--dtype", metavar="NAME", help="With --dry-run: precision of a model that is not a bundle.")
+@options.heads_option
+@click.option(
+    "--figures", type=click.Choice(["auto", "builder", "model"]), default="auto", show_default=True,
+    help="With --dry-run: activation memory from TensorRT-RTX's builder or a fitted model; auto: the builder if it is "
+    "installed.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object.")
 def build(
-    *, bundle: Path, targets: tuple[str, ...], max_frames: int, max_queries: int, profiles: Path | None, layers: bool,
-    **options: Any,
-) -> None:  # fmt: skip
+    *, bundle: Path, targets: tuple[str, ...], max_frames: int, max_queries: int | None, profiles: Path | None,
+    layers: bool, dry_run: bool, dtype: str | None, heads: str | None, figures: str, as_json: bool, **options: Any,
+) -> int:  # fmt: skip
     """Compile the graphs of a BUNDLE with TensorRT: on the device, or ahead of time for RTX GPUs."""
+    from bridge_stg.export.engines.profiles import MAX_QUERIES, Deployment
+
+    deployment = Deployment(max_frames, max_queries or MAX_QUERIES)
+    if dry_run:
+        return _dry_run(
+            str(bundle), targets, deployment, queries=max_queries or 1,
+            dtype=dtype, heads=heads, variant=options["variant"], profiles=profiles, figures=figures, as_json=as_json,
+        )  # fmt: skip
+    if dtype or heads or as_json:
+        raise BridgeError("options.conflict", "--dtype, --heads and --json need --dry-run; add it or leave them out.")
     from bridge_stg.export.engines.build import build_engines, engine_line
     from bridge_stg.export.engines.layers import plan_table
-    from bridge_stg.export.engines.profiles import Deployment, read_overrides
+    from bridge_stg.export.engines.profiles import read_overrides
+    from bridge_stg.export.estimate.dry_run import activations_of
     from bridge_stg.runtime.bundle.bundle import Bundle
 
-    overrides = None if profiles is None else read_overrides(profiles)
+    overrides, loaded = None if profiles is None else read_overrides(profiles), Bundle.load(bundle)
     with ProgressBar(delay_s=1) as progress:
         entries = build_engines(
-            Bundle.load(bundle), targets, deployment=Deployment(max_frames, max_queries), overrides=overrides,
-            where=str(profiles), report=progress, say=stage_line, **options,
+            loaded, targets, deployment=deployment, overrides=overrides, where=str(profiles),
+            activations=activations_of(loaded), report=progress, say=stage_line, **options,
         )  # fmt: skip
     for entry in entries:
         click.echo(engine_line(entry))
         if layers and entry.built.get("layers"):
             click.echo(plan_table(entry.built["layers"]))
     click.echo("Kernels are chosen on the device: this lists what was compiled, not how fast it is.")
+    return 0
+
+
+def _dry_run(
+    model: str, targets: Sequence[str], deployment: Deployment, *, queries: int, dtype: str | None, heads: str | None,
+    variant: str | None, profiles: Path | None, figures: str, as_json: bool,
+) -> int:  # fmt: skip
+    """Print the memory that a model's engines need on each target; return 3 if one does not fit, else 0."""
+    from bridge_stg.export.engines.profiles import read_overrides
+    from bridge_stg.export.estimate.builder_figures import BuilderFigures
+    from bridge_stg.export.estimate.dry_run import device_of, dry_run
+    from bridge_stg.export.estimate.shapes import read_shape
+    from bridge_stg.runtime.bundle.bundle import MANIFEST, Bundle
+    from bridge_stg.runtime.chain.results import SCHEMA
+    from bridge_stg.runtime.errors import EngineError
+
+    devices, shape = [device_of(name) for name in targets], read_shape(model, heads=heads)
+    bundle = Bundle.load(model) if (Path(model) / MANIFEST).is_file() else None
+    if bundle is not None and dtype is not None:
+        raise BridgeError("options.conflict", f"--dtype {dtype}: {model} is a bundle, which has its precisions.")
+    builder = None
+    if figures == "builder" and bundle is None:
+        raise BridgeError("options.conflict", f"--figures builder: {model} is not a bundle, so it has no graphs.")
+    if figures != "model" and bundle is not None:
+        try:
+            builder = BuilderFigures(say=stage_line)
+        except EngineError:
+            if figures == "builder":
+                raise
+    overrides = None if profiles is None else read_overrides(profiles)
+    found = [
+        dry_run(
+            shape, device, deployment, queries=queries, bundle=bundle, dtype=dtype, variant=variant,
+            overrides=overrides, where=str(profiles), builder=builder,
+        )
+        for device in devices
+    ]  # fmt: skip
+    if as_json:
+        document = {"schema": SCHEMA, "model": model, "dry_runs": [one.to_json() for one in found]}
+        click.echo(json.dumps(document, indent=1))
+    else:
+        click.echo("\n".join(one.table() for one in found))
+    return 0 if all(one.fits for one in found) else 3
 
 
 def _video_size(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from bridge_stg.export.engines.compile import Report, compile_graph
 from bridge_stg.export.engines.inspector import inspected_kernels
 from bridge_stg.export.engines.layers import GROUPS, graph_nodes, plan_summary, read_plan_report, report_by_block
 from bridge_stg.export.engines.profiles import Deployment, GraphProfiles
-from bridge_stg.export.engines.select_builds import Build, check_room, select_builds
+from bridge_stg.export.engines.select_builds import LEAST_WORKSPACE, Build, check_room, select_builds
 from bridge_stg.runtime.backends.tensorrt.engine_cache import PLAN, EngineEntry, read_engine
 from bridge_stg.runtime.backends.tensorrt.engine_store import new_engine, publish, writable_folder
 from bridge_stg.runtime.backends.tensorrt.library import TensorRT
@@ -41,6 +41,7 @@ def build_engines(
     overwrite: bool = False,
     family: str | None = None,
     exact_profiles: Mapping[str, GraphProfiles] | None = None,
+    activations: Callable[[Build], int] = lambda build: LEAST_WORKSPACE,
     report: Report | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[EngineEntry]:
@@ -62,6 +63,7 @@ def build_engines(
         family: TensorRT family for the target `this`, a key of `engine_cache.FAMILIES`; None for the first that is
             installed.
         exact_profiles: profiles by graph to use unchanged, instead of the defaults with `overrides`.
+        activations: returns the bytes of tensors between layers, for the check of memory.
         report: called with phase, step and number of steps; may raise to stop.
         say: called with each line for the user.
 
@@ -78,7 +80,7 @@ def build_engines(
         )  # fmt: skip
     if check_memory:
         for build in builds:
-            check_room(build)
+            check_room(build, activations(build))
     entries = []
     for build in builds:
         found = None if overwrite else _existing(bundle, build, say)

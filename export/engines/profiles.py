@@ -119,14 +119,17 @@ def _language_profiles(spec: ModelSpec, deployment: Deployment) -> dict[str, Ran
 
 
 def _vision_profiles(spec: ModelSpec) -> dict[str, Ranges]:
-    """Return buckets by increasing area. The chain puts fewer groups into a call where frames are larger."""
+    """Return buckets by increasing area, each for as many groups as the chain encodes at once at that area.
+
+    Of smaller frames the chain puts more groups into a call, which the runtime runs in parts.
+    """
     frames, profiles = spec.frames, {}
     areas = {"coarse": frames.coarse_max_pixels, "fine": frames.fine_max_pixels}
     smaller, patch_area = 0, spec.vision.patch_size**2
     for name, area in sorted(areas.items(), key=lambda item: item[1]):
         if area == smaller:
             continue
-        groups = min(frames.encoder_chunk_groups, frames.encoder_chunk_patches // max(1, smaller // patch_area))
+        groups = min(frames.encoder_chunk_groups, frames.encoder_chunk_patches // max(1, area // patch_area))
         for shape, (height, width) in _sides(spec, area).items():
             profiles[f"{name}_{shape}"] = _with_tables(
                 spec, {"G": (1, max(1, groups), max(1, groups)), "height": height, "width": width}

@@ -59,27 +59,37 @@ class Build:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the graph and its data files, including those that variants share."""
-        return self.graph.size + sum(entry.size for entry in self.graph.data)
+        return weight_bytes(self.graph)
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of one row of the KV cache at the engine's capacity."""
-        cache = self.graph.cache
-        if cache is None:
-            return 0
-        largest = max(ranges.get("S", (0, 0, 0))[2] for ranges in self.profiles.profiles.values())
-        positions = self.profiles.capacity or largest
-        return 2 * cache.layers * cache.kv_heads * cache.head_dim * positions * BYTES[cache.dtype]
+        return cache_row_bytes(self.graph, self.profiles)
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of the target that remain for tensors between layers."""
         return max(LEAST_WORKSPACE, self.target.memory - self.weight_bytes - self.cache_bytes)
 
-    @property
-    def needed_bytes(self) -> int:
-        """Estimated memory of the compilation on this machine, in bytes."""
-        return BASE_BYTES + int(COPIES * self.weight_bytes)
+
+def weight_bytes(graph: GraphSpec) -> int:
+    """Return the bytes of a graph and its data files, including those that variants share."""
+    return graph.size + sum(entry.size for entry in graph.data)
+
+
+def cache_row_bytes(graph: GraphSpec, profiles: GraphProfiles) -> int:
+    """Return the bytes of one row of a graph's KV cache at the engine's capacity; 0 without a cache."""
+    cache = graph.cache
+    if cache is None:
+        return 0
+    largest = max(ranges.get("S", (0, 0, 0))[2] for ranges in profiles.profiles.values())
+    positions = profiles.capacity or largest
+    return 2 * cache.layers * cache.kv_heads * cache.head_dim * positions * BYTES[cache.dtype]
+
+
+def build_bytes(weights: int, activations: int) -> int:
+    """Return the memory of a compilation; `activations` are 0 where no GPU shares the memory to time kernels in."""
+    return BASE_BYTES + int(COPIES * weights) + activations
 
 
 def select_builds(
@@ -183,15 +193,20 @@ def _check_support(target: EngineTarget, graph: GraphSpec, version: str) -> list
     return [sentence for sentence in found if sentence]
 
 
-def check_room(build: Build) -> None:
-    """Raise EngineError if this machine lacks the memory to compile a graph, or the target to run it."""
+def check_room(build: Build, activations: int = LEAST_WORKSPACE) -> None:
+    """Raise EngineError if this machine lacks the memory to compile a graph, or the target to run it.
+
+    `activations` are the bytes of tensors between layers, as far as they are known.
+    """
     weights, row = build.weight_bytes, build.cache_bytes
-    if weights + row + LEAST_WORKSPACE > build.target.memory:
-        needs = f"{build.graph} needs {gigabytes(weights)} for its weights and {gigabytes(row)} per row of its KV cache"
-        advice = "Use a smaller precision, a smaller `capacity` in --profiles, or --no-check-memory"
+    if weights + row + activations > build.target.memory:
+        needs = f"{build.graph} needs {gigabytes(weights)} for its weights, {gigabytes(activations)} for activations"
+        needs += f" and {gigabytes(row)} per row of its KV cache" if row else ""
+        advice = "Use a smaller precision, a smaller --max-frames, or --no-check-memory"
         has = f"target {build.target.name} has {gigabytes(build.target.memory)}"
         raise EngineError("engine.out_of_memory", f"{needs}, and {has}. {advice}")
-    needed, left = build.needed_bytes, available_bytes()
+    needed = build_bytes(weights, 0 if build.target.ahead_of_time else activations)
+    left = available_bytes()
     if left is not None and left < needed:
         needs = (
             f"compiling {build.graph} needs about {gigabytes(needed)} of memory, but {gigabytes(left)} are available"

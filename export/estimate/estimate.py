@@ -331,6 +331,14 @@ def _frames(shape: ModelShape, request: Request) -> tuple[int, tuple[int, int], 
 
 def weight_bytes(shape: ModelShape, kinds: Mapping[str, Storage], device: Device) -> int:
     """Return the bytes of all weights in memory."""
+    stored = graph_weights(shape, kinds)
+    return round(
+        sum(size * (kinds[name].on_cpu if device.sm is None else kinds[name].in_plan) for name, size in stored.items())
+    )
+
+
+def graph_weights(shape: ModelShape, kinds: Mapping[str, Storage]) -> dict[str, float]:
+    """Return the bytes of each graph's weights as they are stored."""
     stored: dict[str, float] = dict(shape.stored)
     if not stored:
         vision, language = kinds[VISION], kinds[LANGUAGE]
@@ -338,9 +346,7 @@ def weight_bytes(shape: ModelShape, kinds: Mapping[str, Storage], device: Device
         heads = shape.head * (1 if shape.tied else 2)
         stored[LANGUAGE] = shape.layers * language.weight + heads * language.head
         stored[SPATIAL] = shape.spatial * kinds[SPATIAL].weight
-    return round(
-        sum(size * (kinds[name].on_cpu if device.sm is None else kinds[name].in_plan) for name, size in stored.items())
-    )
+    return stored
 
 
 def kv_bytes(shape: ModelShape, language: Storage, positions: int, rows: int) -> int:

@@ -83,7 +83,8 @@ def test_any_usual_frame_fits_a_bucket(spec: ModelSpec, size: tuple[int, int]) -
     patch = spec.vision.patch_size
     for frames, (height, width) in zip(("coarse", "fine"), frame_sizes(*size, spec), strict=True):
         patches = len(vision_tables(spec.vision, height // patch, width // patch)["rotary_cos"])
-        groups = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // patches))
+        area = getattr(spec.frames, f"{frames}_max_pixels") // patch**2
+        groups = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // area))
         for count in (1, groups):
             assert covers(vision, G=count, height=height, width=width, N=patches), frames
     for count in (1, 16, 17, spec.frames.max_fine_frames):
