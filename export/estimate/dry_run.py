@@ -132,7 +132,7 @@ class DryRun:
     def table(self) -> str:
         """Return the result as text."""
         columns = ("graph", "precision", "weights", "plan", "activations", "KV row", "build peak", "")
-        rows = [columns]
+        rows: list[tuple[str, ...]] = [columns]
         for g in self.graphs:
             sizes = (g.weights, g.plan, g.activations, g.cache_row, g.build_peak)
             rows.append((f"{g.graph} ({g.variant})", g.precision, *map(gigabytes, sizes), self.graph_verdict(g)))
@@ -225,8 +225,9 @@ def dry_run(
             graph = bundle.graph(name, variant)
             item_bytes = float_bytes(graph.precision)
         profiles = profiles_of(graph, spec, deployment=deployment, overrides=overrides, where=where)
-        known = builder is not None and bundle is not None
-        found = builder.activation(bundle, graph, profiles, device.sm or 0) if known else None
+        found = None
+        if builder is not None and bundle is not None:
+            found = builder.activation(bundle, graph, profiles, device.sm or 0)
         modelled = modelled_activation(shape, name, variant, profiles, item_bytes=item_bytes)
         activations, size = modelled if found is None else found, round(weights[name])
         # TensorRT-RTX stores quantized weights in one layout for prefill and in another for decode.
