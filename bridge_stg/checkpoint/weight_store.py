@@ -151,8 +151,8 @@ def require_new(out: Path, *, source: Path, overwrite: bool = False) -> None:
     """Check that a checkpoint made from the folder `source` may be put at `out`.
 
     Raises:
-        CheckpointError: `output.exists`, something is there, and `overwrite` is not set, or it is no checkpoint of this
-            project; `output.is_input`, the source is in it.
+        CheckpointError: `output.exists`: `out` exists, and `overwrite` is not set or it is not a checkpoint of this
+            project; `output.is_input`: the source is in it.
     """
     if not os.path.lexists(out) and out.name not in ("", ".."):
         return
@@ -164,7 +164,7 @@ def require_new(out: Path, *, source: Path, overwrite: bool = False) -> None:
     except (OSError, ValueError, AttributeError):
         kind = None
     if kind != MODEL_TYPE or out.is_symlink():
-        message = f"{out} exists and is no checkpoint of this project, which alone is replaced. Choose another --out."
+        message = f"{out} is not a checkpoint of this project; only a checkpoint is replaced. Choose another --out."
         raise CheckpointError("output.exists", message)
     if source.resolve().is_relative_to(out.resolve()):
         raise CheckpointError("output.is_input", f"{source} is in {out}, which is to be replaced; choose another --out")

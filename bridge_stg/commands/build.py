@@ -1,4 +1,4 @@
-"""The commands `build` and `estimate`: TensorRT engines for named targets, and what a device would take."""
+"""The commands `build` and `estimate`: TensorRT engines, and the memory and time that a model needs on a device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _show_targets(context: click.Context, parameter: click.Parameter, value: boo
 @click.option("--target", "targets", multiple=True, required=True, metavar="NAME", help="See --targets; repeatable.")
 @click.option(
     "--targets", "list_targets", is_flag=True, is_eager=True, callback=_show_targets, expose_value=False,
-    help="List the names for --target.",
+    help="List the names for --target, and exit.",
 )  # fmt: skip
 @click.option("--graph", "graphs", multiple=True, help="Build only this graph; repeatable.")
 @options.variant_option("the one that fits the target")
@@ -40,23 +40,32 @@ def _show_targets(context: click.Context, parameter: click.Parameter, value: boo
 @click.option(
     "--max-frames", type=COUNT, default=64, show_default=True, help="Coarse frames per video that the engines take."
 )
-@click.option("--max-queries", type=COUNT, help="Queries that the engines decode together; default: 8.")
+@click.option(
+    "--max-queries", type=COUNT,
+    help="Queries that the engines decode together; default: 8, of which --dry-run counts one.",
+)  # fmt: skip
 @click.option("--profiles", type=PATH, help="YAML file with sizes to compile for (docs/engines.md).")
 @click.option("--overwrite", "--again", is_flag=True, help="Rebuild existing engines.")
-@click.option("--check-memory/--no-check-memory", default=True, help="Whether to stop if memory may not suffice.")
+@click.option(
+    "--check-memory/--no-check-memory", default=True, show_default=True,
+    help="Whether to stop if memory may not suffice.",
+)  # fmt: skip
 @click.option("--layers", is_flag=True, help="Show fused layers and precision per block.")
 @click.option(
     "--dry-run", is_flag=True,
-    help="Count the memory on devices instead; BUNDLE may be a model as for `estimate`. Exit code 3: does not fit.",
+    help="Compile nothing, and count the memory on each target; BUNDLE may be a MODEL as in `estimate`. The exit code "
+    "is 3 if something does not fit.",
 )  # fmt: skip
-@click.option("--dtype", metavar="NAME", help="With --dry-run: precision of a model that is not a bundle.")
+@click.option(
+    "--dtype", metavar="NAME", help="With --dry-run: precision of a model that is not a bundle; default: fp16."
+)
 @options.heads_option
 @click.option(
     "--figures", type=click.Choice(["auto", "builder", "model"]), default="auto", show_default=True,
-    help="With --dry-run: activation memory from TensorRT-RTX's builder or a fitted model; auto: the builder if it is "
-    "installed.",
+    help="With --dry-run: where activation memory is from, TensorRT-RTX's builder or a fitted model; auto: the builder "
+    "if it is installed.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object instead of text.")
 def build(
     *, bundle: Path, targets: tuple[str, ...], max_frames: int, max_queries: int | None, profiles: Path | None,
     layers: bool, dry_run: bool, dtype: str | None, heads: str | None, figures: str, as_json: bool, **options: Any,
@@ -155,7 +164,7 @@ def _show_devices(context: click.Context, parameter: click.Parameter, value: boo
 @click.option("--target", "targets", multiple=True, required=True, metavar="NAME", help="See --targets; repeatable.")
 @click.option(
     "--targets", "list_targets", is_flag=True, is_eager=True, callback=_show_devices, expose_value=False,
-    help="List the devices for --target.",
+    help="List the names for --target, and exit.",
 )  # fmt: skip
 @click.option("--frames", type=COUNT, default=32, show_default=True, help="Coarse frames of the video.")
 @click.option("--queries", type=COUNT, default=1, show_default=True, help="Queries that run together.")
@@ -166,10 +175,10 @@ def _show_devices(context: click.Context, parameter: click.Parameter, value: boo
 )  # fmt: skip
 @click.option(
     "--dtype", "dtypes", multiple=True, metavar="NAME",
-    help="fp32, fp16, bf16, int8, int4, fp8 or nvfp4; repeatable. Default: the precisions of a bundle, else fp16.",
+    help="Precision: fp32, fp16, bf16, int8, int4, fp8 or nvfp4; repeatable; default: that of a bundle, else fp16.",
 )  # fmt: skip
 @options.heads_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options.json_option
 def estimate(
     *, model: str, targets: tuple[str, ...], dtypes: tuple[str, ...], heads: str | None, as_json: bool, **video: Any
 ) -> None:  # fmt: skip

@@ -59,13 +59,20 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 @options.sample_options(required=True)
 @options.out_option("the new bundle")
 @click.option(
-    "--recipe", type=click.Choice(RECIPE_NAMES), default="w8a8", show_default=True, help="Quantization recipe."
+    "--recipe",
+    type=click.Choice(RECIPE_NAMES),
+    default="w8a8",
+    show_default=True,
+    help="Quantization recipe (docs/calibration.md).",
 )
 @click.option("--vision", type=recipe_type, help="Recipe of the vision encoder; default: from --recipe.")
 @click.option("--language", type=recipe_type, help="Recipe of the language model; default: from --recipe.")
 @click.option("--spatial", type=recipe_type, help="Recipe of the spatial decoder; default: float.")
 @click.option("--kv8", is_flag=True, help="Store keys and values in int8.")
-@click.option("--method", type=click.Choice(METHODS), help="Method for all ranges; default: the best per tensor.")
+@click.option(
+    "--method", type=click.Choice(METHODS),
+    help="Method for the ranges of all activations; default: the best per tensor.",
+)  # fmt: skip
 @click.option("--overrides", type=PATH, help="YAML: blocks in float, methods, smoothing strengths.")
 @click.option(
     "--max-drop", type=Number(min=0, min_open=True), default=1.0, show_default=True, metavar="POINTS",
@@ -78,7 +85,7 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 @click.option("--own-tubes", is_flag=True, help="Compare with the float bundle's own tubes, not with annotations.")
 @click.option(
     "--force-int8", multiple=True, type=click.Choice(list(GRAPH_OPTIONS.values())), metavar="GRAPH",
-    help="Quantize this graph even if INT8 is not faster here; repeatable.",
+    help="Quantize this graph even if that is not faster here; repeatable.",
 )  # fmt: skip
 @click.option(
     "--target", "targets", multiple=True, type=click.Choice(BACKENDS),
@@ -91,7 +98,7 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 @options.threads_option
 @options.overwrite_option("bundle")
 def calibrate(bundle: Path, out: Path, **given: Any) -> None:
-    """Quantize a float BUNDLE to INT8, and report the loss of accuracy in time spans and boxes.
+    """Quantize a float BUNDLE to int8, int4, fp8 or nvfp4, and report the loss of accuracy in spans and boxes.
 
     Sensitive blocks stay in float. Intermediate results are in OUT.calibration: the same command resumes.
     """

@@ -22,10 +22,13 @@ VARIANTS = ("standard", "primitive")
 @click.argument("checkpoint", type=PATH)
 @options.out_option("the bundle")
 @options.overwrite_option("bundle")
-@click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), help="Default: both; repeatable.")
+@click.option(
+    "--variant", "variants", multiple=True, type=click.Choice(VARIANTS),
+    help="Variant of the graphs to write; repeatable; default: both.",
+)  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Dtype of the matmuls.")
 @options.adapter_option
-@click.option("--verify/--no-verify", default=True, help="Whether to compare the graphs with torch.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Whether to compare the graphs with torch.")
 @click.option("--int8", is_flag=True, help="Calibrate the bundle too, as `calibrate` does; needs --samples.")
 @options.sample_options(required=False)
 def export(
@@ -109,7 +112,7 @@ def verify(bundle: Path, bisect: bool, against: Path | None, **options: Any) -> 
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@options.json_option
 def doctor(as_json: bool) -> None:
     """Show devices, drivers and memory of this machine, and what each backend still needs."""
     from bridge_stg.runtime.backends.doctor import diagnose, format_diagnosis

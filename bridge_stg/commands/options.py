@@ -20,6 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
 DTYPES = ("fp32", "fp16", "bf16")
+MB = 10**6
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 THREADS = click.IntRange(min=1, max=MAX_THREADS)
@@ -156,6 +157,10 @@ def source_argument(name: str = "source", **options: Any) -> Decorator[Any]:
     return click.argument(name, shell_complete=complete, **options)
 
 
+def _bytes_of_mb(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
+    return None if value is None else value * MB
+
+
 bundle_argument = click.argument("bundle", type=PATH)
 bundle_option = click.option("--bundle", type=PATH, help="Bundle; default: the demo bundle, exported if missing.")
 backend_option = click.option("--backend", default="auto", show_default=True, help="Backend of the graphs; see doctor.")
@@ -170,8 +175,7 @@ visual_tokens_option = click.option(
     help="Maximum visual tokens per video; a longer video gets smaller frames, then a lower frame rate.",
 )  # fmt: skip
 index_size_option = click.option(
-    "--index-size", "max_index_bytes", type=COUNT, metavar="MB",
-    callback=lambda context, option, value: None if value is None else value * 10**6,
+    "--index-mb", "--index-size", "max_index_bytes", type=COUNT, callback=_bytes_of_mb,
     help="Maximum MB of the index: the videos used longest ago are deleted from it; default: no maximum.",
 )  # fmt: skip
 index_option = combine(
@@ -193,6 +197,9 @@ search_options = combine(
     ),
     click.option("--top", type=COUNT, metavar="K", help="Best occurrences to return per query; default: all."),
 )  # fmt: skip
+allow_none_option = click.option(
+    "--allow-none/--no-allow-none", default=True, show_default=True, help="Whether the target may be absent."
+)
 query_options = combine(
     click.option(
         "--task", type=click.Choice(["tube", "span", "image", "track"]),
@@ -203,7 +210,7 @@ query_options = combine(
         "--first-box", "--track", "first_box", type=box, metavar="L,T,R,B",
         help="Left, top, right and bottom, in pixels of the first frame, of what to track.",
     ),
-    click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent."),
+    allow_none_option,
     visual_tokens_option,
     stream_option,
 )  # fmt: skip
@@ -215,7 +222,7 @@ reading_options = combine(
     ),
     click.option(
         "--max-download-mb", type=COUNT, default=4096, show_default=True,
-        help="Maximum MiB of a download or of standard input.",
+        help="Maximum MB of a download or of standard input.",
     ),
     click.option(
         "--stall", "stall_s", type=SECONDS, default=10.0, show_default=True, metavar="SECONDS",
@@ -242,9 +249,9 @@ def chosen_task(task: str | None, first_box: Sequence[float] | None) -> str:
 
 def pop_reading(given: dict[str, Any]) -> Reading:
     """Remove the values of `reading_options` from `given`, and return them."""
-    from bridge_stg.evaluation.sources.download import MIB, Reading
+    from bridge_stg.evaluation.sources.download import Reading
 
-    return Reading(given.pop("seconds"), given.pop("max_download_mb") * MIB, given.pop("stall_s"))
+    return Reading(given.pop("seconds"), given.pop("max_download_mb") * MB, given.pop("stall_s"))
 
 
 def all_queries(texts: Sequence[str], file: Path | None) -> tuple[str, ...]:
@@ -271,10 +278,6 @@ def backend_options(*, variant: str = "the one that fits this machine") -> Decor
     return combine(backend_option, variant_option(variant), threads_option)
 
 
-def _bytes_of_mb(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
-    return None if value is None else value * 10**6
-
-
 kv_option = click.option(
     "--kv-mb", "kv_budget_bytes", type=COUNT, callback=_bytes_of_mb,
     help="Maximum MB of KV caches for the queries that run together; default: by the free memory of the device.",
@@ -282,13 +285,17 @@ kv_option = click.option(
 heads_option = click.option(
     "--heads", type=click.Choice(["bridge", "text"]), help="Heads that answer; default: the bundle's own."
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 text_options = combine(
     heads_option,
     click.option(
         "--mode", type=click.Choice(["auto", "joint", "two-step"]), default="auto", show_default=True,
         help="How text heads find a tube: all boxes in one answer, or the span first; auto: by the video's length.",
     ),
-    click.option("--grammar/--no-grammar", default=True, help="Whether answers of text heads are constrained to JSON."),
+    click.option(
+        "--grammar/--no-grammar", default=True, show_default=True,
+        help="Whether answers of text heads are constrained to JSON.",
+    ),
     click.option(
         "--max-tokens", type=COUNT, default=4096, show_default=True, help="Maximum tokens of an answer of text heads.",
     ),

@@ -9,11 +9,9 @@ from typing import Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, PATH, SECONDS, Number
+from bridge_stg.commands.options import COUNT, MB, PATH, SECONDS, Number
 from bridge_stg.commands.progress import note_untrained
 from bridge_stg.runtime.errors import BridgeError
-
-MB = 10**6
 
 
 def live_source(value: str) -> tuple[str, str]:
@@ -27,37 +25,57 @@ def live_source(value: str) -> tuple[str, str]:
 @click.command()
 @options.bundle_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need an API key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0: a free one."
+)
 @click.option("--api-key", help="API key that clients must send; visible in `ps`, so prefer --api-key-env.")
 @click.option("--api-key-env", metavar="NAME", help="Environment variable with the API key.")
 @click.option("--insecure", is_flag=True, help="Let other machines connect without an API key.")
-@click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="Also accept this Host, for proxies.")
+@click.option(
+    "--allow-host", "allow_hosts", multiple=True, metavar="NAME",
+    help="Name of this server in the Host header, as a proxy sends it; repeatable.",
+)  # fmt: skip
 @click.option("--media", type=PATH, help="Folder of videos that clients may request by name.")
 @click.option(
     "--sample", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A video that the page offers to try; its query is in the .txt beside it. Default: of the demo, its clip.",
+    help="A video that the page offers to try; its query is in the .txt beside it. Default, for the demo: its clip.",
 )  # fmt: skip
-@click.option("--live", multiple=True, type=live_source, metavar="NAME=SOURCE", help="A source that clients may watch.")
-@click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between live rounds.")
+@click.option(
+    "--live", multiple=True, type=live_source, metavar="NAME=SOURCE",
+    help="A source that clients may watch, and its name; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--every", "every_s", type=SECONDS, default=1.0, show_default=True, metavar="SECONDS",
+    help="Seconds between two live rounds.",
+)  # fmt: skip
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per live round.")
 @click.option("--max-upload-mb", type=COUNT, default=256, show_default=True, help="Maximum MB per upload.")
 @click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="Maximum MB of all uploads.")
-@click.option("--max-duration-s", type=SECONDS, default=14400.0, show_default=True, help="Maximum seconds per video.")
+@click.option(
+    "--max-duration-s", type=SECONDS, default=14400.0, show_default=True, metavar="SECONDS",
+    help="Maximum seconds per video.",
+)  # fmt: skip
 @click.option("--max-pixels", type=COUNT, default=4096 * 2304, show_default=True, help="Maximum pixels per frame.")
-@click.option("--decode-mb", type=COUNT, default=2048, show_default=True, help="Maximum MB to decode one file.")
+@click.option("--decode-mb", type=COUNT, default=2048, show_default=True, help="Maximum MB of memory to decode a file.")
 @click.option("--max-queue", type=COUNT, default=64, show_default=True, help="Maximum number of waiting jobs.")
 @click.option(
     "--deadline", "--max-seconds", "max_seconds", type=SECONDS, default=300.0, show_default=True, metavar="SECONDS",
     help="Stop a job after this time, including its time in the queue.",
 )  # fmt: skip
 @click.option("--max-queries", type=COUNT, default=16, show_default=True, help="Maximum queries per job.")
-@click.option("--keep-s", type=SECONDS, default=3600.0, show_default=True, help="Seconds to keep uploads and answers.")
+@click.option(
+    "--keep-s", type=SECONDS, default=3600.0, show_default=True, metavar="SECONDS",
+    help="Seconds to keep uploads and answers.",
+)  # fmt: skip
 @click.option("--workers", type=COUNT, default=2, show_default=True, help="Videos processed at a time.")
 @click.option("--open-videos", type=COUNT, default=8, show_default=True, help="Videos kept ready for the next query.")
-@click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="Maximum memory of open videos, in MB.")
+@click.option("--open-mb", type=COUNT, default=1024, show_default=True, help="Maximum MB of open videos.")
 @options.index_option
 @click.option("--log-requests", is_flag=True, help="Log a line per request: client, route, status, milliseconds.")
-@click.option("--drain-s", type=Number(min=0), default=10.0, show_default=True, help="Seconds to finish running jobs.")
+@click.option(
+    "--drain-s", type=Number(min=0), default=10.0, show_default=True, metavar="SECONDS",
+    help="Seconds in which running jobs may finish when the server stops.",
+)  # fmt: skip
 @options.text_options
 @options.backend_options()
 @options.kv_option

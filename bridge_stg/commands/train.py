@@ -61,7 +61,7 @@ def exit_if_stopped() -> Iterator[None]:
 
 
 resume_option = click.option(
-    "--resume/--no-resume", default=True, help="Whether to resume from the state next to --out."
+    "--resume/--no-resume", default=True, show_default=True, help="Whether to resume from the state next to --out."
 )
 
 
@@ -72,14 +72,17 @@ resume_option = click.option(
 @options.seed_option
 @click.option(
     "--like", type=click.Choice(["paper"]),
-    help="Sizes of the paper as far as published, for any backbone (docs/training.md); --queries etc. override them.",
+    help="Use the sizes that the paper publishes, for any backbone (docs/training.md); the next options override them.",
 )  # fmt: skip
 @click.option("--queries", type=COUNT, help="Number of bridging queries; default: 8.")
 @click.option("--taps", type=layers, help="LLM layers to tap; default: the last layer of each third.")
-@click.option("--decoder-width", type=click.IntRange(min=8), help="Default: 256, or the LLM's width if that is less.")
-@click.option("--decoder-layers", type=COUNT, help="Default: 6.")
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: unchanged, as links."
+    "--decoder-width", type=click.IntRange(min=8),
+    help="Width of the spatial decoder; default: 256, or the LLM's if that is less.",
+)  # fmt: skip
+@click.option("--decoder-layers", type=COUNT, help="Layers of the spatial decoder; default: 6.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: its own, without a copy."
 )
 @options.adapter_option
 def init(
@@ -117,7 +120,7 @@ def init(
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: as in CHECKPOINT.")
 @options.adapter_option
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
-@click.option("--tracker", type=click.Choice(TRACKERS), help="Log curves there too.")
+@click.option("--tracker", type=click.Choice(TRACKERS), help="Log the curves to this program too.")
 @click.option(
     "--shard/--no-shard", default=None, help="Shard weights over processes; default: accelerate's --use_fsdp."
 )
@@ -160,11 +163,12 @@ def train(
 )
 @click.option(
     "--heads", type=click.Choice(["bridge", "text"]), default="bridge", show_default=True,
-    help="What answers; text heads are trained on the backbone of a demo checkpoint.",
+    help="Heads to train; text heads are trained on the backbone of a demo checkpoint.",
 )  # fmt: skip
 @click.option(
-    "--start", type=PATH, help="Demo checkpoint to start from; default: none; of text heads: that of the source tree."
-)
+    "--start", type=PATH,
+    help="Demo checkpoint to start from; default: none, or with --heads text the one of the source tree.",
+)  # fmt: skip
 @click.option("--vision-steps", type=COUNT, help="Steps of the first stage; default: the recipe's.")
 @click.option("--grounding-steps", type=COUNT, help="Steps of the second stage; default: the recipe's.")
 @click.option("--text-steps", type=COUNT, help="Steps with --heads text; default: the recipe's.")

@@ -34,7 +34,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @options.source_argument()
 @click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
 @options.bundle_option
-@click.option("--every", "every_s", type=SECONDS, default=1.0, show_default=True, help="Seconds between two rounds.")
+@click.option(
+    "--every", "every_s", type=SECONDS, default=1.0, show_default=True, metavar="SECONDS",
+    help="Seconds between two rounds.",
+)  # fmt: skip
 @click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per round.")
 @click.option("--jsonl", "--json", "json_file", type=OutputFile(), help="Append the events, one JSON object per line.")
 @click.option("--answers", is_flag=True, help="Write every round's answers to --jsonl too.")
@@ -46,8 +49,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
     "--stall", "stall_s", type=SECONDS, default=10.0, show_default=True, metavar="SECONDS",
     help="Fail if the source sends nothing for this time.",
 )  # fmt: skip
-@click.option("--moved-iou", type=Number(0, 1), default=0.5, show_default=True, help="Report `moved` below this IoU.")
-@click.option("--allow-none/--no-allow-none", default=True, help="Whether the target may be absent.")
+@click.option(
+    "--moved-iou", type=Number(0, 1), default=0.5, show_default=True, metavar="IOU",
+    help="Report `moved` if the IoU with the box reported last is below this.",
+)  # fmt: skip
+@options.allow_none_option
 @options.text_options
 @options.backend_options()
 @options.kv_option

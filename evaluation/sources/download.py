@@ -21,7 +21,7 @@ from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
 
 _log = logging.getLogger(__name__)
-MIB = 2**20
+MB, BLOCK_BYTES = 10**6, 2**20
 TRIES, PAUSE_S = 5, 0.1  # connections in a row that may bring nothing new; half of the first pause between them
 RANGE_NOT_SATISFIABLE = 416
 HANDLERS = (
@@ -43,7 +43,7 @@ class Reading:
     """
 
     seconds: float = 10.0
-    max_bytes: int = 4096 * MIB
+    max_bytes: int = 4096 * MB
     stall_s: float = 10.0
 
 
@@ -143,10 +143,10 @@ class _Part:
 
     def append(self, read: Callable[[int], bytes]) -> None:
         """Write what `read` returns, up to the end. Raises ConnectionError if it ends early."""
-        while self.done != self.total and (block := read(MIB)):
+        while self.done != self.total and (block := read(BLOCK_BYTES)):
             self.done += len(block)
             if max(self.done, self.total or 0) > self.max_bytes:
-                text = f"{self.name} has more than {self.max_bytes // MIB} MiB; a higher --max-download-mb allows more"
+                text = f"{self.name} has more than {self.max_bytes // MB} MB; a higher --max-download-mb allows more"
                 raise VideoError("video.too_large", text)
             try:
                 self.file.write(block)

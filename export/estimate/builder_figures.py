@@ -31,7 +31,7 @@ class BuilderFigures:
     """Figures of the installed TensorRT-RTX. Raises EngineError if it is not installed.
 
     Args:
-        compile_missing: whether graphs without a kept figure are compiled; otherwise kept figures are used alone.
+        compile_missing: whether graphs without a kept figure are compiled; otherwise only kept figures are used.
         say: called with a line before a graph is compiled.
     """
 

@@ -208,7 +208,7 @@ def dry_run(
         variant: variant of the graphs; None: `primitive` on Orin, which JetPack 6 needs, else `standard`.
         overrides: see `profiles.profiles_of`.
         where: file of the overrides.
-        builder: figures of the real builder, used where it has them; None: the fitted model alone.
+        builder: figures of the real builder, used where it has them; None: only the fitted model.
 
     Raises:
         EngineError: the device lacks the precision, or a profile is invalid.

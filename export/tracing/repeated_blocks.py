@@ -27,7 +27,8 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a traced node: the paths of the modules that contain it, as a list in text."""
 
 WeightOf = Callable[[ir.Value, str, str], "ir.Value | None"]
-"""Returns the weight of the block at the second path that is as this weight of the first; None: it is no weight."""
+"""Returns the weight in the second path's block that has the place of this one in the first path's; None: the value is
+no weight."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +78,45 @@ class RepeatedBlocks:
             )
         else:
             about = {"structure": len(self._structures), "path": path}
-            marked = iter([_mark(INPUT, tensor, about) for tensor in inputs])
-            leaves = [next(marked) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            inner = copy.copy(cache)
-            if inner is not None:
-                inner.past, inner.written = list(inner.past), list(inner.written)
-                for slot in slots:
-                    inner.past[slot] = inner.written[slot] = next(marked)
-                inner.cache_position = next(marked)
-            leaves = [inner if isinstance(leaf, GraphCache) else leaf for leaf in leaves]
-            args, options = pytree.tree_unflatten(leaves, spec)
-            made = [block(*args, **options)]
-            made += [] if inner is None else [inner.written[slot] for slot in slots]
-            outputs = [_mark(OUTPUT, tensor, about) for tensor in made]
-            shapes, dtypes = [tensor.shape for tensor in made], [tensor.dtype for tensor in made]
+            outputs = _run_marked(block, leaves, spec, inputs=inputs, slots=slots, about=about)
+            shapes, dtypes = [tensor.shape for tensor in outputs], [tensor.dtype for tensor in outputs]
             self._structures[key] = _Structure(len(self._structures), shapes, dtypes)
         if cache is not None:
             for slot, tensor in zip(slots, outputs[1:], strict=True):
                 cache.written[slot] = tensor
         return outputs[0]
+
+
+def _run_marked(
+    block: Callable[..., Any], leaves: Sequence[Any], spec: pytree.TreeSpec, *, inputs: Sequence[Tensor],
+    slots: Sequence[int], about: Mapping[str, Any],
+) -> list[Tensor]:  # fmt: skip
+    """Run a block with marks at its inputs and outputs.
+
+    Args:
+        block: the block.
+        leaves: its arguments, flattened.
+        spec: how they are unflattened.
+        inputs: the tensors among them, then those of its slots of the cache, and the cache's position.
+        slots: indices of its keys and values in the cache; empty without a cache.
+        about: attributes of the marks.
+
+    Returns:
+        The marked output, then what the block writes to its slots.
+    """
+    marked = iter([_mark(INPUT, tensor, about) for tensor in inputs])
+    leaves = [next(marked) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    cache = next((copy.copy(leaf) for leaf in leaves if isinstance(leaf, GraphCache)), None)
+    if cache is not None:
+        cache.past, cache.written = list(cache.past), list(cache.written)
+        for slot in slots:
+            cache.past[slot] = cache.written[slot] = next(marked)
+        cache.cache_position = next(marked)
+    leaves = [cache if isinstance(leaf, GraphCache) else leaf for leaf in leaves]
+    args, options = pytree.tree_unflatten(leaves, spec)
+    made = [block(*args, **options)]
+    made += [] if cache is None else [cache.written[slot] for slot in slots]
+    return [_mark(OUTPUT, tensor, about) for tensor in made]
 
 
 def _layer_index(layer: Any) -> int:
@@ -140,7 +161,7 @@ def expand(graph: ir.Graph, weight_of: WeightOf) -> None:
 
 
 class _TracedBlock:
-    """The nodes of the first block of a structure, which depend on its inputs or weights."""
+    """The nodes of the first block of a structure, as far as they depend on its inputs or weights."""
 
     def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], weight_of: WeightOf) -> None:
         self._graph, self._weight_of = graph, weight_of

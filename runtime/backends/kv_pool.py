@@ -12,9 +12,9 @@ from bridge_stg.runtime.backends.session import KVCache, Session
 from bridge_stg.runtime.host.memory import available_bytes
 
 DEFAULT_BUDGET_BYTES = 2**29
-"""Budget on a host whose free memory is unknown, and the least on one that has twice as much."""
-DEVICE_SHARE, HOST_SHARE = 2, 8
-"""The budget follows the free memory: a half of a GPU's, an eighth of the host's, which runs other programs too."""
+"""Budget on a host whose free memory is unknown; on a host with at least twice as much, the smallest budget."""
+DEVICE_DIVISOR, HOST_DIVISOR = 2, 8
+"""The budget is a half of a GPU's free memory, or an eighth of the host's, which runs other programs too."""
 BUCKET_POSITIONS = 256
 """Capacities are multiples of this: some attention kernels compute over the whole cache, so it should not be larger."""
 
@@ -72,10 +72,10 @@ class KVPool:
         if self._budget_bytes is not None:
             return self._budget_bytes
         if self._session.device is not None:
-            return (self._session.device.free_bytes + unused) // DEVICE_SHARE
+            return (self._session.device.free_bytes + unused) // DEVICE_DIVISOR
         if (free := available_bytes()) is None:
             return DEFAULT_BUDGET_BYTES
-        return max((free + unused) // HOST_SHARE, min(DEFAULT_BUDGET_BYTES, (free + unused) // 2))
+        return max((free + unused) // HOST_DIVISOR, min(DEFAULT_BUDGET_BYTES, (free + unused) // 2))
 
     def _capacity(self, positions: int) -> int:
         """Return the bucket for a number of positions, within the session's limits (an engine's may be fixed)."""

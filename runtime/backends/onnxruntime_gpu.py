@@ -69,20 +69,20 @@ class OnnxRuntimeDeviceSession(Closable):
     ) -> None:
         self.graph, self._on_device = graph, frozenset(on_device)
         options = session_options(threads)
-        self.device, said = device.open(), ""
+        self.device, load_problem = device.open(), ""
         try:
             settings = provider_settings(provider, graph, device, sizes or {}, folder)
             if provider == TENSORRT_RTX:
                 _add_plugin(options, settings)
                 arguments: dict[str, Any] = {}
             else:
-                said = load_cuda()
+                load_problem = load_cuda()
                 arguments = {"providers": [(provider, settings), "CPUExecutionProvider"]}
             self._session: Any = open_file(path, graph, options, **arguments)
             if (found := self._session.get_providers())[0] == "CPUExecutionProvider":
                 message = f"{graph}: onnxruntime cannot load {provider}, only {found[0]}. Its libraries (CUDA, "
                 message += "cuDNN, TensorRT) are missing or have the wrong version"
-                message += f" ({said}). Install them: {install_command('gpu')}; see `python cli.py doctor`"
+                message += f" ({load_problem}). Install them: {install_command('gpu')}; see `python cli.py doctor`"
                 raise EngineError("engine.not_ready", message)
         except BaseException:
             self.device.close()
@@ -180,16 +180,16 @@ class OnnxRuntimeDeviceSession(Closable):
 
 @cache
 def load_cuda() -> str:
-    """Load the CUDA and cuDNN libraries of wheels, which onnxruntime does not find itself; return what failed.
+    """Load the CUDA and cuDNN libraries of wheels, which onnxruntime does not find; return what failed, as text.
 
-    A library that no wheel has is looked for where the system has its libraries.
+    A library that no wheel contains is searched among the libraries of the system.
     """
     load = getattr(import_onnxruntime(), "preload_dlls", None)  # since onnxruntime 1.21
-    said = io.StringIO()
+    output = io.StringIO()
     if load is not None:
-        with contextlib.redirect_stdout(said):  # it prints what it cannot load
+        with contextlib.redirect_stdout(output):  # it prints what it cannot load
             load()
-    return "; ".join(line.strip() for line in said.getvalue().splitlines() if line.strip()) or "all were loaded"
+    return "; ".join(line.strip() for line in output.getvalue().splitlines() if line.strip()) or "all were loaded"
 
 
 def provider_settings(

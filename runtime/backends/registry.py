@@ -109,7 +109,7 @@ def _open_tensorrt(
 def require_memory(entry: EngineEntry, device: DeviceContext) -> None:
     """Raise EngineError if an engine, its activations and one row of its KV cache do not fit the free memory.
 
-    All engines of a chain share the memory of activations, so only what exceeds the others' counts.
+    All engines of a chain share the memory of activations, so only what exceeds that of the others counts.
     """
     activations = max(map(int, entry.built.get("activation_bytes") or [0]))
     activations -= min(activations, 0 if device.scratch is None else device.scratch.size)
@@ -133,10 +133,10 @@ def _without_engine(family: str, bundle: Bundle, graph: GraphSpec, version: str,
 
 
 def _lacks_precision(bundle: Bundle, graph: GraphSpec, version: str, device: DeviceFacts) -> str | None:
-    word = graph.precision.split()[0]
-    if word == "bf16":
+    precision = graph.precision.split()[0]
+    if precision == "bf16":
         return f"{graph}: is bf16, which onnxruntime supports only in part; use TensorRT"
-    if word == "nvfp4":
+    if precision == "nvfp4":
         return f"{graph}: is nvfp4, for which onnxruntime has no operator; use TensorRT, or ort-cpu on the CPU"
     return None
 

@@ -214,32 +214,27 @@ def feed(
     In a row with fewer tokens, the output of the first repeats. Rows are padded on the right by their last token. The
     padding lies past the row's end, where it is overwritten before a later token attends to it.
 
-    Where a row is longer than the session's largest call, its first tokens are fed before; a row that is not is fed its
-    first token then, which the last call overwrites with the same values.
+    Rows that are longer than the session's largest call are fed in several calls. In the calls before the last, a
+    shorter row is fed its first token, which the last call overwrites with the same values.
     """
     size = largest(session, "L")
     while max(map(len, segments)) > size:
         counts = [min(size, max(1, len(segment) - size)) for segment in segments]
         first = [segment.part(0, count) for segment, count in zip(segments, counts, strict=True)]
-        _feed_once(session, cache, first, lengths, outputs=1, visual_tokens=visual_tokens)
+        session.infer(_feeds(first, lengths, outputs=1, visual_tokens=visual_tokens), cache=cache)
         done = [count if len(segment) > size else 0 for segment, count in zip(segments, counts, strict=True)]
         segments = [segment.part(count, len(segment)) for segment, count in zip(segments, done, strict=True)]
         lengths = [length + count for length, count in zip(lengths, done, strict=True)]
-    return _feed_once(session, cache, segments, lengths, outputs=outputs, visual_tokens=visual_tokens)
+    return session.infer(_feeds(segments, lengths, outputs=outputs, visual_tokens=visual_tokens), cache=cache)
 
 
-def _feed_once(
-    session: Session,
-    cache: KVCache,
-    segments: Sequence[Segment],
-    lengths: Sequence[int],
-    *,
-    outputs: int,
-    visual_tokens: Array,
+def _feeds(
+    segments: Sequence[Segment], lengths: Sequence[int], *, outputs: int, visual_tokens: Array
 ) -> dict[str, Any]:
+    """Return the inputs of the language model for one call."""
     counts = np.array([len(segment) for segment in segments])  # [B]
     longest = int(counts.max())
-    feeds = {
+    return {
         "input_ids": np.stack([_padded(segment.input_ids, longest) for segment in segments]),  # [B, L]
         "visual_index": np.stack([_padded(segment.visual_index, longest) for segment in segments]),  # [B, L]
         "visual_tokens": visual_tokens,  # [1+D, V, H]
@@ -247,7 +242,6 @@ def _feed_once(
         "cache_position": np.array(lengths, np.int64),  # [B]
         "output_index": (counts[:, None] - outputs + np.arange(outputs, dtype=np.int64)[None]).clip(min=0),  # [B, K]
     }
-    return session.infer(feeds, cache=cache)
 
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:

@@ -35,7 +35,7 @@ Images of an iterable may be arrays of any library that implements DLPack; if th
 GPU are not copied to the host."""
 
 FINE_TOGETHER = 64
-"""Fine frames that `Grounder.index` reads and encodes before it stores them; a multiple of the index's blocks."""
+"""Fine frames that `ReadVideo.index` reads and encodes before it stores them; a multiple of the index's blocks."""
 
 
 class OptionKeywords(CallKeywords, total=False):
@@ -114,7 +114,7 @@ class ReadVideo:
 
     @property
     def facts(self) -> VideoFacts:
-        """What an opened video says of itself."""
+        """The facts of the opened video."""
         source, coarse = self.source, self.coarse
         return VideoFacts(
             source.name,
@@ -131,9 +131,12 @@ class ReadVideo:
         )
 
     def index(self, limits: Limits, *, fine: bool) -> Indexed:
-        """Store all fine frames too, if `fine` is set, and say what is stored. Raises VideoError for no video file."""
+        """Store all fine frames too, if `fine` is set, and return what is stored.
+
+        Raises VideoError if the source is not a video file.
+        """
         if self.cache is None or not isinstance(self.source, VideoFile):
-            message = f"{self.source.name} is not a video file, which alone are indexed"
+            message = f"{self.source.name} is not a video file; only video files are indexed"
             raise VideoError("index.not_a_video", message)
         places = np.arange(len(self.source.fine_grid()) if fine else 0)
         for start in range(0, len(places), FINE_TOGETHER):
@@ -164,7 +167,7 @@ class VideoReader:
 
     @property
     def _capacity(self) -> int | None:
-        """Size of a fixed KV cache; not before it is needed, since the session may still be opened."""
+        """Positions of a fixed KV cache; None: not fixed. Read late, since the session may still be opening."""
         return self._chain.language_model.graph.ranges.get("S", (1, None))[1]
 
     def read(self, video: Video, spec: ModelSpec, options: CallOptions, limits: Limits) -> ReadVideo:
@@ -172,15 +175,15 @@ class VideoReader:
 
         `spec` is the model's, with the messages before the video. Raises BridgeError as `Grounder.ground` does.
         """
-        chain, asked = self._chain, options.max_visual_tokens
+        chain, requested = self._chain, options.max_visual_tokens
         with limits.stage("decode_video"):
-            budget = self.budget(spec, asked)
+            budget = self.budget(spec, requested)
             cache, found, key = None, None, dict[str, Any]()
             if self._index is not None and isinstance(video, (str, os.PathLike)):
                 # All that the choice of coarse frames depends on, and which groups are not encoded again.
                 key = {
                     "spec": dataclasses.asdict(spec), "capacity": self._capacity, "answer_tokens": self._answer_tokens,
-                    "max_visual_tokens": asked, "stream": options.stream, "unchanged": self._unchanged_tolerance,
+                    "max_visual_tokens": requested, "stream": options.stream, "unchanged": self._unchanged_tolerance,
                 }  # fmt: skip
                 video = check_path(os.fspath(video))
                 cache = self._index.cache_of(video)

@@ -17,11 +17,10 @@ from bridge_stg.runtime.host.files import replacing
 
 Arrays = Mapping[str, np.ndarray]
 
-_log = logging.getLogger(__name__)
-
-
 PART_BYTES = 320
-"""Upper bound of the bytes of a file per array beside its values."""
+"""Upper bound of the bytes of a file per array besides its values."""
+
+_log = logging.getLogger(__name__)
 
 
 def nbytes_of(arrays: Arrays) -> int:

@@ -1,7 +1,7 @@
 """Find the hard cuts of a video while it is read.
 
 As in PySceneDetect's `AdaptiveDetector` (https://www.scenedetect.com/docs/latest/api/detectors.html), whose defaults
-are used here, the difference of two frames has to be large, and large beside those around it: motion makes no cut.
+are used here, the difference of two frames must be large, also compared with those around it: motion makes no cut.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from bridge_stg.runtime.live.shown import TOLERANCE_S, Shown
 
 LEAST = 15.0  # least mean difference of two frames at a cut, of 255
 RATIO = 3.0  # how many times the difference of the frames around it
-RECENT = 4  # differences before it, whose mean is as important as the one after it
-SHORTEST_S = 1.0  # seconds from one cut to the next, at least: a strobe light makes no more shots
-BLACK = 16  # bars at the edges are at most as bright
-LEAST_SHARE = 0.25  # of the picture is inside the bars: an upright clip in a wide frame takes 0.32
+RECENT = 4  # number of differences before a cut, whose mean counts as much as the difference after it
+SHORTEST_S = 1.0  # least seconds from one cut to the next, so that a strobe light does not make many shots
+BLACK = 16  # largest brightness of bars at the edges, of 255
+LEAST_SHARE = 0.25  # least share of the frame inside the bars: a portrait clip in a landscape frame takes 0.32
 CELLS = 32  # frames are compared by the means of at least 32 × 32 cells
 
 

@@ -1,4 +1,4 @@
-"""Reads a video file for a search with an index: all frames in order, or single ones of a file that has been read."""
+"""Read a video file for a search with an index: all frames in order, or single ones of a file that has been read."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_infer_leaves_out_counts_without_information(
 
 def test_ask_streams_its_answer(fake: list[Any], clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--bundle", "b", "--max-tokens", "9", "--max-visual-tokens", "90", "--stream", "0", "--deadline", "5"]
-    more = ["--threads", "2", "--index", "i", "--index-size", "5"]
+    more = ["--threads", "2", "--index", "i", "--index-mb", "5"]
     assert cli.run(["ask", str(clip), "What happens?", *options, *more]) == 0
     assert capsys.readouterr().out == "A red car – 🚗\n"
     (bundle, given), index = fake[0], {"index": Path("i"), "max_index_bytes": 5_000_000}
