@@ -18,7 +18,7 @@ from bridge_stg.export.engines.select_builds import Build, build_bytes, cache_ro
 from bridge_stg.export.engines.targets import TARGETS, find_target
 from bridge_stg.export.estimate.activations import modelled_activation
 from bridge_stg.export.estimate.builder_figures import BuilderFigures
-from bridge_stg.export.estimate.estimate import TIGHT, graph_weights, storages
+from bridge_stg.export.estimate.estimate import PRIMITIVE_SMS, graph_weights, storages_of, verdict_of
 from bridge_stg.export.estimate.shapes import LANGUAGE, ModelShape, shape_of_bundle
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
@@ -31,8 +31,6 @@ PROCESS_BYTES = 250 * 10**6
 """Memory of the runtime's process without a model: Python, numpy, PyAV, a tokenizer, and frames of a video."""
 FEATURES_BYTES = 2**28
 """Fine feature maps that the runtime keeps at most: `feature_budget_bytes` of `Grounder`."""
-PRIMITIVE_SM = 87
-"""Compute capability whose default variant is `primitive`: TensorRT of JetPack 6 takes no other."""
 IO_DTYPES = {2: "float16", 4: "float32"}
 
 
@@ -115,9 +113,8 @@ class DryRun:
         return 0 if rows < 1 else min(self.most_rows, max(1, rows - 1))
 
     def verdict(self, needed: int) -> str:
-        """Return `fits`, `tight` if less than a tenth of the memory is left, or `does not fit`."""
-        usable = self.device.usable
-        return "does not fit" if needed > usable else "tight" if needed > TIGHT * usable else "fits"
+        """Return the verdict about bytes of the device's memory; see `verdict_of`."""
+        return verdict_of(needed, self.device.usable)
 
     def graph_verdict(self, graph: GraphMemory) -> str:
         """Return the verdict about one engine alone, and about compiling it where that happens on the device."""
@@ -214,13 +211,13 @@ def dry_run(
         EngineError: the device lacks the precision, or a profile is invalid.
         BundleError: the bundle lacks the variant.
     """
-    spec, kinds = shape.spec, storages(shape, device, dtype)
-    variant = variant or ("primitive" if device.sm == PRIMITIVE_SM else "standard")
-    weights = graph_weights(shape, kinds)
+    spec, storages = shape.spec, storages_of(shape, device, dtype)
+    variant = variant or ("primitive" if device.sm in PRIMITIVE_SMS else "standard")
+    weights = graph_weights(shape, storages)
     graphs = []
     for name in graphs_of(spec):
         if bundle is None:
-            graph, item_bytes = _contract(name, shape, kinds[name].activation, variant), kinds[name].activation
+            graph, item_bytes = _contract(name, shape, storages[name].activation, variant), storages[name].activation
         else:
             graph = bundle.graph(name, variant)
             item_bytes = float_bytes(graph.precision)
@@ -231,7 +228,9 @@ def dry_run(
         modelled = modelled_activation(shape, name, variant, profiles, item_bytes=item_bytes)
         activations, size = modelled if found is None else found, round(weights[name])
         # TensorRT-RTX stores quantized weights in one layout for prefill and in another for decode.
-        second = kinds[name].weight * shape.layers if name == LANGUAGE and kinds[name].weight < item_bytes else 0.0
+        second = (
+            storages[name].weight * shape.layers if name == LANGUAGE and storages[name].weight < item_bytes else 0.0
+        )
         graphs.append(
             GraphMemory(
                 graph=name, variant=variant, precision=graph.precision if bundle else dtype or "fp16", weights=size,
@@ -241,7 +240,7 @@ def dry_run(
                 build_peak=build_bytes(size, activations if device.kind == "jetson" else 0),
             )
         )  # fmt: skip
-    kept = _kept(shape, deployment, max(storage.activation for storage in kinds.values()))
+    kept = _kept(shape, deployment, max(storage.activation for storage in storages.values()))
     return DryRun(device, deployment.max_frames, queries, tuple(graphs), kept, deployment.max_queries)
 
 

@@ -32,8 +32,8 @@ ANSWER_STEPS, STEP_TOKENS = 4, 4
 """Calls for the answer of bridge heads, and tokens per call: the grammar forces the others."""
 BOX_STEPS, BOX_TOKENS = 14, 48
 """Calls and tokens for a box that text heads write: benchmarks/results/text_answers.json."""
-UNFUSED = (87,)
-"""Compute capabilities whose memory is counted for the variant `primitive`, which JetPack 6 needs."""
+PRIMITIVE_SMS = (87,)
+"""Compute capabilities whose memory is counted for the variant `primitive`, which TensorRT of JetPack 6 needs."""
 SCORE_BYTES, EXPANDED = 6, 3
 """Bytes per score of attention that is not fused, in fp32 and their softmax in fp16; and copies of the keys of all
 layers that a decode step holds. Figures of TensorRT-RTX's builder: docs/engines.md."""
@@ -61,6 +61,11 @@ ORIN = Efficiency(0.46, 0.74, "published times of Qwen3-VL-2B on Orin")
 THOR = Efficiency(0.27, 0.79, "published times of Qwen3-VL-2B on AGX Thor")
 HOST = Efficiency(0.63, 0.56, "times of a 0.5B model on a CPU, with the limits of that CPU")
 ASSUMED = dataclasses.replace(ORIN, source="not fitted: those of Orin")
+
+
+def verdict_of(needed: int, usable: int) -> str:
+    """Return `fits`, `tight` if less than a tenth of the usable bytes is left, or `does not fit`."""
+    return "does not fit" if needed > usable else "tight" if needed > TIGHT * usable else "fits"
 
 
 def efficiency_of(device: Device) -> Efficiency:
@@ -135,8 +140,8 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """`fits`, `tight` if less than a tenth of the memory is left, or `does not fit`."""
-        return "does not fit" if not self.fits else "tight" if self.needed > TIGHT * self.usable else "fits"
+        """See `verdict_of`."""
+        return verdict_of(self.needed, self.usable)
 
     @property
     def seconds(self) -> float:
@@ -183,7 +188,7 @@ class Estimate:
         }  # fmt: skip
 
 
-def storages(shape: ModelShape, device: Device, dtype: str | None) -> dict[str, Storage]:
+def storages_of(shape: ModelShape, device: Device, dtype: str | None) -> dict[str, Storage]:
     """Return how each graph is stored and computed.
 
     `dtype` is a key of `STORAGE`; None: the precisions of a bundle. As in the recipes of `calibrate`, the vision
@@ -217,20 +222,20 @@ def seconds_of(work: Work, storage: Storage, device: Device, efficiency: Efficie
     )
 
 
-class Counter:
+class StageCounter:
     """Adds up the stages of one model on one device."""
 
-    def __init__(self, device: Device, kinds: Mapping[str, Storage]) -> None:
-        self.device, self.kinds, self.efficiency = device, kinds, efficiency_of(device)
+    def __init__(self, device: Device, storages: Mapping[str, Storage]) -> None:
+        self.device, self.storages, self.efficiency = device, storages, efficiency_of(device)
         self.stages: list[StageTime] = []
 
     def time(self, graph: str, work: Work) -> float:
         """Return the seconds of a call."""
-        return max(seconds_of(work, self.kinds[graph], self.device, self.efficiency))
+        return max(seconds_of(work, self.storages[graph], self.device, self.efficiency))
 
     def add(self, name: str, graph: str, *works: Work) -> None:
         """Add a stage whose parts run one after the other."""
-        times = [seconds_of(work, self.kinds[graph], self.device, self.efficiency) for work in works]
+        times = [seconds_of(work, self.storages[graph], self.device, self.efficiency) for work in works]
         total = sum(map(max, times))
         bound = sum(memory for compute, memory in times if memory > compute) > total / 2
         operations = sum(work.matmuls + work.attention for work in works)
@@ -250,8 +255,8 @@ def estimate(shape: ModelShape, device: Device, request: Request, *, dtype: str 
         EngineError: the device lacks the precision, or the model does not read so many frames.
         VideoError: the video's shape is unsupported.
     """
-    spec, kinds = shape.spec, storages(shape, device, dtype)
-    counter, language = Counter(device, kinds), kinds[LANGUAGE]
+    spec, storages = shape.spec, storages_of(shape, device, dtype)
+    counter, language = StageCounter(device, storages), storages[LANGUAGE]
     groups, coarse, fine = _frames(shape, request)
     patches, fine_patches = (height * width // spec.vision.patch_size**2 for height, width in (coarse, fine))
     tokens = groups * patches // spec.vision.merge_size**2
@@ -260,7 +265,9 @@ def estimate(shape: ModelShape, device: Device, request: Request, *, dtype: str 
     chunk = min(prefix, PREFILL_CHUNK if on_cpu else PREFILL_TOKENS)
 
     calls = _encoder_calls(shape, groups, patches)
-    counter.add("vision_coarse", VISION, vision_work(shape, kinds[VISION], groups=groups, patches=patches, calls=calls))
+    counter.add(
+        "vision_coarse", VISION, vision_work(shape, storages[VISION], groups=groups, patches=patches, calls=calls)
+    )
     prefill = language_work(shape, language, length=prefix, calls=chunks(prefix, chunk), outputs=0)
     counter.add("prefill", LANGUAGE, prefill)
     answer, works = _answer(shape, language, groups=groups, prefix=prefix, rows=rows)
@@ -270,10 +277,10 @@ def estimate(shape: ModelShape, device: Device, request: Request, *, dtype: str 
         frames = min(request.fine_frames or request.frames, spec.frames.max_fine_frames)
         calls = _encoder_calls(shape, frames, fine_patches)
         counter.add("vision_fine", VISION, vision_work(
-            shape, kinds[VISION], groups=frames, patches=fine_patches, calls=calls, tokens=False
+            shape, storages[VISION], groups=frames, patches=fine_patches, calls=calls, tokens=False
         ))  # fmt: skip
         counter.add("spatial", SPATIAL, spatial_work(
-            shape, kinds[SPATIAL], frames=frames, patches=fine_patches, queries=request.queries, folded=on_cpu
+            shape, storages[SPATIAL], frames=frames, patches=fine_patches, queries=request.queries, folded=on_cpu
         ))  # fmt: skip
 
     past = prefix + QUERY_TOKENS + answer
@@ -282,11 +289,11 @@ def estimate(shape: ModelShape, device: Device, request: Request, *, dtype: str 
         positions = max(positions, Deployment(request.frames, rows).positions(spec))
     return Estimate(
         device=device, efficiency=counter.efficiency, dtype=dtype or shape.dtypes.get(LANGUAGE, "fp16"),
-        heads=spec.heads, weights=weight_bytes(shape, kinds, device),
+        heads=spec.heads, weights=weight_bytes(shape, storages, device),
         kv_cache=kv_bytes(shape, language, positions, rows),
         activations=activation_bytes(
-            shape, kinds, patches=max(patches, fine_patches if frames else 0), chunk=chunk, positions=positions,
-            rows=rows, tokens=tokens, fine=frames, unfused=device.sm in UNFUSED,
+            shape, storages, patches=max(patches, fine_patches if frames else 0), chunk=chunk, positions=positions,
+            rows=rows, tokens=tokens, fine=frames, unfused=device.sm in PRIMITIVE_SMS,
         ),
         usable=device.usable, stages=tuple(counter.stages), coarse=coarse, fine=fine if frames else None, prefix=prefix,
         token_s=counter.time(LANGUAGE, language_work(shape, language, length=1, past=past)),
@@ -329,23 +336,26 @@ def _frames(shape: ModelShape, request: Request) -> tuple[int, tuple[int, int], 
     return groups, size, frame_sizes(*request.size, spec)[1]
 
 
-def weight_bytes(shape: ModelShape, kinds: Mapping[str, Storage], device: Device) -> int:
+def weight_bytes(shape: ModelShape, storages: Mapping[str, Storage], device: Device) -> int:
     """Return the bytes of all weights in memory."""
-    stored = graph_weights(shape, kinds)
+    stored = graph_weights(shape, storages)
     return round(
-        sum(size * (kinds[name].on_cpu if device.sm is None else kinds[name].in_plan) for name, size in stored.items())
+        sum(
+            size * (storages[name].on_cpu if device.sm is None else storages[name].in_plan)
+            for name, size in stored.items()
+        )
     )
 
 
-def graph_weights(shape: ModelShape, kinds: Mapping[str, Storage]) -> dict[str, float]:
+def graph_weights(shape: ModelShape, storages: Mapping[str, Storage]) -> dict[str, float]:
     """Return the bytes of each graph's weights as they are stored."""
     stored: dict[str, float] = dict(shape.stored)
     if not stored:
-        vision, language = kinds[VISION], kinds[LANGUAGE]
+        vision, language = storages[VISION], storages[LANGUAGE]
         stored[VISION] = (shape.patch_embed + shape.blocks + shape.mergers) * vision.weight
         heads = shape.head * (1 if shape.tied else 2)
         stored[LANGUAGE] = shape.layers * language.weight + heads * language.head
-        stored[SPATIAL] = shape.spatial * kinds[SPATIAL].weight
+        stored[SPATIAL] = shape.spatial * storages[SPATIAL].weight
     return stored
 
 
@@ -362,14 +372,14 @@ def kv_bytes(shape: ModelShape, language: Storage, positions: int, rows: int) ->
 
 
 def activation_bytes(
-    shape: ModelShape, kinds: Mapping[str, Storage], *, patches: int, chunk: int, positions: int, rows: int,
+    shape: ModelShape, storages: Mapping[str, Storage], *, patches: int, chunk: int, positions: int, rows: int,
     tokens: int, fine: int, unfused: bool,
 ) -> int:  # fmt: skip
     """Return the bytes of the largest stage's tensors, and of those that are kept between stages.
 
     Args:
         shape: the model.
-        kinds: storage by graph.
+        storages: storage by graph.
         patches: patches of the largest frame.
         chunk: tokens of a prefill step.
         positions: KV positions of a row.
@@ -379,10 +389,10 @@ def activation_bytes(
         unfused: whether attention writes its scores, as in the variant `primitive`.
     """
     spec = shape.spec
-    vision, language, act = spec.vision, spec.language, kinds[LANGUAGE].activation
+    vision, language, act = spec.vision, spec.language, storages[LANGUAGE].activation
     groups = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // patches))
     per_patch = 8 * vision.hidden_size + 2 * shape.vision_inner
-    encoder = groups * patches * per_patch * kinds[VISION].activation
+    encoder = groups * patches * per_patch * storages[VISION].activation
     per_token = 6 * language.hidden_size + 2 * shape.query_width + 2 * shape.kv_width + 3 * shape.inner
     decoder = chunk * per_token * act + 4 * language.vocab_size * 16
     if unfused:
@@ -390,5 +400,5 @@ def activation_bytes(
         scores = (shape.query_width // language.head_dim) * chunk * positions * SCORE_BYTES
         decoder = max(decoder + scores, EXPANDED * rows * positions * shape.kv_width * language.num_layers * act)
     kept = (1 + vision.deepstack_levels) * (tokens + 1) * language.hidden_size * act
-    kept += fine * patches * vision.hidden_size * kinds[VISION].activation
+    kept += fine * patches * vision.hidden_size * storages[VISION].activation
     return max(encoder, decoder) + kept

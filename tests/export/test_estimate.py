@@ -10,7 +10,7 @@ import pytest
 
 from bridge_stg import cli
 from bridge_stg.export.engines.devices import find_device
-from bridge_stg.export.estimate.estimate import Request, estimate, storages, weight_bytes
+from bridge_stg.export.estimate.estimate import Request, estimate, storages_of, weight_bytes
 from bridge_stg.export.estimate.known import KNOWN
 from bridge_stg.export.estimate.shapes import ModelShape, plain_config, read_shape, shape_of_config
 from bridge_stg.runtime.bundle.spec import FramesSpec
@@ -37,8 +37,8 @@ def test_counted_weights_are_those_of_an_export(dtype: str) -> None:
     graphs = json.loads(file.read_text(encoding="utf-8"))["graphs"]
     measured = sum(graphs[name]["bytes"][dtype == "int4"] for name in ("vision_encoder", "language_model"))
     shape, device = read_shape("qwen3-vl-2b"), find_device("orin-nano-8g")
-    kinds = {name: dataclasses.replace(kind, in_plan=1) for name, kind in storages(shape, device, dtype).items()}
-    assert weight_bytes(shape, kinds, device) == pytest.approx(measured, rel=0.01)
+    storages = {name: dataclasses.replace(kind, in_plan=1) for name, kind in storages_of(shape, device, dtype).items()}
+    assert weight_bytes(shape, storages, device) == pytest.approx(measured, rel=0.01)
 
 
 def test_a_bundle_has_the_shape_of_its_checkpoint(demo_bundle: Path) -> None:
