@@ -188,7 +188,9 @@ def stop_ids(folder: Path, values: Mapping[str, Any], text: TextSpec) -> tuple[i
     If they name none, it is the special token with which the prompt ends the user's message; empty if there is none.
     """
     generation, config = folder / "generation_config.json", folder / "config.json"
-    places = ((generation, optional_json(generation)), (config, values), (config, values.get("text_config") or {}))
+    nested = values.get("text_config")  # `Backbone.config` reports one that is no object
+    nested = nested if isinstance(nested, Mapping) else {}
+    places = ((generation, optional_json(generation)), (config, values), (config, nested))
     ids: tuple[int, ...]
     for path, section in places:
         if (given := section.get("eos_token_id")) is not None:

@@ -135,7 +135,7 @@ def infer(
     check(request)
     sources = find_sources(request.words, images=request.task == "image")
     check_sources(request, sources)
-    request.outputs.check(sources, stream=request.stream)
+    request.outputs.check(sources, stream=request.stream, state=request.state)
     with naming_deadline(request.deadline), ProgressBar(delay_s=1) as progress, load(request, progress) as grounder:
         found, failed = run(request, sources, grounder, progress)
     if failed:
@@ -164,9 +164,9 @@ def check(request: Request) -> None:
             raise BridgeError("options.conflict", "--task track takes at most one QUERY; leave out the others.")
     elif not request.queries:
         raise BridgeError("options.missing", "Missing argument 'QUERY...': what to find, such as \"the red car\".")
-    searched = isinstance(request.window, float) or request.state or request.top
+    searched = isinstance(request.window, float) or request.state or request.top or not request.cuts
     if searched and (request.task in ("image", "track") or request.window == "whole"):
-        text = "--window SECONDS, --top and --state search a video"
+        text = "--window SECONDS, --top, --no-cuts and --state search a video"
         raise BridgeError(
             "options.conflict", f"{text}; leave them out with --task image, --task track and --window whole."
         )

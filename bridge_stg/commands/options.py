@@ -22,8 +22,22 @@ Decorator = Callable[[Command], Command]
 DTYPES = ("fp32", "fp16", "bf16")
 MB = 10**6
 PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(min=1)
+MAX_COUNT = 2**31 - 1
 THREADS = click.IntRange(min=1, max=MAX_THREADS)
+
+
+class Count(click.IntRange):
+    """An integer in a range. More than `MAX_COUNT` of anything is rejected: it would not fit the types of arrays."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the integer."""
+        number: int = super().convert(value, param, ctx)
+        if number > MAX_COUNT:
+            self.fail(f"{value!s:.20} is too large; expected at most {MAX_COUNT}.", param, ctx)
+        return number
+
+
+COUNT = Count(min=1)
 
 
 class Number(click.FloatRange):
@@ -167,7 +181,7 @@ backend_option = click.option("--backend", default="auto", show_default=True, he
 threads_option = click.option("--threads", type=THREADS, help="CPU threads; default: the backend decides.")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
 stream_option = click.option(
-    "--stream", type=click.IntRange(min=0), metavar="N",
+    "--stream", type=Count(min=0), metavar="N",
     help="Video stream to read, by its index in the file; default: the one that FFmpeg selects.",
 )  # fmt: skip
 visual_tokens_option = click.option(

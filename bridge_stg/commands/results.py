@@ -73,12 +73,20 @@ class Outputs:
             return None
         return self.json_file.with_name(f"{self.json_file.name}.search.jsonl")
 
-    def check(self, sources: Sequence[Source], *, stream: int | None) -> None:
-        """Raise BridgeError if two outputs are the same, one is an input, or one cannot be written as it is named."""
+    def check(self, sources: Sequence[Source], *, stream: int | None, state: Path | None = None) -> None:
+        """Raise BridgeError if two outputs are the same, one is an input, or one cannot be written as it is named.
+
+        `state` is the file of a search that is under way; None: `search_state`.
+        """
         if self.json_file == self.jsonl_file == STDOUT:
             raise BridgeError("options.conflict", "--json and --jsonl both write to stdout; leave one out.")
-        if self.annotate and self.sheet and self.annotate.resolve() == self.sheet.resolve():
-            raise BridgeError("options.conflict", f"{self.sheet} is both --annotate and --sheet; give two names.")
+        named = {"--json": self.json_file, "--jsonl": self.jsonl_file, "--annotate": self.annotate}
+        named |= {"--sheet": self.sheet, "--state": state or self.search_state}
+        seen: dict[Path, str] = {}
+        for option, path in named.items():
+            is_file = path is not None and path != STDOUT
+            if is_file and (other := seen.setdefault(path.resolve(), option)) != option:
+                raise BridgeError("options.conflict", f"{path} is both {other} and {option}; give two names.")
         for output in self.paths:
             if any(output.exists() and os.path.exists(one.word) and output.samefile(one.word) for one in sources):
                 raise BridgeError("output.is_input", f"{output} is the video itself; give another name for the output.")

@@ -207,8 +207,8 @@ def storages_of(shape: ModelShape, device: Device, dtype: str | None) -> dict[st
         storage = STORAGE[name]
         if storage.peak not in device.peaks:
             has = ", ".join(device.peaks)
-            message = f"{device.name} has no matmuls in {storage.peak}, which {name} needs; it has {has}. Use --dtype"
-            raise EngineError("engine.unsupported_precision", message)
+            message = f"{device.name} has no matmuls in {storage.peak}, which {graph} needs in {dtype or name}"
+            raise EngineError("engine.unsupported_precision", f"{message}; it has {has}: give another --dtype")
         found[graph] = storage if device.sm is not None else dataclasses.replace(storage, activation=4)
     return found
 

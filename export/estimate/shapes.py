@@ -112,10 +112,10 @@ def read_shape(model: str, *, heads: str | None = None) -> ModelShape:
 def _config(model: str, path: Path, heads: str | None) -> BridgeSTGConfig:
     from bridge_stg.checkpoint.checkpoint import load_config
     from bridge_stg.model.backbones import FAMILIES
-    from bridge_stg.model.config import read_json
+    from bridge_stg.model.config import BridgeSTGConfig, read_json
 
     if model in KNOWN and not path.exists():
-        return plain_config(KNOWN[model], heads)
+        return plain_config(KNOWN[model], heads, where=path)
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
         known = f"or one of {', '.join(KNOWN)}"
@@ -123,24 +123,30 @@ def _config(model: str, path: Path, heads: str | None) -> BridgeSTGConfig:
         raise BridgeError("options.invalid", message)
     values = read_json(file, hint="a checkpoint is a folder with a config.json")
     if values.get("model_type") in FAMILIES and (heads == "bridge" or file.name != "config.json"):
-        return plain_config(values, heads)
-    return load_config(file.parent)
+        return plain_config(values, heads, where=file)
+    if file.name == "config.json":
+        return load_config(file.parent)
+    return BridgeSTGConfig.from_dict(values, str(file))
 
 
-def plain_config(values: Mapping[str, Any], heads: str | None) -> BridgeSTGConfig:
-    """Return the config of a plain model with text heads, or with the bridge heads that `init` would add."""
+def plain_config(values: Mapping[str, Any], heads: str | None, *, where: Path = Path("config.json")) -> BridgeSTGConfig:
+    """Return the config of a plain model with text heads, or with the bridge heads that `init` would add.
+
+    Raises CheckpointError, which names the file `where`, if the model cannot be used.
+    """
     from bridge_stg.model.backbones import backbone
     from bridge_stg.model.config import BridgeSTGConfig, SpatialDecoderConfig
 
     family = backbone(values)
-    if heads == "bridge":
-        width = family.config(values).text_config.hidden_size
-        decoder = SpatialDecoderConfig.fitting(width)
-        return BridgeSTGConfig(backbone=values, frames=family.frames(), prompt=family.prompt(), spatial_decoder=decoder)
-    return BridgeSTGConfig(
+    config = BridgeSTGConfig(
         backbone=values, heads="text", prompt=family.text_prompt(), text=family.text(),
         frames=family.text_frames(image_pixels=None, video_pixels=None),
-    )  # fmt: skip
+    ).checked(where)  # fmt: skip
+    if heads != "bridge":
+        return config
+    decoder = SpatialDecoderConfig.fitting(config.backbone_config().text_config.hidden_size)
+    config = BridgeSTGConfig(backbone=values, frames=family.frames(), prompt=family.prompt(), spatial_decoder=decoder)
+    return config.checked(where)
 
 
 def shape_of_config(config: BridgeSTGConfig) -> ModelShape:

@@ -48,8 +48,9 @@ class LiveSampler:
     """Turns frames into groups.
 
     A frame is shown for at most `hold_s` seconds. After that the stream has a gap without samples, so that queries
-    never see a frozen frame. With `whole`, for files, a group has all its `frame_times`, so that it comes later, and
-    the last group is padded. With `cuts`, so is the last group of each shot, and the grids begin again after it.
+    never see a frozen frame. With `whole`, for files, a group has all its `frame_times`, so that it comes later, the
+    last group is padded, and frames may change their size. With `cuts`, so is the last group of each shot, and the
+    grids begin again after it.
     """
 
     def __init__(self, plan: LivePlan, *, hold_s: float, whole: bool = False, cuts: CutFinder | None = None) -> None:
@@ -75,7 +76,7 @@ class LiveSampler:
         else:
             self._frame_s = time_s - self._origin_s - self._newest_s
         self._newest_s = time_s - self._origin_s
-        shown = Shown(self._newest_s, frame, self._plan)
+        shown = Shown(self._newest_s, frame, self._plan, any_size=self._whole)
         passed = iter([(shown, False)]) if self._cuts is None else self._cuts.add(shown, self._plan.fine_fps)
         yield from self._show(passed)
 

@@ -14,10 +14,15 @@ TOLERANCE_S = 1e-6  # how much later than its grid point a sample may start; the
 
 
 class Shown:
-    """The current frame, shown until the next one; converted and resized once per size, and only if it is sampled."""
+    """The current frame, shown until the next one; converted and resized once per size, and only if it is sampled.
 
-    def __init__(self, time_s: float, frame: Callable[[], np.ndarray], plan: LivePlan) -> None:
-        self.time_s, self._frame, self._plan = time_s, frame, plan
+    With `any_size` the frame may have another size than the first one: it is resized too, as when a file is read whole.
+    """
+
+    def __init__(
+        self, time_s: float, frame: Callable[[], np.ndarray], plan: LivePlan, *, any_size: bool = False
+    ) -> None:
+        self.time_s, self._frame, self._plan, self._any_size = time_s, frame, plan, any_size
         self._rgb: np.ndarray | None = None
         self._sizes: dict[tuple[int, int], np.ndarray] = {}
 
@@ -38,7 +43,7 @@ class Shown:
             if self._rgb is None:
                 self._rgb = self._frame()
                 height, width = self._rgb.shape[:2]
-                if (width, height) != (self._plan.width, self._plan.height):
+                if not self._any_size and (width, height) != (self._plan.width, self._plan.height):
                     sizes = f"from {self._plan.width} × {self._plan.height} to {width} × {height} pixels"
                     raise VideoError("video.size_changed", f"the stream's frames changed {sizes}; start a new watch")
             self._sizes[size] = resize(self._rgb, size)

@@ -1,12 +1,13 @@
 """The file of a running search: finished windows, so that a search that was stopped goes on where it was.
 
-The first line identifies the search, each other line is a finished window. Without one, no file is left.
+The first line identifies the search, each other line is a finished window and its CRC-32. Without one, no file is left.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from bridge_stg.runtime.host.files import LineFile
 from bridge_stg.runtime.search.occurrences import is_seen
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +61,13 @@ class SearchState:
             if found != header:
                 what = f"{path} is the state of another search (video, queries, options or model differ)"
                 raise VideoError("search.other_state", f"{what}; delete it, or name another file")
-            self.windows = [_window_from_json(window) for window in windows]
+            self.windows = [_window_from_json(row["window"]) for row in windows if _check(row)]
             self._is_new = not self.windows
         except BaseException as error:
             self._file.__exit__()
             if not isinstance(error, (ValueError, LookupError, TypeError)):
                 raise
-            what = f"{path} is not the state of a search; name another file"
+            what = f"{path} is damaged, or not the state of a search; delete it, or name another file"
             raise VideoError("search.other_state", what) from None
 
     def add(self, window: SearchWindow) -> None:
@@ -74,7 +75,8 @@ class SearchState:
         if self._file is not None:
             rows = [[_to_json(grounding) for grounding in found] for found in window.answers]
             times = np.round(window.frame_times, 9).tolist()
-            self._file.append({"shot_s": window.shot_s, "frame_times": times, "answers": rows})
+            values = {"shot_s": window.shot_s, "frame_times": times, "answers": rows}
+            self._file.append({"crc32": _crc32(values), "window": values})
             self._is_new = False
 
     def remove(self) -> None:
@@ -90,6 +92,18 @@ class SearchState:
             if self._is_new:  # no window was finished
                 self.remove()
             self._file.__exit__()
+
+
+def _crc32(values: Mapping[str, Any]) -> int:
+    """Return the checksum of a window's plain values, which is the same after they were read from the file."""
+    return zlib.crc32(json.dumps(values).encode())
+
+
+def _check(row: Mapping[str, Any]) -> bool:
+    """Return True; raise ValueError if the line of a window was changed."""
+    if row["crc32"] != _crc32(row["window"]):
+        raise ValueError("another checksum")
+    return True
 
 
 def _to_json(grounding: Grounding) -> dict[str, Any]:

@@ -114,15 +114,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (["qwen3-vl-2b", "--target", "a10", "--video-size", "0x10"], "options.invalid"),
     (["qwen3-vl-2b", "--target", "a10", "--video-size", "99999x1"], "video.bad_shape"),
     (["qwen3-vl-2b", "--target", "orin-nano-8g", "--dtype", "nvfp4", "--json"], "engine.unsupported_precision"),
+    (["qwen3-vl-2b", "--target", "a10", "--queries", "1" + "0" * 400], "options.invalid"),
     (["qwen3-vl-2b"], "options.missing"),
     (["broken", "--target", "a10"], "checkpoint.bad_config"),
     (["other", "--target", "a10"], "checkpoint.wrong_model_type"),
+    (["other/values.json", "--target", "a10"], "checkpoint.wrong_model_type"),
+    (["sizes", "--target", "a10"], "checkpoint.bad_config"),
+    (["sizes", "--target", "a10", "--heads", "bridge"], "checkpoint.bad_config"),
 ])  # fmt: skip
 def test_bad_input_is_one_paragraph(
     arguments: list[str], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in {"broken": "{", "other": '{"model_type": "llama"}'}.items():
+    sizes = json.dumps({**KNOWN["qwen3-vl-2b"], "text_config": 3})
+    for name, text in {"broken": "{", "other": '{"model_type": "llama"}', "sizes": sizes}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text, encoding="utf-8")
-    complaint(["estimate", *arguments], capsys, code=code)
+    (tmp_path / "other" / "values.json").write_text("{}", encoding="utf-8")
+    text = complaint(["estimate", *arguments], capsys, code=code)
+    assert arguments[0] in text or not (tmp_path / arguments[0]).exists()

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from bridge_stg.runtime.bundle.spec import ModelSpec
+from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.live.cuts import CutFinder
 from bridge_stg.runtime.live.plan import LivePlan, plan_stream
 from bridge_stg.runtime.live.reader import GroupQueue
 from bridge_stg.runtime.live.sampling import LiveGroup, LiveSampler
 from bridge_stg.runtime.video.open import open_source
+from tests.errors import raises
 from tests.fakes.chain import FakeTokenizer, fake_spec
 
 TOKENIZER: Any = FakeTokenizer()
@@ -156,3 +158,14 @@ def test_an_error_is_raised_after_the_queued_groups() -> None:
     assert queue.get(0) is not None
     with pytest.raises(ValueError, match="broken"):
         queue.get(0)
+
+
+def test_frames_of_a_file_may_change_their_size() -> None:
+    frames = noise(np.arange(64) / 8)
+    frames[20:] = [(time, np.repeat(frame, 2, axis=0)) for time, frame in frames[20:]]
+    spec = fake_spec(coarse_fps=2.0, fine_fps=4.0)
+    with raises("video.size_changed", kind=VideoError):
+        sampled(plan_for(spec), frames)
+    sampler = LiveSampler(plan_for(spec), hold_s=math.inf, whole=True, cuts=CutFinder())
+    groups = [group for time_s, frame in frames for group in sampler.add(time_s, lambda frame=frame: frame)]
+    assert {group.frames.shape for group in [*groups, *sampler.finish()]} == {groups[0].frames.shape}

@@ -132,8 +132,14 @@ def test_a_state_that_is_complete_only_needs_the_last_step(tmp_path: Path) -> No
             kept.write_bytes(state.read_bytes())
 
     first = grounder.search(frames(), ["the car"], state=state, progress=keep, **OPTIONS)[0]
+    first_state = kept.read_bytes()
     second = grounder.search(frames(), ["the car"], state=kept, **OPTIONS)[0]
     assert spans(first) == spans(second) and first.windows == second.windows
+
+    lines = first_state.splitlines(keepends=True)
+    state.write_bytes(b"".join([*lines[:-1], lines[-1].replace(b'"shot_s": 0.0', b'"shot_s": "0"')]))
+    with raises("search.other_state", kind=VideoError):  # a line that was changed
+        grounder.search(frames(), ["the car"], state=state, **OPTIONS)
 
 
 @pytest.mark.parametrize(
