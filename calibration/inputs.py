@@ -79,6 +79,8 @@ def read_inputs(
         warnings.append("no annotations were used: the float bundle's own tubes are the ground truth")
     overrides = Overrides() if options.overrides is None else read_overrides(options.overrides)
     recipe = requested_recipe(options, overrides, source)
+    if not recipe.parts:
+        raise BridgeError("calibration.bad_recipe", "every graph is float, so nothing is quantized; choose a recipe.")
     warnings += check_backends(source, recipe.parts, options.backends)
     return Inputs(
         bundle=source, calibration=sets["calibration"], select=sets.get("select"), evaluate=sets.get("evaluation"),

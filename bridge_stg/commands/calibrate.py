@@ -19,7 +19,7 @@ from bridge_stg.calibration.options import (
     require_packages,
 )
 from bridge_stg.commands import options
-from bridge_stg.commands.options import PATH, Number
+from bridge_stg.commands.options import PATH, Count, Number
 from bridge_stg.commands.progress import ProgressBar, note_untrained
 from bridge_stg.export.engines.support import BACKENDS
 from bridge_stg.runtime.errors import BridgeError
@@ -91,8 +91,8 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
     "--target", "targets", multiple=True, type=click.Choice(BACKENDS),
     help="Backend that the bundle is for; default: onnxruntime-cpu; repeatable.",
 )  # fmt: skip
-@click.option("--confirm", type=click.IntRange(min=0), default=6, show_default=True, help="Blocks to score one by one.")
-@click.option("--max-trials", type=click.IntRange(min=2), default=24, show_default=True, help="Maximum search trials.")
+@click.option("--confirm", type=Count(min=0), default=6, show_default=True, help="Blocks to score one by one.")
+@click.option("--max-trials", type=Count(min=2), default=24, show_default=True, help="Maximum search trials.")
 @options.text_options
 @options.seed_option
 @options.threads_option

@@ -179,7 +179,7 @@ bundle_argument = click.argument("bundle", type=PATH)
 bundle_option = click.option("--bundle", type=PATH, help="Bundle; default: the demo bundle, exported if missing.")
 backend_option = click.option("--backend", default="auto", show_default=True, help="Backend of the graphs; see doctor.")
 threads_option = click.option("--threads", type=THREADS, help="CPU threads; default: the backend decides.")
-seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
+seed_option = click.option("--seed", type=Count(min=0), default=0, show_default=True, help="Random seed.")
 stream_option = click.option(
     "--stream", type=Count(min=0), metavar="N",
     help="Video stream to read, by its index in the file; default: the one that FFmpeg selects.",

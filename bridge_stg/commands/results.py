@@ -84,8 +84,9 @@ class Outputs:
         named |= {"--sheet": self.sheet, "--state": state or self.search_state}
         seen: dict[Path, str] = {}
         for option, path in named.items():
-            is_file = path is not None and path != STDOUT
-            if is_file and (other := seen.setdefault(path.resolve(), option)) != option:
+            if path is None or path == STDOUT:
+                continue
+            if (other := seen.setdefault(path.resolve(), option)) != option:
                 raise BridgeError("options.conflict", f"{path} is both {other} and {option}; give two names.")
         for output in self.paths:
             if any(output.exists() and os.path.exists(one.word) and output.samefile(one.word) for one in sources):

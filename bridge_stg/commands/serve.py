@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, MB, PATH, SECONDS, Number
+from bridge_stg.commands.options import COUNT, MB, PATH, SECONDS, Count, Number
 from bridge_stg.commands.progress import note_untrained
 from bridge_stg.runtime.errors import BridgeError
 
@@ -162,7 +162,7 @@ def _key(key: str | None, variable: str | None) -> str | None:
 @click.option("--media", help="Folder on the server for paths in VIDEO; without it, only VIDEO_BYTES works.")
 @click.option("--max-batch", type=COUNT, default=16, show_default=True, help="Maximum queries per batch.")
 @click.option(
-    "--queue-delay-us", type=click.IntRange(min=0), default=5000, show_default=True,
+    "--queue-delay-us", type=Count(min=0), default=5000, show_default=True,
     help="Microseconds to wait for more queries of a batch.",
 )  # fmt: skip
 @click.option("--instances", type=COUNT, default=1, show_default=True, help="Number of model instances.")
@@ -174,7 +174,7 @@ def _key(key: str | None, variable: str | None) -> str | None:
     help="Processor of the instances.",
 )
 @click.option(
-    "--open-videos", type=click.IntRange(min=0), default=4, show_default=True, help="Videos kept ready between batches."
+    "--open-videos", type=Count(min=0), default=4, show_default=True, help="Videos kept ready between batches."
 )
 @click.option("--deadline", "deadline_s", type=SECONDS, metavar="SECONDS", help="Stop a query after this time.")
 @options.text_options

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, DTYPES, PATH, OutputFolder
+from bridge_stg.commands.options import COUNT, DTYPES, PATH, Count, OutputFolder
 from bridge_stg.commands.progress import LOG, stage_line
 from bridge_stg.runtime.errors import BridgeError
 
@@ -77,7 +77,7 @@ resume_option = click.option(
 @click.option("--queries", type=COUNT, help="Number of bridging queries; default: 8.")
 @click.option("--taps", type=layers, help="LLM layers to tap; default: the last layer of each third.")
 @click.option(
-    "--decoder-width", type=click.IntRange(min=8),
+    "--decoder-width", type=Count(min=8),
     help="Width of the spatial decoder; default: 256, or the LLM's if that is less.",
 )  # fmt: skip
 @click.option("--decoder-layers", type=COUNT, help="Layers of the spatial decoder; default: 6.")

@@ -135,8 +135,11 @@ class GraphQuantizer:
     def _scale(self, matmul: Matmul) -> float:
         found = self.ranges.get(matmul.node)
         if found is None or not (np.isfinite(found.scale) and found.scale > 0):
-            problem = "has no range" if found is None else f"has the scale {found.scale}; expected a positive number"
-            what = f"{matmul.node}: its activation {problem}. Collect statistics with this bundle."
+            if found is None:
+                problem = "has no range: no sample ran it (the spatial decoder runs for targets that are found)"
+            else:
+                problem = f"has the scale {found.scale}; expected a positive number"
+            what = f"{matmul.node}: its activation {problem}. Give other --samples, or collect them with this bundle."
             raise BridgeError("calibration.missing_range", what)
         return float(found.scale)
 

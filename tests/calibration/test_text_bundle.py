@@ -41,5 +41,10 @@ def test_calibrate(text_bundle: Callable[[str], Bundle], tmp_path: Path, family:
 @pytest.mark.slow
 def test_a_recipe_for_a_graph_that_the_bundle_lacks(text_bundle: Callable[[str], Bundle], tmp_path: Path) -> None:
     options = Options(graphs={"spatial_decoder": "w8"})
+    path, samples = text_bundle("qwen3_vl").path, labelled(tmp_path, "s", 1)
     with raises("calibration.bad_recipe", "spatial_decoder", "language_model"):
-        calibrate(text_bundle("qwen3_vl").path, tmp_path / "b", samples=labelled(tmp_path, "s", 1), options=options)
+        calibrate(path, tmp_path / "b", samples=samples, options=options)
+    floats = Options(graphs={"vision_encoder": "float", "language_model": "float"})
+    with raises("calibration.bad_recipe", "every graph"):
+        calibrate(path, tmp_path / "b", samples=samples, options=floats)
+    assert not (tmp_path / "b.calibration").exists()

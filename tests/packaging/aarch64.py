@@ -168,8 +168,8 @@ def main() -> int:
         print(f"aarch64: {problem}", file=sys.stderr)
         return 2
     folder, seconds = options.folder.resolve(), {"here": {}, "aarch64": {}}
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         emulate()
         root = system(folder, options.suite, options.mirror)
@@ -186,6 +186,9 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"aarch64: failed with {error.returncode}: {' '.join(error.cmd)}", file=sys.stderr)
         return 1
+    except OSError as error:  # the folder cannot be made, or another program is missing
+        print(f"aarch64: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     ours, theirs = (json.loads((place / "result.json").read_bytes()) for place in (root / "work", folder))
     differ, least = differences(ours, theirs)
     for name, figures in seconds.items():
