@@ -119,7 +119,7 @@ def init(
 @click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto: CUDA if it is available.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored precision of the backbone; default: as in CHECKPOINT.")
 @options.adapter_option
-@click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read clips.")
+@click.option("--workers", type=Count(min=0), default=1, show_default=True, help="Processes that read clips.")
 @click.option("--tracker", type=click.Choice(TRACKERS), help="Log the curves to this program too.")
 @click.option(
     "--shard/--no-shard", default=None, help="Shard weights over processes; default: accelerate's --use_fsdp."
