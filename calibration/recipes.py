@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge_stg.calibration.options import RECIPE_NAMES
-from bridge_stg.export.engines.support import REFUSED
+from bridge_stg.export.engines.support import NOT_OFFERED
 from bridge_stg.export.graph.blocks import FLOAT, FP8, HEAD, INT4, INT8, NVFP4, QUANTIZED_FORMS, Matmul, Table
 from bridge_stg.export.graph.graph_edit import NVFP4_BLOCK
 from bridge_stg.runtime.bundle.contracts import GRAPHS
@@ -16,7 +16,7 @@ from bridge_stg.runtime.errors import BridgeError
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 FLOATING = (FP8, NVFP4)
-"""Forms that only matmuls of GPUs have, of activations and weights at once."""
+"""Forms of both operands of a matmul, which only GPUs multiply."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class GraphRecipe:
             needed, found = self.activations, self.weights
             raise _error(f"{needed} activations need {needed} weights, but weights is {found!r}.")
         if self.weights in FLOATING and self.activations == FLOAT:
-            why = REFUSED["nvfp4 weights with float activations"]
-            raise _error(f"{self.weights} weights need {self.weights} activations: else {why}.")
+            why = NOT_OFFERED["nvfp4 weights with float activations"]
+            raise _error(f"{self.weights} weights need {self.weights} activations; without, {why}.")
 
     @property
     def quantizes(self) -> bool:

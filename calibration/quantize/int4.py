@@ -1,7 +1,7 @@
-"""Round weights to int4 so that their products with recorded activations change least (GPTQ).
+"""Round weights to int4 so that the outputs of their matmuls with recorded activations change least (GPTQ).
 
-GPTQ (Frantar et al., arXiv 2210.17323): the rows of W [K, N] are rounded one after the other, and the error of each is
-compensated by those that are left, by the Cholesky factor of the inverse of XᵀX. Scales of a block are searched by the
+GPTQ (Frantar et al., arXiv 2210.17323): the rows of W [K, N] are rounded one after the other, and the rows that are
+left compensate the error of each, with the Cholesky factor of the inverse of XᵀX. Scales of a block are searched by the
 error weighted with the mean square of each channel. Without activations, each row is rounded on its own.
 """
 

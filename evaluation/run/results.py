@@ -42,7 +42,7 @@ class ResultFile(LineFile):
                 check_identity(path, header, identity)
                 self.rows = {name: self._shortened(row) for name, row in _with_ids(rows, path)}
         except BaseException:
-            self.__exit__()
+            self.close()
             raise
 
     def add(self, *rows: Mapping[str, Any]) -> None:

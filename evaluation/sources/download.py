@@ -120,7 +120,7 @@ class _Part:
     done: int = 0
     total: int | None = None
     validator: str | None = None
-    """Value of `If-Range` that identifies the content; None: the rest cannot be requested alone."""
+    """Value of `If-Range` that identifies the content; None: only the whole file can be requested."""
     begun: bool = False
 
     def begin(self, answer: http.client.HTTPResponse) -> None:

@@ -21,7 +21,7 @@ CAPACITY = 1024
 """Default KV positions of a cache that is updated in place: TensorRT needs a fixed number."""
 
 ACTIVATIONS = "Total Activation Memory: "
-"""Begin of the log message with the activation memory of a profile in bytes; one per profile, in their order."""
+"""Start of the log message with the activation memory of a profile in bytes; one per profile, in their order."""
 
 Sizes = Mapping[str, tuple[int, int, int]]
 """Minimum, optimum and maximum size by symbol. Sizes that depend on each other must agree in all three."""

@@ -37,11 +37,11 @@ DECODE_TOKENS = 16
 """New tokens of a decode step: the chosen one and those that the grammar forces after it."""
 DRAFT_TOKENS = 128
 """New tokens of a decode step of text heads, which verifies the draft of a list's next entries."""
-ANSWER_TOKENS_A_FRAME, ANSWER_TOKENS = 64, 4096
+ANSWER_TOKENS_PER_FRAME, ANSWER_TOKENS = 64, 4096
 """KV positions for an answer of text heads: an entry per frame, at most the default of `TextOptions.max_tokens`."""
 ASPECT = 4
 """Largest aspect ratio of a bucket of frame sizes at its largest area."""
-TEXT_TOKENS_A_GROUP, TEXT_TOKENS = 16, 512
+TEXT_TOKENS_PER_GROUP, TEXT_TOKENS = 16, 512
 """KV positions for the time of each group, and for query, answer and bridging queries."""
 DERIVED = {"vision_encoder": ("N", "W")}
 """Symbols that are computed from others."""
@@ -75,9 +75,9 @@ class Deployment:
         """Return the KV positions of a row: a multiple of the cache's bucket unless `capacity` is set."""
         if self.capacity is not None:
             return self.capacity
-        tokens = self.visual_tokens(spec) + self.groups(spec) * TEXT_TOKENS_A_GROUP + TEXT_TOKENS
+        tokens = self.visual_tokens(spec) + self.groups(spec) * TEXT_TOKENS_PER_GROUP + TEXT_TOKENS
         if spec.heads == "text":
-            tokens += min(ANSWER_TOKENS, ANSWER_TOKENS_A_FRAME * self.max_frames)
+            tokens += min(ANSWER_TOKENS, ANSWER_TOKENS_PER_FRAME * self.max_frames)
         return bucketed(min(tokens, spec.language.max_positions))
 
 

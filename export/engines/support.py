@@ -112,7 +112,7 @@ TABLE: tuple[Support, ...] = (
 """Rows in the order of the documentation; exactly one applies to every combination."""
 
 
-REFUSED: Mapping[str, str] = {
+NOT_OFFERED: Mapping[str, str] = {
     "nvfp4 weights with float activations": "TensorRT-RTX 1.7.1 compiles a kernel that writes the whole weight as "
     "floats in every call, before a float matmul",
     "int8 weights with scales of blocks": "TensorRT-RTX 1.7.1 writes the whole weight as floats first; with one scale "

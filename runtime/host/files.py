@@ -163,7 +163,7 @@ class LineFile:
 
     def __init__(self, path: Path, *, in_use: str, overwrite: bool = False, durable: bool = True) -> None:
         self.path, self._durable = path, durable
-        self._file = open(path, "a+b")  # noqa: SIM115 - closed by `__exit__`
+        self._file = open(path, "a+b")  # noqa: SIM115 - closed by `close`
         try:
             lock_file(self._file.fileno(), message=in_use)
             if overwrite:
@@ -206,6 +206,10 @@ class LineFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, which another process may then open."""
         self._file.close()
 
 

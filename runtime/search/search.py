@@ -170,7 +170,7 @@ class Search:
     def _parts(
         self, reader: LiveReader, limits: Limits, *, size: int, hop: int
     ) -> Iterator[tuple[LivePlan, list[LiveGroup]]]:
-        """Read, and yield `size` groups of a shot, each time `hop` later; at the end of the shot, what is left."""
+        """Read, and yield `size` groups of a shot, then those `hop` later; last, what is left of the shot."""
         kept: list[LiveGroup] = []
         left = 0  # groups at the end of `kept` that no part had
         reader.start()

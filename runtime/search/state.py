@@ -64,7 +64,7 @@ class SearchState:
             self.windows = [_window_from_json(row["window"]) for row in windows if _check(row)]
             self._is_new = not self.windows
         except BaseException as error:
-            self._file.__exit__()
+            self._file.close()
             if not isinstance(error, (ValueError, LookupError, TypeError)):
                 raise
             what = f"{path} is damaged, or not the state of a search; delete it, or name another file"
@@ -91,7 +91,7 @@ class SearchState:
         if self._file is not None:
             if self._is_new:  # no window was finished
                 self.remove()
-            self._file.__exit__()
+            self._file.close()
 
 
 def _crc32(values: Mapping[str, Any]) -> int:

@@ -13,8 +13,8 @@ from bridge_stg.export.engines.support import (
     DTYPES,
     FALLS_BACK,
     NATIVE,
+    NOT_OFFERED,
     RECIPES,
-    REFUSED,
     TABLE,
     UNSUPPORTED,
     VARIANTS,
@@ -108,7 +108,7 @@ def test_forms_whose_weights_are_not_read_by_the_matmul(
     onnx.save(form(recipe, "standard", "fp16"), tmp_path / "g.onnx")
     plan = compile_for(tmp_path / "g.onnx", SIZES, sms=(120,))
     tensors = plan_tensors(plan)
-    assert refused in REFUSED and weights in {kind for _, kind in tensors.values()}
+    assert refused in NOT_OFFERED and weights in {kind for _, kind in tensors.values()}
     read = {tensors[name][1] for inputs in fused_inputs(plan) for name in inputs if name in tensors}
     assert read == {"half"} or weights not in read
 
@@ -124,7 +124,7 @@ def test_forms_whose_weights_are_not_read_by_the_matmul(
 def test_forms_that_do_not_compile(recipe: str, refused: str, code: str, tmp_path: Path) -> None:
     rtx()
     onnx.save(form(recipe, "standard", "fp16"), tmp_path / "g.onnx")
-    assert refused in REFUSED
+    assert refused in NOT_OFFERED
     with raises(code, kind=EngineError):
         compile_for(tmp_path / "g.onnx", SIZES, capacity=128, sms=(89,))
 
@@ -159,5 +159,5 @@ def test_the_documentation_has_the_table() -> None:
         rows.append(f"| {' | '.join([*cells, row.verdict, row.evidence, row.checked])} |")
     text = (Path(__file__).parents[3] / "docs" / "calibration.md").read_text(encoding="utf-8")
     assert "\n".join(["<!-- support: begin -->", *rows, "<!-- support: end -->"]) in text
-    refused = ["| form | why |", "|---|---|", *(f"| {form} | {why} |" for form, why in REFUSED.items())]
+    refused = ["| form | why |", "|---|---|", *(f"| {form} | {why} |" for form, why in NOT_OFFERED.items())]
     assert "\n".join(["<!-- refused: begin -->", *refused, "<!-- refused: end -->"]) in text
