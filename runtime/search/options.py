@@ -27,7 +27,8 @@ class SearchOptions:
         top: how many occurrences of a query to return, best first; None: all.
         task: `tube` (spans and boxes) or `span` (spans only).
         cuts: whether hard cuts are found, so that no window and no occurrence crosses one.
-        allow_none: whether a window may be without the target; otherwise every window has an occurrence.
+        allow_none: whether a window may be without the target; otherwise each has a span, which is an occurrence if the
+            spatial decoder sees the target in at least one of its frames.
         state: file in which finished windows are kept until the search is complete; None: no file. If it exists, these
             windows are not computed again.
     """
