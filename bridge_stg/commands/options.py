@@ -189,7 +189,7 @@ visual_tokens_option = click.option(
     help="Maximum visual tokens per video; a longer video gets smaller frames, then a lower frame rate.",
 )  # fmt: skip
 index_size_option = click.option(
-    "--index-mb", "--index-size", "max_index_bytes", type=COUNT, callback=_bytes_of_mb,
+    "--index-mb", "max_index_bytes", type=COUNT, callback=_bytes_of_mb,
     help="Maximum MB of the index: the videos used longest ago are deleted from it; default: no maximum.",
 )  # fmt: skip
 index_option = combine(

@@ -109,10 +109,17 @@ class VisualIndex:
             raise BridgeError("index.not_an_index", f"{what}. Give a new folder, or delete this one.")
 
     def cache_of(self, path: str | os.PathLike[str]) -> VisualCache:
-        """Return the cache of a file's content, which is read once to hash it. Raises OSError if it cannot be read."""
+        """Return the cache of a file's content, which is read once to hash it.
+
+        Raises OSError if it cannot be read, and BridgeError if a file is in the place of the cache's folder.
+        """
         file = Path(path)
         state = _file_state(file)
         content = self.root / file_sha256(file)
+        for folder in (content, content / self._encoder):
+            if folder.exists() and not folder.is_dir():
+                what = f"{folder} is no folder of an index"
+                raise BridgeError("index.not_an_index", f"{what}. Delete it, or give a new folder.")
         with suppress(OSError):  # it is new, or this process may only read the index
             os.utime(content)
         return VisualCache(content / self._encoder, file, state, partial(self._has_room, content))

@@ -168,6 +168,12 @@ def test_errors(video: Path, root: Path, tmp_path: Path, monkeypatch: pytest.Mon
         opened(tmp_path)  # the folder of the video
     with raises("video.not_found"):
         opened(root).index(tmp_path / "gone.mp4")
+    opened(root).index(video)
+    (content,) = (folder for folder in root.iterdir() if folder.is_dir())
+    shutil.rmtree(content)
+    content.write_text("no folder")
+    with raises("index.not_an_index", content):
+        opened(root).ground(video, "the car")
     (root / "index.json").write_text('{"format": "bridge-stg index", "version": 2}')
     with raises("index.not_an_index", root):
         opened(root)
