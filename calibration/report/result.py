@@ -20,7 +20,7 @@ class CalibrationResult:
         recipe: `name`, `graphs` (graph → fields of its GraphRecipe), `kept` (graph → blocks left in float), `method`
             (how ranges were chosen: a name, or "least error"), `max_drop`, `max_changed`, `minimal`, `seed`.
         samples: by use, `calibration`, `select` and `evaluate` (null where not given), each `file`, `sha256`, `count`,
-            `kinds` (task → count), `labelled`, and in their order `entries` (each `id`, `media`, `sha256`).
+            `kinds` (task → count), `labelled`, and in their order `entries` (each `id`, `kind`, `media`, `sha256`).
         warnings: sentences.
         machine: `processor`, `cores`, `flags` (CPU flags of vector arithmetic), `self_test` (the sentence of
             `saturation_test`), `system`, `python`.

@@ -236,6 +236,7 @@ REPORTS: Mapping[str, Schema] = {
         "A sample.",
         {
             "id": of("string", "Its id."),
+            "kind": of("string", "Its task; `absent`: the target is not in the video."),
             "media": of("string", "Name of its video or image."),
             "sha256": of("string", "SHA-256 of the video or image."),
         },

@@ -26,7 +26,8 @@ def test_rows_are_consistent() -> None:
         assert 0 < device.kept < device.memory and device.bandwidth > 1e10, device.name
         assert device.sm is not None
         known = next(words for since, words in PRECISIONS_BY_SM if device.sm >= since)
-        assert set(known) - {"bf16", "int4"} == set(device.peaks) - {"fp4"}, device.name
+        peaks = {"nvfp4" if precision == "fp4" else precision for precision in device.peaks}
+        assert set(known) - {"bf16", "int4"} == peaks, device.name
         assert device.peaks["fp32"] < device.peaks["fp16"] < device.peaks["int8"], device.name
 
 
