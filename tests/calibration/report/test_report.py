@@ -37,7 +37,7 @@ def result(**changes: Any) -> dict[str, Any]:
     Image.new("RGB", (4, 4)).save(page, "PNG")
     samples = {
         "file": "calibration.jsonl", "sha256": "ab" * 32, "count": 1, "kinds": {"tube": 1}, "labelled": True,
-        "entries": [{"id": "7", "media": "a.mp4", "sha256": "cd" * 32}],
+        "entries": [{"id": "7", "kind": "tube", "media": "a.mp4", "sha256": "cd" * 32}],
     }  # fmt: skip
     graph = {
         "graph": "vision_encoder", "precision": "int8 w8a8", "recipe": "w8a8", "int8": True, "forced": False,
@@ -97,7 +97,9 @@ def test_the_report_lies_in_the_bundle_and_carries_its_hash(tmp_path: Path) -> N
     assert path == tmp_path / "reports" / "calibration.json"
     found = read_report(tmp_path, "calibration")
     validate(found, "calibration_report")
-    assert found["samples"]["calibration"]["entries"] == [{"id": "7", "media": "a.mp4", "sha256": "cd" * 32}]
+    assert found["samples"]["calibration"]["entries"] == [
+        {"id": "7", "kind": "tube", "media": "a.mp4", "sha256": "cd" * 32}
+    ]
     assert "picture" not in found["cases"][0] and found["cases"][1]["problem"] == "gone"
     path.write_text(path.read_text(encoding="utf-8").replace("0.954", "0.999"), encoding="utf-8")
     with pytest.raises(BundleError, match="was changed"):
