@@ -19,6 +19,7 @@ from bridge_stg.runtime.chain.prompt import Tokenizer, check_query
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
+from bridge_stg.runtime.chain.vision_pass import FEATURE_BUDGET_BYTES
 from bridge_stg.runtime.errors import BridgeError, EngineError, VideoError
 from bridge_stg.runtime.heads.bridge import BridgeHead
 from bridge_stg.runtime.heads.chat import check_chat, check_context, with_context
@@ -70,7 +71,7 @@ class Grounder(Closable):
         tokenizer: Tokenizer,
         *,
         kv_budget_bytes: int | None = None,
-        feature_budget_bytes: int = 2**28,
+        feature_budget_bytes: int = FEATURE_BUDGET_BYTES,
         unchanged_tolerance: float = 0.0,
         heads: str | None = None,
         text: TextOptions | None = None,

@@ -18,19 +18,18 @@ from bridge_stg.export.engines.select_builds import Build, build_bytes, cache_ro
 from bridge_stg.export.engines.targets import TARGETS, find_target
 from bridge_stg.export.estimate.activations import modelled_activation
 from bridge_stg.export.estimate.builder_figures import BuilderFigures
-from bridge_stg.export.estimate.estimate import PRIMITIVE_SMS, graph_weights, storages_of, verdict_of
+from bridge_stg.export.estimate.estimate import PRIMITIVE_SMS, cache_rows, graph_weights, storages_of, verdict_of
 from bridge_stg.export.estimate.shapes import LANGUAGE, ModelShape, shape_of_bundle
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
 from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.chain.vision_pass import FEATURE_BUDGET_BYTES
 from bridge_stg.runtime.host.memory import gigabytes
 
 PLAN_RATIO, PLAN_BYTES = 1.02, 8 * 10**6
 """Size of a plan over that of the graph's weights, and what it has besides them: programs and constants."""
 PROCESS_BYTES = 250 * 10**6
 """Memory of the runtime's process without a model: Python, numpy, PyAV, a tokenizer, and frames of a video."""
-FEATURES_BYTES = 2**28
-"""Fine feature maps that the runtime keeps at most: `feature_budget_bytes` of `Grounder`."""
 IO_DTYPES = {2: "float16", 4: "float32"}
 
 
@@ -78,8 +77,8 @@ class DryRun:
 
     @property
     def kv_cache(self) -> int:
-        """Bytes of the rows of the KV cache: the video's, which a single query shares, and one per query."""
-        return self._row * (1 + self.queries if self.queries > 1 else 1)
+        """Bytes of the rows of the KV cache; see `cache_rows`."""
+        return self._row * cache_rows(self.queries)
 
     @property
     def _row(self) -> int:
@@ -259,7 +258,7 @@ def _kept(shape: ModelShape, deployment: Deployment, item_bytes: int) -> int:
     tokens = item_bytes * levels * (deployment.visual_tokens(spec) + 1) * spec.language.hidden_size
     patches = spec.frames.fine_max_pixels // spec.vision.patch_size**2
     maps = item_bytes * spec.frames.max_fine_frames * patches * spec.vision.hidden_size
-    return tokens + (min(maps, FEATURES_BYTES) if spec.heads == "bridge" else 0)
+    return tokens + (min(maps, FEATURE_BUDGET_BYTES) if spec.heads == "bridge" else 0)
 
 
 def float_bytes(precision: str) -> int:

@@ -359,16 +359,15 @@ def graph_weights(shape: ModelShape, storages: Mapping[str, Storage]) -> dict[st
     return stored
 
 
+def cache_rows(queries: int) -> int:
+    """Return the rows of the KV cache: the video's, which a single query shares, and one per query."""
+    return 1 + queries if queries > 1 else 1
+
+
 def kv_bytes(shape: ModelShape, language: Storage, positions: int, rows: int) -> int:
-    """Return the bytes of keys and values: the video's row, which a single query shares, and one per query."""
-    return (
-        2
-        * shape.spec.language.num_layers
-        * shape.kv_width
-        * language.activation
-        * positions
-        * (1 + rows if rows > 1 else 1)
-    )
+    """Return the bytes of keys and values of `rows` queries."""
+    row = 2 * shape.spec.language.num_layers * shape.kv_width * language.activation * positions
+    return row * cache_rows(rows)
 
 
 def activation_bytes(

@@ -29,6 +29,9 @@ from bridge_stg.runtime.video.source import Samples
 
 Report = Callable[[int, int], None]
 
+FEATURE_BUDGET_BYTES = 2**28
+"""Default for the most bytes of fine feature maps that are cached between calls."""
+
 
 def merged_grid(frames: Array, spec: ModelSpec) -> tuple[int, int]:
     """Return rows and columns of visual tokens per group, for frames [..., height, width, 3] in pixels."""
