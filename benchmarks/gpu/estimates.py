@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from large.shapes import SHAPES
 
 # isort: split
-from bridge_stg.export.engines.devices import Device, find_device
+from bridge_stg.export.engines.devices import find_device
 from bridge_stg.export.estimate.estimate import Efficiency, Request, efficiency_of, estimate, seconds_of
 from bridge_stg.export.estimate.shapes import ModelShape, plain_config, read_shape, shape_of_config
 from bridge_stg.export.estimate.work import STORAGE, Storage, Work, language_work, vision_work
+from bridge_stg.runtime.device.table import Device
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.memory import gigabytes
 

@@ -14,10 +14,9 @@ import click
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, DTYPES, PATH, Count, OutputFolder
 from bridge_stg.commands.progress import LOG, stage_line
+from bridge_stg.runtime.device.table import GPUS
 from bridge_stg.runtime.errors import BridgeError
 
-GPUS = ("l4", "rtx4090", "a100-80gb", "h100-80gb")
-"""Names of `training.estimate.estimate.GPUS`, which is imported with torch."""
 TRACKERS = ("tensorboard", "wandb")
 """Names of `training.loop.distribution.TRACKERS`, which is imported with torch."""
 
@@ -125,7 +124,7 @@ def init(
     "--shard/--no-shard", default=None, help="Shard weights over processes; default: accelerate's --use_fsdp."
 )
 @click.option("--dry-run", is_flag=True, help="Check the data, estimate memory and hours, and do not train.")
-@click.option("--gpu", type=click.Choice(GPUS), help="With --dry-run: GPU to estimate for.")
+@click.option("--gpu", type=click.Choice(list(GPUS)), help="With --dry-run: GPU to estimate for.")
 @click.option("--devices", type=COUNT, default=1, show_default=True, help="With --dry-run: number of GPUs.")
 @resume_option
 def train(

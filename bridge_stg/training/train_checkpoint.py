@@ -182,8 +182,8 @@ def describe_training(
 ) -> str:  # fmt: skip
     """Return a text with the data that a training will read, and its estimated memory and hours.
 
-    `gpu` is one of `estimate.GPUS`, None: no hours. Without sources, only the estimate. Raises BridgeError as
-    `train_checkpoint` does.
+    `gpu` is one of `runtime.device.table.GPUS`, None: no hours. Without sources, only the estimate. Raises
+    BridgeError as `train_checkpoint` does.
     """
     config, texts = trainable_config(Path(checkpoint)), []
     check_distribution(recipe, devices, sharded=shard)

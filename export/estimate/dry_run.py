@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bridge_stg.export.engines.devices import DEVICES, Device, find_device
+from bridge_stg.export.engines.devices import find_device
 from bridge_stg.export.engines.profiles import Deployment, profiles_of
 from bridge_stg.export.engines.select_builds import Build, build_bytes, cache_row_bytes
 from bridge_stg.export.engines.targets import TARGETS, find_target
@@ -24,6 +24,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.chain.vision_pass import FEATURE_BUDGET_BYTES
+from bridge_stg.runtime.device.table import DEVICES, Device
 from bridge_stg.runtime.host.memory import gigabytes
 
 PLAN_RATIO, PLAN_BYTES = 1.02, 8 * 10**6

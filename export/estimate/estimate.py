@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.export.engines.devices import Device
 from bridge_stg.export.engines.profiles import MAX_QUERIES, PREFILL_TOKENS, Deployment
 from bridge_stg.export.estimate.shapes import LANGUAGE, SPATIAL, VISION, ModelShape
 from bridge_stg.export.estimate.work import STORAGE, Storage, Work, chunks, language_work, spatial_work, vision_work
 from bridge_stg.runtime.backends.kv_pool import bucketed
 from bridge_stg.runtime.backends.session import PREFILL_CHUNK
+from bridge_stg.runtime.device.table import Device
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.memory import gigabytes
 from bridge_stg.runtime.video.sizes import frame_sizes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.prompt import Segment
+from bridge_stg.runtime.device.table import GPU_KEPT, GPUS
 from bridge_stg.runtime.host.memory import gigabytes
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import Budget, CoarsePlan
@@ -35,27 +36,9 @@ HEAD_TOKENS, GROUP_TOKENS, QUERY_TOKENS, ANSWER_TOKENS = 16, 12, 24, 16
 CHOICES = 8  # answer tokens of a query that the grammar leaves open, each with logits
 VIDEO_SIZE = (480, 640)  # height and width of a usual video, in pixels
 CLIP_SECONDS = 30.0  # the mean length of a clip in VidSTG (arXiv 2001.06891) is 28 s
-CONTEXT_BYTES = 1_000_000_000
-"""Memory of a GPU that is not tensors: the CUDA context and the libraries' workspaces."""
 USABLE = 0.92  # share of a GPU's memory that the tensors may fill; the allocator's fragments take the rest
 UTILISATION = 0.3
 """Assumed share of a GPU's peak in matmuls, over the whole step."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Memory in bytes, and peak operations per second of dense bf16 matmuls with fp32 sums, by the maker's data."""
-
-    memory: int
-    peak: float
-
-
-GPUS: Mapping[str, Gpu] = {
-    "l4": Gpu(24 * 10**9, 121e12),  # NVIDIA L4 datasheet: 242 TFLOPS with sparsity
-    "rtx4090": Gpu(24 * 2**30, 165.2e12),  # NVIDIA Ada GPU architecture whitepaper 2.1, appendix A
-    "a100-80gb": Gpu(80 * 10**9, 312e12),  # NVIDIA A100 datasheet
-    "h100-80gb": Gpu(80 * 10**9, 989e12),  # NVIDIA H100 datasheet, SXM: 1,979 TFLOPS with sparsity
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +70,7 @@ class Estimate:
         """Return whether a stage fits the memory of the GPU; None: unknown."""
         if self.gpu is None:
             return None
-        return stage.peak + CONTEXT_BYTES <= USABLE * GPUS[self.gpu].memory
+        return stage.peak + GPU_KEPT <= USABLE * GPUS[self.gpu].memory
 
     def table(self) -> str:
         """Return a text table, one line per stage."""
@@ -122,7 +105,7 @@ def estimate(
     Args:
         config: the checkpoint's config.
         recipe: the recipe.
-        gpu: one of `GPUS`; None: no hours.
+        gpu: one of `runtime.device.table.GPUS`; None: no hours.
         devices: number of processes, each with one device.
         sharded: whether the weights are sharded over them (FSDP2), not replicated.
         mean_s: mean length of a clip in seconds, for the hours.
@@ -143,7 +126,7 @@ def estimate(
         operations = stage.clips * cost.operations * model.work(usual) / model.work(longest)
         hours = None
         if gpu is not None:
-            hours = stage.steps * operations / (devices * UTILISATION * GPUS[gpu].peak) / 3600
+            hours = stage.steps * operations / (devices * UTILISATION * GPUS[gpu].peaks["fp16"]) / 3600
         stages.append(model.on_device(cost, operations, hours, devices=devices, sharded=sharded))
     return Estimate(tuple(stages), gpu, devices, sharded)
 

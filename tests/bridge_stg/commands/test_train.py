@@ -18,7 +18,6 @@ from bridge_stg.checkpoint.checkpoint import load_checkpoint
 from bridge_stg.commands import train
 from bridge_stg.model.config import BridgeSTGConfig
 from bridge_stg.runtime.bundle.spec import KnowsSpec
-from bridge_stg.training.estimate import estimate
 from bridge_stg.training.loop.distribution import TRACKERS
 from bridge_stg.training.loop.trainer import TrainingStopped
 from tests.bridge_stg.model.published import publish
@@ -118,7 +117,7 @@ def test_a_dry_run_checks_the_data_and_estimates(folder, capsys):
     printed = capsys.readouterr().out
     assert "1 clips, 1 queries" in printed and "parts" in printed and "1 × l4" in printed
     assert not (folder / "trained").exists() and not (folder / "trained-training").exists()
-    assert tuple(estimate.GPUS) == train.GPUS and tuple(TRACKERS) == train.TRACKERS
+    assert tuple(TRACKERS) == train.TRACKERS
     assert cli.run([*TRAIN, "--dry-run", "--devices", "2"]) == 2
     assert "'clips' is 1" in capsys.readouterr().err
     adapters = RECIPE.replace("clips: 1", "clips: 2, lora: {rank: 4}")

@@ -11,7 +11,8 @@ import torch
 
 from bridge_stg.checkpoint.checkpoint import build_model
 from bridge_stg.model.config import BridgeSTGConfig
-from bridge_stg.training.estimate.estimate import GPUS, clip_shape, estimate
+from bridge_stg.runtime.device.table import GPUS
+from bridge_stg.training.estimate.estimate import clip_shape, estimate
 from bridge_stg.training.parts import part_of
 from bridge_stg.training.recipe import NEW_PARTS, DataRecipe, Lora, Stage, TrainingRecipe
 from tests.bridge_stg.model.tiny_model import tiny_config
@@ -69,14 +70,14 @@ def test_longer_clips_take_more_memory_and_hours():
 
 def test_devices_share_the_work_and_sharding_the_weights():
     stage = Stage("a", 100, train=ALL, clips=8)
-    single = one(stage, gpu="h100-80gb")
-    replicated, sharded = (one(stage, gpu="h100-80gb", devices=4, sharded=shard) for shard in (False, True))
+    single = one(stage, gpu="h100-80g")
+    replicated, sharded = (one(stage, gpu="h100-80g", devices=4, sharded=shard) for shard in (False, True))
     assert replicated.hours == sharded.hours == pytest.approx(single.hours / 4)
     assert replicated.weights == single.weights and replicated.gradients == 2 * single.gradients
     one_clip = one(dataclasses.replace(stage, clips=4), devices=4, sharded=True)
     assert one_clip.peak == sharded.peak  # gradients are reduced after each clip
     assert sharded.weights == single.weights // 4 and sharded.optimizer == single.optimizer // 4
-    assert single.hours == pytest.approx(100 * single.operations / (0.3 * GPUS["h100-80gb"].peak) / 3600)
+    assert single.hours == pytest.approx(100 * single.operations / (0.3 * GPUS["h100-80g"].peaks["fp16"]) / 3600)
 
 
 def test_the_table_says_what_does_not_fit(monkeypatch):

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from bridge_stg.export.engines.devices import DEVICES, Device, bandwidth, find_device
+from bridge_stg.export.engines.devices import bandwidth, find_device
 from bridge_stg.export.engines.targets import PRECISIONS_BY_SM
+from bridge_stg.runtime.device.table import DEVICES, Device
 from tests.errors import raises
 
 # Sparse int8 TOPS of module and DLA: https://developer.nvidia.com/embedded/jetson-modules
