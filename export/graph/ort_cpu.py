@@ -7,7 +7,8 @@
   in every call. TensorRT takes int8 constants only as input of DequantizeLinear, so it cannot run that form.
 - Nvfp4, for which onnxruntime has no operator, is computed by standard ones with the same numbers.
 - Float graphs too get fused attention (`fuse_attention`), folded key projections in the spatial decoder
-  (`fold_key_projection`) and optional visual tokens in the vision encoder (`optional_tokens`).
+  (`fold_key_projection`), optional visual tokens in the vision encoder (`optional_tokens`), and a patch embedding that
+  is one matmul (`patch_embedding`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bridge_stg.export.graph.fold_key_projection import fold_key_projection
 from bridge_stg.export.graph.fuse_attention import fuse_attention
 from bridge_stg.export.graph.graph_edit import NVFP4_BLOCK, TENSORRT_DOMAIN, Edit, producer, rank
 from bridge_stg.export.graph.optional_tokens import make_tokens_optional
+from bridge_stg.export.graph.patch_embedding import embed_patches_by_matmul
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 
 VARIANT, DERIVED_FROM = "ort-cpu", "standard"
@@ -56,6 +58,7 @@ def for_ort_cpu(model: ir.Model, graph: str) -> bool:
         _look_up_integers(edit, edit.nodes[table.node])
     emulated = _emulate_nvfp4(edit)
     edit.drop_unused()
+    changed.append(embed_patches_by_matmul(model))
     if any(fused):
         model.graph.opset_imports[DOMAIN] = 1
     return any(changed) or any(fused) or bool(tables) or emulated
