@@ -69,7 +69,7 @@ def peak_memory(samples: list[dict[str, Any]]) -> dict[str, float]:
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("build/demo/bundle"), show_default=True)
 @click.option("--seconds", default=3600.0, show_default=True, help="Length of the stream.")
 @click.option("--every", "every_s", default=1.0, show_default=True)
-@click.option("--window", default=32, show_default=True)
+@click.option("--window", "window_s", default=16.0, show_default=True)
 @click.option("--query", default="the blue bird", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--return-freed/--keep-freed", default=True, help="Return freed memory at once, as `watch` does.")
@@ -78,7 +78,7 @@ def main(
     bundle: Path,
     seconds: float,
     every_s: float,
-    window: int,
+    window_s: float,
     query: str,
     threads: int | None,
     return_freed: bool,
@@ -92,7 +92,7 @@ def main(
     resident: list[int] = []
     with (
         Grounder.load(bundle, threads=threads) as grounder,
-        grounder.watch(stream(seconds, clips), [query], every_s=every_s, window=window) as watch,
+        grounder.watch(stream(seconds, clips), [query], every_s=every_s, window_s=window_s) as watch,
     ):
         before, spent_before = watch.stats, time.process_time()
         for update in watch:
@@ -117,7 +117,7 @@ def main(
         "stream_s": seconds,
         "wall_s": round(time.perf_counter() - began, 1),
         "process_s": round(time.process_time(), 1),
-        "options": {"every_s": every_s, "window": window, "queries": [query], "threads": threads},
+        "options": {"every_s": every_s, "window_s": window_s, "queries": [query], "threads": threads},
         "return_freed": returns_freed,
         "stats": stats.to_json(),
         "events": events,

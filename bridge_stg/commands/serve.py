@@ -48,7 +48,10 @@ def live_source(value: str) -> tuple[str, str]:
     "--every", "every_s", type=SECONDS, default=1.0, show_default=True, metavar="SECONDS",
     help="Seconds between two live rounds.",
 )  # fmt: skip
-@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per live round.")
+@click.option(
+    "--window", "window_s", type=SECONDS, metavar="SECONDS",
+    help="Newest seconds that a live round sees; default: 16, or what the model reads at once.",
+)  # fmt: skip
 @click.option("--max-upload-mb", type=COUNT, default=256, show_default=True, help="Maximum MB per upload.")
 @click.option("--max-storage-mb", type=COUNT, default=4096, show_default=True, help="Maximum MB of all uploads.")
 @click.option(
@@ -81,7 +84,7 @@ def live_source(value: str) -> tuple[str, str]:
 @options.kv_option
 def serve(
     *, bundle: Path, sample: Path | None, api_key: str | None, api_key_env: str | None,
-    live: tuple[tuple[str, str], ...], every_s: float, window: int, max_upload_mb: int, max_storage_mb: int,
+    live: tuple[tuple[str, str], ...], every_s: float, window_s: float | None, max_upload_mb: int, max_storage_mb: int,
     open_mb: int, decode_mb: int, log_requests: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a BUNDLE over HTTP: uploads, jobs, live sources, and a web page.
@@ -121,7 +124,7 @@ def serve(
         bundle,
         settings,
         say=say,
-        live={"every_s": every_s, "window": window},
+        live={"every_s": every_s, "window_s": window_s},
         **load_options,
     )
 

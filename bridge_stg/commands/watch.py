@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge_stg.commands import options
-from bridge_stg.commands.options import COUNT, SECONDS, Number, OutputFile
+from bridge_stg.commands.options import SECONDS, Number, OutputFile
 from bridge_stg.commands.progress import LOG, note_unknown_words, note_untrained, stage_line
 from bridge_stg.commands.results import Append, json_lines
 from bridge_stg.runtime.errors import BridgeError
@@ -38,7 +38,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
     "--every", "every_s", type=SECONDS, default=1.0, show_default=True, metavar="SECONDS",
     help="Seconds between two rounds.",
 )  # fmt: skip
-@click.option("--window", type=COUNT, default=32, show_default=True, help="Coarse frames per round.")
+@click.option(
+    "--window", "window_s", type=SECONDS, metavar="SECONDS",
+    help="Newest seconds that a round sees; default: 16, or what the model reads at once.",
+)  # fmt: skip
 @click.option("--jsonl", "--json", "json_file", type=OutputFile(), help="Append the events, one JSON object per line.")
 @click.option("--answers", is_flag=True, help="Write every round's answers to --jsonl too.")
 @options.overwrite_option("--jsonl file")

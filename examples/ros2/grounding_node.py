@@ -51,7 +51,7 @@ def seconds_of(stamp: Any) -> float:
 class GroundingNode(Node):
     """Runs standing queries on the newest seconds of an image topic.
 
-    Parameters: `bundle` (folder), `queries` (list of strings), `every_s`, `window` (coarse frames), `stall_s`.
+    Parameters: `bundle` (folder), `queries` (list of strings), `every_s`, `window_s`, `stall_s`.
     """
 
     def __init__(self, grounder: Grounder | None = None) -> None:
@@ -59,14 +59,14 @@ class GroundingNode(Node):
         bundle = self.declare_parameter("bundle", "").value
         queries = self.declare_parameter("queries", ["the red car"]).value
         every_s = self.declare_parameter("every_s", 1.0).value
-        window = self.declare_parameter("window", 32).value
+        window_s = self.declare_parameter("window_s", 16.0).value
         stall_s = self.declare_parameter("stall_s", 30.0).value
         self.lost = 0
         self.waiting_images: queue.Queue[Any] = queue.Queue(WAITING_IMAGES)
         self._newest_s, self._frame_id = -1.0, ""
         self._grounder = grounder or Grounder.load(bundle)
         self._watch = self._grounder.watch(
-            self._frames(), list(queries), every_s=every_s, window=window, stall_s=stall_s, latest_wins=True
+            self._frames(), list(queries), every_s=every_s, window_s=window_s, stall_s=stall_s, latest_wins=True
         )
         self._detections = self.create_publisher(Detection2DArray, "detections", 10)
         self._events = self.create_publisher(String, "events", 10)

@@ -18,7 +18,7 @@ ARGUMENTS = {
     "image": ("/camera/image_raw", "Image topic."),
     "query": ("the red car", "Query; for several, edit `queries` here or set the parameter."),
     "every_s": ("1.0", "Seconds between rounds."),
-    "window": ("32", "Length of the window in coarse frames."),
+    "window_s": ("16.0", "Length of the window in seconds."),
 }
 
 
@@ -27,7 +27,7 @@ def start_node(context: LaunchContext) -> list[ExecuteProcess]:
     given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     parameters = {"bundle": given["bundle"], "queries": [given["query"]]}
     written = {name: json.dumps(value, ensure_ascii=False) for name, value in parameters.items()}
-    written |= {name: given[name] for name in ("every_s", "window")}
+    written |= {name: given[name] for name in ("every_s", "window_s")}
     command = ["python3", str(NODE), "--ros-args", "-r", f"image:={given['image']}"]
     for name, value in written.items():
         command += ["-p", f"{name}:={value}"]

@@ -5,6 +5,7 @@ They are chosen once, from the first frame, so that a window that fills up is ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,26 +54,32 @@ class LivePlan:
         return self._sizes.choice(group_times, self.coarse_size, fps=1 / self.interval_s, limits=())
 
 
-def check_window(window: int, spec: ModelSpec) -> int:
-    """Return the number of groups in a window of `window` coarse frames. Raises VideoError if that does not fit."""
-    group = spec.vision.temporal_patch_size
-    least, most = 2 * group, spec.frames.max_coarse_groups * group
-    if isinstance(window, bool) or not isinstance(window, int) or not least <= window <= most:
-        raise VideoError("live.bad_option", f"window={window!r}: expected {least} to {most} coarse frames")
-    return window // group
+def longest_window_s(spec: ModelSpec) -> float:
+    """Return the seconds of a video that the model reads at its own coarse rate."""
+    return spec.frames.max_coarse_groups * spec.vision.temporal_patch_size / spec.frames.coarse_fps
+
+
+def window_groups(spec: ModelSpec, window_s: float) -> int:
+    """Return the groups of coarse frames in a window of seconds. Raises VideoError if the model cannot read as many."""
+    group_s = spec.vision.temporal_patch_size / spec.frames.coarse_fps
+    number = isinstance(window_s, (int, float)) and not isinstance(window_s, bool) and math.isfinite(window_s)
+    groups = round(window_s / group_s) if number else 0
+    if not 2 <= groups <= spec.frames.max_coarse_groups:
+        message = f"window_s={window_s!r}: this model reads {2 * group_s:g} to {longest_window_s(spec):g} s at once"
+        raise VideoError("options.out_of_range", message)
+    return groups
 
 
 def plan_stream(
-    height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, *, window: int, budget: Budget | None = None
+    height: int, width: int, spec: ModelSpec, tokenizer: Tokenizer, *, groups: int, budget: Budget | None = None
 ) -> LivePlan:
-    """Choose rates and sizes so that a full window of coarse frames fits the model's prompt, with room for a query.
+    """Choose rates and sizes so that a full window of groups fits the model's prompt, with room for a query.
 
     `budget` is that of the window's frames; None: the model's own.
 
     Raises VideoError if the window does not fit even with the smallest frames, or the frames' shape is unsupported.
     """
-    groups, group = check_window(window, spec), spec.vision.temporal_patch_size
-    stride = 1
+    stride, group = 1, spec.vision.temporal_patch_size
     while True:
         times = (np.arange(groups * group) * stride / spec.frames.coarse_fps).reshape(groups, group).mean(axis=1)
         if len({f"{time:.{spec.prompt.time_decimals}f}" for time in times}) == groups:
@@ -81,8 +88,8 @@ def plan_stream(
     sizes = CoarsePlan(height, width, spec, budget or video_budget(tokenizer, spec, None))
     size = sizes.size_of(times)
     if size is None:
-        text = f"window={window}: {width} × {height} pixels do not fit in {spec.language.max_positions} positions"
-        raise VideoError("live.window_too_large", f"{text} of the prompt; give a smaller window")
+        text = f"{groups} groups of {width} × {height} pixels do not fit in {spec.language.max_positions} positions"
+        raise VideoError("live.window_too_large", f"{text} of the prompt; give a shorter window")
     frames, fine_size = spec.frames, frame_sizes(height, width, spec)[1]
     return LivePlan(
         width, height, frames.coarse_fps, stride, group, groups, frames.fine_fps, size, fine_size, _sizes=sizes

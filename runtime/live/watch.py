@@ -26,13 +26,14 @@ from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.host.limits import Cancel, Limits
 from bridge_stg.runtime.live.events import Event, EventTracker, wall_json
-from bridge_stg.runtime.live.plan import LivePlan, check_window, plan_stream
+from bridge_stg.runtime.live.plan import LivePlan, longest_window_s, plan_stream, window_groups
 from bridge_stg.runtime.live.reader import POLL_S, GroupQueue, LiveReader
 from bridge_stg.runtime.live.sampling import LiveGroup
 from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.live.stats import LiveStats
 from bridge_stg.runtime.live.window import LiveWindow, in_stream_time
 
+WINDOW_S = 16.0  # default of `LiveOptions.window_s`
 LATENCIES = 1000  # newest rounds whose latency is kept
 
 
@@ -42,7 +43,8 @@ class LiveOptions:
 
     Attributes:
         every_s: stream time between two rounds of the standing queries, in seconds.
-        window: maximum number of coarse frames in the window.
+        window_s: seconds of the window, rounded to whole groups of coarse frames; None: `WINDOW_S`, or what the model
+            reads at once if that is shorter.
         allow_none: whether the answer may be that the target is absent.
         deadline_s: seconds after which a round is stopped (counted, no error); None: never.
         duration_s: stream time after which the watch ends; None: at the end of the source.
@@ -53,7 +55,7 @@ class LiveOptions:
     """
 
     every_s: float = 1.0
-    window: int = 32
+    window_s: float | None = None
     allow_none: bool = True
     deadline_s: float | None = None
     duration_s: float | None = None
@@ -128,7 +130,8 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
         cancel: Cancel | None = None,
         feature_budget_bytes: int,
     ) -> None:
-        check_window(options.window, chain.spec)
+        most_s = longest_window_s(chain.spec)
+        groups = window_groups(chain.spec, min(WINDOW_S, most_s) if options.window_s is None else options.window_s)
         self.options = options
         self.source = source
         self._chain = chain
@@ -140,7 +143,7 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
         self._queue = GroupQueue(options.queue_groups, latest_wins=source.keeps_pace)
         self._reader = LiveReader(
             source,
-            lambda height, width: plan_stream(height, width, chain.spec, chain.tokenizer, window=options.window),
+            lambda height, width: plan_stream(height, width, chain.spec, chain.tokenizer, groups=groups),
             self._queue,
             hold_s=options.hold_s,
         )

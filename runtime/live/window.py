@@ -71,7 +71,7 @@ class LiveWindow:
         full = self._segment(np.arange(plan.groups) * plan.group)
         if full.next_position > chain.spec.language.max_positions:
             text = f"{full.next_position} of the prompt's {chain.spec.language.max_positions} positions"
-            raise VideoError("live.window_too_large", f"the window takes {text}; give a smaller window")
+            raise VideoError("live.window_too_large", f"the window takes {text}; give a shorter window")
         self._cache = chain.pool.take(batch=1, positions=len(full) + QUERY_POSITIONS)
         self._own = dataclasses.replace(chain, pool=_WindowPool(self._cache, chain.pool))
         self._features = FineFeatures(

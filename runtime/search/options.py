@@ -12,6 +12,7 @@ from typing import Any
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.live.plan import longest_window_s, window_groups
 from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.video.decoder import Decoder, check_path
 from bridge_stg.runtime.video.image import read_image
@@ -42,8 +43,6 @@ class SearchOptions:
     state: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.window_s is not None and not (_is_number(self.window_s) and self.window_s > 0):
-            raise VideoError("search.bad_option", f"window_s={self.window_s!r}: expected seconds, more than 0")
         if not (_is_number(self.overlap) and 0 <= self.overlap <= 0.9):
             raise VideoError("search.bad_option", f"overlap={self.overlap!r}: expected a share from 0 to 0.9")
         if self.top is not None and (isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1):
@@ -51,25 +50,14 @@ class SearchOptions:
         if self.task not in ("tube", "span"):
             raise VideoError("search.bad_option", f"task={self.task!r}: a search has the tasks tube and span")
 
-
-def longest_window_s(spec: ModelSpec) -> float:
-    """Return the seconds of a video that the model reads at its own coarse rate."""
-    return spec.frames.max_coarse_groups * spec.vision.temporal_patch_size / spec.frames.coarse_fps
+    def groups(self, spec: ModelSpec) -> int:
+        """Return the groups of coarse frames of a window. Raises VideoError if the model cannot read as many."""
+        return window_groups(spec, default_window_s(spec) if self.window_s is None else self.window_s)
 
 
 def default_window_s(spec: ModelSpec) -> float:
     """Return the seconds of a window: what the bundle states, else `longest_window_s`."""
     return min(spec.frames.window_s or math.inf, longest_window_s(spec))
-
-
-def window_groups(spec: ModelSpec, window_s: float | None) -> int:
-    """Return the groups of coarse frames of a window. Raises VideoError if the model cannot read as many."""
-    group_s = spec.vision.temporal_patch_size / spec.frames.coarse_fps
-    groups = round((default_window_s(spec) if window_s is None else window_s) / group_s)
-    if not 2 <= groups <= spec.frames.max_coarse_groups:
-        message = f"window_s={window_s:g}: this model reads {2 * group_s:g} to {longest_window_s(spec):g} s at once"
-        raise VideoError("search.bad_option", message)
-    return groups
 
 
 def video_length_s(video: Any, stream: int | None = None) -> float | None:

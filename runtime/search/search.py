@@ -29,7 +29,7 @@ from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.live.window import LiveWindow, StoredWindows, in_stream_time, samples_of, tokens_of
 from bridge_stg.runtime.search.indexed import IndexedVideo
 from bridge_stg.runtime.search.occurrences import Occurrences, SearchResult, is_seen
-from bridge_stg.runtime.search.options import SearchOptions, window_groups
+from bridge_stg.runtime.search.options import SearchOptions
 from bridge_stg.runtime.search.state import SearchState, SearchWindow
 from bridge_stg.runtime.video.token_budget import Budget
 
@@ -65,7 +65,7 @@ class Search:
     def run(self, limits: Limits) -> list[SearchResult]:
         """Return the occurrences of each query. Raises BridgeError as `Grounder.search` does."""
         spec, options = self.chain.spec, self.options
-        size = window_groups(spec, options.window_s)
+        size = options.groups(spec)
         hop = size - min(round(options.overlap * size), size - 1)
         searched = {"task": options.task, "allow_none": options.allow_none, "cuts": options.cuts, "groups": size}
         identity = {**self.identity, **searched, "hop": hop, "queries": list(self.queries)}
@@ -106,7 +106,7 @@ class Search:
         Raises BridgeError as `Grounder.index` does.
         """
         assert self.indexed is not None
-        reader = self._reader(window_groups(self.chain.spec, self.options.window_s), BLOCK)
+        reader = self._reader(self.options.groups(self.chain.spec), BLOCK)
         with closing(reader), limits.stage("index"):
             for plan, groups in self._parts(reader, limits, size=BLOCK, hop=BLOCK):
                 within, stored = Limits(cancel=_checking(limits)), self.indexed.stored(plan, groups[0].shot_s)
@@ -131,10 +131,9 @@ class Search:
 
     def _reader(self, size: int, hop: int) -> LiveReader:
         spec = self.chain.spec
-        window = size * spec.vision.temporal_patch_size
 
         def plan_of(height: int, width: int) -> LivePlan:
-            return plan_stream(height, width, spec, self.chain.tokenizer, window=window, budget=self.budget)
+            return plan_stream(height, width, spec, self.chain.tokenizer, groups=size, budget=self.budget)
 
         queue, pixels, cuts = GroupQueue(hop, latest_wins=False), True, CutFinder() if self.options.cuts else None
         if self.indexed is not None:

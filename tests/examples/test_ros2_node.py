@@ -23,7 +23,7 @@ START_S = 1_700_000_000.0
 
 @pytest.fixture
 def ros(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.setattr(ros2_stand_in.Node, "parameters", {"queries": ["the car", "the dog"], "window": 16})
+    monkeypatch.setattr(ros2_stand_in.Node, "parameters", {"queries": ["the car", "the dog"], "window_s": 8})
     seen = ros2_stand_in.install(monkeypatch)
     seen.node = load("ros2/grounding_node.py")
     return seen
@@ -118,7 +118,7 @@ def test_main_spins_and_stops(end: type[BaseException], ros: SimpleNamespace, mo
 def test_the_launch_file_starts_the_node(ros: SimpleNamespace, query: str) -> None:
     *declared, node = load("ros2/watch.launch.py").generate_launch_description().entities
     given = {argument.name: argument.default_value for argument in declared}
-    assert set(given) == {"bundle", "image", "query", "every_s", "window"}
+    assert set(given) == {"bundle", "image", "query", "every_s", "window_s"}
     (process,) = node.function({**given, "query": query, "bundle": "/data/v2: new"})
     assert process.cmd[1] == str(EXAMPLES / "ros2" / "grounding_node.py") and Path(process.cmd[1]).exists()
     parameters = dict(text.split(":=", 1) for text in process.cmd[process.cmd.index("--ros-args") :] if ":=" in text)

@@ -105,7 +105,7 @@ def watch_for_an_hour() -> tuple[list[int], LiveStats]:
     """Watch an hour of a stream; return the resident bytes after each minute from the sixth on, and the counts."""
     measured: list[int] = []
     grounder = live_grounder(seeing=False)
-    with grounder.watch(stream(3600, fps=4.0), ["the car", "a dog"], window=16) as watch:
+    with grounder.watch(stream(3600, fps=4.0), ["the car", "a dog"], window_s=8) as watch:
         for update in watch:
             if update.known_s >= 360 and update.known_s % 60 == 0:
                 measured.append(resident_bytes())

@@ -38,7 +38,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def watch(*arguments: object) -> int:
-    return cli.run(["watch", *map(str, arguments), "--bundle", "bundle", "--window", "16"])
+    return cli.run(["watch", *map(str, arguments), "--bundle", "bundle", "--window", "8"])
 
 
 def test_prints_events_and_writes_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

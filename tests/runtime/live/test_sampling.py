@@ -23,8 +23,8 @@ from tests.fakes.chain import FakeTokenizer, fake_spec
 TOKENIZER: Any = FakeTokenizer()
 
 
-def plan_for(spec: ModelSpec, window: int = 16) -> LivePlan:
-    return plan_stream(48, 64, spec, TOKENIZER, window=window)
+def plan_for(spec: ModelSpec, groups: int = 8) -> LivePlan:
+    return plan_stream(48, 64, spec, TOKENIZER, groups=groups)
 
 
 def sampled(plan: LivePlan, frames: list[tuple[float, np.ndarray]], hold_s: float = 2.0) -> tuple[list[LiveGroup], int]:

@@ -109,14 +109,14 @@ def test_a_stream_over_the_network(tmp_path: Path) -> None:
         frames = [(time_s, picture().shape) for time_s, picture in open_live(address).frames(threading.Event())]
         assert len(frames) == 60 and {shape for _, shape in frames} == {(48, 64, 3)}
         np.testing.assert_allclose([time_s for time_s, _ in frames], np.arange(60) / 25, atol=1e-3)
-        with live_grounder().watch(address, ["the car"], window=8, latest_wins=False) as watch:
+        with live_grounder().watch(address, ["the car"], window_s=4, latest_wins=False) as watch:
             assert [update.known_s for update in watch] == [1, 2] and watch.stats.ended == "source"
 
 
 def test_a_camera_over_rtsp(tmp_path: Path) -> None:
     body = write(tmp_path / "clip.ts", pictures(200), options={"x264-params": GOP}).read_bytes()
     with camera(body) as address:
-        with live_grounder().watch(address, ["the car"], window=8) as watch:
+        with live_grounder().watch(address, ["the car"], window_s=4) as watch:
             updates = list(watch)
     stats = watch.stats
     assert stats.ended == "source" and 190 < stats.frames <= 200  # 8 s; the stream's end cuts the last frames off
@@ -126,7 +126,7 @@ def test_a_camera_over_rtsp(tmp_path: Path) -> None:
 def test_a_camera_over_rtsp_that_falls_silent(tmp_path: Path) -> None:
     body = write(tmp_path / "clip.ts", pictures(200), options={"x264-params": GOP}).read_bytes()
     with camera(body, hang=True) as address:
-        with live_grounder().watch(address, ["the car"], window=8, stall_s=1.0) as watch:
+        with live_grounder().watch(address, ["the car"], window_s=4, stall_s=1.0) as watch:
             with pytest.raises(VideoError) as caught:
                 list(watch)
     assert caught.value.code in SILENT and "1 s" in str(caught.value) and watch.stats.groups > 1
@@ -135,7 +135,7 @@ def test_a_camera_over_rtsp_that_falls_silent(tmp_path: Path) -> None:
 def test_a_stream_that_breaks_off(tmp_path: Path) -> None:
     body = write(tmp_path / "clip.ts", pictures(60)).read_bytes()
     with serving(body, hang=False, length=2 * len(body)) as address:
-        with live_grounder().watch(address, ["the car"], window=8, latest_wins=False) as watch:
+        with live_grounder().watch(address, ["the car"], window_s=4, latest_wins=False) as watch:
             with raises("live.connection_lost", "clip.ts"):
                 list(watch)
     assert watch.stats.answers == 2
@@ -144,7 +144,7 @@ def test_a_stream_that_breaks_off(tmp_path: Path) -> None:
 def test_a_stream_that_falls_silent(tmp_path: Path) -> None:
     body = write(tmp_path / "clip.ts", pictures(300)).read_bytes()
     with serving(body[: len(body) // 188 // 2 * 188], hang=True) as address:
-        with live_grounder().watch(address, ["the car"], window=8, latest_wins=False, stall_s=1.0) as watch:
+        with live_grounder().watch(address, ["the car"], window_s=4, latest_wins=False, stall_s=1.0) as watch:
             with pytest.raises(VideoError) as caught:
                 list(watch)
         assert caught.value.code in SILENT and "1 s" in str(caught.value)

@@ -35,7 +35,7 @@ def test_an_extended_and_a_rebuilt_prefix_answer_like_one_prefill(demo_grounder:
     frames = joined()
     found = rebuilt = 0
     for queries in (QUERIES[:1], QUERIES):
-        with demo_grounder.watch(frames, queries, window=8, every_s=3) as watch:
+        with demo_grounder.watch(frames, queries, window_s=4, every_s=3) as watch:
             for update in watch:
                 start, end = update.window
                 same_frames = ((time_s - start, frame) for time_s, frame in frames if start <= time_s < end)

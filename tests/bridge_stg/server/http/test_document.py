@@ -121,7 +121,7 @@ def test_ranges(served: Callable[..., Running], tmp_path: Path, header: str, sta
 
 def test_events_are_as_the_document_says(served: Callable[..., Running], tmp_path: Path) -> None:
     sources = {"gate": stream(8, bright=((2.0, 6.0),))}
-    running = served(live_grounder(), live=sources, live_options={"window": 16, "every_s": 0.5})
+    running = served(live_grounder(), live=sources, live_options={"window_s": 8, "every_s": 0.5})
     with running.client() as client:
         document = client.get("/openapi.json").json()
         job = ask(client, upload(client, small_clip(tmp_path / "clip.mp4"))["id"], ["the car"]).json()["id"]

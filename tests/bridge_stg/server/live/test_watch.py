@@ -20,7 +20,7 @@ from tests.bridge_stg.server.conftest import Running, events, http_error, metric
 from tests.fakes.clips import write
 from tests.fakes.live_chain import live_grounder, stream
 
-OPTIONS = {"window": 16, "every_s": 0.5}
+OPTIONS = {"window_s": 8, "every_s": 0.5}
 
 
 @pytest.fixture
