@@ -139,13 +139,14 @@ class TensorRTSession(Closable):
         """Run a call on some rows of a cache."""
         if cache is None:
             return self._run(feeds, sizes, cache)
-        rows, views = (cache.rows(start, start + sizes["B"]) for _ in range(2))
+        rows = cache.rows(start, start + sizes["B"])
+        views = dict(rows.buffers)
         if any(buffer.address % ALIGNMENT for buffer in rows.buffers.values()):
-            rows.buffers = {name: buffer.copy() for name, buffer in rows.buffers.items()}
+            rows.buffers = {name: buffer.copy() for name, buffer in views.items()}
         outputs = self._run(feeds, sizes, rows)
         for name, buffer in rows.buffers.items():
-            if buffer.address != views.buffers[name].address:
-                views.buffers[name].write(buffer)
+            if buffer.address != views[name].address:
+                views[name].write(buffer)
         return outputs
 
     def _run(
