@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ FAMILIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """TensorRT family of the backends that import it themselves."""
 WHEELS_SINCE_L4T = 38
 """Earlier Jetson Linux (JetPack 6) only runs the TensorRT of JetPack."""
+JETPACK6_TENSORRT = (10, 3)
+"""The newest TensorRT of JetPack 6, whose package is for Python 3.10."""
 PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 """Provider that onnxruntime must list for a backend to run."""
 
@@ -149,6 +152,9 @@ def _state(
     missing = []
     if own is None:
         missing.append(Missing(f"the package {backend.distributions[0]}", _command(backend, facts)))
+    elif backend.name == "tensorrt" and _is_jetpack6(facts) and _too_new(own):
+        what = f"the TensorRT of JetPack 6, for Python 3.10 (found {own} for CUDA 13, Python {facts.python})"
+        missing.append(Missing(what, _command(backend, facts)))
     elif backend.name in FAMILIES and (problem := _broken(MODULES[FAMILIES[backend.name]], load)):
         command = install_command(backend.extra, options="--force-reinstall ")
         missing.append(Missing(f"a {backend.name} that can be imported ({problem})", command))
@@ -168,9 +174,18 @@ def _command(backend: Backend, facts: Machine) -> str:
         return "no matching wheel is published for a Jetson: use the backend tensorrt"
     if facts.architecture == "aarch64" and backend.extra in ("rtx", "rtx-provider"):
         return "no wheel is published for 64-bit Arm: use the backend tensorrt"
-    if facts.l4t and backend.name == "tensorrt" and int(facts.l4t.partition(".")[0]) < WHEELS_SINCE_L4T:
-        return "sudo apt install python3-libnvinfer (of JetPack), then a venv with --system-site-packages"
+    if backend.name == "tensorrt" and _is_jetpack6(facts):
+        return "sudo apt install python3-libnvinfer (of JetPack), then python3.10 -m venv --system-site-packages …"
     return install_command(backend.extra)
+
+
+def _is_jetpack6(facts: Machine) -> bool:
+    return bool(facts.l4t) and int(str(facts.l4t).partition(".")[0]) < WHEELS_SINCE_L4T
+
+
+def _too_new(version: str) -> bool:
+    """Return whether this TensorRT is a wheel for CUDA 13 rather than that of JetPack 6."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) > JETPACK6_TENSORRT
 
 
 def _broken(modules: tuple[str, ...], load: Callable[[str], Any]) -> str | None:

@@ -225,6 +225,14 @@ def test_jetson_that_takes_wheels(tmp_path: Path) -> None:
     assert "ubuntu-drivers" not in gpu and "--runtime nvidia" in gpu
 
 
+@pytest.mark.parametrize(("installed", "lacking"), [("10.3.0", False), ("11.4.0.106", True), (None, True)])
+def test_jetpack_6_runs_only_its_own_tensorrt(tmp_path: Path, installed: str | None, lacking: bool) -> None:
+    found = look(tmp_path, JETSON, FakeCuda(status=100))
+    diagnosis = diagnosed(found, {} if installed is None else {"tensorrt": installed})
+    commands = [command for what, command in lacks(diagnosis, "tensorrt").items() if "JetPack" in what + command]
+    assert ["python3.10 -m venv" in command for command in commands] == [True] * lacking
+
+
 def test_broken_tensorrt(tmp_path: Path) -> None:
     diagnosis = diagnosed(look(tmp_path, X86, FakeCuda()), {"tensorrt": "10.15.1", "cuda-python": "13.0.1"})
     (lacking,) = lacks(diagnosis, "tensorrt").items()
