@@ -28,6 +28,7 @@ from bridge_stg.server.videos.uploads import Store, Upload
 
 MOST_KEPT_JOBS = 1024
 MOST_RESULT_BYTES = 2**28  # memory of the kept results; beyond it the oldest are deleted early
+MOST_GONE = 4096  # deleted jobs for which the reason is remembered
 SWEEP_S = 5.0
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Service:
         self.renderer = Renderer(self.store.folder, self._drawing, within_s=settings.max_seconds)
         self.stopping = False
         self._jobs: dict[str, Job] = {}
+        self._gone: dict[str, str] = {}  # why the server deleted a job, by its id
         self._chat_files: deque[Upload] = deque()  # from data URLs of ended chats
         self._sweeper: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -106,10 +108,10 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def job(self, job_id: str) -> Job:
-        """Return a job, and extend its expiry time. Raises ApiError 404."""
+        """Return a job, and extend its expiry time. Raises ApiError 404, or 410 if the server deleted it."""
         job = self._jobs.get(job_id)
         if job is None:
-            raise job_not_found()
+            raise job_not_found(self._gone.get(job_id))
         job.used = job.upload.used = time.time()
         return job
 
@@ -158,16 +160,20 @@ class Service:
             max_tokens=question.max_tokens,
         )  # fmt: skip
 
-    def forget(self, job: Job) -> None:
-        """Cancel a job, and delete its answer."""
+    def forget(self, job: Job, *, why: str | None = None) -> None:
+        """Cancel a job, and delete its answer; `why` is what later requests for it are told."""
         self.scheduler.cancel(job)
         if self._jobs.pop(job.id, None) is not None:
             self.renderer.forget(job)
+            if why is not None:
+                self._gone[job.id] = why
+            if len(self._gone) > MOST_GONE:
+                del self._gone[next(iter(self._gone))]
 
     def remove_video(self, upload: Upload) -> None:
         """Delete a video and all jobs about it."""
         for job in [job for job in self._jobs.values() if job.upload is upload]:
-            self.forget(job)
+            self.forget(job, why="its video was deleted")
         self.store.remove(upload)
 
     def _delete_surplus(self) -> None:
@@ -178,7 +184,7 @@ class Service:
             if len(self._jobs) <= MOST_KEPT_JOBS and nbytes <= MOST_RESULT_BYTES:
                 return
             nbytes -= job.nbytes
-            self.forget(job)
+            self.forget(job, why="the answers of newer jobs needed its room")
 
     async def _drain(self) -> None:
         self.renderer.close()

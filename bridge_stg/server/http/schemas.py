@@ -16,8 +16,8 @@ TaskName = Annotated[
 ]
 PROBLEMS = {
     400: "malformed", 401: "no valid key", 403: "page of another origin", 404: "not found", 408: "too slow",
-    409: "wrong state", 413: "too large", 415: "unsupported type", 416: "outside of the file", 422: "invalid",
-    429: "busy", 500: "error of the server", 503: "unavailable",
+    409: "wrong state", 410: "deleted", 413: "too large", 415: "unsupported type", 416: "outside of the file",
+    422: "invalid", 429: "busy", 500: "error of the server", 503: "unavailable",
 }  # fmt: skip
 WRITING = (403, 408, 413, 415)
 """Errors of every method that changes something: its body is read."""
@@ -151,6 +151,9 @@ class Job(BaseModel):
     video: str
     queries: list[str]
     task: TaskName
+    first_box: list[float] | None = Field(None, description="Of `track`: the box in the first frame, as given.")
+    allow_none: bool = Field(description="Whether the answer may be that it is not in the video.")
+    stream: int | None = Field(None, description="The video stream that was requested; null: the best.")
     status: Literal["queued", "running", "done", "failed", "cancelled"]
     position: int | None = Field(None, description="Number of jobs before it in the queue; null outside the queue.")
     progress: Progress | None = Field(None, description="The newest progress of the runtime.")

@@ -22,8 +22,10 @@ from bridge_stg.server.videos.uploads import Upload
 ENDED = ("done", "failed", "cancelled")
 
 
-def job_not_found() -> ApiError:
-    """Return the error for a job that does not exist."""
+def job_not_found(why: str | None = None) -> ApiError:
+    """Return the error for a job that does not exist, or that the server deleted because of `why`."""
+    if why is not None:
+        return ApiError(410, "server.job_deleted", f"This job was deleted: {why}. Send it again.")
     return ApiError(404, "server.job_not_found", "This job does not exist or has expired.")
 
 
@@ -69,6 +71,9 @@ class Job:
             "video": self.upload.id,
             "queries": self.queries,
             "task": self.task,
+            "first_box": self.runtime_task.first_box,
+            "allow_none": self.runtime_task.allow_none,
+            "stream": self.stream,
             "status": self.status,
             "position": position,
             "progress": self.progress,

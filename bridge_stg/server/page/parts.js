@@ -108,5 +108,5 @@ export function size(bytes) {
 
 /** Whether the same again may go better. */
 export function canRepeat(error) {
-  return !(error.status >= 400 && error.status < 500) || [401, 404, 408, 429].includes(error.status);
+  return !(error.status >= 400 && error.status < 500) || [401, 404, 408, 410, 429].includes(error.status);
 }

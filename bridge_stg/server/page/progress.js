@@ -93,6 +93,7 @@ const TITLES = {
   401: "The server needs an API key",
   404: "The server no longer has it",
   408: "It took too long",
+  410: "The server no longer has it",
   413: "That is more than this server accepts",
   415: "This file cannot be read",
   422: "The request is not valid",

@@ -46,7 +46,7 @@ MP4: dict[int | str, Any] = {
 
 
 async def job_of(job: str, service: TheService) -> Job:
-    """Return the job that the path names. Raises ApiError 404."""
+    """Return the job that the path names. Raises ApiError 404 or 410."""
     return service.job(job)
 
 
@@ -65,19 +65,19 @@ async def create(service: TheService, new: schemas.NewJob) -> Response:
     return _job_response(service, service.add_job(service.store.get(new.video), new), status=202)
 
 
-@router.get("/jobs/{job}", response_model=schemas.Job, responses=problems(404))
+@router.get("/jobs/{job}", response_model=schemas.Job, responses=problems(404, 410))
 async def describe(found: TheJob, service: TheService) -> Response:
     """Return the status of a job, with its results when it is done."""
     return _job_response(service, found)
 
 
-@router.delete("/jobs/{job}", status_code=204, responses=problems(*schemas.WRITING, 404))
+@router.delete("/jobs/{job}", status_code=204, responses=problems(*schemas.WRITING, 404, 410))
 async def cancel(found: TheJob, service: TheService) -> None:
     """Cancel a job, and delete its answer."""
     service.forget(found)
 
 
-@router.get("/jobs/{job}/events", response_class=EventSourceResponse, responses=EVENTS | problems(403, 404))
+@router.get("/jobs/{job}/events", response_class=EventSourceResponse, responses=EVENTS | problems(403, 404, 410))
 async def events(found: TheJob, service: TheService) -> AsyncIterator[ServerSentEvent]:
     """Follow a job: the present state first, then `queued`, `progress`, and `done`, `failed` or `cancelled`."""
     async for event in found.events(service.scheduler.position):
@@ -87,7 +87,7 @@ async def events(found: TheJob, service: TheService) -> AsyncIterator[ServerSent
 @router.get(
     "/jobs/{job}/annotated.mp4",
     response_class=FileResponse,
-    responses=MP4 | problems(404, 408, 409, 416, 422, 429),
+    responses=MP4 | problems(404, 408, 409, 410, 416, 422, 429),
 )
 async def annotated(request: Request, found: TheJob, service: TheService) -> Response:
     """Return the video with all answers drawn in, rendered at the first request."""

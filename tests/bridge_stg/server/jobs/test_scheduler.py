@@ -281,7 +281,7 @@ def test_a_video_that_is_deleted_takes_its_jobs_along(served: Callable[..., Runn
         until(lambda: gate.came)
         client.delete(f"/v1/videos/{video}")
         gate.open.set()
-        assert http_error(client.get(f"/v1/jobs/{job}")) == (404, "server.job_not_found")
+        assert http_error(client.get(f"/v1/jobs/{job}")) == (410, "server.job_deleted")
         until(lambda: not list(running.service.store.folder.iterdir()))
         assert len(running.service.opened) == 0
 
