@@ -77,9 +77,9 @@ def read_overrides(path: str | os.PathLike[str]) -> Overrides:
     if not isinstance(values, dict) or set(values) - set(known):
         found = ", ".join(map(repr, set(values) - set(known))) if isinstance(values, dict) else type(values).__name__
         raise _error(file, f"found {found}; expected a mapping with the keys {', '.join(known)}.")
-    keep = values.get("keep_float") or []
-    if not isinstance(keep, list) or not all(isinstance(block, str) for block in keep):
-        raise _error(file, f"keep_float is {keep!r}; expected a list of block names.")
+    keep = [] if values.get("keep_float") is None else values["keep_float"]
+    if not isinstance(keep, list) or not all(isinstance(block, str) for block in keep) or len(set(keep)) < len(keep):
+        raise _error(file, f"keep_float is {keep!r}; expected a list of different block names.")
     for block in keep:
         graph_of(block)
     methods, smoothing = (_mapping(file, key, values.get(key)) for key in ("methods", "smoothing"))

@@ -209,9 +209,9 @@ def _recipe_values(name: Path | str, folder: Path, above: tuple[Path, ...]) -> t
         return path, values
     if path != shipped:
         _prepend_folder(values, path.parent)
-    base = values.pop("base", None)
-    if base is None:
+    if "base" not in values:
         return path, values
+    base = values.pop("base")
     if not isinstance(base, str):
         raise _bad_recipe(path, ValueError(f"base is {base!r:.60}, expected the name of a recipe or of a file"))
     return path, _merged(_recipe_values(base, path.parent, (*above, path))[1], values)

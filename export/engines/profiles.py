@@ -16,6 +16,7 @@ from typing import Any
 
 from bridge_stg.runtime.backends.kv_pool import bucketed
 from bridge_stg.runtime.backends.tensorrt.engine_cache import Profiles
+from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.positions import vision_tables
@@ -187,8 +188,9 @@ def read_overrides(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _bad(f"{path}: cannot be read as YAML ({error})") from error
     known = ("capacity", "vision_encoder", "language_model", "spatial_decoder")
-    if not isinstance(values, dict) or (unknown := next((key for key in values if key not in known), None)):
-        found = f"the key {unknown!r}" if isinstance(values, dict) else "nothing" if values is None else repr(values)
+    unknown = [key for key in values if key not in known] if isinstance(values, dict) else []
+    if not isinstance(values, dict) or not values or unknown:
+        found = f"the key {unknown[0]!r}" if unknown else "nothing" if values is None else repr(values)
         raise _bad(f"{path}: found {found}, expected a mapping with {', '.join(known)}")
     return values
 
@@ -208,19 +210,14 @@ def profiles_of(
     """Return the profiles of a graph: those of a deployment with the overrides of a file, named `where` in messages.
 
     Symbols of an existing profile are replaced one by one; null removes the profile; a new profile needs every symbol.
-    Raises EngineError if a range is invalid, a symbol is unknown or missing, or no profile remains.
+    Raises EngineError if a range is invalid, a symbol is unknown or missing, no profile remains, or the file has a
+    graph that the model lacks.
     """
-    overrides = overrides or {}
-    capacity = overrides.get("capacity")
-    if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= spec.language.max_positions):
-        raise _bad(f"{where}: capacity is {capacity!r}, expected 1 to {spec.language.max_positions} positions")
-    deployment = deployment or Deployment()
-    if capacity is not None:
-        deployment = dataclasses.replace(deployment, capacity=capacity)
-    defaults = default_profiles(graph, spec, deployment)
-    given = overrides.get(graph.name) or {}
-    if not isinstance(given, Mapping):
-        raise _bad(f"{where}: {graph.name} is {given!r}, expected profiles by name")
+    overrides, deployment = overrides or {}, deployment or Deployment()
+    _check_sections(spec, overrides, where)
+    if "capacity" in overrides:
+        deployment = dataclasses.replace(deployment, capacity=overrides["capacity"])
+    defaults, given = default_profiles(graph, spec, deployment), overrides.get(graph.name, {})
     profiles = {name: dict(ranges) for name, ranges in defaults.profiles.items()}
     free = tuple(next(iter(profiles.values())))
     for name, ranges in given.items():
@@ -243,10 +240,22 @@ def profiles_of(
     return GraphProfiles(profiles, defaults.capacity)
 
 
+def _check_sections(spec: ModelSpec, overrides: Mapping[str, Any], where: str) -> None:
+    graphs, most = graphs_of(spec), spec.language.max_positions
+    for name, value in overrides.items():
+        if name == "capacity":
+            if type(value) is not int or not 1 <= value <= most:
+                raise _bad(f"{where}: capacity is {value!r}, expected 1 to {most} positions")
+        elif name not in graphs:
+            raise _bad(f"{where}: this model has no graph {name}; it has {', '.join(graphs)}")
+        elif not isinstance(value, Mapping) or not value:
+            raise _bad(f"{where}: {name} is {value!r}, expected profiles by name")
+
+
 def _read_ranges(graph: GraphSpec, given: Any, free: tuple[str, ...], place: str) -> Ranges:
     derived = DERIVED.get(graph.name, ())
     symbols = [symbol for symbol in free if symbol not in derived]
-    if not isinstance(given, Mapping) or any(symbol not in symbols for symbol in given):
+    if not isinstance(given, Mapping) or not given or any(symbol not in symbols for symbol in given):
         raise _bad(f"{place} is {given!r}, expected ranges of {', '.join(symbols)}")
     ranges = {}
     for symbol, sizes in given.items():

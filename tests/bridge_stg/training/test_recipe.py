@@ -49,6 +49,7 @@ def test_mappings_of_a_base_are_merged_and_lists_are_replaced(tmp_path):
         ("base: b.yaml\n", ["a.yaml → ", "b.yaml", "its own base"]),
         ("base: a.yaml\n", ["its own base"]),
         ("base: 3\n", ["base is 3"]),
+        ("base:\n" + STAGES, ["base is None"]),
         ("- 1\n", ["a.yaml"]),
         (STAGES + "data: 3\n", ["data is 3"]),
         (STAGES + "data: {sources: [3]}\n", ["data.sources[0]"]),

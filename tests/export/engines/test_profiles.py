@@ -129,6 +129,11 @@ def test_no_step_is_longer_than_the_cache(spec: ModelSpec, capacity: int) -> Non
     [
         ("language_model", {"capacity": 0}, "0"),
         ("language_model", {"capacity": True}, "True"),
+        ("language_model", {"capacity": None}, "None"),
+        ("language_model", {"language": {"decode": {"B": 1}}}, "no graph language"),
+        ("language_model", {"language_model": []}, "language_model is []"),
+        ("language_model", {"language_model": None}, "language_model is None"),
+        ("language_model", {"language_model": {"decode": {}}}, "decode is {}"),
         ("language_model", {"language_model": {"decode": {"B": [4, 1, 8]}}}, "decode.B is [4, 1, 8]"),
         ("language_model", {"language_model": {"decode": {"B": [0, 1, 8]}}}, "decode.B is [0, 1, 8]"),
         ("language_model", {"language_model": {"decode": {"B": "many"}}}, "decode.B is 'many'"),
@@ -149,7 +154,7 @@ def test_wrong_profiles_are_rejected(spec: ModelSpec, graph: str, overrides: dic
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("a: [", "YAML"), ("- 1", "[1]"), ("", "nothing"), ("vision: {}", "'vision'")]
+    ("text", "value"), [("a: [", "YAML"), ("- 1", "[1]"), ("", "nothing"), ("{}", "{}"), ("vision: {}", "'vision'")]
 )
 def test_a_file_without_profiles(tmp_path: Path, text: str, value: str) -> None:
     (tmp_path / "p.yaml").write_text(text)
