@@ -17,6 +17,7 @@ from bridge_stg.export.engines.support import UNSUPPORTED, require, support
 from bridge_stg.export.graph.blocks import INT8, QUANTIZED_FORMS, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import graphs_of
+from bridge_stg.runtime.bundle.spec import chosen_heads
 from bridge_stg.runtime.bundle.writer import is_bundle
 from bridge_stg.runtime.errors import BridgeError, BundleError
 from bridge_stg.runtime.host.files import require_space
@@ -66,6 +67,7 @@ def read_inputs(
     """Read and check all inputs; see `calibrate` for the arguments and errors."""
     require_packages()
     source = Bundle.load(bundle)
+    chosen_heads(source.manifest.spec, options.heads)
     _check_source(source)
     _check_out(source, out, overwrite=overwrite)
     sets = read_sets(samples, media=media, select=select, evaluate=evaluate, own_tubes=own_tubes)

@@ -201,6 +201,7 @@ def test_misuse(exported: Bundle, given: dict[str, Path], tmp_path: Path, capsys
         ([*good, "--force-int8", "spatial_decoder"], ["--force-int8 spatial_decoder"]),
         ([*good, "--max-drop", "0"], ["max-drop"]),
         ([*good, "--recipe", "w3"], ["w3"]),
+        ([*good, "--heads", "text"], ["--heads text"]),
         ([tmp_path / "nowhere", *good[1:]], ["nowhere"]),
         ([quantized, *good[1:]], ["quantized", "int8"]),
         ([*good[:3], "--out", exported.path], ["--out"]),
