@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 BACKEND_OPTIONS = ("backend", "variant", "threads", "kv_budget_bytes")
 RECORDED = (
     "task", "first_box", "allow_none", "heads", "mode", "grammar", "max_tokens", "max_visual_tokens", "stream",
+    "window", "cuts", "top",
 )  # fmt: skip
 """Options that may change the answers, and are recorded with them."""
 UNVERIFIED = (
@@ -79,6 +80,7 @@ class Request:
     def recorded(self) -> dict[str, Any]:
         """Return the options that may change the answers, by name."""
         values = {name: getattr(self, name) for name in RECORDED} | dict(self.backend_options)
+        values["seconds"] = self.reading.seconds  # of a camera or live stream
         del values["kv_budget_bytes"]  # it decides what runs together, not the answers
         return values
 
@@ -241,7 +243,7 @@ def run(request: Request, sources: Sequence[Source], grounder: Grounder, progres
     from bridge_stg.runtime.host.limits import Limits
 
     found = failed = 0
-    made_by = {"program": program_json(), "bundle": grounder.bundle}
+    made_by = {"program": program_json(), "bundle": grounder.bundle, "options": request.recorded}
     outputs = request.outputs
     with json_lines(outputs.jsonl_file) as append:
         for source in sources:

@@ -24,11 +24,12 @@ from bridge_stg.evaluation.sources.sources import Source, is_address
 from bridge_stg.runtime.chain.results import program_json
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.live.plan import window_groups
 from bridge_stg.runtime.search.options import is_long
 
 UNIT = 16
 """Queries of one unit: a video with hundreds is spread over workers, and a stopped run loses few answers."""
-KEPT = ("id", "video", "query", "error")
+KEPT = ("id", "video", "query", "first_box", "error")
 SEARCHED = ("tube", "span")
 """The tasks for which long videos are searched."""
 STATE = ".search.jsonl"
@@ -51,8 +52,8 @@ def infer_many(
 ) -> Inferred:  # fmt: skip
     """Answer every query and write a row for each, in the order in which they are finished; failures are rows too.
 
-    A row has the query's `id`, `index` and `video`, and either what `to_json` of the result gives or `error`. A video
-    that is longer than a window is searched (see `Grounder.search`).
+    A row has the query's `id`, `index` and `video`, of a track its `first_box`, and either what `to_json` of the result
+    gives or `error`. A video that is longer than a window is searched (see `Grounder.search`).
 
     Args:
         queries: queries with different ids.
@@ -73,7 +74,7 @@ def infer_many(
         progress: called as progress(label, done, total) before the first and after each unit.
 
     Raises:
-        BridgeError: `out` has results of another run, or the model cannot be opened.
+        BridgeError: `out` has results of another run, the window is out of range, or the model cannot be opened.
         ImportError: a package is missing.
     """
     parquet = out.suffix.lower() == ".parquet"
@@ -85,9 +86,8 @@ def infer_many(
     lines = out.with_name(f"{out.name}.partial.jsonl") if parquet else out
     options: dict[str, Any] = {
         "task": task, "allow_none": allow_none, "max_visual_tokens": max_visual_tokens, "stream": stream,
+        **_search_options(model, task, window, cuts=cuts, top=top),
     }  # fmt: skip
-    if task in SEARCHED and (window, cuts, top) != ("auto", True, None):
-        options |= {"window": window, "cuts": cuts, "top": top}
     report = progress or (lambda label, done, total: None)
     identity, facts = {**options, "model": dict(model.identity)}, {"program": program_json(), "bundle": model.label}
     with ResultFile(lines, identity, overwrite=overwrite, kept=KEPT, facts=facts) as results:
@@ -115,6 +115,14 @@ def infer_many(
     if not errors:
         _remove_states(lines)
     return Inferred(len(found) - len(errors), len(errors), errors[0] if errors else None)
+
+
+def _search_options(model: Model, task: str, window: float | str, *, cuts: bool, top: int | None) -> dict[str, Any]:
+    """Return the options of searches, empty for the default ones. Raises VideoError if the window is out of range."""
+    if not isinstance(window, str) and model.spec is not None:
+        window_groups(model.spec, window)
+    searched = task in SEARCHED and (window, cuts, top) != ("auto", True, None)
+    return {"window": window, "cuts": cuts, "top": top} if searched else {}
 
 
 def units_of(queries: Iterable[Query]) -> list[list[Query]]:
@@ -230,15 +238,21 @@ def _failed(query: Query, task: str, error: Exception) -> dict[str, Any]:
 
 
 def _described(query: Query, task: str) -> dict[str, Any]:
-    return {"id": query.id, "index": query.index, "video": query.video, "task": task, "query": query.text}
+    row = {"id": query.id, "index": query.index, "video": query.video, "task": task, "query": query.text}
+    return row | ({"first_box": list(query.first_box)} if task == "track" and query.first_box else {})
+
+
+def _named(text: str, video: str, box: Sequence[float] | None) -> str:
+    return f"{text!r} in {video}" + ("" if box is None else f" from the box {list(box)}")
 
 
 def _is_left(query: Query, results: ResultFile, retry_failed: bool) -> bool:
     row = results.rows.get(query.id)
     if row is None:
         return True
-    if (row["video"], row["query"]) != (query.video, query.text):
-        found, now = f"{row['query']!r} in {row['video']}", f"{query.text!r} in {query.video}"
+    box = None if query.first_box is None else list(query.first_box)
+    if (row["video"], row["query"], row.get("first_box")) != (query.video, query.text, box):
+        found, now = _named(row["query"], row["video"], row.get("first_box")), _named(query.text, query.video, box)
         what = f"{results.path} has another query with the id {query.id!r}: {found}, now it is {now}. {START_AGAIN}"
         raise BridgeError("evaluation.other_results", what)
     return retry_failed and "error" in row

@@ -14,9 +14,10 @@ ROWS = 256
 
 
 def answer_schema() -> Any:
-    """Return the columns: those of `Grounding.to_json`, and `id`, `index`, `video`, `error` (null where answered).
+    """Return the columns: those of `Grounding.to_json`, and `id`, `index`, `video`, `first_box`, `error`.
 
-    `score`, `occurrences` and `windows` of `SearchResult.to_json` are null where a video was not searched.
+    `error` is null where answered; `score`, `occurrences` and `windows` of `SearchResult.to_json` where a video was not
+    searched; `first_box` for other tasks than `track`.
     """
     import pyarrow as pa
 
@@ -38,7 +39,8 @@ def answer_schema() -> Any:
     return pa.schema(
         [
             ("id", pa.string()), ("index", pa.int64()), ("video", pa.string()), ("task", pa.string()),
-            ("query", pa.string()), ("error", pa.string()), ("schema", pa.int32()), ("found", pa.bool_()),
+            ("query", pa.string()), ("first_box", pa.list_(pa.float64())), ("error", pa.string()),
+            ("schema", pa.int32()), ("found", pa.bool_()),
             ("span", span), ("named_span", span), ("answer", pa.string()), ("size", size), ("scores", scores),
             ("tube", boxes("visible")), ("boxes", boxes("visible", "interpolated")), ("coarse", pa.struct(coarse)),
             ("clock", pa.string()), ("stream", pa.int32()), ("unknown_words", pa.list_(pa.string())),

@@ -182,6 +182,7 @@ ROW = {
     "video": of("string", "The video or image, as the table names it."),
     "task": RESULT["task"],
     "query": RESULT["query"],
+    "first_box": of("array", "Of a track: the box in the first frame, as given.", items={"type": "number"}),
 }
 
 
@@ -325,7 +326,7 @@ RESULTS: Mapping[str, Schema] = {
         "A result and what it comes from.",
         {
             "video": ORIGIN["source"],
-            **{name: ORIGIN[name] for name in ("program", "bundle")},
+            **{name: ORIGIN[name] for name in ("program", "bundle", "options")},
             **RESULT,
             **SEARCHED,
         },
@@ -370,8 +371,12 @@ RESULTS: Mapping[str, Schema] = {
         "description": "A line of `infer-many` after the first one, and a row of its Parquet table.",
         "anyOf": [{"$ref": "#/$defs/answered_row"}, {"$ref": "#/$defs/failed_row"}],
     },
-    "answered_row": record("A query and its result.", {**ROW, **RESULT, **SEARCHED}, optional=tuple(SEARCHED)),
-    "failed_row": record("A query that failed.", {**ROW, "error": of("string", "Why: kind of the error and message.")}),
+    "answered_row": record("A query and its result.", {**ROW, **RESULT, **SEARCHED}, optional=("first_box", *SEARCHED)),
+    "failed_row": record(
+        "A query that failed.",
+        {**ROW, "error": of("string", "Why: kind of the error and message.")},
+        optional=("first_box",),
+    ),
     "watch_line": {
         "description": "A line of `watch --jsonl`: `start`, then events and, with --answers, rounds, then `end`.",
         "anyOf": [{"$ref": f"#/$defs/{name}"} for name in ("watch_start", "event", "watch_answers", "watch_end")],

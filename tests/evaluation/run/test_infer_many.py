@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bridge_stg.runtime.host.packages import install_command
 from tests.errors import raises
 from tests.evaluation.official import video
 from tests.evaluation.validation import validate
-from tests.fakes.chain import fake_grounder
+from tests.fakes.chain import fake_grounder, fake_spec
 from tests.fakes.clips import two_streams
 
 ANSWERS = {"the red square": "<1.2 seconds> to <1.2 seconds>", "nothing": "none"}
@@ -325,6 +326,9 @@ def test_videos_are_searched_in_windows(table: Path, tmp_path: Path) -> None:
     infer_many(queries, fake(), tmp_path / "out.parquet", window=2.0)
     with raises("evaluation.other_results", "top"):
         infer_many(queries, fake(), tmp_path / "out.jsonl", window=2.0)
+    with raises("options.out_of_range", "window_s=1000.0"):
+        infer_many(queries, replace(fake(), spec=fake_spec()), tmp_path / "new.jsonl", window=1000.0)
+    assert not (tmp_path / "new.jsonl").exists()
 
 
 def test_finished_windows_of_a_search_that_was_stopped_are_kept(tmp_path: Path) -> None:
@@ -375,7 +379,8 @@ def test_tracks_begin_with_the_box_of_a_row_or_the_option(bundle: Path, tmp_path
     assert cli.run([*command, "--task", "track", "--first-box", "1,2,10,12"]) == 0
     for row, box in zip(rows_of(out).values(), ([2, 3, 20, 21], [1, 2, 10, 12])):
         validate(row, "table_row")
-        assert row["task"] == "track" and row["boxes"][0]["box"] == box
+        assert row["task"] == "track" and row["boxes"][0]["box"] == row["first_box"] == box
+    assert cli.run([*command, "--task", "track", "--first-box", "1,2,10,13"]) == 2  # of another box
     with raises("annotation.bad_field", "table.csv:3", "first_box"):
         read_queries(table, task="track")
     with raises("options.missing", "--first-box"):
