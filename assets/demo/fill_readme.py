@@ -19,9 +19,9 @@ from typing import Any
 FIGURES, TASKS, README = Path("assets/demo/figures.json"), Path("assets/demo/tasks.json"), Path("README.md")
 TEXT_FIGURES, TEXT_HEADS = Path("assets/demo/text_figures.json"), Path("docs/text_heads.md")
 NAMES = {
-    "tube": "when and where (`ground`)",
+    "tube": "when and where (`tube`)",
     "span": "only when (`span`)",
-    "image": "a box in an image (`locate`)",
+    "image": "a box in an image (`image`)",
     "track": "from a first box, without a query (`track`)",
 }
 
@@ -91,11 +91,11 @@ def text_table(figures: dict[str, Any]) -> str:
             tokens = f"{found['tokens']:.0f}" if found["tokens"] else "–"
             scores = f"{found['m_tIoU']:.3f} | {found['m_vIoU']:.3f} | {found['calls']:.1f} | {tokens}"
             lines.append(f"| {length} | {way} | {scores} | {found['seconds']:.2f} | {found['clips']} |")
-    locate = figures["locate"]
+    image = figures["image"]
     lines += [
         "",
-        f"A box in an image (`locate`, {locate['images']} images): Acc@0.5 {locate['Acc@0.5']:.3f}, mean IoU "
-        f"{locate['mean_IoU']:.3f}. Absent targets: AUROC {figures['absent_auroc']:.3f}; the "
+        f"A box in an image (`image`, {image['images']} images): Acc@0.5 {image['Acc@0.5']:.3f}, mean IoU "
+        f"{image['mean_IoU']:.3f}. Absent targets: AUROC {figures['absent_auroc']:.3f}; the "
         f"answer is an empty list for {figures['absent_recognized']:.0%} of absent and "
         f"{1 - figures['present_found']:.0%} of present targets.",
     ]

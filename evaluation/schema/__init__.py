@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bridge_stg.evaluation.schema.bundles import BUNDLES
+from bridge_stg.evaluation.schema.evaluations import EVALUATIONS
 from bridge_stg.evaluation.schema.kinds import Schema
-from bridge_stg.evaluation.schema.reports import REPORTS
-from bridge_stg.evaluation.schema.results import RESULT, RESULTS, ROW, SEARCHED, WATCHED
+from bridge_stg.evaluation.schema.live import LIVE, WATCHED
+from bridge_stg.evaluation.schema.machine import MACHINE
+from bridge_stg.evaluation.schema.results import RESULT, RESULTS, ROW, SEARCHED
 from bridge_stg.runtime.chain.results import SCHEMA
 from bridge_stg.runtime.errors import BridgeError
 
@@ -24,7 +27,7 @@ DOCUMENTS = (
     "parity_report", "demo_figures", "demo_text_figures",
 )  # fmt: skip
 """Definitions of whole JSON documents or lines; the others are parts of them."""
-DEFINITIONS: Mapping[str, Schema] = {**RESULTS, **REPORTS}
+DEFINITIONS: Mapping[str, Schema] = {**RESULTS, **LIVE, **MACHINE, **EVALUATIONS, **BUNDLES}
 """All definitions by name."""
 
 

@@ -7,6 +7,11 @@ from typing import Any, TypeAlias
 
 Schema: TypeAlias = "dict[str, Any]"
 
+NUMBERS: Schema = {"type": "number"}
+NUMBERS_OR_NULL: Schema = {"type": ["number", "null"]}
+TEXTS: Schema = {"type": "string"}
+"""Kinds of items of arrays and of values of maps."""
+
 
 def of(kind: str, text: str, **rules: Any) -> Schema:
     """Return the schema of a JSON type; a kind that ends in `?` may be null."""
@@ -43,3 +48,8 @@ def counts(text: str, fields: Mapping[str, str], kind: str, *, optional: bool = 
 def map_of(values: Schema, text: str) -> Schema:
     """Return an object whose names are free, with values of one schema."""
     return of("object", text, additionalProperties=values)
+
+
+def share(text: str) -> Schema:
+    """Return a number from 0 to 1, or null."""
+    return of("number?", text, minimum=0, maximum=1)

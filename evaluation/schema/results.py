@@ -1,4 +1,4 @@
-"""Definitions of results: what `infer`, `infer-many`, `watch`, `bench`, `doctor`, `estimate` and the server write."""
+"""Definitions of results: what `infer`, `infer-many` and the server write, and the lines of errors and logs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from bridge_stg.evaluation.schema.kinds import Schema, counts, list_of, of, reco
 from bridge_stg.runtime.bundle.spec import HEADS
 from bridge_stg.runtime.chain.results import SCHEMA
 from bridge_stg.runtime.chain.tasks import TASKS
-from bridge_stg.runtime.live.events import KINDS
 from bridge_stg.runtime.video.decoder import CLOCKS
 from bridge_stg.runtime.video.token_budget import LIMITS
 
@@ -106,76 +105,6 @@ SEARCHED = {
 }
 """Fields that the result of a search has too."""
 
-EVENT = {
-    "event": of(
-        "string",
-        "`appeared`: a span is newer than every reported one; `moved`: the box overlaps the last reported one too "
-        "little; `left`: the span ended.",
-        enum=list(KINDS),
-    ),
-    "query": of("string", "The standing query."),
-    "time_s": of("number", "Time of the event in the stream, in seconds."),
-    "wall_time": of(
-        "string?",
-        "When the frame of the event arrived, ISO 8601 in UTC; of a file that is read as fast as possible, when the "
-        "newest frame of the round was read.",
-    ),
-    "known_s": of("number", "Time up to which the model had seen the stream when it detected the event."),
-    "box": BOX_AT["box"],
-    "span": ref("span", "The span of the answer that shows the event, in time of the stream.", null=True),
-    "scores": ref("scores", "Probabilities of this answer."),
-    "tube": list_of("computed_box", "The computed boxes of this answer.", null=True),
-}
-
-ROUND = {
-    "known_s": of("number", "Time up to which the model has seen the stream, in seconds."),
-    "window": ref("span", "Start and end of the window that was searched."),
-    "behind_s": of("number", "Seconds of the stream that were read after `known_s` by the end of the round."),
-    "took_s": of("number", "Seconds that the round took.", minimum=0),
-    "wall_time": of("string", "When the newest frame of the window arrived, ISO 8601 in UTC."),
-    "latency_s": of("number", "Seconds from the arrival of this frame to the answers.", minimum=0),
-    "groundings": list_of("result", "The answers, in the order of the queries; times are times of the stream."),
-    "events": list_of("event", "The new events in order of time."),
-}
-
-WATCHED = {
-    **{
-        name: of("integer", text, minimum=0)
-        for name, text in {
-            "frames": "Frames read from the source.",
-            "groups": "Groups of samples added to the window.",
-            "coarse_frames": "Samples of these groups.",
-            "dropped_groups": "Groups dropped for later ones because the machine was too slow.",
-            "dropped_coarse_frames": "Samples of the dropped groups.",
-            "gaps": "Gaps in the stream.",
-            "answers": "Rounds of the standing queries.",
-            "skipped_answers": "Rounds left out because the machine was busy when they were due.",
-            "late_answers": "Rounds that were stopped at their deadline.",
-            "prefilled_tokens": "Tokens prefilled for the window, including rebuilds.",
-            "rebuilds": "Number of times that the window was full.",
-        }.items()
-    },
-    **{
-        name: of("number", text, minimum=0)
-        for name, text in {
-            "encode_s": "Seconds of encoding samples.",
-            "extend_s": "Seconds of extending the prefix.",
-            "rebuild_s": "Seconds of rebuilding it.",
-            "answer_s": "Seconds of the rounds.",
-            "longest_extend_s": "The longest extension.",
-            "longest_rebuild_s": "The longest rebuild.",
-            "longest_answer_s": "The longest round.",
-            "cost_s": "Average seconds of the model per sample.",
-            "round_s": "Time of the stream between two rounds.",
-            "latency_median_s": "Median seconds from the arrival of the newest frame of a round to its answers.",
-            "latency_p95_s": "95th percentile of the same.",
-        }.items()
-    },
-    "ended": of("string", "Why the watch ended.", enum=["source", "stopped", "duration", "error"]),
-}
-
-WRITTEN = of("string", "When the line was written, ISO 8601 in UTC.")
-
 ROW = {
     "id": of("string", "Id of the query: that of the table, else the line's number; in a folder, file and number."),
     "index": of("integer", "Place among the queries.", minimum=0),
@@ -185,11 +114,7 @@ ROW = {
     "first_box": of("array", "Of a track: the box in the first frame, as given.", items={"type": "number"}),
 }
 
-
-def _tagged(tag: str, text: str, fields: Mapping[str, Schema]) -> Schema:
-    """Return a line of `watch` whose field `event` is `tag`."""
-    return record(text, {"event": of("string", f"Always `{tag}`.", const=tag), **fields})
-
+CODE = of("string", "Stable dotted code; see [troubleshooting](troubleshooting.md).")
 
 RESULTS: Mapping[str, Schema] = {
     "document": record(
@@ -343,7 +268,7 @@ RESULTS: Mapping[str, Schema] = {
     "problem": record(
         "An error.",
         {
-            "code": of("string", "Stable dotted code; see [troubleshooting](troubleshooting.md)."),
+            "code": CODE,
             "message": of("string", "One paragraph; its wording may change."),
         },
     ),
@@ -377,156 +302,22 @@ RESULTS: Mapping[str, Schema] = {
         {**ROW, "error": of("string", "Why: kind of the error and message.")},
         optional=("first_box",),
     ),
-    "watch_line": {
-        "description": "A line of `watch --jsonl`: `start`, then events and, with --answers, rounds, then `end`.",
-        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in ("watch_start", "event", "watch_answers", "watch_end")],
-    },
-    "watch_start": _tagged(
-        "start",
-        "The first line of a watch.",
-        {
-            "wall_time": WRITTEN,
-            "queries": of("array", "The standing queries.", items={"type": "string"}),
-            **ORIGIN,
-        },
-    ),
-    "event": record("A target that appeared, moved or left. The server sends it as `event`.", EVENT),
-    "round": record("The answers to the standing queries at one time. The server sends it as `update`.", ROUND),
-    "watch_answers": _tagged("answers", "A round, as a line.", ROUND),
-    "watch_end": _tagged(
-        "end", "The last line of a watch: its counts, and seconds in total.", {"wall_time": WRITTEN, **WATCHED}
-    ),
-    "bench": record(
-        "What `bench --json` writes. All seconds are wall time, and medians and 95th percentiles are over the calls.",
-        {
-            **ORIGIN,
-            "machine": of("object", "Processor, cores, system, Python and packages."),
-            "load_average": of(
-                "array?",
-                "Load of the machine at the end, over 1, 5 and 15 minutes; null: not known.",
-                items={"type": "number"},
-            ),
-            "load_s": of("number", "Seconds to load the bundle, with the import of the backend's package.", minimum=0),
-            "first_answer_s": of(
-                "number", "Seconds from the start of loading to the first answer on the first video.", minimum=0
-            ),
-            "rows": list_of("bench_row", "One row per video."),
-        },
-    ),
-    "bench_row": record(
-        "The figures of one video.",
-        {
-            "coarse_frames": of("integer", "Coarse frames that were encoded.", minimum=1),
-            "tokens": record(
-                "Visual tokens, `coarse` and `fine`, and tokens of the `answer`.",
-                {name: of("integer", "Tokens.", minimum=0) for name in ("coarse", "fine", "answer")},
-            ),
-            "stages": of(
-                "object",
-                "`median_s` and `p95_s` of each stage and of `total`, by the names of `timings`.",
-                additionalProperties=record(
-                    "Seconds.", {name: of("number", "Seconds.", minimum=0) for name in ("median_s", "p95_s")}
-                ),
-            ),
-            "tokens_per_s": of(
-                "object",
-                "Tokens per second: coarse visual tokens in `vision_coarse` and in `prefill`; tokens of the answer in "
-                "`answer`, which also contains the prefill of the query.",
-                additionalProperties={"type": "number"},
-            ),
-            "peak_bytes": of(
-                "integer",
-                "Peak resident memory of the process during these calls (elsewhere than on Linux: so far).",
-                minimum=1,
-            ),
-        },
-    ),
-    "doctor": record(
-        "What `doctor --json` prints.",
-        {
-            "machine": of("object", "Processor, memory, driver and devices; sizes in bytes."),
-            "packages": of("object", "Version of each package; null: missing."),
-            "onnxruntime": of("object", "Version of each installed flavour.", additionalProperties={"type": "string"}),
-            "providers": of("array", "Providers that onnxruntime lists.", items={"type": "string"}),
-            "tensorrt": of("object", "Version of each TensorRT package.", additionalProperties={"type": "string"}),
-            "backends": list_of("backend_state", "Backends, best first."),
-            "problems": list_of("missing", "Problems that do not belong to one backend."),
-        },
-    ),
-    "backend_state": record(
-        "A backend on this machine.",
-        {
-            "name": of("string", "Its name."),
-            "version": of("string?", "Version of its package; null: not installed."),
-            "missing": list_of("missing", "What is missing."),
-            "ready": of("boolean", "Whether nothing is missing."),
-        },
-    ),
-    "missing": record(
-        "Something that is missing.",
-        {"what": of("string", "What it is."), "command": of("string", "The command or action that adds it.")},
-    ),
-    "estimates": record(
-        "What `estimate --json` prints.",
-        {
-            "schema": ORIGIN["schema"],
-            "model": of("string", "The model, as given."),
-            "frames": of("integer", "Coarse frames of the video.", minimum=1),
-            "queries": of("integer", "Queries that run together.", minimum=1),
-            "fine_frames": of("integer?", "Fine frames, as given; null: as many as coarse frames."),
-            "size": ref("size", "Size of the video."),
-            "estimates": list_of("estimate", "An estimate per device and precision."),
-        },
-    ),
-    "estimate": record(
-        "Memory and time of a request on a device, estimated.",
-        {
-            "target": of("string", "Name of the device; `cpu` is the machine that ran the command."),
-            "dtype": of("string", "Precision of the language model."),
-            "heads": of("string", "Heads that answer.", enum=list(HEADS)),
-            "fits": of("boolean", "Whether `needed` is at most `usable`."),
-            "memory": counts(
-                "Bytes.",
-                {
-                    "weights": "Weights of all graphs.",
-                    "kv_cache": "Keys and values of the video and of each query.",
-                    "activations": "Tensors of the largest stage, and those that are kept between stages.",
-                    "needed": "Sum of these.",
-                    "usable": "Memory of the device without what its system keeps.",
-                },
-                "integer",
-            ),
-            "stages": list_of(
-                "stage_estimate", "The stages of a request in their order; decoding the video is left out."
-            ),
-            "total_s": of("number", "Seconds of all stages.", minimum=0),
-            "token_s": of("number", "Seconds per token of an answer without a grammar.", minimum=0),
-            "prefix_tokens": of("integer", "Tokens of the prompt up to the query.", minimum=1),
-            "efficiencies": record(
-                "Shares of the device's peaks that are assumed.",
-                {
-                    "compute": of("number", "Of the operations per second."),
-                    "memory": of("number", "Of the bandwidth."),
-                    "source": of("string", "What they were fitted on."),
-                },
-            ),
-        },
-    ),
-    "stage_estimate": record(
-        "A stage of an estimate.",
-        {
-            "name": of("string", "Its name, as in `timings`."),
-            "seconds": of("number", "Seconds.", minimum=0),
-            "operations": of("integer", "Operations of matmuls; a multiply-add is two.", minimum=0),
-            "bytes": of("integer", "Bytes moved between memory and processor.", minimum=0),
-            "limited_by": of("string", "Which takes longer, the operations or the bytes.", enum=["compute", "memory"]),
-        },
-    ),
     "error": record(
         "The line on stdout of a command with --json or --jsonl that failed.",
         {
             "error": ref("problem", "The error."),
         },
+    ),
+    "log_line": record(
+        "A line on stderr with --log-json.",
+        {
+            "time": of("string", "When it was written, ISO 8601 in UTC."),
+            "level": of("string", "Severity.", enum=["debug", "info", "warning", "error", "critical"]),
+            "logger": of("string", "Name of the logger."),
+            "message": of("string", "Text; its wording may change."),
+            "code": CODE,
+        },
+        optional=("code",),
     ),
 }
 """The definitions by name."""

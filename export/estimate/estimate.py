@@ -166,7 +166,7 @@ class Estimate:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values of the definition `estimate` in `evaluation/schema/results.py`."""
+        """Return the values of the definition `estimate` in `evaluation/schema/machine.py`."""
         return {
             "target": self.device.name,
             "dtype": self.dtype,

@@ -139,7 +139,7 @@ def compare(bridge: Model, text: Model, *, clips: int, folder: Path) -> dict[str
     present = rows["text, joint"]
     return {
         "seed": HELD_OUT_SEED,
-        "locate": {"images": clips, "mean_IoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean()},
+        "image": {"images": clips, "mean_IoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean()},
         "absent_auroc": auroc(*([one.result.scores["absent"] for one in found] for found in (absent, present))),
         "absent_recognized": np.mean([not one.result.found for one in absent]),
         "present_found": np.mean([one.result.found for one in present]),

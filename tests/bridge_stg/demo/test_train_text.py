@@ -162,7 +162,7 @@ def test_train_text_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(WAYS, "text, joint, no drafts")
     bridge, text = opened(load_checkpoint(demo_checkpoint())), opened(model)
     figures = compare(bridge, text, clips=1, folder=tmp_path / "clips")
-    assert figures["tubes"]["bridge"]["all"]["m_vIoU"] > 0.5 > figures["locate"]["mean_IoU"]
+    assert figures["tubes"]["bridge"]["all"]["m_vIoU"] > 0.5 > figures["image"]["mean_IoU"]
     for found in figures["tubes"].values():
         assert len(found) == 2 and found["all"]["clips"] == 1 and found["all"]["calls"] >= 2
     assert figures["tubes"]["text, joint"]["all"]["tokens"] > 0 == figures["tubes"]["bridge"]["all"]["tokens"]
