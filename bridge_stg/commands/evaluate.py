@@ -117,6 +117,7 @@ def infer_many(
         **options.pop_head_options(given),
     }  # fmt: skip
     task, queries = options.chosen_task(task, first_box), options.all_queries(texts, queries_file)
+    options.check_search(task, given["window"], cuts=given["cuts"], top=given["top"])
     rows = read_queries(table, media, texts=queries, task=task, first_box=first_box)
     path = bundle or demo_bundle(progress=stage_line)
     opening = open_executor(executor, workers=workers, threads=threads)

@@ -166,12 +166,7 @@ def check(request: Request) -> None:
             raise BridgeError("options.conflict", "--task track takes at most one QUERY; leave out the others.")
     elif not request.queries:
         raise BridgeError("options.missing", "Missing argument 'QUERY...': what to find, such as \"the red car\".")
-    searched = isinstance(request.window, float) or request.state or request.top or not request.cuts
-    if searched and (request.task in ("image", "track") or request.window == "whole"):
-        text = "--window SECONDS, --top, --no-cuts and --state search a video"
-        raise BridgeError(
-            "options.conflict", f"{text}; leave them out with --task image, --task track and --window whole."
-        )
+    options.check_search(request.task, request.window, cuts=request.cuts, top=request.top, state=request.state)
     if request.task == "span" and (request.outputs.annotate or request.outputs.sheet):
         raise BridgeError("options.conflict", "--task span computes no boxes; leave out --annotate and --sheet.")
     for query in request.queries:

@@ -253,12 +253,25 @@ text_queries_options = combine(
 
 
 def chosen_task(task: str | None, first_box: Sequence[float] | None) -> str:
-    """Return the task of `query_options`. Raises BridgeError if there is a first box for another task than `track`."""
+    """Return the task of `query_options`. Raises BridgeError for a first box without area, or for another task."""
     if first_box is not None and task not in (None, "track"):
         raise BridgeError(
             "options.conflict", f"--first-box is for --task track, not for {task}; leave out one of them."
         )
+    if first_box is not None:
+        from bridge_stg.runtime.chain.tasks import track_from
+
+        track_from(first_box)
     return task or ("tube" if first_box is None else "track")
+
+
+def check_search(task: str, window: float | str, *, cuts: bool, top: int | None, state: Path | None = None) -> None:
+    """Raise BridgeError if there are options of a search, but the task or --window says that there is none."""
+    if (isinstance(window, float) or state or top or not cuts) and (task in ("image", "track") or window == "whole"):
+        text = "--window SECONDS, --top, --no-cuts and --state search a video"
+        raise BridgeError(
+            "options.conflict", f"{text}; leave them out with --task image, --task track and --window whole."
+        )
 
 
 def pop_reading(given: dict[str, Any]) -> Reading:

@@ -149,7 +149,7 @@ class LineFile:
     A line counts once it is complete: a last line that a killed process left incomplete is removed.
 
     Args:
-        path: the file; created if it does not exist.
+        path: the file; created if it does not exist, and removed again by `close` if nothing was appended.
         in_use: text of the error if another process has opened the file.
         overwrite: remove all lines.
         durable: whether a line is on disk, under this path, when `append` returns; otherwise the system delays it.
@@ -163,6 +163,7 @@ class LineFile:
 
     def __init__(self, path: Path, *, in_use: str, overwrite: bool = False, durable: bool = True) -> None:
         self.path, self._durable = path, durable
+        self._is_unused = not path.exists()
         self._file = open(path, "a+b")  # noqa: SIM115 - closed by `close`
         try:
             lock_file(self._file.fileno(), message=in_use)
@@ -180,12 +181,16 @@ class LineFile:
         Raises ValueError, here and in the iteration, as `read_lines` does.
         """
         if not self._file.seek(0, os.SEEK_END):
-            self.append(header)
+            self._write(header)
         lines = read_lines(self.path)
         return next(lines, {}), lines
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Add a line. Raises OSError with the file's name; BridgeError if a durable file was removed meanwhile."""
+        self._write(values)
+        self._is_unused = False
+
+    def _write(self, values: Mapping[str, Any]) -> None:
         # Bytes of a file name that are not Unicode are escaped as JSON escapes them.
         line = (json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         try:
@@ -209,7 +214,11 @@ class LineFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file, which another process may then open."""
+        """Close the file, which another process may then open. Can be called repeatedly."""
+        if self._is_unused:
+            self._is_unused = False
+            with suppress(OSError):
+                self.path.unlink()
         self._file.close()
 
 

@@ -51,7 +51,7 @@ class SearchState:
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
         self.windows: list[SearchWindow] = []
-        self._file, self._is_new = None, True
+        self._file = None
         if path is None:
             return
         header = json.loads(json.dumps({"schema": SCHEMA, "search": dict(identity)}))
@@ -62,7 +62,6 @@ class SearchState:
                 what = f"{path} is the state of another search (video, queries, options or model differ)"
                 raise VideoError("search.other_state", f"{what}; delete it, or name another file")
             self.windows = [_window_from_json(row["window"]) for row in windows if _check(row)]
-            self._is_new = not self.windows
         except BaseException as error:
             self._file.close()
             if not isinstance(error, (ValueError, LookupError, TypeError)):
@@ -77,7 +76,6 @@ class SearchState:
             times = np.round(window.frame_times, 9).tolist()
             values = {"shot_s": window.shot_s, "frame_times": times, "answers": rows}
             self._file.append({"crc32": _crc32(values), "window": values})
-            self._is_new = False
 
     def remove(self) -> None:
         """Delete the file of a search that is complete."""
@@ -89,8 +87,6 @@ class SearchState:
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
-            if self._is_new:  # no window was finished
-                self.remove()
             self._file.close()
 
 
