@@ -153,10 +153,8 @@ class _Export:
 
     def write_graph(self, name: str, variants: Sequence[str]) -> list[GraphSpec]:
         """Trace, write and check all variants of one graph, and derive `ort-cpu`; return their contracts."""
-        traced: list[tuple[GraphSpec, ir.Model]] = []
-        for variant in dict.fromkeys(variants):
-            self.stages.begin(f"tracing {name} ({variant})")
-            traced.append(trace_graph(name, self.model, self.store, LOWERINGS[variant], precision=self.precision))
+        self.stages.begin(f"tracing {name}")
+        traced = trace_graph(name, self.model, self.store, list(dict.fromkeys(variants)), precision=self.precision)
         self.stages.begin(f"writing {name}")
         folder = self.writer.folder / GRAPHS / name
         folder.mkdir(parents=True)

@@ -5,12 +5,12 @@ Each module has its part of the model under the name that it has in `BridgeSTG`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from bridge_stg.export.tracing.lowering import Lowering
+from bridge_stg.export.tracing.lowering import DOMAIN, SAME, Lowering
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec
@@ -78,8 +78,6 @@ GRAPH_MODULES: Mapping[str, Callable[[BridgeSTG, Lowering], nn.Module]] = {
 
 _SIZES: Mapping[str, int] = {"G": 2, "B": 2, "L": 5, "K": 3, "S": 16, "V": 7, "F": 6, "h": 8, "w": 10, "W": 4}
 _ROWS, _COLUMNS = 3, 5
-_FREE = ("height", "width", "N", "W")
-_LARGEST = 2**20
 
 
 def example(graph: GraphSpec, spec: ModelSpec) -> tuple[Tensor, ...]:
@@ -93,18 +91,11 @@ def example(graph: GraphSpec, spec: ModelSpec) -> tuple[Tensor, ...]:
 
 
 def dynamic_shapes(graph: GraphSpec) -> tuple[object, ...]:
-    """Return the dims of every input for torch.export: a named `Dim` per symbol, shared by all inputs.
-
-    Height, width, N and W depend on each other (N = height · width / patch²), which named dims cannot express: the
-    trace chooses these, and the finished graph has the contract's names.
-    """
-    dims: dict[str, object] = dict.fromkeys(_FREE, torch.export.Dim.AUTO)
-    shapes: list[dict[int, object]] = []
-    for tensor in graph.inputs:
-        symbols = {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
-        for dim in symbols.values():
-            dims.setdefault(dim, torch.export.Dim(dim, min=1, max=_LARGEST))
-        shapes.append({axis: dims[dim] for axis, dim in symbols.items()})
+    """Return the dims of every input for torch.export: those of the contract that are symbols are free."""
+    shapes = [
+        {axis: torch.export.Dim.AUTO for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
+        for tensor in graph.inputs
+    ]
     if graph.cache is not None:  # modules have `*past` and `*tables` (positions), which need a tuple of their own
         first = len(shapes) - len(graph.cache.past_names)
     elif graph.name == "vision_encoder":
@@ -112,3 +103,20 @@ def dynamic_shapes(graph: GraphSpec) -> tuple[object, ...]:
     else:
         return tuple(shapes)
     return (*shapes[:first], tuple(shapes[first:]))
+
+
+def with_shared_dims(graph: GraphSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return inputs of a trace after nodes `Same`, which give dims of one name one symbol.
+
+    torch.export has a symbol for each dim of each input, and proofs that two are equal take most of its time.
+    """
+    sizes: dict[str, int] = {}
+    shared: list[Tensor] = []
+    for tensor, spec in zip(tensors, graph.inputs, strict=True):
+        for dim, size in zip(spec.dims, tensor.shape, strict=True):
+            if isinstance(dim, str):
+                sizes.setdefault(dim, size)
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
+        operator, dtype = f"{DOMAIN}::{SAME}", tensor.dtype
+        shared.append(torch.onnx.ops.symbolic(operator, (tensor,), dtype=dtype, shape=shape, version=1))
+    return tuple(shared)

@@ -1,4 +1,6 @@
-"""The variants that a graph is traced in: how attention and the KV cache become ONNX operators.
+"""The variants of a graph: how attention and the KV cache become ONNX operators.
+
+One trace has all of them: where they differ, the nodes of each are inputs of a node `Choice`.
 
 Attention is registered in transformers and the cache follows the `KeyValueCache` protocol, so that the torch modules
 are the same in training, in the torch reference and in every trace.
@@ -21,6 +23,15 @@ from bridge_stg.model.spatial_decoder import CrossAttention
 
 if TYPE_CHECKING:
     from bridge_stg.model.model import BridgeSTG
+
+DOMAIN = "bridge_stg"
+"""Domain of nodes that mark places of a trace, and are not part of the finished graph."""
+
+CHOICE = "Choice"
+"""Node with one input per variant, in the order of `LOWERINGS`."""
+
+SAME = "Same"
+"""Node that returns its input, whose dims have other symbols."""
 
 MASKED = -3e4
 """Score of a key that is not visible: finite, and within fp16."""
@@ -61,6 +72,28 @@ class AppendCache(GraphCache):
         return key, value
 
 
+class BothCache(GraphCache):
+    """The caches of both contracts, with a choice of what they write; `scattered` has the buffers of `ScatterCache`."""
+
+    def __init__(self, past: list[Tensor], cache_position: Tensor) -> None:
+        super().__init__(past, cache_position)
+        self.scattered: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return the new rows, as `AppendCache` does; `both_attentions` reads the buffers from `scattered`."""
+        scatter, first = ScatterCache(self.past, self.cache_position), 2 * layer_idx
+        self.scattered[layer_idx] = scatter.update(key, value, layer_idx)
+        self.written[first : first + 2] = map(choice, self.scattered[layer_idx], (key, value))
+        return key, value
+
+
+def choice(standard: Tensor, primitive: Tensor) -> Tensor:
+    """Return a tensor that is another one in each variant, and has the shape of `standard` in the trace."""
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{CHOICE}", (standard, primitive), dtype=standard.dtype, shape=standard.shape, version=1
+    )
+
+
 def operator_attention(  # noqa: PLR0917  # the signature that transformers calls
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
@@ -78,7 +111,7 @@ def appended_attention(  # noqa: PLR0917  # the signature that transformers call
     value: Tensor,
     mask: Tensor | None,
     scaling: float,
-    bridge_cache: AppendCache | None = None,
+    bridge_cache: GraphCache | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend to the past and to the new rows with one softmax over both, without concatenating the cache.
@@ -106,6 +139,29 @@ def appended_attention(  # noqa: PLR0917  # the signature that transformers call
     return out.reshape(batch, heads, length, head_dim).transpose(1, 2), None
 
 
+def both_attentions(  # noqa: PLR0917  # the signature that transformers calls
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float,
+    bridge_cache: BothCache | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return a choice between the two attentions; with a `bridge_cache`, `mask` has the two of `both_masks`."""
+    first: tuple[Any, ...] = (query, key, value, mask)
+    if bridge_cache is None:
+        primitive = matmul_attention(module, *first, scaling=scaling)[0]
+    else:
+        index = module.layer_idx
+        assert isinstance(index, int)
+        first = (query, *bridge_cache.scattered[index], mask[0])
+        primitive = appended_attention(module, query, key, value, mask[1], scaling, bridge_cache)[0]
+    standard = operator_attention(module, *first, scaling=scaling)[0]
+    return choice(standard, primitive), None
+
+
 def visible_past_and_new(cache_position: Tensor, length: int, capacity: int) -> Tensor:
     """Return bool [B, 1, L, S + L]: key j of the past is visible iff j < cache_position[b], new key k iff k ≤ i."""
     past = torch.arange(capacity) < cache_position[:, None, None]
@@ -115,9 +171,14 @@ def visible_past_and_new(cache_position: Tensor, length: int, capacity: int) -> 
     return torch.cat([past.expand(batch, length, capacity), new.expand(batch, length, length)], -1)[:, None]
 
 
+def both_masks(cache_position: Tensor, length: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Return the masks of both variants."""
+    return visible_keys(cache_position, length, capacity), visible_past_and_new(cache_position, length, capacity)
+
+
 @dataclass(frozen=True)
 class Lowering:
-    """One variant.
+    """One variant, or the form that is traced.
 
     Attributes:
         name: name of the variant.
@@ -133,7 +194,7 @@ class Lowering:
     cache_update: str
     attention: str
     cache: Callable[[list[Tensor], Tensor], GraphCache]
-    mask: Callable[[Tensor, int, int], Tensor]
+    mask: Callable[[Tensor, int, int], Any]
 
     @contextmanager
     def applied(self, model: BridgeSTG) -> Iterator[None]:
@@ -155,8 +216,12 @@ class Lowering:
 
 ALL_ATTENTION_FUNCTIONS.register("bridge_operator", operator_attention)
 ALL_ATTENTION_FUNCTIONS.register("bridge_append", appended_attention)
+ALL_ATTENTION_FUNCTIONS.register("bridge_both", both_attentions)
 
 LOWERINGS = {
     "standard": Lowering("standard", 24, "in_place", "bridge_operator", ScatterCache, visible_keys),
     "primitive": Lowering("primitive", 18, "append", "bridge_append", AppendCache, visible_past_and_new),
 }
+
+TRACED = Lowering("traced", 24, "in_place", "bridge_both", BothCache, both_masks)
+"""The form with a choice of both variants."""

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bridge_stg.export.tracing.lowering import GraphCache
+from bridge_stg.export.tracing.lowering import DOMAIN, GraphCache
 from bridge_stg.model.recompute import Recomputed
 
-DOMAIN = "bridge_stg"
 INPUT, OUTPUT, BLOCK = "BlockInput", "BlockOutput", "Block"
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a traced node: the paths of the modules that contain it, as a list in text."""
@@ -104,7 +103,7 @@ def _run_marked(
     Returns:
         The marked output, then what the block writes to its slots.
     """
-    marked = iter([_mark(INPUT, tensor, about) for tensor in inputs])
+    marked = iter([_mark(INPUT, tensor, {**about, "index": index}) for index, tensor in enumerate(inputs)])
     leaves = [next(marked) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     cache = next((copy.copy(leaf) for leaf in leaves if isinstance(leaf, GraphCache)), None)
     if cache is not None:
@@ -165,7 +164,8 @@ class _TracedBlock:
 
     def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], weight_of: WeightOf) -> None:
         self._graph, self._weight_of = graph, weight_of
-        self._inputs = [node.outputs[0] for node in nodes if node.op_type == INPUT]
+        # Marks of inputs that only another variant reads are gone.
+        self._inputs = {n.outputs[0]: n.attributes["index"].as_int() for n in nodes if n.op_type == INPUT}
         self._outputs = [node.inputs[0] for node in nodes if node.op_type == OUTPUT]
         self._path = _about(nodes[0])[1]
         needed, left = set[ir.Node](), [value.producer() for value in self._outputs]
@@ -186,7 +186,7 @@ class _TracedBlock:
     def copy_to(self, block: ir.Node) -> None:
         """Replace a node `Block` by copies of the nodes, with the weights of its own path."""
         path = _about(block)[1]
-        values: dict[ir.Value, ir.Value | None] = dict(zip(self._inputs, block.inputs, strict=True))
+        values: dict[ir.Value, ir.Value | None] = {v: block.inputs[i] for v, i in self._inputs.items()}
         for node in self._nodes:
             inputs = []
             for value in node.inputs:

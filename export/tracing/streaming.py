@@ -1,6 +1,6 @@
 """The torch reference of a model whose weights stay on disk: a few of them are in memory at a time.
 
-Matrices and embedding tables, nearly all of a model, are read by rows in every call of their module; norms, biases and
+Matrices and embedding tables, nearly all of a model, are read in every call of their module; norms, biases and
 the patch embedding are small and stay in memory. So the reference is the model itself, in fp32, at any size.
 """
 
@@ -16,11 +16,28 @@ from torch.nn import functional as F
 from bridge_stg.checkpoint.checkpoint import checkpoint_key
 from bridge_stg.checkpoint.weight_store import WeightStore
 from bridge_stg.export.tracing.skeleton import replaced_parameters
-from bridge_stg.export.tracing.weights import row_blocks
+from bridge_stg.export.tracing.weights import read_rows, row_blocks
 from bridge_stg.model.model import BridgeSTG
 
 RESIDENT_BYTES = 512 * 2**20
 """Largest model in fp32 that is read into memory as a whole."""
+
+STREAM_BYTES = 2 * 2**20
+"""Stored bytes of a matrix that are read, converted and multiplied at a time: about what a core's cache holds."""
+
+
+class _Memory:
+    """Memory that all streamed matrices use one after another: fresh pages would cost more than reading them."""
+
+    def __init__(self) -> None:
+        self.stored = bytearray(STREAM_BYTES)
+        self._floats = torch.empty(STREAM_BYTES)
+
+    def as_floats(self, block: Tensor) -> Tensor:
+        """Return a block of a matrix in fp32, in this memory if it fits."""
+        if block.numel() > self._floats.numel():
+            return block.float()
+        return self._floats[: block.numel()].view(block.shape).copy_(block)
 
 
 @contextmanager
@@ -33,7 +50,7 @@ def with_weights(model: BridgeSTG, store: WeightStore, *, resident_bytes: int = 
     streamed: list[nn.Linear | nn.Embedding] = []
     if sum(4 * value.numel() for value in model.parameters()) > resident_bytes:
         streamed = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)]
-    on_disk = {id(module.weight) for module in streamed}
+    on_disk, memory = {id(module.weight) for module in streamed}, _Memory()
 
     def read(value: nn.Parameter) -> nn.Parameter:
         if id(value) in on_disk:
@@ -43,8 +60,10 @@ def with_weights(model: BridgeSTG, store: WeightStore, *, resident_bytes: int = 
     try:
         for module in streamed:
             key = keys[id(module.weight)]
-            rows = _linear(module, store, key) if isinstance(module, nn.Linear) else _embedding(module, store, key)
-            vars(module)["forward"] = rows
+            if isinstance(module, nn.Linear):
+                vars(module)["forward"] = _linear(module, store, key, memory)
+            else:
+                vars(module)["forward"] = _embedding(module, store, key)
         with replaced_parameters(model, read):
             yield
     finally:
@@ -52,12 +71,12 @@ def with_weights(model: BridgeSTG, store: WeightStore, *, resident_bytes: int = 
             vars(module).pop("forward", None)
 
 
-def _linear(module: nn.Linear, store: WeightStore, key: str) -> Callable[[Tensor], Tensor]:
+def _linear(module: nn.Linear, store: WeightStore, key: str, memory: _Memory) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         parts, first = [], 0
-        for block in row_blocks(store, key):
+        for block in row_blocks(store, key, block_bytes=len(memory.stored), buffer=memory.stored):
             bias = None if module.bias is None else module.bias[first : first + len(block)]
-            parts.append(F.linear(x, block.float(), bias))
+            parts.append(F.linear(x, memory.as_floats(block), bias))
             first += len(block)
         return torch.cat(parts, -1)
 
@@ -66,13 +85,7 @@ def _linear(module: nn.Linear, store: WeightStore, key: str) -> Callable[[Tensor
 
 def _embedding(module: nn.Embedding, store: WeightStore, key: str) -> Callable[[Tensor], Tensor]:
     def forward(ids: Tensor) -> Tensor:
-        out = torch.empty(*ids.shape, module.embedding_dim)
-        first = 0
-        for block in row_blocks(store, key):
-            here = (ids >= first) & (ids < first + len(block))
-            if here.any():
-                out[here] = block[ids[here] - first].float()
-            first += len(block)
-        return out
+        rows, index = torch.unique(ids, return_inverse=True)
+        return read_rows(store, key, rows.tolist()).float()[index]
 
     return forward

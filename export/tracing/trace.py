@@ -1,14 +1,13 @@
-"""Trace one graph of the model in one variant, and give it the contract's names."""
+"""Trace one graph of the model, make its variants, and give them the contract's names."""
 
 from __future__ import annotations
 
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bridge_stg.checkpoint.checkpoint import checkpoint_key
 from bridge_stg.checkpoint.weight_store import WeightStore
-from bridge_stg.export.tracing.graphs import GRAPH_MODULES, dynamic_shapes, example
-from bridge_stg.export.tracing.lowering import Lowering
+from bridge_stg.export.tracing.graphs import GRAPH_MODULES, dynamic_shapes, example, with_shared_dims
+from bridge_stg.export.tracing.lowering import LOWERINGS, TRACED, Lowering
 from bridge_stg.export.tracing.precision import FP32, Precision, lower_precision
 from bridge_stg.export.tracing.repeated_blocks import RepeatedBlocks, expand
 from bridge_stg.export.tracing.simplify import simplify
 from bridge_stg.export.tracing.skeleton import fake_parameters
+from bridge_stg.export.tracing.variants import share_dims, variant_of
 from bridge_stg.export.tracing.weights import StoredWeight
 from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
 from bridge_stg.runtime.bundle.contracts import graph_contract
@@ -34,26 +34,35 @@ IR_VERSION = {18: 8, 24: 10}
 
 
 def trace_graph(
-    name: str, model: BridgeSTG, store: WeightStore, lowering: Lowering, *, precision: Precision = FP32
-) -> tuple[GraphSpec, ir.Model]:
-    """Trace one graph without the values of its weights, which are read when they are written.
+    name: str, model: BridgeSTG, store: WeightStore, variants: Sequence[str], *, precision: Precision = FP32
+) -> list[tuple[GraphSpec, ir.Model]]:
+    """Trace one graph once, and make each variant of it, without the values of its weights.
 
     The trace itself is fp32, of a model in eval mode; parameters may be on the meta device, buffers must have values.
+    Weights are read when they are written.
 
     Returns:
-        The contract and the graph: initializers have the names of the checkpoint, nodes those of module and operator.
+        The contract and the graph of each variant: initializers have the names of the checkpoint, nodes those of module
+        and operator.
 
     Raises:
         EngineError: the trace differs from the contract, such as by a fixed dim.
     """
-    about: dict[str, Any] = {"variant": lowering.name, "opset": lowering.opset, "cache_update": lowering.cache_update}
-    contract = graph_contract(name, model.spec, **about)
-    module = GRAPH_MODULES[name](model, lowering).eval()
+    traced = _traced(name, model)
+    _bind_weights(traced.graph, model, store)
+    return [_finished(name, variant_of(traced, LOWERINGS[v]), model, LOWERINGS[v], precision) for v in variants]
+
+
+def _traced(name: str, model: BridgeSTG) -> ir.Model:
+    """Return the traced graph with the nodes of all variants."""
+    contract = _traced_contract(name, model)
+    module = GRAPH_MODULES[name](model, TRACED).eval()
+    hook = module.register_forward_pre_hook(lambda _, tensors: with_shared_dims(contract, tensors))
     blocks = RepeatedBlocks(module)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with lowering.applied(model), fake_parameters(model, mode), blocks.traced(), torch.no_grad(), _quiet():
+    with TRACED.applied(model), fake_parameters(model, mode), blocks.traced(), torch.no_grad(), _quiet():
         with mode:
-            traced = torch.export.export(
+            exported = torch.export.export(
                 module,
                 example(contract, model.spec),
                 dynamic_shapes=dynamic_shapes(contract),
@@ -61,30 +70,47 @@ def trace_graph(
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
         program = torch.onnx.export(
-            traced,
+            exported,
             dynamo=True,
-            opset_version=lowering.opset,
+            opset_version=TRACED.opset,
             input_names=[tensor.name for tensor in contract.inputs],
             output_names=[tensor.name for tensor in contract.outputs],
             optimize=False,
             verbose=False,
         )
+    hook.remove()
     assert program is not None
-    graph = program.model
-    _bind_weights(graph.graph, model, store)
+    share_dims(program.model.graph)
+    return program.model
+
+
+def _traced_contract(name: str, model: BridgeSTG) -> GraphSpec:
+    return graph_contract(name, model.spec, variant=TRACED.name, opset=TRACED.opset, cache_update=TRACED.cache_update)
+
+
+def _finished(
+    name: str, graph: ir.Model, model: BridgeSTG, lowering: Lowering, precision: Precision
+) -> tuple[GraphSpec, ir.Model]:
+    """Simplify the graph of a variant, and give it its precision and its contract."""
     simplify(
         graph,
         modules=lambda scope: module_key(f"{scope}.").rstrip("."),
         expand=lambda: expand(graph.graph, partial(_weight_of, graph.graph)),
     )
-    about |= {"io_dtype": precision.io_dtype, "cache_dtype": precision.cache_dtype, "precision": precision.name}
-    final = graph_contract(name, model.spec, **about)
-    lower_precision(graph, final, precision)
-    _apply_contract(graph.graph, final)
+    contract = graph_contract(
+        name, model.spec, variant=lowering.name, opset=lowering.opset, cache_update=lowering.cache_update,
+        io_dtype=precision.io_dtype, cache_dtype=precision.cache_dtype, precision=precision.name,
+    )  # fmt: skip
+    pairs = zip(_traced_contract(name, model).outputs, contract.outputs, strict=True)
+    names = {old.name: new.name for old, new in pairs}  # what is written to the cache has a name of its own
+    for value in graph.graph.outputs:
+        value.name = names.get(str(value.name), value.name)
+    lower_precision(graph, contract, precision)
+    _apply_contract(graph.graph, contract)
     graph.ir_version = IR_VERSION[lowering.opset]
     graph.graph.name = name
     graph.producer_name, graph.producer_version = "bridge-stg", None
-    return final, graph
+    return contract, graph
 
 
 def module_key(name: str) -> str:

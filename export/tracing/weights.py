@@ -61,26 +61,45 @@ class StoredWeight(ir.LazyTensor):  # type: ignore[misc]  # onnx_ir is not typed
         return ir.tensor(values.reshape([int(size) for size in self.shape]), dtype=self.dtype, name=self.key)
 
 
-def row_blocks(store: WeightStore, key: str, *, block_bytes: int | None = None) -> Iterator[torch.Tensor]:
+def row_blocks(
+    store: WeightStore, key: str, *, block_bytes: int | None = None, buffer: bytearray | None = None
+) -> Iterator[torch.Tensor]:
     """Yield a weight's rows in their stored dtype, in blocks of at most `block_bytes` (default `BLOCK_BYTES`).
 
-    A weight with an adapter is one block. Raises CheckpointError if the file cannot be read.
+    A weight with an adapter is one block. With a `buffer`, blocks that fit are read into it, and are only valid until
+    the next one. Raises CheckpointError if the file cannot be read.
     """
     stored = store[key]
     rows = stored.shape[0] if stored.shape else 1
     step = max(1, (block_bytes or BLOCK_BYTES) * rows // max(stored.length, 1))
-    if not store.raw(key) or step >= rows:
+    if not store.raw(key) or (step >= rows and buffer is None):
         yield store.read(key)
         return
-    row_bytes = stored.length // rows
+    row_bytes = stored.length // max(rows, 1)
     with open(stored.path, "rb", buffering=0) as file:
         file.seek(stored.offset)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            buffer = bytearray(count * row_bytes)
-            if file.readinto(buffer) != len(buffer):
+            size = count * row_bytes
+            memory = bytearray(size) if buffer is None or len(buffer) < size else memoryview(buffer)[:size]
+            if file.readinto(memory) != size:
                 raise CheckpointError("checkpoint.damaged", f"{stored.path}: the file ends before the end of {key}")
-            yield torch.frombuffer(buffer, dtype=stored.dtype).reshape(count, *stored.shape[1:])
+            yield torch.frombuffer(memory, dtype=stored.dtype).reshape(count, *stored.shape[1:])
+
+
+def read_rows(store: WeightStore, key: str, rows: Sequence[int]) -> torch.Tensor:
+    """Return some rows of a weight in its stored dtype. Raises CheckpointError if the file cannot be read."""
+    stored = store[key]
+    if not store.raw(key):
+        return store.read(key)[list(rows)]
+    row_bytes = stored.length // stored.shape[0]
+    buffer = bytearray(len(rows) * row_bytes)
+    with open(stored.path, "rb", buffering=0) as file:
+        for index, row in enumerate(rows):
+            file.seek(stored.offset + row * row_bytes)
+            if file.readinto(memoryview(buffer)[index * row_bytes : (index + 1) * row_bytes]) != row_bytes:
+                raise CheckpointError("checkpoint.damaged", f"{stored.path}: the file ends before the end of {key}")
+    return torch.frombuffer(buffer, dtype=stored.dtype).reshape(len(rows), *stored.shape[1:])
 
 
 def write_weights(models: Sequence[ir.Model], file: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bridge_stg.export.parity.probes import PROBE_SIZES, feeds_of, run
-from bridge_stg.export.tracing import weights
+from bridge_stg.export.tracing import streaming
 from bridge_stg.export.tracing.skeleton import open_skeleton
 from bridge_stg.export.tracing.streaming import with_weights
 from bridge_stg.model.model import BridgeSTG
@@ -23,7 +23,7 @@ from bridge_stg.runtime.errors import CheckpointError
 def test_streamed_weights_give_the_same(
     checkpoint: Path, model: BridgeSTG, monkeypatch: pytest.MonkeyPatch, name: str, resident_bytes: int
 ) -> None:
-    monkeypatch.setattr(weights, "BLOCK_BYTES", 1000)  # every matrix in several blocks
+    monkeypatch.setattr(streaming, "STREAM_BYTES", 1000)  # every matrix in several blocks
     skeleton, store = open_skeleton(checkpoint)
     feeds, past = feeds_of(name, model.spec, PROBE_SIZES[name][1], np.random.default_rng(0))
     expected = run(TorchSession(name, model), feeds, past)
