@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.backends.kv_pool import bucketed
+from bridge_stg.runtime.backends.session import smallest
 from bridge_stg.runtime.chain.decode import prefill_chunk
 from bridge_stg.runtime.chain.vision_pass import coarse_tokens
 from bridge_stg.runtime.grounder import Grounder
@@ -177,16 +178,17 @@ class ChainRows:
         visual_tokens = inputs.get("visual_tokens", nothing)
         index, positions = inputs.get("visual_index", np.zeros_like(ids)), inputs.get("positions", text)
         found: dict[str, Any] = {}
-        chunk = prefill_chunk(self.sessions["language_model"])
+        chunk, unread = prefill_chunk(self.sessions["language_model"]), smallest(self.sessions["language_model"], "K")
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
+            read = outputs if stop == length else unread
             feeds = {
                 "input_ids": np.ascontiguousarray(ids[:, start:stop]),
                 "visual_index": np.ascontiguousarray(index[:, start:stop]),
                 "visual_tokens": visual_tokens,
                 "positions": np.ascontiguousarray(positions[:, :, start:stop]),
                 "cache_position": np.full(rows, past + start, np.int64),
-                "output_index": np.tile(np.arange(stop - start - outputs, stop - start, dtype=np.int64), (rows, 1)),
+                "output_index": np.tile(np.arange(stop - start - read, stop - start, dtype=np.int64), (rows, 1)),
             }
             found = self.sessions["language_model"].infer(feeds, cache=cache)
         return found

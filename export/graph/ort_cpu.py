@@ -7,8 +7,9 @@
   in every call. TensorRT takes int8 constants only as input of DequantizeLinear, so it cannot run that form.
 - Nvfp4, for which onnxruntime has no operator, is computed by standard ones with the same numbers.
 - Float graphs too get fused attention (`fuse_attention`), folded key projections in the spatial decoder
-  (`fold_key_projection`), optional visual tokens in the vision encoder (`optional_tokens`), and a patch embedding that
-  is one matmul (`patch_embedding`).
+  (`fold_key_projection`), optional visual tokens in the vision encoder (`optional_tokens`), a patch embedding that is
+  one matmul (`patch_embedding`), and a last decoder layer that computes the requested positions alone
+  (`requested_rows`). A prefill requests none, so K may be 0.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bridge_stg.export.graph.fuse_attention import fuse_attention
 from bridge_stg.export.graph.graph_edit import NVFP4_BLOCK, TENSORRT_DOMAIN, Edit, producer, rank
 from bridge_stg.export.graph.optional_tokens import make_tokens_optional
 from bridge_stg.export.graph.patch_embedding import embed_patches_by_matmul
+from bridge_stg.export.graph.requested_rows import compute_requested_rows
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 
 VARIANT, DERIVED_FROM = "ort-cpu", "standard"
@@ -45,12 +47,14 @@ def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec
     if spec is None or not for_ort_cpu(model := ir.load(folder / f"{DERIVED_FROM}.onnx"), spec.name):
         return []
     ir.save(model, folder / f"{VARIANT}.onnx")
-    return [dataclasses.replace(spec, variant=VARIANT, derived_from=DERIVED_FROM)]
+    ranges = {symbol: (0 if symbol == "K" else least, most) for symbol, (least, most) in spec.ranges.items()}
+    return [dataclasses.replace(spec, variant=VARIANT, derived_from=DERIVED_FROM, ranges=ranges)]
 
 
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:
     """Apply all passes to a graph in place; return whether one changed it."""
     changed = [fold_key_projection(model), make_tokens_optional(model), fuse_attention(model)]
+    changed.append(compute_requested_rows(model))
     edit = Edit(model.graph)
     fused = [_fuse(edit, edit.nodes[m.node]) for m in find_matmuls(model, graph) if m.form == INT8]
     tables = [table for table in find_tables(model, graph) if table.form == INT8]
@@ -112,7 +116,7 @@ def _nvfp4_floats(edit: Edit, value: ir.Value, to_scales: ir.Node, to_floats: ir
     step = then("Where", [then("Less", [size, number("two", 2)]), number("half", 0.5), upper])
     rounded = then("Mul", [then("Round", [then("Div", [levels, step])]), step])
     rounded = then("Min", [then("Max", [rounded, number("minus_six", -6)]), number("six", 6)])
-    floats = then("Reshape", [then("Mul", [rounded, scales]), then("Shape", [value])])
+    floats = then("Reshape", [then("Mul", [rounded, scales]), then("Shape", [value])], allowzero=1)
     floats = then("Cast", [floats], to=int(dtype))
     floats.dtype, floats.shape = dtype, value.shape
     return floats

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge_stg.runtime.backends.session import KVCache, Session, check_finite, largest
+from bridge_stg.runtime.backends.session import KVCache, Session, check_finite, largest, smallest
 from bridge_stg.runtime.chain.grammar import AnswerGrammar, AnswerState
 from bridge_stg.runtime.chain.prompt import Segment, text_segment
 from bridge_stg.runtime.device.array_ops import Array
@@ -92,11 +92,11 @@ def prefill_video(
     cache already. What follows them there, such as an earlier query, is overwritten before any token attends to it.
     """
     total = len(segment)
-    size = prefill_chunk(session)
+    size, outputs = prefill_chunk(session), smallest(session, "K")
     for start in range(0, total, size):
         report(start, total)
         chunk = segment.part(start, start + size)
-        feed(session, cache, [chunk], [cached + start], outputs=1, visual_tokens=visual_tokens)
+        feed(session, cache, [chunk], [cached + start], outputs=outputs, visual_tokens=visual_tokens)
     report(total, total)
     # One zero row would do; but a dim of one is a special case to tracers and engine profiles.
     no_visual_tokens = np.zeros((visual_tokens.shape[0], 2, visual_tokens.shape[2]), visual_tokens.dtype)
@@ -217,11 +217,11 @@ def feed(
     Rows that are longer than the session's largest call are fed in several calls. In the calls before the last, a
     shorter row is fed its first token, which the last call overwrites with the same values.
     """
-    size = largest(session, "L")
+    size, unread = largest(session, "L"), smallest(session, "K")
     while max(map(len, segments)) > size:
         counts = [min(size, max(1, len(segment) - size)) for segment in segments]
         first = [segment.part(0, count) for segment, count in zip(segments, counts, strict=True)]
-        session.infer(_feeds(first, lengths, outputs=1, visual_tokens=visual_tokens), cache=cache)
+        session.infer(_feeds(first, lengths, outputs=unread, visual_tokens=visual_tokens), cache=cache)
         done = [count if len(segment) > size else 0 for segment, count in zip(segments, counts, strict=True)]
         segments = [segment.part(count, len(segment)) for segment, count in zip(segments, done, strict=True)]
         lengths = [length + count for length, count in zip(lengths, done, strict=True)]

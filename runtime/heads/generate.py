@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bridge_stg.runtime.backends.session import PREFILL_CHUNK, KVCache, Session, check_finite, largest
+from bridge_stg.runtime.backends.session import PREFILL_CHUNK, KVCache, Session, check_finite, largest, smallest
 from bridge_stg.runtime.bundle.spec import VisionSpec
 from bridge_stg.runtime.chain.decode import feed
 from bridge_stg.runtime.chain.positions import VisualGrid, stock_positions
@@ -220,13 +220,13 @@ def prefill(
     longest prompt; `visual_tokens` are [1+D, V, H] of all prompts, row 0 all zero; a call feeds at most `chunk` tokens
     per row. The prompts follow `cached` tokens of each row. `report` is called before each call, and may raise to stop.
     """
-    longest = max(map(len, prompts)) - 1
+    longest, outputs = max(map(len, prompts)) - 1, smallest(session, "K")
     for start in range(0, longest, chunk):
         starts = [max(0, min(start, len(prompt) - 2)) for prompt in prompts]
         ends = [min(start + chunk, max(len(prompt) - 1, 1)) for prompt in prompts]
         pieces = [prompt.part(*piece) for prompt, *piece in zip(prompts, starts, ends, strict=True)]
         report()
-        feed(session, cache, pieces, [cached + start for start in starts], outputs=1, visual_tokens=visual_tokens)
+        feed(session, cache, pieces, [cached + start for start in starts], outputs=outputs, visual_tokens=visual_tokens)
     return [prompt.part(len(prompt) - 1, len(prompt)) for prompt in prompts]
 
 

@@ -116,6 +116,7 @@ def test_onnxruntime_computes_the_numbers_of_numpy(recipe: str, dtype: str, tmp_
     expected = expected @ rounded_weight(exact, recipe, GRAPH_RECIPES[recipe]).T
     tolerance = 1e-5 if dtype == "float" else 5e-3
     assert np.linalg.norm(found.reshape(-1, N) - expected) < tolerance * np.linalg.norm(expected)
+    assert session.run(None, {"x": rows[:, :0]})[0].shape == (len(rows), 0, N)  # a prefill reads no logits
     plain = rows.reshape(-1, K).astype(np.float32) @ exact.T
     assert 0.02 < np.linalg.norm(expected - plain) / np.linalg.norm(plain) < 0.2
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
-from bridge_stg.export.engines.compile import with_capacity
+from bridge_stg.export.engines.compile import empty_network, parse_graph, with_capacity
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.errors import EngineError
@@ -52,6 +53,25 @@ def test_only_a_cache_in_place_gets_a_capacity(exported: Bundle) -> None:
         past = next(value for value in model.graph.input if value.name == "past_key_0")
         dims = [dim.dim_param or dim.dim_value for dim in past.type.tensor_type.shape.dim]
         assert dims == ["B", 2, size, 16]
+
+
+def test_lengths_of_a_cache_are_not_parsed(tmp_path: Path) -> None:
+    """Graphs keep a mask of positions: causal attention whose lengths are dropped would see the first keys alone."""
+    tensorrt = rtx()
+    sizes = {"q": ["B", 2, "L", 64], "k": ["B", 2, 128, 64]}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, size) for name, size in sizes.items()]
+    inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT64, ["B"]))
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT16, sizes["q"])]
+    node = helper.make_node("Attention", ["q", "k", "k", "", "", "", "lengths"], ["y"], is_causal=1)
+    opset = [helper.make_opsetid("", 24)]
+    onnx.save(helper.make_model(helper.make_graph([node], "g", inputs, outputs), opset_imports=opset), tmp_path / "g")
+    network = empty_network(tensorrt)
+    assert parse_graph(tensorrt, network, tmp_path / "g", 128) == []
+    layers = [network.value.get_layer(index) for index in range(network.value.num_layers)]
+    (layer,) = (layer for layer in layers if layer.type == tensorrt.LayerType.ATTENTION_OUTPUT)
+    layer.__class__ = tensorrt.IAttentionOutputLayer
+    assert layer.attention.key_value_lengths is None
+    assert layer.attention.causal_kind == tensorrt.CausalMaskKind.UPPER_LEFT
 
 
 def test_no_graph(tmp_path: Path) -> None:
