@@ -150,15 +150,14 @@ def both_attentions(  # noqa: PLR0917  # the signature that transformers calls
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return a choice between the two attentions; with a `bridge_cache`, `mask` has the two of `both_masks`."""
-    first: tuple[Any, ...] = (query, key, value, mask)
     if bridge_cache is None:
-        primitive = matmul_attention(module, *first, scaling=scaling)[0]
+        primitive = matmul_attention(module, query, key, value, mask, scaling=scaling)[0]
     else:
         index = module.layer_idx
         assert isinstance(index, int)
-        first = (query, *bridge_cache.scattered[index], mask[0])
         primitive = appended_attention(module, query, key, value, mask[1], scaling, bridge_cache)[0]
-    standard = operator_attention(module, *first, scaling=scaling)[0]
+        key, value, mask = *bridge_cache.scattered[index], mask[0]
+    standard = operator_attention(module, query, key, value, mask, scaling=scaling)[0]
     return choice(standard, primitive), None
 
 
