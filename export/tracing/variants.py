@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ def share_dims(graph: ir.Graph) -> None:
 def variant_of(traced: ir.Model, lowering: Lowering) -> ir.Model:
     """Return a copy of a traced graph that has one of its variants only."""
     model = traced.clone()
+    outputs = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *outputs):
+        value.type = copy.copy(value.type)  # the clone shares types, and a type's dtype changes in place
     side = list(LOWERINGS).index(lowering.name)
     for node in [node for node in model.graph if node.domain == DOMAIN and node.op_type == CHOICE]:
         chosen, other = node.inputs[side], node.outputs[0]
