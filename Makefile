@@ -1,4 +1,4 @@
-# make test | test-oldest | demo | bench | gpu-check | aarch64-test | docs | dist | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
+# make test | test-oldest | demo | bench | bench-check | gpu-check | aarch64-test | docs | dist | lint | clean. Everything is installed into .venv; PYTHON and VENV can be given.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ DEMO := build/demo
 CLIP ?= $(firstword $(sort $(wildcard assets/demo/clips/*.mp4)))
 QUERY ?= $(shell cat $(CLIP:.mp4=.txt) 2>/dev/null)
 
-.PHONY: help test test-oldest demo bench gpu-check gpu-check-bundle aarch64-test docs dist lint format clean
+.PHONY: help test test-oldest demo bench bench-check gpu-check gpu-check-bundle aarch64-test docs dist lint format clean
 .DELETE_ON_ERROR:
 
 comma := ,
@@ -17,6 +17,7 @@ help:
 	@echo "make test-oldest  run the runtime's tests on Python 3.10 with the lowest version of every dependency"
 	@echo "make demo    install, export the demo checkpoint and ground a sample clip into $(DEMO)/"
 	@echo "make bench   speed of this runtime beside torch, on the demo and a 0.5B model, with this machine's limits (FULL=1: every size and peer)"
+	@echo "make bench-check  fail if the demo is slower, relative to torch in the same run, than recorded for this CPU (5 minutes)"
 	@echo "make gpu-check-bundle  export the bundles of the next target"
 	@echo "make gpu-check  with an NVIDIA GPU, in 7 minutes and without a network: device code, backends, parity, times (PRETEND=1: without a GPU)"
 	@echo "make aarch64-test  run the wheel on an emulated aarch64 machine and compare its answer (root on Debian or Ubuntu)"
@@ -54,6 +55,10 @@ demo: $(INSTALLED)
 # Goes on where it was stopped; BENCH_ARGS=--fresh begins anew. A peer that does not install is named in the result.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(if $(filter 1,$(FULL)),--full) $(BENCH_ARGS)
+
+# Status 1: slower; 2: nothing is recorded for this CPU. BENCH_ARGS=--update records.
+bench-check: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py --check $(BENCH_ARGS)
 
 # Makes the bundles of the GPU check, which then travel with the checkout to a machine without a network.
 GPU_CHECK := build/gpu-check

@@ -1,31 +1,46 @@
 """Measure the speed of this runtime, torch and other runtimes on the same weights and inputs.
 
 The quick form measures the demo and a 0.5B model at 32 coarse frames; the full form adds 8 and 128 frames, a 2B model,
-every peer, and how the cost grows with the input. An interrupted run resumes (`--fresh` starts again). The full form
-writes benchmarks/results/speed.json, the tables of docs/performance.md and its plots.
+every peer, and how the cost grows with the input. What says most is measured first; a run that was interrupted, or that
+ended after `--minutes`, resumes (`--fresh` starts again). The full form writes benchmarks/results/speed.json, and the
+tables and plots of docs/performance.md. `--check` compares the demo's ratios with recorded ones instead.
 
-Usage: python benchmarks/bench.py [--full] [--model NAME] [--frames 8,32,128] [--peers all|none|NAME,…]
+Usage: python benchmarks/bench.py [--full] [--prepare] [--minutes M] [--model NAME] [--frames 8,32,128] [--peers …]
+       python benchmarks/bench.py --check [--update]
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from speed.measure import ROWS, Results, make_inputs, measure
+from speed.measure import ROWS, Late, Results, key_of, make_inputs, measure, unmeasured
 from speed.results.growth import AXES, measure_growth
-from speed.results.ratios import FRAMES, MODEL, Limits, best_fp32, main_ratios, met, peer_ratios, targets
+from speed.results.ratios import FRAMES, MODEL, Limits, best_peer, main_ratios, met, peer_ratios, targets
+from speed.results.regression import check_demo
 from speed.results.report import fill_in, flat_rows, markdown, plots
-from speed.runners import CHAIN_ROWS, OURS, RunnerError, RunnerSpec, own_runners, peer_runners, start
-from speed.workload.bundles import Model, prepare
+from speed.runners import (
+    AUTO,
+    OURS,
+    RunnerError,
+    RunnerSpec,
+    disk_to_build,
+    grouped,
+    needs,
+    own_runners,
+    peer_runners,
+    start,
+)
+from speed.workload.bundles import RUNNING, Model, code_hash, prepare
 from tqdm import tqdm
 
 from bridge_stg.runtime.chain.prompt import Tokenizer
@@ -33,8 +48,8 @@ from bridge_stg.runtime.host.files import replacing
 from bridge_stg.runtime.host.machine import describe
 from bridge_stg.runtime.host.memory import available_bytes
 
-MODELS = ("qwen3_vl_0_5b", "demo", "qwen3_vl_2b")
-"""Models in the order in which they are measured; the one used for the ratios comes first."""
+DEMO, LARGE = "demo", "qwen3_vl_2b"
+MODELS = (MODEL, DEMO, LARGE)
 SIZE = (384, 216)
 FOLDER, RESULT, DOCUMENT, IMAGES = (
     Path("build/bench"), Path("benchmarks/results/speed.json"), Path("docs/performance.md"), Path("docs/images"),
@@ -52,11 +67,51 @@ class Names(click.ParamType):
         return value if isinstance(value, tuple) else tuple(filter(None, value.split(",")))
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is measured together.
+
+    Attributes:
+        kind: `own`: this runtime and torch; `peers`; `compiled`: torch.compile; `growth`; `cold start`; `export`.
+        model: one of `MODELS`.
+        frames: number of coarse frames; 0 if that does not apply.
+    """
+
+    kind: str
+    model: str
+    frames: int = 0
+
+
+def parts_of(models: Sequence[str], frames: Sequence[int], *, growth: bool, full: bool) -> list[Part]:
+    """Return the parts of a run, what says most first."""
+    first = [
+        Part("own", MODEL, FRAMES),
+        Part("peers", MODEL, FRAMES),
+        Part("growth", MODEL),
+        Part("cold start", DEMO),
+        Part("own", DEMO, FRAMES),
+        Part("own", LARGE, FRAMES),
+        Part("peers", LARGE, FRAMES),
+        Part("export", MODEL),
+    ]
+    more = [Part(kind, model, count) for kind in ("own", "peers", "compiled") for count in frames for model in models]
+    found = [part for part in dict.fromkeys((*first, *more)) if part.model in models and part.frames in (0, *frames)]
+    absent = {"growth"} if not growth else set()
+    absent |= set() if full else {"compiled", "export"}
+    kept = [part for part in found if part.kind not in absent]
+    # A demo by itself still shows how the cost grows.
+    return [*kept, Part("growth", DEMO)] if growth and tuple(models) == (DEMO,) else kept
+
+
 @click.command()
 @click.option("--full", is_flag=True, help="Measure every model, 8, 32 and 128 frames, every peer, and growth.")
+@click.option("--prepare", "only_prepare", is_flag=True, help="Make all files and peers that a run needs, and stop.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Start nothing more after this time.")
+@click.option("--check", is_flag=True, help="Compare the demo's ratios with the recorded ones; status 1 if worse.")
+@click.option("--update", is_flag=True, help="With --check: record the ratios for this CPU.")
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Model to measure; may be repeated.")
 @click.option("--frames", type=Names(), help="Numbers of coarse frames.  [quick: 32; full: 32,8,128]")
-@click.option("--rounds", type=click.IntRange(1), help="Measurements per row.  [quick: 2; full: 3]")
+@click.option("--rounds", type=click.IntRange(1), help="Measurements per row.  [quick: 2; full: 3; check: 7]")
 @click.option("--peers", type=Names(), help="Peers to measure: `all`, `none`, or names.  [quick: none; full: all]")
 @click.option("--own", type=Names(), default=",".join(OURS), show_default=True, help="Runners of the chain.")
 @click.option("--precisions", type=Names(), default=",".join(PRECISIONS), show_default=True, help="Precisions.")
@@ -64,6 +119,7 @@ class Names(click.ParamType):
 @click.option("--growth/--no-growth", default=None, help="Vary frames, tube, queries, batch and resolution.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads per runner.")
 @click.option("--given", multiple=True, help="Existing folders: MODEL.checkpoint=DIR, MODEL.fp32=DIR, …")
+@click.option("--fresh-bundles", is_flag=True, help="Make bundles anew, not only those made by other code.")
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Folder of generated files."
 )
@@ -73,52 +129,224 @@ class Names(click.ParamType):
 @click.option("--again", is_flag=True, help="Discard earlier measurements of these models and frames.")
 def main(full: bool, **options: Any) -> None:
     """Measure, print the ratios, and write them with all underlying figures."""
-    folder, form = options["folder"], "full" if full else "quick"
+    began, folder = time.monotonic(), options["folder"]
+    if options["check"]:
+        model = prepare(DEMO, folder, ("fp32", "int8"), given_of(options, DEMO), fresh=options["fresh_bundles"])
+        sys.exit(check_demo(model, rounds=options["rounds"], threads=options["threads"], update=options["update"]))
     models = options["models"] or (MODELS if full else MODELS[:2])
     frames = tuple(map(int, options["frames"] or (("32", "8", "128") if full else ("32",))))
-    rounds = options["rounds"] or (3 if full else 2)
-    growth = full if options["growth"] is None else options["growth"]
     out = options["out"] or (RESULT if full else folder / "quick.json")
-    document = full if options["document"] is None else options["document"]
-    state = folder / f"{form}_state.json"
-    if options["fresh"]:
-        state.unlink(missing_ok=True)
-    results = Results(state)
-    if options["again"]:
-        results.forget(models, frames, growth=bool(growth))
-    given = dict(option.split("=", 1) for option in options["given"])
+    parts = parts_of(models, frames, growth=full if options["growth"] is None else options["growth"], full=full)
+    results = opened_results(folder / f"{'full' if full else 'quick'}_state.json", options, models, frames)
     peers, missing = chosen_peers(options["peers"], full=full, precisions=options["precisions"])
-    results.missing |= missing
+    results.missing = missing
     with tqdm(desc="bench", unit=" steps", disable=None) as bar:
 
         def progress(text: str) -> None:
             bar.set_description(text)
             bar.update()
 
-        for name in models:
-            at = {k.partition(".")[2]: Path(v) for k, v in given.items() if k.startswith(f"{name}.")}
-            model = prepare(name, folder, options["precisions"], at)
-            specs = affordable(own_runners(options["precisions"], options["own"]) + peers, name, full)
-            limits_of_now(results, options["threads"], progress)
-            for count in frames_of(name, frames) if options["rows"] != ("none",) else ():
-                inputs = {count: make_inputs(model.checkpoint, model.work, count, SIZE)}
-                results.facts[f"{name}/{count}"] = facts(model, inputs[count])
-                skipped = () if full or peers else ("prefill_text",)
-                rows = tuple(row for row in options["rows"] if row not in (*skipped, "none"))
-                turns = rounds_of(rounds, count)
-                measure_in_groups(name, specs, model, inputs, results, turns, options["threads"], progress, rows)
-            if name == "demo":
-                cold_start(model, results, progress, runs=3 if not full else 7)
-            if (growth and name == MODEL) or (growth and models == ("demo",)):
-                grow(model, results, options["threads"], progress, repeat=1)
+        def late() -> bool:
+            return options["minutes"] is not None and time.monotonic() - began > 60 * options["minutes"]
+
+        run = Run(options, results, peers, full, progress, late)
+        if options["only_prepare"]:
+            for part in parts:
+                run.prepare_part(part)
+            click.echo("\n".join(f"not prepared: {name}: {reason}" for name, reason in results.missing.items()))
+            return
         limits_of_now(results, options["threads"], progress)
+        for part in parts:
+            if not late():
+                run.measure_part(part)
+        limits_of_now(results, options["threads"], progress)
+    for part in parts:
+        results.missing |= run.left(part)
     result = gather(results, threads=options["threads"])
     with replacing(out_file(out)) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if document:
+    if full if options["document"] is None else options["document"]:
         fill_in(DOCUMENT, markdown(result))
         plots(result, IMAGES, model=MODEL, frames=FRAMES)
     say(result, out)
+
+
+def given_of(options: Mapping[str, Any], model: str) -> dict[str, Path]:
+    """Return the existing folders that were given for a model."""
+    given = dict(option.split("=", 1) for option in options["given"])
+    return {k.partition(".")[2]: Path(v) for k, v in given.items() if k.startswith(f"{model}.")}
+
+
+def opened_results(state: Path, options: Mapping[str, Any], models: Sequence[str], frames: Sequence[int]) -> Results:
+    """Open the saved results, without those that the options discard and those of other code."""
+    code = code_hash(RUNNING)
+    if options["fresh"]:
+        state.unlink(missing_ok=True)
+    results = Results(state)
+    if results.rows and results.code != code:
+        click.echo("the code has changed since the saved measurements, which are discarded", err=True)
+        state.unlink()
+        results = Results(state)
+    results.code = code
+    if options["again"]:
+        results.forget(models, frames, growth=options["growth"] is not False)
+    return results
+
+
+class Run:
+    """Prepares and measures the parts of a run.
+
+    Args:
+        options: the command's options.
+        results: receives the measurements.
+        peers: runners of the installed peers.
+        full: whether this is the full form.
+        progress: called with a line of text before each step.
+        late: whether the run's time has ended.
+    """
+
+    def __init__(
+        self, options: Mapping[str, Any], results: Results, peers: Sequence[RunnerSpec], full: bool,
+        progress: Callable[[str], None], late: Late,
+    ) -> None:  # fmt: skip
+        self.options, self.results, self.peers, self.full = options, results, peers, full
+        self.progress, self.late = progress, late
+        self._models: dict[str, Model] = {}
+
+    def model(self, name: str) -> Model:
+        """Return a model whose bundles are made by the present code."""
+        if name not in self._models:
+            options = self.options
+            self.progress(f"{name}: checkpoint and bundles")
+            self._models[name] = prepare(
+                name, options["folder"], options["precisions"], given_of(options, name), fresh=options["fresh_bundles"]
+            )
+        return self._models[name]
+
+    def prepare_part(self, part: Part) -> None:
+        """Make the files that a part needs."""
+        model = self.model(part.model)
+        if part.frames:
+            self.progress(f"{part.model}: inputs of {part.frames} frames")
+            make_inputs(model.checkpoint, model.work, part.frames, SIZE)
+        if part.kind == "peers" and part.frames == FRAMES:
+            for spec in self.specs(part):
+                if spec.name in OURS or self.without_room(spec, model):
+                    continue
+                self.progress(f"{part.model}: {spec.label}")
+                log = model.work / "logs" / f"{model.name}_{spec.label}.log"
+                try:
+                    start(spec, request_of(model), threads=self.options["threads"], log=log).end()
+                except RunnerError as error:
+                    self.results.missing[f"{model.name}/{spec.label}"] = str(error)
+
+    def specs(self, part: Part) -> list[RunnerSpec]:
+        """Return the runners that a part measures, reference first."""
+        own = own_runners(self.options["precisions"], self.options["own"])
+        if part.kind == "own":
+            return sorted(
+                (spec for spec in own if spec.name != "torch_compile"), key=lambda spec: spec.name != "torch_eager"
+            )
+        if part.kind == "compiled":
+            return [spec for spec in own if spec.name == "torch_compile"]
+        # The runners of one precision share ours, with which they take turns.
+        return sorted(self.peers, key=lambda spec: (*PRECISIONS, AUTO).index(spec.precision))
+
+    def rows(self) -> tuple[str, ...]:
+        """Return the rows to measure; text alone is prefilled only to compare peers."""
+        skipped = () if self.full or self.peers else ("prefill_text",)
+        return tuple(row for row in self.options["rows"] if row not in (*skipped, "none"))
+
+    def rounds(self, part: Part) -> int:
+        """Return the number of rounds of a part: long runs vary less."""
+        return 1 if part.frames > 32 else self.options["rounds"] or (3 if self.full else 2)
+
+    def without_room(self, spec: RunnerSpec, model: Model) -> bool:
+        """Return whether memory or disk do not suffice for a runner, and note it as missing."""
+        weights, name = weight_bytes(model), f"{model.name}/{spec.label}"
+        ours = [one for one in own_runners(PRECISIONS, ("ours",)) if one.precision == spec.precision]
+        beside = sum(needs(one, weights) for one in ours) if spec.name not in OURS else 0.0
+        needed, room = needs(spec, weights), room_for_runners()
+        if needed + beside > room:
+            ours_too = f", and this runtime beside it {beside / 1e9:.0f} GB" if beside else ""
+            reason = f"takes about {needed / 1e9:.0f} GB{ours_too}; {room / 1e9:.0f} GB of memory are available"
+        elif (disk := disk_to_build(spec, weights, model.work / "peers")) > (
+            free := shutil.disk_usage(model.work).free
+        ):
+            reason = (
+                f"its files take about {disk / 1e9:.0f} GB while they are made; {free / 1e9:.0f} GB of disk are free"
+            )
+        else:
+            return False
+        self.results.missing[name] = reason
+        return True
+
+    def measure_part(self, part: Part) -> None:
+        """Measure what of a part has not been measured."""
+        if part.kind == "export":
+            return measure_export(self.results, self.options["folder"], self.progress)
+        model = self.model(part.model)
+        if part.kind == "growth":
+            return grow(model, self.results, self.options["threads"], self.progress, repeat=1, late=self.late)
+        if part.kind == "cold start":
+            return cold_start(model, self.results, self.progress, runs=7 if self.full else 3)
+        specs = [spec for spec in self.specs(part) if not self.without_room(spec, model)]
+        if not specs or not self.rows():
+            return None
+        inputs = {part.frames: make_inputs(model.checkpoint, model.work, part.frames, SIZE)}
+        self.results.facts[f"{part.model}/{part.frames}"] = facts(model, inputs[part.frames])
+        anchors = {} if part.kind == "own" else {
+            spec.precision: spec for spec in own_runners(self.options["precisions"], ("ours",))
+        }  # fmt: skip
+        for group in grouped(specs, weight_bytes(model), room_for_runners(), anchors):
+            measure(
+                request_of(model), group, inputs, self.results, rounds={part.frames: self.rounds(part)},
+                threads=self.options["threads"], work=model.work, progress=self.progress, rows=self.rows(),
+                late=self.late,
+            )  # fmt: skip
+        return None
+
+    def left(self, part: Part) -> dict[str, str]:
+        """Return what of a part was not measured because the run's time ended."""
+        reason, results = "the run's time ended before its turn", self.results
+        if part.kind == "export":
+            return {} if results.export or not self.late() else {"export": reason}
+        if part.kind == "growth":
+            known = {point["axis"] for point in results.growth}
+            return {f"growth with {axis}": reason for axis in AXES if axis not in known and self.late()}
+        if part.kind == "cold start":
+            return {} if results.cold_start or not self.late() else {"cold start": reason}
+        found = {}
+        for spec in self.specs(part) if self.rows() else ():
+            label = f"{part.model}/{spec.label}"
+            rows = unmeasured(results, part.model, part.frames, spec, 1, self.rows())
+            absent = label in results.missing or "error" in results.runners.get(label, {})
+            if self.late() and not absent and rows != []:
+                begun = key_of(part.model, part.frames, spec.label) in results.rows
+                what = ", ".join(rows) if begun and rows else "all rows"
+                found[f"{label}, {part.frames} frames"] = f"{what}: {reason}"
+        return found
+
+
+def weight_bytes(model: Model) -> int:
+    """Return the bytes of a model's checkpoint."""
+    return sum(file.stat().st_size for file in model.checkpoint.glob("*.safetensors"))
+
+
+def room_for_runners() -> float:
+    """Return the bytes of memory that runners may take together."""
+    return 0.85 * (available_bytes() or 16 * 2**30)
+
+
+def request_of(model: Model) -> dict[str, Any]:
+    """Return the model of the protocol's `load` request."""
+    (model.work / "peers").mkdir(parents=True, exist_ok=True)
+    return {
+        "name": model.name,
+        "checkpoint": str(model.checkpoint.resolve()),
+        "folder": str((model.work / "peers").resolve()),
+        "bundles": {precision: str(path.resolve()) for precision, path in model.bundles.items()},
+    }
 
 
 def chosen_peers(
@@ -131,88 +359,6 @@ def chosen_peers(
     if wanted == ("none",):
         return [], {}
     return peer_runners(peers() if wanted == ("all",) else wanted, precisions)
-
-
-def affordable(specs: list[RunnerSpec], model: str, full: bool) -> list[RunnerSpec]:
-    """Sort the runners, reference first; the quick form leaves out torch_compile, which compiles for minutes."""
-    kept = [spec for spec in specs if full or not (spec.name == "torch_compile" and model != "demo")]
-    return sorted(kept, key=lambda spec: spec.name != "torch_eager")
-
-
-def frames_of(model: str, frames: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the frame counts to measure a model at; 128 frames of a 2B model would take an hour."""
-    return tuple(count for count in frames if not (model == "qwen3_vl_2b" and count > 32))
-
-
-def rounds_of(rounds: int, frames: int) -> int:
-    """Return the number of rounds for a frame count: long runs vary less."""
-    return 1 if frames > 32 else rounds
-
-
-def measure_in_groups(
-    name: str,
-    specs: list[RunnerSpec],
-    model: Model,
-    inputs: Mapping[int, Path],
-    results: Results,
-    rounds: int,
-    threads: int,
-    progress: Any,
-    rows: Sequence[str] = ROWS,
-) -> None:
-    """Measure as many runners together as memory allows."""
-    weights = sum(file.stat().st_size for file in model.checkpoint.glob("*.safetensors"))
-    groups = grouped(specs, weights, 0.75 * (available_bytes() or 16 * 2**30))
-    model_request = {
-        "name": name,
-        "checkpoint": str(model.checkpoint.resolve()),
-        "folder": str((model.work / "peers").resolve()),
-        "bundles": {precision: str(path.resolve()) for precision, path in model.bundles.items()},
-    }
-    (model.work / "peers").mkdir(parents=True, exist_ok=True)
-    for group in groups:
-        measure(
-            model_request,
-            group,
-            inputs,
-            results,
-            rounds=dict.fromkeys(inputs, rounds),
-            threads=threads,
-            work=model.work,
-            progress=progress,
-            rows=rows,
-        )
-
-
-def grouped(specs: Sequence[RunnerSpec], weights: int, room: float) -> list[list[RunnerSpec]]:
-    """Group the runners so that each group fits in memory; later groups repeat our runner of each precision.
-
-    Args:
-        specs: runners, reference first.
-        weights: bytes of the bf16 checkpoint.
-        room: bytes of memory available to the runners of one group together.
-    """
-    ours = {spec.precision: spec for spec in specs if spec.name == "ours"}
-    kept = tuple(row for row in CHAIN_ROWS if row != "end_to_end")
-    groups: list[list[RunnerSpec]] = [[]]
-
-    def added(spec: RunnerSpec) -> list[RunnerSpec]:
-        """Return what a runner adds to the last group: itself, and our runner of its precision if that is missing."""
-        if len(groups) == 1 or spec.name == "ours" or spec.precision not in ours:
-            return [spec]
-        anchor = replace(ours[spec.precision], name=f"ours@{len(groups)}", rows=kept)
-        return [*([] if anchor in groups[-1] else [anchor]), replace(spec, compared_with=anchor.name)]
-
-    for spec in specs:
-        if groups[-1] and sum(needs(one, weights) for one in (*groups[-1], *added(spec))) > room:
-            groups.append([])
-        groups[-1] += added(spec)
-    return groups
-
-
-def needs(spec: RunnerSpec, weights: int) -> float:
-    """Estimate a runner's memory in bytes from the size of the bf16 checkpoint."""
-    return {"int8": 1.4, "int4": 1.2}.get(spec.precision, 2.6) * weights + 1e9
 
 
 def facts(model: Model, inputs: Path) -> dict[str, Any]:
@@ -241,33 +387,31 @@ def cold_start(model: Model, results: Results, progress: Any, *, runs: int) -> N
     """Time whole `infer` processes on a sample clip, from process start to result."""
     path = sorted(Path("assets/demo/clips").glob("*.mp4"))[0]
     query = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    bundle = str(model.bundles["fp32"])
     for _ in range(runs):
-        progress("cold start of infer")
-        began = time.perf_counter()
-        command = [sys.executable, "cli.py", "infer", str(path), query, "--bundle", bundle]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        results.cold_start.append(round(time.perf_counter() - began, 4))
+        for precision in sorted({"fp32", "int8"} & set(model.bundles)):
+            if len(results.cold_start.setdefault(precision, [])) >= runs:
+                continue
+            progress(f"cold start of infer, {precision}")
+            command = [sys.executable, "cli.py", "infer", str(path), query, "--bundle", str(model.bundles[precision])]
+            began = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            results.cold_start[precision].append(round(time.perf_counter() - began, 4))
     results.save()
 
 
-def grow(model: Model, results: Results, threads: int, progress: Any, *, repeat: int) -> None:
+def grow(model: Model, results: Results, threads: int, progress: Any, *, repeat: int, late: Late) -> None:
     """Measure how the cost of our int8 runner grows with each axis."""
     spec = own_runners(("int8",), ("ours",))[0]
-    model_request = {
-        "name": model.name, "checkpoint": str(model.checkpoint), "folder": str(model.work / "peers"),
-        "bundles": {precision: str(path) for precision, path in model.bundles.items()},
-    }  # fmt: skip
+    tokenizer = Tokenizer.from_file(model.bundles["int8"] / "tokenizer.json")
     try:
-        runner = start(spec, model_request, threads=threads, log=model.work / "logs" / "growth.log")
+        runner = start(spec, request_of(model), threads=threads, log=model.work / "logs" / "growth.log")
     except RunnerError as error:
         results.missing["growth"] = str(error)
         return
     try:
-        tokenizer = Tokenizer.from_file(model.bundles["int8"] / "tokenizer.json")
         measure_growth(
             runner, model.spec, tokenizer, model.work, results.growth,
-            axes=tuple(AXES), repeat=repeat, save=results.save, progress=progress,
+            axes=tuple(AXES), repeat=repeat, save=results.save, progress=progress, late=late,
         )  # fmt: skip
     except RunnerError as error:
         results.missing["growth"] = str(error)
@@ -275,35 +419,47 @@ def grow(model: Model, results: Results, threads: int, progress: Any, *, repeat:
         runner.end()
 
 
+def measure_export(results: Results, folder: Path, progress: Any) -> None:
+    """Export the same plain model with this project and with the exporters of others, in turn."""
+    if results.export:
+        return
+    progress("export")
+    program, file = Path(__file__).parent / "large" / "export_peers.py", folder / "export.json"
+    command = [sys.executable, str(program), "--shape", MODEL, "--out", str(file)]
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        results.missing["export"] = "benchmarks/large/export_peers.py failed; its output gives the reason"
+        return
+    results.export = json.loads(file.read_text(encoding="utf-8"))
+    results.save()
+
+
 def gather(results: Results, *, threads: int) -> dict[str, Any]:
     """Return the result: the ratios, followed by all figures that they are computed from."""
     limits = Limits.best(results.limits)
     machine = describe("onnxruntime", "numpy", "torch", "transformers")
     vnni = bool({"avx512_vnni", "avx_vnni"} & set(machine["flags"]))  # type: ignore[call-overload]
-    fact = results.facts.get(f"{MODEL}/{FRAMES}")
-    ratios: dict[str, Any] = {}
-    if fact is not None:
-        ratios = main_ratios(results.rows, limits, fact["text_config"], fact["sizes"]["length"])
-    if results.cold_start:
-        ratios["cold_start_demo_s"] = min(results.cold_start)
+    ratios = main_ratios(results.rows, limits, results.facts, results.growth)
+    for precision, seconds in results.cold_start.items():
+        ratios[f"cold_start_demo_{precision}_s"] = min(seconds)
     found = {**results.missing}
     for key, runner in results.runners.items():
         if "error" in runner:
             found[key] = runner["error"]
     return {
         "ratios": ratios,
-        "targets": {**targets(limits, vnni=vnni), "cold_start_demo_s": {"most": 1.0}},
+        "targets": targets(limits, vnni=vnni),
         "machine": machine,
         "threads": threads,
         "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "limits": {"bandwidth": limits.bandwidth, "fp32": limits.fp32, "int8": limits.int8, "samples": results.limits},
         "peers_by_row": peer_ratios(results.rows),
-        "best_fp32_by_row": best_fp32(results.rows),
+        "best_fp32_by_row": best_peer(results.rows, "fp32"),
         "cold_start_s": results.cold_start,
         "runners": results.runners,
         "missing": found,
         "rows": flat_rows(results.rows, results.runners, results.facts, limits),
         "growth": results.growth,
+        "export": results.export,
     }
 
 

@@ -30,6 +30,7 @@ WARM = ("end_to_end", "queries")
 """Rows that earlier rows have already warmed up, so their first turn counts."""
 
 Progress = Callable[[str], Any]
+Late = Callable[[], bool]
 
 
 class Results:
@@ -41,8 +42,10 @@ class Results:
         facts: model/frames → configuration and input sizes, from which operations are counted.
         missing: name → reason, for everything that was not measured.
         limits: the machine's limits, one entry per measurement.
-        cold_start: seconds of single `infer` processes.
+        cold_start: precision → seconds of single `infer` processes.
         growth: measured points of all axes.
+        export: figures of exports by exporter.
+        code: hash of the code that was measured.
     """
 
     def __init__(self, file: Path) -> None:
@@ -53,8 +56,10 @@ class Results:
         self.facts: dict[str, dict[str, Any]] = saved.get("facts", {})
         self.missing: dict[str, str] = saved.get("missing", {})
         self.limits: list[dict[str, Any]] = saved.get("limits", [])
-        self.cold_start: list[float] = saved.get("cold_start", [])
+        self.cold_start: dict[str, list[float]] = saved.get("cold_start", {})
         self.growth: list[dict[str, Any]] = saved.get("growth", [])
+        self.export: dict[str, Any] = saved.get("export", {})
+        self.code: str = saved.get("code", "")
 
     def save(self) -> None:
         """Write the file atomically."""
@@ -69,7 +74,7 @@ class Results:
         dropped = {f"{model}/{count}" for model in models for count in frames}
         self.rows = {key: rows for key, rows in self.rows.items() if key.rpartition("/")[0] not in dropped}
         self.runners = {key: loaded for key, loaded in self.runners.items() if key.partition("/")[0] not in models}
-        self.limits, self.cold_start = [], [] if "demo" in models else self.cold_start
+        self.limits, self.cold_start = [], {} if "demo" in models else self.cold_start
         if growth:
             self.growth = []
         self.save()
@@ -109,6 +114,7 @@ def measure(
     rows: Sequence[str] = ROWS,
     progress: Progress = lambda text: None,
     timeout_s: float = 1200,
+    late: Late = lambda: False,
 ) -> None:
     """Start the runners of one model, and measure every row at every frame count, round robin.
 
@@ -123,12 +129,13 @@ def measure(
         rows: rows to measure.
         progress: called with a line of text before each step.
         timeout_s: limit for one answer in seconds.
+        late: whether the run's time has ended; then no other runner or row is begun.
     """
     name = model["name"]
     runners: list[Runner] = []
     try:
         for spec in specs:
-            if all(done(results, name, frames, spec, rounds[frames], rows) for frames in inputs):
+            if late() or all(done(results, name, frames, spec, rounds[frames], rows) for frames in inputs):
                 continue
             progress(f"{name}: loading {spec.label}")
             try:
@@ -142,6 +149,8 @@ def measure(
         for frames, folder in inputs.items():
             for row in rows:
                 for file in sorted(folder.glob(f"{row}.npz")) or sorted(folder.glob(f"{row}_*.npz")):
+                    if late():
+                        return
                     turns(runners, name, frames, row, file, results, rounds[frames], work, progress, timeout_s)
     finally:
         for runner in runners:
@@ -150,17 +159,26 @@ def measure(
 
 def done(results: Results, model: str, frames: int, spec: RunnerSpec, rounds: int, rows: Sequence[str]) -> bool:
     """Return whether a runner has no rows left to measure at this frame count."""
+    return unmeasured(results, model, frames, spec, rounds, rows) == []
+
+
+def unmeasured(
+    results: Results, model: str, frames: int, spec: RunnerSpec, rounds: int, rows: Sequence[str]
+) -> list[str] | None:
+    """Return a runner's rows that have not been measured `rounds` times, or None if it has not been loaded."""
     loaded = results.runners.get(f"{model}/{spec.label}", {})
     if not loaded or "error" in loaded:
-        return False
+        return None
     measured = results.rows.get(key_of(model, frames, spec.label), {})
     wanted = [row for row in rows if row in loaded["rows"] and (spec.rows is None or row in spec.rows)]
     names = [name for row in wanted for name in (("queries_1", "queries_8") if row == "queries" else (row,))]
     if "vision" not in loaded["rows"] and "prefill_text" in loaded["rows"]:
         names = [name for name in names if name != "prefill"]
-    return all(
-        name in measured and ("error" in measured[name] or len(measured[name]["seconds"]) >= rounds) for name in names
-    )
+    return [
+        name
+        for name in names
+        if name not in measured or not ("error" in measured[name] or len(measured[name]["seconds"]) >= rounds)
+    ]
 
 
 def turns(

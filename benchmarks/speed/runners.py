@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -202,3 +202,63 @@ def own_runners(precisions: Sequence[str], engines: Sequence[str] = OURS) -> lis
             rows = None if (engine, precision) == ("ours", "int8") else CHAIN_ROWS
             found.append(RunnerSpec(engine, precision, (sys.executable, program, engine), rows))
     return found
+
+
+MEMORY = {"fp32": (2.15, 1.6e9), "int8": (0.9, 0.7e9), "int4": (1.6, 0.8e9)}
+"""Memory of a runner: bytes per byte of the bf16 checkpoint, and further bytes, from the 0.5B and 2B models."""
+MEMORY_OF_PEERS = {
+    "openvino": {"fp32": 6.2, "int8": 4.4, "int4": 4.0, AUTO: 6.0},
+    "openvino_genai": {AUTO: 2.6},
+    "hf_exporters": {"fp32": 4.2, "int8": 2.0},
+}
+"""Memory per byte of the bf16 checkpoint, including what loading takes, of peers that need more (0.5B)."""
+RESERVED_DISK = 4e9
+KINDS_OF_GGUF = {"fp32": "f32", "int8": "q8_0", "int4": "q4_0"}
+
+
+def needs(spec: RunnerSpec, weights: int) -> float:
+    """Estimate a runner's memory in bytes from the size of the bf16 checkpoint."""
+    factor, constant = MEMORY.get(spec.precision, MEMORY["fp32"])
+    return MEMORY_OF_PEERS.get(spec.name, {}).get(spec.precision, factor) * weights + constant
+
+
+def disk_to_build(spec: RunnerSpec, weights: int, folder: Path) -> float:
+    """Estimate the bytes of disk that a peer's files take while they are made, from the size of the bf16 checkpoint.
+
+    int8 and int4 are made from files in fp32. 0 if the files are in `folder` already, or the peer needs none.
+    """
+    kind = (KINDS_OF_GGUF if spec.name == "llama_cpp" else {AUTO: "fp32"}).get(spec.precision, spec.precision)
+    if spec.name in (*OURS, "openvino") or (folder / f"{spec.name}-{kind}").is_dir():
+        return 0.0
+    graphs = 2 if spec.name == "hf_exporters" else 1
+    return graphs * (2.0 if kind in ("fp32", "f32") else 2.6) * weights + RESERVED_DISK
+
+
+def grouped(
+    specs: Sequence[RunnerSpec], weights: int, room: float, anchors: Mapping[str, RunnerSpec]
+) -> list[list[RunnerSpec]]:
+    """Group runners so that each group fits in memory.
+
+    Args:
+        specs: runners, reference first.
+        weights: bytes of the bf16 checkpoint.
+        room: bytes of memory available to the runners of one group together.
+        anchors: our runner by precision. Every group of peers repeats those of its precisions as `ours@NAME`, NAME
+            being the group's first peer, so that each peer takes turns with ours.
+    """
+    rows = tuple(row for row in CHAIN_ROWS if row != "end_to_end")
+    groups: list[list[RunnerSpec]] = []
+
+    def added(spec: RunnerSpec, to: list[RunnerSpec]) -> list[RunnerSpec]:
+        """Return what a runner adds to a group: itself, and our runner of its precision if that is missing."""
+        if spec.precision not in anchors:
+            return [spec]
+        first = next((one.name for one in to if not one.name.startswith("ours@")), spec.name)
+        anchor = replace(anchors[spec.precision], name=f"ours@{first}", rows=rows)
+        return [*([] if anchor in to else [anchor]), replace(spec, compared_with=anchor.name)]
+
+    for spec in specs:
+        if not groups or sum(needs(one, weights) for one in (*groups[-1], *added(spec, groups[-1]))) > room:
+            groups.append([])
+        groups[-1] += added(spec, groups[-1])
+    return groups

@@ -84,12 +84,13 @@ def measure_growth(
     repeat: int,
     save: Callable[[], Any],
     progress: Callable[[str], Any],
+    late: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Measure the points missing in `measured`, and append them; the fastest of `repeat` runs counts."""
+    """Measure the points missing in `measured`, and append them, until `late`; the fastest of `repeat` runs counts."""
     known = {(point["axis"], point["x"]) for point in measured}
     inputs, outputs = folder / "growth_in.npz", folder / "growth_out.npz"
     for case in cases(spec, tokenizer, folder, axes):
-        if (case["axis"], case["x"]) in known:
+        if (case["axis"], case["x"]) in known or late():
             continue
         progress(f"growth: {case['axis']} {case['x']}")
         np.savez(inputs, **case["inputs"])

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speed.flops import WEIGHT_BYTES, decode_bytes, prefill_work, vision_work
 from speed.measure import median
 from speed.results.growth import AXES, UNITS, summary
-from speed.results.ratios import Limits, chain_overhead, met
+from speed.results.ratios import Limits, chain_overhead, met, share_of_limit
 
 STAGES_PLOT, GROWTH_PLOT = "speed_stages.svg", "speed_growth.svg"
 MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")
@@ -64,30 +63,6 @@ def median_of(values: Any) -> float:
     import statistics
 
     return statistics.median(values)
-
-
-def share_of_limit(
-    row: str,
-    taken: float | None,
-    figures: Mapping[str, Any],
-    fact: Mapping[str, Any] | None,
-    precision: str,
-    limits: Limits,
-) -> float | None:
-    """Return the shortest time that the machine's limits allow for a row's work, over its measured time."""
-    if taken is None or fact is None or precision not in WEIGHT_BYTES:
-        return None
-    sizes = fact["sizes"]
-    if row == "vision":
-        work = vision_work(fact["vision_config"], sizes["groups"], sizes["rows"], sizes["columns"])
-        return round(limits.least_seconds(work, precision) / taken, 4)
-    if row in ("prefill", "prefill_text"):
-        return round(limits.least_seconds(prefill_work(fact["text_config"], sizes["length"]), precision) / taken, 4)
-    if row == "decode" and figures.get("tokens"):
-        past = int(sizes["length"] + figures["tokens"] / 2)
-        least = decode_bytes(fact["text_config"], past, precision) / limits.bandwidth
-        return round(least * figures["tokens"] / taken, 4)
-    return None
 
 
 def table(model: str, frames: int, rows: Sequence[Mapping[str, Any]], runners: Mapping[str, Any]) -> list[str]:

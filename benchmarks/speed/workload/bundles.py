@@ -1,16 +1,18 @@
 """Make the checkpoint and bundles to compare: fp32, int8 (w8a8) and int4 (w4).
 
-Missing bundles are made with the parts of `export` and `calibrate`, without a search, since no metric can be evaluated
-with random weights. Each step runs in a subprocess to free its memory.
+Bundles that are missing, or were made by other code, are made with the parts of `export` and `calibrate`, without a
+search, since no metric can be evaluated with random weights. Each step runs in a subprocess to free its memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,11 @@ from bridge_stg.runtime.bundle.spec import ModelSpec
 
 RECIPES = {"int8": "w8a8", "int4": "w4"}
 DEMO = Path("assets/demo/checkpoint")
+EXPORTING = ("export", "runtime/bundle", "bridge_stg/checkpoint", "bridge_stg/model")
+"""Folders of the code that an fp32 bundle depends on."""
+QUANTIZING = (*EXPORTING, "calibration")
+RUNNING = (*QUANTIZING, "runtime")
+"""Folders of the code that measurements depend on."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,32 @@ class Model:
         return Bundle.load(next(iter(self.bundles.values()))).manifest.spec
 
 
-def prepare(name: str, folder: Path, precisions: tuple[str, ...], given: dict[str, Path] | None = None) -> Model:
-    """Return a model, making its checkpoint and bundles if they are missing.
+def code_hash(folders: Sequence[str]) -> str:
+    """Return a hash of all Python files below folders of the project."""
+    hashed = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(Path(folder).rglob("*.py")):
+            hashed.update(str(file).encode() + b"\0" + file.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def prepare(
+    name: str,
+    folder: Path,
+    precisions: tuple[str, ...],
+    given: dict[str, Path] | None = None,
+    *,
+    fresh: bool = False,
+) -> Model:
+    """Return a model, making its checkpoint if it is missing, and bundles that are missing or made by other code.
 
     Args:
         name: see `Model.name`.
         folder: parent of the model's folder, which has the model's name.
         precisions: any of `fp32`, `int8` and `int4`.
-        given: existing checkpoint (key `checkpoint`) and bundles (keys are precisions) in other places.
+        given: existing checkpoint (key `checkpoint`) and bundles (keys are precisions) in other places, which are used
+            as they are.
+        fresh: make all bundles anew.
     """
     work, given = folder / name, given or {}
     checkpoint = given.get("checkpoint", DEMO if name == "demo" else work / "checkpoint")
@@ -66,8 +91,12 @@ def prepare(name: str, folder: Path, precisions: tuple[str, ...], given: dict[st
     bundles = {precision: given.get(precision, work / precision) for precision in ("fp32", *RECIPES)}
     model = Model(name, checkpoint, {p: bundles[p] for p in precisions}, work)
     for precision in ("fp32", *(p for p in precisions if p != "fp32")):
-        if not (bundles[precision] / "manifest.json").is_file():
+        stamp, code = work / f"{precision}.code", code_hash(EXPORTING if precision == "fp32" else QUANTIZING)
+        made = stamp.read_text(encoding="utf-8") if stamp.is_file() else None
+        present = (bundles[precision] / "manifest.json").is_file()
+        if not present or (precision not in given and (fresh or made != code)):
             make(precision, checkpoint, bundles, work)
+            stamp.write_text(code, encoding="utf-8")
     return model
 
 
@@ -75,7 +104,9 @@ def make(precision: str, checkpoint: Path, bundles: dict[str, Path], work: Path)
     """Make one bundle in a subprocess."""
     print(f"making {bundles[precision]} ({precision})", file=sys.stderr)
     if precision == "fp32":
-        command = ["cli.py", "export", checkpoint, "--out", bundles["fp32"], "--dtype", "fp32", "--overwrite"]
+        # Every row is compared with torch when it is measured.
+        options = ("--dtype", "fp32", "--overwrite", "--no-verify")
+        command = ["cli.py", "export", checkpoint, "--out", bundles["fp32"], *options]
     else:
         command = [__file__, bundles["fp32"], bundles[precision], RECIPES[precision], work]
     subprocess.run([sys.executable, *map(str, command)], check=True, stdout=sys.stderr)
