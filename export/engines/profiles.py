@@ -102,6 +102,9 @@ def default_profiles(graph: GraphSpec, spec: ModelSpec, deployment: Deployment |
     if graph.cache is not None and graph.cache.update == "append":
         cache: Range = (min(256, capacity), bucketed(max(1, capacity // 2)), capacity)
         return GraphProfiles({name: {**ranges, "S": _ordered(cache)} for name, ranges in profiles.items()})
+    # TensorRT-RTX 1.7 cannot compile the cache update of decode steps for one row only.
+    least, usual, rows = profiles["decode"]["B"]
+    profiles["decode"]["B"] = (least, usual, max(2, rows))
     return GraphProfiles(profiles, capacity)
 
 

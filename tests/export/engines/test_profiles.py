@@ -73,6 +73,8 @@ def test_the_deployment_decides_capacity_and_rows(spec: ModelSpec) -> None:
     small = profiles_of(contract(spec, "language_model"), spec, deployment=Deployment(max_frames=8, max_queries=3))
     assert small.capacity is not None and 4 * per_group < small.capacity < longest.positions(spec)
     assert small.profiles["decode"]["B"] == (1, 1, 3)
+    one = profiles_of(contract(spec, "language_model"), spec, deployment=Deployment(max_queries=1))
+    assert one.profiles["decode"]["B"] == (1, 1, 2)
     assert small.profiles["prefill"]["V"][2] == -(-8 // spec.vision.temporal_patch_size) * per_group + 1
 
 
