@@ -72,7 +72,7 @@ class Part:
     """What is measured together.
 
     Attributes:
-        kind: `own`: this runtime and torch; `peers`; `compiled`: torch.compile; `growth`; `cold start`; `export`.
+        kind: `own`: this runtime and torch; `peers`; `compiled`: torch.compile; `growth`; `cold start`.
         model: one of `MODELS`.
         frames: number of coarse frames; 0 if that does not apply.
     """
@@ -92,12 +92,11 @@ def parts_of(models: Sequence[str], frames: Sequence[int], *, growth: bool, full
         Part("own", DEMO, FRAMES),
         Part("own", LARGE, FRAMES),
         Part("peers", LARGE, FRAMES),
-        Part("export", MODEL),
     ]
     more = [Part(kind, model, count) for kind in ("own", "peers", "compiled") for count in frames for model in models]
     found = [part for part in dict.fromkeys((*first, *more)) if part.model in models and part.frames in (0, *frames)]
     absent = {"growth"} if not growth else set()
-    absent |= set() if full else {"compiled", "export"}
+    absent |= set() if full else {"compiled"}
     kept = [part for part in found if part.kind not in absent]
     # A demo by itself still shows how the cost grows.
     return [*kept, Part("growth", DEMO)] if growth and tuple(models) == (DEMO,) else kept
@@ -283,8 +282,6 @@ class Run:
 
     def measure_part(self, part: Part) -> None:
         """Measure what of a part has not been measured."""
-        if part.kind == "export":
-            return measure_export(self.results, self.options["folder"], self.progress)
         model = self.model(part.model)
         if part.kind == "growth":
             return grow(model, self.results, self.options["threads"], self.progress, repeat=1, late=self.late)
@@ -309,8 +306,6 @@ class Run:
     def left(self, part: Part) -> dict[str, str]:
         """Return what of a part was not measured because the run's time ended."""
         reason, results = "the run's time ended before its turn", self.results
-        if part.kind == "export":
-            return {} if results.export or not self.late() else {"export": reason}
         if part.kind == "growth":
             known = {point["axis"] for point in results.growth}
             return {f"growth with {axis}": reason for axis in AXES if axis not in known and self.late()}
@@ -419,20 +414,6 @@ def grow(model: Model, results: Results, threads: int, progress: Any, *, repeat:
         runner.end()
 
 
-def measure_export(results: Results, folder: Path, progress: Any) -> None:
-    """Export the same plain model with this project and with the exporters of others, in turn."""
-    if results.export:
-        return
-    progress("export")
-    program, file = Path(__file__).parent / "large" / "export_peers.py", folder / "export.json"
-    command = [sys.executable, str(program), "--shape", MODEL, "--out", str(file)]
-    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-        results.missing["export"] = "benchmarks/large/export_peers.py failed; its output gives the reason"
-        return
-    results.export = json.loads(file.read_text(encoding="utf-8"))
-    results.save()
-
-
 def gather(results: Results, *, threads: int) -> dict[str, Any]:
     """Return the result: the ratios, followed by all figures that they are computed from."""
     limits = Limits.best(results.limits)
@@ -459,7 +440,6 @@ def gather(results: Results, *, threads: int) -> dict[str, Any]:
         "missing": found,
         "rows": flat_rows(results.rows, results.runners, results.facts, limits),
         "growth": results.growth,
-        "export": results.export,
     }
 
 

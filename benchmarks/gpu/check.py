@@ -3,7 +3,7 @@
 Usage: python benchmarks/gpu/check.py [--bundles DIR] [--wheels DIR] [--out DIR] [--seconds 420] [--pretend]
 
 Starts with Python alone, so it runs in an image that has torch and nothing else; --wheels names a folder with the other
-packages, in which a large wheel may lie in parts (`split -b 50M NAME.whl NAME.whl.part-`). Each step is a process with
+packages, in which a large wheel may lie in parts (`split -b 45M NAME.whl NAME.whl.part-`). Each step is a process with
 its own limit of time: one that fails, crashes or hangs is reported, and the next one runs. Writes report.json and
 report.html. Exit code: 0 if no step failed, 1 if one did, 2 if there is no GPU or nothing to check it with.
 With --pretend the steps run on the tests' stand-ins for CUDA and TensorRT, without a GPU.

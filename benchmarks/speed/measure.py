@@ -44,7 +44,6 @@ class Results:
         limits: the machine's limits, one entry per measurement.
         cold_start: precision → seconds of single `infer` processes.
         growth: measured points of all axes.
-        export: figures of exports by exporter.
         code: hash of the code that was measured.
     """
 
@@ -58,7 +57,6 @@ class Results:
         self.limits: list[dict[str, Any]] = saved.get("limits", [])
         self.cold_start: dict[str, list[float]] = saved.get("cold_start", {})
         self.growth: list[dict[str, Any]] = saved.get("growth", [])
-        self.export: dict[str, Any] = saved.get("export", {})
         self.code: str = saved.get("code", "")
 
     def save(self) -> None:
