@@ -149,7 +149,7 @@ class LineFile:
     A line counts once it is complete: a last line that a killed process left incomplete is removed.
 
     Args:
-        path: the file; created if it does not exist, and removed again by `close` if nothing was appended.
+        path: the file; created if it does not exist, and removed again if nothing is appended before an error.
         in_use: text of the error if another process has opened the file.
         overwrite: remove all lines.
         durable: whether a line is on disk, under this path, when `append` returns; otherwise the system delays it.
@@ -211,14 +211,13 @@ class LineFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._is_unused and any(exception):
+            with suppress(OSError):
+                self.path.unlink()
         self.close()
 
     def close(self) -> None:
         """Close the file, which another process may then open. Can be called repeatedly."""
-        if self._is_unused:
-            self._is_unused = False
-            with suppress(OSError):
-                self.path.unlink()
         self._file.close()
 
 

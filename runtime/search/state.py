@@ -87,7 +87,7 @@ class SearchState:
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
-            self._file.close()
+            self._file.__exit__(*exception)
 
 
 def _crc32(values: Mapping[str, Any]) -> int:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from bridge_stg.runtime.host.files import lock_file, replace_folder, replacing, require_space, temporary_sibling
+from bridge_stg.runtime.host.files import (
+    LineFile,
+    lock_file,
+    replace_folder,
+    replacing,
+    require_space,
+    temporary_sibling,
+)
 from tests.errors import raises
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -115,3 +122,16 @@ def test_a_locked_file_is_rejected_until_it_is_closed(tmp_path: Path) -> None:
             lock_file(second.fileno(), message="second")
         first.close()
         lock_file(second.fileno(), message="second")
+
+
+def test_a_file_of_lines_is_removed_again_if_an_error_comes_before_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(ValueError), LineFile(path, in_use="in use") as file:
+        file.read({"header": 1})
+        raise ValueError
+    assert not path.exists()
+    with LineFile(path, in_use="in use") as file:
+        file.read({"header": 1})
+    with pytest.raises(ValueError), LineFile(path, in_use="in use"):
+        raise ValueError
+    assert path.read_text() == '{"header": 1}\n'

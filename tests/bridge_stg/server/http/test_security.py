@@ -118,6 +118,7 @@ def test_the_log_of_requests_names_routes(
         monkeypatch.setattr(log, name, value)  # an earlier test may have configured it
     with served().client() as client:
         client.get("/v1/videos/secret")
+        until(lambda: caplog.text)  # the line is written after the answer is sent
     assert "127.0.0.1 GET /v1/videos/{video} 404" in caplog.text and "secret" not in caplog.text
 
 
