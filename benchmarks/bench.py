@@ -40,7 +40,7 @@ from speed.runners import (
     peer_runners,
     start,
 )
-from speed.workload.bundles import RUNNING, Model, code_hash, prepare
+from speed.workload.bundles import RUNNING, Model, code_hash, prepare, request_of
 from tqdm import tqdm
 
 from bridge_stg.runtime.chain.prompt import Tokenizer
@@ -331,17 +331,6 @@ def weight_bytes(model: Model) -> int:
 def room_for_runners() -> float:
     """Return the bytes of memory that runners may take together."""
     return 0.85 * (available_bytes() or 16 * 2**30)
-
-
-def request_of(model: Model) -> dict[str, Any]:
-    """Return the model of the protocol's `load` request."""
-    (model.work / "peers").mkdir(parents=True, exist_ok=True)
-    return {
-        "name": model.name,
-        "checkpoint": str(model.checkpoint.resolve()),
-        "folder": str((model.work / "peers").resolve()),
-        "bundles": {precision: str(path.resolve()) for precision, path in model.bundles.items()},
-    }
 
 
 def chosen_peers(

@@ -5,6 +5,7 @@ All variants of a graph share one file of external data.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -82,8 +83,7 @@ def row_blocks(
             count = min(step, rows - first)
             size = count * row_bytes
             memory = bytearray(size) if buffer is None or len(buffer) < size else memoryview(buffer)[:size]
-            if file.readinto(memory) != size:
-                raise CheckpointError("checkpoint.damaged", f"{stored.path}: the file ends before the end of {key}")
+            _fill(memory, file, key)
             yield torch.frombuffer(memory, dtype=stored.dtype).reshape(count, *stored.shape[1:])
 
 
@@ -97,9 +97,13 @@ def read_rows(store: WeightStore, key: str, rows: Sequence[int]) -> torch.Tensor
     with open(stored.path, "rb", buffering=0) as file:
         for index, row in enumerate(rows):
             file.seek(stored.offset + row * row_bytes)
-            if file.readinto(memoryview(buffer)[index * row_bytes : (index + 1) * row_bytes]) != row_bytes:
-                raise CheckpointError("checkpoint.damaged", f"{stored.path}: the file ends before the end of {key}")
+            _fill(memoryview(buffer)[index * row_bytes : (index + 1) * row_bytes], file, key)
     return torch.frombuffer(buffer, dtype=stored.dtype).reshape(len(rows), *stored.shape[1:])
+
+
+def _fill(memory: bytearray | memoryview, file: io.FileIO, key: str) -> None:
+    if file.readinto(memory) != len(memory):
+        raise CheckpointError("checkpoint.damaged", f"{file.name}: the file ends before the end of {key}")
 
 
 def write_weights(models: Sequence[ir.Model], file: Path) -> None:

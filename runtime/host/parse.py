@@ -125,3 +125,8 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 def _too_deep() -> ValueError:
     return ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number, and no boolean."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,7 +5,6 @@ They are chosen once, from the first frame, so that a window that fills up is ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import numpy as np
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.prompt import Tokenizer, video_budget
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.parse import is_number
 from bridge_stg.runtime.video.sizes import frame_sizes
 from bridge_stg.runtime.video.token_budget import Budget, CoarseChoice, CoarsePlan, Size
 
@@ -62,8 +62,7 @@ def longest_window_s(spec: ModelSpec) -> float:
 def window_groups(spec: ModelSpec, window_s: float) -> int:
     """Return the groups of coarse frames in a window of seconds. Raises VideoError if the model cannot read as many."""
     group_s = spec.vision.temporal_patch_size / spec.frames.coarse_fps
-    number = isinstance(window_s, (int, float)) and not isinstance(window_s, bool) and math.isfinite(window_s)
-    groups = round(window_s / group_s) if number else 0
+    groups = round(window_s / group_s) if is_number(window_s) else 0
     if not 2 <= groups <= spec.frames.max_coarse_groups:
         message = f"window_s={window_s!r}: this model reads {2 * group_s:g} to {longest_window_s(spec):g} s at once"
         raise VideoError("options.out_of_range", message)

@@ -12,6 +12,7 @@ from typing import Any
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
+from bridge_stg.runtime.host.parse import is_number
 from bridge_stg.runtime.live.plan import longest_window_s, window_groups
 from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.video.decoder import Decoder, check_path
@@ -43,7 +44,7 @@ class SearchOptions:
     state: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.overlap) and 0 <= self.overlap <= 0.9):
+        if not (is_number(self.overlap) and 0 <= self.overlap <= 0.9):
             raise VideoError("search.bad_option", f"overlap={self.overlap!r}: expected a share from 0 to 0.9")
         if self.top is not None and (isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1):
             raise VideoError("search.bad_option", f"top={self.top!r}: expected 1 or more, or None")
@@ -96,7 +97,3 @@ def _packets_length_s(path: str, frame_s: float) -> float | None:
     except av.FFmpegError:  # a damaged end; what was read before it counts
         pass
     return max(end_s, packets * frame_s) or None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -26,7 +26,7 @@ from bridge_stg.runtime.host.machine import describe
 from speed.measure import REFERENCE, Results, key_of, make_inputs, measure
 from speed.results.growth import cases
 from speed.runners import own_runners, start
-from speed.workload.bundles import Model
+from speed.workload.bundles import Model, request_of
 
 RECORD = Path("benchmarks/results/check_demo.json")
 ROUNDS, FRAMES, SIZE = 7, 32, (384, 216)
@@ -130,19 +130,15 @@ def table(now: Mapping[str, Ratio], recorded: Mapping[str, Ratio], worse: Sequen
 
 def measured(model: Model, rounds: int, threads: int) -> Rounds:
     """Measure all ratios, each once per round."""
-    model_request = {
-        "name": model.name, "checkpoint": str(model.checkpoint), "folder": str(model.work / "peers"),
-        "bundles": {precision: str(path) for precision, path in model.bundles.items()},
-    }  # fmt: skip
     inputs = {FRAMES: make_inputs(model.checkpoint, model.work, FRAMES, SIZE)}
     own = own_runners(("fp32", "int8"), ("torch_eager", "ours"))
     with tempfile.TemporaryDirectory() as folder:
         results = Results(Path(folder) / "state.json")
         measure(
-            model_request, own, inputs, results, rounds={FRAMES: rounds}, threads=threads, work=model.work,
+            request_of(model), own, inputs, results, rounds={FRAMES: rounds}, threads=threads, work=model.work,
             rows=(*STAGES, "queries"), progress=lambda text: click.echo(text, err=True),
         )  # fmt: skip
-    return ratios_of(results, model.name) | growth_of(model, model_request, rounds, threads)
+    return ratios_of(results, model.name) | growth_of(model, rounds, threads)
 
 
 def ratios_of(results: Results, model: str) -> dict[str, list[float]]:
@@ -167,7 +163,7 @@ def ratios_of(results: Results, model: str) -> dict[str, list[float]]:
     return found | {"8 queries over 1": over("ours_int8", "queries_8", "ours_int8", "queries_1")}
 
 
-def growth_of(model: Model, model_request: Mapping[str, Any], rounds: int, threads: int) -> dict[str, list[float]]:
+def growth_of(model: Model, rounds: int, threads: int) -> dict[str, list[float]]:
     """Return how much more the larger value of each axis of `GROWTH` costs in int8, round by round."""
     spec = own_runners(("int8",), ("ours",))[0]
     tokenizer = Tokenizer.from_file(model.bundles["int8"] / "tokenizer.json")
@@ -175,7 +171,7 @@ def growth_of(model: Model, model_request: Mapping[str, Any], rounds: int, threa
         case for case in cases(model.spec, tokenizer, model.work, tuple(GROWTH)) if case["x"] in GROWTH[case["axis"]]
     ]
     seconds: dict[tuple[str, int], list[float]] = {(case["axis"], case["x"]): [] for case in chosen}
-    runner = start(spec, model_request, threads=threads, log=model.work / "logs" / "growth.log")
+    runner = start(spec, request_of(model), threads=threads, log=model.work / "logs" / "growth.log")
     try:
         for turn in range(1 + rounds):  # the first warms up
             for case in chosen:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -53,6 +54,17 @@ class Model:
     def spec(self) -> ModelSpec:
         """The model's specification, read from a bundle."""
         return Bundle.load(next(iter(self.bundles.values()))).manifest.spec
+
+
+def request_of(model: Model) -> dict[str, Any]:
+    """Return the model of the protocol's `load` request; the folder that it names is made."""
+    (model.work / "peers").mkdir(parents=True, exist_ok=True)
+    return {
+        "name": model.name,
+        "checkpoint": str(model.checkpoint.resolve()),
+        "folder": str((model.work / "peers").resolve()),
+        "bundles": {precision: str(path.resolve()) for precision, path in model.bundles.items()},
+    }
 
 
 def code_hash(folders: Sequence[str]) -> str:
