@@ -50,11 +50,11 @@ class Step:
 
 
 def plan(bundles: Sequence[Path]) -> Iterator[Step]:
-    """Yield all steps: the device first, then every bundle on the CPU, in eager torch, and on every GPU backend."""
+    """Yield all steps: the device, then every bundle on the CPU, in eager torch, and on GPU backends, best first."""
     for name, seconds in DEVICE_STEPS.items():
         yield Step(name, (name,), seconds)
     gpu = [backend.name for backend in BACKENDS if backend.on_gpu]
-    for backend in ("onnxruntime", "eager-torch", *reversed(gpu)):
+    for backend in ("onnxruntime", "eager-torch", *gpu):
         for bundle in bundles:
             seconds = COMPILE_S if backend in FIRST_S else CHAIN_S
             yield Step(f"{bundle.name} on {backend}", ("chain", str(bundle), backend), seconds)
