@@ -36,7 +36,9 @@ GROUPS = {"products": "matmuls", "attention": "attention"}
 """Keys of a report, which engine.json has too, and what tables call them."""
 
 _MAIN = re.compile(rb"\nmain \{\n(.*?)\n\}\n", re.DOTALL)
-_TENSOR = re.compile(r'^ +tensor=\{(?:.*? const_payload_size=(\d+))?.*? name="([^"]+)".*? type=(\w+)', re.MULTILINE)
+_TENSOR = re.compile(
+    r'^ +(?:sub_)?tensor=\{(?:.*? const_payload_size=(\d+))?.*? name="([^"]+?)(?:\^deref)?".*? type=(\w+)', re.MULTILINE
+)
 _STATEMENT = re.compile(r'^ +(\w+)=\{ ?name=(?:"([^"]*)"|(\S+))(.*)$', re.MULTILINE)
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _INPUTS = re.compile(r"(?:^| )(?:input|input_args|args)=\{ ?([^}]*)\}")

@@ -23,6 +23,7 @@ DESCRIPTORS = """
 descriptors {
   tensor={ alignment=128 dims={ 7 64 } name="x" offset=0 stride_order={ 1 0 } type=half }
   tensor={ alignment=128 dims={ 7 64 } name="xq" offset=0 stride_order={ 1 0 } type=int8 }
+  sub_tensor={ base="x" const_offset=64 dims={ 1 64 } name="part^deref" offset=0 stride_order={ 1 0 } type=half }
   tensor={ alignment=128 dims={ 7 64 } name="residual" offset=0 stride_order={ 1 0 } type=float }
   tensor={ alignment=128 const_payload_size=8192 dims={ 64 64 } name="w" offset=0 stride_order={ 1 0 } type=half }
   tensor={ alignment=128 const_payload_size=4096 dims={ 64 64 } name="wq" offset=0 stride_order={ 1 0 } type=int8 }
@@ -74,6 +75,7 @@ def write(path: Path, *programs: bytes) -> Path:
         (fusion(f"{MLP}.fc/MatMul", "residual", "alpha", "x", "w"), "fp16"),
         (fusion(f"{MLP}.fc/MatMul", "residual", "xq", "wq"), "int8"),
         (product(f"{MLP}.fc/MatMul", "x", "w4"), "fp16 × int4"),
+        (product(f"{MLP}.fc/MatMul", "part^deref", "wq"), "fp16 × int8"),
         (product("another/MatMul", "x", "w"), "unknown"),
     ],
 )  # fmt: skip
