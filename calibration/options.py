@@ -73,7 +73,7 @@ class Options:
 
 def load_arguments(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Convert plain values, such as `Options.head_options`, to arguments of `Grounder` and `Grounder.load`."""
-    from bridge_stg.runtime.heads.text import TextOptions
+    from bridge_stg.runtime.heads.options import TextOptions
 
     return {**plain, **({"text": TextOptions(**plain["text"])} if "text" in plain else {})}
 

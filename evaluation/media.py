@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from bridge_stg.evaluation.samples import Sample
 from bridge_stg.runtime.errors import AnnotationError, VideoError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bridge_stg.evaluation.samples import Sample
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bridge_stg.runtime.errors import QueryError as QueryError
     from bridge_stg.runtime.errors import VideoError as VideoError
     from bridge_stg.runtime.grounder import Grounder as Grounder
-    from bridge_stg.runtime.heads.text import TextOptions as TextOptions
+    from bridge_stg.runtime.heads.options import TextOptions as TextOptions
     from bridge_stg.runtime.live.events import Event as Event
     from bridge_stg.runtime.live.stats import LiveStats as LiveStats
     from bridge_stg.runtime.live.watch import LiveOptions as LiveOptions
@@ -35,7 +35,7 @@ _MODULES = {
         "BridgeError", "BundleError", "CheckpointError", "EngineError", "Interrupted", "QueryError", "VideoError",
     ),
     "grounder": ("Grounder",),
-    "heads.text": ("TextOptions",),
+    "heads.options": ("TextOptions",),
     "live.events": ("Event",),
     "live.stats": ("LiveStats",),
     "live.watch": ("LiveOptions", "LiveUpdate", "LiveWatch"),

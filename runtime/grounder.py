@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,17 +17,16 @@ from bridge_stg.runtime.chain.opened_video import Chain, ChatMessage, Head, Open
 from bridge_stg.runtime.chain.prompt import Tokenizer, check_query
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
-from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.chain.vision_pass import FEATURE_BUDGET_BYTES
 from bridge_stg.runtime.errors import BridgeError, EngineError, VideoError
 from bridge_stg.runtime.heads.bridge import BridgeHead
 from bridge_stg.runtime.heads.chat import check_chat, check_context, with_context
 from bridge_stg.runtime.heads.json_grammar import JsonGrammar
-from bridge_stg.runtime.heads.text import TextHead, TextOptions
-from bridge_stg.runtime.host.failures import reporting_host_errors
+from bridge_stg.runtime.heads.options import TextOptions
+from bridge_stg.runtime.heads.text import TextHead
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
-from bridge_stg.runtime.index.index import VisualIndex, encoder_of
+from bridge_stg.runtime.index.index import VisualIndex
 from bridge_stg.runtime.index.read import CallOptions, Indexed, OptionKeywords, Video, VideoReader
 
 if TYPE_CHECKING:
@@ -106,7 +104,6 @@ class Grounder(Closable):
         )  # fmt: skip
 
     @classmethod
-    @reporting_host_errors()
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -146,34 +143,20 @@ class Grounder(Closable):
             EngineError: the backend is unknown or missing, or does not support a graph.
             HostError: the process ran out of memory, threads or open files.
         """
-        from bridge_stg.runtime.backends.choose import open_sessions
-        from bridge_stg.runtime.bundle.bundle import Bundle
+        from bridge_stg.runtime.loading import load_grounder
 
-        if max_index_bytes is not None and index is None:
-            raise BridgeError("index.missing", "a maximum size is given, but no folder of an index: pass one (--index)")
-        bundle = Bundle.load(path)
-        chosen_heads(bundle.manifest.spec, heads)  # a wrong name fails before the sessions are opened
-        sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
-        try:
-            tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.spec)
-            kept = None
-            if index is not None:
-                kept = VisualIndex(index, encoder_of(bundle, sessions.target), max_bytes=max_index_bytes)
-        except BaseException:
-            sessions.close()
-            raise
-        return cls(
-            sessions,
-            bundle.manifest.spec,
-            tokenizer,
+        return load_grounder(
+            path,
+            backend=backend,
+            variant=variant,
+            threads=threads,
+            wait=wait,
             kv_budget_bytes=kv_budget_bytes,
             unchanged_tolerance=unchanged_tolerance,
             heads=heads,
             text=text,
-            index=kept,
-            verified=bundle.manifest.verified,
-            target=sessions.target,
-            bundle={"name": Path(path).resolve().name, "fingerprint": bundle.manifest.fingerprint},
+            index=index,
+            max_index_bytes=max_index_bytes,
         )
 
     @property

@@ -29,8 +29,7 @@ from bridge_stg.commands.results import Outputs, json_lines, output_options
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, Interrupted, QueryError, VideoError
 
 if TYPE_CHECKING:
-    from bridge_stg.evaluation.sources.download import Reading
-    from bridge_stg.evaluation.sources.sources import Source
+    from bridge_stg.evaluation.sources.sources import Reading, Source
     from bridge_stg.runtime import Grounder, SearchResult
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.chain.results import Grounding
@@ -41,6 +40,8 @@ RECORDED = (
     "window", "cuts", "top",
 )  # fmt: skip
 """Options that may change the answers, and are recorded with them."""
+IMPORTED = ("numpy", "bridge_stg.runtime.grounder", "av", "PIL.Image", "bridge_stg.runtime.video.file")
+"""Modules that are imported while the bundle's files are hashed and its sessions are opened, in this order."""
 UNVERIFIED = (
     "Note: this bundle is unverified: it was exported with --no-verify, so its graphs were never compared with torch."
 )
@@ -204,15 +205,16 @@ def load(request: Request, progress: ProgressBar) -> Iterator[Grounder]:
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads of numpy would busily wait for work
     from bridge_stg.demo.bundle import demo_bundle
-    from bridge_stg.runtime import Grounder
     from bridge_stg.runtime.host.threads import in_background
+    from bridge_stg.runtime.loading import load_grounder
 
     path = request.bundle or demo_bundle(progress=stage_line)
+
     load_options = {**request.backend_options, **options.pop_head_options(dataclasses.asdict(request))}
     load_options |= {"index": request.index} if request.index else {}
     load_options |= {"max_index_bytes": request.max_index_bytes} if request.max_index_bytes else {}
-    loading = in_background(lambda: Grounder.load(path, wait=False, **load_options))
-    for module in ("av", "PIL.Image", "bridge_stg.runtime.video.file"):  # a missing one is reported when it is used
+    loading = in_background(lambda: load_grounder(path, wait=False, **load_options))
+    for module in IMPORTED:  # a missing one is reported when it is used
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     with progress.wait("load_model", loading) as grounder:

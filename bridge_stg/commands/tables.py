@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bridge_stg.evaluation.run.index_files import IndexedFile
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
@@ -15,6 +15,9 @@ from bridge_stg.runtime.chain.results import VIDEO_STAGES, FrameBoxes, Grounding
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.search.occurrences import SearchResult, score_of
 from bridge_stg.runtime.video.token_budget import CoarseChoice
+
+if TYPE_CHECKING:
+    from bridge_stg.evaluation.run.index_files import IndexedFile
 
 ROWS = 12
 CLOCK_NOTES = {
@@ -132,7 +135,7 @@ def _coarse_line(coarse: CoarseChoice) -> str:
 def _box_rows(boxes: FrameBoxes, *, presence: bool) -> list[str]:
     """Return a table of at most `ROWS` boxes, with a column of `presence` where the heads compute it."""
     rows = [f"  {'time':>7}  {'left':>6} {'top':>6} {'right':>6} {'bottom':>6}{'  presence' * presence}"]
-    for i in np.unique(np.linspace(0, len(boxes) - 1, min(ROWS, len(boxes))).round().astype(int)):
+    for i in np.linspace(0, len(boxes) - 1, min(ROWS, len(boxes))).round().astype(int):
         left, top, right, bottom = boxes.boxes[i]
         flags = ["interpolated"] * bool(boxes.interpolated[i]) + ["low presence"] * (not boxes.visible[i])
         row = f"  {boxes.times[i]:7.2f}  {left:6.0f} {top:6.0f} {right:6.0f} {bottom:6.0f}"

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bridge_stg
-from bridge_stg.runtime.bundle.bundle import read_manifest
 from bridge_stg.runtime.errors import BundleError, CheckpointError
 from bridge_stg.runtime.host.packages import install_command
 
@@ -61,6 +60,8 @@ def demo_sample(bundle: Path) -> Path | None:
 
     Raises BundleError if its manifest cannot be read.
     """
+    from bridge_stg.runtime.bundle.bundle import read_manifest
+
     clip, config, spec = SOURCE_TREE / SAMPLE, SOURCE_TREE / CHECKPOINT / "config.json", read_manifest(bundle).spec
     if spec.knows is None or not clip.is_file() or not config.is_file():
         return None

@@ -16,7 +16,7 @@ from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feed
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
 from bridge_stg.runtime.bundle.manifest import CacheSpec
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 
 
 class TorchCache(BufferedCache[Any]):

@@ -23,7 +23,7 @@ from bridge_stg.runtime.chain.opened_video import OpenedVideo
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 
 BOX_COLUMNS = ("time_s", "left", "top", "right", "bottom", "presence")  # of BOXES; rows after the last box are NaN
 

@@ -18,7 +18,7 @@ from bridge_stg.runtime.backends.registry import BACKENDS
 from bridge_stg.runtime.bundle.bundle import MANIFEST, REPORTS, Bundle
 from bridge_stg.runtime.bundle.spec import chosen_heads
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.runtime.host.files import replace_folder, temporary_sibling
 from bridge_stg.triton.model import BOX_COLUMNS
 

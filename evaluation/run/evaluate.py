@@ -24,7 +24,7 @@ from bridge_stg.runtime.bundle.spec import ModelSpec, chosen_heads
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.errors import AnnotationError, BridgeError, EngineError
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 
 BUFFER_FRAMES = 1024
 """Frames kept of a stream, such as a part of a video or a folder of frames: 128 s at 8 fine frames per second."""

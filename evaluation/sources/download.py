@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
+
+if TYPE_CHECKING:
+    from bridge_stg.evaluation.sources.sources import Reading
 
 _log = logging.getLogger(__name__)
 MB, BLOCK_BYTES = 10**6, 2**20
@@ -30,21 +33,6 @@ HANDLERS = (
     urllib.request.UnknownHandler,
 )  # fmt: skip
 """What opens an address: a redirection to another protocol, such as ftp, is an error."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How sources that are no local files are read.
-
-    Attributes:
-        seconds: length that is read of a camera or live stream.
-        max_bytes: maximum size of a download and of standard input.
-        stall_s: longest silence of a server, camera or stream, in seconds.
-    """
-
-    seconds: float = 10.0
-    max_bytes: int = 4096 * MB
-    stall_s: float = 10.0
 
 
 def download(url: str, path: Path, *, name: str, reading: Reading, limits: Limits) -> None:

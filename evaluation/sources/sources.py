@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from bridge_stg.evaluation.media import IMAGES, VIDEOS, files_in
-from bridge_stg.evaluation.sources.download import Reading, copy, download
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.host.limits import Limits
 
@@ -23,6 +22,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources that are no local files are read.
+
+    Attributes:
+        seconds: length that is read of a camera or live stream.
+        max_bytes: maximum size of a download and of standard input.
+        stall_s: longest silence of a server, camera or stream, in seconds.
+    """
+
+    seconds: float = 10.0
+    max_bytes: int = 4096 * 10**6
+    stall_s: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ class Source:
         if self.kind == "file":
             yield self.word
             return
+        from bridge_stg.evaluation.sources.download import copy, download  # HTTP: not for a file
+
         name = "standard input" if self.kind == "stdin" else self.name
         with tempfile.TemporaryDirectory(prefix="bridge-stg-") as folder:
             suffix = re.search(r"\.\w{1,8}\Z", self.word.partition("?")[0], re.ASCII)

@@ -15,7 +15,7 @@ from bridge_stg.runtime.backends.kv_pool import bucketed
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
 from bridge_stg.runtime.errors import Interrupted
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.runtime.index.read import Video
 from bridge_stg.runtime.parity.compare import tolerance_of
 from bridge_stg.runtime.parity.golden import write_case

@@ -159,6 +159,8 @@ def session_options(threads: int | None) -> Any:
     options.intra_op_num_threads = threads or limited_threads() or 0
     # Each session has its own threads; those of an earlier graph would keep spinning on the cores of the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without a limit, the threads of a session that is being opened spin until it is open.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     options.inter_op_num_threads = 1
     # onnxruntime keeps one memory pattern for every set of input shapes, and shapes differ from call to call.
     options.enable_mem_pattern = False

@@ -132,8 +132,11 @@ def _check_files(root: Path, manifest: Manifest, *, hash_all: bool) -> None:
     entries = manifest.entries()
     graphs = {graph.file for graph in manifest.all_graphs()}  # always hashed: a graph decides what runs
 
+    inside = root.resolve()
+
     def check(entry: FileEntry) -> None:
-        _check_file(root, entry, hash_it=hash_all or entry.path in graphs or entry.size <= HASHED_BYTES_ON_LOAD)
+        hash_it = hash_all or entry.path in graphs or entry.size <= HASHED_BYTES_ON_LOAD
+        _check_file(root, inside, entry, hash_it=hash_it)
 
     for_each(check, entries.values(), threads=usable_cpus())
     for graph in manifest.all_graphs():
@@ -143,11 +146,11 @@ def _check_files(root: Path, manifest: Manifest, *, hash_all: bool) -> None:
         raise BundleError("bundle.unlisted_file", f"{root}: the manifest does not list {names}. Delete these files.")
 
 
-def _check_file(root: Path, entry: FileEntry, *, hash_it: bool) -> None:
-    """Compare one file with its entry: inside the bundle, size and (if `hash_it`) content."""
+def _check_file(root: Path, inside: Path, entry: FileEntry, *, hash_it: bool) -> None:
+    """Compare one file with its entry: its real path is below `inside`, size and (if `hash_it`) content."""
     file = root / entry.path
     try:
-        if not file.resolve(strict=True).is_relative_to(root.resolve()):
+        if not file.resolve(strict=True).is_relative_to(inside):
             raise BundleError("bundle.outside_path", f"{file}: links out of the bundle, to {file.resolve()}.")
         if not file.is_file():
             raise BundleError("bundle.missing_file", f"{file}: expected a file, found a folder. {COPY_AGAIN}")
@@ -179,9 +182,10 @@ def unlisted_files(root: Path, listed: dict[str, FileEntry]) -> list[str]:
 
 
 def file_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file as a hex string, reading 1 MiB at a time."""
+    """Return the SHA-256 of a file as a hex string, reading 4 MiB at a time."""
     digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
+    with open(file, "rb", buffering=0) as stream:
+        block = bytearray(min(os.fstat(stream.fileno()).st_size, 2**22))
+        while count := stream.readinto(block):
+            digest.update(memoryview(block)[:count])
     return digest.hexdigest()

@@ -42,10 +42,12 @@ def external_locations(path: Path) -> set[str]:
 
 def _collect(content: mmap.mmap, start: int, end: int, kind: str, found: set[str]) -> None:
     """Add the locations named in the message of type `kind` at bytes start … end − 1."""
-    children = _CHILDREN[kind]
+    children, word = _CHILDREN[kind], -1
     for number, first, last in _fields(content, start, end):
+        if word < first and (word := content.find(_LOCATION, first, end)) < 0:
+            return
         child = children.get(number)
-        if child is None or content.find(_LOCATION, first, last) < 0:  # most nodes have no external data
+        if last <= word or child is None:  # most nodes have no external data
             continue
         if child == "entry":
             entry = {n: content[at:stop] for n, at, stop in _fields(content, first, last)}
@@ -75,6 +77,8 @@ def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, i
 
 
 def _varint(content: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+    if at < end and (value := content[at]) < 128:  # most are this short
+        return value, at + 1
     value = shift = 0
     while at < end and shift < 70:
         byte = content[at]

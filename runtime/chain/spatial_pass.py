@@ -72,7 +72,8 @@ def locate(
     most_frames, most_rows = min(max_frames, largest(session, "F")), min(MAX_ROWS, largest(session, "B"))
     for batch in batches(queries, most_frames, most_rows):
         limits.check()
-        frames = np.unique(np.concatenate([queries[key].frames.indices for key in batch]))
+        # As np.unique, which would import numpy.ma: 7 ms of a process's first answer.
+        frames = np.flatnonzero(np.bincount(np.concatenate([queries[key].frames.indices for key in batch])))
         # An engine may need more frames than there are: the last one is repeated, and masked.
         padding = np.repeat(frames[-1:], max(0, smallest(session, "F") - len(frames)))
         padded = np.concatenate([frames, padding])

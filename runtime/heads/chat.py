@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from bridge_stg.runtime.bundle.spec import ModelSpec, TextSpec
 from bridge_stg.runtime.chain.opened_video import ChatMessage, TextStream
 from bridge_stg.runtime.chain.prompt import Tokenizer, check_query, check_text
-from bridge_stg.runtime.errors import BridgeError, QueryError
+from bridge_stg.runtime.errors import QueryError
 from bridge_stg.runtime.heads.generate import GreedyDecoding
 
 MAX_QUESTION_CHARACTERS = 10_000
@@ -21,12 +21,6 @@ MAX_CHAT_CHARACTERS = 100_000
 """Maximum length of the messages before a video together, and of those after it."""
 MESSAGE = "{message}"
 """Placeholder of a message in the printed chat template; see `TextSpec`."""
-
-
-def check_max_tokens(value: int) -> None:
-    """Raise BridgeError if a maximum length is not a whole number of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BridgeError("options.out_of_range", f"max_tokens={value!r}: expected 1 or more")
 
 
 def check_chat(

@@ -33,46 +33,23 @@ from bridge_stg.runtime.chain.spans import Span, fine_frames, in_span
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.device import array_ops as arrays
 from bridge_stg.runtime.device.array_ops import Array
-from bridge_stg.runtime.errors import BridgeError, QueryError
+from bridge_stg.runtime.errors import QueryError
 from bridge_stg.runtime.heads.answers import Box, nearest_index, read_boxes, read_span
-from bridge_stg.runtime.heads.chat import AnswerStream, check_chat, check_max_tokens, text_after_video
+from bridge_stg.runtime.heads.chat import AnswerStream, check_chat, text_after_video
 from bridge_stg.runtime.heads.drafts import draft
 from bridge_stg.runtime.heads.generate import GreedyDecoding, TextRow, decode_answers, prefill
 from bridge_stg.runtime.heads.json_grammar import ConstrainedDecoding, JsonForm, JsonGrammar, json_label
+from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.runtime.host.limits import Limits
 
 COUNTS = ("calls", "tokens", "forced", "drafted", "accepted", "truncated")
 """Keys of `Grounding.decoding`."""
-MODES = ("auto", "joint", "two-step")
-"""Values of `TextOptions.mode`."""
 JOINT_GROUPS = 32
 """Maximum groups of frames of a video for which the mode `auto` is `joint`."""
 STEP_FRAMES = 16
 """Maximum frames of a span in whose second step a box is requested; boxes between them are interpolated."""
 STEP_ROWS = 8
 """Maximum frames of one batch of the second step; bounds the memory of visual tokens and KV cache."""
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """How text heads answer.
-
-    Attributes:
-        mode: one of `MODES`; `auto` chooses by the length of the video.
-        grammar: whether answers are constrained to the JSON form; otherwise the model writes freely.
-        drafts: whether entries are drafted from those before; the answers are equal, with fewer calls of the model.
-        max_tokens: maximum tokens of an answer; it is cut there.
-    """
-
-    mode: str = "auto"
-    grammar: bool = True
-    drafts: bool = True
-    max_tokens: int = 4096
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise BridgeError("options.invalid", f"mode={self.mode!r}: expected one of {', '.join(MODES)}")
-        check_max_tokens(self.max_tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,18 +1,21 @@
-"""Installed packages: import an optional one at first use, and read versions.
-
-Both import machinery lazily: `importlib.metadata` takes 35 ms, which `--help` and calls without a backend do not need.
-"""
+"""Installed packages: import an optional one at first use, and read versions."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
 from bridge_stg.runtime.errors import BridgeError
 
+INFO = re.compile(r"([^-]+)-([^-]+?)(-py[\d.]+)?\.(dist|egg)-info$")
 CHECKOUT = Path(__file__).resolve().parents[2]
 """The checkout of an installation with `pip install -e`; elsewhere a folder without pyproject.toml."""
 
@@ -43,12 +46,22 @@ def install_command(*extras: str, options: str = "") -> str:
 
 def installed_version(distribution: str) -> str | None:
     """Return the version of an installed distribution; None if it is not installed."""
-    import importlib.metadata
+    return _installed(tuple(sys.path)).get(re.sub("[-_.]+", "-", distribution).lower())
 
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+
+@lru_cache(maxsize=1)
+def _installed(folders: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of all distributions, by the names of the folders that pip writes.
+
+    `importlib.metadata` reads files instead, and takes 12 ms to import.
+    """
+    versions: dict[str, str] = {}
+    for folder in folders:
+        with suppress(OSError):  # no folder
+            for name in os.listdir(folder or "."):
+                if name.endswith((".dist-info", ".egg-info")) and (found := INFO.match(name)):
+                    versions.setdefault(re.sub("[-_.]+", "-", found[1]).lower(), found[2])
+    return versions
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:

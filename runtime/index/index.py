@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from bridge_stg.runtime.bundle.bundle import TOKENIZER, Bundle, file_sha256
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.failures import host_error
 from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.packages import installed_version
 from bridge_stg.runtime.index.store import Arrays, locked, nbytes_of, read_arrays, write_arrays
 from bridge_stg.runtime.video.decoder import check_path
 
@@ -58,7 +58,7 @@ def encoder_of(bundle: Bundle, target: ChosenBackend) -> dict[str, Any]:
         "vision": asdict(spec.vision),
         "frames": asdict(spec.frames),
         "tokenizer": entries[TOKENIZER].sha256 if TOKENIZER in entries else None,
-        "programs": [bridge_stg.__version__, *(metadata.version(name) for name in LIBRARIES)],
+        "programs": [bridge_stg.__version__, *map(installed_version, LIBRARIES)],
     }
 
 

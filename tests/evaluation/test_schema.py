@@ -12,7 +12,7 @@ import pytest
 from bridge_stg import cli
 from bridge_stg.evaluation import schema
 from bridge_stg.evaluation.run.parquet import answer_schema
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 from tests.bridge_stg.commands.fake_grounder import complaint
 from tests.evaluation.validation import validate
 from tests.fakes.answers import SCRIPT

@@ -26,7 +26,7 @@ from bridge_stg.runtime.chain.prompt import Tokenizer
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.runtime.host.files import replacing
 
 STILL_SEED = HELD_OUT_SEED + 3

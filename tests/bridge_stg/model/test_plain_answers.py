@@ -23,7 +23,7 @@ from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.bundle.contracts import graphs_of
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
 from tests.bridge_stg.checkpoint.plain_folders import FAMILIES, official_template, token_id
 from tests.errors import raises

@@ -21,7 +21,7 @@ from bridge_stg.model.torch_session import torch_grounder
 from bridge_stg.runtime.chain.prompt import time_strings
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.heads.json_grammar import ConstrainedDecoding, JsonForm, JsonGrammar, json_label
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 from tests.bridge_stg.checkpoint.plain_folders import FAMILIES, make_plain_folder
 
 SIDE = {"qwen3_vl": 32, "qwen2_5_vl": 28}

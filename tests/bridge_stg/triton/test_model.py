@@ -20,7 +20,7 @@ from bridge_stg.cli import run
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.errors import EngineError, QueryError, VideoError
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.triton.model import GroundingModel, outputs
 from bridge_stg.triton.repository import KINDS, Serving, model_config, write_repository
 from tests.bridge_stg.commands.fake_grounder import FakeVideo

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bridge_stg.runtime.grounder import Grounder
-from bridge_stg.runtime.heads.text import TextOptions
+from bridge_stg.runtime.heads.options import TextOptions
 from tests.errors import raises
 from tests.fakes.chain import clip, fake_grounder, text_spec
 
