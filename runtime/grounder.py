@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,6 +165,19 @@ class Grounder(Closable):
     def spec(self) -> ModelSpec:
         """The model's sizes, rates and rules."""
         return self._chain.spec
+
+    def warm_up(self) -> None:
+        """Answer a query on one black frame, so that the first call does not wait for imports, memory and threads.
+
+        Raises EngineError if a graph does not run.
+        """
+        frame = [(0.0, np.zeros((64, 64, 3), np.uint8))]
+        with suppress(ImportError):  # a missing one is reported when a file is read
+            import_module("av")
+        if self.heads == "bridge":
+            self.ground(frame, "it", allow_none=False)
+        else:
+            list(self.ask(frame, "it", max_tokens=1))
 
     def check_query(self, query: str) -> None:
         """Check a query without reading a video; raise QueryError if it is empty, or too long for any video."""

@@ -21,6 +21,7 @@ from bridge_stg.runtime.host.files import check_lines
 from bridge_stg.runtime.live.events import wall_json
 
 if TYPE_CHECKING:
+    from bridge_stg.runtime import Grounder
     from bridge_stg.runtime.live.stats import LiveStats
 
 EVERY_NOTE = (
@@ -90,7 +91,7 @@ def watch(
         Grounder.load(
             path, backend=backend, variant=variant, threads=threads, kv_budget_bytes=kv_budget_bytes, **head_options
         ) as grounder,
-        grounder.watch(source, queries, realtime=realtime, cancel=stop, **given) as watch,
+        warmed_up(grounder).watch(source, queries, realtime=realtime, cancel=stop, **given) as watch,
         json_lines(json_file, overwrite=overwrite) as append,
     ):
         log = stamped(append)
@@ -114,6 +115,12 @@ def watch(
             log({"event": "end", **stats.to_json()})
             if stats.frames:
                 LOG.info("%s", summary(stats))
+
+
+def warmed_up(grounder: Grounder) -> Grounder:
+    """Warm a model up before a source is opened, which would not wait; return the model."""
+    grounder.warm_up()
+    return grounder
 
 
 def _check_output(file: Path | None, source: str, *, overwrite: bool) -> None:

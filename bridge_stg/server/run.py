@@ -107,12 +107,13 @@ def url_of(bound: socket.socket) -> str:
 
 
 def serve(bundle: Path, settings: Settings, *, say: Callable[[str], Any], live: dict[str, Any], **engine: Any) -> None:
-    """Load a bundle and serve it until SIGINT or SIGTERM; no temporary file remains.
+    """Load a bundle, warm it up, and serve it until SIGINT or SIGTERM; no temporary file remains.
 
-    `say` is called with the URL once the server can be reached; `live` are the fields of `LiveOptions`, `engine` the
-    options of `Grounder.load`. Raises BridgeError.
+    Connections are refused before, and `say` is called with the URL once the server can be reached; `live` are the
+    fields of `LiveOptions`, `engine` the options of `Grounder.load`. Raises BridgeError.
     """
     with bind(settings.host, settings.port) as bound, Grounder.load(bundle, **engine) as grounder:
+        grounder.warm_up()
         service = Service(grounder, settings, bundle=bundle.resolve().name, live_options=live)
         server = Server(service, ready=lambda: say(url_of(bound)))
         try:

@@ -14,6 +14,7 @@ from bridge_stg.runtime.chain.opened_video import ChatMessage, TextStream
 from bridge_stg.runtime.chain.prompt import Tokenizer, check_query, check_text
 from bridge_stg.runtime.errors import QueryError
 from bridge_stg.runtime.heads.generate import GreedyDecoding
+from bridge_stg.runtime.heads.options import check_max_tokens
 
 MAX_QUESTION_CHARACTERS = 10_000
 """Maximum length of a question, if the model has enough positions; its text is used as it is."""

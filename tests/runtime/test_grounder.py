@@ -21,7 +21,7 @@ from bridge_stg.runtime.chain.spatial_pass import SpatialQuery, batches
 from bridge_stg.runtime.errors import EngineError, QueryError, VideoError
 from tests.errors import raises
 from tests.fakes.answers import CAR, QUERIES, SCRIPT, same, write_video
-from tests.fakes.chain import BRIDGING, TAPS, WIDTH, clip, fake_grounder, fake_spec
+from tests.fakes.chain import BRIDGING, TAPS, WIDTH, clip, fake_grounder, fake_spec, text_spec
 
 
 def test_a_query_becomes_a_tube() -> None:
@@ -160,7 +160,7 @@ def fake_bundle(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Grounder) -
 
     class FakeBundle:
         manifest = SimpleNamespace(spec=fake.spec, verified=True, fingerprint="f")
-        tokenizer_path = folder / "tokenizer.json"
+        path, tokenizer_path = folder, folder / "tokenizer.json"
 
     def open_sessions(bundle: Any, **options: Any) -> Any:
         passed.update(options)
@@ -176,12 +176,22 @@ def fake_bundle(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Grounder) -
 def test_load_opens_the_sessions_of_the_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = fake_grounder(script=SCRIPT)
     passed = fake_bundle(monkeypatch, tmp_path, fake)
-    monkeypatch.setattr("bridge_stg.runtime.grounder.load_tokenizer", lambda path, spec: fake.tokenizer)
+    monkeypatch.setattr("bridge_stg.runtime.chain.tokenizer.load_tokenizer", lambda path, spec: fake.tokenizer)
     with Grounder.load(tmp_path, variant="primitive", threads=2) as grounder:
         assert grounder.ground(clip(), "the car").answer == CAR
         assert grounder.target.backend == "fake"
         assert grounder.bundle == {"name": tmp_path.name, "fingerprint": "f"}
     assert passed == {"backend": "auto", "variant": "primitive", "threads": 2, "wait": True}
+
+
+@pytest.mark.parametrize("heads", ["bridge", "text"])
+def test_a_warm_up_runs_the_graphs_of_the_heads(heads: str) -> None:
+    spec = text_spec(heads="bridge")
+    with fake_grounder(spec, heads=heads) as grounder:
+        sessions: Any = grounder.sessions
+        grounder.warm_up()
+        run = {name for name, session in sessions.items() if session.calls}
+    assert run == set(sessions) - ({"spatial_decoder"} if heads == "text" else set())
 
 
 def test_load_checks_the_tokenizer_and_closes_the_sessions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

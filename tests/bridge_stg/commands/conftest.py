@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bridge_stg.runtime import loading
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.visualize.annotate import encode_h264
 from tests.bridge_stg.commands.fake_grounder import SIZE, TIMES, FakeGrounder
@@ -18,7 +17,7 @@ from tests.bridge_stg.commands.fake_grounder import SIZE, TIMES, FakeGrounder
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(FakeGrounder, "calls", [])
     monkeypatch.setattr(Grounder, "load", FakeGrounder.load)
-    monkeypatch.setattr(loading, "load_grounder", FakeGrounder.load)
+    monkeypatch.setattr("bridge_stg.runtime.loading.load_grounder", FakeGrounder.load)
     return FakeGrounder.calls
 
 

@@ -34,6 +34,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         raise Stopped("bundle.not_found", "stopped here")
 
     monkeypatch.setattr(Grounder, "load", stop)
+    monkeypatch.setattr("bridge_stg.runtime.loading.load_grounder", stop)
     monkeypatch.setattr("bridge_stg.evaluation.run.evaluate.bundle_model", stop)
     monkeypatch.setattr("bridge_stg.server.run.serve", stop)
     monkeypatch.setattr("bridge_stg.demo.bundle.demo_sample", lambda bundle: None)

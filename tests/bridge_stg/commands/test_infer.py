@@ -245,7 +245,7 @@ def test_a_search_finds_all_occurrences_and_joins_its_outputs(
         for _, frame in bright_stream(70, bright=((10.0, 14.0), (50.0, 53.0))):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
-    monkeypatch.setattr("bridge_stg.runtime.grounder.Grounder.load", lambda *_, **__: live_grounder())
+    monkeypatch.setattr("bridge_stg.runtime.loading.load_grounder", lambda *_, **__: live_grounder())
     command = ["infer", str(video), "the car", "--bundle", "any", "--json", str(out), "--untrained"]
     assert cli.run(command) == 0  # a window is 64 s long
     found = json.loads(out.read_text())["results"][0]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bridge_stg import cli
+from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.grounder import Grounder
 from tests.evaluation.validation import validate
 from tests.fakes.clips import write
@@ -153,3 +154,13 @@ def test_an_error_while_it_runs_comes_after_the_events(tmp_path: Path) -> None:
     source.write_text("no video\n" * 1000, encoding="utf-8")
     assert watch(source, "the car", "--json", out) == 2
     assert [line.get("ended") for line in lines(out)] == [None, "error"]
+
+
+def test_the_model_is_warm_before_the_watch_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(grounder: Grounder) -> None:
+        raise EngineError("engine.failed", "the encoder does not run")
+
+    monkeypatch.setattr(Grounder, "warm_up", fail)
+    out = tmp_path / "events.jsonl"
+    assert watch(clip(tmp_path / "a.mp4", 4), "the car", "--jsonl", out) == 2
+    assert not out.exists()

@@ -18,8 +18,14 @@ import httpx
 import pytest
 
 from bridge_stg import cli
+from bridge_stg.runtime import Grounder
+from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.packages import install_command
+from bridge_stg.server.run import serve
+from bridge_stg.server.settings import Settings
 from tests.bridge_stg.server.conftest import CLIPS, ROOT, ask, small_clip, upload
+from tests.errors import raises
+from tests.fakes.chain import fake_grounder
 
 KEY = "a-key-of-the-operator-32-characters"
 
@@ -146,3 +152,13 @@ def test_without_the_extra_it_says_what_to_install(package: str, exported: Any) 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and install_command("serve") in done.stderr, done.stderr
+
+
+def test_a_model_that_does_not_run_is_not_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(grounder: Grounder) -> None:
+        raise EngineError("engine.failed", "the encoder does not run")
+
+    monkeypatch.setattr(Grounder, "load", lambda bundle: fake_grounder())
+    monkeypatch.setattr(Grounder, "warm_up", fail)
+    with raises("engine.failed"):
+        serve(tmp_path, Settings(port=0), say=pytest.fail, live={})
