@@ -19,6 +19,7 @@ from bridge_stg.runtime.chain.opened_video import Chain, ChatMessage, Head, Open
 from bridge_stg.runtime.chain.prompt import Tokenizer, check_query
 from bridge_stg.runtime.chain.results import Grounding
 from bridge_stg.runtime.chain.tasks import TRACKED, Task, track_from
+from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.chain.vision_pass import FEATURE_BUDGET_BYTES
 from bridge_stg.runtime.errors import BridgeError, EngineError, VideoError
 from bridge_stg.runtime.heads.bridge import BridgeHead
@@ -26,15 +27,17 @@ from bridge_stg.runtime.heads.chat import check_chat, check_context, with_contex
 from bridge_stg.runtime.heads.json_grammar import JsonGrammar
 from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.runtime.heads.text import TextHead
+from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.threads import Closable, UseCount
-from bridge_stg.runtime.index.index import VisualIndex
+from bridge_stg.runtime.index.index import VisualIndex, encoder_of
 from bridge_stg.runtime.index.read import CallOptions, Indexed, OptionKeywords, Video, VideoReader
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers bring it along; it is not a dependency
 
-    from bridge_stg.runtime.backends.choose import ChosenBackend
+    from bridge_stg.runtime.backends.choose import ChosenBackend, Sessions
+    from bridge_stg.runtime.bundle.bundle import Bundle
     from bridge_stg.runtime.live.source import LiveSource
     from bridge_stg.runtime.live.watch import LiveWatch
     from bridge_stg.runtime.search.occurrences import SearchResult
@@ -106,6 +109,7 @@ class Grounder(Closable):
         )  # fmt: skip
 
     @classmethod
+    @reporting_host_errors()
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -145,14 +149,17 @@ class Grounder(Closable):
             EngineError: the backend is unknown or missing, or does not support a graph.
             HostError: the process ran out of memory, threads or open files.
         """
-        from bridge_stg.runtime.loading import load_grounder
+        from bridge_stg.runtime.backends.choose import open_sessions
+        from bridge_stg.runtime.bundle.bundle import Bundle
 
-        return load_grounder(
-            path,
-            backend=backend,
-            variant=variant,
-            threads=threads,
-            wait=wait,
+        if max_index_bytes is not None and index is None:
+            raise BridgeError("index.missing", "a maximum size is given, but no folder of an index: pass one (--index)")
+        bundle = Bundle.load(path)
+        chosen_heads(bundle.manifest.spec, heads)  # a wrong name fails before the sessions are opened
+        sessions = open_sessions(bundle, backend=backend, variant=variant, threads=threads, wait=wait)
+        return cls.from_sessions(
+            bundle,
+            sessions,
             kv_budget_bytes=kv_budget_bytes,
             unchanged_tolerance=unchanged_tolerance,
             heads=heads,
@@ -160,6 +167,40 @@ class Grounder(Closable):
             index=index,
             max_index_bytes=max_index_bytes,
         )
+
+    @classmethod
+    def from_sessions(
+        cls,
+        bundle: Bundle,
+        sessions: Sessions,
+        *,
+        index: str | os.PathLike[str] | None = None,
+        max_index_bytes: int | None = None,
+        **options: Any,
+    ) -> Grounder:
+        """Return the Grounder of a bundle whose sessions are open, or being opened; close them if that fails.
+
+        `options` are `kv_budget_bytes`, `unchanged_tolerance`, `heads` and `text`. Arguments and errors as for `load`.
+        """
+        try:
+            spec = bundle.manifest.spec
+            tokenizer = load_tokenizer(bundle.tokenizer_path, spec)
+            kept = None
+            if index is not None:
+                kept = VisualIndex(index, encoder_of(bundle, sessions.target), max_bytes=max_index_bytes)
+            return cls(
+                sessions,
+                spec,
+                tokenizer,
+                index=kept,
+                verified=bundle.manifest.verified,
+                target=sessions.target,
+                bundle={"name": bundle.path.resolve().name, "fingerprint": bundle.manifest.fingerprint},
+                **options,
+            )
+        except BaseException:
+            sessions.close()
+            raise
 
     @property
     def spec(self) -> ModelSpec:

@@ -29,7 +29,8 @@ from bridge_stg.commands.results import Outputs, json_lines, output_options
 from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, Interrupted, QueryError, VideoError
 
 if TYPE_CHECKING:
-    from bridge_stg.evaluation.sources.sources import Reading, Source
+    from bridge_stg.evaluation.sources.reading import Reading
+    from bridge_stg.evaluation.sources.sources import Source
     from bridge_stg.runtime import Grounder, SearchResult
     from bridge_stg.runtime.backends.choose import ChosenBackend
     from bridge_stg.runtime.chain.results import Grounding
@@ -213,7 +214,7 @@ def load(request: Request, progress: ProgressBar) -> Iterator[Grounder]:
     load_options = {**request.backend_options, **options.pop_head_options(dataclasses.asdict(request))}
     load_options |= {"index": request.index} if request.index else {}
     load_options |= {"max_index_bytes": request.max_index_bytes} if request.max_index_bytes else {}
-    loading = in_background(lambda: load_grounder(path, wait=False, **load_options))
+    loading = in_background(lambda: load_grounder(path, **load_options))
     for module in IMPORTED:  # a missing one is reported when it is used
         with contextlib.suppress(ImportError):
             importlib.import_module(module)

@@ -14,7 +14,7 @@ from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.cpus import MAX_THREADS
 
 if TYPE_CHECKING:
-    from bridge_stg.evaluation.sources.sources import Reading
+    from bridge_stg.evaluation.sources.reading import Reading
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -276,7 +276,7 @@ def check_search(task: str, window: float | str, *, cuts: bool, top: int | None,
 
 def pop_reading(given: dict[str, Any]) -> Reading:
     """Remove the values of `reading_options` from `given`, and return them."""
-    from bridge_stg.evaluation.sources.sources import Reading
+    from bridge_stg.evaluation.sources.reading import Reading
 
     return Reading(given.pop("seconds"), given.pop("max_download_mb") * MB, given.pop("stall_s"))
 

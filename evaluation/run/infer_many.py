@@ -19,7 +19,8 @@ from bridge_stg.evaluation.run.evaluate import Model, check_finite
 from bridge_stg.evaluation.run.executor import Answers, Executor, LocalExecutor, Lost
 from bridge_stg.evaluation.run.queries import Query
 from bridge_stg.evaluation.run.results import START_AGAIN, ResultFile
-from bridge_stg.evaluation.sources.sources import Reading, Source, is_address
+from bridge_stg.evaluation.sources.reading import Reading
+from bridge_stg.evaluation.sources.sources import Source, is_address
 from bridge_stg.runtime.chain.results import program_json
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.host.limits import Limits

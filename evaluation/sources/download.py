@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
+from bridge_stg.evaluation.sources.reading import Reading
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.limits import Limits
-
-if TYPE_CHECKING:
-    from bridge_stg.evaluation.sources.sources import Reading
 
 _log = logging.getLogger(__name__)
 MB, BLOCK_BYTES = 10**6, 2**20

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from bridge_stg.evaluation.media import IMAGES, VIDEOS, files_in
+from bridge_stg.evaluation.sources.reading import Reading
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.host.limits import Limits
 
@@ -22,21 +23,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STDIN = "-"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How sources that are no local files are read.
-
-    Attributes:
-        seconds: length that is read of a camera or live stream.
-        max_bytes: maximum size of a download and of standard input.
-        stall_s: longest silence of a server, camera or stream, in seconds.
-    """
-
-    seconds: float = 10.0
-    max_bytes: int = 4096 * 10**6
-    stall_s: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def fake_bundle(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Grounder) -
 def test_load_opens_the_sessions_of_the_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = fake_grounder(script=SCRIPT)
     passed = fake_bundle(monkeypatch, tmp_path, fake)
-    monkeypatch.setattr("bridge_stg.runtime.chain.tokenizer.load_tokenizer", lambda path, spec: fake.tokenizer)
+    monkeypatch.setattr("bridge_stg.runtime.grounder.load_tokenizer", lambda path, spec: fake.tokenizer)
     with Grounder.load(tmp_path, variant="primitive", threads=2) as grounder:
         assert grounder.ground(clip(), "the car").answer == CAR
         assert grounder.target.backend == "fake"
