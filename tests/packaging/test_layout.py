@@ -22,7 +22,7 @@ MOST_ENTRIES = {
     "bridge_stg/commands": 14,
     "bridge_stg/server/page": 30,
     "docs": 24,
-    "runtime": 15,
+    "runtime": 16,
     "runtime/chain": 13,
     "tests": 13,
     "tests/runtime": 16,

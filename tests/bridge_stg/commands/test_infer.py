@@ -45,7 +45,7 @@ def test_infer_prints_and_writes(fake: list[Any], clip: Path, capsys: pytest.Cap
         "backend: tensorrt 10.15.1 on Orin (SM 87), standard",
     ):
         assert part in shown
-    loading = {"backend": "auto", "variant": "primitive", "threads": 1, "kv_budget_bytes": None, "wait": False}
+    loading = {"backend": "auto", "variant": "primitive", "threads": 1, "kv_budget_bytes": None}
     assert fake[0] == (Path("b"), {**loading, "heads": None, "text": TextOptions()})
     assert 8 < fake[1][1]["deadline_s"] <= 9 and fake[1][1]["max_visual_tokens"] == 90
     assert fake[1][1]["stream"] == 0
