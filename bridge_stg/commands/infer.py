@@ -41,8 +41,8 @@ RECORDED = (
     "window", "cuts", "top",
 )  # fmt: skip
 """Options that may change the answers, and are recorded with them."""
-IMPORTED = ("numpy", "bridge_stg.runtime.grounder", "av", "PIL.Image", "bridge_stg.runtime.video.file")
-"""Modules that are imported while the bundle's files are hashed and its sessions are opened, in this order."""
+IMPORTED = ("numpy", "onnxruntime", "bridge_stg.runtime.grounder", "av", "PIL.Image", "bridge_stg.runtime.video.file")
+"""Modules that are imported while the bundle's files are hashed, in this order: first what sessions on a CPU need."""
 UNVERIFIED = (
     "Note: this bundle is unverified: it was exported with --no-verify, so its graphs were never compared with torch."
 )
