@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
 import re
@@ -214,10 +215,14 @@ def load(request: Request, progress: ProgressBar) -> Iterator[Grounder]:
     load_options = {**request.backend_options, **options.pop_head_options(dataclasses.asdict(request))}
     load_options |= {"index": request.index} if request.index else {}
     load_options |= {"max_index_bytes": request.max_index_bytes} if request.max_index_bytes else {}
-    loading = in_background(lambda: load_grounder(path, **load_options))
-    for module in IMPORTED:  # a missing one is reported when it is used
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+    gc.disable()  # modules leave no garbage, and looking for it takes 10 ms
+    try:
+        loading = in_background(lambda: load_grounder(path, **load_options))
+        for module in IMPORTED:  # a missing one is reported when it is used
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+    finally:
+        gc.enable()
     with progress.wait("load_model", loading) as grounder:
         if not grounder.verified:
             LOG.warning(UNVERIFIED)
