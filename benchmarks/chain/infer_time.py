@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAUSE_S = 0.3
 """Pause between two commands; Linux throttles real-time processes that use more than 0.95 s of each second."""
 Timed = tuple[float, float, str]
-RESULT = re.compile(r"^  seconds: .*\n?", re.MULTILINE)
-"""The part of `infer`'s output that differs between runs."""
+RESULT = re.compile(r"^  seconds, .*\n?", re.MULTILINE)
+"""The lines of `infer`'s output that differ between runs."""
 
 
 def timed(
