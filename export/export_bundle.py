@@ -17,7 +17,7 @@ from bridge_stg.export.graph.graph_check import check_graph
 from bridge_stg.export.graph.ort_cpu import derive_ort_cpu
 from bridge_stg.export.memory import estimate, require_room
 from bridge_stg.export.parity.bf16_emulation import write_twin
-from bridge_stg.export.parity.golden_cases import record_golden, record_random_cases
+from bridge_stg.export.parity.golden_cases import record_reference
 from bridge_stg.export.parity.parity import REPORT, require
 from bridge_stg.export.parity.replay import Replayed, replay_in_subprocess
 from bridge_stg.export.tracing.lowering import LOWERINGS
@@ -175,11 +175,9 @@ class _Export:
         with tempfile.TemporaryDirectory(prefix=".cases.", dir=folder.parent) as temporary:
             cases = Path(temporary)
             with with_weights(self.model, self.store):
-                self.stages.begin("recording golden cases")
-                golden = record_golden(self.model, folder / GOLDEN, precision=precision)
                 self.stages.begin("recording the reference")
-                for name in dict.fromkeys(contract.name for contract in contracts):
-                    record_random_cases(name, self.model, cases)
+                names = list(dict.fromkeys(contract.name for contract in contracts))
+                golden = record_reference(self.model, folder / GOLDEN, cases, names, precision=precision)
             self.stages.begin("comparing with torch")
             files = [folder / GRAPHS / contract.name / f"{contract.variant}.onnx" for contract in contracts]
             twins = [write_twin(file) for file in files] if precision == "bf16" else []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from bridge_stg.export.parity.probes import PROBE_SIZES, RandomCase, feeds_of, run
+from bridge_stg.export.tracing.side_by_side import side_by_side
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.model.torch_session import TorchSession
 from bridge_stg.runtime.backends.kv_pool import bucketed
@@ -18,7 +20,7 @@ from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.runtime.index.read import Video
 from bridge_stg.runtime.parity.compare import tolerance_of
-from bridge_stg.runtime.parity.golden import write_case
+from bridge_stg.runtime.parity.golden import Tolerance, write_case
 from bridge_stg.runtime.parity.recording import Call, RecordingSession
 
 HEIGHT, WIDTH, FRAMES, FPS = 96, 128, 12, 8.0
@@ -26,32 +28,55 @@ RECORDED_TOKENS = 4
 """Tokens of each recorded answer of text heads."""
 
 
-def record_golden(model: BridgeSTG, folder: Path, *, precision: str = "fp32") -> list[Path]:
-    """Write golden/<case> for a clip, for two queries in one batch, and for an image; return the cases' folders.
+def record_reference(
+    model: BridgeSTG, golden: Path, cases: Path, names: Iterable[str], *, precision: str = "fp32"
+) -> list[Path]:
+    """Write the golden cases, and the random-input cases of graphs; return the golden cases' folders.
 
-    With text heads there is a case of several images in one batch, too: the frames of the second step of `two-step`.
-    `folder` is the bundle's golden/ folder; `precision`, that of the bundle's graphs, decides their tolerance.
+    Golden cases are a clip, two queries in one batch, and an image; with text heads also several images in one batch:
+    the frames of the second step of `two-step`. All cases are computed side by side, since each alone would read a
+    model on disk several times.
+
+    Args:
+        model: the reference, in eval mode.
+        golden: the bundle's golden/ folder.
+        cases: folder of random-input cases, where `probes.load_cases` finds them.
+        names: the graphs that get random-input cases.
+        precision: that of the bundle's graphs, which decides the tolerance of golden cases.
     """
     contracts = [graph_contract(name, model.spec, variant="", opset=0) for name in graphs_of(model.spec)]
     outputs = [tensor.name for contract in contracts for tensor in contract.outputs]
     tolerance = {name: value for name in outputs if (value := tolerance_of(precision, name)) is not None}
-    image = next(scene())[1]
-    cases: dict[str, tuple[Video, tuple[str, ...], str]] = {
-        "clip": (scene(), ("the red square",), "one query on a clip of a moving square"),
-        "batch": (scene(), ("the square", "a blue ball that moves to the left"), "two queries of different lengths"),
-        "image": (image, ("the red square",), "one query on an image"),
+    folders, tasks = list[Path](), list[Callable[[], None]]()
+    for name, (calls, note) in _golden_calls(model).items():
+        folders.append(golden / name)
+        tasks.append(partial(_write_golden, golden / name, calls, note, tolerance))
+    cases.mkdir(parents=True, exist_ok=True)
+    sizes = [(name, index) for name in names for index in range(len(PROBE_SIZES[name]))]
+    tasks += [partial(_write_random, cases, name, index, model) for name, index in sizes]
+    side_by_side(tasks)
+    return folders
+
+
+def _golden_calls(model: BridgeSTG) -> dict[str, tuple[Callable[[], list[Call]], str]]:
+    """Return how the calls of each golden case are recorded, and its note."""
+    image, two = next(scene())[1], ("the square", "a blue ball that moves to the left")
+    cases: dict[str, tuple[Callable[[], list[Call]], str]] = {
+        "clip": (lambda: record(model, scene(), ("the red square",)), "one query on a clip of a moving square"),
+        "batch": (lambda: _with_masked(model, record(model, scene(), two)), "two queries of different lengths"),
+        "image": (lambda: record(model, image, ("the red square",)), "one query on an image"),
     }
-    recorded = {name: (record(model, video, queries), note) for name, (video, queries, note) in cases.items()}
-    if model.spec.heads == "bridge":
-        calls, _ = recorded["batch"]
-        calls.append(_masked(model, calls))
-    else:
-        recorded["frames"] = record_frames(model, "the red square"), "a query on several frames, each an image"
-    for name, (calls, note) in recorded.items():
-        language = [feeds for graph, feeds, _ in calls if graph == "language_model"]
-        capacity = bucketed(max(int(f["cache_position"].max()) + f["input_ids"].shape[1] for f in language))
-        write_case(folder / name, calls, kind=name, note=note, tolerance=tolerance, cache_capacity=capacity)
-    return [folder / name for name in recorded]
+    if model.spec.heads != "bridge":
+        cases["frames"] = (lambda: record_frames(model, "the red square"), "a query on several frames, each an image")
+    return cases
+
+
+def _write_golden(folder: Path, calls: Callable[[], list[Call]], note: str, tolerance: Mapping[str, Tolerance]) -> None:
+    """Record the calls of a golden case, and write it."""
+    recorded = calls()
+    language = [feeds for graph, feeds, _ in recorded if graph == "language_model"]
+    capacity = bucketed(max(int(f["cache_position"].max()) + f["input_ids"].shape[1] for f in language))
+    write_case(folder, recorded, kind=folder.name, note=note, tolerance=tolerance, cache_capacity=capacity)
 
 
 def scene() -> Iterator[tuple[float, np.ndarray]]:
@@ -109,34 +134,40 @@ def _recording(model: BridgeSTG, calls: list[Call], text: TextOptions | None = N
     return Grounder(sessions, model.spec, model.tokenizer, text=text)
 
 
-def _masked(model: BridgeSTG, calls: list[Call]) -> Call:
-    """Return the last spatial call with rows that see different frames, whatever spans the model predicted."""
-    _, feeds, _ = next(call for call in reversed(calls) if call[0] == "spatial_decoder")
-    mask = np.ones_like(feeds["frame_mask"])
+def _with_masked(model: BridgeSTG, calls: list[Call]) -> list[Call]:
+    """Return the calls, and the last spatial one with rows that see different frames, whatever spans were predicted.
+
+    Text heads have no spatial calls.
+    """
+    spatial = [feeds for graph, feeds, _ in calls if graph == "spatial_decoder"]
+    if not spatial:
+        return calls
+    mask = np.ones_like(spatial[-1]["frame_mask"])
     for row in range(1, len(mask)):
         mask[row, mask.shape[1] // (row + 1) :] = mask.shape[1] == 1
-    feeds = {**feeds, "frame_mask": mask}
-    return "spatial_decoder", feeds, TorchSession("spatial_decoder", model).infer(feeds)
+    feeds = {**spatial[-1], "frame_mask": mask}
+    return [*calls, ("spatial_decoder", feeds, TorchSession("spatial_decoder", model).infer(feeds))]
 
 
-def random_cases(name: str, model: BridgeSTG, *, seed: int = 0) -> Iterator[RandomCase]:
-    """Yield one random-input case of a graph per size, with the outputs of a model in eval mode."""
-    reference = TorchSession(name, model)
-    for index, sizes in enumerate(PROBE_SIZES[name]):
-        feeds, past = feeds_of(name, model.spec, sizes, np.random.default_rng([seed, index]))
-        expected = run(reference, feeds, past)
-        dependence = {}
-        if index == 1:
-            others, _ = feeds_of(name, model.spec, sizes, np.random.default_rng([seed + 1, index]))
-            moved = run(reference, others, past)
-            for k, value in expected.items():
-                norm = max(float(np.linalg.norm(value)), 1e-12)
-                dependence[f"{name}.{k}"] = float(np.linalg.norm(value - moved[k]) / norm)
-        yield RandomCase(name, sizes, feeds, past, expected, dependence)
+def random_case(name: str, index: int, model: BridgeSTG, *, seed: int = 0) -> RandomCase:
+    """Return the random-input case of a graph at one of its sizes, with the outputs of a model in eval mode."""
+    reference, sizes = TorchSession(name, model), PROBE_SIZES[name][index]
+    feeds, past = feeds_of(name, model.spec, sizes, np.random.default_rng([seed, index]))
+    expected = run(reference, feeds, past)
+    dependence = {}
+    if index == 1:
+        others, _ = feeds_of(name, model.spec, sizes, np.random.default_rng([seed + 1, index]))
+        moved = run(reference, others, past)
+        for k, value in expected.items():
+            norm = max(float(np.linalg.norm(value)), 1e-12)
+            dependence[f"{name}.{k}"] = float(np.linalg.norm(value - moved[k]) / norm)
+    return RandomCase(name, sizes, feeds, past, expected, dependence)
 
 
-def record_random_cases(name: str, model: BridgeSTG, folder: Path) -> None:
-    """Write the random-input cases of one graph where `probes.load_cases` finds them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, case in enumerate(random_cases(name, model)):
-        case.save(folder / f"{name}_{index}.npz")
+def random_cases(name: str, model: BridgeSTG) -> Iterator[RandomCase]:
+    """Yield the random-input cases of a graph, one per size."""
+    return (random_case(name, index, model) for index in range(len(PROBE_SIZES[name])))
+
+
+def _write_random(folder: Path, name: str, index: int, model: BridgeSTG) -> None:
+    random_case(name, index, model).save(folder / f"{name}_{index}.npz")

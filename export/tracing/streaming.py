@@ -6,8 +6,9 @@ the patch embedding are small and stay in memory. So the reference is the model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from bridge_stg.checkpoint.checkpoint import checkpoint_key
 from bridge_stg.checkpoint.weight_store import WeightStore
+from bridge_stg.export.tracing.side_by_side import Multiply, multiply_together
 from bridge_stg.export.tracing.skeleton import replaced_parameters
 from bridge_stg.export.tracing.weights import read_rows, row_blocks
 from bridge_stg.model.model import BridgeSTG
@@ -44,7 +46,8 @@ class _Memory:
 def with_weights(model: BridgeSTG, store: WeightStore, *, resident_bytes: int = RESIDENT_BYTES) -> Iterator[None]:
     """Let a model with parameters on the meta device compute inside the block, in fp32, with the values of a store.
 
-    In models of more than `resident_bytes` in fp32, `Linear` and `Embedding` read their weight in every call.
+    In models of more than `resident_bytes` in fp32, `Linear` and `Embedding` read their weight in every call; `Linear`
+    reads it once for all tasks of `side_by_side`.
     """
     keys = {id(value): checkpoint_key(name) for name, value in model.named_parameters()}
     streamed: list[nn.Linear | nn.Embedding] = []
@@ -58,10 +61,10 @@ def with_weights(model: BridgeSTG, store: WeightStore, *, resident_bytes: int = 
         return nn.Parameter(store.read(keys[id(value)]).float(), requires_grad=False)
 
     try:
-        for module in streamed:
+        for place, module in enumerate(streamed):
             key = keys[id(module.weight)]
             if isinstance(module, nn.Linear):
-                vars(module)["forward"] = _linear(module, store, key, memory)
+                vars(module)["forward"] = partial(multiply_together, place, _linear(module, store, key, memory))
             else:
                 vars(module)["forward"] = _embedding(module, store, key)
         with replaced_parameters(model, read):
@@ -71,16 +74,19 @@ def with_weights(model: BridgeSTG, store: WeightStore, *, resident_bytes: int = 
             vars(module).pop("forward", None)
 
 
-def _linear(module: nn.Linear, store: WeightStore, key: str, memory: _Memory) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        parts, first = [], 0
+def _linear(module: nn.Linear, store: WeightStore, key: str, memory: _Memory) -> Multiply:
+    def multiply(inputs: Sequence[Tensor]) -> list[Tensor]:
+        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+        out, first = torch.empty(len(rows), module.out_features), 0
         for block in row_blocks(store, key, block_bytes=len(memory.stored), buffer=memory.stored):
-            bias = None if module.bias is None else module.bias[first : first + len(block)]
-            parts.append(F.linear(x, memory.as_floats(block), bias))
-            first += len(block)
-        return torch.cat(parts, -1)
+            last = first + len(block)
+            bias = None if module.bias is None else module.bias[first:last]
+            out[:, first:last] = F.linear(rows, memory.as_floats(block), bias)
+            first = last
+        products = out.split([x.shape[:-1].numel() for x in inputs])
+        return [product.view(*x.shape[:-1], -1) for product, x in zip(products, inputs, strict=True)]
 
-    return forward
+    return multiply
 
 
 def _embedding(module: nn.Embedding, store: WeightStore, key: str) -> Callable[[Tensor], Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from bridge_stg.export import export_bundle as onnx_export
 from bridge_stg.export.export_bundle import export_bundle
-from bridge_stg.export.parity.golden_cases import random_cases, record_random_cases
+from bridge_stg.export.parity.golden_cases import random_cases, record_reference
 from bridge_stg.export.parity.parity import Parity, measure, parity_table, require
 from bridge_stg.export.parity.probes import PROBE_SIZES, feeds_of, run
 from bridge_stg.model.model import BridgeSTG
@@ -154,13 +155,13 @@ def test_a_difference_is_found_and_named(model: BridgeSTG, sessions: Sessions, b
 def test_a_failed_export_names_the_boundary_and_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def perturbed(name: str, model: BridgeSTG, folder: Path) -> None:
+    def perturbed(model: BridgeSTG, *args: Any, **options: Any) -> list[Path]:
         with torch.no_grad():
             model.spatial_decoder.presence_heads[-1][-1].bias.add_(0.5)
-        record_random_cases(name, model, folder)
+        return record_reference(model, *args, **options)
 
     monkeypatch.setattr(onnx_export, "graphs_of", lambda spec: ("spatial_decoder",))
-    monkeypatch.setattr(onnx_export, "record_random_cases", perturbed)
+    monkeypatch.setattr(onnx_export, "record_reference", perturbed)
     with raises("export.parity", "spatial_decoder.presence (primitive; B 1, F 1", kind=EngineError):
         export_bundle(checkpoint, tmp_path / "bundle", variants=("primitive",))
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bridge_stg.export.parity.golden_cases import record_random_cases
+from bridge_stg.export.parity.golden_cases import random_cases
 from bridge_stg.export.parity.probes import PROBE_SIZES, RandomCase, feeds_of, load_cases
 from bridge_stg.export.parity.replay import replay_in_subprocess
 from bridge_stg.model.model import BridgeSTG
@@ -19,8 +19,13 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from tests.errors import raises
 
 
+def save_random_cases(name: str, model: BridgeSTG, folder: Path) -> None:
+    for index, case in enumerate(random_cases(name, model)):
+        case.save(folder / f"{name}_{index}.npz")
+
+
 def test_cases_are_read_as_they_were_written(model: BridgeSTG, tmp_path: Path) -> None:
-    record_random_cases("language_model", model, tmp_path)
+    save_random_cases("language_model", model, tmp_path)
     found = list(load_cases(tmp_path, "language_model"))
     assert [dict(case.sizes) for case in found] == [dict(sizes) for sizes in PROBE_SIZES["language_model"]]
     feeds, past = feeds_of("language_model", model.spec, found[2].sizes, np.random.default_rng([0, 2]))
@@ -33,7 +38,7 @@ def test_cases_are_read_as_they_were_written(model: BridgeSTG, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_subprocess_replays(exported: Bundle, model: BridgeSTG, tmp_path: Path) -> None:
-    record_random_cases("spatial_decoder", model, tmp_path)
+    save_random_cases("spatial_decoder", model, tmp_path)
     graph = exported.graph("spatial_decoder", "primitive")
     path = exported.graph_path("spatial_decoder", "primitive")
     found = replay_in_subprocess([(graph, path)], tmp_path, exported.golden_cases(), threads=1)
