@@ -14,7 +14,7 @@ from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.files import require_space
 from bridge_stg.runtime.host.memory import available_bytes, gigabytes
 
-BASE_BYTES = 10**9
+BASE_BYTES = 11 * 10**8
 """Memory of the export process for any model: torch, transformers, a traced graph (docs/performance.md)."""
 REPLAY_BASE_BYTES = 200 * 10**6
 """Memory of the replay process without weights."""
@@ -61,7 +61,7 @@ def estimate(store: WeightStore, spec: ModelSpec, precision: Precision, *, verif
     weights = int(sum(counts.values()) * precision.dtype.itemsize)
     resident = 4 * sum(counts.values())
     merged = max((tensor.length for tensor in store.values() if tensor.delta is not None), default=0)
-    export = BASE_BYTES + weights // 5 + 3 * merged + (resident if verify and resident <= RESIDENT_BYTES else 0)
+    export = BASE_BYTES + weights // 4 + 3 * merged + (resident if verify and resident <= RESIDENT_BYTES else 0)
     if not verify:
         return Estimate(weights, weights, export, 0)
     largest = max(sum(n for key, n in counts.items() if key.startswith(names)) for names in PREFIXES)
