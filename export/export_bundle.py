@@ -1,11 +1,12 @@
-"""Export a checkpoint as a bundle: estimate, trace, write, check, compare with torch, rename into place."""
+"""Export a checkpoint as a bundle: estimate, record the reference, trace, write, check, compare, rename into place."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from bridge_stg.export.memory import estimate, require_room
 from bridge_stg.export.parity.bf16_emulation import write_twin
 from bridge_stg.export.parity.golden_cases import record_reference
 from bridge_stg.export.parity.parity import REPORT, require
-from bridge_stg.export.parity.replay import Replayed, replay_in_subprocess
+from bridge_stg.export.parity.replay import Replayed, Replays
 from bridge_stg.export.tracing.lowering import LOWERINGS
 from bridge_stg.export.tracing.precision import PRECISIONS, Precision
 from bridge_stg.export.tracing.skeleton import open_skeleton
@@ -89,13 +90,15 @@ def export_bundle(
     needed = estimate(store, model.spec, precision, verify=verify)
     progress(f"estimated: {needed}")
     low_memory = require_room(needed, Path(out))
-    if verify and low_memory:
+    if verify and low_memory and dtype != "fp32":
         progress("memory is short: the replay keeps no second copy of the weights, which is slower")
     with BundleWriter(out, overwrite=overwrite) as writer:
         export = _Export(model, store, precision, writer, stages)
-        contracts = [contract for name in graphs_of(model.spec) for contract in export.write_graph(name, variants)]
+        replayed = export.compare_with_torch(variants, low_memory=low_memory) if verify else None
+        if not verify:
+            for name in graphs_of(model.spec):
+                export.write_graph(name, variants)
         writer.add_file(TOKENIZER, Path(checkpoint) / TOKENIZER)
-        replayed = export.compare_with_torch(contracts, low_memory=low_memory) if verify else None
         stages.begin("writing the manifest")
         about = {
             "dtype": dtype,
@@ -169,25 +172,39 @@ class _Export:
             self.writer.add_graph(contract)
         return contracts
 
-    def compare_with_torch(self, contracts: Sequence[GraphSpec], *, low_memory: bool) -> Replayed:
-        """Record golden and random-input cases in torch, replay them in a subprocess, and check the tolerances."""
-        folder, precision = self.writer.folder, contracts[0].precision
-        with tempfile.TemporaryDirectory(prefix=".cases.", dir=folder.parent) as temporary:
-            cases = Path(temporary)
+    def compare_with_torch(self, variants: Sequence[str], *, low_memory: bool) -> Replayed:
+        """Record golden and random-input cases in torch, write all graphs, and check the tolerances.
+
+        Each graph is replayed in a subprocess while the next one is traced.
+        """
+        folder = self.writer.folder
+        with tempfile.TemporaryDirectory(prefix=".cases.", dir=folder.parent) as temporary, ExitStack() as stack:
+            cases, names = Path(temporary), graphs_of(self.model.spec)
+            self.stages.begin("recording the reference")
             with with_weights(self.model, self.store):
-                self.stages.begin("recording the reference")
-                names = list(dict.fromkeys(contract.name for contract in contracts))
-                golden = record_reference(self.model, folder / GOLDEN, cases, names, precision=precision)
+                golden = record_reference(self.model, folder / GOLDEN, cases, names, precision=self.precision.name)
+            # Graphs in fp32 are opened faster without a second copy of their weights, and run a call or two each.
+            low_memory = low_memory or self.precision.name == "fp32"
+            replays = stack.enter_context(Replays(cases, golden, low_memory=low_memory))
+            for name in names:
+                contracts = self.write_graph(name, variants)
+                files = [folder / GRAPHS / name / f"{contract.variant}.onnx" for contract in contracts]
+                if self.precision.name == "bf16":
+                    contracts = [dataclasses.replace(contract, precision="bf16 twin") for contract in contracts]
+                    files = [stack.enter_context(_twin(file)) for file in files]
+                replays.add(list(zip(contracts, files, strict=True)))
             self.stages.begin("comparing with torch")
-            files = [folder / GRAPHS / contract.name / f"{contract.variant}.onnx" for contract in contracts]
-            twins = [write_twin(file) for file in files] if precision == "bf16" else []
-            graphs = [dataclasses.replace(c, precision="bf16 twin") for c in contracts] if twins else contracts
-            try:
-                pairs = list(zip(graphs, twins or files, strict=True))
-                replayed = replay_in_subprocess(pairs, cases, golden, low_memory=low_memory)
-            finally:
-                for twin in twins:
-                    twin.unlink()
+            replayed = replays.finish()
         require(replayed.parity)
         write_report(folder, REPORT, replayed.parity.to_dict())
         return replayed
+
+
+@contextmanager
+def _twin(file: Path) -> Iterator[Path]:
+    """Write the twin of a bf16 graph that onnxruntime can run, for the time of the block."""
+    twin = write_twin(file)
+    try:
+        yield twin
+    finally:
+        twin.unlink()

@@ -18,10 +18,10 @@ BASE_BYTES = 11 * 10**8
 """Memory of the export process for any model: torch, transformers, a traced graph (docs/performance.md)."""
 REPLAY_BASE_BYTES = 200 * 10**6
 """Memory of the replay process without weights."""
-COPIES = {"fp32": 2.0, "fp16": 4.0, "bf16": 4.0}
-"""Peak memory of onnxruntime on CPU while it loads a graph, as a multiple of the graph's weights: it packs matrices
-into new memory, and computes lower precisions in fp32 from a copy."""
-LOW_MEMORY_COPIES = 2.2
+COPIES = {"fp32": 1.1, "fp16": 4.0, "bf16": 4.0}
+"""Peak memory of onnxruntime on CPU while it loads a graph, as a multiple of the graph's weights: it computes lower
+precisions in fp32 from a copy, whose matrices it packs into new memory."""
+LOW_MEMORY_COPIES = {"fp32": 1.1, "fp16": 2.2, "bf16": 2.2}
 """The same without a second copy of the weights: it casts and packs one matrix at a time in every call."""
 PREFIXES = (("model.visual.",), ("model.language_model.", "lm_head.", "bridging."), ("spatial_decoder.",))
 """Prefixes of the weights of each graph."""
@@ -37,7 +37,7 @@ class Estimate:
         weights: weights of the bundle's graphs.
         disk: peak size of the bundle's folder.
         export: peak memory of this process.
-        replay: peak memory of the process that replays the bundle while this one waits; 0 without a replay.
+        replay: peak memory of the process that replays a graph while this one goes on; 0 without a replay.
         lean_replay: the same without a second copy of the weights, which is slower.
     """
 
@@ -67,7 +67,7 @@ def estimate(store: WeightStore, spec: ModelSpec, precision: Precision, *, verif
     largest = max(sum(n for key, n in counts.items() if key.startswith(names)) for names in PREFIXES)
     replay, low_memory = (
         REPLAY_BASE_BYTES + int(copies * largest * precision.dtype.itemsize)
-        for copies in (COPIES[precision.name], LOW_MEMORY_COPIES)
+        for copies in (COPIES[precision.name], LOW_MEMORY_COPIES[precision.name])
     )
     language = spec.language
     position = 2 * language.num_layers * language.kv_heads * language.head_dim * 4

@@ -1,7 +1,7 @@
-"""Replay an export in a subprocess, whose memory is separate from that of torch and is measured on its own.
+"""Replay an export in subprocesses, whose memory is separate from that of torch and is measured on its own.
 
-This process records the cases and waits; the subprocess, which imports neither torch nor onnx, opens one variant of one
-graph at a time and compares.
+This process records the cases and goes on with the next graph; a subprocess, which imports neither torch nor onnx,
+opens one variant of a graph at a time and compares.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,41 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Replayed:
-    """Comparisons of every variant, the subprocess's peak memory, and the seconds of each `graph (variant)`."""
+    """Comparisons of every variant, a subprocess's peak memory, and the seconds of each `graph (variant)`."""
 
     parity: Parity
     peak_rss_bytes: int
     seconds: dict[str, float]
+
+    def __add__(self, other: Replayed) -> Replayed:
+        """Return the comparisons of both, and the larger peak."""
+        peak = max(self.peak_rss_bytes, other.peak_rss_bytes)
+        return Replayed(self.parity + other.parity, peak, self.seconds | other.seconds)
+
+
+class Replays(AbstractContextManager["Replays"]):
+    """Replays of graphs in subprocesses, one at a time, while the caller goes on.
+
+    `cases`, `golden` and `low_memory` are as for `replay_in_subprocess`. Replays that have not begun when the block
+    ends are left out.
+    """
+
+    def __init__(self, cases: Path, golden: Sequence[Path], *, low_memory: bool = False) -> None:
+        self._cases, self._golden, self._low_memory = cases, golden, low_memory
+        self._queue = ThreadPoolExecutor(1)
+        self._replays: list[Future[Replayed]] = []
+
+    def __exit__(self, *exception: object) -> None:
+        self._queue.shutdown(cancel_futures=True)
+
+    def add(self, graphs: Sequence[tuple[GraphSpec, Path]]) -> None:
+        """Replay graphs as soon as those before have been."""
+        arguments = graphs, self._cases, self._golden
+        self._replays.append(self._queue.submit(replay_in_subprocess, *arguments, low_memory=self._low_memory))
+
+    def finish(self) -> Replayed:
+        """Wait for all replays and return their results in order. Raises EngineError if a graph could not run."""
+        return sum((replay.result() for replay in self._replays), Replayed(Parity((), {}), 0, {}))
 
 
 def replay_in_subprocess(

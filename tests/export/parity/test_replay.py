@@ -13,7 +13,7 @@ import pytest
 
 from bridge_stg.export.parity.golden_cases import random_cases
 from bridge_stg.export.parity.probes import PROBE_SIZES, RandomCase, feeds_of, load_cases
-from bridge_stg.export.parity.replay import replay_in_subprocess
+from bridge_stg.export.parity.replay import Replays, replay_in_subprocess
 from bridge_stg.model.model import BridgeSTG
 from bridge_stg.runtime.bundle.bundle import Bundle
 from tests.errors import raises
@@ -44,8 +44,11 @@ def test_a_subprocess_replays(exported: Bundle, model: BridgeSTG, tmp_path: Path
     found = replay_in_subprocess([(graph, path)], tmp_path, exported.golden_cases(), threads=1)
     assert not found.parity.failures and found.parity.least_iou is not None and found.parity.least_iou > 0.999
     assert found.peak_rss_bytes > 10**7 and list(found.seconds) == ["spatial_decoder (primitive)"]
-    saving = replay_in_subprocess([(graph, path)], tmp_path, exported.golden_cases(), threads=1, low_memory=True)
-    assert not saving.parity.failures and len(saving.parity.boundaries) == len(found.parity.boundaries)
+    with Replays(tmp_path, exported.golden_cases(), low_memory=True) as replays:
+        for _ in range(2):
+            replays.add([(graph, path)])
+        saving = replays.finish()
+    assert not saving.parity.failures and len(saving.parity.boundaries) == 2 * len(found.parity.boundaries)
     case = RandomCase.load(tmp_path / "spatial_decoder_2.npz")
     wrong = dataclasses.replace(case, expected={**case.expected, "boxes": case.expected["boxes"] * 0.9})
     wrong.save(tmp_path / "spatial_decoder_2.npz")
