@@ -8,6 +8,8 @@ from pathlib import Path
 import onnx
 import pytest
 
+from benchmarks.gpu import engines
+from bridge_stg.calibration.recipes import RECIPES as BUNDLE_RECIPES
 from bridge_stg.export.engines.support import (
     BACKENDS,
     DTYPES,
@@ -21,7 +23,9 @@ from bridge_stg.export.engines.support import (
     require,
     support,
 )
+from bridge_stg.export.engines.targets import ahead_of_time, find_target
 from bridge_stg.runtime.errors import EngineError
+from tests.conftest import ROOT
 from tests.errors import raises
 from tests.export.engines.quantized_forms import K, form, fused_inputs, optimized, plan_tensors
 from tests.export.engines.real_tensorrt import compile_for, rtx
@@ -157,7 +161,32 @@ def test_the_documentation_has_the_table() -> None:
     for row in TABLE:
         cells = [", ".join(cell) for cell in (row.targets, row.recipes, row.variants, row.dtypes)]
         rows.append(f"| {' | '.join([*cells, row.verdict, row.evidence, row.checked])} |")
-    text = (Path(__file__).parents[3] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    text = Path(ROOT, "docs/calibration.md").read_text(encoding="utf-8")
     assert "\n".join(["<!-- support: begin -->", *rows, "<!-- support: end -->"]) in text
     refused = ["| form | why |", "|---|---|", *(f"| {form} | {why} |" for form, why in NOT_OFFERED.items())]
     assert "\n".join(["<!-- refused: begin -->", *refused, "<!-- refused: end -->"]) in text
+
+
+NATIVE_WORDS = {"w8a8": "int8", "w8": "{} × int8", "w4": "{} × int4", "fp8": "fp8", "nvfp4": "nvfp4"}
+
+
+def test_benchmarks_results_agree_with_the_table_on_every_target() -> None:
+    """Each precision was compiled, to the kernels of the verdict, or refused for what the table says."""
+    found = engines.read_engines(engines.RESULTS)
+    text = Path(ROOT, "docs/engines.md").read_text(encoding="utf-8")
+    assert f"<!-- engines: begin -->\n{engines.table(found)}\n<!-- engines: end -->" in text
+    models = {row[0] for row in found}
+    for precision, variant, target in itertools.product(engines.PRECISIONS, engines.VARIANTS, ahead_of_time()):
+        name, _, dtype = precision.partition(" of ")
+        for graph, model in itertools.product(("vision_encoder", "language_model"), models):
+            engine = found[model, precision, graph, variant, target]
+            form = BUNDLE_RECIPES[name.removesuffix("-kv8")].of(graph).name if dtype else "float"
+            parts = [form] * (form != "float") + ["kv8"] * (name.endswith("-kv8") and graph == "language_model")
+            rows = [support("tensorrt-rtx", part, variant, dtype) for part in parts]
+            if form in ("fp8", "nvfp4") and form not in find_target(target).precisions:
+                assert engine["refused"] == "engine.unsupported_precision"
+            elif UNSUPPORTED in {row.verdict for row in rows}:
+                assert engine["refused"] == "engine.unsupported_recipe"
+            else:
+                word = NATIVE_WORDS[form].format(dtype) if dtype else precision
+                assert max(engine["products"], key=engine["products"].get) == word
