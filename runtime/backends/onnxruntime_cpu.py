@@ -81,7 +81,9 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
             from_bytes=weights is not None,
             providers=["CPUExecutionProvider"],
             enable_fallback=0,  # the fallback would try the same again, and print
-            disabled_optimizers=["ConstantFolding"] if low_memory else None,
+            # Folding would write a transposed copy of each weight, which the matmul packs again. Weights of other
+            # precisions are converted by it.
+            disabled_optimizers=["ConstantFolding"] if low_memory or graph.precision == "fp32" else None,
         )
         optional = frozenset(node.name for node in self._session.get_overridable_initializers())
         # With fewer tokens or patches matmuls are slower; with more, their results no longer fit the CPU's caches, and
