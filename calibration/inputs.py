@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from bridge_stg.calibration.collect.samples import CalibrationSet, overlap, read_samples, warnings_of
-from bridge_stg.calibration.options import Options, require_packages
+from bridge_stg.calibration.options import LOCAL_BACKEND, Options, require_packages
 from bridge_stg.calibration.overrides import Overrides, read_overrides
 from bridge_stg.calibration.quantize.bundle import check_precision
 from bridge_stg.calibration.recipes import RECIPES, Recipe
@@ -147,6 +147,12 @@ def requested_recipe(options: Options, overrides: Overrides, bundle: Bundle) -> 
         raise BridgeError("options.conflict", what)
     if options.int8_cache:
         recipe = recipe.replace("language_model", cache=INT8)
+    local = LOCAL_BACKEND in options.backends
+    precision = bundle.manifest.all_graphs()[0].precision
+    if options.decode_form and (not local or precision != "fp32"):
+        what = f"--decode-form is for fp32 bundles and {LOCAL_BACKEND}; {bundle.path} is {precision}, the targets are "
+        raise BridgeError("options.conflict", f"{what}{', '.join(options.backends)}. Leave it out.")
+    recipe = recipe.replace("language_model", decode_form=options.decode_form if local else False)
     _check_names(overrides, bundle)
     return recipe.with_float(*overrides.keep_float)
 

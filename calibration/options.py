@@ -34,6 +34,7 @@ class Options:
         recipe: one of `RECIPE_NAMES`.
         graphs: graph → one of `GRAPH_RECIPE_NAMES`, where it differs from the recipe.
         int8_cache: whether keys and values are stored in int8.
+        decode_form: see `GraphRecipe.decode_form`; always off for other backends than onnxruntime on CPU.
         overrides: YAML file with manual decisions, see `overrides.read_overrides`.
         method: one of `METHODS` for all ranges; None: per tensor the one with the least error.
         max_drop: points of a metric that may be lost on the selection samples.
@@ -51,6 +52,7 @@ class Options:
     recipe: str = "w8a8"
     graphs: Mapping[str, str] = field(default_factory=dict)
     int8_cache: bool = False
+    decode_form: bool | None = None
     overrides: Path | None = None
     method: str | None = None
     max_drop: float = 1.0

@@ -36,6 +36,8 @@ class GraphRecipe:
         block_size: number of int4 values that share a scale.
         keep_float: names of blocks that stay in float.
         reduced_range: whether int8 weights are limited to −64 … 64, for CPUs whose 16-bit sums saturate.
+        decode_form: whether int8 and int4 weights of the language model are stored once more for decoding on CPU, see
+            `ort_cpu.derive_ort_cpu`; None: if they are too large for its caches.
     """
 
     weights: str = FLOAT
@@ -46,6 +48,7 @@ class GraphRecipe:
     block_size: int = 32
     keep_float: tuple[str, ...] = ()
     reduced_range: bool = False
+    decode_form: bool | None = None
 
     def __post_init__(self) -> None:
         known: dict[str, tuple[str | int, ...]] = dict.fromkeys(("activations", "cache", "embedding"), (FLOAT, INT8))

@@ -77,10 +77,9 @@ WEIGHT_BYTES = {"fp32": 4.0, "int8": 1.0, "int4": 0.5 + 4 / 32}
 def decode_bytes(config: Mapping[str, Any], past: int, precision: str, *, kv_bytes: int = 4) -> float:
     """Return the bytes of weights, keys and values that a new token reads after `past` others.
 
-    The head is at least int8 (see `GraphRecipe.form_of`). The one row of the embedding is ignored.
+    The head has the precision of the layers, as in `ort-cpu-decode`. The one row of the embedding is ignored.
     """
     layers, head = config["num_hidden_layers"], config["hidden_size"] * config["vocab_size"]
-    weights = layers * layer_weights(config) * WEIGHT_BYTES[precision]
-    weights += head * WEIGHT_BYTES["int8" if precision == "int4" else precision]
+    weights = (layers * layer_weights(config) + head) * WEIGHT_BYTES[precision]
     keys = 2 * layers * config["num_key_value_heads"] * head_size(config) * (past + 1) * kv_bytes
     return float(weights + keys)

@@ -70,6 +70,10 @@ def float_bundle(out: Path, given: Mapping[str, Any]) -> Iterator[Path]:
 @click.option("--spatial", type=recipe_type, help="Recipe of the spatial decoder; default: float.")
 @click.option("--kv8", is_flag=True, help="Store keys and values in int8.")
 @click.option(
+    "--decode-form/--no-decode-form", default=None,
+    help="Store the language model's weights once more, for decoding on CPU; default: if they exceed 64 MB.",
+)  # fmt: skip
+@click.option(
     "--method", type=click.Choice(METHODS),
     help="Method for the ranges of all activations; default: the best per tensor.",
 )  # fmt: skip

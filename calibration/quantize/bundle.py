@@ -16,7 +16,7 @@ from bridge_stg.calibration.quantize.graph import GraphQuantizer, Progress, Rang
 from bridge_stg.calibration.quantize.int4 import Int4Weights
 from bridge_stg.calibration.quantize.kv_cache import quantize_cache
 from bridge_stg.calibration.recipes import GraphRecipe, Recipe
-from bridge_stg.export.graph.blocks import FLOAT, INT8, Matmul, Table, find_matmuls, find_tables
+from bridge_stg.export.graph.blocks import FLOAT, INT4, INT8, Matmul, Table, find_matmuls, find_tables
 from bridge_stg.export.graph.graph_check import check_graph
 from bridge_stg.export.graph.ort_cpu import derive_ort_cpu
 from bridge_stg.export.graph.weight_file import WeightFile
@@ -73,8 +73,8 @@ def quantize_bundle(
             graphs = [graph for variant, graph in present.items() if variant in wanted]
             chosen = recipe.of(name)
             if not chosen.quantizes or not _any_quantized(source, graphs[0], chosen):
-                derived = [graph for graph in present.values() if graph.made_by_pass and graph.derived_from in wanted]
-                for graph in graphs + derived:
+                graphs += [graph for graph in present.values() if graph.made_by_pass and graph.derived_from in wanted]
+                for graph in graphs:
                     writer.add_graph(graph, source.graph_path(name, graph.variant))
                 continue
             folder = writer.folder / GRAPHS / name
@@ -85,7 +85,9 @@ def quantize_bundle(
                     weights=weights, int4=int4, progress=progress,
                 )  # fmt: skip
                 written = [_write(source, graph, quantizer, folder) for graph in graphs]
-            for graph in written + derive_ort_cpu(written, folder):
+            round_head = quantizer.round_head if chosen.weights == INT4 else None
+            derived = derive_ort_cpu(written, folder, decode=chosen.decode_form, round_head=round_head)
+            for graph in written + derived:
                 check_graph(folder / f"{graph.variant}.onnx")
                 writer.add_graph(graph)
         manifest = dataclasses.replace(

@@ -7,6 +7,7 @@ in float. Weights go from file to file one at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -105,6 +106,12 @@ class GraphQuantizer:
         if NVFP4 in used:
             model.graph.opset_imports[TENSORRT_DOMAIN] = 1
         self._store(model.graph, factors)
+
+    def round_head(self, node: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Round the head's smoothed weight float32 [K, N] to int4 for decoding on CPU, see `int4_rounded`."""
+        activation = None if self._int4 is None else self._int4.activation(self._graph, node)
+        block = math.gcd(self.recipe.block_size, len(weight))
+        return int4_rounded(weight, activation, block_size=block, dtype=np.float32)
 
     def _factors(self, model: ir.Model) -> dict[str, Factors]:
         """Return the factors of smoothing by initializer; they apply to float blocks of a smoothed group too."""

@@ -57,10 +57,10 @@ class Int4Weights:
         matmul, size = self._matmul(graph, node), self._recipe.of(graph).block_size
         file = self._folder / f"{digest(graph, node, size)}.npz"
         if not file.exists():
-            vector = self._smoothing.get(graph, {}).get(node, np.ones(1, np.float32))
+            vector = self._vector(graph, node)
             weight = np.concatenate([(block * vector).T for block in self._weights.blocks(matmul)], axis=1)
             dtype = self._weights.dtype(matmul)
-            levels, scales = int4_rounded(weight, self._activation(matmul, vector), block_size=size, dtype=dtype)
+            levels, scales = int4_rounded(weight, self.activation(graph, node), block_size=size, dtype=dtype)
             self._folder.mkdir(parents=True, exist_ok=True)
             with replacing(file) as partial, partial.open("wb") as stream:
                 np.savez(stream, levels=pack_nibbles(levels), scales=scales)
@@ -72,13 +72,18 @@ class Int4Weights:
             self._matmuls[graph] = {m.node: m for m in find_matmuls(self._weights.model(graph), graph)}
         return self._matmuls[graph][node]
 
-    def _activation(self, matmul: Matmul, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return `factors_of` the rows of a matmul; they are kept for the next one, which may share them."""
-        key = matmul.graph, matmul.activation
+    def activation(self, graph: str, node: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return `factors_of` a matmul's smoothed activation, and keep them for the next matmul, which may share it."""
+        matmul = self._matmul(graph, node)
+        key = graph, matmul.activation
         if self._last is None or self._last[0] != key:
-            rows = self._statistics.rows(matmul.graph, matmul.node)
-            self._last = key, factors_of(rows / vector) if len(rows) else None
+            rows = self._statistics.rows(graph, node)
+            self._last = key, factors_of(rows / self._vector(graph, node)) if len(rows) else None
         return self._last[1]
+
+    def _vector(self, graph: str, node: str) -> np.ndarray:
+        """Return the smoothing vector [K] of a matmul, or [1] of one that is not smoothed."""
+        return self._smoothing.get(graph, {}).get(node, np.ones(1, np.float32))
 
 
 def factors_of(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bridge_stg.runtime.bundle.contracts import DECODE
 from bridge_stg.runtime.errors import EngineError
 
 BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt-10", "tensorrt-11", "tensorrt-rtx")
 RECIPES = ("w8a8", "w8", "w4", "fp8", "nvfp4", "kv8")
-VARIANTS = ("standard", "primitive", "ort-cpu")
+ONE_FORM = ("standard", "primitive", "ort-cpu")
+VARIANTS = (*ONE_FORM, DECODE)
 DTYPES = ("fp32", "fp16")
 NATIVE, FALLS_BACK, UNSUPPORTED = "native", "falls back", "unsupported"
-ONNXRUNTIME_ONLY = ("ort-cpu",)
+ONNXRUNTIME_ONLY = ("ort-cpu", DECODE)
 """Variants with operators of onnxruntime on CPU; other targets never get them."""
 
 
@@ -54,6 +56,7 @@ CPU, CUDA, TENSORRT, RTX = (
     ("tensorrt-10", "tensorrt-11"),
     ("tensorrt-rtx",),
 )
+NO_DECODE = "the variant is made only of int8 and int4 weights of fp32 graphs"
 TABLE: tuple[Support, ...] = (
     Support(CPU, ("w8a8",), NATIVE, "run", "the variant has onnxruntime's MatMulIntegerToFloat for every matmul",
             ("ort-cpu",), ("fp32",)),
@@ -61,16 +64,22 @@ TABLE: tuple[Support, ...] = (
             "MatMulIntegerToFloat, but only matmuls whose int8 input has no other reader; `ort-cpu`, which is "
             "preferred, has it everywhere", ("standard", "primitive"), ("fp32",)),
     Support(CPU, ("w8a8",), FALLS_BACK, "run", "with fp16 activations nothing is fused: weights are dequantized and "
-            "multiplied as floats in every call", VARIANTS, ("fp16",)),
+            "multiplied as floats in every call", ONE_FORM, ("fp16",)),
     Support(CPU, ("w8", "w4"), NATIVE, "run", "onnxruntime 1.32 fuses DequantizeLinear and MatMul into MatMulNBits; "
-            "fp16 activations are cast around it", VARIANTS),
+            "fp16 activations are cast around it", ONE_FORM),
     Support(CPU, ("fp8",), FALLS_BACK, "run", "onnxruntime 1.32 rounds to fp8 and back, and multiplies floats",
-            VARIANTS),
+            ONE_FORM),
     Support(CPU, ("nvfp4",), FALLS_BACK, "run", "the variant computes the numbers of nvfp4 with standard operators, "
             "and multiplies floats", ("ort-cpu",)),
     Support(CPU, ("nvfp4",), UNSUPPORTED, "run", "onnxruntime 1.32 has no operator for E2M1"),
     Support(CPU, ("kv8",), FALLS_BACK, "run", "the cache is int8 in memory, and attention dequantizes all of it in "
-            "every call", VARIANTS),
+            "every call", ONE_FORM),
+    Support(CPU, ("w8a8", "w8", "w4"), NATIVE, "run", "the variant, for calls of few tokens beside `ort-cpu`, has "
+            "onnxruntime's MatMulNBits for every matmul, which rounds activations to int8 per block", (DECODE,),
+            ("fp32",)),
+    Support(CPU, ("kv8",), FALLS_BACK, "run", "as in `ort-cpu`", (DECODE,), ("fp32",)),
+    Support(CPU, ("w8a8", "w8", "w4", "kv8"), UNSUPPORTED, "run", NO_DECODE, (DECODE,), ("fp16",)),
+    Support(CPU, ("fp8", "nvfp4"), UNSUPPORTED, "run", NO_DECODE, (DECODE,)),
     Support(CUDA, ("w8a8",), FALLS_BACK, "documentation", "onnxruntime's source registers the fusion of Q/DQ around "
             "MatMul for its CPU and DirectML providers only (qdq_selector_action_transformer.cc)"),
     Support(CUDA, ("w8", "w4"), NATIVE, "documentation", "onnxruntime's source registers DequantizeLinear + MatMul → "

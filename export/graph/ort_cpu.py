@@ -21,34 +21,69 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from bridge_stg.export.graph.blocks import INT8, find_matmuls, find_tables, stored_weight
+from bridge_stg.export.graph.blocks import HEAD, INT8, find_matmuls, find_tables, stored_weight
+from bridge_stg.export.graph.decode_form import DOMAIN, RoundInt4, to_decode_form, to_prefill_form
 from bridge_stg.export.graph.fold_key_projection import fold_key_projection
 from bridge_stg.export.graph.fuse_attention import fuse_attention
 from bridge_stg.export.graph.graph_edit import NVFP4_BLOCK, TENSORRT_DOMAIN, Edit, producer, rank
 from bridge_stg.export.graph.optional_tokens import make_tokens_optional
 from bridge_stg.export.graph.patch_embedding import embed_patches_by_matmul
 from bridge_stg.export.graph.requested_rows import compute_requested_rows
+from bridge_stg.export.graph.weight_file import WeightFile
+from bridge_stg.runtime.bundle.contracts import DECODE
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 
 VARIANT, DERIVED_FROM = "ort-cpu", "standard"
-DOMAIN = "com.microsoft"
+DECODE_WEIGHTS, PREFILL_WEIGHTS = "decode.data", "prefill.data"
+DECODE_LEAST = 64 * 2**20
+"""Bytes of weights above which decoding is bound by memory; smaller ones fit a CPU's caches."""
 
 _FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _LAST_AXIS = np.array([-1], np.int64)
 _MIDDLE = np.array(128, np.uint8)
 
 
-def derive_ort_cpu(written: Iterable[GraphSpec], folder: Path) -> list[GraphSpec]:
-    """Derive the variant of one graph from `standard.onnx` in its folder, with the same weights.
+def derive_ort_cpu(
+    written: Iterable[GraphSpec], folder: Path, *, decode: bool | None = False, round_head: RoundInt4 | None = None
+) -> list[GraphSpec]:
+    """Derive the variants of one graph from `standard.onnx` in its folder.
 
-    Returns the contract of the new variant, or an empty list if no pass changes the graph.
+    Args:
+        written: contracts of the variants in the folder.
+        folder: folder of the graph's files.
+        decode: whether to write the weights of a language model in the layouts of `decode_form` too; None: if those of
+            `standard` exceed `DECODE_LEAST`.
+        round_head: makes the head of these layouts int4.
+
+    Returns:
+        The contracts of the new variants, `ort-cpu` and, with these layouts, `ort-cpu-decode`; an empty list if no pass
+        changes the graph.
     """
     spec = next((spec for spec in written if spec.variant == DERIVED_FROM), None)
     if spec is None or not for_ort_cpu(model := ir.load(folder / f"{DERIVED_FROM}.onnx"), spec.name):
         return []
+    variants = [VARIANT]
+    if decode is None:
+        decode = sum(file.stat().st_size for file in folder.glob("*.data")) > DECODE_LEAST
+    if decode and spec.cache is not None:
+        with WeightFile(folder / DECODE_WEIGHTS) as weights:
+            to_decode_form(model, spec.name, weights, only=HEAD, round_head=round_head)
+            ir.save(model, folder / f"{DECODE}.onnx")
+            few = ir.load(folder / f"{DECODE}.onnx")
+            variants += [DECODE] * to_decode_form(few, spec.name, weights)
+        with WeightFile(folder / PREFILL_WEIGHTS) as weights:
+            to_prefill_form(model, spec.name, weights)
+        for name in (DECODE_WEIGHTS, PREFILL_WEIGHTS):
+            if not (folder / name).stat().st_size:
+                (folder / name).unlink()
+        if DECODE in variants:
+            ir.save(few, folder / f"{DECODE}.onnx")
+        else:
+            (folder / f"{DECODE}.onnx").unlink()
     ir.save(model, folder / f"{VARIANT}.onnx")
     ranges = {symbol: (0 if symbol == "K" else least, most) for symbol, (least, most) in spec.ranges.items()}
-    return [dataclasses.replace(spec, variant=VARIANT, derived_from=DERIVED_FROM, ranges=ranges)]
+    made = dataclasses.replace(spec, variant=VARIANT, derived_from=DERIVED_FROM, ranges=ranges)
+    return [dataclasses.replace(made, variant=variant) for variant in variants]
 
 
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:

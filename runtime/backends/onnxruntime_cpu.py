@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,9 @@ from bridge_stg.runtime.device.array_ops import Array
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.cpus import MAX_THREADS, limited_threads
 from bridge_stg.runtime.host.packages import install_command
+
+DECODE_TOKENS = 4
+"""Most tokens of all rows for which weights in blocks are faster than int8 per channel: equal at about 8."""
 
 _DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
 _FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -45,6 +49,7 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
         threads: threads per call; None: one per physical core that this process may use (see cpus.py).
         low_memory: convert weights at every call instead of once: slower, without a second copy of them in memory.
         weights: folder of the external data; None: the file's folder.
+        few: file and manifest entry of the same graph for calls of at most `DECODE_TOKENS` tokens; None: this one.
 
     Raises:
         EngineError: onnxruntime is missing or rejects the file, or the file does not fit the manifest.
@@ -60,7 +65,9 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
         threads: int | None = None,
         low_memory: bool = False,
         weights: str | os.PathLike[str] | None = None,
+        few: tuple[str | os.PathLike[str], GraphSpec] | None = None,
     ) -> None:
+        self._few = None if few is None else OnnxRuntimeSession(*few, threads=threads, low_memory=low_memory)
         if graph.precision == "bf16":
             message = f"{graph}: is bf16, which onnxruntime cannot run on CPU; use TensorRT, or --dtype fp16 or fp32"
             raise EngineError("engine.no_variant", message)
@@ -96,6 +103,8 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
     def close(self) -> None:
         """See `Session.close`. Calls that run in other threads finish."""
         self._session = None
+        if self._few is not None:
+            self._few.close()
 
     def allocate_cache(self, *, batch: int, capacity: int) -> NumpyKVCache:
         """See `Session.allocate_cache`."""
@@ -103,6 +112,8 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
 
     def infer(self, feeds: Mapping[str, Array], *, cache: KVCache | None = None) -> dict[str, Any]:
         """See `Session.infer`."""
+        if self._few is not None and getattr(feeds.get("input_ids"), "size", sys.maxsize) <= DECODE_TOKENS:
+            return self._few.infer(feeds, cache=cache)
         session = self._session
         if session is None:
             raise EngineError("engine.closed", f"{self.graph}: this session is closed.")

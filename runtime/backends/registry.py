@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineDevice, EngineEntry, engine_folders, find_engine
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.contracts import DECODE
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.device.cuda import Cuda, DeviceFacts
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host import packages
+from bridge_stg.runtime.host.machine import cpu_flags
 from bridge_stg.runtime.host.memory import gigabytes
 
 if TYPE_CHECKING:  # they need numpy, and `doctor` lists backends where it is missing
@@ -70,7 +72,11 @@ def gpu() -> DeviceFacts:
 def _open_onnxruntime(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Session:
     from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(bundle.graph_path(graph.name, graph.variant), graph, threads=threads)
+    path, few = bundle.graph_path(graph.name, graph.variant), bundle.manifest.graphs[graph.name].get(DECODE)
+    # Without these instructions onnxruntime multiplies weights in blocks as floats, many times slower.
+    if few is None or graph.variant != "ort-cpu" or not {"avx2", "asimddp"} & set(cpu_flags()):
+        return OnnxRuntimeSession(path, graph, threads=threads)
+    return OnnxRuntimeSession(path, graph, threads=threads, few=(bundle.graph_path(few.name, few.variant), few))
 
 
 def _open_provider(
@@ -214,7 +220,8 @@ BACKENDS: tuple[Backend, ...] = (
         name="onnxruntime",
         distributions=("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
         extra="cpu",
-        variants=lambda v: ("ort-cpu", "standard", "primitive") if v >= STANDARD_SINCE else ("primitive",),
+        # The last one is opened beside the first, or on request.
+        variants=lambda v: ("ort-cpu", "standard", "primitive", DECODE) if v >= STANDARD_SINCE else ("primitive",),
         open=_open_onnxruntime,
     ),
 )

@@ -17,6 +17,10 @@ TOKEN_GROUPS = "token_groups"
 """int64 [1], number of groups to compute `visual_tokens` for: an optional input of vision encoders beyond the contract
 (default: all groups). With 0, `visual_tokens` has no rows and the mergers cost nothing."""
 
+DECODE = "ort-cpu-decode"
+"""Variant of a quantized language model whose weights have the layout that onnxruntime on CPU decodes with; `ort-cpu`
+runs calls of more than a few tokens."""
+
 
 def graphs_of(spec: ModelSpec) -> tuple[str, ...]:
     """Return the names of a model's graphs, in the order of the chain. Only bridge heads have a spatial decoder."""

@@ -115,6 +115,11 @@ def machine(*, root: Path = Path("/"), libcuda: Any = None) -> Machine:
     )
 
 
+def cpu_flags() -> tuple[str, ...]:
+    """Return those of `CPU_FLAGS` that this machine's processors have."""
+    return _flags(_read(Path("/proc/cpuinfo")))
+
+
 def describe(*packages: str) -> dict[str, Any]:
     """Return the processor, system and Python, and the versions of installed `packages`, to record with a result."""
     info = _read(Path("/proc/cpuinfo"))

@@ -45,7 +45,7 @@ def test_work_of_prefill_and_bytes_of_decode_against_a_hand_count() -> None:
     keys = 2 * 2 * (2 * 4) * (9 + 1) * 4
     assert decode_bytes(TEXT, 9, "fp32") == 4 * (2 * layer + 800) + keys
     assert decode_bytes(TEXT, 9, "int8") == 2 * layer + 800 + keys
-    assert decode_bytes(TEXT, 9, "int4") == 2 * layer * 0.625 + 800 + keys
+    assert decode_bytes(TEXT, 9, "int4") == (2 * layer + 800) * 0.625 + keys
 
 
 def figures(**seconds: list[float]) -> dict[str, Any]:

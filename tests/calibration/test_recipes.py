@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from bridge_stg.calibration.inputs import requested_recipe
+from bridge_stg.calibration.options import Options
 from bridge_stg.calibration.overrides import Overrides, read_overrides, write_overrides
 from bridge_stg.calibration.recipes import RECIPES, GraphRecipe, Recipe
 from bridge_stg.export.graph.blocks import Matmul
+from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.typed_json import from_json
 from tests.errors import raises
 
@@ -30,6 +33,18 @@ def test_defaults() -> None:
     assert GraphRecipe().precision("fp16") == "fp16"
     assert RECIPES["nvfp4"].of("language_model").precision("fp16") == "nvfp4 nvfp4 fp16"
     assert kv8.with_graph("language_model", "w8").of("language_model").name == "w8-kv8"
+
+
+def test_weights_for_decoding_are_for_onnxruntime_on_cpu(exported: Bundle) -> None:
+    def asked(backends: tuple[str, ...], form: bool | None) -> bool | None:
+        options = Options(backends=backends, decode_form=form)
+        return requested_recipe(options, Overrides(), exported).of("language_model").decode_form
+
+    cpu, gpu = ("onnxruntime-cpu",), ("tensorrt-10",)
+    assert [asked(cpu, form) for form in (None, True, False)] == [None, True, False]
+    assert asked(gpu, None) is False and asked((*cpu, *gpu), True) is True
+    with raises("options.conflict", "--decode-form", "tensorrt-10"):
+        asked(gpu, True)
 
 
 def test_stored_forms() -> None:

@@ -23,7 +23,10 @@ from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.backends.choose import choose, open_sessions
 from bridge_stg.runtime.bundle.bundle import Bundle
+from bridge_stg.runtime.bundle.contracts import DECODE
 from bridge_stg.runtime.bundle.typed_json import from_json
+from bridge_stg.runtime.chain.decode import feed
+from bridge_stg.runtime.chain.prompt import Segment
 from bridge_stg.runtime.parity.compare import replay
 from bridge_stg.runtime.parity.verify import verify_bundle
 from tests.calibration.conftest import Ranges
@@ -168,6 +171,42 @@ def test_onnxruntime_fuses_every_matmul(bundles: dict[str, Bundle], tmp_path: Pa
         assert standard["DequantizeLinear"] == 2  # the whole table, and the head: the reason for ort-cpu
     standard = optimised(bundles["w8a8"].graph_path("language_model", "standard"), tmp_path)
     assert standard["MatMulIntegerToFloat"] == 3 * 2 + 1  # o_proj and down_proj, whose inputs have one reader; the head
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4"])
+def test_a_second_form_of_the_weights_for_decoding(
+    exported: Bundle, ranges: Ranges, bundles: dict[str, Bundle], tmp_path: Path, name: str
+) -> None:
+    recipe = MADE[name].replace("language_model", decode_form=True)
+    made = Bundle.load(quantize_bundle(exported, tmp_path / "b", recipe=recipe, ranges=ranges), check="all")
+    count = 3 * 7 + 1
+    assert optimised(made.graph_path("language_model", DECODE), tmp_path)["MatMulNBits"] == count
+    graph = ir.load(made.graph_path("language_model", DECODE)).graph
+    assert {node.attributes.get_int("bits") for node in graph if node.op_type == "MatMulNBits"} == {
+        {"w8a8": 8, "w4": 4}[name]
+    }
+    found = optimised(made.graph_path("language_model", "ort-cpu"), tmp_path)
+    assert (found["MatMulNBits"], found["MatMulIntegerToFloat"]) == (1, count - 1)  # the head has few rows
+    assert set(verify_bundle(made.path, threads=1)) >= {"ort-cpu", DECODE}
+    logits = {}
+    for variant, bundle in ((None, made), (DECODE, made), ("ort-cpu", bundles[name])):
+        sessions = open_sessions(bundle, variant=variant, threads=1)
+        session = sessions["language_model"]
+        cache = session.allocate_cache(batch=1, capacity=32)
+        found = []
+        for length, start in ((16, 0), (1, 16)):
+            ids = np.arange(1, 1 + length)[None] + start
+            part = Segment(ids[0], np.zeros(length, np.int64), np.tile(ids[0] - 1, (3, 1)), start + length)
+            spec = bundle.manifest.spec
+            visual = np.zeros((1 + spec.vision.deepstack_levels, 2, spec.language.hidden_size), np.float32)
+            found.append(feed(session, cache, [part], [start], outputs=1, visual_tokens=visual)["logits"][0, 0])
+        logits[variant] = found
+        sessions.close()
+    # One token is the decode form's, also in a cache that the other form has filled; many tokens are not.
+    assert not np.array_equal(logits[None][0], logits[DECODE][0])
+    for mine, other in zip(logits[None] * 2, logits[DECODE] + logits["ort-cpu"], strict=True):
+        assert np.corrcoef(mine, other)[0, 1] > 0.99
+    assert DECODE not in bundles[name].manifest.graphs["language_model"]  # its weights fit the CPU's caches
 
 
 def test_the_chain_answers(exported: Bundle, bundle: Bundle) -> None:
