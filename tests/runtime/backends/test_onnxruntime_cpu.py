@@ -153,6 +153,27 @@ def test_the_switch_of_attention_is_put_back_once_a_session_is_open(kinds, monke
     assert seen == ["1", "0"]
 
 
+WEIGHT_TEXT = """
+<ir_version: 8, opset_import: ["" : 18]>
+weight (float[N,2] x) => (float[N,3] y) <float[3,2] w = {1, 2, 3, 4, 5, 6}> {
+    turned = Transpose(w)
+    y = MatMul(x, turned)
+}"""
+
+
+@pytest.mark.parametrize(("precision", "found"), [("fp32", ["FusedMatMul"]), ("int4 w4", ["MatMul"])])
+def test_transposed_weights_are_copied_only_where_folding_converts_them(tmp_path, monkeypatch, precision, found):
+    path, saved = tmp_path / "weight.onnx", tmp_path / "optimized.onnx"
+    onnx.save(onnx.parser.parse_model(WEIGHT_TEXT), path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(saved)
+    monkeypatch.setattr(onnxruntime, "SessionOptions", lambda: options)
+    tensors = (TensorSpec("x", "float32", ("N", 2)),), (TensorSpec("y", "float32", ("N", 3)),)
+    with OnnxRuntimeSession(path, GraphSpec("weight", "standard", *tensors, opset=18, precision=precision)) as session:
+        np.testing.assert_array_equal(session.infer({"x": np.ones((1, 2), np.float32)})["y"], [[3, 7, 11]])
+    assert [node.op_type for node in onnx.load(saved).graph.node] == found
+
+
 def test_results_outlive_the_next_call_and_the_session(session):
     cache = session.allocate_cache(batch=1, capacity=8)
     first = session.infer(feeds([[1, 2, 3]], [0]), cache=cache)["logits"]
