@@ -28,7 +28,9 @@ class WeightFile:
     def __exit__(self, *exception: object) -> None:
         self._stream.close()
 
-    def write(self, name: str, dtype: ir.DataType, shape: Iterable[int], pieces: Iterable[bytes]) -> ir.ExternalTensor:
+    def write(
+        self, name: str, dtype: ir.DataType, shape: Iterable[int], pieces: Iterable[bytes | memoryview]
+    ) -> ir.ExternalTensor:
         """Write a tensor, unless its bytes were written before. Return it as external tensor `name`."""
         end = self._stream.tell()
         self._stream.write(bytes(-end % ALIGNMENT))

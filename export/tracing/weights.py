@@ -47,14 +47,14 @@ class StoredWeight(ir.LazyTensor):  # type: ignore[misc]  # onnx_ir is not typed
         """Return the same weight in another dtype."""
         return StoredWeight(self.store, self.key, dtype=dtype, shape=[int(size) for size in self.shape])
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[memoryview]:
         """Yield the values' bytes, some rows at a time; raise CheckpointError if a value does not fit the dtype."""
         dtype = TORCH_DTYPES[self.dtype]
         for block in row_blocks(self.store, self.key):
             cast = block.to(dtype)
-            if not torch.isfinite(cast).all():
+            if cast.numel() and not torch.isfinite(torch.stack(cast.aminmax())).all():  # NaN is passed on
                 raise _overflow(self.store[self.key], block, dtype)
-            yield cast.contiguous().view(torch.uint8).numpy().tobytes() if cast.numel() else b""
+            yield cast.contiguous().flatten().view(torch.uint8).numpy().data
 
     def _read(self) -> ir.TensorProtocol:
         """Return the whole tensor, for passes that need the values of small weights."""
