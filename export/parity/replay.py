@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bridge_stg.export.parity.parity import Parity, measure
 from bridge_stg.export.parity.probes import load_cases
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from bridge_stg.runtime.backends.session import KVCache, Session, SessionWrapper
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.host.memory import peak_bytes
@@ -102,7 +105,7 @@ def replay(job: Mapping[str, Any]) -> dict[str, Any]:
         options = {"threads": job["threads"], "low_memory": job["low_memory"]}
         with OnnxRuntimeSession(Path(entry["file"]), contract, **options) as session:
             parity += measure(load_cases(Path(job["cases"]), contract.name), {contract.variant: session})
-            replayed = compare.replay(golden, {contract.name: session}, graphs=(contract.name,))
+            replayed = compare.replay(golden, {contract.name: _Once(session)}, graphs=(contract.name,))
         named = []
         for boundary in replayed:
             call, _, tensor = boundary.name.rpartition(".")
@@ -111,3 +114,21 @@ def replay(job: Mapping[str, Any]) -> dict[str, Any]:
         parity += Parity(tuple(named), {})
         seconds[str(contract)] = time.monotonic() - began
     return {"parity": parity.to_dict(), "peak_rss_bytes": peak_bytes(), "seconds": seconds}
+
+
+class _Once(SessionWrapper):
+    """A session that runs a call without a cache once: the clips of two golden cases have the same frames."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._known: list[tuple[Mapping[str, np.ndarray], dict[str, Any]]] = []
+
+    def infer(self, feeds: Mapping[str, np.ndarray], *, cache: KVCache | None = None) -> dict[str, Any]:
+        """See `Session.infer`."""
+        if cache is not None:
+            return super().infer(feeds, cache=cache)
+        for known, outputs in self._known:
+            if all(np.array_equal(known[name], array) for name, array in feeds.items()):
+                return outputs
+        self._known.append((feeds, super().infer(feeds)))
+        return self._known[-1][1]
