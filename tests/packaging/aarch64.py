@@ -1,14 +1,16 @@
 """Run the wheel on an emulated aarch64 machine and compare its answer with this machine's: `make aarch64-test`.
 
 Usage, as root on Debian or Ubuntu: python -m tests.packaging.aarch64 [--folder build/aarch64] [--suite bookworm]
-[--mirror URL]. The system's folder is made once, by debootstrap; every run installs the wheel of this checkout with
-binary wheels of aarch64, from the index that pip is configured for, checks the demo bundle there, answers about its
-sample clip, and runs tests of the runtime. Mounts belong to the process that needs them, so none is left behind.
+[--mirror URL] [--python python3]. The system's folder is made once, by debootstrap; every run installs the wheel of
+this checkout with binary wheels of aarch64, from the index that pip is configured for, checks the demo bundle there,
+answers about its sample clip, and runs tests of the runtime. Mounts belong to the process that needs them, so none is
+left behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -32,11 +34,12 @@ BINFMT = Path("/proc/sys/fs/binfmt_misc")
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(34, 16, -1)] + ["manylinux2014_aarch64"]
 """Of wheels that pip may take: Debian 12 has glibc 2.36, Ubuntu 22.04 has 2.35."""
 EXTRAS = ("cpu", "calibrate")
-VARIANT = "ort-cpu"
+VARIANT, VARIANT_OF_3_10 = "ort-cpu", "primitive"  # the last onnxruntime for Python 3.10 lacks opset 24
 QUERY = "the white dog"
 LEAST_IOU = 0.999
 TESTS = ("device", "chain", "video/test_decoder.py", "video/test_frame.py::test_the_same_bytes_on_every_machine")
 """Of tests/runtime: they open no graph, and need no torch. Others of HDR take minutes each."""
+TEST_PACKAGES = ("pytest", "packaging", *(f"{name}; python_version < '3.11'" for name in ("exceptiongroup", "tomli")))
 LEFT_OUT = ("chain/test_tokenizer.py",)  # needs torch
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/tmp", "PYTHONPATH": "/site", "OMP_NUM_THREADS": "2",
@@ -96,14 +99,14 @@ def requirements(python: str) -> list[str]:
     project = tomllib.loads((SOURCE_TREE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     texts = [*project["dependencies"], *(text for extra in EXTRAS for text in project["optional-dependencies"][extra])]
     there = {"python_version": python, "platform_machine": "aarch64"}
-    found = [one for one in map(Requirement, texts) if one.marker is None or one.marker.evaluate(there)]
-    return [*(f"{one.name}{one.specifier}" for one in found), "pytest", "packaging"]
+    wanted = map(Requirement, (*texts, *TEST_PACKAGES))
+    return [f"{one.name}{one.specifier}" for one in wanted if one.marker is None or one.marker.evaluate(there)]
 
 
-def install(root: Path, folder: Path) -> str:
+def install(root: Path, folder: Path, python: str) -> str:
     """Put the wheel of this checkout and what it needs into the system; return its Python's version."""
     program = "import sys; print('%d.%d' % sys.version_info[:2])"
-    version = inside(root, "python3", "-c", program, stdout=subprocess.PIPE).stdout.strip()
+    version = inside(root, python, "-c", program, stdout=subprocess.PIPE).stdout.strip()
     pip, wheels = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"), folder / "wheel"
     archive, source = folder / "source.tar", folder / "source"
     for old in (wheels, source, root / "site"):
@@ -125,7 +128,11 @@ def install(root: Path, folder: Path) -> str:
 
 
 def fill(root: Path, bundle: Path) -> None:
-    """Copy the bundle, the clip and the tests into the system's working folder."""
+    """Copy the bundle, the clip and the tests into the system's working folder, and write its list of processors."""
+    cpu = root / "sys/devices/system/cpu"
+    cpu.mkdir(parents=True, exist_ok=True)
+    for name in ("possible", "present"):  # without these, onnxruntime 1.23 aborts at its import
+        (cpu / name).write_text("0-1\n")
     for name, origin in {"bundle": bundle, "assets": SOURCE_TREE / "assets", "tests": SOURCE_TREE / "tests"}.items():
         shutil.rmtree(root / "work" / name, ignore_errors=True)
         shutil.copytree(origin, root / "work" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -133,10 +140,10 @@ def fill(root: Path, bundle: Path) -> None:
         shutil.copy(SOURCE_TREE / name, root / "work")
 
 
-def answer(python: Callable[..., object], bundle: Path, folder: Path, seconds: dict[str, float]) -> None:
+def answer(python: Callable[..., object], bundle: Path, variant: str, folder: Path, seconds: dict[str, float]) -> None:
     """Replay the golden cases, and ground the sample clip into `folder`/result.json."""
     begun = time.monotonic()
-    python("cli.py", "verify", bundle, "--variant", VARIANT)
+    python("cli.py", "verify", bundle, "--variant", variant)
     seconds["verify"], begun = time.monotonic() - begun, time.monotonic()
     options = ("--bundle", bundle, "--json", folder / "result.json", "--quiet")
     python("cli.py", "infer", SAMPLE, QUERY, *options)
@@ -161,8 +168,9 @@ def main() -> int:
     """Return 0 if the emulated machine agrees, 1 if it does not, 2 if this machine cannot emulate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=SOURCE_TREE / "build/aarch64")
-    parser.add_argument("--suite", default="bookworm", help="release of Debian or Ubuntu; its Python is used")
+    parser.add_argument("--suite", default="bookworm", help="release of Debian or Ubuntu")
     parser.add_argument("--mirror", default="http://deb.debian.org/debian", help="archive of packages")
+    parser.add_argument("--python", default="python3", help="Python in the system; put others below FOLDER/root")
     options = parser.parse_args()
     if problem := missing():
         print(f"aarch64: {problem}", file=sys.stderr)
@@ -173,15 +181,17 @@ def main() -> int:
         begun = time.monotonic()
         emulate()
         root = system(folder, options.suite, options.mirror)
-        version = install(root, folder)
+        version = install(root, folder, options.python)
         bundle = demo_bundle().resolve()
         fill(root, bundle)
         print(f"aarch64: Python {version}, set up in {time.monotonic() - begun:.0f} s", flush=True)
-        answer(lambda *command: run(sys.executable, *command), bundle, folder, seconds["here"])
-        answer(lambda *command: inside(root, "python3", *command), Path("bundle"), Path("/work"), seconds["aarch64"])
+        variant = VARIANT_OF_3_10 if version == "3.10" else VARIANT
+        answer(lambda *command: run(sys.executable, *command), bundle, variant, folder, seconds["here"])
+        there = functools.partial(inside, root, options.python)
+        answer(there, Path("bundle"), variant, Path("/work"), seconds["aarch64"])
         begun = time.monotonic()
         tests = [f"tests/runtime/{name}" for name in TESTS] + [f"--ignore=tests/runtime/{name}" for name in LEFT_OUT]
-        inside(root, "python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+        there("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
         seconds["aarch64"]["tests"] = time.monotonic() - begun
     except subprocess.CalledProcessError as error:
         print(f"aarch64: failed with {error.returncode}: {' '.join(error.cmd)}", file=sys.stderr)
