@@ -29,6 +29,7 @@ from bridge_stg.runtime.heads.options import TextOptions
 from bridge_stg.runtime.heads.text import TextHead
 from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
+from bridge_stg.runtime.host.parse import is_number
 from bridge_stg.runtime.host.threads import Closable, UseCount
 from bridge_stg.runtime.index.index import VisualIndex, encoder_of
 from bridge_stg.runtime.index.read import CallOptions, Indexed, OptionKeywords, Video, VideoReader
@@ -88,7 +89,7 @@ class Grounder(Closable):
             message = f"no session for graph {missing[0]!r}; expected {', '.join(names)}, found {', '.join(sessions)}"
             raise EngineError("engine.missing_session", message)
         self.heads = chosen_heads(spec, heads)
-        if not 0 <= unchanged_tolerance <= 255:
+        if not (is_number(unchanged_tolerance) and 0 <= unchanged_tolerance <= 255):
             message = f"unchanged_tolerance={unchanged_tolerance!r}: expected levels from 0 to 255"
             raise VideoError("options.out_of_range", message)
         self.sessions: Mapping[str, Session] = dict(sessions)
@@ -138,13 +139,13 @@ class Grounder(Closable):
             unchanged_tolerance: see `Grounder`.
             heads: see `Grounder`.
             text: see `Grounder`.
-            index: folder in which visual tokens of video files are kept, created if it does not exist; several
+            index: folder in which visual tokens of video files are kept, created when the first are stored; several
                 processes may share it. None: they are computed in every call.
             max_index_bytes: maximum bytes of the index; the videos used longest ago are deleted from it. None: no
                 maximum.
 
         Raises:
-            BridgeError: `index` is not the folder of an index, or there is a maximum without an index.
+            BridgeError: `index` is not the folder of an index, or cannot be created; a maximum without an index.
             BundleError: the bundle is damaged, incomplete or of an unknown schema, or has no such heads.
             EngineError: the backend is unknown or missing, or does not support a graph.
             HostError: the process ran out of memory, threads or open files.

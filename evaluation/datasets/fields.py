@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import AnnotationError
 from bridge_stg.runtime.host.failures import host_error
-from bridge_stg.runtime.host.parse import parse_json
+from bridge_stg.runtime.host.parse import is_number, parse_json
 
 BOX = "[x, y, width, height]"
 
@@ -172,11 +171,6 @@ def digest(*parts: Path | str) -> str:
         one = hashlib.sha256(part.encode()).hexdigest() if isinstance(part, str) else file_sha256(part)
         whole.update(bytes.fromhex(one))
     return whole.hexdigest()
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value is a finite number; true and false are not numbers."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def brief(value: Any) -> str:

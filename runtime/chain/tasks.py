@@ -55,7 +55,7 @@ def track_from(first_box: Sequence[float] | np.ndarray) -> Task:
     """
     try:
         box = np.asarray(first_box, np.float64).reshape(-1)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         box = np.zeros(0)
     if len(box) != 4 or not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
         found = _text(box) if len(box) else repr(first_box)

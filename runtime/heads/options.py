@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.host.parse import is_count
 
 MODES = ("auto", "joint", "two-step")
 """Values of `TextOptions.mode`."""
@@ -34,5 +35,5 @@ class TextOptions:
 
 def check_max_tokens(value: int) -> None:
     """Raise BridgeError if a maximum length is not a whole number of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_count(value):
         raise BridgeError("options.out_of_range", f"max_tokens={value!r}: expected 1 or more")

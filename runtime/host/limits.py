@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any, Protocol, TypeAlias, TypedDict
 
 from bridge_stg.runtime.errors import BridgeError, Interrupted
+from bridge_stg.runtime.host.parse import is_number
 
 LOCK_POLL_S = 0.05
 
@@ -59,7 +59,7 @@ class Limits:
     def __init__(
         self, *, deadline_s: float | None = None, cancel: Cancel | None = None, progress: Progress | None = None
     ) -> None:
-        if deadline_s is not None and not (isinstance(deadline_s, Real) and not math.isnan(deadline_s)):
+        if deadline_s is not None and not (is_number(deadline_s) or deadline_s == math.inf):
             message = f"deadline_s={deadline_s!r}: expected seconds from now, or None for no deadline"
             raise BridgeError("options.out_of_range", message)
         self.started = time.perf_counter()

@@ -12,7 +12,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 MOST_BYTES = 32 * 2**20
 """Maximum size of a file of settings or metadata; only annotations and results may be larger."""
@@ -127,6 +128,14 @@ def _too_deep() -> ValueError:
     return ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number, and no boolean."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a finite number that a float can hold, and no boolean."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of an integer
+        return False
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Return whether a value is a whole number of 1 or more, and no boolean."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.opened_video import Chain
 from bridge_stg.runtime.chain.prompt import check_query
 from bridge_stg.runtime.chain.results import Grounding, span_json
 from bridge_stg.runtime.chain.tasks import Task
 from bridge_stg.runtime.errors import BridgeError, Interrupted, QueryError, VideoError
 from bridge_stg.runtime.host.limits import Cancel, Limits
+from bridge_stg.runtime.host.parse import is_count, is_number
 from bridge_stg.runtime.live.events import Event, EventTracker, wall_json
 from bridge_stg.runtime.live.plan import LivePlan, longest_window_s, plan_stream, window_groups
 from bridge_stg.runtime.live.reader import POLL_S, GroupQueue, LiveReader
@@ -67,12 +69,16 @@ class LiveOptions:
     def __post_init__(self) -> None:
         for name in ("every_s", "stall_s", "hold_s", "deadline_s", "duration_s"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise VideoError("live.bad_option", f"{name}={value!r}: expected seconds, more than 0")
-        if isinstance(self.queue_groups, bool) or not isinstance(self.queue_groups, int) or self.queue_groups < 1:
+            if value is not None and not (is_number(value) and value > 0):
+                raise VideoError("live.bad_option", f"{name}={value!r}: expected a finite number of seconds above 0")
+        if not is_count(self.queue_groups):
             raise VideoError("live.bad_option", f"queue_groups={self.queue_groups!r}: expected 1 or more groups")
-        if not 0 <= self.moved_iou <= 1:
+        if not (is_number(self.moved_iou) and 0 <= self.moved_iou <= 1):
             raise VideoError("live.bad_option", f"moved_iou={self.moved_iou!r}: expected an overlap from 0 to 1")
+
+    def groups(self, spec: ModelSpec) -> int:
+        """Return the groups of coarse frames of a window. Raises VideoError if the model cannot read as many."""
+        return window_groups(spec, min(WINDOW_S, longest_window_s(spec)) if self.window_s is None else self.window_s)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +136,7 @@ class LiveWatch(Iterator[LiveUpdate], AbstractContextManager["LiveWatch"]):
         cancel: Cancel | None = None,
         feature_budget_bytes: int,
     ) -> None:
-        most_s = longest_window_s(chain.spec)
-        groups = window_groups(chain.spec, min(WINDOW_S, most_s) if options.window_s is None else options.window_s)
+        groups = options.groups(chain.spec)
         self.options = options
         self.source = source
         self._chain = chain

@@ -12,7 +12,7 @@ from typing import Any
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
 from bridge_stg.runtime.host.packages import load_package
-from bridge_stg.runtime.host.parse import is_number
+from bridge_stg.runtime.host.parse import is_count, is_number
 from bridge_stg.runtime.live.plan import longest_window_s, window_groups
 from bridge_stg.runtime.live.source import LiveSource
 from bridge_stg.runtime.video.decoder import Decoder, check_path
@@ -46,7 +46,7 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if not (is_number(self.overlap) and 0 <= self.overlap <= 0.9):
             raise VideoError("search.bad_option", f"overlap={self.overlap!r}: expected a share from 0 to 0.9")
-        if self.top is not None and (isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1):
+        if self.top is not None and not is_count(self.top):
             raise VideoError("search.bad_option", f"top={self.top!r}: expected 1 or more, or None")
         if self.task not in ("tube", "span"):
             raise VideoError("search.bad_option", f"task={self.task!r}: a search has the tasks tube and span")

@@ -17,6 +17,7 @@ from bridge_stg.runtime.device.context import DeviceContext
 from bridge_stg.runtime.device.dlpack import is_on_gpu
 from bridge_stg.runtime.errors import EngineError, VideoError
 from bridge_stg.runtime.host.limits import Limits
+from bridge_stg.runtime.host.parse import is_count
 from bridge_stg.runtime.video.frame import resize
 from bridge_stg.runtime.video.sampling import CoarseSampler, GridSampler
 from bridge_stg.runtime.video.source import Samples, VideoSource
@@ -67,7 +68,7 @@ class FrameStream(VideoSource):
         name: str = STREAM,
         device: DeviceContext | None = None,
     ) -> None:
-        if isinstance(buffer_frames, bool) or not isinstance(buffer_frames, int) or buffer_frames < 1:
+        if not is_count(buffer_frames):
             raise VideoError("video.bad_option", f"buffer_frames={buffer_frames!r}: expected a number, 1 or more")
         self._given = frames
         self._frames: Iterator[tuple[float, np.ndarray]] | None = checked_frames(frames, name, device)

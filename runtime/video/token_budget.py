@@ -16,6 +16,7 @@ import numpy as np
 
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.errors import VideoError
+from bridge_stg.runtime.host.parse import is_count
 from bridge_stg.runtime.video.sizes import frame_sizes, smallest_size, smart_size
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -34,7 +35,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         tokens = self.visual_tokens
-        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+        if tokens is not None and not is_count(tokens):
             raise VideoError("video.bad_option", f"max_visual_tokens={tokens!r}: expected 1 or more, or None")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bridge_stg.runtime.host import parse
@@ -83,3 +85,10 @@ def test_every_fault_of_yaml_is_a_value_error(text: str, named: str, tmp_path: P
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=named):
         parse.parse_yaml_file(tmp_path / "a.yaml")
+
+
+def test_numbers_and_counts() -> None:
+    numbers = (-1.5, 0, 1, 10**300, np.float32(2), np.int64(3))
+    others = (math.nan, -math.inf, 10**400, True, np.True_, "1", None, 1j, [1])
+    assert [value for value in (*numbers, *others) if parse.is_number(value)] == list(numbers)
+    assert [value for value in (*numbers, *others) if parse.is_count(value)] == [1, 10**300, 3, 10**400]

@@ -161,8 +161,11 @@ def test_bad_arguments_fail_at_once() -> None:
     grounder = live_grounder()
     for options, word in (
         ({"every_s": 0}, "every_s=0"),
+        ({"every_s": True}, "every_s=True"),
+        ({"stall_s": 10**400}, "stall_s"),
         ({"queue_groups": 0}, "queue_groups"),
         ({"moved_iou": 2}, "moved_iou"),
+        ({"moved_iou": "0.5"}, "moved_iou"),
         ({"deadline_s": -1}, "deadline_s"),
     ):
         with raises("live.bad_option", word):
