@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +11,7 @@ import click
 
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.cpus import MAX_THREADS
+from bridge_stg.runtime.host.files import check_creatable, check_writable
 
 if TYPE_CHECKING:
     from bridge_stg.evaluation.sources.reading import Reading
@@ -97,7 +97,7 @@ class OutputFile(click.Path):
             raise BridgeError("output.bad_suffix", f"{path} should end in {expected}.")
         if not path.parent.is_dir():
             raise BridgeError("output.no_folder", f"{path}: the folder {path.parent} does not exist. Create it first.")
-        _check_writable(path, path.parent)
+        check_writable(path, path.parent)
         for folder in path.resolve().parents:
             if (folder / "manifest.json").is_file():
                 from bridge_stg.runtime.bundle.writer import is_bundle
@@ -116,17 +116,8 @@ class OutputFolder(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path. Raises BridgeError if no folder can be created there."""
         path = Path(value)
-        if not os.path.lexists(path):
-            parent = next(parent for parent in path.absolute().parents if parent.exists())
-            if not parent.is_dir():
-                raise BridgeError("output.no_folder", f"{path}: {parent} is a file; choose another folder.")
-            _check_writable(path, parent)
+        check_creatable(path)
         return path
-
-
-def _check_writable(path: Path, folder: Path) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BridgeError("output.not_writable", f"{path}: the folder {folder} is not writable.")
 
 
 def box(value: str) -> tuple[float, ...]:

@@ -65,6 +65,17 @@ def host_error(error: BaseException) -> BridgeError | None:
 
 
 @contextmanager
+def converting_os_errors() -> Iterator[None]:
+    """Convert an OSError inside the block to the HostError that stands for it, if there is one."""
+    try:
+        yield
+    except OSError as error:
+        if (found := host_error(error)) is None:
+            raise
+        raise found from error
+
+
+@contextmanager
 def reporting_host_errors() -> Iterator[None]:
     """Convert errors that the system caused inside the block to HostError; also works as a decorator.
 

@@ -115,6 +115,26 @@ def replace_folder(temporary: Path, target: Path) -> None:
         raise
 
 
+def check_creatable(path: Path) -> None:
+    """Check that a folder exists, or can be created with the parents that it lacks.
+
+    Raises:
+        BridgeError: a parent is a file (`output.no_folder`), or may not be written (`output.not_writable`).
+    """
+    if os.path.lexists(path):
+        return
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise BridgeError("output.no_folder", f"{path}: {parent} is a file; choose another folder.")
+    check_writable(path, parent)
+
+
+def check_writable(path: Path, folder: Path) -> None:
+    """Raise BridgeError if nothing can be created in `folder`, which exists; `path` is what is to be created there."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BridgeError("output.not_writable", f"{path}: the folder {folder} is not writable.")
+
+
 def require_space(path: Path, needed: int, *, purpose: str) -> None:
     """Check that the disk of a path, which may not exist yet, has `needed` free bytes.
 

@@ -15,10 +15,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ import bridge_stg
 from bridge_stg.runtime.backends.choose import ChosenBackend
 from bridge_stg.runtime.bundle.bundle import TOKENIZER, Bundle, file_sha256
 from bridge_stg.runtime.errors import BridgeError
-from bridge_stg.runtime.host.failures import host_error
-from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.host.failures import converting_os_errors
+from bridge_stg.runtime.host.files import check_creatable, replacing
 from bridge_stg.runtime.host.packages import installed_version
 from bridge_stg.runtime.index.store import Arrays, locked, nbytes_of, read_arrays, write_arrays
 from bridge_stg.runtime.video.decoder import check_path
@@ -66,14 +65,14 @@ class VisualIndex:
     """A folder of caches, shared by any number of threads and processes.
 
     Args:
-        root: the folder; created if it does not exist.
+        root: the folder; created when something is stored, if it does not exist.
         encoder: what changes the values of a given frame, such as `encoder_of`.
         max_bytes: maximum bytes of the folder, for which the videos used longest ago are deleted; None: no maximum. Of
             several processes that write to one folder, each counts its own bytes until it deletes something.
 
     Raises:
-        BridgeError: `root` is a file, or a folder of something else.
-        HostError: the folder cannot be written.
+        BridgeError: `root` is a file, a folder of something else, or cannot be created.
+        HostError: the folder cannot be read.
     """
 
     def __init__(
@@ -81,19 +80,17 @@ class VisualIndex:
     ) -> None:
         self.root, self._encoder, self._max_bytes = Path(root), _digest(encoder), max_bytes
         self._lock = threading.Lock()
-        try:
+        with converting_os_errors():
             self._check_root()
-        except OSError as error:
-            if (found := host_error(error)) is None:
-                raise
-            raise found from error
         self._nbytes = 0 if max_bytes is None else _bytes_below(self.root)
 
     def _check_root(self) -> None:
         mark, root = self.root / MARK, self.root
-        if root.exists() and not root.is_dir():
+        check_creatable(root)
+        if not os.path.lexists(root):
+            return
+        if not root.is_dir():
             raise BridgeError("index.not_an_index", f"{root} is a file; expected the folder of an index, or a new one.")
-        root.mkdir(parents=True, exist_ok=True)
         # Before the mark: others that create this index now write it first.
         entries = [entry for entry in root.iterdir() if not entry.name.endswith(".partial")]
         found: Any = None
@@ -101,8 +98,6 @@ class VisualIndex:
             with suppress(ValueError):
                 found = json.loads(mark.read_bytes())
         elif not entries:
-            with replacing(mark) as temporary:
-                temporary.write_text(json.dumps(FORMAT) + "\n")
             return
         if found != FORMAT:
             what = f"{root} is not an index of this version: its {MARK} is {found!r}, expected {FORMAT!r}"
@@ -122,9 +117,17 @@ class VisualIndex:
                 raise BridgeError("index.not_an_index", f"{what}. Delete it, or give a new folder.")
         with suppress(OSError):  # it is new, or this process may only read the index
             os.utime(content)
-        return VisualCache(content / self._encoder, file, state, partial(self._has_room, content))
+        return VisualCache(self, content / self._encoder, file, state)
 
-    def _has_room(self, content: Path, nbytes: int) -> bool:
+    def create(self) -> None:
+        """Create the folder with its mark, if it is new or was deleted. Raises HostError if it cannot be written."""
+        if not (self.root / MARK).exists():
+            with converting_os_errors():
+                self.root.mkdir(parents=True, exist_ok=True)
+                with replacing(self.root / MARK) as temporary:
+                    temporary.write_text(json.dumps(FORMAT) + "\n")
+
+    def has_room(self, content: Path, nbytes: int) -> bool:
         """Return whether a content may get so many bytes more, and count them; videos used longer ago are deleted."""
         if self._max_bytes is None:
             return True
@@ -161,16 +164,14 @@ class VisualCache:
     times of the frames. Safe to use from many threads and processes.
 
     Args:
-        folder: where the arrays are.
+        index: the index, which is created when something is stored, and says whether it has room.
+        folder: where the arrays are: the encoder's folder in that of the content.
         file: the video; if it changes while it is read, nothing more is stored.
         state: size and time of change of `file` before it was hashed.
-        has_room: called with the bytes that are to be stored; if it returns False, they are not.
     """
 
-    def __init__(
-        self, folder: Path, file: Path, state: tuple[int, ...], has_room: Callable[[int], bool] = lambda nbytes: True
-    ) -> None:
-        self.folder, self._file, self._state, self._has_room = folder, file, state, has_room
+    def __init__(self, index: VisualIndex, folder: Path, file: Path, state: tuple[int, ...]) -> None:
+        self.folder, self._index, self._file, self._state = folder, index, file, state
 
     def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
         """Return the arrays; None if they are not stored, or were damaged. Raises HostError as `read_arrays` does."""
@@ -182,7 +183,8 @@ class VisualCache:
         Raises HostError: the disk is full or not writable.
         """
         with suppress(FileNotFoundError):  # the folder, or the video, was deleted in the meantime
-            if _file_state(self._file) == self._state and self._has_room(nbytes_of(arrays)):
+            if _file_state(self._file) == self._state and self._index.has_room(self.folder.parent, nbytes_of(arrays)):
+                self._index.create()
                 write_arrays(self._path(kind, key), arrays)
 
     def merge(self, kind: str, key: Mapping[str, Any], arrays: Arrays, *, by: str) -> None:
@@ -191,6 +193,7 @@ class VisualCache:
         Rows are sorted by the array `by`; where a value of it is stored already, the new row replaces the old one. Two
         writers wait for each other. Raises HostError as `put` does.
         """
+        self._index.create()
         with locked(self.folder):
             old = self.get(kind, key)
             if old is not None:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bridge_stg.runtime.host.failures import host_error
+from bridge_stg.runtime.host.failures import converting_os_errors
 from bridge_stg.runtime.host.files import replacing
 
 Arrays = Mapping[str, np.ndarray]
@@ -34,7 +34,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     Raises:
         HostError: the disk is full, or the file cannot be written.
     """
-    try:
+    with converting_os_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "w+b") as file:
             file.write(bytes(hashlib.sha256().digest_size))
@@ -42,10 +42,6 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
             digest = _rest_sha256(file)
             file.seek(0)
             file.write(digest)
-    except OSError as error:
-        if (found := host_error(error)) is None:
-            raise
-        raise found from error
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
@@ -54,21 +50,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     Raises:
         HostError: the file cannot be read.
     """
-    try:
+    with converting_os_errors(), suppress(FileNotFoundError):
         with open(path, "rb") as file:
             if file.read(hashlib.sha256().digest_size) == _rest_sha256(file):
                 file.seek(hashlib.sha256().digest_size)
                 with np.load(file, allow_pickle=False) as arrays:
                     return dict(arrays)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        if (found := host_error(error)) is None:
-            raise
-        raise found from error
-    _log.warning("%s is damaged: it does not match its hash; it is deleted, and computed again", path)
-    with suppress(OSError):
-        path.unlink()
+        _log.warning("%s is damaged: it does not match its hash; it is deleted, and computed again", path)
+        with suppress(OSError):
+            path.unlink()
     return None
 
 

@@ -166,8 +166,8 @@ def test_errors(video: Path, root: Path, tmp_path: Path, monkeypatch: pytest.Mon
         opened(video)
     with raises("index.not_an_index", tmp_path):
         opened(tmp_path)  # the folder of the video
-    with raises("video.not_found"):
-        opened(root).index(tmp_path / "gone.mp4")
+    with raises("output.no_folder", video / "index"):
+        opened(video / "index")
     opened(root).index(video)
     (content,) = (folder for folder in root.iterdir() if folder.is_dir())
     shutil.rmtree(content)
@@ -195,9 +195,19 @@ def test_other_sources_are_not_indexed(root: Path, tmp_path: Path) -> None:
     Image.fromarray(clip()[20][1]).save(picture)
     assert values(opened(root).ground(clip(), "the car")) == values(opened().ground(clip(), "the car"))
     assert values(opened(root).ground(picture, "the car")) == values(opened().ground(picture, "the car"))
-    assert [file.name for file in root.rglob("*") if file.is_file()] == ["index.json"]
     with raises("index.not_a_video", picture):
         opened(root).index(picture)
+    with raises("video.not_found"):
+        opened(root).index(tmp_path / "gone.mp4")
+    assert not root.exists()
+
+
+def test_an_index_that_is_deleted_meanwhile_is_made_again(video: Path, root: Path) -> None:
+    grounder = opened(root)
+    grounder.index(video)
+    shutil.rmtree(root)
+    grounder.index(video, fine=True)
+    assert opened(root).index(video, fine=True).reused
 
 
 def test_the_videos_used_longest_ago_are_deleted(tmp_path: Path, root: Path) -> None:
