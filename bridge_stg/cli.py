@@ -6,15 +6,17 @@ Each command is in bridge_stg/commands and is imported when it is requested.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import click
@@ -73,7 +75,9 @@ class LazyGroup(click.Group):
         """Return a command, or None if it does not exist."""
         if cmd_name in COMMANDS and cmd_name not in self.commands:
             module = importlib.import_module(f"bridge_stg.commands.{COMMANDS[cmd_name]}")
-            self.add_command(log_options(getattr(module, cmd_name.replace("-", "_"))), cmd_name)
+            command = log_options(getattr(module, cmd_name.replace("-", "_")))
+            command.callback = naming_options(command.callback)
+            self.add_command(command, cmd_name)
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(
@@ -94,6 +98,29 @@ class LazyGroup(click.Group):
         found = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in found if command])
+
+
+def naming_options(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a command, whose errors name its options: `window_s=9: …` becomes `--window 9: …`."""
+
+    @functools.wraps(call)
+    def named(*arguments: Any, **given: Any) -> Any:
+        try:
+            return call(*arguments, **given)
+        except BridgeError as error:
+            context = click.get_current_context()
+            for option in context.command.params:
+                name, value = str(option.name), context.params.get(str(option.name))
+                if isinstance(option, click.Option) and value is not None:
+                    # An argument of the library may have its unit in its name, and the deadline is what is left of it.
+                    argument = rf"(?:^|(?<=: )){name.removesuffix('_s')}(?:_s)?=[^ :]+"
+                    parts = value if isinstance(value, tuple) else (value,)
+                    shown = ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+                    text = f"{option.opts[0]} {shown}".replace("\\", r"\\")
+                    error.message = re.sub(argument, text, error.message)
+            raise
+
+    return named
 
 
 @log_options

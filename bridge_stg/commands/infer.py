@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import importlib
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from bridge_stg.commands.progress import (
     untrained_text,
 )
 from bridge_stg.commands.results import Outputs, json_lines, output_options
-from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, Interrupted, QueryError, VideoError
+from bridge_stg.runtime.errors import BridgeError, BundleError, EngineError, QueryError, VideoError
 
 if TYPE_CHECKING:
     from bridge_stg.evaluation.sources.reading import Reading
@@ -141,22 +140,12 @@ def infer(
     sources = find_sources(request.words, images=request.task == "image")
     check_sources(request, sources)
     request.outputs.check(sources, stream=request.stream, state=request.state)
-    with naming_deadline(request.deadline), ProgressBar(delay_s=1) as progress, load(request, progress) as grounder:
+    with ProgressBar(delay_s=1) as progress, load(request, progress) as grounder:
         found, failed = run(request, sources, grounder, progress)
     if failed:
         LOG.error("%d of %d sources failed.", failed, len(sources))
         return 2
     return 3 if exit_code and not found else 0
-
-
-@contextlib.contextmanager
-def naming_deadline(deadline: float | None) -> Iterator[None]:
-    """Give the option in the error of a call that got what was left of the command's deadline."""
-    try:
-        yield
-    except Interrupted as error:
-        text = re.sub("deadline_s=[^ ]+", f"--deadline {deadline:g}", error.message) if deadline else error.message
-        raise Interrupted(error.code, text) from None
 
 
 def check(request: Request) -> None:
@@ -232,6 +221,8 @@ def load(request: Request, progress: ProgressBar) -> Iterator[Grounder]:
             advice = f"Train its checkpoint (`train`) and export it again{other}, or pass --untrained to run it anyway."
             raise BundleError("bundle.untrained", f"{untrained_text(path)} {advice}")
         note_untrained(grounder.spec, path, heads=heads)
+        for query in request.queries:
+            grounder.check_query(query)  # before a video is read for it
         note_unknown_words(grounder.spec, request.queries)
         LOG.debug("loaded %s in %.2f s", path, time.monotonic() - request.began)
         yield grounder
@@ -369,11 +360,7 @@ def ask(
         raise BridgeError("options.conflict", f"{source} is a folder or a pattern; ask about one video.")
     path = bundle or demo_bundle(progress=stage_line)
     began = time.monotonic()
-    with (
-        naming_deadline(deadline),
-        Grounder.load(path, **given) as grounder,
-        video.open(reading, Limits(deadline_s=deadline)) as file,
-    ):
+    with Grounder.load(path, **given) as grounder, video.open(reading, Limits(deadline_s=deadline)) as file:
         left = None if deadline is None else max(0.0, deadline - (time.monotonic() - began))
         if not grounder.verified:
             LOG.warning(UNVERIFIED)

@@ -259,6 +259,8 @@ def test_a_search_finds_all_occurrences_and_joins_its_outputs(
     assert len(json.loads(out.read_text())["results"][0]["occurrences"]) == 1
     assert cli.run([*command, "--window", "whole"]) == 0
     assert "occurrences" not in json.loads(out.read_text())["results"][0]
-    assert cli.run([*command, "--window", "0.1"]) == cli.run([*command, "--window", "long"]) == 2
+    capsys.readouterr()
+    assert "--window 0.1:" in complaint([*command, "--window", "0.1"], capsys, code="options.out_of_range")
+    complaint([*command, "--window", "long"], capsys, code="options.invalid")
     assert cli.run([*command, "--window", "whole", "--top", "3"]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.mp4", "long.mp4", "out.json"]
