@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from bridge_stg.commands import options
 from bridge_stg.commands.options import COUNT, PATH
 from bridge_stg.commands.progress import ProgressBar, stage_line
 from bridge_stg.runtime.errors import BridgeError
+
+BUILD_ONLY = ("graphs", "precision", "overwrite", "check_memory", "layers")
+DRY_RUN_ONLY = ("dtype", "heads", "figures", "as_json")
+"""Names of the options of `build` that are only for compiling, and only for a dry run."""
 
 if TYPE_CHECKING:
     from bridge_stg.export.engines.profiles import Deployment
@@ -73,14 +78,13 @@ def build(
     """Compile the graphs of a BUNDLE with TensorRT: on the device, or ahead of time for RTX GPUs."""
     from bridge_stg.export.engines.profiles import MAX_QUERIES, Deployment
 
+    check_options(dry_run=dry_run)
     deployment = Deployment(max_frames, max_queries or MAX_QUERIES)
     if dry_run:
         return _dry_run(
             str(bundle), targets, deployment, queries=max_queries or 1,
             dtype=dtype, heads=heads, variant=options["variant"], profiles=profiles, figures=figures, as_json=as_json,
         )  # fmt: skip
-    if dtype or heads or as_json:
-        raise BridgeError("options.conflict", "--dtype, --heads and --json need --dry-run; add it or leave them out.")
     from bridge_stg.export.engines.build import build_engines, engine_line
     from bridge_stg.export.engines.layers import plan_table
     from bridge_stg.export.engines.profiles import read_overrides
@@ -101,12 +105,23 @@ def build(
     return 0
 
 
+def check_options(*, dry_run: bool) -> None:
+    """Raise BridgeError for an option of `build` that has no effect with, or without, --dry-run."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if given and option.name in (BUILD_ONLY if dry_run else DRY_RUN_ONLY):
+            what = "has no effect with --dry-run; leave one out." if dry_run else "needs --dry-run; add it."
+            raise BridgeError("options.conflict", f"{option.opts[0]} {what}")
+
+
 def _dry_run(
     model: str, targets: Sequence[str], deployment: Deployment, *, queries: int, dtype: str | None, heads: str | None,
     variant: str | None, profiles: Path | None, figures: str, as_json: bool,
 ) -> int:  # fmt: skip
     """Print the memory that a model's engines need on each target; return 3 if one does not fit, else 0."""
     from bridge_stg.export.engines.profiles import read_overrides
+    from bridge_stg.export.engines.support import ONNXRUNTIME_ONLY, VARIANTS
     from bridge_stg.export.estimate.builder_figures import BuilderFigures
     from bridge_stg.export.estimate.dry_run import device_of, dry_run
     from bridge_stg.export.estimate.shapes import read_shape
@@ -114,20 +129,24 @@ def _dry_run(
     from bridge_stg.runtime.chain.results import SCHEMA
     from bridge_stg.runtime.errors import EngineError
 
-    devices, shape = [device_of(name) for name in targets], read_shape(model, heads=heads)
+    devices, overrides = [device_of(name) for name in targets], None if profiles is None else read_overrides(profiles)
     bundle = Bundle.load(model) if (Path(model) / MANIFEST).is_file() else None
     if bundle is not None and dtype is not None:
         raise BridgeError("options.conflict", f"--dtype {dtype}: {model} is a bundle, which has its precisions.")
-    builder = None
     if figures == "builder" and bundle is None:
         raise BridgeError("options.conflict", f"--figures builder: {model} is not a bundle, so it has no graphs.")
+    if variant in ONNXRUNTIME_ONLY or (bundle is None and variant not in (None, *VARIANTS)):
+        built = " or ".join(name for name in VARIANTS if name not in ONNXRUNTIME_ONLY)
+        raise BridgeError("options.invalid", f"--variant {variant}: TensorRT compiles the variant {built}.")
+    if any(device.kind == "cpu" for device in devices):
+        raise BridgeError("options.invalid", "--target cpu: TensorRT compiles engines for GPUs; see `estimate`.")
+    shape, builder = read_shape(model, heads=heads), None
     if figures != "model" and bundle is not None:
         try:
             builder = BuilderFigures(say=stage_line)
         except EngineError:
             if figures == "builder":
                 raise
-    overrides = None if profiles is None else read_overrides(profiles)
     found = [
         dry_run(
             shape, device, deployment, queries=queries, bundle=bundle, dtype=dtype, variant=variant,

@@ -92,10 +92,19 @@ def test_the_command_says_whether_it_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--dtype", "int4"], ["--dry-run", "--figures", "builder"], ["--dry-run", "--target", "orin"]]
+    ("options", "code"),
+    [
+        (["--dtype", "int4"], "options.conflict"),
+        (["--figures", "model"], "options.conflict"),
+        (["--dry-run", "--figures", "builder"], "options.conflict"),
+        (["--dry-run", "--graph", "vision_encoder"], "options.conflict"),
+        (["--dry-run", "--target", "orin"], "options.invalid"),
+        (["--dry-run", "--target", "cpu"], "options.invalid"),
+        (["--dry-run", "--variant", "ort-cpu"], "options.invalid"),
+    ],
 )
-def test_misuse(options: list[str]) -> None:
-    with raises("options.invalid" if "orin" in options else "options.conflict"):
+def test_misuse(options: list[str], code: str) -> None:
+    with raises(code):
         CliRunner().invoke(
             build, ["qwen3-vl-2b", "--target", "orin-nano-8g", *options], standalone_mode=False, catch_exceptions=False
         )
