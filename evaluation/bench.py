@@ -14,6 +14,7 @@ import numpy as np
 from bridge_stg.evaluation.stage_times import StageTimes
 from bridge_stg.runtime.bundle.spec import ModelSpec
 from bridge_stg.runtime.chain.results import Grounding, origin_json
+from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.host.machine import describe
 from bridge_stg.runtime.host.memory import gigabytes, peak_bytes, reset_peak
@@ -27,7 +28,7 @@ TOKEN_STAGES = ("vision_coarse", "prefill", "answer")
 
 
 def bench(
-    bundle: Path, *, video: str | None = None, frames: Sequence[int] = FRAMES, query: str = QUERY, rounds: int = 5,
+    bundle: Path, *, video: str | None = None, frames: Sequence[int] | None = None, query: str = QUERY, rounds: int = 5,
     progress: Callable[[str, int, int], Any] = lambda stage, done, total: None, **load_options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Load a bundle, ground a query in each video, and return what it took as plain values (docs/results.md).
@@ -35,24 +36,26 @@ def bench(
     Args:
         bundle: the bundle's folder.
         video: the video to measure with; None: one rendered video for each of `frames`.
-        frames: numbers of coarse frames of the rendered videos.
+        frames: numbers of coarse frames of the rendered videos; None: those of `FRAMES` that the model reads at once.
         query: what to find; the answer is never that the target is absent, so that all stages run.
         rounds: measured calls per video, each of which reads and encodes the video anew, after one that is not counted.
         progress: called as progress(stage, done, total) before each call.
         load_options: keyword arguments of `Grounder.load`.
 
     Raises:
-        BridgeError: the bundle cannot be loaded, or the video cannot be read.
+        BridgeError: the bundle cannot be loaded, the video cannot be read, the query is empty, or the model does not
+            read so many frames at once.
     """
-    calls = (1 if video else len(frames)) * (1 + rounds)
     with tempfile.TemporaryDirectory(prefix="bridge-stg-bench-") as folder:
         reset_peak()
         began = time.perf_counter()
         with Grounder.load(bundle, **load_options) as grounder:
             load_s = time.perf_counter() - began
-            first_answer_s = 0.0
+            grounder.check_query(query)
+            counts = [None] if video else _counts(grounder.spec, frames)
+            calls, first_answer_s = len(counts) * (1 + rounds), 0.0
             rows: list[dict[str, Any]] = []
-            for count in (None,) if video else frames:
+            for count in counts:
                 path = video or str(_render(Path(folder) / f"{count}.mp4", grounder.spec, count or 1))
                 times = StageTimes()
                 for place in range(1 + rounds):
@@ -101,6 +104,15 @@ def table(measured: Mapping[str, Any]) -> str:
             f"  tokens per second: {rate}",
         ]
     return "\n".join(lines)
+
+
+def _counts(spec: ModelSpec, frames: Sequence[int] | None) -> Sequence[int]:
+    """Return the numbers of coarse frames to measure. Raises BridgeError if the model reads fewer at once."""
+    most = spec.frames.max_coarse_groups * spec.vision.temporal_patch_size
+    if frames is not None and max(frames) > most:
+        text = f"frames={','.join(map(str, frames))}: this model reads at most {most} coarse frames at once"
+        raise BridgeError("options.out_of_range", text)
+    return frames or [count for count in FRAMES if count <= most] or [most]
 
 
 def _row(grounder: Grounder, result: Grounding, times: StageTimes) -> dict[str, Any]:

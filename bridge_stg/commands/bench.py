@@ -26,7 +26,10 @@ def counts(value: str) -> tuple[int, ...]:
 @click.command()
 @options.bundle_argument
 @click.option("--video", help="Measure with this video instead of rendered ones.")
-@click.option("--frames", type=counts, metavar="N,…", help="Coarse frames of the rendered videos; default: 8,32,128.")
+@click.option(
+    "--frames", type=counts, metavar="N,…",
+    help="Coarse frames of the rendered videos; default: 8,32,128, as far as the model reads as many at once.",
+)  # fmt: skip
 @click.option("--query", help='What to find; default: "the red square", which rendered videos show.')
 @click.option("--rounds", type=COUNT, default=5, show_default=True, help="Measured calls per video.")
 @click.option("--json", "json_file", type=OutputFile(".json", stdout=True), help="Write the figures; -: to stdout.")
@@ -47,7 +50,7 @@ def bench(
     load_options = {**options.pop_head_options(given), **given}
     with ProgressBar() as progress:
         measured = measuring.bench(
-            bundle, video=video, frames=frames or measuring.FRAMES, query=query or measuring.QUERY, rounds=rounds,
+            bundle, video=video, frames=frames, query=measuring.QUERY if query is None else query, rounds=rounds,
             progress=progress, **load_options,
         )  # fmt: skip
     if json_file != STDOUT:

@@ -48,6 +48,8 @@ def test_a_video_of_the_user(bundle: Path, tmp_path: Path, capsys: pytest.Captur
     for arguments, code in (
         (["--video", path, "--frames", "8"], "options.conflict"),
         (["--frames", "8,0"], "options.invalid"),
+        (["--frames", "8,100000"], "options.out_of_range"),
+        (["--query", ""], "query.empty"),
         (["--video", tmp_path / "none.mp4"], "video.not_found"),
     ):
         complaint(["bench", bundle, *arguments, "--json", tmp_path / "b.json"], capsys, code=code)
