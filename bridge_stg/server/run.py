@@ -15,6 +15,7 @@ import uvicorn
 
 from bridge_stg.runtime import Grounder
 from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.live.watch import LiveOptions
 from bridge_stg.server.app import create_app
 from bridge_stg.server.service import Service
 from bridge_stg.server.settings import Settings
@@ -113,6 +114,7 @@ def serve(bundle: Path, settings: Settings, *, say: Callable[[str], Any], live: 
     fields of `LiveOptions`, `engine` the options of `Grounder.load`. Raises BridgeError.
     """
     with bind(settings.host, settings.port) as bound, Grounder.load(bundle, **engine) as grounder:
+        LiveOptions(**live).groups(grounder.spec)  # an option out of range fails now, not when a client watches
         grounder.warm_up()
         service = Service(grounder, settings, bundle=bundle.resolve().name, live_options=live)
         server = Server(service, ready=lambda: say(url_of(bound)))

@@ -135,6 +135,8 @@ def test_faults_are_one_paragraph(
             ([bundle, "--live", "a=0", "--live", "a=1"], "--live"),
             ([bundle, "--backend", "none", "--port", "0"], "none"),
             ([bundle, "--max-queue", "0"], "--max-queue"),
+            ([bundle, "--port", "0", "--window", "9999"], "--window 9999: "),
+            ([bundle, "--port", "0", "--every", "inf"], "--every inf: "),
         ):
             assert cli.run(["serve", *arguments]) == 2, arguments
             received = capsys.readouterr().err
