@@ -11,7 +11,6 @@ import click
 
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.cpus import MAX_THREADS
-from bridge_stg.runtime.host.files import check_creatable, check_writable
 
 if TYPE_CHECKING:
     from bridge_stg.evaluation.sources.reading import Reading
@@ -97,6 +96,8 @@ class OutputFile(click.Path):
             raise BridgeError("output.bad_suffix", f"{path} should end in {expected}.")
         if not path.parent.is_dir():
             raise BridgeError("output.no_folder", f"{path}: the folder {path.parent} does not exist. Create it first.")
+        from bridge_stg.runtime.host.files import check_writable
+
         check_writable(path, path.parent)
         for folder in path.resolve().parents:
             if (folder / "manifest.json").is_file():
@@ -115,6 +116,8 @@ class OutputFolder(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path. Raises BridgeError if no folder can be created there."""
+        from bridge_stg.runtime.host.files import check_creatable
+
         path = Path(value)
         check_creatable(path)
         return path
