@@ -1,12 +1,12 @@
 """Fit the model of activation memory (`export/estimate/activations.py`) to figures of TensorRT-RTX's builder.
 
-`measure WIDTH` writes a random checkpoint (seed 0) with the widths of a model, few layers and a vocabulary of 4096,
-exports it in fp16, and compiles its graphs for SM 86, which needs no GPU; the builder logs the activation memory of
-each profile.
-`fit` fits every second figure, and compares the model with the others, with the widths of `HELD_OUT`, and with other
-numbers of layers. Figures, weights and errors are in benchmarks/results/activations.json.
+`measure WIDTH` writes a random checkpoint (seed 0) with the widths of a model, two layers and a vocabulary of 4096,
+exports it in fp16, repeats the last decoder layer, and compiles the graphs with the profiles of several deployments for
+SM 86, which needs no GPU; the builder logs the activation memory of each profile.
+`fit` fits some figures, and compares the model with all, of which those of `HELD_OUT` were not fitted. Figures, weights
+and errors are in benchmarks/results/activations.json.
 
-Usage: python benchmarks/large/activations.py measure 2b [--layers 4]; python benchmarks/large/activations.py fit
+Usage: python benchmarks/large/activations.py measure 2b [--layers 28]; python benchmarks/large/activations.py fit
 """
 
 from __future__ import annotations
@@ -22,81 +22,66 @@ from typing import Any
 import click
 import numpy as np
 import shapes
+from repeat_layer import deepened
 from scipy.optimize import nnls
 
 from bridge_stg.export.engines.compile import compile_graph
-from bridge_stg.export.engines.profiles import GraphProfiles, profiles_of
+from bridge_stg.export.engines.profiles import DRAFT_TOKENS, Deployment, GraphProfiles, profiles_of
 from bridge_stg.export.engines.select_builds import load_tensorrt
-from bridge_stg.export.estimate.activations import largest_stage, profile_features
+from bridge_stg.export.estimate.activations import largest_stage, profile_features, profile_sizes
 from bridge_stg.export.estimate.shapes import LANGUAGE, SPATIAL, VISION, ModelShape, shape_of_config
 from bridge_stg.export.export_bundle import export_bundle
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
+from bridge_stg.runtime.errors import EngineError
 
 RESULT = Path("benchmarks/results/activations.json")
 SM = 86
-HELD_OUT = ("4b",)
-"""Widths that are never fitted."""
-TEXT_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32}
-WIDTHS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
-    "2b": ("qwen3_vl_2b", {}, {}),
-    "4b": ("qwen3_vl_2b", TEXT_4B, {"out_hidden_size": 2560}),
-}
-"""Shape of `shapes.SHAPES`, and changes of its text and vision configs."""
+WIDTHS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "narrow": ({"hidden_size": 512, "intermediate_size": 1536}, {"out_hidden_size": 512}),
+    "2b": ({}, {}),
+    "4b": (
+        {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32}, {"out_hidden_size": 2560},
+    ),
+}  # fmt: skip
+"""Changes of the text and vision configs of Qwen3-VL-2B."""
 TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4}
-
-
-POINTS = [
-    {"B": rows, "L": new, "V": visual, "K": outputs, "S": positions}
-    for rows, new, visual, outputs, positions in (
-        (1, 256, 1025, 8, 2816), (1, 512, 2049, 8, 2816), (8, 16, 2, 8, 2816), (2, 128, 4097, 8, 2816),
-        (1, 256, 1025, 8, 5120), (1, 512, 2049, 8, 5120), (8, 16, 2, 8, 5120), (2, 128, 4097, 8, 5120),
-        (8, 512, 2049, 8, 2816), (1, 1024, 8193, 8, 9728), (4, 16, 2, 8, 9728), (1, 384, 1537, 1, 1536),
-        (8, 1, 2, 1, 4096),
-    )
-]  # fmt: skip
-"""Largest sizes of the profiles of the language model in the variant `primitive`."""
-PAIRS = (
-    (2816, (1, 512, 2049, 8), (8, 16, 2, 8)), (5120, (1, 256, 1025, 8), (4, 16, 2, 8)),
-    (9728, (1, 1024, 8193, 8), (2, 16, 2, 8)), (1536, (8, 512, 2049, 8), (1, 128, 2, 128)),
-    (2816, (2, 128, 4097, 8)),
+DEPLOYMENTS = {
+    "8x1": (8, 1), "8x8": (8, 8), "32x1": (32, 1), "32x8": (32, 8), "64x4": (64, 4), "128x2": (128, 2), "text": (32, 1)
+}  # fmt: skip
+"""Frames and queries of the engines. `text` has the decode steps of text heads."""
+TEXT = {"language_model": {"decode": {"L": [1, 1, DRAFT_TOKENS], "K": [1, 1, DRAFT_TOKENS]}}}
+FRAMES = (
+    {}, {"coarse_max_pixels": 256**2, "fine_max_pixels": 512**2, "encoder_chunk_patches": 4096},
+    {"coarse_max_pixels": 448**2, "fine_max_pixels": 768**2, "encoder_chunk_patches": 8192},
+    {"max_fine_frames": 32}, {"max_fine_frames": 24, "fine_max_pixels": 384**2, "coarse_max_pixels": 256**2},
 )  # fmt: skip
-"""KV capacity, and B, L, V and K of one or two profiles, of `standard`: the builder fails with many at once."""
+"""Changes of the model's frames."""
 
 
 def backbone_of(width: str, layers: int = 2) -> dict[str, Any]:
     """Return the config of a width with few layers."""
-    base, text, vision = WIDTHS[width]
-    values = copy.deepcopy(dict(shapes.SHAPES[base])) | TOKENS
+    text, vision = WIDTHS[width]
+    values = copy.deepcopy(dict(shapes.SHAPES["qwen3_vl_2b"])) | TOKENS
     values["text_config"] = {**values["text_config"], "num_hidden_layers": layers, "vocab_size": 4096, **text}
     values["vision_config"] = {**values["vision_config"], "depth": 3, "deepstack_visual_indexes": [0, 1, 2], **vision}
     return values
 
 
-def jobs(bundle: Bundle) -> Iterator[tuple[GraphSpec, GraphProfiles]]:
-    """Yield the engines to compile: a graph and its profiles."""
+def jobs(bundle: Bundle, deployments: Sequence[str]) -> Iterator[tuple[str, GraphSpec, GraphProfiles]]:
+    """Yield the engines to compile: what they are for, a graph, and its profiles."""
     spec = bundle.manifest.spec
-    frames = spec.frames
-    profiles = {str(index): _up_to(point) for index, point in enumerate(POINTS)}
-    yield bundle.graph(LANGUAGE, "primitive"), GraphProfiles(profiles)
-    for capacity, *pair in PAIRS:
-        made = {str(index): _up_to(dict(zip("BLVK", sizes, strict=True))) for index, sizes in enumerate(pair)}
-        yield bundle.graph(LANGUAGE, "standard"), GraphProfiles(made, capacity)
-    own = (frames.coarse_max_pixels, frames.fine_max_pixels, frames.encoder_chunk_patches)
-    for name in (VISION, SPATIAL):
+    for name in deployments:
         for variant in ("standard", "primitive"):
-            graph, of_sizes = bundle.graph(name, variant), {}
-            for coarse, fine, patches in (own, (256**2, 512**2, 4096), (448**2, 768**2, 8192)):
-                changed = dataclasses.replace(
-                    frames, coarse_max_pixels=coarse, fine_max_pixels=fine, encoder_chunk_patches=patches
-                )
-                found = profiles_of(graph, dataclasses.replace(spec, frames=changed))
-                of_sizes |= {f"{key}_{fine}": sizes for key, sizes in found.profiles.items() if "landscape" in key}
-            yield graph, GraphProfiles(of_sizes)
-
-
-def _up_to(most: Mapping[str, int]) -> dict[str, tuple[int, int, int]]:
-    return {symbol: (2 if symbol == "V" else 1, size, size) for symbol, size in most.items()}
+            graph, deployment = bundle.graph(LANGUAGE, variant), Deployment(*DEPLOYMENTS[name])
+            overrides = TEXT if name == "text" else None
+            yield name, graph, profiles_of(graph, spec, deployment=deployment, overrides=overrides)
+    for index, changes in enumerate(FRAMES if len(deployments) > 1 else ()):
+        changed = dataclasses.replace(spec, frames=dataclasses.replace(spec.frames, **changes))
+        for graph in (bundle.graph(name, v) for name in (VISION, SPATIAL) for v in ("standard", "primitive")):
+            found = profiles_of(graph, changed)
+            landscape = {key: sizes for key, sizes in found.profiles.items() if "landscape" in key}
+            yield f"frames {index}", graph, GraphProfiles(landscape)
 
 
 @click.group()
@@ -106,28 +91,43 @@ def main() -> None:
 
 @main.command()
 @click.argument("width", type=click.Choice(list(WIDTHS)))
-@click.option("--layers", default=2, show_default=True, help="Decoder layers.")
+@click.option("--layers", default=2, show_default=True, help="Decoder layers, of which those after the second repeat.")
+@click.option("--deployment", "deployments", multiple=True, type=click.Choice(list(DEPLOYMENTS)), help="Default: all.")
+@click.option("--graph", "graphs", multiple=True, type=click.Choice([LANGUAGE, VISION, SPATIAL]), help="Default: all.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/large"), show_default=True)
-def measure(width: str, layers: int, folder: Path) -> None:
-    """Compile the graphs of a WIDTH, and add their figures to the result."""
-    name = f"activations_{width}_{layers}"
+def measure(width: str, layers: int, deployments: Sequence[str], graphs: Sequence[str], folder: Path) -> None:
+    """Compile the graphs of a WIDTH, and add their figures to the result; one deployment: the language model only."""
+    name = f"activations_{width}"
     if not (folder / name / "manifest.json").is_file():
-        shapes.SHAPES = {**shapes.SHAPES, width: backbone_of(width, layers)}
+        shapes.SHAPES = {**shapes.SHAPES, width: backbone_of(width)}
         shapes.write_checkpoint(width, checkpoint := folder / f"{name}_checkpoint")
         export_bundle(checkpoint, folder / name, variants=("standard", "primitive"), dtype="fp16", verify=False)
-    loaded, tensorrt, rows = Bundle.load(folder / name), load_tensorrt("tensorrt_rtx"), []
-    for graph, profiles in jobs(loaded):
+    loaded, tensorrt = Bundle.load(folder / name), load_tensorrt("tensorrt_rtx")
+    for purpose, graph, profiles in jobs(loaded, deployments or tuple(DEPLOYMENTS)):
+        if graph.name not in (graphs or ((LANGUAGE,) if layers > 2 else (LANGUAGE, VISION, SPATIAL))):
+            continue
         path = loaded.graph_path(graph.name, graph.variant)
-        made = compile_graph(tensorrt, path, profiles.profiles, capacity=profiles.capacity, sms=(SM,))
-        for sizes, found in zip(profiles.profiles.values(), made.activations, strict=True):
-            most = {symbol: size[2] for symbol, size in sizes.items()}
-            most |= {} if profiles.capacity is None else {"S": profiles.capacity}
-            where = {"width": width, "layers": layers, "graph": graph.name, "variant": graph.variant}
-            rows.append({**where, "sizes": most, "bytes": found})
+        if graph.name == LANGUAGE and layers > 2:
+            path = deepened(path, layers, folder / f"deepened_{width}_{layers}")
+        where = {"width": width, "layers": layers, "graph": graph.name, "variant": graph.variant, "for": purpose}
+        try:
+            made = compile_graph(tensorrt, path, profiles.profiles, capacity=profiles.capacity, sms=(SM,))
+        except EngineError as error:
+            click.echo(f"{where}: {error}")
+            continue
+        rows = []
+        for key, found in zip(profiles.profiles, made.activations, strict=True):
+            usual, most = profile_sizes(profiles.profiles[key], profiles.capacity)
+            rows.append({**where, "profile": key, "usual": usual, "sizes": most, "bytes": found})
+        add_rows(rows, where, str(tensorrt.__version__))
+
+
+def add_rows(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any], version: str) -> None:
+    """Write figures into the result, in place of those of the same engine."""
     result = read_result()
-    result["tensorrt"], result["sm"] = str(tensorrt.__version__), SM
-    kept = [row for row in result.get("figures", []) if (row["width"], row["layers"]) != (width, layers)]
-    result["figures"] = kept + rows
+    result["tensorrt"], result["sm"] = version, SM
+    others = [row for row in result.get("figures", []) if any(row[key] != value for key, value in where.items())]
+    result["figures"] = [*others, *rows]
     write_result(result)
 
 
@@ -136,44 +136,81 @@ def fit() -> None:
     """Fit the weights, write them with the errors, and print them for `activations.FITTED`."""
     result = read_result()
     result["fitted"], result["errors"] = {}, []
-    for graph, variant in dict.fromkeys((row["graph"], row["variant"]) for row in result["figures"]):
+    for name, stages in STAGES.items():
+        graph, variant = name.split()
         rows = [row for row in result["figures"] if (row["graph"], row["variant"]) == (graph, variant)]
-        inside = [row for row in rows if row["width"] not in HELD_OUT and row["layers"] == FITTED_LAYERS]
-        stages = []
-        for names, belongs in STAGES[f"{graph} {variant}"]:
-            stages.append(fitted([row for row in inside[::2] if belongs(row)], names))
-        result["fitted"][f"{graph} {variant}"] = stages
-        for row in rows:
-            found = largest_stage(features_of(row), stages)
-            held_out, error = row not in inside[::2], round(found / row["bytes"] - 1, 4)
-            result["errors"].append({**row, "predicted": round(found), "error": error, "held_out": held_out})
-        key = (graph, variant)
-        errors = [e["error"] for e in result["errors"] if (e["graph"], e["variant"]) == key and e["held_out"]]
-        worst, mean = max(map(abs, errors), default=0.0), float(np.mean(np.abs(errors))) if errors else 0.0
-        click.echo(f"{graph} {variant}: {json.dumps(stages)}")
-        click.echo(f"  {len(errors)} figures held out: worst {worst:.1%}, mean {mean:.1%}")
+        deep = [row for row in rows if not too_shallow(row)]
+        found = [fitted([r for r in deep if not is_held_out(r) and belongs(r)], names)
+                 for names, belongs in stages]  # fmt: skip
+        result["fitted"][name] = found
+        for row in deep:
+            predicted = round(largest_stage(features_of(row), found))
+            error = {"predicted": predicted, "error": round(predicted / row["bytes"] - 1, 4)}
+            about = {key: value for key, value in row.items() if key not in ("usual", "sizes")}
+            result["errors"].append(about | error | {"held_out": is_held_out(row)})
+        click.echo(f"{name}: {json.dumps(found)}")
+        for held_out in (False, True):
+            errors = [abs(e["error"]) for e in result["errors"]
+                      if (e["graph"], e["variant"], e["held_out"]) == (graph, variant, held_out)]  # fmt: skip
+            kind = "held out" if held_out else "fitted"
+            if errors:
+                click.echo(f"  {len(errors)} figures {kind}: worst {max(errors):.1%}, mean {np.mean(errors):.1%}")
     write_result(result)
 
 
+def too_shallow(row: Mapping[str, Any]) -> bool:
+    """Return whether the keys of a figure's few layers are not what the builder copies in a deep model.
+
+    It copies the keys of all layers or of all but one, which is no matter in a model of 28 layers.
+    """
+    return bool(row["graph"] == LANGUAGE and row["variant"] == "primitive" and decodes(row) and row["layers"] < 8)
+
+
+def is_held_out(row: Mapping[str, Any]) -> bool:
+    """Return whether a figure is not fitted."""
+    return any(row[key] in values for key, values in HELD_OUT.items())
+
+
+def decodes(row: Mapping[str, Any]) -> bool:
+    """Return whether a figure is of decoding."""
+    return bool(row["profile"] == "decode")
+
+
+def anything(row: Mapping[str, Any]) -> bool:
+    """Return true."""
+    return True
+
+
+def without_cache(row: Mapping[str, Any]) -> bool:
+    """Return whether a figure is of a prefill whose MLP takes more than its short cache."""
+    return not decodes(row) and bool(row["sizes"]["S"] < 2048)
+
+
+HELD_OUT: Mapping[str, Sequence[Any]] = {
+    "width": ("4b",), "layers": (36,), "for": ("frames 1", "frames 2", "frames 4")
+}  # fmt: skip
+"""Figures that are not fitted: another width, another depth, and other sizes of frames."""
 Stage = tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool]]
-SPATIAL_STAGES: tuple[Stage, ...] = ((("hidden", "constant"), lambda row: True),)
-VISION_STAGES: tuple[Stage, ...] = ((("inner", "constant"), lambda row: True),)
+VISION_STAGES: tuple[Stage, ...] = ((("inner", "constant"), anything),)
+SPATIAL_STAGES: tuple[Stage, ...] = ((("hidden", "few", "constant"), anything),)
 STAGES: Mapping[str, tuple[Stage, ...]] = {
     f"{LANGUAGE} primitive": (
-        (("inner", "scores", "cache", "constant"), lambda row: row["sizes"]["L"] > 16),
-        (("caches", "constant"), lambda row: row["sizes"]["L"] <= 16),
+        (("inner", "query", "scores"), lambda row: not decodes(row)),
+        (("keys", "constant"), decodes),
     ),
-    f"{LANGUAGE} standard": ((("inner", "repeated", "constant"), lambda row: True),),
+    f"{LANGUAGE} standard": (
+        (("inner", "query"), without_cache),
+        (("inner", "query", "repeated", "mask", "constant"), lambda row: not without_cache(row)),
+    ),
     **{f"{VISION} {variant}": VISION_STAGES for variant in ("standard", "primitive")},
     **{f"{SPATIAL} {variant}": SPATIAL_STAGES for variant in ("standard", "primitive")},
-}
-"""Features of each stage, and the figures that it is fitted to: prefill to attention, decoding to the caches."""
-FITTED_LAYERS = 2
+}  # fmt: skip
+"""Features of each stage, and the figures that it is fitted to."""
 
 
 def features_of(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the features of a figure."""
-    return profile_features(shape_of(row["width"], row["layers"]), row["graph"], row["sizes"])
+    return profile_features(shape_of(row["width"], row["layers"]), row["graph"], row["sizes"], row["usual"])
 
 
 def fitted(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
@@ -200,8 +237,12 @@ def read_result() -> dict[str, Any]:
 
 
 def write_result(result: Mapping[str, Any]) -> None:
-    """Write the result."""
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Write the result, with a line per row."""
+    parts = []
+    for key, value in result.items():
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in value) if isinstance(value, list) else ""
+        parts.append(f" {json.dumps(key)}: " + (f"[\n{rows}\n ]" if rows else json.dumps(value)))
+    RESULT.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

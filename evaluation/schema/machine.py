@@ -101,9 +101,11 @@ MACHINE: Mapping[str, Schema] = {
             "memory": counts(
                 "Bytes.",
                 {
-                    "weights": "Weights of all graphs.",
+                    "weights": "Weights of all graphs; of engines, their plans.",
                     "kv_cache": "Keys and values of the video and of each query.",
-                    "activations": "Tensors of the largest stage, and those that are kept between stages.",
+                    "activations": "Tensors of the largest stage.",
+                    "kept": "Visual tokens and feature maps, kept between stages.",
+                    "process": "The process without a model; 0 on a CPU, where the other counts contain it.",
                     "needed": "Sum of these.",
                     "usable": "Memory of the device without what its system keeps.",
                 },

@@ -100,8 +100,8 @@ def default_profiles(graph: GraphSpec, spec: ModelSpec, deployment: Deployment |
     capacity = deployment.positions(spec)
     profiles = _language_profiles(spec, deployment)
     if graph.cache is not None and graph.cache.update == "append":
-        cache: Range = (min(256, capacity), bucketed(max(1, capacity // 2)), capacity)
-        return GraphProfiles({name: {**ranges, "S": _ordered(cache)} for name, ranges in profiles.items()})
+        # With a free size, engines copy the whole cache before the first layer: docs/engines.md, dry run.
+        return GraphProfiles({name: {**ranges, "S": (capacity,) * 3} for name, ranges in profiles.items()})
     # TensorRT-RTX 1.7 cannot compile the cache update of decode steps for one row only.
     least, usual, rows = profiles["decode"]["B"]
     profiles["decode"]["B"] = (least, usual, max(2, rows))

@@ -29,8 +29,9 @@ from bridge_stg.runtime.host.packages import install_command, version_numbers
 
 OPTIONS = {"attention": "decomposable", "network": "strongly typed", "tf32": "off"}
 """Settings of every engine, as its key has them."""
-BASE_BYTES, COPIES = 500 * 10**6, 3.2
-"""Memory of a compilation: a constant, and the number of copies of the weights at its peak (docs/engines.md)."""
+BASE_BYTES, COPIES, WEIGHT_ONLY_COPIES = 500 * 10**6, 2.4, 3.5
+"""Memory of a compilation: a constant, and the number of copies of the weights at its peak, without the pages of their
+file, which the system can drop (docs/engines.md)."""
 LEAST_WORKSPACE = 256 * 2**20
 BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
@@ -87,9 +88,14 @@ def cache_row_bytes(graph: GraphSpec, profiles: GraphProfiles) -> int:
     return 2 * cache.layers * cache.kv_heads * cache.head_dim * positions * BYTES[cache.dtype]
 
 
-def build_bytes(weights: int, activations: int) -> int:
+def has_weight_only(graph: GraphSpec) -> bool:
+    """Return whether a recipe of a graph quantizes only weights."""
+    return not {"w8", "w4"}.isdisjoint(graph.precision.replace("-", " ").split())
+
+
+def build_bytes(weights: int, activations: int, *, weight_only: bool) -> int:
     """Return the memory of a compilation; `activations` are 0 where no GPU shares the memory to time kernels in."""
-    return BASE_BYTES + int(COPIES * weights) + activations
+    return BASE_BYTES + int((WEIGHT_ONLY_COPIES if weight_only else COPIES) * weights) + activations
 
 
 def select_builds(
@@ -205,11 +211,14 @@ def check_room(build: Build, activations: int = LEAST_WORKSPACE) -> None:
         advice = "Use a smaller precision, a smaller --max-frames, or --no-check-memory"
         has = f"target {build.target.name} has {gigabytes(build.target.memory)}"
         raise EngineError("engine.out_of_memory", f"{needs}, and {has}. {advice}")
-    needed = build_bytes(weights, 0 if build.target.ahead_of_time else activations)
+    needed = build_bytes(
+        weights, 0 if build.target.ahead_of_time else activations, weight_only=has_weight_only(build.graph)
+    )
     left = available_bytes()
     if left is not None and left < needed:
         needs = (
             f"compiling {build.graph} needs about {gigabytes(needed)} of memory, but {gigabytes(left)} are available"
         )
-        advice = "Close other programs, or use a machine with more; --no-check-memory skips this check"
+        other = "a machine with more" if build.target.ahead_of_time else "a smaller precision or --max-frames"
+        advice = f"Close other programs, or use {other}; --no-check-memory skips this check"
         raise EngineError("engine.out_of_memory", f"{needs}. {advice}")

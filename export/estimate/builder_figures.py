@@ -15,7 +15,7 @@ from typing import Any
 
 from bridge_stg.export.engines.compile import compile_graph
 from bridge_stg.export.engines.profiles import GraphProfiles
-from bridge_stg.export.engines.select_builds import build_bytes, load_tensorrt, weight_bytes
+from bridge_stg.export.engines.select_builds import build_bytes, has_weight_only, load_tensorrt, weight_bytes
 from bridge_stg.runtime.backends.tensorrt.engine_cache import graph_digest, profile_digest
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec, canonical_sha256
@@ -52,7 +52,8 @@ class BuilderFigures:
         with suppress(OSError, ValueError, KeyError, TypeError):
             return max(map(int, json.loads(file.read_text(encoding="utf-8"))["activation_bytes"]))
         left = available_bytes()
-        if not self._compile_missing or (left is not None and left < build_bytes(weight_bytes(graph), 0)):
+        needed = build_bytes(weight_bytes(graph), 0, weight_only=has_weight_only(graph))
+        if not self._compile_missing or (left is not None and left < needed):
             return None
         self._say(f"compiling {graph} for SM {nearest}, to read its activation memory")
         try:

@@ -14,23 +14,28 @@ from typing import Any
 
 from bridge_stg.export.engines.devices import find_device
 from bridge_stg.export.engines.profiles import Deployment, profiles_of
-from bridge_stg.export.engines.select_builds import Build, build_bytes, cache_row_bytes
+from bridge_stg.export.engines.select_builds import Build, build_bytes, cache_row_bytes, has_weight_only
 from bridge_stg.export.engines.targets import TARGETS, find_target
 from bridge_stg.export.estimate.activations import modelled_activation
 from bridge_stg.export.estimate.builder_figures import BuilderFigures
-from bridge_stg.export.estimate.estimate import PRIMITIVE_SMS, cache_rows, graph_weights, storages_of, verdict_of
-from bridge_stg.export.estimate.shapes import LANGUAGE, ModelShape, shape_of_bundle
+from bridge_stg.export.estimate.memory import (
+    PROCESS_BYTES,
+    cache_rows,
+    graph_weights,
+    is_weight_only,
+    kept_bytes,
+    plan_bytes,
+    storages_of,
+    variant_on,
+    verdict_of,
+)
+from bridge_stg.export.estimate.shapes import ModelShape, shape_of_bundle
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
 from bridge_stg.runtime.bundle.manifest import GraphSpec
-from bridge_stg.runtime.chain.vision_pass import FEATURE_BUDGET_BYTES
 from bridge_stg.runtime.device.table import DEVICES, Device
 from bridge_stg.runtime.host.memory import gigabytes
 
-PLAN_RATIO, PLAN_BYTES = 1.02, 8 * 10**6
-"""Size of a plan over that of the graph's weights, and what it has besides them: programs and constants."""
-PROCESS_BYTES = 250 * 10**6
-"""Memory of the runtime's process without a model: Python, numpy, PyAV, a tokenizer, and frames of a video."""
 IO_DTYPES = {2: "float16", 4: "float32"}
 
 
@@ -145,6 +150,11 @@ class DryRun:
         where = f"of {usable}: {self.verdict(self.build_peak)}" if self.built_on_device else "on any machine"
         if self.device.kind == "gpu":
             where = "of the host's memory"
+        if self.built_on_device and self.build_peak > self.device.usable:
+            largest = max(self.graphs, key=lambda graph: graph.build_peak)
+            enough = largest.build_peak - largest.activations <= self.device.usable
+            smaller = "--max-frames or --max-queries" if enough else "precision, or a smaller model"
+            where += f"; {largest.graph} needs a smaller {smaller}"
         lines.append(f"  building: {gigabytes(self.build_peak)} {where}")
         lines.append(f"  queries that fit at once: {self.most_queries}")
         source = "the TensorRT-RTX builder" if self.graphs[0].figures == "builder" else "the fitted model"
@@ -212,7 +222,7 @@ def dry_run(
         BundleError: the bundle lacks the variant.
     """
     spec, storages = shape.spec, storages_of(shape, device, dtype)
-    variant = variant or ("primitive" if device.sm in PRIMITIVE_SMS else "standard")
+    variant = variant or variant_on(device)
     weights = graph_weights(shape, storages)
     graphs = []
     for name in graphs_of(spec):
@@ -227,20 +237,17 @@ def dry_run(
             found = builder.activation(bundle, graph, profiles, device.sm or 0)
         modelled = modelled_activation(shape, name, variant, profiles, item_bytes=item_bytes)
         activations, size = modelled if found is None else found, round(weights[name])
-        # TensorRT-RTX stores quantized weights in one layout for prefill and in another for decode.
-        second = (
-            storages[name].weight * shape.layers if name == LANGUAGE and storages[name].weight < item_bytes else 0.0
-        )
+        weight_only = is_weight_only(storages[name]) if bundle is None else has_weight_only(graph)
         graphs.append(
             GraphMemory(
                 graph=name, variant=variant, precision=graph.precision if bundle else dtype or "fp16", weights=size,
-                plan=PLAN_BYTES + round(PLAN_RATIO * (size + second)), activations=activations,
+                plan=plan_bytes(shape, name, storages[name], size, weight_only=weight_only), activations=activations,
                 figures="model" if found is None else "builder",
                 cache_row=cache_row_bytes(graph, profiles),
-                build_peak=build_bytes(size, activations if device.kind == "jetson" else 0),
+                build_peak=build_bytes(size, activations if device.kind == "jetson" else 0, weight_only=weight_only),
             )
         )  # fmt: skip
-    kept = _kept(shape, deployment, max(storage.activation for storage in storages.values()))
+    kept = kept_bytes(shape, deployment, max(storage.activation for storage in storages.values()))
     return DryRun(device, deployment.max_frames, queries, tuple(graphs), kept, deployment.max_queries)
 
 
@@ -250,16 +257,6 @@ def _contract(name: str, shape: ModelShape, item_bytes: int, variant: str) -> Gr
     return graph_contract(
         name, shape.spec, variant=variant, opset=24, io_dtype=dtype, cache_update=update, cache_dtype=dtype
     )  # fmt: skip
-
-
-def _kept(shape: ModelShape, deployment: Deployment, item_bytes: int) -> int:
-    """Return bytes of visual tokens, and of the fine feature maps that bridge heads keep."""
-    spec = shape.spec
-    levels = 1 + spec.vision.deepstack_levels
-    tokens = item_bytes * levels * (deployment.visual_tokens(spec) + 1) * spec.language.hidden_size
-    patches = spec.frames.fine_max_pixels // spec.vision.patch_size**2
-    maps = item_bytes * spec.frames.max_fine_frames * patches * spec.vision.hidden_size
-    return tokens + (min(maps, FEATURE_BUDGET_BYTES) if spec.heads == "bridge" else 0)
 
 
 def float_bytes(precision: str) -> int:

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.export.engines.profiles import MAX_QUERIES, PREFILL_TOKENS, Deployment
+from bridge_stg.export.estimate.dry_run import dry_run
+from bridge_stg.export.estimate.memory import PROCESS_BYTES, cache_rows, graph_weights, storages_of, verdict_of
 from bridge_stg.export.estimate.shapes import LANGUAGE, SPATIAL, VISION, ModelShape
-from bridge_stg.export.estimate.work import STORAGE, Storage, Work, chunks, language_work, spatial_work, vision_work
+from bridge_stg.export.estimate.work import Storage, Work, chunks, language_work, spatial_work, vision_work
 from bridge_stg.runtime.backends.kv_pool import bucketed
 from bridge_stg.runtime.backends.session import PREFILL_CHUNK
 from bridge_stg.runtime.device.table import Device
@@ -32,13 +34,6 @@ ANSWER_STEPS, STEP_TOKENS = 4, 4
 """Calls for the answer of bridge heads, and tokens per call: the grammar forces the others."""
 BOX_STEPS, BOX_TOKENS = 14, 48
 """Calls and tokens for a box that text heads write: benchmarks/results/text_answers.json."""
-PRIMITIVE_SMS = (87,)
-"""Compute capabilities whose memory is counted for the variant `primitive`, which TensorRT of JetPack 6 needs."""
-SCORE_BYTES, EXPANDED = 6, 3
-"""Bytes per score of attention that is not fused, in fp32 and their softmax in fp16; and copies of the keys of all
-layers that a decode step holds. Figures of TensorRT-RTX's builder: docs/engines.md."""
-TIGHT = 0.9
-"""Share of the usable memory above which an estimate is too close to it to be sure."""
 VISIBLE = 0.5
 """Assumed share of the coarse groups that show the target."""
 
@@ -61,11 +56,6 @@ ORIN = Efficiency(0.46, 0.74, "published times of Qwen3-VL-2B on Orin")
 THOR = Efficiency(0.27, 0.79, "published times of Qwen3-VL-2B on AGX Thor")
 HOST = Efficiency(0.63, 0.56, "times of a 0.5B model on a CPU, with the limits of that CPU")
 ASSUMED = dataclasses.replace(ORIN, source="not fitted: those of Orin")
-
-
-def verdict_of(needed: int, usable: int) -> str:
-    """Return `fits`, `tight` if less than a tenth of the usable bytes is left, or `does not fit`."""
-    return "does not fit" if needed > usable else "tight" if needed > TIGHT * usable else "fits"
 
 
 def efficiency_of(device: Device) -> Efficiency:
@@ -102,11 +92,35 @@ class StageTime:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes by use.
+
+    Attributes:
+        weights: weights of all graphs, of engines their plans.
+        kv_cache: keys and values of all rows.
+        activations: tensors of the largest stage.
+        kept: visual tokens and feature maps, kept between stages.
+        process: the process without a model; 0 where the other uses contain it.
+    """
+
+    weights: int
+    kv_cache: int
+    activations: int
+    kept: int
+    process: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes of all uses."""
+        return self.weights + self.kv_cache + self.activations + self.kept + self.process
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Memory in bytes and time in seconds of one request.
 
     Attributes:
-        weights, kv_cache, activations: bytes by use.
+        memory: bytes by use.
         usable: bytes that the device has for them.
         stages: stages in their order, named as in results.
         token_s: seconds per token of an answer without a grammar.
@@ -118,9 +132,7 @@ class Estimate:
     efficiency: Efficiency
     dtype: str
     heads: str
-    weights: int
-    kv_cache: int
-    activations: int
+    memory: Memory
     usable: int
     stages: tuple[StageTime, ...]
     token_s: float
@@ -131,7 +143,7 @@ class Estimate:
     @property
     def needed(self) -> int:
         """Bytes of all uses."""
-        return self.weights + self.kv_cache + self.activations
+        return self.memory.needed
 
     @property
     def fits(self) -> bool:
@@ -151,8 +163,8 @@ class Estimate:
     def table(self) -> str:
         """Return the estimate as text."""
         verdict = self.verdict
-        memory = f"weights {gigabytes(self.weights)}, KV cache {gigabytes(self.kv_cache)}, "
-        memory += f"activations {gigabytes(self.activations)}"
+        uses = {name.replace("_", " "): size for name, size in dataclasses.asdict(self.memory).items() if size}
+        memory = ", ".join(f"{name} {gigabytes(size)}" for name, size in uses.items()).replace("kv", "KV")
         lines = [
             f"{self.device.title}, {self.dtype}, {self.heads} heads",
             f"  memory   {gigabytes(self.needed)} of {gigabytes(self.usable)}: {verdict} ({memory})",
@@ -172,10 +184,7 @@ class Estimate:
             "dtype": self.dtype,
             "heads": self.heads,
             "fits": self.fits,
-            "memory": {
-                "weights": self.weights, "kv_cache": self.kv_cache, "activations": self.activations,
-                "needed": self.needed, "usable": self.usable,
-            },
+            "memory": {**dataclasses.asdict(self.memory), "needed": self.needed, "usable": self.usable},
             "stages": [
                 {"name": stage.name, "seconds": round(stage.seconds, 6), "operations": round(stage.operations),
                  "bytes": round(stage.moved), "limited_by": "memory" if stage.memory_bound else "compute"}
@@ -186,31 +195,6 @@ class Estimate:
             "prefix_tokens": self.prefix,
             "efficiencies": dataclasses.asdict(self.efficiency),
         }  # fmt: skip
-
-
-def storages_of(shape: ModelShape, device: Device, dtype: str | None) -> dict[str, Storage]:
-    """Return how each graph is stored and computed.
-
-    `dtype` is a key of `STORAGE`; None: the precisions of a bundle. As in the recipes of `calibrate`, the vision
-    encoder is int8 where the language model is int4, and the spatial decoder stays in float. Raises EngineError if the
-    device lacks a precision.
-    """
-    if dtype is not None and dtype not in STORAGE:
-        raise EngineError("options.invalid", f"--dtype {dtype!r} is unknown; known: {', '.join(STORAGE)}")
-    if dtype is None:
-        names = dict(shape.dtypes) or dict.fromkeys((VISION, LANGUAGE, SPATIAL), "fp16")
-    else:
-        vision = {"int4": "int8", "nvfp4": "fp8"}.get(dtype, dtype)
-        names = {VISION: vision, LANGUAGE: dtype, SPATIAL: dtype if dtype in ("fp32", "fp16", "bf16") else "fp16"}
-    found = {}
-    for graph, name in names.items():
-        storage = STORAGE[name]
-        if storage.peak not in device.peaks:
-            has = ", ".join(device.peaks)
-            message = f"{device.name} has no matmuls in {storage.peak}, which {graph} needs in {dtype or name}"
-            raise EngineError("engine.unsupported_precision", f"{message}; it has {has}: give another --dtype")
-        found[graph] = storage if device.sm is not None else dataclasses.replace(storage, activation=4)
-    return found
 
 
 def seconds_of(work: Work, storage: Storage, device: Device, efficiency: Efficiency) -> tuple[float, float]:
@@ -249,7 +233,7 @@ def estimate(shape: ModelShape, device: Device, request: Request, *, dtype: str 
         shape: sizes of the model.
         device: the device.
         request: the video and the number of queries.
-        dtype: key of `STORAGE`; None: the precisions of a bundle, or fp16.
+        dtype: key of `work.STORAGE`; None: the precisions of a bundle, or fp16.
 
     Raises:
         EngineError: the device lacks the precision, or the model does not read so many frames.
@@ -284,18 +268,17 @@ def estimate(shape: ModelShape, device: Device, request: Request, *, dtype: str 
         ))  # fmt: skip
 
     past = prefix + QUERY_TOKENS + answer
-    positions = bucketed(past + spec.language.num_bridging_queries)
-    if not on_cpu:  # engines have caches of a fixed size
-        positions = max(positions, Deployment(request.frames, rows).positions(spec))
+    if on_cpu:
+        memory = cpu_memory(
+            shape, storages, patches=max(patches, fine_patches if frames else 0), chunk=chunk,
+            positions=bucketed(past + spec.language.num_bridging_queries), rows=rows, tokens=tokens, fine=frames,
+        )  # fmt: skip
+    else:
+        memory = gpu_memory(shape, device, Deployment(request.frames, rows), dtype)
     return Estimate(
         device=device, efficiency=counter.efficiency, dtype=dtype or shape.dtypes.get(LANGUAGE, "fp16"),
-        heads=spec.heads, weights=weight_bytes(shape, storages, device),
-        kv_cache=kv_bytes(shape, language, positions, rows),
-        activations=activation_bytes(
-            shape, storages, patches=max(patches, fine_patches if frames else 0), chunk=chunk, positions=positions,
-            rows=rows, tokens=tokens, fine=frames, unfused=device.sm in PRIMITIVE_SMS,
-        ),
-        usable=device.usable, stages=tuple(counter.stages), coarse=coarse, fine=fine if frames else None, prefix=prefix,
+        heads=spec.heads, memory=memory, usable=device.usable, stages=tuple(counter.stages), coarse=coarse,
+        fine=fine if frames else None, prefix=prefix,
         token_s=counter.time(LANGUAGE, language_work(shape, language, length=1, past=past)),
     )  # fmt: skip
 
@@ -336,45 +319,11 @@ def _frames(shape: ModelShape, request: Request) -> tuple[int, tuple[int, int], 
     return groups, size, frame_sizes(*request.size, spec)[1]
 
 
-def weight_bytes(shape: ModelShape, storages: Mapping[str, Storage], device: Device) -> int:
-    """Return the bytes of all weights in memory."""
-    stored = graph_weights(shape, storages)
-    return round(
-        sum(
-            size * (storages[name].on_cpu if device.sm is None else storages[name].in_plan)
-            for name, size in stored.items()
-        )
-    )
-
-
-def graph_weights(shape: ModelShape, storages: Mapping[str, Storage]) -> dict[str, float]:
-    """Return the bytes of each graph's weights as they are stored."""
-    stored: dict[str, float] = dict(shape.stored)
-    if not stored:
-        vision, language = storages[VISION], storages[LANGUAGE]
-        stored[VISION] = (shape.patch_embed + shape.blocks + shape.mergers) * vision.weight
-        heads = shape.head * (1 if shape.tied else 2)
-        stored[LANGUAGE] = shape.layers * language.weight + heads * language.head
-        stored[SPATIAL] = shape.spatial * storages[SPATIAL].weight
-    return stored
-
-
-def cache_rows(queries: int) -> int:
-    """Return the rows of the KV cache: the video's, which a single query shares, and one per query."""
-    return 1 + queries if queries > 1 else 1
-
-
-def kv_bytes(shape: ModelShape, language: Storage, positions: int, rows: int) -> int:
-    """Return the bytes of keys and values of `rows` queries."""
-    row = 2 * shape.spec.language.num_layers * shape.kv_width * language.activation * positions
-    return row * cache_rows(rows)
-
-
-def activation_bytes(
+def cpu_memory(
     shape: ModelShape, storages: Mapping[str, Storage], *, patches: int, chunk: int, positions: int, rows: int,
-    tokens: int, fine: int, unfused: bool,
-) -> int:  # fmt: skip
-    """Return the bytes of the largest stage's tensors, and of those that are kept between stages.
+    tokens: int, fine: int,
+) -> Memory:  # fmt: skip
+    """Return the memory of onnxruntime on a CPU; its multiples of the weights are fitted with that of the process.
 
     Args:
         shape: the model.
@@ -385,19 +334,22 @@ def activation_bytes(
         rows: queries that are decoded together.
         tokens: visual tokens of the video.
         fine: fine frames whose feature maps are kept.
-        unfused: whether attention writes its scores, as in the variant `primitive`.
     """
     spec = shape.spec
     vision, language, act = spec.vision, spec.language, storages[LANGUAGE].activation
+    weights = sum(size * storages[name].on_cpu for name, size in graph_weights(shape, storages).items())
+    row = 2 * language.num_layers * shape.kv_width * act * positions
     groups = max(1, min(spec.frames.encoder_chunk_groups, spec.frames.encoder_chunk_patches // patches))
-    per_patch = 8 * vision.hidden_size + 2 * shape.vision_inner
-    encoder = groups * patches * per_patch * storages[VISION].activation
+    encoder = groups * patches * (8 * vision.hidden_size + 2 * shape.vision_inner) * storages[VISION].activation
     per_token = 6 * language.hidden_size + 2 * shape.query_width + 2 * shape.kv_width + 3 * shape.inner
     decoder = chunk * per_token * act + 4 * language.vocab_size * 16
-    if unfused:
-        encoder += groups * (vision.hidden_size // vision.head_dim) * patches**2 * SCORE_BYTES
-        scores = (shape.query_width // language.head_dim) * chunk * positions * SCORE_BYTES
-        decoder = max(decoder + scores, EXPANDED * rows * positions * shape.kv_width * language.num_layers * act)
     kept = (1 + vision.deepstack_levels) * (tokens + 1) * language.hidden_size * act
     kept += fine * patches * vision.hidden_size * storages[VISION].activation
-    return max(encoder, decoder) + kept
+    return Memory(round(weights), row * cache_rows(rows), max(encoder, decoder), kept, 0)
+
+
+def gpu_memory(shape: ModelShape, device: Device, deployment: Deployment, dtype: str | None) -> Memory:
+    """Return the memory of engines, as the dry run counts it."""
+    found = dry_run(shape, device, deployment, queries=deployment.max_queries, dtype=dtype)
+    plans = sum(graph.plan for graph in found.graphs)
+    return Memory(plans, found.kv_cache, found.activations, found.kept, PROCESS_BYTES)

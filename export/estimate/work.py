@@ -26,8 +26,6 @@ class Storage:
         activation: bytes per value between matmuls, and of the KV cache.
         on_cpu: memory of onnxruntime on CPU as a multiple of the weights: it packs matrices into new memory, computes
             fp16 in fp32, and unpacks int4.
-        in_plan: memory of an engine as a multiple of the weights: weight-only matmuls have a layout for prefill and one
-            for decoding.
     """
 
     weight: float
@@ -35,7 +33,6 @@ class Storage:
     peak: str
     activation: int = 2
     on_cpu: float = 1.5
-    in_plan: float = 1.0
 
     @property
     def attention(self) -> str:
@@ -48,7 +45,7 @@ STORAGE = {
     "fp16": Storage(2, 2, FP16, on_cpu=3.4),
     "bf16": Storage(2, 2, FP16, on_cpu=3.4),
     "int8": Storage(1, 1, INT8),
-    "int4": Storage(0.5 + 2 / 32, 1, FP16, on_cpu=3.0, in_plan=1.9),
+    "int4": Storage(0.5 + 2 / 32, 1, FP16, on_cpu=3.0),
     "fp8": Storage(1, 1, FP8),
     "nvfp4": Storage(0.5 + 1 / 16, 1, FP4),
 }

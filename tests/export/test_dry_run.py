@@ -13,6 +13,7 @@ from bridge_stg.commands.build import build
 from bridge_stg.export.engines.compile import Compiled
 from bridge_stg.export.engines.profiles import Deployment
 from bridge_stg.export.estimate import builder_figures
+from bridge_stg.export.estimate.activations import FITTED
 from bridge_stg.export.estimate.builder_figures import BuilderFigures
 from bridge_stg.export.estimate.dry_run import device_of, dry_run
 from bridge_stg.export.estimate.shapes import read_shape, shape_of_bundle
@@ -27,7 +28,8 @@ GB = 10**9
     ("model", "target", "dtype", "fits"),
     [
         ("qwen3-vl-2b", "orin-nano-8g", "int4", ("bridge", "text")),
-        ("qwen3-vl-2b", "orin-nano-8g", "int8", ("bridge",)),  # with text heads it runs, but cannot be built there
+        ("qwen3-vl-2b", "orin-nano-8g", "int8", ("bridge", "text")),
+        ("qwen3-vl-2b", "orin-nano-8g", "fp16", ()),  # it runs, but cannot be built there
         ("qwen3-vl-4b", "orin-nx-16g", "int4", ("bridge", "text")),
         ("qwen3-vl-4b", "orin-nano-8g", "fp16", ()),
         ("qwen3-vl-2b", "orin-nano-4g", "fp16", ()),
@@ -45,6 +47,16 @@ def test_published_models_with_32_frames(
     many = dry_run(shape, device_of(target), Deployment(max_frames=32), dtype=dtype, queries=8)
     assert many.kv_cache == 9 * found.kv_cache and found.most_queries == int(found.needed <= found.device.usable)
     assert (many.most_queries == 8) == (many.needed <= many.device.usable)
+
+
+def test_activations_are_those_of_the_builder() -> None:
+    found = json.loads(Path("benchmarks/results/activations.json").read_text(encoding="utf-8"))
+    assert found["fitted"] == {name: list(stages) for name, stages in FITTED.items()}
+    held_out = {name: [] for name in FITTED}
+    for row in found["errors"]:
+        if row["held_out"]:
+            held_out[f"{row['graph']} {row['variant']}"].append(abs(row["error"]))
+    assert all(errors and max(errors) <= 0.15 for errors in held_out.values())
 
 
 def test_profiles_by_need_take_a_fraction_of_the_former_memory() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +9,11 @@ import pytest
 
 from bridge_stg import cli
 from bridge_stg.export.engines.devices import find_device
-from bridge_stg.export.estimate.estimate import Request, estimate, storages_of, weight_bytes
+from bridge_stg.export.engines.profiles import Deployment
+from bridge_stg.export.estimate.dry_run import dry_run
+from bridge_stg.export.estimate.estimate import Request, estimate
 from bridge_stg.export.estimate.known import KNOWN
+from bridge_stg.export.estimate.memory import graph_weights, storages_of
 from bridge_stg.export.estimate.shapes import ModelShape, plain_config, read_shape, shape_of_config
 from bridge_stg.runtime.bundle.spec import FramesSpec
 from tests.bridge_stg.commands.fake_grounder import complaint
@@ -37,8 +39,17 @@ def test_counted_weights_are_those_of_an_export(dtype: str) -> None:
     graphs = json.loads(file.read_text(encoding="utf-8"))["graphs"]
     measured = sum(graphs[name]["bytes"][dtype == "int4"] for name in ("vision_encoder", "language_model"))
     shape, device = read_shape("qwen3-vl-2b"), find_device("orin-nano-8g")
-    storages = {name: dataclasses.replace(kind, in_plan=1) for name, kind in storages_of(shape, device, dtype).items()}
-    assert weight_bytes(shape, storages, device) == pytest.approx(measured, rel=0.01)
+    counted = graph_weights(shape, storages_of(shape, device, dtype))
+    assert sum(counted.values()) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("target", ["orin-nano-8g", "rtx4090"])
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
+def test_memory_of_engines_is_that_of_the_dry_run(target: str, dtype: str) -> None:
+    shape, device = read_shape("qwen3-vl-2b", heads="bridge"), find_device(target)
+    found = estimate(shape, device, Request(32, 4), dtype=dtype)
+    counted = dry_run(shape, device, Deployment(32, 4), queries=4, dtype=dtype)
+    assert (found.needed, found.verdict) == (counted.needed, counted.verdict(counted.needed))
 
 
 def test_a_bundle_has_the_shape_of_its_checkpoint(demo_bundle: Path) -> None:
@@ -49,7 +60,7 @@ def test_a_bundle_has_the_shape_of_its_checkpoint(demo_bundle: Path) -> None:
     }
     device = find_device("orin-nano-8g")
     own, other = (estimate(shape, device, Request(16, size=(192, 192)), dtype="fp32") for shape in (bundle, config))
-    assert own.seconds == other.seconds and own.weights == pytest.approx(other.weights, rel=0.1)
+    assert own.seconds == other.seconds and own.needed == pytest.approx(other.needed, rel=0.1)
 
 
 def test_estimates_grow_with_their_causes() -> None:
