@@ -27,6 +27,7 @@ from large.shapes import SHAPES
 # isort: split
 from bridge_stg.export.engines.devices import find_device
 from bridge_stg.export.estimate.estimate import Efficiency, Request, efficiency_of, estimate, seconds_of
+from bridge_stg.export.estimate.memory import on_cpu
 from bridge_stg.export.estimate.shapes import ModelShape, plain_config, read_shape, shape_of_config
 from bridge_stg.export.estimate.work import STORAGE, Storage, Work, language_work, vision_work
 from bridge_stg.runtime.device.table import Device
@@ -45,9 +46,6 @@ GROUPS, PATCHES, PAST = 16, 24 * 14, 1498
 CHUNK = 1024
 CLIP = Request(frames=32, queries=1, size=(224, 384), fine_frames=24)
 """Video and tube of speed.json's requests."""
-INT4_DECODE = (
-    "onnxruntime's 4-bit kernel reads 36 % of the bandwidth (docs/performance.md), its fp32 and int8 ones 67 % and 46 %"
-)
 MODELS = ("qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b", "qwen2.5-vl-3b", "qwen2.5-vl-7b")
 MATRIX = (
     "orin-nano-4g", "orin-nano-8g", "orin-nano-8g-super", "orin-nx-8g-super", "orin-nx-16g-super", "agx-orin-32g",
@@ -150,8 +148,7 @@ def measured_rows() -> Iterator[Row]:
     device, found = measured_cpu()
     for row in found:
         shape, dtype, metric = shape_of(row["model"]), row["precision"], row["row"]
-        storage = dataclasses.replace(STORAGE[dtype], activation=4)
-        vision = dataclasses.replace(STORAGE["fp32" if dtype == "fp32" else "int8"], activation=4)
+        storage, vision = on_cpu(STORAGE[dtype]), on_cpu(STORAGE["fp32" if dtype == "fp32" else "int8"])
         works = {
             "vision": (vision_work(shape, vision, groups=GROUPS, patches=PATCHES, calls=GROUPS), 1, vision),
             "prefill": (language_work(shape, storage, length=PAST, calls=math.ceil(PAST / CHUNK)), 1, storage),
@@ -167,7 +164,7 @@ def measured_rows() -> Iterator[Row]:
             }
             yield Row(
                 "cpu", "speed.json", device, row["model"], dtype, metric, detail[metric], row["seconds"] / count, work,
-                kept, fitted, INT4_DECODE if (dtype, metric) == ("int4", "decode") else "",
+                kept, fitted, "",
             )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from bridge_stg.export.engines.profiles import Deployment
 from bridge_stg.export.estimate.shapes import LANGUAGE, SPATIAL, VISION, ModelShape
-from bridge_stg.export.estimate.work import FP16, STORAGE, Storage
+from bridge_stg.export.estimate.work import FP16, INT8, STORAGE, Storage
 from bridge_stg.runtime.chain.vision_pass import FEATURE_BUDGET_BYTES
 from bridge_stg.runtime.device.table import Device
 from bridge_stg.runtime.errors import EngineError
@@ -53,8 +53,13 @@ def storages_of(shape: ModelShape, device: Device, dtype: str | None) -> dict[st
             has = ", ".join(device.peaks)
             message = f"{device.name} has no matmuls in {storage.peak}, which {graph} needs in {dtype or name}"
             raise EngineError("engine.unsupported_precision", f"{message}; it has {has}: give another --dtype")
-        found[graph] = storage if device.sm is not None else dataclasses.replace(storage, activation=4)
+        found[graph] = storage if device.sm is not None else on_cpu(storage)
     return found
+
+
+def on_cpu(storage: Storage) -> Storage:
+    """Return how onnxruntime on CPU computes a storage: with floats of 4 bytes, and int4 weights in int8."""
+    return dataclasses.replace(storage, activation=4, peak=INT8 if storage == STORAGE["int4"] else storage.peak)
 
 
 def graph_weights(shape: ModelShape, storages: Mapping[str, Storage]) -> dict[str, float]:

@@ -25,7 +25,7 @@ class Storage:
         peak: precision of the matmuls' inputs, a key of `Device.peaks`; attention is in fp16 at most.
         activation: bytes per value between matmuls, and of the KV cache.
         on_cpu: memory of onnxruntime on CPU as a multiple of the weights: it packs matrices into new memory, computes
-            fp16 in fp32, and unpacks int4.
+            fp16 in fp32, and has int8 and int4 weights in one layout for prefill and one for decoding.
     """
 
     weight: float
@@ -41,10 +41,10 @@ class Storage:
 
 
 STORAGE = {
-    "fp32": Storage(4, 4, FP32, 4),
+    "fp32": Storage(4, 4, FP32, 4, on_cpu=1.25),
     "fp16": Storage(2, 2, FP16, on_cpu=3.4),
     "bf16": Storage(2, 2, FP16, on_cpu=3.4),
-    "int8": Storage(1, 1, INT8),
+    "int8": Storage(1, 1, INT8, on_cpu=2.2),
     "int4": Storage(0.5 + 2 / 32, 1, FP16, on_cpu=3.0),
     "fp8": Storage(1, 1, FP8),
     "nvfp4": Storage(0.5 + 1 / 16, 1, FP4),

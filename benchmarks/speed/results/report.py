@@ -166,8 +166,21 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts += ["", "### Cost as work grows", "", f"![Cost of growing work](images/{GROWTH_PLOT})", ""]
         parts += growth_table(result["growth"])
     if result["missing"]:
-        parts += ["", "Not measured:", ""] + [f"- {name}: {reason}" for name, reason in result["missing"].items()]
+        parts += ["", "Not measured:", "", *missing_list(result["missing"])]
     return "\n".join(parts)
+
+
+def missing_list(missing: Mapping[str, str]) -> list[str]:
+    """Return a line for each group of runners of one model and number of frames that lack the same for one reason."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, reason in missing.items():
+        model, _, rest = name.rpartition("/")
+        runner, _, frames = rest.partition(", ")
+        groups.setdefault((model, frames, reason), []).append(runner)
+    return [
+        f"- {', '.join(filter(None, (model, frames)))}{': ' if model else ''}{', '.join(runners)}: {reason}"
+        for (model, frames, reason), runners in groups.items()
+    ]
 
 
 def fill_in(document: Path, text: str) -> None:
