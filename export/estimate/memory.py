@@ -58,8 +58,8 @@ def storages_of(shape: ModelShape, device: Device, dtype: str | None) -> dict[st
 
 
 def on_cpu(storage: Storage) -> Storage:
-    """Return how onnxruntime on CPU computes a storage: with floats of 4 bytes, and int4 weights in int8."""
-    return dataclasses.replace(storage, activation=4, peak=INT8 if storage == STORAGE["int4"] else storage.peak)
+    """Return how onnxruntime on CPU computes a storage: with floats of 4 bytes, and weight-only matrices in int8."""
+    return dataclasses.replace(storage, activation=4, peak=INT8 if is_weight_only(storage) else storage.peak)
 
 
 def graph_weights(shape: ModelShape, storages: Mapping[str, Storage]) -> dict[str, float]:

@@ -11,7 +11,7 @@ are rounded to int4 too, and `standard` keeps them in int8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -43,12 +43,8 @@ def to_decode_form(
     The graph is one of `ort_cpu.for_ort_cpu`. Matmuls in fp16 are left as they are. `round_head` makes the head int4.
     """
     edit, changed = Edit(model.graph), False
-    for matmul in find_matmuls(model, graph):
-        node = edit.nodes[matmul.node]
-        data, scale = _operands(node)
-        if data is None or scale is None or matmul.form not in (INT8, INT4) or only not in (None, matmul.block):
-            continue
-        levels, scales, bits = _levels(edit, node, matmul), _scales(scale), 4 if matmul.form == INT4 else 8
+    for matmul, node, data, *weight in _weights(edit, find_matmuls(model, graph), INT8, INT4, only=only):
+        (levels, scales), bits = weight, 4 if matmul.form == INT4 else 8
         if round_head is not None and matmul.block == HEAD and matmul.k % BLOCKS[-1] == 0:
             (levels, scales), bits = _rounded(levels, scales, partial(round_head, matmul.node)), 4
         block = matmul.k // scales.shape[1] if bits == 4 else next((b for b in BLOCKS if matmul.k % b == 0), 0)
@@ -77,12 +73,7 @@ def to_prefill_form(model: ir.Model, graph: str, weights: WeightFile) -> bool:
     """Multiply int4 weights in int8, in place, with activations rounded to int8 per token; return if there are any."""
     edit, rounded = Edit(model.graph), dict[ir.Value, tuple[ir.Value, ir.Value]]()
     step, middle = _rounding(edit)
-    for matmul in find_matmuls(model, graph):
-        node = edit.nodes[matmul.node]
-        data, scale = _operands(node)
-        if data is None or scale is None or matmul.form != INT4:
-            continue
-        levels, scales = _levels(edit, node, matmul), _scales(scale)
+    for matmul, node, data, levels, scales in _weights(edit, find_matmuls(model, graph), INT4):
         wide = levels * np.repeat(scales, matmul.k // scales.shape[1], axis=1)
         channels = np.maximum(np.abs(wide).max(1) / _INT8_LEVELS, np.finfo(np.float32).tiny)
         integers = np.ascontiguousarray(np.rint(wide / channels[:, None]).astype(np.int8).T)
@@ -103,6 +94,20 @@ def to_prefill_form(model: ir.Model, graph: str, weights: WeightFile) -> bool:
         edit.drop_unused()
         model.graph.opset_imports[DOMAIN] = 1
     return bool(rounded)
+
+
+def _weights(
+    edit: Edit, matmuls: Iterable[Matmul], *forms: str, only: str | None = None
+) -> Iterator[tuple[Matmul, ir.Node, ir.Value, np.ndarray, np.ndarray]]:
+    """Yield the matmuls in fp32 whose weights have one of the forms, those of the block `only` unless it is None.
+
+    With each come its node, its float activation, and the levels [N, K] and scales of its weight.
+    """
+    for matmul in matmuls:
+        node = edit.nodes[matmul.node]
+        data, scale = _operands(node)
+        if data is not None and scale is not None and matmul.form in forms and only in (None, matmul.block):
+            yield matmul, node, data, _levels(edit, node, matmul), _scales(scale)
 
 
 def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:

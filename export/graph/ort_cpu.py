@@ -66,24 +66,34 @@ def derive_ort_cpu(
     if decode is None:
         decode = sum(file.stat().st_size for file in folder.glob("*.data")) > DECODE_LEAST
     if decode and spec.cache is not None:
-        with WeightFile(folder / DECODE_WEIGHTS) as weights:
-            to_decode_form(model, spec.name, weights, only=HEAD, round_head=round_head)
-            ir.save(model, folder / f"{DECODE}.onnx")
-            few = ir.load(folder / f"{DECODE}.onnx")
-            variants += [DECODE] * to_decode_form(few, spec.name, weights)
-        with WeightFile(folder / PREFILL_WEIGHTS) as weights:
-            to_prefill_form(model, spec.name, weights)
-        for name in (DECODE_WEIGHTS, PREFILL_WEIGHTS):
-            if not (folder / name).stat().st_size:
-                (folder / name).unlink()
-        if DECODE in variants:
-            ir.save(few, folder / f"{DECODE}.onnx")
-        else:
-            (folder / f"{DECODE}.onnx").unlink()
+        variants += [DECODE] * _add_layouts(model, spec.name, folder, round_head)
     ir.save(model, folder / f"{VARIANT}.onnx")
     ranges = {symbol: (0 if symbol == "K" else least, most) for symbol, (least, most) in spec.ranges.items()}
     made = dataclasses.replace(spec, variant=VARIANT, derived_from=DERIVED_FROM, ranges=ranges)
     return [dataclasses.replace(made, variant=variant) for variant in variants]
+
+
+def _add_layouts(model: ir.Model, graph: str, folder: Path, round_head: RoundInt4 | None) -> bool:
+    """Give a graph of `for_ort_cpu` the layouts of many tokens in place, and write `ort-cpu-decode` beside it.
+
+    Returns False if no weight has another layout for few tokens; then there is no such variant.
+    """
+    file = folder / f"{DECODE}.onnx"
+    with WeightFile(folder / DECODE_WEIGHTS) as weights:
+        to_decode_form(model, graph, weights, only=HEAD, round_head=round_head)
+        ir.save(model, file)
+        few = ir.load(file)
+        changed = to_decode_form(few, graph, weights)
+    with WeightFile(folder / PREFILL_WEIGHTS) as weights:
+        to_prefill_form(model, graph, weights)
+    for name in (DECODE_WEIGHTS, PREFILL_WEIGHTS):
+        if not (folder / name).stat().st_size:
+            (folder / name).unlink()
+    if changed:
+        ir.save(few, file)
+    else:
+        file.unlink()
+    return changed
 
 
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:
