@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,21 @@ class Compiled:
     activations: tuple[int, ...] = ()
 
 
+@contextmanager
+def _frames_cleared() -> Iterator[None]:
+    """Drop the local variables of frames that an error passed through, except those that inner functions share.
+
+    When it is deleted, TensorRT's builder takes a lock of all builders. The error would keep it until a garbage
+    collection, which may run in a callback of the next builder, that is, under this lock.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+@_frames_cleared()
 def compile_graph(
     tensorrt: ModuleType,
     path: str | os.PathLike[str],
@@ -119,8 +135,8 @@ def _allow_decomposed_attention(tensorrt: ModuleType, network: Any) -> None:
 
 def _profile(network: Any, path: str | os.PathLike[str], sizes: Sizes) -> Any:
     profile = network.builder.create_optimization_profile()
-    for tensor in (network.value.get_input(index) for index in range(network.value.num_inputs)):
-        profile.set_shape(tensor.name, *(_shape(path, tensor, sizes, place) for place in range(3)))
+    for tensor in map(network.value.get_input, range(network.value.num_inputs)):
+        profile.set_shape(tensor.name, *_shapes(path, tensor, sizes))
     return profile
 
 
@@ -219,15 +235,17 @@ def empty_network(tensorrt: ModuleType) -> Any:
     return SimpleNamespace(value=builder.create_network(flags), builder=builder, logger=logger)
 
 
-def _shape(path: str | os.PathLike[str], tensor: Any, sizes: Sizes, place: int) -> list[int]:
-    shape = []
+def _shapes(path: str | os.PathLike[str], tensor: Any, sizes: Sizes) -> tuple[list[int], list[int], list[int]]:
+    """Return the minimum, optimum and maximum shape of an input."""
+    shapes: tuple[list[int], list[int], list[int]] = [], [], []
     for axis, size in enumerate(tensor.shape):
         symbol = tensor.get_dimension_name(axis) if size < 0 else ""
         if size < 0 and symbol not in sizes:
             found = f"{path}: input {tensor.name!r} has a free dim {symbol!r}"
             raise EngineError("engine.bad_profile", f"{found}; sizes were given for {', '.join(sizes) or 'none'}")
-        shape.append(sizes[symbol][place] if size < 0 else size)
-    return shape
+        for shape, chosen in zip(shapes, sizes[symbol] if size < 0 else (size,) * 3, strict=True):
+            shape.append(chosen)
+    return shapes
 
 
 def with_capacity(path: str | os.PathLike[str], capacity: int) -> bytes:

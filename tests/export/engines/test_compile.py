@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import onnx
@@ -44,6 +45,25 @@ def test_a_graph_compiles_for_a_range_of_sizes(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         compile_for(tmp_path / "n.onnx", {"N": (1, 4, 8), "M": (1, 4, 8)})
     assert caught.value.code in ("engine.rejected_graph", "engine.build_failed")
+
+
+def test_errors_do_not_keep_the_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleted in a callback of another builder, it would wait for a lock that this one holds."""
+    tensorrt, builders = rtx(), []
+    make = tensorrt.Builder
+
+    def counted(logger: object) -> object:
+        builder = make(logger)
+        builders.append(weakref.ref(builder))
+        return builder
+
+    monkeypatch.setattr(tensorrt, "Builder", counted)
+    model = '<ir_version: 8, opset_import: ["" : 18]> g (float[N, 4] x) => (float[N, 4] y) { y = Softmax(x) }'
+    onnx.save(onnx.parser.parse_model(model), tmp_path / "g.onnx")
+    with pytest.raises(EngineError) as caught:
+        compile_for(tmp_path / "g.onnx", {"M": (1, 4, 8)})
+    assert caught.value.__traceback__ is not None
+    assert [builder() for builder in builders] == [None]
 
 
 @pytest.mark.slow
