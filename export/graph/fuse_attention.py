@@ -4,6 +4,8 @@
   works over the whole cache. It also writes the new rows into the cache.
 - Without a cache or a mask, MultiHeadAttention, which keeps its scores in the L2 cache of a core.
 - RotaryEmbedding on [B, L, heads · head_dim] replaces six operators.
+- For one token per row, `Attention` whose rows are the query heads that share a key head (`group_heads`):
+  GroupQueryAttention reads the keys and values once per query head.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from bridge_stg.export.graph.graph_edit import HEADS_FIRST, Edit, integers_of, o
 DOMAIN = "com.microsoft"
 ROTARY_SINCE = 23
 """First opset with RotaryEmbedding."""
+
+LEAST_GROUP = 5
+"""Query heads per key head from which `group_heads` pays: with 2 it is 1.4 times slower, with 7 a quarter faster."""
 
 _SPLIT_QKV = [2, 0, 3, 1, 4]
 
@@ -53,6 +58,78 @@ def fuse_attention(model: ir.Model) -> bool:
         fuser.edit.drop_unused()
         model.graph.opset_imports[DOMAIN] = 1
     return any(fused)
+
+
+def group_heads(model: ir.Model) -> bool:
+    """Replace each GroupQueryAttention whose groups are large, in place; the graph then takes one token per row.
+
+    Returns whether one was replaced.
+    """
+    edit, group = Edit(model.graph), 0
+    for node in list(model.graph):
+        counts = [node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads") if name in node.attributes]
+        if node.op_type == "GroupQueryAttention" and counts[0] >= LEAST_GROUP * counts[1]:
+            group = counts[0] // counts[1]
+            _group(edit, node, *counts)
+    if group:
+        edit.drop_unused()
+    return group > 0
+
+
+def _group(edit: Edit, node: ir.Node, heads: int, key_heads: int) -> None:
+    """Replace one GroupQueryAttention by TensorScatter and Attention."""
+    module = str(node.name).rpartition("/")[0]
+
+    def then(operator: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
+        (out,) = edit.insert(operator, inputs, attributes, before=node, name=f"{module}/{operator}")
+        return out
+
+    def rows(value: ir.Value | None, count: int) -> ir.Value:
+        """Return [B, 1, count · head_dim] as [B, count, 1, head_dim]."""
+        sizes = edit.constant(f"one_token_{count}", np.array([0, count, 1, -1], np.int64))
+        rotary = producer(value, "RotaryEmbedding")
+        flat = producer(rotary.inputs[0], "Reshape") if rotary is not None else None
+        norm = producer(flat.inputs[0], "RMSNormalization") if flat is not None else None
+        view = producer(norm.inputs[0], "Reshape") if norm is not None else None
+        if rotary is None or norm is None or view is None:
+            return then("Reshape", [value, sizes])
+        view.replace_input_with(1, sizes)
+        rotary.replace_input_with(0, norm.outputs[0])
+        for changed in (view, norm, rotary):
+            changed.outputs[0].shape = None
+        return rotary.outputs[0]
+
+    query, key, value, *past, last = node.inputs[:6]
+    position = next(value for value in edit.graph.inputs if value.name == "cache_position")
+    present = [
+        then("TensorScatter", [cache, rows(new, key_heads), position], axis=2)
+        for cache, new in zip(past, (key, value), strict=True)
+    ]
+    sizes = edit.constant(f"groups_{key_heads}", np.array([0, key_heads, -1, 0], np.int64))
+    grouped = then("Reshape", [rows(query, heads), sizes])
+    mask = _seen(edit, node, last, heads // key_heads)
+    out = then("Attention", [grouped, *present, mask], scale=node.attributes["scale"].as_float())
+    out = then("Reshape", [out, edit.constant("one_row", np.array([0, 1, -1], np.int64))])
+    for old, new in zip(node.outputs, (out, *present), strict=True):
+        edit.replace(old, new)
+    edit.graph.remove(node, safe=True)
+
+
+def _seen(edit: Edit, node: ir.Node, last: ir.Value | None, group: int) -> ir.Value:
+    """Return the mask [B, 1, group, S]: 0 for positions up to the last of each row, −∞ after it."""
+    if "seen" not in edit.nodes:
+
+        def then(operator: str, inputs: list[ir.Value | None], name: str = "") -> ir.Value:
+            (out,) = edit.insert(operator, inputs, before=node, name=name or f"seen/{operator}")
+            return out
+
+        zero, one = (edit.constant(f"int_{n}", np.array(n, np.int32)) for n in (0, 1))
+        shown, hidden = (edit.constant(f"mask_{n}", np.array(n, np.float32)) for n in (0, -np.inf))
+        ends = then("Unsqueeze", [last, edit.constant("mask_axes", np.array([1, 2, 3], np.int64))])
+        later = then("Greater", [then("Range", [zero, node.inputs[6], one]), ends])
+        mask = then("Where", [later, hidden, shown])
+        then("Expand", [mask, edit.constant("mask_rows", np.array([1, 1, group, 1], np.int64))], name="seen")
+    return edit.nodes["seen"].outputs[0]
 
 
 class _Fuser:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +14,7 @@ import numpy as np
 
 from bridge_stg.runtime.backends.kv_cache import BufferedCache, cache_spec, own_cache
 from bridge_stg.runtime.backends.session import KVCache, Preferences, check_feeds, describe_call
+from bridge_stg.runtime.bundle.contracts import DECODE
 from bridge_stg.runtime.bundle.manifest import CacheSpec, GraphSpec
 from bridge_stg.runtime.device.array import DeviceArray
 from bridge_stg.runtime.device.array_ops import Array
@@ -49,7 +50,8 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
         threads: threads per call; None: one per physical core that this process may use (see cpus.py).
         low_memory: convert weights at every call instead of once: slower, without a second copy of them in memory.
         weights: folder of the external data; None: the file's folder.
-        few: file and manifest entry of the same graph for calls of at most `DECODE_TOKENS` tokens; None: this one.
+        few: file and manifest entry of the same graph for calls of at most `DECODE_TOKENS` tokens, and in each row at
+            most as many as it takes; None: this one.
 
     Raises:
         EngineError: onnxruntime is missing or rejects the file, or the file does not fit the manifest.
@@ -112,7 +114,7 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
 
     def infer(self, feeds: Mapping[str, Array], *, cache: KVCache | None = None) -> dict[str, Any]:
         """See `Session.infer`."""
-        if self._few is not None and getattr(feeds.get("input_ids"), "size", sys.maxsize) <= DECODE_TOKENS:
+        if self._few is not None and _fits_few(self._few.graph, feeds):
             return self._few.infer(feeds, cache=cache)
         session = self._session
         if session is None:
@@ -162,6 +164,13 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
         return dict(zip(contract.written_names, contract.past_names, strict=True))
 
 
+def _fits_few(graph: GraphSpec, feeds: Mapping[str, Array]) -> bool:
+    """Return whether the graph for few tokens takes a call; a malformed one is left to the other graph's checks."""
+    shape: tuple[int, ...] = getattr(feeds.get("input_ids"), "shape", ())
+    most = graph.ranges.get("L", (1, None))[1]
+    return len(shape) == 2 and math.prod(shape) <= DECODE_TOKENS and (most is None or shape[1] <= most)
+
+
 def session_options(threads: int | None) -> Any:
     """Return the options of every session. Raises EngineError if `threads` is out of range."""
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
@@ -193,7 +202,7 @@ def open_file(
     ort = import_onnxruntime()
     try:
         model = Path(path).read_bytes() if from_bytes else str(Path(path))
-        with _without_flash_attention():
+        with _attention_in_tiles(graph.variant == DECODE):
             session = ort.InferenceSession(model, sess_options=options, **arguments)
     except Exception as error:  # onnxruntime's exceptions share no base class
         message = f"{graph}: onnxruntime {ort.__version__} rejects {path}: {_one_line(error)}"
@@ -203,14 +212,14 @@ def open_file(
 
 
 @contextmanager
-def _without_flash_attention() -> Iterator[None]:
-    """Let GroupQueryAttention score all keys of a chunk's tokens at once, in a session that is opened inside the block.
+def _attention_in_tiles(tiles: bool) -> Iterator[None]:
+    """Let GroupQueryAttention score keys in tiles, or all at once, in a session that is opened inside the block.
 
-    Flash attention scores keys in blocks of a thousand, which a short chunk does not fill. An environment variable is
-    the only switch; if the user has set it, it is left unchanged.
+    Tiles (flash attention) are faster for one token per row with head_dim 128, and slower for the chunks of a prefill.
+    An environment variable is the only switch; if the user has set it, it is left unchanged.
     """
     with _environment:
-        if _FLASH in os.environ:
+        if tiles or _FLASH in os.environ:
             yield
             return
         os.environ[_FLASH] = "1"

@@ -18,6 +18,7 @@ from bridge_stg.calibration.report.assemble import drift_warnings
 from bridge_stg.calibration.scoring.saturation_test import saturation_test
 from bridge_stg.calibration.scoring.speed_gate import graph_bytes
 from bridge_stg.calibration.search.block_sizes import size_of_blocks
+from bridge_stg.export.graph import fuse_attention
 from bridge_stg.export.graph.blocks import find_matmuls
 from bridge_stg.export.parity.golden_cases import scene
 from bridge_stg.runtime import Grounder
@@ -173,28 +174,34 @@ def test_onnxruntime_fuses_every_matmul(bundles: dict[str, Bundle], tmp_path: Pa
     assert standard["MatMulIntegerToFloat"] == 3 * 2 + 1  # o_proj and down_proj, whose inputs have one reader; the head
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4"])
+@pytest.mark.parametrize("case", ["w8a8", "w4", "w4 grouped"])
 def test_a_second_form_of_the_weights_for_decoding(
-    exported: Bundle, ranges: Ranges, bundles: dict[str, Bundle], tmp_path: Path, name: str
+    exported: Bundle, ranges: Ranges, bundles: dict[str, Bundle], tmp_path: Path, case: str
 ) -> None:
+    name, _, grouped = case.partition(" ")
     recipe = MADE[name].replace("language_model", decode_form=True)
-    made = Bundle.load(quantize_bundle(exported, tmp_path / "b", recipe=recipe, ranges=ranges), check="all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fuse_attention, "LEAST_GROUP", 2 if grouped else 3)  # the model has two heads per key head
+        made = Bundle.load(quantize_bundle(exported, tmp_path / "b", recipe=recipe, ranges=ranges), check="all")
     count = 3 * 7 + 1
     assert optimised(made.graph_path("language_model", DECODE), tmp_path)["MatMulNBits"] == count
     graph = ir.load(made.graph_path("language_model", DECODE)).graph
     assert {node.attributes.get_int("bits") for node in graph if node.op_type == "MatMulNBits"} == {
         {"w8a8": 8, "w4": 4}[name]
     }
+    operators = Counter(node.op_type for node in graph)
+    assert (operators["Attention"], operators["GroupQueryAttention"]) == ((3, 0) if grouped else (0, 3))
+    assert made.manifest.graphs["language_model"][DECODE].ranges["L"] == ((1, 1) if grouped else (1, None))
     found = optimised(made.graph_path("language_model", "ort-cpu"), tmp_path)
     assert (found["MatMulNBits"], found["MatMulIntegerToFloat"]) == (1, count - 1)  # the head has few rows
-    assert set(verify_bundle(made.path, threads=1)) >= {"ort-cpu", DECODE}
+    assert set(verify_bundle(made.path, threads=1)) == {"ort-cpu", "standard", "primitive"}
     logits = {}
     for variant, bundle in ((None, made), (DECODE, made), ("ort-cpu", bundles[name])):
         sessions = open_sessions(bundle, variant=variant, threads=1)
         session = sessions["language_model"]
         cache = session.allocate_cache(batch=1, capacity=32)
         found = []
-        for length, start in ((16, 0), (1, 16)):
+        for length, start in ((16, 0), (1, 16), (2, 17)):
             ids = np.arange(1, 1 + length)[None] + start
             part = Segment(ids[0], np.zeros(length, np.int64), np.tile(ids[0] - 1, (3, 1)), start + length)
             spec = bundle.manifest.spec

@@ -10,12 +10,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bridge_stg.export.graph.fuse_attention import fuse_attention
+from bridge_stg.export.graph.fuse_attention import fuse_attention, group_heads
 from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from bridge_stg.runtime.bundle.bundle import Bundle
 
-Pair = tuple[OnnxRuntimeSession, OnnxRuntimeSession]
+Sessions = tuple[OnnxRuntimeSession, OnnxRuntimeSession, OnnxRuntimeSession]
 
 
 def operators(bundle: Bundle, graph: str) -> Counter[str]:
@@ -23,16 +23,22 @@ def operators(bundle: Bundle, graph: str) -> Counter[str]:
 
 
 @pytest.fixture(scope="module")
-def language_models(exported: Bundle) -> Iterator[Pair]:
-    """`standard` and `ort-cpu` of the tiny language model."""
+def language_models(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sessions]:
+    """`standard` and `ort-cpu` of the tiny language model, and `ort-cpu` for one token per row."""
     name = "language_model"
-    standard, fused = (
-        OnnxRuntimeSession(exported.graph_path(name, v), exported.graph(name, v), threads=1)
-        for v in ("standard", "ort-cpu")
-    )
-    yield standard, fused
-    standard.close()
-    fused.close()
+    files = [exported.graph_path(name, variant) for variant in ("standard", "ort-cpu")]
+    files.append(tmp_path_factory.mktemp("grouped") / "g.onnx")
+    model = ir.load(files[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge_stg.export.graph.fuse_attention.LEAST_GROUP", 2)  # the model has two heads per key head
+        assert group_heads(model) and not group_heads(model)
+    ir.save(model, files[2])
+    spec = exported.graph(name, "ort-cpu")
+    standard = OnnxRuntimeSession(files[0], exported.graph(name, "standard"), threads=1)
+    fused, grouped = (OnnxRuntimeSession(file, spec, threads=1, weights=files[0].parent) for file in files[1:])
+    yield standard, fused, grouped
+    for session in (standard, fused, grouped):
+        session.close()
 
 
 def feeds_of(bundle: Bundle, starts: list[int], length: int, seed: int) -> dict[str, np.ndarray]:
@@ -68,30 +74,28 @@ def test_what_is_fused(exported: Bundle) -> None:
     [([0], 9), ([0], 1), ([13], 1), ([13], 7), ([0, 0], 6), ([9, 2, 0], 5), ([9, 2, 30], 1), ([31, 0], 33)],
 )
 def test_the_language_model_gives_the_same(
-    exported: Bundle, language_models: Pair, starts: list[int], length: int
+    exported: Bundle, language_models: Sessions, starts: list[int], length: int
 ) -> None:
     """Prefill, a token after a prefix, many rows of several tokens at positions of their own: outputs and caches."""
     feeds = feeds_of(exported, starts, length, seed=len(starts) * 100 + length)
     noise = np.random.default_rng(1)
-    found = []
-    caches = [session.allocate_cache(batch=len(starts), capacity=64) for session in language_models]
+    found, sessions = [], language_models[: 3 if length == 1 else 2]
+    caches = [session.allocate_cache(batch=len(starts), capacity=64) for session in sessions]
     values = {name: noise.standard_normal(buffer.shape, np.float32) for name, buffer in caches[0].read().items()}
-    for session, cache in zip(language_models, caches, strict=True):
+    for session, cache in zip(sessions, caches, strict=True):
         cache.write(values)
         found.append({**session.infer(feeds, cache=cache), **cache.read()})
-    for name, expected in found[0].items():
-        np.testing.assert_allclose(
-            found[1][name], expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max(), err_msg=name
-        )
-    past = found[1]["past_key_1"]
-    for row, start in enumerate(starts):  # nothing but the new positions is written
-        np.testing.assert_array_equal(past[row, :, :start], values["past_key_1"][row, :, :start])
-        np.testing.assert_array_equal(past[row, :, start + length :], values["past_key_1"][row, :, start + length :])
-        assert (
-            np.abs(past[row, :, start : start + length] - values["past_key_1"][row, :, start : start + length])
-            .min(axis=(0, 2))
-            .all()
-        )
+    for actual in found[1:]:
+        for name, expected in found[0].items():
+            np.testing.assert_allclose(
+                actual[name], expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max(), err_msg=name
+            )
+        past, before = actual["past_key_1"], values["past_key_1"]
+        for row, start in enumerate(starts):  # nothing but the new positions is written
+            end = start + length
+            np.testing.assert_array_equal(past[row, :, :start], before[row, :, :start])
+            np.testing.assert_array_equal(past[row, :, end:], before[row, :, end:])
+            assert np.abs(past[row, :, start:end] - before[row, :, start:end]).min(axis=(0, 2)).all()
 
 
 def test_fp16_is_left_alone(exported_fp16: Bundle) -> None:
