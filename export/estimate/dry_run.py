@@ -157,7 +157,8 @@ class DryRun:
             where += f"; {largest.graph} needs a smaller {smaller}"
         lines.append(f"  building: {gigabytes(self.build_peak)} {where}")
         lines.append(f"  queries that fit at once: {self.most_queries}")
-        source = "the TensorRT-RTX builder" if self.graphs[0].figures == "builder" else "the fitted model"
+        builder = self.graphs[0].figures == "builder"
+        source = "the TensorRT-RTX builder" if builder else "a model fitted to engines in fp16 and fp32"
         lines.append(f"  activations by {source}")
         return "\n".join(lines)
 
@@ -238,11 +239,12 @@ def dry_run(
         modelled = modelled_activation(shape, name, variant, profiles, item_bytes=item_bytes)
         activations, size = modelled if found is None else found, round(weights[name])
         weight_only = is_weight_only(storages[name]) if bundle is None else has_weight_only(graph)
+        count = len(profiles.profiles)
+        plan = plan_bytes(shape, name, storages[name], size, weight_only=weight_only, profiles=count)
         graphs.append(
             GraphMemory(
                 graph=name, variant=variant, precision=graph.precision if bundle else dtype or "fp16", weights=size,
-                plan=plan_bytes(shape, name, storages[name], size, weight_only=weight_only), activations=activations,
-                figures="model" if found is None else "builder",
+                plan=plan, activations=activations, figures="model" if found is None else "builder",
                 cache_row=cache_row_bytes(graph, profiles),
                 build_peak=build_bytes(size, activations if device.kind == "jetson" else 0, weight_only=weight_only),
             )

@@ -14,8 +14,10 @@ from bridge_stg.runtime.errors import EngineError
 
 PRIMITIVE_SMS = (87,)
 """Compute capabilities whose memory is counted for the variant `primitive`, which TensorRT of JetPack 6 needs."""
-PLAN_RATIO, PLAN_BYTES = 1.02, 8 * 10**6
-"""Size of a plan over that of the graph's weights, and what it has besides them: programs and constants."""
+PROGRAM_BYTES: Mapping[str, tuple[int, int]] = {
+    VISION: (2_000_000, 400_000), LANGUAGE: (2_000_000, 500_000), SPATIAL: (7_000_000, 1_150_000)
+}  # fmt: skip
+"""Programs of each profile in a plan, besides the weights: bytes, and bytes per layer."""
 PROCESS_BYTES = 250 * 10**6
 """Memory of the runtime's process without a model: Python, numpy, PyAV, a tokenizer, and frames of a video."""
 TIGHT = 0.9
@@ -79,14 +81,18 @@ def is_weight_only(storage: Storage) -> bool:
     return storage.peak == FP16 and storage.weight < storage.activation
 
 
-def plan_bytes(shape: ModelShape, graph: str, storage: Storage, weights: float, *, weight_only: bool) -> int:
-    """Return the bytes of a graph's plan, which is loaded as a whole.
+def plan_bytes(
+    shape: ModelShape, graph: str, storage: Storage, weights: float, *, weight_only: bool, profiles: int
+) -> int:  # fmt: skip
+    """Return the bytes of a graph's plan, which is loaded as a whole: weights, and programs of each profile.
 
     TensorRT-RTX stores weight-only matrices of the decoder layers in one layout for prefill and in another for
     decoding (docs/engines.md); those with quantized inputs once.
     """
     second = storage.weight * shape.layers if graph == LANGUAGE and weight_only else 0.0
-    return PLAN_BYTES + round(PLAN_RATIO * (weights + second))
+    layers = {VISION: shape.depth, LANGUAGE: shape.spec.language.num_layers, SPATIAL: shape.spatial_layers}[graph]
+    fixed, per_layer = PROGRAM_BYTES[graph]
+    return profiles * (fixed + per_layer * layers) + round(weights + second)
 
 
 def cache_rows(queries: int) -> int:

@@ -54,9 +54,28 @@ def test_activations_are_those_of_the_builder() -> None:
     assert found["fitted"] == {name: list(stages) for name, stages in FITTED.items()}
     held_out = {name: [] for name in FITTED}
     for row in found["errors"]:
-        if row["held_out"]:
-            held_out[f"{row['graph']} {row['variant']}"].append(abs(row["error"]))
+        if row["held_out"] and row["width"] != "demo":
+            held_out[f"{row['graph']} {row['variant']} {row['dtype']}"].append(abs(row["error"]))
     assert all(errors and max(errors) <= 0.15 for errors in held_out.values())
+    assert max(abs(row["error"]) for row in found["plans"] if row["dtype"] != "int8") <= 0.15
+    page = Path("docs/engines.md").read_text(encoding="utf-8")
+    for name, errors in held_out.items():
+        graph, variant, floats = name.split()
+        worst = f"{max(errors):.1%}".replace("%", " %")
+        assert f"| `{graph}` | `{variant}` | {floats} | {len(errors)} | {worst} |" in page
+
+
+@pytest.mark.parametrize("variant", ["standard", "primitive"])
+def test_engines_of_the_demo_in_fp32(variant: str) -> None:
+    found = json.loads(Path("benchmarks/results/activations.json").read_text(encoding="utf-8"))
+    shape = read_shape("assets/demo/checkpoint")
+    counted = dry_run(shape, device_of("rtx4090"), Deployment(), dtype="fp32", variant=variant).graphs
+    assert len(counted) == 3
+    for graph in counted:
+        where = {"width": "demo", "dtype": "fp32", "graph": graph.graph, "variant": variant}
+        rows = [row for row in found["figures"] if where.items() <= row.items()]
+        assert graph.activations == pytest.approx(max(row["bytes"] for row in rows), rel=0.15)
+        assert graph.plan == pytest.approx(rows[0]["plan"], rel=0.15)
 
 
 def test_profiles_by_need_take_a_fraction_of_the_former_memory() -> None:
