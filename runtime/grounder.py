@@ -258,7 +258,7 @@ class Grounder(Closable):
 
         Arguments and errors as for `ground`; a video raises VideoError, too.
         """
-        return self._ground(image, query, Task("image", allow_none=False), CallOptions(**limits))
+        return self._ground(image, query, Task("image", allow_none=False), CallOptions(**limits, image_only=True))
 
     def track(
         self,

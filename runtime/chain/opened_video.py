@@ -253,11 +253,8 @@ class OpenedVideo(Closable):
         """Ground queries as part of a call that is under way already, and that keeps the grounder open."""
         video = self._video
         with self._usage.call():
-            if task.name == "image" and not video.is_image:
-                message = (
-                    f"{video.name} is a video; to find when and where, call `ground` (`infer` without --task image)"
-                )
-                raise VideoError("video.not_an_image", message)
+            if task.name == "image":
+                check_image(video.name, is_image=video.is_image)
             groundings = self._head.ground(queries, task, limits)
             earlier_s = sum(s for stage, s in self._timings.items() if stage not in limits.timings)
             timings = {**self._timings, **limits.timings, "total": earlier_s + limits.elapsed_s}
@@ -274,6 +271,13 @@ class OpenedVideo(Closable):
             self._close_source()
         self.features.clear()
         self._chain.pool.give(self._prefix.cache)
+
+
+def check_image(name: str, *, is_image: bool) -> None:
+    """Raise VideoError if a source of this name is a video."""
+    if not is_image:
+        message = f"{name} is a video; to find when and where, call `ground` (`infer` without --task image)"
+        raise VideoError("video.not_an_image", message)
 
 
 def prompts_of(queries: Sequence[str], prompt: Callable[[str], Segment]) -> list[Segment]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.chain.opened_video import Chain, VideoFacts
+from bridge_stg.runtime.chain.opened_video import Chain, VideoFacts, check_image
 from bridge_stg.runtime.chain.positions import VisualGrid
 from bridge_stg.runtime.chain.prompt import Segment, video_budget, video_segment, visual_segment
 from bridge_stg.runtime.chain.vision_pass import FineFeatures, coarse_tokens, merged_grid, on_device
@@ -44,6 +44,7 @@ class OptionKeywords(CallKeywords, total=False):
     buffer_frames: int
     max_visual_tokens: int | None
     stream: int | None
+    image_only: bool
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class CallOptions:
             lower rate (see `Grounding.coarse`). None: the model's own limits.
         stream: index of the video stream to read, counted among all streams of the file; None: the one that FFmpeg
             selects (marked as default, then of the highest bit rate), never a cover picture.
+        image_only: whether a video is an error before its frames are decoded, for calls of `locate`.
     """
 
     deadline_s: float | None = None
@@ -67,6 +69,7 @@ class CallOptions:
     buffer_frames: int = 256
     max_visual_tokens: int | None = None
     stream: int | None = None
+    image_only: bool = False
 
     def limits(self) -> Limits:
         """Return the limits of the call, whose clock starts now."""
@@ -197,6 +200,8 @@ class VideoReader:
                     video, spec, buffer_frames=buffer_frames, budget=budget, device=device, stream=options.stream
                 )
         try:
+            if options.image_only:
+                check_image(source.name, is_image=source.is_image)
             with limits.stage("decode_video"):
                 coarse, grid = source.coarse(limits), source.fine_grid()
             segment, frames, choice = self._segment(spec, coarse), coarse.frames, coarse.choice

@@ -205,10 +205,11 @@ class Scheduler:
         if not isinstance(chat, Chat) and is_longer(duration_s, self._opened.grounder.spec):
             self._metrics.videos_opened.inc()
             return self._search(batch, media.live(duration_s), progress)
-        with self._opened.lease(batch.file.key, media, context=context, cancel=batch.over, progress=progress) as (
-            video,
-            new,
-        ):
+        opening = self._opened.lease(
+            batch.file.key, media, context=context, cancel=batch.over, progress=progress,
+            image_only=batch.task.name == "image",
+        )  # fmt: skip
+        with opening as (video, new):
             (self._metrics.videos_opened if new else self._metrics.videos_reused).inc()
             if isinstance(chat, Chat):
                 return [self._reply(video, chat, progress, loop)]

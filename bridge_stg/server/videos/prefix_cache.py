@@ -51,6 +51,7 @@ class OpenVideos:
         context: Sequence[ChatMessage],
         cancel: Callable[[], bool],
         progress: Progress,
+        image_only: bool = False,
     ) -> Iterator[tuple[OpenedVideo, bool]]:
         """Yield a video, and whether it was opened by this call. Arguments and errors as of `Grounder.open`."""
         key = file, media.stream, with_context(self.grounder.spec, context).prompt.head
@@ -58,7 +59,9 @@ class OpenVideos:
             kept = self._kept.pop(key, None)
             if kept is not None:
                 self._leased[key] = kept
-        video = kept or self.grounder.open(media, context=context, cancel=cancel, progress=progress)
+        video = kept or self.grounder.open(
+            media, context=context, cancel=cancel, progress=progress, image_only=image_only
+        )
         with self._lock:
             self._leased[key] = video
         try:

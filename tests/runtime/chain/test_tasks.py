@@ -31,6 +31,11 @@ def test_an_image_always_has_a_box() -> None:
     assert found.found and found.task == "image" and found.boxes is not None and len(found.boxes) == 1
     with raises("video.not_an_image", "the stream of frames", kind=VideoError):
         grounder.locate(clip(), "the car")  # type: ignore[arg-type]
+    images = len(grounder.sessions["vision_encoder"].calls)  # type: ignore[attr-defined]
+    for call in (lambda: grounder.locate(clip(), "it"), lambda: grounder.open(clip(), image_only=True)):  # type: ignore[arg-type]
+        with raises("video.not_an_image", kind=VideoError):
+            call()
+    assert len(grounder.sessions["vision_encoder"].calls) == images  # type: ignore[attr-defined]
 
 
 def test_a_track_has_a_box_for_every_frame_and_begins_as_given() -> None:
