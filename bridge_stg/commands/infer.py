@@ -282,14 +282,17 @@ def ground(
 
     began = time.monotonic()
     tokens = request.max_visual_tokens
-    if is_searched(request, grounder, path):
+    if searches(request, grounder, path):
         window_s = None if isinstance(request.window, str) else request.window
         return grounder.search(
             path, request.queries, window_s=window_s, cuts=request.cuts, top=request.top, state=state,
             task=request.task, allow_none=request.allow_none, max_visual_tokens=tokens, stream=request.stream,
             **request.limits(progress),
         )  # fmt: skip
-    opening = grounder.open(path, max_visual_tokens=tokens, stream=request.stream, **request.limits(progress))
+    opening = grounder.open(
+        path, max_visual_tokens=tokens, stream=request.stream, image_only=request.task == "image",
+        **request.limits(progress),
+    )  # fmt: skip
     with opening as video:
         LOG.debug("read %s in %.2f s", path, time.monotonic() - began)
         limits = request.limits(progress)
@@ -303,15 +306,15 @@ def ground(
         return video.ground_many(queries, allow_none=request.allow_none, **limits)
 
 
-def is_searched(request: Request, grounder: Grounder, path: str) -> bool:
+def searches(request: Request, grounder: Grounder, path: str) -> bool:
     """Return whether the video is searched window by window."""
-    if request.task in ("image", "track") or request.window == "whole":
-        return False
-    if request.window != "auto" or request.top or request.state:
-        return True
-    from bridge_stg.runtime.search.options import is_long
+    from bridge_stg.runtime.search.options import is_searched
 
-    return os.path.exists(path) and is_long(path, grounder.spec, stream=request.stream)  # `open` says what is wrong
+    if request.task in ("image", "track") or not os.path.exists(path):  # `open` says what is wrong
+        return False
+    return request.state is not None or is_searched(
+        path, grounder.spec, window=request.window, top=request.top, stream=request.stream
+    )
 
 
 def show(

@@ -203,7 +203,11 @@ search_options = combine(
         "--cuts/--no-cuts", default=True, show_default=True,
         help="Whether a search finds hard cuts, so that no window crosses one.",
     ),
-    click.option("--top", type=COUNT, metavar="K", help="Best occurrences to return per query; default: all."),
+    click.option(
+        "--top", type=COUNT, metavar="K",
+        help="Search every video, and return the best K occurrences per query; default: all of videos that are "
+        "searched.",
+    ),
 )  # fmt: skip
 allow_none_option = click.option(
     "--allow-none/--no-allow-none", default=True, show_default=True, help="Whether the target may be absent."

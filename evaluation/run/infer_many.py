@@ -25,7 +25,7 @@ from bridge_stg.runtime.chain.results import program_json
 from bridge_stg.runtime.errors import BridgeError, VideoError
 from bridge_stg.runtime.host.limits import Limits
 from bridge_stg.runtime.live.plan import window_groups
-from bridge_stg.runtime.search.options import is_long
+from bridge_stg.runtime.search.options import is_searched
 
 UNIT = 16
 """Queries of one unit: a video with hundreds is spread over workers, and a stopped run loses few answers."""
@@ -67,7 +67,7 @@ def infer_many(
         window: seconds of a window in which every video is searched; `auto`: search those longer than a window of the
             bundle; `whole`: search none.
         cuts: whether a search finds hard cuts, so that no window crosses one.
-        top: most occurrences of a query in a video that is searched; None: all.
+        top: most occurrences of a query; every video is searched for them. None: all, of videos that are searched.
         executor: runs the model; None: in this process.
         overwrite: discard finished rows.
         retry_failed: retry queries that failed in an earlier run. If two rows have one id, the last counts.
@@ -150,12 +150,14 @@ def answer_unit(
     """
     try:
         with _file(queries[0]) as path:
-            if task in SEARCHED and _is_searched(grounder, path, window, options.get("stream")):
+            if task in SEARCHED and is_searched(
+                path, grounder.spec, window=window, top=top, stream=options.get("stream")
+            ):
                 window_s = None if isinstance(window, str) else window
                 searched = {"task": task, "allow_none": allow_none, "window_s": window_s, "cuts": cuts, "top": top}
                 state = results and queries[0].media and _state(results, queries)
                 return _searched(grounder, path, queries, state, {**options, **searched})
-            with grounder.open(path, **options) as video:
+            with grounder.open(path, **options, **({"image_only": True} if task == "image" else {})) as video:
                 return [_answer(video, query, task, allow_none) for query in queries]
     except ImportError:
         raise
@@ -172,10 +174,6 @@ def _file(query: Query) -> Iterator[str | os.PathLike[str]]:
             yield path
     else:
         raise VideoError("video.not_found", f"{query.video}: was not found in the folder of media")
-
-
-def _is_searched(grounder: Any, media: Any, window: float | str, stream: int | None) -> bool:
-    return window != "whole" and (window != "auto" or is_long(media, grounder.spec, stream=stream))
 
 
 def _searched(

@@ -85,6 +85,19 @@ def is_longer(length_s: float | None, spec: ModelSpec) -> bool:
     return length_s is not None and length_s > default_window_s(spec) + 1 / spec.frames.coarse_fps
 
 
+def is_searched(
+    video: Any, spec: ModelSpec, *, window: float | str, top: int | None = None, stream: int | None = None
+) -> bool:
+    """Return whether a command searches a video: on request, or because it is longer than a window.
+
+    `window` is a length in seconds, `whole` (no search) or `auto`; with `top`, every video is searched. Errors as
+    `video_length_s`.
+    """
+    if window == "whole":
+        return False
+    return window != "auto" or top is not None or is_long(video, spec, stream=stream)
+
+
 def _packets_length_s(path: str, frame_s: float) -> float | None:
     av = load_package("av", "av")
     end_s, packets = 0.0, 0
