@@ -66,6 +66,10 @@ class Deployment:
         """Return the groups of coarse frames per video, at most the model's own limit."""
         return min(spec.frames.max_coarse_groups, -(-self.max_frames // spec.vision.temporal_patch_size))
 
+    def frames(self, spec: ModelSpec) -> int:
+        """Return the coarse frames per video, at most the model's own limit."""
+        return min(self.max_frames, spec.frames.max_coarse_groups * spec.vision.temporal_patch_size)
+
     def visual_tokens(self, spec: ModelSpec) -> int:
         """Return the visual tokens per video."""
         side = spec.vision.patch_size * spec.vision.merge_size

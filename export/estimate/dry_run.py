@@ -69,6 +69,7 @@ class DryRun:
     Attributes:
         device: the device.
         frames, queries: coarse frames per video, and queries that are decoded together.
+        requested_frames: coarse frames that were requested; the model may read fewer.
         graphs: the engines.
         kept: bytes of visual tokens and feature maps between stages.
         most_rows: queries that the engines decode together.
@@ -76,6 +77,7 @@ class DryRun:
 
     device: Device
     frames: int
+    requested_frames: int
     queries: int
     graphs: tuple[GraphMemory, ...]
     kept: int
@@ -139,7 +141,9 @@ class DryRun:
             sizes = (g.weights, g.plan, g.activations, g.cache_row, g.build_peak)
             rows.append((f"{g.graph} ({g.variant})", g.precision, *map(gigabytes, sizes), self.graph_verdict(g)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.device.title}: {self.frames} frames, queries at once: {self.queries}"]
+        fewer = self.frames < self.requested_frames
+        frames = f"{self.frames} frames" + (f" (the model's limit; {self.requested_frames} requested)" if fewer else "")
+        lines = [f"{self.device.title}: {frames}, queries at once: {self.queries}"]
         lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         plans = sum(graph.plan for graph in self.graphs)
         parts = {"engines": plans, "activations": self.activations, "KV cache": self.kv_cache}
@@ -250,7 +254,9 @@ def dry_run(
             )
         )  # fmt: skip
     kept = kept_bytes(shape, deployment, max(storage.activation for storage in storages.values()))
-    return DryRun(device, deployment.max_frames, queries, tuple(graphs), kept, deployment.max_queries)
+    return DryRun(
+        device, deployment.frames(spec), deployment.max_frames, queries, tuple(graphs), kept, deployment.max_queries
+    )
 
 
 def _contract(name: str, shape: ModelShape, item_bytes: int, variant: str) -> GraphSpec:

@@ -122,6 +122,13 @@ def test_the_command_says_whether_it_fits() -> None:
     assert done.return_value == 3 and "does not fit" in done.output
 
 
+def test_frames_beyond_those_of_the_model_are_said() -> None:
+    options = ["qwen3-vl-2b", "--dry-run", "--target", "orin-nano-8g", "--max-frames"]
+    least, most = (CliRunner().invoke(build, [*options, str(frames)]).output for frames in (128, 2**31 - 1))
+    assert "128 frames," in least and f"128 frames (the model's limit; {2**31 - 1} requested)," in most
+    assert least.splitlines()[1:] == most.splitlines()[1:]
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [
@@ -131,6 +138,7 @@ def test_the_command_says_whether_it_fits() -> None:
         (["--dry-run", "--graph", "vision_encoder"], "options.conflict"),
         (["--dry-run", "--target", "orin"], "options.invalid"),
         (["--dry-run", "--target", "cpu"], "options.invalid"),
+        (["--dry-run", "--dtype", "int3"], "options.invalid"),
         (["--dry-run", "--variant", "ort-cpu"], "options.invalid"),
     ],
 )
