@@ -14,7 +14,7 @@ from bridge_stg.checkpoint.plain_folder import plain_config
 from bridge_stg.checkpoint.safetensors_file import StoredTensor, save_file
 from bridge_stg.checkpoint.weight_store import TOKENIZER, WEIGHTS, WeightStore, check_folder, list_keys
 from bridge_stg.model.backbones import FAMILIES, backbone
-from bridge_stg.model.config import MODEL_TYPE, BridgeSTGConfig, read_json
+from bridge_stg.model.config import BridgeSTGConfig, check_model_type, read_json
 from bridge_stg.model.model import KEY_PREFIXES, BridgeSTG
 from bridge_stg.runtime.chain import tokenizer as tokenizers
 from bridge_stg.runtime.chain.prompt import Tokenizer
@@ -115,11 +115,9 @@ def load_config(folder: Path) -> BridgeSTGConfig:
     """
     path = folder / "config.json"
     values = read_json(path, hint="a checkpoint is a folder with a config.json")
-    if values.get("model_type") in FAMILIES:
+    check_model_type(values, path)
+    if values["model_type"] in FAMILIES:
         return plain_config(folder, values)
-    if (found := values.get("model_type")) != MODEL_TYPE:
-        expected = f"{MODEL_TYPE!r}, or a plain model of {' or '.join(FAMILIES)}"
-        raise CheckpointError("checkpoint.wrong_model_type", f"{path}: model_type is {found!r}, expected {expected}")
     return BridgeSTGConfig.from_dict(values, str(path))
 
 

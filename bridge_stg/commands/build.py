@@ -124,11 +124,15 @@ def _dry_run(
     from bridge_stg.export.engines.support import ONNXRUNTIME_ONLY, VARIANTS
     from bridge_stg.export.estimate.builder_figures import BuilderFigures
     from bridge_stg.export.estimate.dry_run import device_of, dry_run
+    from bridge_stg.export.estimate.memory import check_dtype
     from bridge_stg.export.estimate.shapes import read_shape
     from bridge_stg.runtime.bundle.bundle import MANIFEST, Bundle
     from bridge_stg.runtime.chain.results import SCHEMA
     from bridge_stg.runtime.errors import EngineError
 
+    if "cpu" in targets:  # before it is measured
+        raise BridgeError("options.invalid", "--target cpu: TensorRT compiles engines for GPUs; see `estimate`.")
+    check_dtype(dtype)
     devices, overrides = [device_of(name) for name in targets], None if profiles is None else read_overrides(profiles)
     bundle = Bundle.load(model) if (Path(model) / MANIFEST).is_file() else None
     if bundle is not None and dtype is not None:
@@ -138,8 +142,6 @@ def _dry_run(
     if variant in ONNXRUNTIME_ONLY or (bundle is None and variant not in (None, *VARIANTS)):
         built = " or ".join(name for name in VARIANTS if name not in ONNXRUNTIME_ONLY)
         raise BridgeError("options.invalid", f"--variant {variant}: TensorRT compiles the variant {built}.")
-    if any(device.kind == "cpu" for device in devices):
-        raise BridgeError("options.invalid", "--target cpu: TensorRT compiles engines for GPUs; see `estimate`.")
     shape, builder = read_shape(model, heads=heads), None
     if figures != "model" and bundle is not None:
         try:
@@ -207,14 +209,19 @@ def estimate(
     qwen3-vl-4b, qwen3-vl-8b, qwen2.5-vl-3b, qwen2.5-vl-7b. The target `cpu` is this machine, measured now.
     docs/devices.md has the errors of the estimates.
     """
-    from bridge_stg.export.engines.devices import find_device
+    from bridge_stg.export.engines.devices import CPU, find_device
     from bridge_stg.export.estimate.estimate import Request
     from bridge_stg.export.estimate.estimate import estimate as estimated
+    from bridge_stg.export.estimate.memory import check_dtype
     from bridge_stg.export.estimate.shapes import read_shape
     from bridge_stg.runtime.chain.results import SCHEMA
 
-    devices = [find_device(name) for name in targets]
+    # Everything that may be wrong is checked before seconds are spent on imports and on measuring this machine.
+    for dtype in dtypes:
+        check_dtype(dtype)
+    found_devices = {name: find_device(name) for name in targets if name != CPU}
     shape = read_shape(model, heads=heads)
+    devices = [found_devices.get(name) or find_device(name) for name in dict.fromkeys(targets)]
     found = [
         estimated(shape, device, Request(**video), dtype=dtype) for device in devices for dtype in dtypes or (None,)
     ]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from bridge_stg.model.backbones import backbone
+from bridge_stg.model.backbones import FAMILIES, backbone
+from bridge_stg.model.backbones.sections import check_sections
 from bridge_stg.runtime.bundle.spec import (
     Count,
     Deviations,
@@ -172,6 +173,8 @@ class BridgeSTGConfig:
             raise CheckpointError("checkpoint.wrong_model_type", message)
         try:
             config = from_json(cls, values)
+            if (family := config.backbone.get("model_type")) in FAMILIES:
+                check_sections(config.backbone, family)  # before torch is imported
             config.model_spec()
         except (CheckpointError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
@@ -184,6 +187,13 @@ class BridgeSTGConfig:
         """Read `config.json` of a checkpoint folder. Raises CheckpointError as `read_json` and `from_dict` do."""
         path = Path(folder) / "config.json"
         return cls.from_dict(read_json(path, hint="a checkpoint is a folder with a config.json"), str(path))
+
+
+def check_model_type(values: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if the config in a file is neither of a checkpoint nor of a plain model."""
+    if (found := values.get("model_type")) not in (MODEL_TYPE, *FAMILIES):
+        expected = f"{MODEL_TYPE!r}, or a plain model of {' or '.join(FAMILIES)}"
+        raise CheckpointError("checkpoint.wrong_model_type", f"{path}: model_type is {found!r}, expected {expected}")
 
 
 def read_json(path: Path, *, hint: str) -> dict[str, Any]:

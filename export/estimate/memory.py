@@ -34,6 +34,12 @@ def verdict_of(needed: int, usable: int) -> str:
     return "does not fit" if needed > usable else "tight" if needed > TIGHT * usable else "fits"
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Raise EngineError if a precision is not a key of `STORAGE`; None is the default one."""
+    if dtype is not None and dtype not in STORAGE:
+        raise EngineError("options.invalid", f"--dtype {dtype!r} is unknown; known: {', '.join(STORAGE)}")
+
+
 def storages_of(shape: ModelShape, device: Device, dtype: str | None) -> dict[str, Storage]:
     """Return how each graph is stored and computed.
 
@@ -41,8 +47,7 @@ def storages_of(shape: ModelShape, device: Device, dtype: str | None) -> dict[st
     encoder is int8 where the language model is int4, and the spatial decoder stays in float. Raises EngineError if the
     device lacks a precision.
     """
-    if dtype is not None and dtype not in STORAGE:
-        raise EngineError("options.invalid", f"--dtype {dtype!r} is unknown; known: {', '.join(STORAGE)}")
+    check_dtype(dtype)
     if dtype is None:
         names = dict(shape.dtypes) or dict.fromkeys((VISION, LANGUAGE, SPATIAL), "fp16")
     else:

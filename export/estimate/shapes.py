@@ -17,7 +17,7 @@ from bridge_stg.export.graph.blocks import FLOAT, HEAD, Matmul, find_matmuls, fi
 from bridge_stg.runtime.bundle.bundle import MANIFEST, Bundle
 from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.spec import ModelSpec
-from bridge_stg.runtime.errors import BridgeError
+from bridge_stg.runtime.errors import BridgeError, CheckpointError
 
 if TYPE_CHECKING:
     from bridge_stg.model.config import BridgeSTGConfig
@@ -110,9 +110,9 @@ def read_shape(model: str, *, heads: str | None = None) -> ModelShape:
 
 
 def _config(model: str, path: Path, heads: str | None) -> BridgeSTGConfig:
-    from bridge_stg.checkpoint.checkpoint import load_config
     from bridge_stg.model.backbones import FAMILIES
-    from bridge_stg.model.config import BridgeSTGConfig, read_json
+    from bridge_stg.model.backbones.sections import check_sections
+    from bridge_stg.model.config import BridgeSTGConfig, check_model_type, read_json
 
     if model in KNOWN and not path.exists():
         return plain_config(KNOWN[model], heads, where=path)
@@ -122,11 +122,18 @@ def _config(model: str, path: Path, heads: str | None) -> BridgeSTGConfig:
         message = f"{model}: expected a checkpoint's folder, a plain model's folder, a config.json, a bundle, {known}"
         raise BridgeError("options.invalid", message)
     values = read_json(file, hint="a checkpoint is a folder with a config.json")
-    if values.get("model_type") in FAMILIES and (heads == "bridge" or file.name != "config.json"):
+    check_model_type(values, file)
+    if (family := values["model_type"]) not in FAMILIES:
+        return BridgeSTGConfig.from_dict(values, str(file))
+    try:
+        check_sections(values, family)
+    except CheckpointError as error:
+        raise CheckpointError(error.code, f"{file}: {error.message}") from error
+    if heads == "bridge" or file.name != "config.json":
         return plain_config(values, heads, where=file)
-    if file.name == "config.json":
-        return load_config(file.parent)
-    return BridgeSTGConfig.from_dict(values, str(file))
+    from bridge_stg.checkpoint.checkpoint import load_config  # imports torch, which takes seconds: after all checks
+
+    return load_config(file.parent)
 
 
 def plain_config(values: Mapping[str, Any], heads: str | None, *, where: Path = Path("config.json")) -> BridgeSTGConfig:

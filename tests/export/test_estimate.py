@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,31 @@ def test_bad_input_is_one_paragraph(
     (tmp_path / "other" / "values.json").write_text("{}", encoding="utf-8")
     text = complaint(["estimate", *arguments], capsys, code=code)
     assert arguments[0] in text or not (tmp_path / arguments[0]).exists()
+
+
+def test_a_bad_file_is_named_before_torch_is_imported(tmp_path: Path) -> None:
+    good = KNOWN["qwen3-vl-2b"]
+    files: dict[str, object] = {
+        "missing": None, "list": [good], "other": {"model_type": "llama"}, "section": {**good, "text_config": 3},
+        "huge": {**good, "text_config": {**good["text_config"], "hidden_size": 10**30}},
+        "quantized": {**good, "quantization_config": [1]}, "own": {"model_type": "bridge_stg", "backbone": 1},
+        "nested": {"model_type": "bridge_stg", "backbone": {**good, "vision_config": {"patch_size": 0}}},
+    }  # fmt: skip
+    for name, values in files.items():
+        if values is not None:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    code = f"""
+import sys
+from bridge_stg import cli
+for name in {list(files)!r}:  # nor is this machine measured
+    assert cli.run(["estimate", name, "--target", "cpu"]) == 2
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(files) and all(name in line for name, line in zip(files, lines, strict=True))
