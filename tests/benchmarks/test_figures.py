@@ -12,8 +12,8 @@ from speed.limits import gemm_peaks
 from speed.measure import REFERENCE
 from speed.parity import parity
 from speed.results.growth import exponent, last_step, summary
-from speed.results.ratios import Limits, best_peer, chain_overhead, main_ratios, met, peer_ratios, targets
-from speed.results.report import MARKS, fill_in, flat_rows, markdown, plots
+from speed.results.ratios import MEANINGS, Limits, best_peer, chain_overhead, main_ratios, met, peer_ratios, targets
+from speed.results.report import MARKS, fill_in, flat_rows, markdown, missing_list, plots
 
 TEXT = {
     "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -167,6 +167,24 @@ def test_tables_contain_the_figures(result: dict[str, Any], tmp_path: Path) -> N
     document.write_text("nothing", encoding="utf-8")
     with pytest.raises(ValueError, match="speed: begin"):
         fill_in(document, "new")
+
+
+def test_every_ratio_has_a_meaning(result: dict[str, Any]) -> None:
+    assert set(MEANINGS) == set(result["targets"])
+    lines = [line for line in markdown(result).split("\n") if line.startswith("| `")]
+    assert len(lines) == len(result["ratios"]) and not any(line.endswith("|  |") for line in lines)
+
+
+def test_runners_are_not_named_where_nothing_was_measured() -> None:
+    reason = "all rows: no time"
+    missing = {
+        "demo/a, 8 frames": reason,
+        "demo/b, 8 frames": reason,
+        "demo/a, 32 frames": reason,
+        "demo: c": "no disk",
+    }
+    lines = missing_list(missing, {("demo", "32 frames")})
+    assert lines == ["- demo, 8 frames: all runners: no time", "- demo, 32 frames: a: no time", "- demo: c: no disk"]
 
 
 def test_plots_are_written(result: dict[str, Any], tmp_path: Path) -> None:

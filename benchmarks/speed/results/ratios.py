@@ -19,6 +19,27 @@ MODEL, FRAMES = "qwen3_vl_0_5b", 32
 LARGE = "qwen3_vl_2b"
 """Model of the ratios whose name ends with `_2b`."""
 PEAK_SHARE = 0.75
+MEANINGS = {
+    "end_to_end_int8_vs_torch_fp32": "whole call: time of eager torch in fp32 ÷ time of int8 here",
+    "end_to_end_int8_vs_torch_fp32_2b": "the same for the 2B model",
+    "prefill_vision_int8_vs_torch_fp32": "the same for vision and prefill together",
+    "decode_int8_of_bandwidth": "decoding in int8: share of the speed that the memory's bandwidth allows",
+    "decode_int8_of_bandwidth_2b": "the same for the 2B model",
+    "vision_int8_of_peak": "vision in int8: share of the speed that the peak of matmuls allows",
+    "prefill_int8_of_peak": "the same for prefill",
+    "decode_int4_vs_genai": "decoding in int4: time of onnxruntime-genai ÷ time here",
+    "decode_int4_vs_int8": "decoding: time of int8 ÷ time of int4",
+    "prefill_int4_vs_int8": "prefill: time of int8 ÷ time of int4",
+    "fp32_vs_best_peer": "time of the fastest peer ÷ time here, in the row of fp32 where this is least",
+    "int8_vs_best_peer": "the same in int8",
+    "growth_of_last_doubling": "largest power of the last doubling in the table of growth; 1: in proportion",
+    "eight_queries_over_one": "time of 8 queries on one video ÷ time of 1, in int8",
+    "chain_overhead": "share of the whole call, in int8, that is added to graphs and video decoding",
+    "cold_start_demo_fp32_s": "seconds of a whole `infer` process on a sample clip, demo in fp32: the best run",
+    "cold_start_demo_int8_s": "the same in int8",
+}
+"""What each ratio compares; other names are peers."""
+PEER_MEANING = "time of this runner ÷ time here in equal precision, geometric mean of the rows that both have"
 
 
 @dataclass(frozen=True)

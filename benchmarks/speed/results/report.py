@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from speed.measure import median
 from speed.results.growth import AXES, UNITS, summary
-from speed.results.ratios import Limits, chain_overhead, met, share_of_limit
+from speed.results.ratios import MEANINGS, PEER_MEANING, Limits, chain_overhead, met, share_of_limit
 
 STAGES_PLOT, GROWTH_PLOT = "speed_stages.svg", "speed_growth.svg"
 MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")
+ALL_ROWS = "all rows: "
+"""Begins the reason of a runner without any figure."""
 PLOTTED = ("vision", "prefill", "prefill_text", "decode", "end_to_end")
 TITLES = {
     "vision": "vision, s", "prefill": "prefill, s", "prefill_text": "prefill of text, s",
@@ -115,7 +117,8 @@ def parity_cell(own: Mapping[str, Mapping[str, Any]]) -> str:
 
 def ratio_table(result: Mapping[str, Any]) -> list[str]:
     """Return the Markdown table of the ratios and their targets."""
-    lines = ["| ratio | measured | to reach | |", "|---|--:|--:|---|"]
+    lines = ["| ratio | measured | target | | meaning |", "|---|--:|--:|---|---|"]
+    peers = False
     for name, value in result["ratios"].items():
         target = result["targets"].get(name)
         wanted = "" if target is None else " ".join(f"{'≥' if k == 'least' else '≤'} {v:g}" for k, v in target.items())
@@ -124,7 +127,9 @@ def ratio_table(result: Mapping[str, Any]) -> list[str]:
             if target is None
             else {True: "reached", False: "**not reached**", None: "not measured"}[met(value, target)]
         )
-        lines.append(f"| `{name}` | {'–' if value is None else f'{value:.3g}'} | {wanted} | {said} |")
+        meaning = MEANINGS.get(name) or ("the same" if peers else PEER_MEANING)
+        peers |= name not in MEANINGS
+        lines.append(f"| `{name}` | {'–' if value is None else f'{value:.3g}'} | {wanted} | {said} | {meaning} |")
     return lines
 
 
@@ -166,21 +171,30 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts += ["", "### Cost as work grows", "", f"![Cost of growing work](images/{GROWTH_PLOT})", ""]
         parts += growth_table(result["growth"])
     if result["missing"]:
-        parts += ["", "Not measured:", "", *missing_list(result["missing"])]
+        measured = {(row["model"], f"{row['frames']} frames") for row in result["rows"]}
+        parts += ["", "Not measured:", "", *missing_list(result["missing"], measured)]
     return "\n".join(parts)
 
 
-def missing_list(missing: Mapping[str, str]) -> list[str]:
-    """Return a line for each group of runners of one model and number of frames that lack the same for one reason."""
+def missing_list(missing: Mapping[str, str], measured: Collection[tuple[str, str]]) -> list[str]:
+    """Return a line for each group of runners of one model and number of frames that lack the same for one reason.
+
+    Args:
+        missing: `model/runner, N frames` → what is missing, and why.
+        measured: (model, `N frames`) of which some runner has figures; of others the runners are not named.
+    """
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name, reason in missing.items():
         model, _, rest = name.rpartition("/")
         runner, _, frames = rest.partition(", ")
         groups.setdefault((model, frames, reason), []).append(runner)
-    return [
-        f"- {', '.join(filter(None, (model, frames)))}{': ' if model else ''}{', '.join(runners)}: {reason}"
-        for (model, frames, reason), runners in groups.items()
-    ]
+    lines = []
+    for (model, frames, reason), runners in groups.items():
+        nothing = frames and (model, frames) not in measured and reason.startswith(ALL_ROWS)
+        names = "all runners" if nothing else ", ".join(runners)
+        where = f"{', '.join(filter(None, (model, frames)))}: " if model else ""
+        lines.append(f"- {where}{names}: {reason.removeprefix(ALL_ROWS)}")
+    return lines
 
 
 def fill_in(document: Path, text: str) -> None:
