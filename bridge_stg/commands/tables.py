@@ -12,6 +12,7 @@ from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.chain.results import VIDEO_STAGES, FrameBoxes, Grounding
+from bridge_stg.runtime.chain.spans import Span
 from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.search.occurrences import SearchResult, score_of
 from bridge_stg.runtime.video.token_budget import CoarseChoice
@@ -32,9 +33,11 @@ def result_table(result: Grounding | SearchResult) -> str:
         return grounding_table(result)
     windows, found = result.windows, result.occurrences
     shots = "1 shot" if windows.shots == 1 else f"{windows.shots} shots"
+    parts = f"{windows.count} windows" if windows.count != 1 else "1 window"
+    overlap = f" that overlap by {windows.overlap_s:g} s" if windows.count != 1 else ""
     lines = [
-        f"  searched {shots} in {windows.count} windows of {windows.length_s:g} s that overlap by "
-        f"{windows.overlap_s:g} s, {windows.absent} of them without the target; --window whole reads the video at once"
+        f"  searched {shots} in {parts} of at most {windows.length_s:g} s{overlap}, {windows.absent} of them without "
+        "the target; --window whole reads the video at once"
     ]
     if found:
         lines.append(f"  occurrences: {len(found)}, best first; the boxes below are those of the first")
@@ -55,7 +58,9 @@ def grounding_table(result: Grounding) -> str:
         verb = "followed" if result.task == "track" else "found"
         in_image = "image" in (result.task, result.mode)
         lines.append("  found" if in_image else f"  {verb} from {start:.2f} s to {end:.2f} s")
-        lines += [] if result.boxes is None else _box_rows(result.boxes, presence=result.heads == "bridge")
+        followed = result.span if result.task == "track" else None
+        presence = result.heads == "bridge"
+        lines += [] if result.boxes is None else _box_rows(result.boxes, presence=presence, followed=followed)
     else:
         lines += [f"  not in this video (probability {result.scores['absent']:.2f})"]
     lines += [f"  {CLOCK_NOTES[result.clock]}"] if result.clock in CLOCK_NOTES else []
@@ -132,12 +137,20 @@ def _coarse_line(coarse: CoarseChoice) -> str:
     )
 
 
-def _box_rows(boxes: FrameBoxes, *, presence: bool) -> list[str]:
-    """Return a table of at most `ROWS` boxes, with a column of `presence` where the heads compute it."""
+def _box_rows(boxes: FrameBoxes, *, presence: bool, followed: Span | None) -> list[str]:
+    """Return a table of at most `ROWS` boxes.
+
+    Args:
+        boxes: boxes of frames.
+        presence: whether the heads compute it, for a column.
+        followed: span of a track, which has boxes outside it too.
+    """
     rows = [f"  {'time':>7}  {'left':>6} {'top':>6} {'right':>6} {'bottom':>6}{'  presence' * presence}"]
     for i in np.linspace(0, len(boxes) - 1, min(ROWS, len(boxes))).round().astype(int):
         left, top, right, bottom = boxes.boxes[i]
         flags = ["interpolated"] * bool(boxes.interpolated[i]) + ["low presence"] * (not boxes.visible[i])
+        if followed is not None and not followed[0] <= boxes.times[i] < followed[1]:
+            flags = ["not followed: the last box"]
         row = f"  {boxes.times[i]:7.2f}  {left:6.0f} {top:6.0f} {right:6.0f} {bottom:6.0f}"
         row += f"  {boxes.presence[i]:8.2f}" * presence
         rows.append(f"{row}  {', '.join(flags)}".rstrip())

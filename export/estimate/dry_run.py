@@ -160,7 +160,8 @@ class DryRun:
             smaller = "--max-frames or --max-queries" if enough else "precision, or a smaller model"
             where += f"; {largest.graph} needs a smaller {smaller}"
         lines.append(f"  building: {gigabytes(self.build_peak)} {where}")
-        lines.append(f"  queries that fit at once: {self.most_queries}")
+        limit = ", the maximum of these engines (--max-queries)" if self.most_queries == self.most_rows else ""
+        lines.append(f"  queries that fit at once: {self.most_queries}{limit}")
         builder = self.graphs[0].figures == "builder"
         source = "the TensorRT-RTX builder" if builder else "a model fitted to engines in fp16 and fp32"
         lines.append(f"  activations by {source}")

@@ -174,7 +174,8 @@ class Estimate:
             counted = f"{stage.operations / 1e12:8.3f} T operations  {stage.moved / 1e9:8.2f} GB"
             lines.append(f"  {stage.name:14}{stage.seconds:9.3f} s  {counted}  limited by {bound}")
         lines.append(f"  {'total':14}{self.seconds:9.3f} s  without decoding the video")
-        lines.append(f"  {1 / self.token_s:.1f} tokens per second; efficiencies: {self.efficiency.source}")
+        speed = 1 / self.token_s
+        lines.append(f"  {speed:.{1 if speed < 100 else 0}f} tokens per second; efficiencies: {self.efficiency.source}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

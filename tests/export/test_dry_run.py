@@ -47,6 +47,7 @@ def test_published_models_with_32_frames(
     many = dry_run(shape, device_of(target), Deployment(max_frames=32), dtype=dtype, queries=8)
     assert many.kv_cache == 9 * found.kv_cache and found.most_queries == int(found.needed <= found.device.usable)
     assert (many.most_queries == 8) == (many.needed <= many.device.usable)
+    assert ("the maximum of these engines" in many.table()) == (many.most_queries == 8)
 
 
 def test_activations_are_those_of_the_builder() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 
-from bridge_stg.commands.tables import grounding_table
+from bridge_stg.commands.tables import grounding_table, result_table
+from bridge_stg.runtime.search.occurrences import SearchedWindows, SearchResult
 from bridge_stg.runtime.video.token_budget import CoarseChoice
 from tests.bridge_stg.commands.fake_grounder import COUNTS, FakeVideo
 
@@ -46,3 +48,19 @@ def test_table_separates_the_seconds_of_the_video_from_those_of_the_queries() ->
 def test_table_states_no_span_of_an_image() -> None:
     result = dataclasses.replace(FakeVideo().ground("the dog"), heads="text", mode="image", decoding=COUNTS)
     assert "  found\n" in grounding_table(result)
+
+
+def test_table_of_a_track_marks_the_frames_after_its_span() -> None:
+    result = FakeVideo().ground("the dog")
+    assert result.tube is not None
+    track = dataclasses.replace(result, task="track", span=(0.4, 1.0))
+    object.__setattr__(track, "boxes", result.tube.at(np.array([0.5, 0.9, 1.0, 1.5])))
+    rows = [line for line in grounding_table(track).splitlines() if line.startswith("     ")][1:]
+    assert ["not followed: the last box" in row for row in rows] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 window of at most 20 s, 0"), (3, "3 windows of at most 20 s that")])
+def test_table_of_a_search_counts_its_windows(count: int, said: str) -> None:
+    windows = SearchedWindows(length_s=20.0, overlap_s=5.0, count=count, absent=0, shots=1)
+    search = SearchResult(best=FakeVideo().ground("the dog"), occurrences=(), windows=windows)
+    assert f"searched 1 shot in {said}" in result_table(search)
