@@ -4,7 +4,7 @@
   works over the whole cache. It also writes the new rows into the cache.
 - Without a cache or a mask, MultiHeadAttention, which keeps its scores in the L2 cache of a core.
 - RotaryEmbedding on [B, L, heads · head_dim] replaces six operators.
-- For one token per row, `Attention` whose rows are the query heads that share a key head (`group_heads`):
+- For few tokens, `Attention` whose rows are the tokens' query heads that share a key head (`group_heads`):
   GroupQueryAttention reads the keys and values once per query head.
 """
 
@@ -61,19 +61,16 @@ def fuse_attention(model: ir.Model) -> bool:
 
 
 def group_heads(model: ir.Model) -> bool:
-    """Replace each GroupQueryAttention whose groups are large, in place; the graph then takes one token per row.
-
-    Returns whether one was replaced.
-    """
-    edit, group = Edit(model.graph), 0
+    """Replace each GroupQueryAttention whose groups are large, in place; return whether one was replaced."""
+    edit, found = Edit(model.graph), False
     for node in list(model.graph):
         counts = [node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads") if name in node.attributes]
         if node.op_type == "GroupQueryAttention" and counts[0] >= LEAST_GROUP * counts[1]:
-            group = counts[0] // counts[1]
             _group(edit, node, *counts)
-    if group:
+            found = True
+    if found:
         edit.drop_unused()
-    return group > 0
+    return found
 
 
 def _group(edit: Edit, node: ir.Node, heads: int, key_heads: int) -> None:
@@ -84,51 +81,60 @@ def _group(edit: Edit, node: ir.Node, heads: int, key_heads: int) -> None:
         (out,) = edit.insert(operator, inputs, attributes, before=node, name=f"{module}/{operator}")
         return out
 
-    def rows(value: ir.Value | None, count: int) -> ir.Value:
-        """Return [B, 1, count · head_dim] as [B, count, 1, head_dim]."""
-        sizes = edit.constant(f"one_token_{count}", np.array([0, count, 1, -1], np.int64))
-        rotary = producer(value, "RotaryEmbedding")
-        flat = producer(rotary.inputs[0], "Reshape") if rotary is not None else None
-        norm = producer(flat.inputs[0], "RMSNormalization") if flat is not None else None
-        view = producer(norm.inputs[0], "Reshape") if norm is not None else None
-        if rotary is None or norm is None or view is None:
-            return then("Reshape", [value, sizes])
-        view.replace_input_with(1, sizes)
-        rotary.replace_input_with(0, norm.outputs[0])
-        for changed in (view, norm, rotary):
-            changed.outputs[0].shape = None
-        return rotary.outputs[0]
+    def sizes(*numbers: int) -> ir.Value:
+        return edit.constant("sizes_" + "_".join(map(str, numbers)), np.array(numbers, np.int64))
 
-    query, key, value, *past, last = node.inputs[:6]
+    def heads_first(value: ir.Value | None, count: int) -> ir.Value:
+        """Return [B, L, count · head_dim] as [B, count, L, head_dim]."""
+        rotary = producer(value, "RotaryEmbedding")
+        flat = value if rotary is None else rotary.inputs[0]
+        merge = producer(flat, "Reshape")
+        if merge is not None and integers_of(merge.inputs[1]) == [0, 0, -1]:
+            split = merge.inputs[0]
+        else:
+            split = then("Reshape", [flat, sizes(0, 0, count, -1)])
+        turned = then("Transpose", [split], perm=HEADS_FIRST)
+        return turned if rotary is None else then("RotaryEmbedding", [turned, *rotary.inputs[1:]])
+
+    query, key, value, *past = node.inputs[:5]
     position = next(value for value in edit.graph.inputs if value.name == "cache_position")
     present = [
-        then("TensorScatter", [cache, rows(new, key_heads), position], axis=2)
+        then("TensorScatter", [cache, heads_first(new, key_heads), position], axis=2)
         for cache, new in zip(past, (key, value), strict=True)
     ]
-    sizes = edit.constant(f"groups_{key_heads}", np.array([0, key_heads, -1, 0], np.int64))
-    grouped = then("Reshape", [rows(query, heads), sizes])
-    mask = _seen(edit, node, last, heads // key_heads)
+    grouped = then("Reshape", [heads_first(query, heads), sizes(0, key_heads, -1, 0)])
+    mask = _seen(edit, node, past[0], heads // key_heads)
     out = then("Attention", [grouped, *present, mask], scale=node.attributes["scale"].as_float())
-    out = then("Reshape", [out, edit.constant("one_row", np.array([0, 1, -1], np.int64))])
+    out = then("Transpose", [then("Reshape", [out, sizes(0, heads, -1, 0)])], perm=HEADS_FIRST)
+    out = then("Reshape", [out, sizes(0, 0, -1)])
     for old, new in zip(node.outputs, (out, *present), strict=True):
         edit.replace(old, new)
     edit.graph.remove(node, safe=True)
 
 
-def _seen(edit: Edit, node: ir.Node, last: ir.Value | None, group: int) -> ir.Value:
-    """Return the mask [B, 1, group, S]: 0 for positions up to the last of each row, −∞ after it."""
+def _seen(edit: Edit, node: ir.Node, past: ir.Value | None, group: int) -> ir.Value:
+    """Return the mask [B, 1, group · L, S]: 0 for positions up to that of each token, −∞ after it."""
     if "seen" not in edit.nodes:
 
-        def then(operator: str, inputs: list[ir.Value | None], name: str = "") -> ir.Value:
-            (out,) = edit.insert(operator, inputs, before=node, name=name or f"seen/{operator}")
+        def then(operator: str, inputs: list[ir.Value | None], name: str = "", **attributes: object) -> ir.Value:
+            (out,) = edit.insert(operator, inputs, attributes, before=node, name=name or f"seen/{operator}")
             return out
 
-        zero, one = (edit.constant(f"int_{n}", np.array(n, np.int32)) for n in (0, 1))
+        def integers(*numbers: int) -> ir.Value:
+            return edit.constant("integers_" + "_".join(map(str, numbers)), np.array(numbers, np.int64))
+
+        def count_to(value: ir.Value | None, axis: int) -> ir.Value:
+            size = then("Squeeze", [then("Shape", [value], start=axis, end=axis + 1)])
+            zero, one = (edit.constant(f"integer_{n}", np.array(n, np.int64)) for n in (0, 1))
+            return then("Range", [zero, size, one])
+
+        inputs = {value.name: value for value in edit.graph.inputs}
+        first = then("Unsqueeze", [inputs["cache_position"], integers(1, 2, 3)])
+        token = then("Unsqueeze", [count_to(inputs["input_ids"], 1), integers(1)])
+        later = then("Greater", [count_to(past, 2), then("Add", [first, token])])
         shown, hidden = (edit.constant(f"mask_{n}", np.array(n, np.float32)) for n in (0, -np.inf))
-        ends = then("Unsqueeze", [last, edit.constant("mask_axes", np.array([1, 2, 3], np.int64))])
-        later = then("Greater", [then("Range", [zero, node.inputs[6], one]), ends])
-        mask = then("Where", [later, hidden, shown])
-        then("Expand", [mask, edit.constant("mask_rows", np.array([1, 1, group, 1], np.int64))], name="seen")
+        mask = then("Expand", [then("Where", [later, hidden, shown]), integers(1, group, 1, 1)])
+        then("Reshape", [mask, integers(0, 1, -1, 0)], name="seen")
     return edit.nodes["seen"].outputs[0]
 
 

@@ -62,37 +62,39 @@ def derive_ort_cpu(
     spec = next((spec for spec in written if spec.variant == DERIVED_FROM), None)
     if spec is None or not for_ort_cpu(model := ir.load(folder / f"{DERIVED_FROM}.onnx"), spec.name):
         return []
-    ranges = {symbol: (0 if symbol == "K" else least, most) for symbol, (least, most) in spec.ranges.items()}
-    made = dataclasses.replace(spec, variant=VARIANT, derived_from=DERIVED_FROM, ranges=ranges)
+    variants = [VARIANT]
     if decode is None:
         decode = sum(file.stat().st_size for file in folder.glob("*.data")) > DECODE_LEAST
-    few = _add_layouts(model, made, folder, round_head) if decode and spec.cache is not None else None
+    if decode and spec.cache is not None:
+        variants += [DECODE] * _add_layouts(model, spec.name, folder, round_head)
     ir.save(model, folder / f"{VARIANT}.onnx")
-    return [made] if few is None else [made, few]
+    ranges = {symbol: (0 if symbol == "K" else least, most) for symbol, (least, most) in spec.ranges.items()}
+    made = dataclasses.replace(spec, variant=VARIANT, derived_from=DERIVED_FROM, ranges=ranges)
+    return [dataclasses.replace(made, variant=variant) for variant in variants]
 
 
-def _add_layouts(model: ir.Model, spec: GraphSpec, folder: Path, round_head: RoundInt4 | None) -> GraphSpec | None:
+def _add_layouts(model: ir.Model, graph: str, folder: Path, round_head: RoundInt4 | None) -> bool:
     """Give a graph of `for_ort_cpu` the layouts of many tokens in place, and write `ort-cpu-decode` beside it.
 
-    Returns the contract of that variant, or None if no weight has another layout for few tokens; then there is none.
+    Returns False if no weight has another layout for few tokens; then there is no such variant.
     """
     file = folder / f"{DECODE}.onnx"
     with WeightFile(folder / DECODE_WEIGHTS) as weights:
-        to_decode_form(model, spec.name, weights, only=HEAD, round_head=round_head)
+        to_decode_form(model, graph, weights, only=HEAD, round_head=round_head)
         ir.save(model, file)
         few = ir.load(file)
-        changed = to_decode_form(few, spec.name, weights)
+        changed = to_decode_form(few, graph, weights)
     with WeightFile(folder / PREFILL_WEIGHTS) as weights:
-        to_prefill_form(model, spec.name, weights)
+        to_prefill_form(model, graph, weights)
     for name in (DECODE_WEIGHTS, PREFILL_WEIGHTS):
         if not (folder / name).stat().st_size:
             (folder / name).unlink()
-    if not changed:
+    if changed:
+        group_heads(few)
+        ir.save(few, file)
+    else:
         file.unlink()
-        return None
-    ranges = {**spec.ranges, "L": (1, 1)} if group_heads(few) else spec.ranges
-    ir.save(few, file)
-    return dataclasses.replace(spec, variant=DECODE, ranges=ranges)
+    return changed
 
 
 def for_ort_cpu(model: ir.Model, graph: str) -> bool:

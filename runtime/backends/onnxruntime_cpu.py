@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -50,8 +50,7 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
         threads: threads per call; None: one per physical core that this process may use (see cpus.py).
         low_memory: convert weights at every call instead of once: slower, without a second copy of them in memory.
         weights: folder of the external data; None: the file's folder.
-        few: file and manifest entry of the same graph for calls of at most `DECODE_TOKENS` tokens, and in each row at
-            most as many as it takes; None: this one.
+        few: file and manifest entry of the same graph for calls of at most `DECODE_TOKENS` tokens; None: this one.
 
     Raises:
         EngineError: onnxruntime is missing or rejects the file, or the file does not fit the manifest.
@@ -114,7 +113,7 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
 
     def infer(self, feeds: Mapping[str, Array], *, cache: KVCache | None = None) -> dict[str, Any]:
         """See `Session.infer`."""
-        if self._few is not None and _fits_few(self._few.graph, feeds):
+        if self._few is not None and getattr(feeds.get("input_ids"), "size", sys.maxsize) <= DECODE_TOKENS:
             return self._few.infer(feeds, cache=cache)
         session = self._session
         if session is None:
@@ -162,13 +161,6 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
         if cache is None or contract is None or contract.update != "in_place":
             return {}
         return dict(zip(contract.written_names, contract.past_names, strict=True))
-
-
-def _fits_few(graph: GraphSpec, feeds: Mapping[str, Array]) -> bool:
-    """Return whether the graph for few tokens takes a call; a malformed one is left to the other graph's checks."""
-    shape: tuple[int, ...] = getattr(feeds.get("input_ids"), "shape", ())
-    most = graph.ranges.get("L", (1, None))[1]
-    return len(shape) == 2 and math.prod(shape) <= DECODE_TOKENS and (most is None or shape[1] <= most)
 
 
 def session_options(threads: int | None) -> Any:

