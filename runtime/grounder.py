@@ -24,9 +24,7 @@ from bridge_stg.runtime.chain.vision_pass import FEATURE_BUDGET_BYTES
 from bridge_stg.runtime.errors import BridgeError, EngineError, VideoError
 from bridge_stg.runtime.heads.bridge import BridgeHead
 from bridge_stg.runtime.heads.chat import check_chat, check_context, with_context
-from bridge_stg.runtime.heads.json_grammar import JsonGrammar
 from bridge_stg.runtime.heads.options import TextOptions
-from bridge_stg.runtime.heads.text import TextHead
 from bridge_stg.runtime.host.failures import reporting_host_errors
 from bridge_stg.runtime.host.limits import CallKeywords, Cancel, Limits, Progress
 from bridge_stg.runtime.host.parse import is_number
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
 
     from bridge_stg.runtime.backends.choose import ChosenBackend, Sessions
     from bridge_stg.runtime.bundle.bundle import Bundle
+    from bridge_stg.runtime.heads.json_grammar import JsonGrammar
     from bridge_stg.runtime.live.source import LiveSource
     from bridge_stg.runtime.live.watch import LiveWatch
     from bridge_stg.runtime.search.occurrences import SearchResult
@@ -100,7 +99,12 @@ class Grounder(Closable):
         self._index = index
         closed_error = EngineError("engine.closed", "this Grounder is closed; load the bundle again")
         self._usage = UseCount(self._free, closed_error=closed_error)
-        self._text, self._grammar = text or TextOptions(), JsonGrammar(tokenizer)
+        self._text = text or TextOptions()
+        self._grammar: JsonGrammar | None = None
+        if spec.text is not None:
+            from bridge_stg.runtime.heads.json_grammar import JsonGrammar
+
+            self._grammar = JsonGrammar(tokenizer)
         self._chain = Chain(
             vision_encoder, language_model, spec, tokenizer, self._pool, self._usage, self.heads, self._open_head
         )
@@ -476,7 +480,11 @@ class Grounder(Closable):
 
     def _open_head(self, chain: Chain, parts: VideoParts) -> Head:
         """Return the head that answers the queries on a video; with bridge heads, a text head answers its questions."""
-        text = None if self.spec.text is None else TextHead(chain, parts, self._text, self._grammar)
+        text = None
+        if self._grammar is not None:
+            from bridge_stg.runtime.heads.text import TextHead
+
+            text = TextHead(chain, parts, self._text, self._grammar)
         if self.heads == "bridge" or text is None:
             return BridgeHead(chain, parts, self.sessions["spatial_decoder"], text)
         return text

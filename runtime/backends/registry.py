@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineDevice, EngineEntry, engine_folders, find_engine
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import DECODE
 from bridge_stg.runtime.bundle.manifest import GraphSpec
@@ -24,6 +23,7 @@ from bridge_stg.runtime.host.memory import gigabytes
 
 if TYPE_CHECKING:  # they need numpy, and `doctor` lists backends where it is missing
     from bridge_stg.runtime.backends.session import Session
+    from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineEntry
     from bridge_stg.runtime.device.context import DeviceContext
 
 STANDARD_SINCE = (1, 32)
@@ -83,6 +83,7 @@ def _open_provider(
     provider: str, bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
 ) -> Session:
     from bridge_stg.runtime.backends.onnxruntime_gpu import CUDA, OnnxRuntimeDeviceSession
+    from bridge_stg.runtime.backends.tensorrt.engine_cache import engine_folders
     from bridge_stg.runtime.device.context import DeviceContext
 
     return OnnxRuntimeDeviceSession(
@@ -100,6 +101,7 @@ def _open_provider(
 def _open_tensorrt(
     family: str, bundle: Bundle, graph: GraphSpec, threads: int | None, device: DeviceContext | None = None
 ) -> Session:
+    from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineDevice, find_engine
     from bridge_stg.runtime.backends.tensorrt.library import TensorRT
     from bridge_stg.runtime.backends.tensorrt.session import TensorRTSession
     from bridge_stg.runtime.device.context import DeviceContext
@@ -131,6 +133,8 @@ def require_memory(entry: EngineEntry, device: DeviceContext) -> None:
 
 
 def _without_engine(family: str, bundle: Bundle, graph: GraphSpec, version: str, device: DeviceFacts) -> str | None:
+    from bridge_stg.runtime.backends.tensorrt.engine_cache import EngineDevice, find_engine
+
     try:
         find_engine(bundle, graph, EngineDevice(family, version, device.sm))
     except EngineError as error:

@@ -10,6 +10,7 @@ import pytest
 from bridge_stg.runtime.backends import registry as backends
 from bridge_stg.runtime.backends.choose import choose, open_sessions
 from bridge_stg.runtime.backends.registry import BACKENDS, usual_sizes
+from bridge_stg.runtime.backends.tensorrt import engine_cache
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.device.cuda import Cuda, DeviceFacts
 from bridge_stg.runtime.errors import EngineError
@@ -42,7 +43,7 @@ def machine(monkeypatch):
 
         monkeypatch.setattr(runtime_packages, "installed_version", packages.get)
         monkeypatch.setattr(backends, "gpu", facts)
-        monkeypatch.setattr(backends, "find_engine", find)
+        monkeypatch.setattr(engine_cache, "find_engine", find)
 
     return pretend
 
