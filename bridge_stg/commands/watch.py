@@ -161,11 +161,13 @@ def clock(seconds: float) -> str:
 
 def summary(stats: LiveStats) -> str:
     """Summarize a watch in three lines."""
+    rebuilds = f"{stats.rebuilds} {'rebuild' if stats.rebuilds == 1 else 'rebuilds'}"
+    longest = f" the longest of {rebuilds} {1000 * stats.longest_rebuild_s:.0f} ms," if stats.rebuilds else ""
     return (
         f"{stats.frames} frames, {stats.answers} rounds; ended: {stats.ended}. Dropped: {stats.dropped_coarse_frames} "
         f"coarse frames, {stats.skipped_answers + stats.late_answers} rounds.\n"
-        f"A coarse frame took {1000 * stats.cost_s:.1f} ms, the longest of {stats.rebuilds} rebuilds "
-        f"{1000 * stats.longest_rebuild_s:.0f} ms, the longest round {1000 * stats.longest_answer_s:.0f} ms.\n"
+        f"A coarse frame took {1000 * stats.cost_s:.1f} ms,{longest} "
+        f"the longest round {1000 * stats.longest_answer_s:.0f} ms.\n"
         f"Latency from a frame to its answers: median {1000 * stats.latency_median_s:.0f} ms, 95th percentile "
         f"{1000 * stats.latency_p95_s:.0f} ms."
     )

@@ -193,8 +193,13 @@ def _legend(
         draw.text((left, y), text, INK, name_font, anchor="lm")
 
 
+def _has_curve(grounding: Grounding) -> bool:
+    """Return whether there is presence to draw; text heads compute none."""
+    return grounding.tube is not None and grounding.heads == "bridge"
+
+
 def _curve_height(groundings: Sequence[Grounding]) -> int:
-    return CURVE_HEIGHT if any(grounding.tube is not None for grounding in groundings) else 0
+    return CURVE_HEIGHT if any(_has_curve(grounding) for grounding in groundings) else 0
 
 
 def _timeline_height(groundings: Sequence[Grounding]) -> int:
@@ -251,7 +256,7 @@ def _curve(
     filled: bool,
 ) -> None:
     """Draw the presence of a query over its span."""
-    if grounding.span is None or grounding.tube is None:
+    if grounding.span is None or grounding.tube is None or not _has_curve(grounding):
         return
     start, end = (x(side) for side in grounding.span)
     tube, colour = grounding.tube, colour_of(place)

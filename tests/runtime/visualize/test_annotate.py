@@ -19,7 +19,15 @@ from bridge_stg.runtime.video.token_budget import CoarseChoice
 from bridge_stg.runtime.visualize import fonts
 from bridge_stg.runtime.visualize.annotate import annotate, encode_h264
 from bridge_stg.runtime.visualize.canvas import COLOURS, TARGET, draw_box, fit_text
-from bridge_stg.runtime.visualize.contact_sheet import PAGE_WIDTH, contact_sheet, grid, shown_times, tick_step
+from bridge_stg.runtime.visualize.contact_sheet import (
+    CURVE_HEIGHT,
+    CURVE_TITLE,
+    PAGE_WIDTH,
+    contact_sheet,
+    grid,
+    shown_times,
+    tick_step,
+)
 from bridge_stg.runtime.visualize.crop import view_of
 from bridge_stg.runtime.visualize.fonts import drawable, font, font_for, missing_letters
 from bridge_stg.runtime.visualize.painter import frame_index, marks_at
@@ -214,6 +222,17 @@ def test_the_curve_does_not_hide_its_label(tmp_path: Path) -> None:
     with Image.open(contact_sheet(clip, found(TIMES), tmp_path / "sheet.png")) as page:
         above_curve = np.asarray(page)[-147:-135, :110]
     assert (above_curve.max(axis=-1) < 150).sum() > 20
+
+
+def test_text_heads_have_no_curve_of_presence(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4")
+    heights = []
+    for heads in ("bridge", "text"):
+        with Image.open(
+            contact_sheet(clip, dataclasses.replace(found(TIMES), heads=heads), tmp_path / "sheet.png")
+        ) as page:
+            heights.append(page.height)
+    assert heights[0] - heights[1] == CURVE_TITLE + CURVE_HEIGHT
 
 
 def test_each_query_has_a_frame_on_the_sheet() -> None:
