@@ -81,7 +81,10 @@ def read_overrides(path: str | os.PathLike[str]) -> Overrides:
     if not isinstance(keep, list) or not all(isinstance(block, str) for block in keep) or len(set(keep)) < len(keep):
         raise _error(file, f"keep_float is {keep!r}; expected a list of different block names.")
     for block in keep:
-        graph_of(block)
+        try:
+            graph_of(block)
+        except BridgeError as error:
+            raise BridgeError(error.code, f"{file}: {error.message}") from error
     methods, smoothing = (_mapping(file, key, values.get(key)) for key in ("methods", "smoothing"))
     for name, method in methods.items():
         if method not in METHODS:

@@ -69,6 +69,14 @@ class Sample:
     where: str = ""
 
 
+def check_ids(name: str, samples: Sequence[Sample]) -> None:
+    """Raise AnnotationError if samples of a file or dataset of this name have the same id."""
+    (most, count), *_ = Counter(sample.id for sample in samples).most_common(1) or [("", 0)]
+    if count > 1:
+        what = f"{name}: {count} samples have the id {most!r}; remove all but one, or give them different ids."
+        raise AnnotationError("annotation.duplicate_id", what)
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """All samples of a dataset in the order of its files, and the SHA-256 of what was read (`annotations`).
@@ -84,10 +92,7 @@ class Dataset:
     stream: int | None = None
 
     def __post_init__(self) -> None:
-        (most, count), *_ = Counter(sample.id for sample in self.samples).most_common(1) or [("", 0)]
-        if count > 1:
-            what = f"{self.name}: {count} samples have the id {most!r}; remove all but one, or give them different ids."
-            raise AnnotationError("annotation.duplicate_id", what)
+        check_ids(self.name, self.samples)
 
     def chosen(self, *, limit: int | None = None, shard: tuple[int, int] = (1, 1)) -> list[Sample]:
         """Return every n-th of the first `limit` samples, starting with the i-th, for shard (i, n)."""

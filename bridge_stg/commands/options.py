@@ -99,12 +99,7 @@ class OutputFile(click.Path):
         from bridge_stg.runtime.host.files import check_writable
 
         check_writable(path, path.parent)
-        for folder in path.resolve().parents:
-            if (folder / "manifest.json").is_file():
-                from bridge_stg.runtime.bundle.writer import is_bundle
-
-                if is_bundle(folder):
-                    raise BridgeError("output.is_input", f"{path} is in the bundle {folder}; choose another folder.")
+        check_outside_bundles(path)
         return path
 
 
@@ -120,7 +115,18 @@ class OutputFolder(click.Path):
 
         path = Path(value)
         check_creatable(path)
+        check_outside_bundles(path)
         return path
+
+
+def check_outside_bundles(path: Path) -> None:
+    """Raise BridgeError if a path is in the folder of a bundle, which has files of its own only."""
+    for folder in path.resolve().parents:
+        if (folder / "manifest.json").is_file():
+            from bridge_stg.runtime.bundle.writer import is_bundle
+
+            if is_bundle(folder):
+                raise BridgeError("output.is_input", f"{path} is in the bundle {folder}; choose another folder.")
 
 
 def box(value: str) -> tuple[float, ...]:

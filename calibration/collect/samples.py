@@ -20,7 +20,7 @@ from typing import Any
 from bridge_stg.evaluation.datasets.fields import Record, digest, json_lines
 from bridge_stg.evaluation.datasets.jsonl import annotation_from, truth_of
 from bridge_stg.evaluation.media import MediaFolder, frame_files
-from bridge_stg.evaluation.samples import Dataset, Sample, Truth, span_truth
+from bridge_stg.evaluation.samples import Dataset, Sample, Truth, check_ids, span_truth
 from bridge_stg.runtime.bundle.bundle import file_sha256
 from bridge_stg.runtime.errors import AnnotationError
 
@@ -105,11 +105,15 @@ def read_samples(path: Path, media: Path | None = None, *, limit: int | None = N
         absent |= gone or truth is None
         samples.append(sample)
         entries.append(Entry(sample.id, "absent" if gone else sample.task, sample.media_name, hashes[sample.media]))
+    if not samples and not missing:
+        what = f"{path}: has no samples; expected one JSON object per line (docs/annotations.md)."
+        raise AnnotationError("annotation.empty", what)
     if not samples:
         first = f"; the first is that of sample {missing[0]!r}" if missing else ""
         what = f"none of the media of its {len(missing)} samples exists in {folder.root}{first}"
         raise AnnotationError("annotation.no_media", f"{path}: {what}. Give their folder with --media.")
     sha256 = digest(path)
+    check_ids(str(path), samples)
     dataset = Dataset("jsonl", path.stem, tuple(samples), sha256, allow_none=absent)
     return CalibrationSet(path, sha256, dataset, tuple(entries), labelled, tuple(missing))
 

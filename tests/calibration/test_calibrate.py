@@ -186,6 +186,8 @@ def test_misuse(exported: Bundle, given: dict[str, Path], tmp_path: Path, capsys
     quantize_bundle(exported, quantized, recipe=RECIPES["w8"].with_graph("vision_encoder", "float"), ranges={})
     (tmp_path / "unknown.yaml").write_text("keep_float: [vision_encoder.blocks.99.mlp]\n")
     (tmp_path / "broken.yaml").write_text("keep: [")
+    (tmp_path / "other.yaml").write_text("keep_float: [nothing.at.all]")
+    (tmp_path / "in" / "none.jsonl").write_text("\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "letter.txt").touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "in" / "z.png")
@@ -197,6 +199,9 @@ def test_misuse(exported: Bundle, given: dict[str, Path], tmp_path: Path, capsys
         ([*good, "--select", given["samples"]], ["samples.jsonl", "--own-tubes"]),
         ([*good, "--select", given["select"], "--evaluate", given["select"]], ["3 samples", "select.jsonl"]),
         ([*good, "--overrides", tmp_path / "unknown.yaml"], ["'vision_encoder.blocks.99.mlp'", "blocks.0.mlp"]),
+        ([exported.path, "--samples", tmp_path / "in" / "none.jsonl", "--out", out], ["none.jsonl: has no samples"]),
+        ([*good[:3], "--out", exported.path / "b8"], ["in the bundle"]),
+        ([*good, "--overrides", tmp_path / "other.yaml"], ["other.yaml", "'nothing.at.all'"]),
         ([*good, "--overrides", tmp_path / "broken.yaml"], ["broken.yaml", "YAML"]),
         ([*good, "--force-int8", "spatial_decoder"], ["--force-int8 spatial_decoder"]),
         ([*good, "--max-drop", "0"], ["max-drop"]),

@@ -64,6 +64,13 @@ def test_warns_of_media_shared_with_the_evaluation(file: Path, tmp_path: Path) -
     assert "3 of the 18" in warnings_of(samples, {"evaluation": read_samples(evaluation)})[0]
 
 
+def test_equal_ids_are_named_with_their_file(file: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"id": "a", "video": "a.mp4", "query": "x"}\n' * 2, encoding="utf-8")
+    with raises("annotation.duplicate_id", "twice.jsonl", "'a'"):
+        read_samples(twice, file.parent)
+
+
 def test_missing_media(file: Path, tmp_path: Path) -> None:
     shutil.copytree(file.parent, tmp_path, dirs_exist_ok=True)
     (tmp_path / "b.mp4").unlink()
