@@ -258,15 +258,14 @@ def measure_gates(run: Run, trials: RecipeTrials, requested: Recipe, cases: Sequ
     """Measure each graph that is to be quantized, with all of its blocks quantized."""
     folder = run.work / "gates" / digest(trials.base, [case.name for case in cases], run.session)
     file = folder.with_suffix(".json")
-    known = read_json(file)
+    known: Mapping[str, Gate] | None = read_json(file, Mapping[str, Gate])
     if known is None:
         with run.timed("gates"):
             bundle = Bundle.load(trials.make(requested, folder / "bundle"))
-            gates, _ = replay_calls(run, bundle, requested, cases)
-        known = {name: dataclasses.asdict(gate) for name, gate in gates.items()}
-        write_json(file, known)
+            known, _ = replay_calls(run, bundle, requested, cases)
+        write_json(file, {name: dataclasses.asdict(gate) for name, gate in known.items()})
         shutil.rmtree(folder)
-    return {name: Gate(**{**values, "forced": run.forced(name)}) for name, values in known.items()}
+    return {name: dataclasses.replace(gate, forced=run.forced(name)) for name, gate in known.items()}
 
 
 def without_slow_graphs(requested: Recipe, gates: Mapping[str, Gate], graphs: Sequence[str]) -> Recipe:

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import lock_file, replacing
 from bridge_stg.runtime.host.parse import parse_json
+from bridge_stg.runtime.parity.golden import READ_ERRORS
 
 NOTE = "README"
 
@@ -24,11 +28,24 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; None if it does not exist or is damaged."""
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Return the content of a JSON file as `kind`, see `from_json`.
+
+    None if the file does not exist or is damaged: what it kept is computed again.
+    """
     try:
-        return parse_json(path.read_bytes(), finite=False)
+        values = parse_json(path.read_bytes(), finite=False)
+        return values if kind is Any else from_json(kind, values)
     except (FileNotFoundError, ValueError):
+        return None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Return the arrays of an .npz file by name; None if it does not exist or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (*READ_ERRORS, TypeError, AttributeError):  # the last two for an .npy file
         return None
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,7 @@ from bridge_stg.runtime.chain.tokenizer import load_tokenizer
 from bridge_stg.runtime.errors import BridgeError, QueryError, VideoError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.host.files import replacing
+from bridge_stg.runtime.parity.golden import READ_ERRORS
 
 ROWS = 512
 """Rows per tensor in the finished statistics."""
@@ -98,15 +100,18 @@ def collect(
         **(head_options or {}),
     }
     if (folder / IDENTITY).exists():
-        known = read_json(folder / IDENTITY)
-        check_identity(folder / IDENTITY, known if isinstance(known, dict) else {}, identity)
+        known = read_json(folder / IDENTITY, dict)
+        if known is None:
+            what = f"{folder / IDENTITY}: is damaged. Delete the folder {folder}, and collect the statistics again."
+            raise BridgeError("calibration.bad_statistics", what)
+        check_identity(folder / IDENTITY, known, identity)
     else:
         write_json(folder / IDENTITY, identity)
     report = progress or (lambda stage, done, total: None)
     count, shards = len(samples.entries), folder / SHARDS
     if not (folder / FILE).exists():
         shards.mkdir(exist_ok=True)
-        left = [place for place in range(count) if not _shard(shards, place).exists()]
+        left = [place for place in range(count) if not _is_whole(_shard(shards, place))]
         report("collect", count - len(left), count)
         with ExitStack() as stack:
             recorders = {}
@@ -182,6 +187,15 @@ def _record(
 
 def _shard(folder: Path, place: int) -> Path:
     return folder / f"{place:06d}.npz"
+
+
+def _is_whole(shard: Path) -> bool:
+    """Return whether a shard exists and is not damaged; otherwise its sample runs again."""
+    try:
+        with zipfile.ZipFile(shard) as archive:
+            return archive.testzip() is None
+    except READ_ERRORS:
+        return False
 
 
 def _finish(

@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from bridge_stg.runtime.bundle.bundle import read_manifest
+from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.parse import parse_json
+from bridge_stg.runtime.parity.golden import READ_ERRORS
 
 SCHEMA = 1
 FILE = "statistics.json"
+FIELDS = ("fingerprint", "variants", "asked", "tensors")
+"""Fields of this file that are read; the others identify the collection."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,16 @@ class Collected:
     rows: str
     absmax: str
     seen: int
+
+
+@dataclass(frozen=True)
+class _Content:
+    """`FIELDS` of statistics.json."""
+
+    fingerprint: str
+    variants: Mapping[str, str]
+    asked: tuple[Mapping[str, Any], ...]
+    tensors: Mapping[str, Mapping[str, Collected]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class Statistics:
     def load(cls, folder: Path, bundle: Path) -> Statistics:
         """Read the finished statistics in a folder. Raises BridgeError if they are missing or of another bundle."""
         file = folder / FILE
-        advice = "Collect them again, into another folder"
+        advice = f"Delete the folder {folder}, and collect them again"
         try:
             values = parse_json(file.read_bytes(), finite=False)
         except FileNotFoundError:
@@ -68,14 +82,14 @@ class Statistics:
             found = values.get("schema") if isinstance(values, dict) else type(values).__name__
             raise _error(f"{file}: has schema {found!r}, expected {SCHEMA}. {advice}.")
         fingerprint = read_manifest(bundle).fingerprint
-        if values["fingerprint"] != fingerprint:
-            found = f"{values['fingerprint'][:12]}…, but {bundle} is {fingerprint[:12]}…"
+        try:
+            content = from_json(_Content, {name: values.get(name) for name in FIELDS}, "statistics")
+        except ValueError as error:
+            raise _error(f"{file}: {error}. {advice}.") from None
+        if content.fingerprint != fingerprint:
+            found = f"{content.fingerprint[:12]}…, but {bundle} is {fingerprint[:12]}…"
             raise _error(f"{folder}: has statistics of the bundle {found}. {advice}.")
-        tensors = {
-            graph: {name: Collected(**tensor) for name, tensor in found.items()}
-            for graph, found in values["tensors"].items()
-        }
-        return cls(folder, bundle, values["variants"], values["asked"], tensors)
+        return cls(folder, bundle, content.variants, content.asked, content.tensors)
 
     @property
     def warnings(self) -> list[str]:
@@ -91,14 +105,16 @@ class Statistics:
     def rows(self, graph: str, name: str) -> np.ndarray:
         """Return sampled rows float32 [R, K] of a tensor, mapped from disk."""
         tensor = self._of(graph, name)
-        # An empty file cannot be mapped.
-        rows: np.ndarray = np.load(self.folder / tensor.rows, mmap_mode="r" if tensor.seen else None)
+        rows = _load(self.folder / tensor.rows, dimensions=2, mapped=tensor.seen > 0)  # an empty file cannot be mapped
+        if rows.shape[1] != len(self.absmax(graph, name)):
+            raise _error(
+                f"{self.folder / tensor.rows}: has {rows.shape[1]} channels, and {tensor.absmax} another number."
+            )
         return rows
 
     def absmax(self, graph: str, name: str) -> np.ndarray:
         """Return the largest magnitude of each channel of a tensor, float32 [K]."""
-        absmax: np.ndarray = np.load(self.folder / self._of(graph, name).absmax)
-        return absmax
+        return _load(self.folder / self._of(graph, name).absmax, dimensions=1)
 
     def caches(self, graph: str) -> list[str]:
         """Return the names of the keys and values of a graph, past_key_0 …; their channels are ordered by head."""
@@ -110,6 +126,20 @@ class Statistics:
         except KeyError:
             what = f"has no statistics of {name!r} of the {graph}; collect them again with this bundle"
             raise _error(f"{self.folder}: {what}.") from None
+
+
+def _load(file: Path, *, dimensions: int, mapped: bool = False) -> np.ndarray:
+    """Return the float32 array of a file. Raises BridgeError if it is missing, damaged or of another kind."""
+    try:
+        array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != dimensions:
+            raise ValueError(f"expected an array float32 of {dimensions} dimensions")
+    except READ_ERRORS as error:
+        what = (
+            f"{file}: is damaged or missing ({error}). Delete the folder of these statistics, and collect them again."
+        )
+        raise _error(what) from error
+    return array
 
 
 def _error(message: str) -> BridgeError:

@@ -16,7 +16,7 @@ from bridge_stg.calibration.collect.statistics import Statistics
 from bridge_stg.calibration.quantize.matmul_weights import MatmulWeights
 from bridge_stg.calibration.quantize.packing import INT4_LEAST, INT4_MOST, pack_nibbles, storable, unpack_nibbles
 from bridge_stg.calibration.recipes import Recipe
-from bridge_stg.calibration.work_folder import digest
+from bridge_stg.calibration.work_folder import digest, read_arrays
 from bridge_stg.export.graph.blocks import Matmul, find_matmuls
 from bridge_stg.runtime.host.files import replacing
 
@@ -56,7 +56,7 @@ class Int4Weights:
         """Return levels int8 [K, N] and scales [K / block_size, N] of a smoothed weight, without factors of rows."""
         matmul, size = self._matmul(graph, node), self._recipe.of(graph).block_size
         file = self._folder / f"{digest(graph, node, size)}.npz"
-        if not file.exists():
+        if (found := self._stored(file, matmul, size)) is None:
             vector = self._vector(graph, node)
             weight = np.concatenate([(block * vector).T for block in self._weights.blocks(matmul)], axis=1)
             dtype = self._weights.dtype(matmul)
@@ -64,8 +64,16 @@ class Int4Weights:
             self._folder.mkdir(parents=True, exist_ok=True)
             with replacing(file) as partial, partial.open("wb") as stream:
                 np.savez(stream, levels=pack_nibbles(levels), scales=scales)
-        with np.load(file, allow_pickle=False) as arrays:
-            return unpack_nibbles(arrays["levels"], (matmul.k, matmul.n)), arrays["scales"]
+            return levels, scales
+        return found
+
+    @staticmethod
+    def _stored(file: Path, matmul: Matmul, size: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return levels and scales as `rounded` wrote them; None if the file is missing or damaged."""
+        arrays = read_arrays(file) or {}
+        if arrays.keys() != {"levels", "scales"} or arrays["scales"].shape != (-(-matmul.k // size), matmul.n):
+            return None
+        return unpack_nibbles(arrays["levels"], (matmul.k, matmul.n)), arrays["scales"]
 
     def _matmul(self, graph: str, node: str) -> Matmul:
         if graph not in self._matmuls:

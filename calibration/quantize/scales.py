@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,9 +16,12 @@ from bridge_stg.calibration.quantize.int4 import Int4Weights
 from bridge_stg.calibration.quantize.ranges import TensorRange, choose_ranges
 from bridge_stg.calibration.quantize.smooth import choose_smoothing
 from bridge_stg.calibration.recipes import Recipe
-from bridge_stg.calibration.work_folder import read_json, write_json
+from bridge_stg.calibration.work_folder import read_arrays, read_json, write_json
 from bridge_stg.export.graph.blocks import Matmul
 from bridge_stg.runtime.host.files import replacing
+
+Ranges: TypeAlias = Mapping[str, Mapping[str, TensorRange]]
+Vectors: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,7 @@ def compute_scales(
 ) -> Scales:
     """Compute smoothing and ranges, or read them if `folder` has them. It must be named by all that they depend on."""
     file, vectors = folder / "ranges.json", folder / "smoothing.npz"
-    if read_json(file) is None:
+    if (found := _stored(file, vectors)) is None:
         smoothing = choose_smoothing(statistics, recipe, overrides=overrides, progress=progress)
         ranges = choose_ranges(
             statistics,
@@ -61,16 +64,30 @@ def compute_scales(
         )
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(vectors) as partial:
-            found = smoothing.vectors.items()
-            flat: dict[str, Any] = {f"{graph} {node}": v for graph, of in found for node, v in of.items()}
+            made = smoothing.vectors.items()
+            flat: dict[str, Any] = {f"{graph} {node}": v for graph, of in made for node, v in of.items()}
             np.savez(partial, **flat)
         plain = {g: {node: dataclasses.asdict(one) for node, one in of.items()} for g, of in ranges.items()}
         write_json(file, {"ranges": plain, "strengths": smoothing.strengths})
-    known_vectors: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(vectors, allow_pickle=False) as arrays:
-        for name in arrays.files:
-            graph, _, node = name.partition(" ")
-            known_vectors.setdefault(graph, {})[node] = arrays[name]
-    known = read_json(file)["ranges"].items()
-    ranges = {g: {node: TensorRange(**one) for node, one in of.items()} for g, of in known}
-    return Scales(ranges, known_vectors, Int4Weights(statistics, known_vectors, recipe, folder / "int4"))
+        found = ranges, {graph: dict(of) for graph, of in made}
+    return Scales(*found, Int4Weights(statistics, found[1], recipe, folder / "int4"))
+
+
+@dataclass(frozen=True)
+class _RangesFile:
+    """Content of ranges.json: ranges by graph and node, and the migration strengths that were chosen."""
+
+    ranges: Mapping[str, Mapping[str, TensorRange]]
+    strengths: Any
+
+
+def _stored(file: Path, vectors: Path) -> tuple[Ranges, Vectors] | None:
+    """Return ranges and smoothing vectors as they were written; None if a file is missing or damaged."""
+    known, arrays = read_json(file, _RangesFile), read_arrays(vectors)
+    if known is None or arrays is None:
+        return None
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, vector in arrays.items():
+        graph, _, node = name.partition(" ")
+        found.setdefault(graph, {})[node] = vector
+    return known.ranges, found

@@ -51,5 +51,5 @@ def evaluate_job(job: Mapping[str, Any]) -> None:
 
 def peak_of(folder: Path) -> int | None:
     """Return the peak memory in bytes of the subprocess that wrote a folder; None without one."""
-    peak: int | None = read_json(folder / PEAK)
+    peak: int | None = read_json(folder / PEAK, int | None)
     return peak

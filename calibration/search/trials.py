@@ -71,7 +71,7 @@ class RecipeTrials:
         score = partial(self.score, folder=folder, reference=reference, ids=ids, stop_above=stop_above, stage=stage)
         finished = folder / "trial.json"
         known = read_json(finished)
-        if known is not None:
+        if isinstance(known, dict) and isinstance(known.get("model"), dict):
             return score(Model(QUANTIZED, known["model"], nullcontext), QUANTIZED)
         path = self.make(recipe, folder / "bundle")
         scores = score(path, QUANTIZED)

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bridge_stg.runtime.backends.choose import choose
 from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.spec import ModelSpec, chosen_heads
 from bridge_stg.runtime.chain.results import Grounding
+from bridge_stg.runtime.chain.tasks import TASKS
 from bridge_stg.runtime.errors import AnnotationError, BridgeError, EngineError
 from bridge_stg.runtime.grounder import Grounder
 from bridge_stg.runtime.heads.options import TextOptions
@@ -66,6 +67,26 @@ class Evaluation:
     rows: Mapping[str, Mapping[str, Mapping[str, Any]]]
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]]
     models: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Fields of a result row that every report reads: those of `describe`, the scores and the seconds."""
+
+    index: int
+    task: str
+    group: str
+    query: str
+    media: str
+    present: bool
+    scores: Mapping[str, float]
+    seconds: float
+    error: str = ""
+    prediction: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}, expected one of: {', '.join(TASKS)}")
 
 
 def bundle_model(
@@ -136,7 +157,7 @@ def evaluate(
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for model in models:
         identity = identity_of(dataset, model)
-        with ResultFile(result_path(out, model, shard), identity, overwrite=overwrite) as results:
+        with ResultFile(result_path(out, model, shard), identity, overwrite=overwrite, row_kind=Row) as results:
             finished = ({} if overwrite else _other_shards(out, model, identity, results.path)) | results.rows
             left = [
                 (places[sample.id], sample)
@@ -244,4 +265,4 @@ def _other_shards(out: Path, model: Model, identity: Mapping[str, Any], mine: Pa
     """Return the rows of a model's other files in the folder, whatever their shards were."""
     name = re.compile(re.escape(result_path(out, model).stem) + r"(\.\d+of\d+)?\.jsonl")
     files = [file for file in sorted(mine.parent.iterdir()) if name.fullmatch(file.name) and file != mine]
-    return {sample: row for file in files for sample, row in read_results(file, identity).items()}
+    return {sample: row for file in files for sample, row in read_results(file, identity, Row).items()}

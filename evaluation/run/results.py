@@ -6,12 +6,14 @@ resumed: a line counts once it is complete, and a truncated last line is dropped
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bridge_stg.runtime.bundle.typed_json import from_json
 from bridge_stg.runtime.errors import BridgeError
 from bridge_stg.runtime.host.files import LineFile, read_lines
 
@@ -24,12 +26,13 @@ class ResultFile(LineFile):
 
     def __init__(
         self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False, kept: tuple[str, ...] | None = None,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None, row_kind: Any = None,
     ) -> None:  # fmt: skip
         """Open a file, or create it. The plain values of `identity` must agree with those in the file.
 
         `kept` are the fields of large rows to keep in memory. `facts` are written to the first line too, but may
-        differ when the file is opened again, such as the program's version. Raises BridgeError if the file has results
+        differ when the file is opened again, such as the program's version. `row_kind` is the type of rows, see
+        `from_json`; fields that it lacks are not checked. Raises BridgeError if the file has results
         of another run, is damaged, or is being written by another process.
         """
         self._kept = kept
@@ -40,7 +43,7 @@ class ResultFile(LineFile):
             with _naming_damage():
                 header, rows = self.read({"schema": SCHEMA, **(facts or {}), **identity})
                 check_identity(path, header, identity)
-                self.rows = {name: self._shortened(row) for name, row in _with_ids(rows, path)}
+                self.rows = {name: self._shortened(row) for name, row in _with_ids(rows, path, row_kind)}
         except BaseException:
             self.close()
             raise
@@ -55,14 +58,14 @@ class ResultFile(LineFile):
         return {name: value for name, value in row.items() if self._kept is None or name in self._kept}
 
 
-def read_results(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the rows of a file that another process may be writing; see `ResultFile` for the errors."""
+def read_results(path: Path, identity: Mapping[str, Any], row_kind: Any = None) -> dict[str, dict[str, Any]]:
+    """Return the rows of a file that another process may be writing; see `ResultFile` for arguments and errors."""
     with _naming_damage():
         lines = read_lines(path)
         if (header := next(lines, None)) is None:
             return {}
         check_identity(path, header, identity)
-        return dict(_with_ids(lines, path))
+        return dict(_with_ids(lines, path, row_kind))
 
 
 def check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -83,10 +86,16 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _with_ids(rows: Iterable[dict[str, Any]], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _with_ids(rows: Iterable[dict[str, Any]], path: Path, kind: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, row in enumerate(rows, 2):
         if not isinstance(row.get("id"), str):
             raise ValueError(f"{path}:{number}: has no id; expected a result")
+        if kind is not None:
+            known = [field.name for field in dataclasses.fields(kind)]
+            try:
+                from_json(kind, {name: row[name] for name in known if name in row})
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
         yield row["id"], row
 
 

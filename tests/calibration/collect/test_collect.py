@@ -173,6 +173,49 @@ def test_statistics_of_another_bundle(statistics: Statistics, exported: Bundle, 
         statistics.rows("vision_encoder", "x/MatMul")
 
 
+def test_damaged_statistics_are_named(statistics: Statistics, exported: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(statistics.folder, tmp_path / "s")
+    found = Statistics.load(tmp_path / "s", exported.path)
+    node = next(iter(found.tensors["vision_encoder"]))
+    tensor = found.tensors["vision_encoder"][node]
+    for name in (tensor.rows, tensor.absmax):
+        file, whole = tmp_path / "s" / name, (tmp_path / "s" / name).read_bytes()
+        for damaged in (b"", whole[:40], whole[:-4], b"text", (tmp_path / "s/statistics.json").read_bytes(), None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with raises("calibration.bad_statistics", file.name):
+                found.rows("vision_encoder", node)
+        file.write_bytes(whole)
+    file = tmp_path / "s" / "statistics.json"
+    values = json.loads(file.read_text())
+    for name in ("fingerprint", "variants", "asked", "tensors"):
+        for value in (None, 3, [3], {"a": 1}, {"a": {"b": {"rows": "c"}}}):
+            file.write_text(json.dumps({**values, name: value}))
+            with raises("calibration.bad_statistics", name, "Delete"):
+                Statistics.load(tmp_path / "s", exported.path)
+
+
+def test_a_damaged_sample_is_collected_again(
+    exported: Bundle, samples: CalibrationSet, statistics: Statistics, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Stop
+
+    folder, done = tmp_path / "s", []
+    with pytest.raises(Stop):
+        collect(exported, samples, folder=folder, rows=96, threads=1, progress=stop)
+    shard = sorted((folder / "samples").iterdir())[0]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    collect(exported, samples, folder=folder, rows=96, threads=1, progress=lambda _, now, total: done.append(now))
+    assert done[0] == 1 and contents(folder) == contents(statistics.folder)
+    (folder / "collection.json").write_text("[")
+    with raises("calibration.bad_statistics", "collection.json"):
+        collect(exported, samples, folder=folder, rows=96, threads=1)
+
+
 def test_unreadable_samples_are_left_out_with_a_warning(exported: Bundle, tmp_path: Path) -> None:
     file = write_samples(tmp_path)
     (tmp_path / "b.mp4").write_bytes(b"no video")

@@ -179,6 +179,11 @@ def test_a_truncated_last_line_is_dropped(tmp_path: Path) -> None:
     path.write_bytes(b"".join([*lines[:2], b"{}}\n", *lines[3:]]))
     with raises("evaluation.bad_results", "oracle.jsonl:3", "--overwrite"):
         evaluate(dataset, [model(oracle)], tmp_path / "out")
+    row = json.loads(lines[2])
+    for name, value in (("scores", None), ("scores", {"IoU": "1"}), ("task", "x"), ("seconds", "1"), ("index", [])):
+        path.write_bytes(b"".join([*lines[:2], json.dumps({**row, name: value}).encode(), b"\n", *lines[3:]]))
+        with raises("evaluation.bad_results", "oracle.jsonl:3", name):
+            evaluate(dataset, [model(oracle)], tmp_path / "out")
 
 
 def test_results_of_something_else_never_mix(tmp_path: Path) -> None:
