@@ -127,12 +127,12 @@ export class Answers {
   }
 }
 
-/** Return the scores and, for text heads, the mode and the calls of the language model. */
+/** Return the scores and, for text heads, which compute no presence, the mode and the calls of the language model. */
 function details({ scores, heads, mode, decoding }) {
   const list = make("dl.scores");
   const add = (name, meaning, text) => list.append(make("div", { title: meaning }, make("dt", {}, name), make("dd", {}, text)));
   for (const [name, meaning] of Object.entries(SCORES)) {
-    if (name in scores) add(name, meaning, (Math.round(100 * scores[name]) / 100).toFixed(2));
+    if (name in scores && !(heads === "text" && name === "presence")) add(name, meaning, (Math.round(100 * scores[name]) / 100).toFixed(2));
   }
   if (heads !== "text") return list;
   add("mode", "how text heads found the answer", mode);

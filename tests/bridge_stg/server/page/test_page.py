@@ -409,6 +409,7 @@ def test_an_answer_of_text_heads_says_how_it_was_written(visit: Callable[..., Vi
     details = [seen.answers().nth(index).locator(".scores") for index in (0, 1)]
     text = re.sub(r"\s+", " ", details[0].inner_text())
     assert "mode joint" in text and "calls 7" in text and "calls" not in details[1].inner_text()
+    assert "presence" not in text and "presence" in details[1].inner_text()
 
 
 def test_an_absent_target(visit: Callable[..., Visit], clips: Path) -> None:
