@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class ResultFile(LineFile):
         try:
             with _naming_damage():
                 header, rows = self.read({"schema": SCHEMA, **(facts or {}), **identity})
-                check_identity(path, header, identity)
+                check_identity(path, header, identity, ignored=facts or ())
                 self.rows = {name: self._shortened(row) for name, row in _with_ids(rows, path, row_kind)}
         except BaseException:
             self.close()
@@ -68,11 +68,17 @@ def read_results(path: Path, identity: Mapping[str, Any], row_kind: Any = None) 
         return dict(_with_ids(lines, path, row_kind))
 
 
-def check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise BridgeError if the first line of a file differs from the identity of this run."""
-    expected: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **identity}))
-    for name, wanted in flat(expected).items():
-        found = flat(header).get(name)
+def check_identity(
+    path: Path, header: Mapping[str, Any], identity: Mapping[str, Any], *, ignored: Collection[str] = ()
+) -> None:
+    """Raise BridgeError if the first line of a file differs from the identity of this run.
+
+    A value that only one of them has differs too, unless it is null or its name is in `ignored`.
+    """
+    expected = flat(json.loads(json.dumps({"schema": SCHEMA, **identity})))
+    known = flat({name: value for name, value in header.items() if name not in ignored})
+    for name in expected | known:
+        found, wanted = known.get(name), expected.get(name)
         if found != wanted:
             what = f"{path} has results of another run: its {name} is {found!r}, now it is {wanted!r}. {START_AGAIN}"
             raise BridgeError("evaluation.other_results", what)

@@ -34,6 +34,7 @@ from bridge_stg.runtime.bundle.bundle import Bundle
 from bridge_stg.runtime.bundle.contracts import graph_contract, graphs_of
 from bridge_stg.runtime.bundle.manifest import GraphSpec
 from bridge_stg.runtime.device.table import DEVICES, Device
+from bridge_stg.runtime.errors import EngineError
 from bridge_stg.runtime.host.memory import gigabytes
 
 IO_DTYPES = {2: "float16", 4: "float32"}
@@ -193,6 +194,9 @@ def device_of(name: str) -> Device:
         target = find_target(name)
         peaks = dict.fromkeys(target.precisions, 1.0)
         return Device(name, f"{target.device} ({name})", target.memory, 0, 1.0, peaks, target.sms[0])
+    if all(device.name != name for device in DEVICES):
+        known = dict.fromkeys([*(device.name for device in DEVICES), *(target.name for target in TARGETS)])
+        raise EngineError("options.invalid", f"target {name!r} is unknown; known: {', '.join(known)}")
     return find_device(name)
 
 

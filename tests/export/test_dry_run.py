@@ -139,6 +139,7 @@ def test_frames_beyond_those_of_the_model_are_said() -> None:
         (["--dry-run", "--graph", "vision_encoder"], "options.conflict"),
         (["--dry-run", "--target", "orin"], "options.invalid"),
         (["--dry-run", "--target", "cpu"], "options.invalid"),
+        (["--dry-run", "--target", "this"], "options.invalid"),
         (["--dry-run", "--dtype", "int3"], "options.invalid"),
         (["--dry-run", "--variant", "ort-cpu"], "options.invalid"),
     ],

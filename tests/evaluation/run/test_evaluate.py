@@ -191,6 +191,9 @@ def test_results_of_something_else_never_mix(tmp_path: Path) -> None:
     evaluate(dataset, [model(Oracle(dataset), fingerprint="a")], tmp_path / "out")
     with raises("evaluation.other_results", "model.fingerprint", "'a'", "'b'", "--overwrite"):
         evaluate(dataset, [model(Oracle(dataset), fingerprint="b")], tmp_path / "out")
+    evaluate(dataset, [model(Oracle(dataset), fingerprint="a", heads="text")], tmp_path / "text")
+    with raises("evaluation.other_results", "model.heads", "'text'", None):
+        evaluate(dataset, [model(Oracle(dataset), fingerprint="a")], tmp_path / "text")
     other = sentences(tmp_path, 3)
     with raises("evaluation.other_results", "annotations"):
         evaluate(other, [model(Oracle(other), fingerprint="a")], tmp_path / "out")

@@ -324,6 +324,8 @@ def test_videos_are_searched_in_windows(table: Path, tmp_path: Path) -> None:
         if "error" not in row:
             assert row["windows"]["count"] == 2 and len(row["occurrences"]) == row["found"]
     infer_many(queries, fake(), tmp_path / "top.jsonl", top=1)  # as in `infer`, it searches short videos too
+    with raises("evaluation.other_results", "top"):  # not even without options of a search
+        infer_many(queries, fake(), tmp_path / "top.jsonl")
     searched = [row for row in rows_of(tmp_path / "top.jsonl").values() if "error" not in row]
     assert len(searched) == 3 and all("occurrences" in row for row in searched)
     infer_many(queries, fake(), tmp_path / "out.parquet", window=2.0)
