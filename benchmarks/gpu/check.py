@@ -203,6 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in vars(options).items():
         if isinstance(value, Path):
             setattr(options, name, value.resolve())
+    if not 0 < options.seconds < float("inf"):
+        parser.error(f"--seconds {options.seconds:g}: expected more than 0")
+    for name in ("bundles", "wheels", "out"):
+        if (path := getattr(options, name)) is not None and path.exists() and not path.is_dir():
+            parser.error(f"--{name} {path}: is a file, expected a folder")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot be created: {error}")
     report = check(options)
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (options.out / "report.html").write_text(page(report), encoding="utf-8")

@@ -43,6 +43,19 @@ def test_without_a_gpu_it_says_what_it_could_not_run(tmp_path: Path) -> None:
     assert places == sorted(places)  # what is preferred runs before the time is over
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--out", "file"), ("--out", "file/out"), ("--bundles", "file"), ("--wheels", "file"),
+     ("--seconds", "nan"), ("--seconds", "-5"), ("--seconds", "inf")],
+)  # fmt: skip
+def test_bad_options_are_named(option: str, value: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, Path(ROOT) / "benchmarks/gpu/check.py", "--pretend", "--out", "out", option, value]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and option in done.stderr and value in done.stderr
+    assert "Traceback" not in done.stderr and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_wheels_come_in_parts(tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
