@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +24,8 @@ from bridge_stg.runtime.host.packages import install_command
 
 DECODE_TOKENS = 4
 """Most tokens of all rows for which weights in blocks are faster than int8 per channel: equal at about 8."""
+DECODE_ROWS = 16
+"""The same for one token per row, whose attention is faster too."""
 
 _DTYPES = {"float": "float32", "double": "float64"}  # onnxruntime's names that are not numpy's
 _FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -50,7 +52,7 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
         threads: threads per call; None: one per physical core that this process may use (see cpus.py).
         low_memory: convert weights at every call instead of once: slower, without a second copy of them in memory.
         weights: folder of the external data; None: the file's folder.
-        few: file and manifest entry of the same graph for calls of at most `DECODE_TOKENS` tokens; None: this one.
+        few: file and manifest entry of the same graph for small calls, see `DECODE_TOKENS`; None: this one.
 
     Raises:
         EngineError: onnxruntime is missing or rejects the file, or the file does not fit the manifest.
@@ -113,7 +115,7 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
 
     def infer(self, feeds: Mapping[str, Array], *, cache: KVCache | None = None) -> dict[str, Any]:
         """See `Session.infer`."""
-        if self._few is not None and getattr(feeds.get("input_ids"), "size", sys.maxsize) <= DECODE_TOKENS:
+        if self._few is not None and _is_small(feeds):
             return self._few.infer(feeds, cache=cache)
         session = self._session
         if session is None:
@@ -161,6 +163,12 @@ class OnnxRuntimeSession(AbstractContextManager["OnnxRuntimeSession"]):
         if cache is None or contract is None or contract.update != "in_place":
             return {}
         return dict(zip(contract.written_names, contract.past_names, strict=True))
+
+
+def _is_small(feeds: Mapping[str, Array]) -> bool:
+    """Return whether a call of a language model has few tokens; the session reports ids that are missing or wrong."""
+    shape: tuple[int, ...] = getattr(feeds.get("input_ids"), "shape", ())
+    return len(shape) == 2 and math.prod(shape) <= (DECODE_ROWS if shape[1] == 1 else DECODE_TOKENS)
 
 
 def session_options(threads: int | None) -> Any:

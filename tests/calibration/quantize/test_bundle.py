@@ -194,7 +194,7 @@ def test_a_second_form_of_the_weights_for_decoding(
     found = optimised(made.graph_path("language_model", "ort-cpu"), tmp_path)
     assert (found["MatMulNBits"], found["MatMulIntegerToFloat"]) == (1, count - 1)  # the head has few rows
     assert set(verify_bundle(made.path, threads=1)) >= {"ort-cpu", DECODE}
-    logits = {}
+    logits, many = {}, {}
     for variant, bundle in ((None, made), (DECODE, made), ("ort-cpu", bundles[name])):
         sessions = open_sessions(bundle, variant=variant, threads=1)
         session = sessions["language_model"]
@@ -207,8 +207,11 @@ def test_a_second_form_of_the_weights_for_decoding(
             visual = np.zeros((1 + spec.vision.deepstack_levels, 2, spec.language.hidden_size), np.float32)
             found.append(feed(session, cache, [part], [start], outputs=1, visual_tokens=visual)["logits"][0, 0])
         logits[variant] = found
+        rows = session.allocate_cache(batch=6, capacity=32)
+        many[variant] = feed(session, rows, [part] * 6, [16] * 6, outputs=1, visual_tokens=visual)["logits"]
         sessions.close()
-    # One token is the decode form's, also in a cache that the other form has filled; many tokens are not.
+    # One token is the decode form's, also in a cache that the other form has filled and in rows; many tokens are not.
+    np.testing.assert_array_equal(many[None], many[DECODE])
     assert not np.array_equal(logits[None][0], logits[DECODE][0])
     for mine, other in zip(logits[None] * 2, logits[DECODE] + logits["ort-cpu"], strict=True):
         assert np.corrcoef(mine, other)[0, 1] > 0.99
