@@ -28,6 +28,9 @@ RUN /opt/bridge-stg/bin/pip install --no-cache-dir -c /src/constraints.txt "/src
 # Engines of read-only bundles are stored here; mount a volume to keep them.
 ENV XDG_CACHE_HOME=/cache
 
+# The weights of onnxruntime lie in pages of 2 MB where the host offers them (docs/performance.md).
+ENV GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+
 # compute: CUDA; utility: nvidia-smi. No display, no video decoder.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
