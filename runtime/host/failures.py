@@ -34,7 +34,7 @@ MESSAGES = {
 """Code → message, where {} is the system's text. For other codes, that text is the whole message."""
 TEXTS = {
     errno.ENOMEM: r"bad_alloc|bad allocation|[Oo]ut of memory|ailed to (allocate memory|map segment)|"
-    r"an(no|')t allocate memory",
+    r"an(no|')t allocate (memory|lock)",
     errno.EAGAIN: r"can't start new thread|pthread_create|Resource temporarily unavailable",
     errno.EMFILE: r"Too many open files",
     errno.ENOSPC: r"No space left on device",
@@ -44,8 +44,8 @@ TEXTS = {
 STATED = re.compile(r"(?:\(os error|\bSystemError :|\bsystem error number) (\d+)\b")
 """How libraries in Rust, and onnxruntime, state an `errno` in a message."""
 LIBRARIES = ("onnxruntime", "safetensors")
-NAMED = re.compile(r"(host|output|server|live|call)\..+|.+\.(out_of_memory|no_permission)")
-"""Codes of errors that already name the system error."""
+NAMED = re.compile(r"(?!host\.missing_package)(host|output|server|live|call)\..+|.+\.(out_of_memory|no_permission)")
+"""Codes of errors that already name the system error. A package may be missing because it cannot be mapped."""
 
 
 def host_error(error: BaseException) -> BridgeError | None:

@@ -416,7 +416,7 @@ def test_merged_lora_is_the_trained_model(family, annotations, media, tmp_path, 
         with torch.no_grad():
             figures.append(ClipTask(model.eval(), bf16=False)(batch)[1]["language"])
     assert figures[0] == pytest.approx(figures[1], abs=1e-4)
-    assert abs(figures[2] - figures[1]) > 0.1
+    assert abs(figures[2] - figures[1]) > 0.01
 
 
 def test_recomputed_activations_have_the_same_gradients(of_each_family, annotations, media):

@@ -41,6 +41,7 @@ def code_of(error: BaseException) -> str | None:
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"), "host.out_of_memory"),
         (OSError("out of memory error when reading image file"), "host.out_of_memory"),
+        (RuntimeError("can't allocate lock"), "host.out_of_memory"),
         (RuntimeError("can't start new thread"), "host.out_of_threads"),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "host.out_of_threads"),
         (av.error.BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "host.out_of_threads"),
@@ -68,7 +69,8 @@ def code_of(error: BaseException) -> str | None:
 )
 def test_what_the_system_caused(error: BaseException, code: str | None) -> None:
     assert code_of(error) == code
-    for outer in (VideoError("video.unreadable", "a.mp4 is damaged"), BridgeError("bundle.unreadable", "damaged")):
+    kinds = {"video.unreadable": VideoError, "bundle.unreadable": BridgeError, "host.missing_package": BridgeError}
+    for outer in (kind(outer_code, "damaged") for outer_code, kind in kinds.items()):
         for attribute in ("__cause__", "__context__"):
             outer.__cause__ = outer.__context__ = None
             setattr(outer, attribute, error)
