@@ -62,80 +62,11 @@ def fuse_attention(model: ir.Model) -> bool:
 
 def group_heads(model: ir.Model) -> bool:
     """Replace each GroupQueryAttention whose groups are large, in place; return whether one was replaced."""
-    edit, found = Edit(model.graph), False
-    for node in list(model.graph):
-        counts = [node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads") if name in node.attributes]
-        if node.op_type == "GroupQueryAttention" and counts[0] >= LEAST_GROUP * counts[1]:
-            _group(edit, node, *counts)
-            found = True
-    if found:
-        edit.drop_unused()
-    return found
-
-
-def _group(edit: Edit, node: ir.Node, heads: int, key_heads: int) -> None:
-    """Replace one GroupQueryAttention by TensorScatter and Attention."""
-    module = str(node.name).rpartition("/")[0]
-
-    def then(operator: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
-        (out,) = edit.insert(operator, inputs, attributes, before=node, name=f"{module}/{operator}")
-        return out
-
-    def sizes(*numbers: int) -> ir.Value:
-        return edit.constant("sizes_" + "_".join(map(str, numbers)), np.array(numbers, np.int64))
-
-    def heads_first(value: ir.Value | None, count: int) -> ir.Value:
-        """Return [B, L, count · head_dim] as [B, count, L, head_dim]."""
-        rotary = producer(value, "RotaryEmbedding")
-        flat = value if rotary is None else rotary.inputs[0]
-        merge = producer(flat, "Reshape")
-        if merge is not None and integers_of(merge.inputs[1]) == [0, 0, -1]:
-            split = merge.inputs[0]
-        else:
-            split = then("Reshape", [flat, sizes(0, 0, count, -1)])
-        turned = then("Transpose", [split], perm=HEADS_FIRST)
-        return turned if rotary is None else then("RotaryEmbedding", [turned, *rotary.inputs[1:]])
-
-    query, key, value, *past = node.inputs[:5]
-    position = next(value for value in edit.graph.inputs if value.name == "cache_position")
-    present = [
-        then("TensorScatter", [cache, heads_first(new, key_heads), position], axis=2)
-        for cache, new in zip(past, (key, value), strict=True)
-    ]
-    grouped = then("Reshape", [heads_first(query, heads), sizes(0, key_heads, -1, 0)])
-    mask = _seen(edit, node, past[0], heads // key_heads)
-    out = then("Attention", [grouped, *present, mask], scale=node.attributes["scale"].as_float())
-    out = then("Transpose", [then("Reshape", [out, sizes(0, heads, -1, 0)])], perm=HEADS_FIRST)
-    out = then("Reshape", [out, sizes(0, 0, -1)])
-    for old, new in zip(node.outputs, (out, *present), strict=True):
-        edit.replace(old, new)
-    edit.graph.remove(node, safe=True)
-
-
-def _seen(edit: Edit, node: ir.Node, past: ir.Value | None, group: int) -> ir.Value:
-    """Return the mask [B, 1, group · L, S]: 0 for positions up to that of each token, −∞ after it."""
-    if "seen" not in edit.nodes:
-
-        def then(operator: str, inputs: list[ir.Value | None], name: str = "", **attributes: object) -> ir.Value:
-            (out,) = edit.insert(operator, inputs, attributes, before=node, name=name or f"seen/{operator}")
-            return out
-
-        def integers(*numbers: int) -> ir.Value:
-            return edit.constant("integers_" + "_".join(map(str, numbers)), np.array(numbers, np.int64))
-
-        def count_to(value: ir.Value | None, axis: int) -> ir.Value:
-            size = then("Squeeze", [then("Shape", [value], start=axis, end=axis + 1)])
-            zero, one = (edit.constant(f"integer_{n}", np.array(n, np.int64)) for n in (0, 1))
-            return then("Range", [zero, size, one])
-
-        inputs = {value.name: value for value in edit.graph.inputs}
-        first = then("Unsqueeze", [inputs["cache_position"], integers(1, 2, 3)])
-        token = then("Unsqueeze", [count_to(inputs["input_ids"], 1), integers(1)])
-        later = then("Greater", [count_to(past, 2), then("Add", [first, token])])
-        shown, hidden = (edit.constant(f"mask_{n}", np.array(n, np.float32)) for n in (0, -np.inf))
-        mask = then("Expand", [then("Where", [later, hidden, shown]), integers(1, group, 1, 1)])
-        then("Reshape", [mask, integers(0, 1, -1, 0)], name="seen")
-    return edit.nodes["seen"].outputs[0]
+    fuser = _Fuser(model.graph)
+    grouped = [fuser.group(node) for node in list(model.graph) if node.op_type == "GroupQueryAttention"]
+    if any(grouped):
+        fuser.edit.drop_unused()
+    return any(grouped)
 
 
 class _Fuser:
@@ -146,6 +77,7 @@ class _Fuser:
         self._halves: dict[ir.Value, ir.Value] = {}
         self._parts: dict[ir.Value, Sequence[ir.Value]] = {}
         self._counts: tuple[ir.Value, ir.Value, ir.Value] | None = None
+        self._mask: ir.Value | None = None
         self._anchor: ir.Node = graph[0]
 
     def fuse(self, node: ir.Node) -> bool:
@@ -157,6 +89,68 @@ class _Fuser:
         if len([v for v in node.inputs if v is not None]) == 3:
             return self._fuse_plain(node, out)
         return self._fuse_cached(node, out)
+
+    def group(self, node: ir.Node) -> bool:
+        """Replace one GroupQueryAttention by TensorScatter and Attention; return False if its groups are small."""
+        self._anchor = node
+        heads, key_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        if heads < LEAST_GROUP * key_heads:
+            return False
+        query, key, value, *past = node.inputs[:5]
+        position = self._input("cache_position")
+        present = [
+            self._add("TensorScatter", [cache, self._heads_first(new, key_heads), position], {"axis": 2})[0]
+            for cache, new in zip(past, (key, value), strict=True)
+        ]
+        rows = self._add("Reshape", [self._heads_first(query, heads), self._integers(0, key_heads, -1, 0)])[0]
+        inputs = [rows, *present, self._seen(past[0], heads // key_heads)]
+        out = self._add("Attention", inputs, {"scale": node.attributes["scale"].as_float()})[0]
+        out = self._add("Reshape", [out, self._integers(0, heads, -1, 0)])[0]
+        out = self._add("Transpose", [out], {"perm": HEADS_FIRST})[0]
+        out = self._add("Reshape", [out, self._integers(0, 0, -1)])[0]
+        for old, new in zip(node.outputs, (out, *present), strict=True):
+            self.edit.replace(old, new)
+        self.graph.remove(node, safe=True)
+        return True
+
+    def _heads_first(self, value: ir.Value | None, count: int) -> ir.Value:
+        """Return [B, L, count · head_dim] as [B, count, L, head_dim]."""
+        rotary = producer(value, "RotaryEmbedding")
+        flat = value if rotary is None else rotary.inputs[0]
+        merge = producer(flat, "Reshape")
+        if merge is not None and integers_of(merge.inputs[1]) == [0, 0, -1]:
+            split = merge.inputs[0]
+        else:
+            split = self._add("Reshape", [flat, self._integers(0, 0, count, -1)])[0]
+        turned = self._add("Transpose", [split], {"perm": HEADS_FIRST})[0]
+        return turned if rotary is None else self._add("RotaryEmbedding", [turned, *rotary.inputs[1:]])[0]
+
+    def _seen(self, past: ir.Value | None, group: int) -> ir.Value:
+        """Return the mask [B, 1, group · L, S]: 0 for positions up to that of each token, −∞ after it."""
+        if self._mask is None:
+            first = self._add("Unsqueeze", [self._input("cache_position"), self._integers(1, 2, 3)])[0]
+            token = self._add("Unsqueeze", [self._places(self._input("input_ids"), 1), self._integers(1)])[0]
+            last = self._add("Add", [first, token])[0]
+            later = self._add("Greater", [self._places(past, 2), last])[0]
+            shown, hidden = (self.edit.constant(f"mask_{n}", np.array(n, np.float32)) for n in (0, -np.inf))
+            mask = self._add("Where", [later, hidden, shown])[0]
+            mask = self._add("Expand", [mask, self._integers(1, group, 1, 1)])[0]
+            self._mask = self._add("Reshape", [mask, self._integers(0, 1, -1, 0)])[0]
+        return self._mask
+
+    def _places(self, value: ir.Value | None, axis: int) -> ir.Value:
+        """Return 0, 1 … up to the size of an axis, without it."""
+        size = self._add("Squeeze", [self._add("Shape", [value], {"start": axis, "end": axis + 1})[0]])[0]
+        zero, one = (self.edit.constant(f"integer_{n}", np.array(n, np.int64)) for n in (0, 1))
+        return self._add("Range", [zero, size, one])[0]
+
+    def _integers(self, *numbers: int) -> ir.Value:
+        """Return a constant int64 vector."""
+        return self.edit.constant("integers_" + "_".join(map(str, numbers)), np.array(numbers, np.int64))
+
+    def _input(self, name: str) -> ir.Value:
+        """Return an input of the graph."""
+        return next(value for value in self.graph.inputs if value.name == name)
 
     def _fuse_cached(self, node: ir.Node, out: ir.Value) -> bool:
         """Replace TensorScatter and Attention over the whole cache by GroupQueryAttention."""
@@ -233,7 +227,7 @@ class _Fuser:
     def _cache_counts(self, position: ir.Value | None, past: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Return as int32 the last position of each row [B], its number of new tokens [B], and the capacity []."""
         if self._counts is None:
-            ids = next(value for value in self.graph.inputs if value.name == "input_ids")
+            ids = self._input("input_ids")
             one = self.edit.constant("one_token", np.array([1], np.int64))
             zero = self.edit.constant("first_axis", np.array([0], np.int64))
             length = self._add("Shape", [ids], {"start": 1, "end": 2})[0]
